@@ -1,0 +1,26 @@
+"""packext: per-sample quantities of any PyTorch model in one backward pass."""
+
+from packext import extensions as extensions
+from packext._backpack import Results as Results
+from packext._backpack import backpack as backpack
+from packext._backpack import disable as disable
+from packext._errors import CoupledSamplesError as CoupledSamplesError
+from packext._errors import NotExtendedError as NotExtendedError
+from packext._errors import PackextError as PackextError
+from packext._errors import UnsupportedUseError as UnsupportedUseError
+from packext._errors import WrongRuleError as WrongRuleError
+from packext._extend import extend as extend
+from packext._extend import is_extended as is_extended
+from packext._extend import unextend as unextend
+from packext.quantities import BatchDotGrad as BatchDotGrad
+from packext.quantities import BatchGrad as BatchGrad
+from packext.quantities import BatchL2Grad as BatchL2Grad
+from packext.quantities import ClippedGrad as ClippedGrad
+from packext.quantities import GradDot as GradDot
+from packext.quantities import GradHistogram as GradHistogram
+from packext.quantities import Histogram as Histogram
+from packext.quantities import ProjectedGrad as ProjectedGrad
+from packext.quantities import SumGradSquared as SumGradSquared
+from packext.quantities import Variance as Variance
+
+__version__ = "0.1.0"

@@ -1,0 +1,279 @@
+"""The context: what is wanted of the backward passes inside it, and the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packext import _flight
+from packext._errors import NotExtendedError, PackextError
+from packext._factored import Factored
+from packext._lineage import LOCAL
+from packext._quantity import Ask, Quantity
+from packext._statistics import Statistics
+from packext._use import Source, Use, live_nodes
+
+
+class ParameterResults:
+    """Results for one parameter, as attributes named by the quantities' savefields."""
+
+    def __init__(self, name: str, values: dict[str, Any]) -> None:
+        """Take the parameter's name and its results by savefield."""
+        self.__dict__.update(values)
+        self._name = name
+
+    def __getattr__(self, field: str) -> Any:
+        have = ", ".join(k for k in self.__dict__ if not k.startswith("_")) or "nothing"
+        raise AttributeError(f"no {field!r} for parameter {self._name}: the context asked for {have}.")
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{k}={list(v.shape)}" if isinstance(v, Tensor) else k for k, v in vars(self).items() if k != "_name")
+        return f"ParameterResults({self._name}: {fields})"
+
+
+class Results:
+    """What the last backward pass inside a context gave.
+
+    `results["conv1.weight"].variance` is the result for a parameter, by any of its names;
+    `results.batch_l2` the one for the whole model, where the quantity has one.
+    """
+
+    def __init__(self, quantities: tuple[Quantity, ...]) -> None:
+        """Start empty."""
+        self._quantities = quantities
+        self._by_parameter: dict[int, tuple[str, dict[str, Any]]] = {}
+        self._names: dict[str, int] = {}
+
+    def _entry(self, name: str) -> tuple[str, dict[str, Any]]:
+        key = self._names.get(name)
+        if key is None or key not in self._by_parameter:
+            if not self._by_parameter:
+                raise KeyError(f"{name!r}: no backward pass through an extended model has ended in this context yet")
+            raise KeyError(f"{name!r}: the last backward pass reached {', '.join(self)}")
+        return self._by_parameter[key]
+
+    def __getitem__(self, name: str) -> ParameterResults:
+        return ParameterResults(*self._entry(name))
+
+    def __contains__(self, name: object) -> bool:
+        return self._names.get(name) in self._by_parameter  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._by_parameter.values())
+
+    def __len__(self) -> int:
+        return len(self._by_parameter)
+
+    def keys(self) -> list[str]:
+        """Names of the parameters that have results."""
+        return list(self)
+
+    def items(self) -> Iterator[tuple[str, ParameterResults]]:
+        """Names and results."""
+        return ((name, self[name]) for name in self)
+
+    def __getattr__(self, field: str) -> Any:
+        if field.startswith("_"):
+            raise AttributeError(field)
+        for quantity in self._quantities:
+            if quantity.savefield == field:
+                if not self._by_parameter:
+                    raise AttributeError(f"no {field!r} yet: no backward pass through an extended model has ended in this context")
+                return quantity.whole({name: values[field] for name, values in self._by_parameter.values() if field in values})
+        raise AttributeError(f"no {field!r}: the context asked for {', '.join(q.savefield for q in self._quantities) or 'nothing'}")
+
+
+class backpack:  # noqa: N801 - the name that BackPACK's users type
+    """Context in which backward passes through extended models emit quantities.
+
+    Example:
+        >>> with backpack(Variance()) as results:
+        ...     loss_fn(model(x), y).backward()
+        >>> results["0.weight"].variance, model[0].weight.variance
+
+    A result is from the last backward pass that ran in a context which asked for it. Each such pass first
+    forgets the context's savefields on all parameters of the model, so that a parameter which the pass did
+    not reach has none, and no older value is mistaken for a new one. A pass that fails changes nothing.
+    """
+
+    def __init__(
+        self,
+        *extensions: Quantity,
+        extension_hook: Callable[[nn.Module], Any] | None = None,
+        debug: bool = False,
+        retain_graph: bool = False,
+        scale: str | float = "loss",
+    ) -> None:
+        """Say what is wanted.
+
+        Args:
+            *extensions: quantities, as instances.
+            extension_hook: called with a module when all results of its own parameters are attached,
+                during the backward pass; may delete them to save memory.
+            debug: accepted for code written for BackPACK; `px.explain` shows more.
+            retain_graph: accepted for code written for BackPACK; `backward(retain_graph=True)` suffices.
+            scale: "loss": individual gradients are those of the loss as written, so that they sum to
+                `.grad` (with a mean over N samples each carries 1/N). "sample": those of the samples' own
+                losses l_n, defined by loss = mean of l_n or sum of l_n, according to the reduction of
+                the extended loss module. A number: individual gradients of the loss as written times
+                that number (N for a mean that packext cannot see; 1/k to undo a loss scale k).
+
+        Raises:
+            ValueError: for a class in place of an instance, or an unknown scale.
+        """
+        for extension in extensions:
+            if isinstance(extension, type):
+                raise ValueError(f"backpack expects instances, got the class {extension.__name__}: write {extension.__name__}().")
+            if not isinstance(extension, Quantity):
+                raise ValueError(f"backpack expects quantities such as BatchGrad(), got {extension!r}.")
+        fields = [e.savefield for e in extensions]
+        for field in fields:
+            if fields.count(field) > 1:
+                raise ValueError(f"two quantities write {field!r}: use one, or one context each.")
+        if not (scale in ("loss", "sample") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
+            raise ValueError(f'scale must be "loss", "sample" or a number, got {scale!r}.')
+        self.extensions = extensions
+        self.extension_hook = extension_hook
+        self.scale = scale
+        self.results = Results(extensions)
+        self._passes = 0
+        self._inner = 0
+
+    def __enter__(self) -> Results:
+        _flight.CONTEXTS.append(self)
+        return self.results
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        _flight.CONTEXTS.remove(self)
+        if _flight.CONTEXTS:
+            _flight.CONTEXTS[-1]._inner += self._passes + self._inner
+        _flight.drop()
+        if kind is None and self.extensions and not (self._passes or self._inner):
+            asked = ", ".join(type(e).__name__ for e in self.extensions)
+            raise NotExtendedError(
+                f"{asked} asked for, but no backward pass through an extended model ended in this context. "
+                "Call model = px.extend(model) before the forward pass, and backward() inside the context."
+            )
+
+    def _active(self) -> bool:
+        return bool(self.extensions) and not LOCAL.disabled
+
+    # -- called by the pass in flight --------------------------------------------------------------
+    def _factor(self, flight: _flight.Pass, record_n: int, sample: bool = False) -> float:
+        if not sample and self.scale == "loss":
+            return 1.0
+        if isinstance(self.scale, (int, float)):
+            return float(self.scale)
+        factors: dict[str, float] = {}
+        for name, reduction, weights in flight.losses:
+            if weights is not None:
+                low, high = float(weights.min()), float(weights.max())
+                if low != high or low == 0:
+                    raise PackextError(
+                        f"The extended {name} with reduction='none' is weighted unevenly over its entries (from {low:.4g} "
+                        f"to {high:.4g}), so that the scale of a sample is not defined. Pass scale=<number> to backpack."
+                    )
+                factors[name] = 1.0 / low
+            else:
+                factors[name] = float(record_n) if reduction in ("mean", "batchmean") else 1.0
+        if not factors:
+            raise NotExtendedError(
+                "The scale of a sample's own loss is not known: the loss is not extended. Use "
+                "loss_fn = px.extend(nn.CrossEntropyLoss()) or pass scale=<number> to backpack (the batch size for a mean, 1 for a sum)."
+            )
+        if len(set(factors.values())) > 1:
+            raise PackextError(f"The losses scale samples differently: {factors}. Give them one reduction, or pass scale=<number>.")
+        return next(iter(factors.values()))
+
+    def _check(self, flight: _flight.Pass, n: int) -> None:
+        """Everything that can be refused before any gradient is accumulated."""
+        self._factor(flight, n)
+        for extension in self.extensions:
+            extension.check(lambda: self._factor(flight, n, sample=True))
+
+    def _emit(self, flight: _flight.Pass, source: Source, use: Use, form: Factored, deliver: bool) -> Tensor | None:
+        n = form.n
+        statistics = Statistics(form)
+        ask = Ask(
+            statistics, source.name, source.tensor, n, self._factor(flight, n), self.scale,
+            lambda: self._factor(flight, n, sample=True),
+        )  # fmt: skip
+        wants = [w for e in self.extensions for w in e.wants(form)]
+        visitors = []
+        for extension in self.extensions:
+            visitor = extension.visitor(ask)
+            if visitor is not None:
+                visitors.append(visitor)
+        statistics.prepare(wants, visitors, deliver)
+        values = {e.savefield: value for e in self.extensions if (value := e.result(ask)) is not None}
+        flight.values[id(source.tensor)] = (source, values)
+        for e in self.extensions:
+            if e.deferred:
+                flight.asks.setdefault(id(e), {})[id(source.tensor)] = ask
+        if self.extension_hook is not None:
+            for field, value in values.items():
+                setattr(source.tensor, field, value)
+            self._hook(flight, source, values)
+        return statistics.known.get("total")
+
+    def _hook(self, flight: _flight.Pass, source: Source, values: dict[str, Any]) -> None:
+        if not flight.owners:
+            for record in flight.records:
+                root = record.root()
+                for module in root.modules() if root is not None else ():
+                    own = {id(p) for p in module._parameters.values() if p is not None and _will_arrive(p)}
+                    if own:
+                        flight.owners[id(module)] = (module, own)
+        for module, own in flight.owners.values():
+            if id(source.tensor) in own:
+                own.discard(id(source.tensor))
+                if not own and self.extension_hook is not None:
+                    self.extension_hook(module)
+        for field in list(values):
+            if not hasattr(source.tensor, field):
+                del values[field]
+
+    def _land(self, flight: _flight.Pass) -> None:
+        for extension in self.extensions:
+            if extension.deferred:
+                for key, value in extension.finish(flight.asks.get(id(extension), {})).items():
+                    flight.values[key][1][extension.savefield] = value
+        if not flight.values:
+            return
+        fields = [e.savefield for e in self.extensions]
+        for record in flight.records:
+            root = record.root()
+            for p in root.parameters() if root is not None else ():
+                for field in fields:
+                    p.__dict__.pop(field, None)
+        results = self.results
+        results._by_parameter = {key: (source.name, values) for key, (source, values) in flight.values.items()}
+        results._names = {source.name: key for key, (source, _) in flight.values.items()}
+        for record in flight.records:
+            results._names.update({name: id(p) for name, p in record.names.items()})
+        for source, values in flight.values.values():
+            for field, value in values.items():
+                setattr(source.tensor, field, value)
+        results._keep = [source.tensor for source, _ in flight.values.values()]
+        self._passes += 1
+
+
+def _will_arrive(parameter: Tensor) -> bool:
+    return any(torch._C._will_engine_execute_node(node) for node in live_nodes(parameter))
+
+
+@contextmanager
+def disable() -> Iterator[None]:
+    """Context in which extended models run untapped, and contexts are deaf."""
+    before, LOCAL.disabled = LOCAL.disabled, True
+    try:
+        yield
+    finally:
+        LOCAL.disabled = before
+
+
+disable.should_store_io = lambda: not LOCAL.disabled  # type: ignore[attr-defined]

@@ -1,0 +1,23 @@
+"""Exceptions, one per remedy. Every message names where, what, and the call that would help."""
+
+from __future__ import annotations
+
+
+class PackextError(RuntimeError):
+    """Base of every error that packext raises on purpose."""
+
+
+class NotExtendedError(PackextError):
+    """A context asked for quantities, but no extended model (or loss) took part."""
+
+
+class UnsupportedUseError(PackextError):
+    """A parameter is used in a way whose per-sample gradient packext cannot give."""
+
+
+class CoupledSamplesError(PackextError):
+    """Samples influence each other, or the batch axis is not where it was said to be."""
+
+
+class WrongRuleError(PackextError):
+    """The probe found that a rule disagrees with autograd: a defect of the rule."""

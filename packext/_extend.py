@@ -1,0 +1,143 @@
+"""`extend` and `unextend`: the hooks that start and stop the tracer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from packext._lineage import LOCAL, Tracer
+from packext._record import Record
+from packext._scale import LossMark, is_loss
+
+M = TypeVar("M", bound=nn.Module)
+
+#: How many structures of one model are remembered.
+PLANS = 64
+
+
+@dataclass
+class Shared:
+    """What the modules of one extended model share: its batch axis, and layouts found by the probe."""
+
+    batch_axis: int
+    plans: dict[Any, Any] = field(default_factory=dict)
+
+    def remember(self, key: Any, plan: Any) -> None:
+        """Keep a plan, dropping the oldest beyond `PLANS`."""
+        while len(self.plans) >= PLANS:
+            self.plans.pop(next(iter(self.plans)))
+        self.plans[key] = plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"batch_axis": self.batch_axis, "plans": {}}
+
+
+@dataclass
+class Extension:
+    """What `extend` leaves on a module: its path in the extended model, and what all of them share."""
+
+    path: str
+    shared: Shared
+
+    @property
+    def batch_axis(self) -> int:
+        """The axis of the samples in the model's inputs and outputs."""
+        return self.shared.batch_axis
+
+
+def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter: bool = False) -> M:
+    """Make a model or loss module report its per-sample quantities to `backpack`.
+
+    Args:
+        module: the model, or the loss module (which tells mean from sum). Changed in place: it gets
+            hooks on every submodule and nothing else; parameters, buffers and `state_dict` stay.
+        batch_axis: the axis of the samples in the model's inputs and outputs.
+        debug: accepted for code written for BackPACK; has no effect.
+        use_converter: accepted for code written for BackPACK; no conversion is needed here.
+
+    Returns:
+        The same module.
+
+    Raises:
+        TypeError: if `module` is not an `nn.Module`.
+    """
+    if not isinstance(module, nn.Module):
+        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise TypeError(f"extend expects an nn.Module instance, got {what}. Functions need no extend.")
+    if isinstance(batch_axis, bool) or not isinstance(batch_axis, int) or batch_axis < 0:
+        raise ValueError(f"batch_axis must be an int of 0 or more, got {batch_axis!r}.")
+    unextend(module)
+    shared = Shared(batch_axis)
+    for path, m in module.named_modules():
+        m.__dict__["_packext"] = Extension(path, shared)
+        m.register_forward_pre_hook(_before, with_kwargs=True)
+        m.register_forward_hook(_after, with_kwargs=True, always_call=True)
+    return module
+
+
+def unextend(module: M) -> M:
+    """Take back what `extend` did. Quantities already computed stay where they are.
+
+    Args:
+        module: a model or loss module; need not be extended.
+
+    Returns:
+        The same module.
+    """
+    for m in module.modules():
+        m.__dict__.pop("_packext", None)
+        for hooks, ours in ((m._forward_pre_hooks, _before), (m._forward_hooks, _after)):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                for extra in (m._forward_pre_hooks_with_kwargs, m._forward_hooks_with_kwargs, m._forward_hooks_always_called):
+                    extra.pop(key, None)
+    return module
+
+
+def is_extended(module: nn.Module) -> bool:
+    """Whether `module` is, or is part of, an extended model or loss."""
+    return "_packext" in module.__dict__
+
+
+def _out_of_reach() -> bool:
+    """Whether something else has taken over differentiation, so that taps would be in its way."""
+    return (
+        LOCAL.disabled
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
+
+
+def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
+    tracer = LOCAL.tracer
+    extension: Extension = module.__dict__["_packext"]
+    if tracer is None:
+        if not torch.is_grad_enabled() or is_loss(module) or _out_of_reach():
+            return
+        tracer = Tracer(Record(module, extension))
+        tracer.push(module, extension.path)
+        tracer.begin(args, kwargs)
+        LOCAL.tracer = tracer
+        tracer.__enter__()
+        return
+    tracer.push(module, extension.path)
+
+
+def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    tracer = LOCAL.tracer
+    replaced = None
+    if tracer is not None and tracer.stack and tracer.stack[-1] is module:
+        tracer.stack.pop()
+        if not tracer.stack:
+            LOCAL.tracer = None
+            tracer.__exit__(None, None, None)
+            replaced = tracer.finish(output)
+    if is_loss(module) and isinstance(output, Tensor) and output.requires_grad and not _out_of_reach():
+        replaced = LossMark.mark(module, output)
+    return replaced

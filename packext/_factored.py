@@ -1,0 +1,493 @@
+"""The forms that a per-sample gradient takes, and the questions that can be put to it.
+
+A per-sample gradient of one tensor is `[N, *shape]`. It is held in factors and formed only
+tile by tile. The forms are a closed handful:
+
+    Outer   sum over S of g aᵀ, with a [N, G, S, I] and g [N, G, O, S]      linear, convolution, ...
+    Lookup  rows of a table, addressed by indices [N, S] with g [N, S, E]   embedding
+    Dense   the rows themselves [N, *shape]                                 bias, norm, elementwise
+    Pulled  a form of a value made of parameters, pulled back to one        weight norm, merged weights
+    Masked  anything else: the vjp of the call, cotangent masked to one sample at a time
+    Sum     several uses of the same parameter
+
+Axis letters: N samples, G groups, S shared positions, I features in, O features out, P entries.
+Every form answers `rows(lo, hi)`; the other questions have a default through tiles of rows (see
+`_statistics`) and are answered by a form itself only where its factors make that cheaper.
+All arithmetic happens in `acc`: float32, or float64 where the inputs are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+#: Entries of a tile of rows. A tile and its accumulators should stay in the cache of one core.
+TILE = 1 << 18
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32 or better: what squares and sums are accumulated in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Factored:
+    """Per-sample gradient of one tensor: `n` samples, each of `shape`."""
+
+    n: int
+    shape: torch.Size
+    acc: torch.dtype
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        """Entries of one row."""
+        return math.prod(self.shape)
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        """Individual gradients `[hi - lo, *shape]` of samples `lo` to `hi`."""
+        raise NotImplementedError
+
+    def select(self, index: Tensor) -> Tensor:
+        """Individual gradients `[len(index), *shape]` of the samples in `index`."""
+        picked = [self.rows(i, i + 1) for i in index.tolist()]
+        return torch.cat(picked) if picked else self.rows(0, 0)
+
+    def tile(self) -> int:
+        """How many samples make one tile."""
+        return max(1, min(self.n, TILE // max(1, self.numel)))
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """The bounds of all tiles."""
+        step = self.tile()
+        return [(lo, min(self.n, lo + step)) for lo in range(0, self.n, step)]
+
+    # Questions that a form may answer from its factors; None: ask the tiles.
+    def weighted(self, weight: Tensor | None) -> Tensor | None:
+        """`sum over n of weight_n row_n`, `[*shape]`; no weight means ones."""
+        return None
+
+    def sq_norms(self) -> Tensor | None:
+        """Squared norms of the rows, `[N]`."""
+        return None
+
+    def second_moment(self) -> Tensor | None:
+        """Sum over n of the squared rows, `[*shape]`."""
+        return None
+
+    def scatter(self) -> Tensor | None:
+        """Sum over n of the squared deviations from the mean row, `[*shape]`."""
+        return None
+
+    def gram(self) -> Tensor | None:
+        """Inner products of the rows, `[N, N]`."""
+        return None
+
+    def dots(self, direction: Tensor) -> Tensor | None:
+        """Inner products of the rows with `direction`, `[N]`."""
+        return None
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
+        """Rows seen as matrices `[shape[0], rest]`, times `left` `[r, shape[0]]` and `right` `[q, rest]`."""
+        return None
+
+    def bytes_held(self) -> int:
+        """Memory that the factors keep alive."""
+        raise NotImplementedError
+
+
+class Dense(Factored):
+    """The rows themselves, `[N, *shape]`; for tensors whose rows are no larger than activations."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """Take `rows` `[N, *shape]`."""
+        self.r = rows.to(accumulation_dtype(rows.dtype))
+        self.n, self.shape = rows.shape[0], rows.shape[1:]
+        self.acc, self.device = self.r.dtype, rows.device
+
+    @property
+    def flat(self) -> Tensor:
+        """The rows as `[N, P]`."""
+        return self.r.reshape(self.n, self.numel)
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        return self.r[lo:hi]
+
+    def select(self, index: Tensor) -> Tensor:
+        return self.r[index]
+
+    def weighted(self, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return self.r.sum(0)
+        return (weight @ self.flat).reshape(self.shape)
+
+    def sq_norms(self) -> Tensor:
+        return self.flat.square().sum(1)
+
+    def second_moment(self) -> Tensor:
+        return self.r.square().sum(0)
+
+    def scatter(self) -> Tensor:
+        return (self.r - self.r.mean(0)).square().sum(0)
+
+    def gram(self) -> Tensor:
+        return self.flat @ self.flat.T
+
+    def dots(self, direction: Tensor) -> Tensor:
+        return self.flat @ direction.reshape(-1)
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor:
+        return two_sided(self.r, left, right)
+
+    def bytes_held(self) -> int:
+        return self.r.numel() * self.r.element_size()
+
+
+class Patches:
+    """What multiplied a convolution's weight, `[N, G, S, I]`, unfolded only for the samples asked for."""
+
+    def __init__(self, n: int, groups: int, positions: int, features: int, take: Callable[[int, int], Tensor], source: Tensor) -> None:
+        """Take the sizes N, G, S, I, the function that unfolds samples lo to hi, and what it reads."""
+        self.shape = (n, groups, positions, features)
+        self.take, self.source = take, source
+
+    def __getitem__(self, where: slice) -> Tensor:
+        """Unfold samples `where.start` to `where.stop`."""
+        return self.take(where.start, where.stop)
+
+
+class Outer(Factored):
+    """`sum over S of g aᵀ`, `[G O, I]` per sample, reshaped to the parameter."""
+
+    def __init__(
+        self,
+        a: Tensor | Patches,
+        g: Tensor,
+        shape: Sequence[int],
+        weighted: Callable[[Tensor | None], Tensor] | None = None,
+    ) -> None:
+        """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
+
+        Args:
+            a: `[N, G, S, I]`, what multiplied the parameter.
+            g: `[N, G, O, S]`, gradient at the output of the use.
+            shape: of the parameter, `G O I` entries in this order.
+            weighted: `weight [N] or None -> sum over n of weight_n row_n`.
+        """
+        self.a, self.g = a, g
+        self.n, self.groups, self.s, self.i = a.shape
+        self.o = g.shape[2]
+        self.shape = torch.Size(shape)
+        source = a.source if isinstance(a, Patches) else a
+        self.acc = accumulation_dtype(torch.promote_types(source.dtype, g.dtype))
+        self.device = g.device
+        self._weighted = weighted
+
+    def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """The factors of samples lo to hi, in the accumulation dtype."""
+        return self.a[lo:hi].to(self.acc), self.g[lo:hi].to(self.acc)
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        a, g = self.pair(lo, hi)
+        return torch.matmul(g, a).reshape(hi - lo, *self.shape)
+
+    def select(self, index: Tensor) -> Tensor:
+        if isinstance(self.a, Patches):
+            return super().select(index)
+        return torch.matmul(self.g[index].to(self.acc), self.a[index].to(self.acc)).reshape(len(index), *self.shape)
+
+    def weighted(self, weight: Tensor | None) -> Tensor | None:
+        if self._weighted is not None:
+            return self._weighted(weight).to(self.acc)
+        if isinstance(self.a, Patches):
+            return None
+        a, g = self.pair(0, self.n)
+        if weight is not None:
+            g = g * weight[:, None, None, None]
+        return torch.einsum("ngos,ngsi->goi", g, a).reshape(self.shape)
+
+    def gram_is_cheaper(self) -> bool:
+        """Whether norms by `(a aᵀ)(g gᵀ)` beat forming the rows (which yields the sum of them as well)."""
+        return not isinstance(self.a, Patches) and self.s * (self.i + self.o) < self.i * self.o
+
+    def sq_norms(self) -> Tensor | None:
+        if not self.gram_is_cheaper():
+            return None
+        a, g = self.pair(0, self.n)
+        if self.s == 1:
+            return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
+        return (torch.matmul(a, a.mT) * torch.matmul(g.mT, g)).sum((1, 2, 3))
+
+    def second_moment(self) -> Tensor | None:
+        if self.s != 1:
+            return None
+        a, g = self.pair(0, self.n)
+        return torch.einsum("ngos,ngsi->goi", g.square(), a.square()).reshape(self.shape)
+
+    def scatter(self) -> Tensor | None:
+        """Squared deviations from products of the centred factors, without cancellation.
+
+        With b = g - mean g, c = a - mean a, the deviation of a row from (mean g)(mean a)ᵀ is
+        d_n = b_n (mean a)ᵀ + g_n c_nᵀ, all small where the rows are nearly equal, so that
+        `sum d² - N (mean d)²` is sound. Where a and g vary and their product hardly does, that
+        difference cancels all the same: those entries are recognised by it and formed exactly.
+        """
+        if self.s != 1 or self.n == 1:
+            return None
+        a, g = self.pair(0, self.n)
+        a, g = a[:, :, 0], g[..., 0]  # [N, G, I], [N, G, O]
+        mean_a, mean_g = a.mean(0), g.mean(0)
+        c, b = a - mean_a, g - mean_g
+        spread = torch.einsum("ngo,ngi->goi", g.square(), c.square())
+        spread = spread + 2 * torch.einsum("ngo,ngi->goi", b * g, c) * mean_a[:, None, :]
+        spread = spread + (b.square().sum(0)[:, :, None] * mean_a.square()[:, None, :])
+        mean_d = torch.einsum("ngo,ngi->goi", g, c) / self.n
+        result = spread - self.n * mean_d.square()
+        doubtful = (result <= 1e-3 * spread) & (spread > 0)
+        where = doubtful.nonzero()
+        if len(where) * 4 > doubtful.numel():
+            return None
+        if len(where):
+            at_g, at_o, at_i = where.unbind(1)
+            exact = torch.empty(len(where), dtype=self.acc, device=self.device)
+            parts = []
+            step = max(1, TILE // self.n)
+            for lo in range(0, len(where), step):
+                hi = lo + step
+                rows = g[:, at_g[lo:hi], at_o[lo:hi]] * a[:, at_g[lo:hi], at_i[lo:hi]]
+                parts.append((rows - rows.mean(0)).square().sum(0))
+            exact = torch.cat(parts)
+            result = result.index_put((at_g, at_o, at_i), exact)
+        return result.clamp(min=0).reshape(self.shape)
+
+    def gram(self) -> Tensor | None:
+        if self.s == 1:
+            a, g = self.pair(0, self.n)
+            a, g = a[:, :, 0].transpose(0, 1), g[..., 0].transpose(0, 1)
+            return (torch.matmul(a, a.mT) * torch.matmul(g, g.mT)).sum(0)
+        return None
+
+    def dots(self, direction: Tensor) -> Tensor | None:
+        if isinstance(self.a, Patches):
+            return None
+        a, g = self.pair(0, self.n)
+        d = direction.reshape(self.groups, self.o, self.i).to(self.acc)
+        return (torch.matmul(d, a.mT) * g).sum((1, 2, 3))
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
+        if right is None or right.shape[1] != self.i or left.shape[1] != self.groups * self.o:
+            return None
+        left_by_group = left.reshape(left.shape[0], self.groups, self.o).transpose(0, 1)
+        out = []
+        for lo, hi in self.tiles():
+            a, g = self.pair(lo, hi)
+            out.append(torch.matmul(torch.matmul(left_by_group, g), torch.matmul(a, right.T)).sum(1))
+        return torch.cat(out)
+
+    def tile(self) -> int:
+        unfolded = self.groups * self.s * self.i if isinstance(self.a, Patches) else 0
+        return max(1, min(self.n, TILE // max(1, self.numel), 4 * TILE // max(1, unfolded)))
+
+    def bytes_held(self) -> int:
+        source = self.a.source if isinstance(self.a, Patches) else self.a
+        return source.numel() * source.element_size() + self.g.numel() * self.g.element_size()
+
+
+class Lookup(Factored):
+    """Rows of a table: `row_n[id] = sum over s with index[n, s] = id of g[n, s]`."""
+
+    def __init__(self, index: Tensor, g: Tensor, shape: Sequence[int]) -> None:
+        """Take indices `[N, S]` (negative: no gradient), g `[N, S, E]` and the table's shape `[V, E]`."""
+        self.index, self.g = index, g
+        self.n, self.s = index.shape
+        self.shape = torch.Size(shape)
+        self.acc, self.device = accumulation_dtype(g.dtype), g.device
+        self._grouped: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _scatter(self, index: Tensor, g: Tensor) -> Tensor:
+        """Dense rows `[c, V, E]` of indices `[c, S]`."""
+        c, (v, e) = len(index), self.shape
+        keep = index >= 0
+        flat = (index + v * torch.arange(c, device=self.device)[:, None])[keep]
+        out = torch.zeros(c * v, e, dtype=self.acc, device=self.device)
+        return out.index_add(0, flat, g[keep].to(self.acc)).reshape(c, v, e)
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        return self._scatter(self.index[lo:hi], self.g[lo:hi])
+
+    def select(self, index: Tensor) -> Tensor:
+        return self._scatter(self.index[index], self.g[index])
+
+    def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample `[U]`, id `[U]` and gradient `[U, E]` of each distinct (sample, id)."""
+        if self._grouped is None:
+            keep = self.index >= 0
+            sample = torch.arange(self.n, device=self.device)[:, None].expand_as(self.index)[keep]
+            key = sample * self.shape[0] + self.index[keep]
+            unique, inverse = key.unique(return_inverse=True)
+            z = torch.zeros(len(unique), self.shape[1], dtype=self.acc, device=self.device)
+            z = z.index_add(0, inverse, self.g[keep].to(self.acc))
+            self._grouped = unique // self.shape[0], unique % self.shape[0], z
+        return self._grouped
+
+    def _over_ids(self, values: Tensor) -> Tensor:
+        out = torch.zeros(*self.shape, dtype=self.acc, device=self.device)
+        return out.index_add(0, self.grouped()[1], values)
+
+    def _over_samples(self, values: Tensor) -> Tensor:
+        out = torch.zeros(self.n, dtype=self.acc, device=self.device)
+        return out.index_add(0, self.grouped()[0], values)
+
+    def weighted(self, weight: Tensor | None) -> Tensor:
+        sample, _, z = self.grouped()
+        return self._over_ids(z if weight is None else z * weight[sample, None])
+
+    def sq_norms(self) -> Tensor:
+        return self._over_samples(self.grouped()[2].square().sum(1))
+
+    def second_moment(self) -> Tensor:
+        return self._over_ids(self.grouped()[2].square())
+
+    def scatter(self) -> Tensor:
+        """Deviations of the rows that are there, and those of the zeros that are not."""
+        sample, ids, z = self.grouped()
+        mean = self._over_ids(z) / self.n
+        present = torch.zeros(self.shape[0], dtype=self.acc, device=self.device)
+        present = present.index_add(0, ids, torch.ones_like(ids, dtype=self.acc))
+        return self._over_ids((z - mean[ids]).square()) + (self.n - present)[:, None] * mean.square()
+
+    def gram(self) -> Tensor:
+        sample, ids, z = self.grouped()
+        used, column = ids.unique(return_inverse=True)
+        out = torch.zeros(self.n, self.n, dtype=self.acc, device=self.device)
+        step = max(1, 8 * TILE // max(1, self.n * len(used)))
+        for lo in range(0, self.shape[1], step):
+            part = z[:, lo : lo + step]
+            dense = torch.zeros(self.n * len(used), part.shape[1], dtype=self.acc, device=self.device)
+            dense = dense.index_add(0, sample * len(used) + column, part).reshape(self.n, -1)
+            out = out + dense @ dense.T
+        return out
+
+    def dots(self, direction: Tensor) -> Tensor:
+        _, ids, z = self.grouped()
+        return self._over_samples((z * direction.reshape(self.shape)[ids]).sum(1))
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
+        if right is None:
+            return None
+        sample, ids, z = self.grouped()
+        pairs = left.T[ids][:, :, None] * (z @ right.T)[:, None, :]
+        out = torch.zeros(self.n, *pairs.shape[1:], dtype=self.acc, device=self.device)
+        return out.index_add(0, sample, pairs)
+
+    def bytes_held(self) -> int:
+        return self.g.numel() * self.g.element_size() + self.index.numel() * self.index.element_size()
+
+
+class Masked(Factored):
+    """Rows by the vjp of the call itself, with the cotangent of one sample at a time."""
+
+    def __init__(self, n: int, like: Tensor, vjp: Callable[[int], Tensor], held: int) -> None:
+        """Take the number of samples, the tensor, `vjp(n) -> row n`, and the bytes it keeps alive."""
+        self.n, self.shape = n, like.shape
+        self.acc, self.device = accumulation_dtype(like.dtype), like.device
+        self._vjp, self._held = vjp, held
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        if lo == hi:
+            return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
+        return torch.stack([self._vjp(i).to(self.acc) for i in range(lo, hi)])
+
+    def bytes_held(self) -> int:
+        return self._held
+
+
+class Pulled(Factored):
+    """A form of a value `u` made of parameters alone, pulled back to one of them."""
+
+    def __init__(self, inner: Factored, like: Tensor, pull: Callable[[Tensor], Tensor]) -> None:
+        """Take the form of u, the parameter, and `pull: [c, *u.shape] -> [c, *shape]`."""
+        self.inner, self.pull = inner, pull
+        self.n, self.shape = inner.n, like.shape
+        self.acc, self.device = inner.acc, inner.device
+
+    def tile(self) -> int:
+        return max(1, min(super().tile(), self.inner.tile()))
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        if lo == hi:
+            return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
+        return self.pull(self.inner.rows(lo, hi)).to(self.acc)
+
+    def weighted(self, weight: Tensor | None) -> Tensor | None:
+        total = self.inner.weighted(weight)
+        return None if total is None else self.pull(total[None])[0].to(self.acc)
+
+    def bytes_held(self) -> int:
+        return self.inner.bytes_held()
+
+
+class Sum(Factored):
+    """Several uses of one parameter: the row of a sample is the sum of its rows."""
+
+    def __init__(self, parts: Sequence[Factored]) -> None:
+        """Take the forms of all uses."""
+        self.parts = list(parts)
+        first = self.parts[0]
+        self.n, self.shape, self.device = first.n, first.shape, first.device
+        self.acc = first.acc
+        for part in self.parts[1:]:
+            self.acc = torch.promote_types(self.acc, part.acc)
+
+    def tile(self) -> int:
+        return min(part.tile() for part in self.parts)
+
+    def _total(self, values: Sequence[Tensor | None]) -> Tensor | None:
+        out = values[0]
+        for value in values[1:]:
+            out = None if out is None or value is None else out + value
+        return out
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        out = self.parts[0].rows(lo, hi).to(self.acc)
+        for part in self.parts[1:]:
+            out = out + part.rows(lo, hi)
+        return out
+
+    def weighted(self, weight: Tensor | None) -> Tensor | None:
+        return self._total([part.weighted(weight) for part in self.parts])
+
+    def dots(self, direction: Tensor) -> Tensor | None:
+        return self._total([part.dots(direction) for part in self.parts])
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
+        return self._total([part.project(left, right) for part in self.parts])
+
+    def bytes_held(self) -> int:
+        return sum(part.bytes_held() for part in self.parts)
+
+
+def two_sided(rows: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+    """Rows `[c, *shape]` as matrices `[c, shape[0], rest]`, times `left` and `right`ᵀ."""
+    c = rows.shape[0]
+    if right is None:
+        return rows.reshape(c, left.shape[1]) @ left.T
+    return left @ rows.reshape(c, left.shape[1], right.shape[1]) @ right.T
+
+
+def merge(parts: Sequence[Factored]) -> Factored:
+    """One form for all uses of a parameter; forms of a kind are joined along S."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(p, Dense) for p in parts):
+        return Dense(sum(p.r for p in parts[1:]) + parts[0].r)  # type: ignore[union-attr]
+    if all(isinstance(p, Lookup) for p in parts):
+        return Lookup(torch.cat([p.index for p in parts], 1), torch.cat([p.g for p in parts], 1), parts[0].shape)  # type: ignore[union-attr]
+    if all(isinstance(p, Outer) and isinstance(p.a, Tensor) for p in parts):
+        outers: list[Outer] = list(parts)  # type: ignore[arg-type]
+        if len({(p.groups, p.i, p.o) for p in outers}) == 1:
+            a = torch.cat([p.a for p in outers], 2)  # type: ignore[misc]
+            return Outer(a, torch.cat([p.g for p in outers], 3), outers[0].shape)
+    return Sum(parts)

@@ -1,0 +1,316 @@
+"""Watches the forward pass: which tensors come from the data, which from parameters alone, and where they meet.
+
+While an extended model runs, every torch function passes through the tracer. One that receives
+parameters (or values made of parameters alone) together with data is a use, and gets a tap. One that
+receives parameters alone makes a value that is followed on until it meets data. Shapes decide nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from packext import rules
+from packext._errors import UnsupportedUseError
+from packext._record import Record, tensors_in
+from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule
+from packext._use import Rule, Source, Use
+
+#: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
+#: value that it is an expanded view of.
+_MARK = "_packext_lineage"
+
+
+class _Local(threading.local):
+    tracer: Tracer | None = None
+    disabled: bool = False
+
+
+LOCAL = _Local()
+
+
+class Tracer(TorchFunctionMode):
+    """The function mode of one forward pass; also what rules place their taps with."""
+
+    def __init__(self, record: Record) -> None:
+        """Watch the forward pass that `record` describes."""
+        super().__init__()
+        self.record = record
+        self.stack: list[nn.Module] = []
+        self.table: dict[int, tuple[Source, Tensor]] = {}
+        self._marked_inputs: list[Tensor] = []
+
+    # -- modules ---------------------------------------------------------------------------------
+    def push(self, module: nn.Module, path: str) -> None:
+        """A module starts to run: learn the parameters it holds at this moment."""
+        self.stack.append(module)
+        self._register(module, path)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            self.record.batch_statistics.append(self.where())
+
+    def _register(self, module: nn.Module, path: str) -> None:
+        for name, p in module._parameters.items():
+            if p is None or not isinstance(p, Tensor) or not p.requires_grad:
+                continue
+            full = f"{path}.{name}" if path else name
+            self.record.names[full] = p
+            if id(p) not in self.table:
+                self.table[id(p)] = (Source(p, full), p)
+
+    def _learn(self, t: Tensor) -> bool:
+        """Whether a parameter that was not there when its module started belongs to a module that runs."""
+        for module in reversed(self.stack):
+            if any(p is t for p in module._parameters.values()):
+                self._register(module, module.__dict__["_packext"].path)
+                return True
+        return False
+
+    def where(self) -> str:
+        """Path and class of the module that runs."""
+        module = self.stack[-1]
+        path = module.__dict__["_packext"].path if "_packext" in module.__dict__ else ""
+        return f"{path or '(the model itself)'} [{type(module).__name__}]"
+
+    # -- lineage ---------------------------------------------------------------------------------
+    def sources(self, t: Tensor) -> tuple[Source, ...]:
+        """The parameters that `t` is made of alone, or nothing."""
+        entry = self.table.get(id(t))
+        if entry is not None:
+            return (entry[0],)
+        if type(t) is nn.Parameter and t.requires_grad and self._learn(t):
+            return (self.table[id(t)][0],)
+        mark = getattr(t, _MARK, None)
+        if mark is None or mark[0] != self.record.token or not mark[1]:
+            return ()
+        return mark[1]
+
+    def is_data(self, t: Tensor) -> bool:
+        """Whether `t` was computed from the model's inputs."""
+        mark = getattr(t, _MARK, None)
+        return mark is not None and mark[0] == self.record.token and mark[1] is None
+
+    def mark_input(self, t: Tensor) -> None:
+        """An input of the model."""
+        setattr(t, _MARK, (self.record.token, None, None))
+        self._marked_inputs.append(t)
+
+    def mark_data(self, t: Tensor) -> None:
+        """A tensor that a handler computed from data itself."""
+        setattr(t, _MARK, (self.record.token, None, None))
+
+    def _mark(self, out: Any, payload: tuple[Source, ...] | None, base: Tensor | None = None) -> None:
+        for t in _shallow(out):
+            if id(t) in self.table:
+                continue
+            if payload is not None and not t.requires_grad:
+                continue
+            setattr(t, _MARK, (self.record.token, payload, base))
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        sources: tuple[Source, ...] = ()
+        data = False
+        for t in _arguments(args, kwargs):
+            found = self.sources(t)
+            if found:
+                sources += found
+            elif not data:
+                data = self.is_data(t)
+        if not sources:
+            out = func(*args, **kwargs)
+            if data:
+                self._mark(out, None)
+                if mutates(func):
+                    self._mark(args[0], None)
+            return out
+        if not data:
+            out = func(*args, **kwargs)
+            if mutates(func):
+                self._mark(args[0], tuple(dict.fromkeys(sources)))
+            base = args[0] if func in _EXPANDS and isinstance(args[0], Tensor) else None
+            self._mark(out, tuple(dict.fromkeys(sources)), base)
+            return out
+        handler = rules.HANDLERS.get(func)
+        if func not in rules.REFUSED and (not torch.is_grad_enabled() or func in rules.GRADIENT_FREE):
+            out = func(*args, **kwargs)
+            self._mark(out, None)
+            return out
+        out = handler(self, func, args, kwargs) if handler else NotImplemented
+        if out is NotImplemented and is_composite(func):
+            with self:
+                return transparent(func)(*args, **kwargs)
+        if out is NotImplemented:
+            out = rules.generic(self, func, args, kwargs)
+        self._mark(out, None)
+        if mutates(func):
+            self._mark(args[0], None)
+        return out
+
+    # -- taps ------------------------------------------------------------------------------------
+    def use(self, rule: Rule, func: Callable[..., Any], tensors: dict[str, Tensor], consts: dict[str, Any]) -> Use:
+        """A use whose parameters are found among `tensors`."""
+        sources = {k: s for k, t in tensors.items() if t.requires_grad and (s := self.sources(t))}
+        shapes = {k: tuple(t.shape) for k, t in tensors.items()}
+        return Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self.record)
+
+    def owned(self, rule: OwnedRule, func: Callable[..., Any], tensors: dict[str, Tensor], consts: dict[str, Any]) -> Any:
+        """Run a call inside a tap; NotImplemented where the weight is not what is made of parameters."""
+        if self.sources(tensors["input"]) or not all(self.sources(t) or not t.requires_grad for k, t in tensors.items() if k != "input"):
+            return NotImplemented
+        x = tensors["input"]
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            tensors = {**tensors, "input": x.to(torch.get_autocast_dtype(x.device.type))}
+        use = self.use(rule, func, tensors, consts)
+        if not use.sources:
+            return rule.call(use, tensors)
+        y = Owned.apply(use, TARGET, *tensors.values())
+        self._placed(use, y.grad_fn, (y,))
+        return y
+
+    def observed(self, rule: Rule, func: Callable[..., Any], tensors: dict[str, Tensor], consts: dict[str, Any]) -> Any:
+        """Run a call, and put a tap on its outputs."""
+        use = self.use(rule, func, tensors, consts)
+        out = rule.call(use, tensors)
+        if not use.sources:
+            return out
+        flat = [out] if isinstance(out, Tensor) else list(out)
+        live = [i for i, y in enumerate(flat) if isinstance(y, Tensor) and y.requires_grad]
+        if not live:
+            return out
+        tapped = Observed.apply(use, len(live), TARGET, *(flat[i] for i in live), *tensors.values())
+        for i, y in zip(live, tapped, strict=True):
+            flat[i] = y
+        self._placed(use, tapped[0].grad_fn, tapped)
+        return flat[0] if isinstance(out, Tensor) else type(out)(flat) if type(out) in (list, tuple) else tuple(flat)
+
+    def argument(self, value: Tensor, shape: Any, dtype: torch.dtype, func: Callable[..., Any]) -> Tensor:
+        """A parameter-only value, tapped where it is broadcast to the data's `shape`."""
+        base = getattr(value, _MARK, (0, None, None))[2] if id(value) not in self.table else None
+        if base is not None and tuple(value.shape) == tuple(shape):
+            value = base
+        use = self.use(rules.ARGUMENT, func, {"value": value}, {})
+        if not use.sources:
+            return value
+        y = Argument.apply(use, TARGET, value, tuple(shape), dtype)
+        self._placed(use, y.grad_fn, (y,))
+        return y
+
+    def _placed(self, use: Use, node: Any, outputs: Any) -> None:
+        use.placed(node, outputs)
+        self.record.uses.append(use)
+
+    def refuse(self, func: Callable[..., Any], why: str, instead: str) -> UnsupportedUseError:
+        """An error that says where, what, and what to do."""
+        name = getattr(func, "__name__", str(func))
+        return UnsupportedUseError(f"{name} in module {self.where()}: {why}. {instead}")
+
+    # -- the two ends of the forward pass ----------------------------------------------------------
+    def begin(self, args: Any, kwargs: Any) -> None:
+        """Learn the parameters (some modules use those of modules that never run), mark the inputs, count the samples."""
+        for module in self.stack[0].modules():
+            if module._parameters and "_packext" in module.__dict__:
+                self._register(module, module.__dict__["_packext"].path)
+        axis = self.record.batch_axis
+        for t in tensors_in((args, kwargs)):
+            if id(t) in self.table:
+                continue
+            self.mark_input(t)
+            if not self.record.sized and t.dim() > axis:
+                self.record.n, self.record.sized = t.shape[axis], True
+
+    def finish(self, output: Any) -> Any:
+        """Put a gate on every output that carries a gradient."""
+        for t in self._marked_inputs:
+            if _MARK in t.__dict__:
+                delattr(t, _MARK)
+        if not self.record.uses and not self.table:
+            return output
+        record = self.record
+
+        def gate(y: Any) -> Any:
+            if not isinstance(y, Tensor) or not y.requires_grad or y.is_leaf:
+                return y
+            made_of = self.sources(y)
+            if made_of:
+                record.strays.append(made_of[0].name)
+            gated = Gate.apply(record, y, bool(made_of))
+            record.gates.append((weakref.ref(gated.grad_fn), y.shape, y.dtype, y.device))
+            return gated
+
+        return _map_tensors(gate, output)
+
+
+def _map_tensors(f: Callable[[Any], Any], output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return f(output)
+    leaves, spec = pytree.tree_flatten(output)
+    new = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__") and any(True for _ in tensors_in(leaf)):
+            clone = copy.copy(leaf)
+            for key, item in vars(leaf).items():
+                object.__setattr__(clone, key, _map_tensors(f, item))
+            leaf = clone
+        new.append(f(leaf))
+    return pytree.tree_unflatten(new, spec)
+
+
+def _shallow(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, (tuple, list)):
+        for item in out:
+            yield from _shallow(item)
+
+
+def _arguments(args: Any, kwargs: Any) -> Iterator[Tensor]:
+    for value in args:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _shallow(value)
+    if kwargs:
+        for value in kwargs.values():
+            yield from _shallow(value)
+
+
+@functools.cache
+def mutates(func: Any) -> bool:
+    """Whether `func` changes its first argument."""
+    return rules.writes_in_place(func, {})
+
+
+_EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to})
+
+
+def is_composite(func: Any) -> bool:
+    """Whether `func` is written in Python in torch's functional modules, from other torch functions."""
+    return isinstance(func, types.FunctionType) and func.__module__ in ("torch.nn.functional", "torch.functional")
+
+
+@functools.cache
+def transparent(func: types.FunctionType) -> types.FunctionType:
+    """`func` with its own dispatch to function modes switched off, so that its body is seen instead of it.
+
+    Called under an active mode, such functions hand themselves to the mode again, without end.
+    """
+    names = {k: _never for k in func.__globals__ if k.startswith("has_torch_function")}
+    body = types.FunctionType(
+        func.__code__, {**func.__globals__, **names}, func.__name__, func.__defaults__, func.__closure__
+    )
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
+
+
+def _never(*_: Any) -> bool:
+    return False

@@ -1,0 +1,235 @@
+"""Once per structure: does the pass keep samples apart, where do they sit, and are the rules right?
+
+A cotangent that is non-zero for some samples only is sent from the model's outputs through its graph.
+At every tap, rows of other samples that are not zero mean that samples influence each other, or that
+the batch axis was taken wrongly; the layouts that agree are kept. The second cotangent belongs to one
+sample alone, and what the rules make of it is compared with autograd's gradient of every parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
+from packext._layout import Layout, candidates
+from packext._use import TARGET, Use
+
+if TYPE_CHECKING:
+    from packext._record import Record
+
+#: Relative disagreement between a rule and autograd beyond which the model is refused.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
+
+
+class Probe:
+    """One cotangent on its way: collects what arrives at the taps."""
+
+    def __init__(self, n: int, members: Tensor, compare: int | None) -> None:
+        """Send a cotangent of the samples in `members` `[N]`; compare the rows of sample `compare`."""
+        self.n, self.members, self.compare = n, members, compare
+        self.visited: dict[int, Use] = {}
+        self.conflict: Use | None = None
+        self.found: dict[int, Tensor] = {}
+        self.size: dict[int, float] = {}
+        self.rules: dict[int, list[Use]] = {}
+
+    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
+        """A gradient arrives at a tap."""
+        if use.record.n != self.n:
+            raise CoupledSamplesError(
+                f"The gradient passes through two forwards of extended models with {self.n} and "
+                f"{use.record.n} samples ({use.describe()}). Give both the same batch, or run one backward each."
+            )
+        self.visited[id(use)] = use
+        if not use.options:
+            axis = use.record.batch_axis
+            use.options = [list(candidates(torch.Size(shape), self.n, axis)) for shape in use.outputs]
+        for i, g in enumerate(gs):
+            if g is None:
+                continue
+            members = self.members.to(g.device)
+            left = [layout for layout in use.options[i] if layout.agrees(g, members)]
+            if not left:
+                self.conflict = self.conflict or use
+                return
+            use.options[i] = left
+        if self.compare is not None and self.conflict is None:
+            settle(use)
+            for source, form in use.factors(saved, gs):
+                key = id(source.tensor)
+                row = form.rows(self.compare, self.compare + 1)[0].detach()
+                self.found[key] = self.found[key] + row if key in self.found else row
+                size = sum(float(g.abs().sum()) for g in gs if g is not None)
+                self.size[key] = self.size.get(key, 0.0) + size
+                self.rules.setdefault(key, []).append(use)
+
+
+def settle(use: Use) -> None:
+    """Take the likeliest of the layouts left."""
+    use.layouts = tuple(options[0] if options else None for options in use.options)
+
+
+def is_settled(use: Use) -> bool:
+    """Whether the probe left nothing open."""
+    return all(len(options) <= 1 for options in use.options)
+
+
+def probe(record: Record, send: Any) -> None:
+    """Find the layouts of `record`'s uses, or raise.
+
+    Args:
+        record: whose gates are about to be passed.
+        send: runs an inner pass: `send(probe, edges, cotangents, targets) -> gradients`.
+
+    Raises:
+        CoupledSamplesError: if samples influence each other.
+        WrongRuleError: if a rule disagrees with autograd.
+    """
+    key = record.structure()
+    plan = record.extension.shared.plans.get(key)
+    if plan is not None and _adopt(record, plan):
+        return
+    n = record.n
+    starts = _starts(record)
+    if not starts:
+        raise PackextError(
+            f"No output of the extended model has an axis of {n} entries (the batch, axis {record.batch_axis} of "
+            f"its first input), so that nothing tells its samples apart: outputs are {_shapes(record)}. Return the "
+            "outputs of the batch from forward (a loss computed inside may be returned beside them), or give "
+            "px.extend(model, batch_axis=...)."
+        )
+    generator = torch.Generator().manual_seed(20250101)
+    lone = int(torch.randint(n, (1,), generator=generator))
+    half = torch.randperm(n, generator=generator)[: max(1, n // 2)]
+    conflict: Use | None = None
+    for attempt in range(max(len(layouts) for _, layouts, _ in starts)):
+        chosen = [layouts[min(attempt, len(layouts) - 1)] for _, layouts, _ in starts]
+        for use in record.uses:
+            use.options, use.layouts = [], None
+        conflict = None
+        for samples, compare in ((half, None), (torch.tensor([lone]), lone)):
+            if compare is None and n == 1:
+                continue
+            members = torch.zeros(n, dtype=torch.bool)
+            members[samples] = True
+            run = Probe(n, members, compare)
+            cotangents = [_cotangent(meta, layout, members, generator) for (_, _, meta), layout in zip(starts, chosen, strict=True)]
+            edges = [edge for edge, _, _ in starts]
+            parameters = [] if compare is None else [s.tensor for s in record.parameters()]
+            grads = send(run, edges, cotangents, [TARGET, *parameters])
+            conflict = run.conflict
+            if conflict is not None:
+                for use in run.visited.values():
+                    use.options = []
+                break
+            if compare is not None:
+                _compare(run, record, dict(zip(map(id, parameters), grads[1:], strict=True)))
+        if conflict is None:
+            break
+    if conflict is not None:
+        raise _coupled(record, conflict)
+    for use in record.uses:
+        if use.layouts is None:
+            use.options = [list(candidates(torch.Size(shape), n, record.batch_axis)) for shape in use.outputs]
+            settle(use)
+    if all(is_settled(use) for use in record.uses):
+        record.extension.shared.remember(key, [use.layouts for use in record.uses])
+
+
+def _adopt(record: Record, plan: list[tuple[Layout | None, ...]]) -> bool:
+    for use, layouts in zip(record.uses, plan, strict=True):
+        use.layouts = tuple(
+            None if layout is None else Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
+            for layout in layouts
+        )
+        for layout, shape in zip(use.layouts, use.outputs, strict=True):
+            if layout is not None and layout.axis is not None and shape[layout.axis] % record.n:
+                return False
+    return True
+
+
+def _starts(record: Record) -> list[tuple[GradientEdge, list[Layout], tuple[Any, ...]]]:
+    starts = []
+    for ref, shape, dtype, device in record.gates:
+        node = ref()
+        if node is None or not torch._C._will_engine_execute_node(node):
+            continue
+        layouts = list(candidates(shape, record.n, record.batch_axis))
+        if layouts:
+            function, index = node.next_functions[0]
+            starts.append((GradientEdge(function, index), layouts, (shape, dtype, device)))
+    return starts
+
+
+def _cotangent(meta: tuple[Any, ...], layout: Layout, members: Tensor, generator: torch.Generator) -> Tensor:
+    shape, dtype, device = meta
+    values = torch.rand(shape, generator=generator) + 0.5
+    values = values * (torch.randint(2, shape, generator=generator) * 2 - 1)
+    return torch.where(layout.spread(members, values), values, 0.0).to(device=device, dtype=dtype)
+
+
+def _compare(run: Probe, record: Record, expected: dict[int, Tensor | None]) -> None:
+    names = {id(s.tensor): s.name for s in record.parameters()}
+    for key, name in names.items():
+        truth = expected[key]
+        if truth is None and key not in run.found:
+            continue
+        mine = run.found.get(key)
+        if truth is None:
+            truth = torch.zeros_like(mine) if mine is not None else None
+        if mine is None:
+            mine = torch.zeros_like(truth)
+        assert truth is not None
+        truth = truth.detach().to(mine.dtype)
+        if truth.layout != torch.strided:
+            truth = truth.to_dense()
+        finite = torch.isfinite(truth) & torch.isfinite(mine)
+        error = float(((truth - mine).abs() * finite).nan_to_num(0.0).max()) if truth.numel() else 0.0
+        lowest = min((torch.finfo(t).eps for t in (record_dtype(record, key), mine.dtype)), default=0.0)
+        lowest = max(torch.finfo(record_dtype(record, key)).eps, lowest)
+        relative = TOLERANCE.get(record_dtype(record, key), 0.1)
+        allowed = relative * float(truth.abs().nan_to_num(0.0, 0.0, 0.0).max()) if truth.numel() else 0.0
+        allowed += 100 * lowest * run.size.get(key, 0.0)
+        if error > allowed:
+            uses = "; ".join(u.describe() for u in run.rules.get(key, [])) or "no use of it was recognised"
+            raise WrongRuleError(
+                f"The gradient of one sample that packext finds for {name} differs from autograd's by {error:.3g} "
+                f"(allowed {allowed:.3g}): {uses}. A part of its path was not seen: parameters must enter through "
+                "torch functions called while the extended model runs, and random functions must not be part of a use."
+            )
+
+
+def record_dtype(record: Record, key: int) -> torch.dtype:
+    """The lowest precision among the outputs through which a parameter's gradient passed."""
+    dtypes = [meta[2] for meta in record.gates] + [s.tensor.dtype for s in record.parameters() if id(s.tensor) == key]
+    return max(dtypes, key=lambda d: torch.finfo(d).eps)
+
+
+def _shapes(record: Record) -> str:
+    return ", ".join(str(list(shape)) for _, shape, _, _ in record.gates) or "none that require grad"
+
+
+def _coupled(record: Record, use: Use) -> CoupledSamplesError:
+    root = record.root()
+    norms = [
+        f"{path or type(m).__name__} [{type(m).__name__}]"
+        for path, m in (root.named_modules() if root is not None else ())
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and (m.training or not m.track_running_stats)
+    ]
+    why = (
+        f"BatchNorm uses the statistics of the batch in {', '.join(norms)}. Call model.eval() (or .eval() on these), "
+        "or replace it by GroupNorm"
+        if norms
+        else "either the code computes something across the batch, or the samples are along another axis: then "
+        "call px.extend(model, batch_axis=...)"
+    )
+    return CoupledSamplesError(
+        f"Samples influence each other: a gradient that belongs to some of the {record.n} samples (axis "
+        f"{record.batch_axis} of the input) reaches entries of others, or of all, at {use.describe()}, output "
+        f"{[list(o) for o in use.outputs]}. Individual gradients are not defined then. Cause: {why}."
+    )

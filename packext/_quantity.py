@@ -1,0 +1,85 @@
+"""What a quantity is: a question put to the factored gradient of one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from packext._factored import Factored
+from packext._statistics import Statistics, Visitor
+
+
+@dataclass
+class Ask:
+    """One parameter in one backward pass, as a quantity sees it.
+
+    Attributes:
+        statistics: answers about the rows of the loss as written.
+        name: of the parameter.
+        parameter: itself.
+        n: number of samples.
+        factor: what a row is to be multiplied with, by the context's scale.
+        scale: the context's scale.
+        sample_factor: gives the factor to the samples' own losses, whatever the scale.
+        notes: what a quantity keeps between its calls for this parameter.
+    """
+
+    statistics: Statistics
+    name: str
+    parameter: Tensor
+    n: int
+    factor: float
+    scale: str | float
+    sample_factor: Callable[[], float]
+    notes: dict[Any, Any] = field(default_factory=dict)
+
+
+class Quantity:
+    """Base of all quantities. A quantity holds its arguments and nothing of any pass."""
+
+    #: Attribute of a parameter under which the result is found.
+    savefield: ClassVar[str]
+    #: Whether the result needs all parameters, and comes from `finish` at the end of the pass.
+    deferred: ClassVar[bool] = False
+
+    def wants(self, form: Factored) -> tuple[str, ...]:
+        """Statistics that should be computed together."""
+        return ()
+
+    def visitor(self, ask: Ask) -> Visitor | None:
+        """A function to be called with every tile of rows, where the quantity needs the rows one by one."""
+        return None
+
+    def check(self, sample_factor: Callable[[], float]) -> None:
+        """Raise what can be known to be wrong before the pass has changed anything."""
+
+    def result(self, ask: Ask) -> Any:
+        """The result for one parameter; None if it comes at the end of the pass."""
+        raise NotImplementedError
+
+    def finish(self, asks: dict[int, Ask]) -> dict[int, Tensor]:
+        """Results of a deferred quantity for all parameters of the pass."""
+        return {}
+
+    def whole(self, values: dict[str, Any]) -> Any:
+        """The result for the whole model from those of its parameters."""
+        raise AttributeError(f"{self.savefield} is a quantity of each parameter: use results[name].{self.savefield}.")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def summed(values: dict[str, Tensor]) -> Tensor:
+    """Sum over parameters, for quantities that add up over them."""
+    tensors = list(values.values())
+    if len({t.shape for t in tensors}) > 1:
+        sizes = {name: list(t.shape) for name, t in values.items()}
+        raise AttributeError(f"parameters have seen different batches, there is no result for the whole model: {sizes}")
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return sum((t.to(dtype) for t in tensors[1:]), tensors[0].to(dtype))

@@ -1,0 +1,84 @@
+"""One forward pass of an extended model: its uses, the number of samples, and their layouts."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from packext._use import Source, Use
+
+if TYPE_CHECKING:
+    from packext._extend import Extension
+
+_tokens = iter(range(1, 1 << 62))
+
+
+class Record:
+    """What a forward pass of an extended model leaves for the backward pass.
+
+    Attributes:
+        token: marks this forward's tensors.
+        n: number of samples; 0 where no input has a batch axis.
+        uses: in the order of the forward pass.
+        gates: autograd nodes at the model's outputs (weak), with shape, dtype and device.
+        names: every name under which a parameter was seen.
+    """
+
+    def __init__(self, root: nn.Module, extension: Extension) -> None:
+        """Start the record of one call of `root`."""
+        self.root = weakref.ref(root)
+        self.extension = extension
+        self.token = next(_tokens)
+        self.n = 0
+        self.sized = False
+        self.batch_axis = extension.batch_axis
+        self.uses: list[Use] = []
+        self.gates: list[tuple[Any, torch.Size, torch.dtype, torch.device]] = []
+        self.names: dict[str, Tensor] = {}
+        self.ready = False
+        self.strays: list[str] = []
+        self.batch_statistics: list[str] = []
+        self.born = torch._C._current_graph_task_id()
+
+    def structure(self) -> tuple[Any, ...]:
+        """What must be equal for the layouts of an earlier forward to hold for this one.
+
+        Sizes themselves may differ; which of them equal 1 or N may not.
+        """
+        root = self.root()
+        return (
+            bool(root is not None and root.training),
+            self.n > 1,
+            tuple(
+                (u.rule.name, u.function, u.where, u.names, tuple(tuple((d == 1, d == self.n) for d in o) for o in u.outputs))
+                for u in self.uses
+            ),
+        )
+
+    def parameters(self) -> list[Source]:
+        """Every parameter behind a use, once."""
+        found: dict[int, Source] = {}
+        for use in self.uses:
+            for group in use.sources.values():
+                for source in group:
+                    found.setdefault(id(source.tensor), source)
+        return list(found.values())
+
+
+def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors in nested lists, tuples, dictionaries and plain objects such as data classes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item, depth)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, depth)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+        for item in vars(value).values():
+            yield from tensors_in(item, depth - 1)

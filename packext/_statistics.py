@@ -1,0 +1,163 @@
+"""Answers every question about one parameter in as few passes over its tiles as possible.
+
+Each statistic has a direct route (from the factors) or goes through tiles of rows; tiles are formed
+once and serve every statistic that asked for them, the sum of the rows (`.grad`) included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from packext._factored import Factored, Outer, Patches, Sum
+
+Visitor = Callable[[Tensor], None]
+
+#: Multiply-adds of a matrix product that take as long as one entry of an elementwise step in cache,
+#: and one entry unfolded or written to memory (2 threads of a CPU with AVX-512; the order is what counts).
+ELEMENTWISE = 20.0
+WRITE = 40.0
+
+
+class Statistics:
+    """What is known of the rows of one parameter; computed on demand, each thing once."""
+
+    def __init__(self, form: Factored) -> None:
+        """Take the factored rows."""
+        self.form = form
+        self.known: dict[str, Tensor] = {}
+        self.route: dict[str, str] = {}
+
+    def prepare(self, wants: Iterable[str], visitors: Iterable[Visitor] = (), deliver: bool = False) -> None:
+        """Compute `wants` (and serve `visitors`) now, sharing tiles.
+
+        Args:
+            wants: of "total", "sq_norms", "second_moment", "scatter", "gram", "rows".
+            visitors: called with every tile of rows, in the order of the samples.
+            deliver: the sum of the rows will be `.grad`, so it is wanted where tiles are formed anyway.
+        """
+        missing = [w for w in dict.fromkeys(wants) if w not in self.known]
+        visitors = list(visitors)
+        through_tiles = [w for w in missing if w == "rows"]
+        for want in missing:
+            if want != "rows" and not self._direct(want, bool(through_tiles or visitors), deliver):
+                through_tiles.append(want)
+        if not through_tiles and not visitors:
+            return
+        if deliver and "total" not in self.known and "total" not in through_tiles:
+            through_tiles.append("total")
+        self._tiles(through_tiles, visitors)
+
+    def _direct(self, want: str, tiles_run: bool, deliver: bool) -> bool:
+        if (want == "total" and tiles_run) or (want == "sq_norms" and self._tiles_beat_gram(tiles_run, deliver)):
+            return False
+        value = self.form.weighted(None) if want == "total" else getattr(self.form, want)()
+        if value is None:
+            return False
+        self.known[want], self.route[want] = value, "factors"
+        return True
+
+    def _tiles_beat_gram(self, tiles_run: bool, deliver: bool) -> bool:
+        f = self.form
+        if not isinstance(f, Outer) or f.s == 1:
+            return False
+        gram = f.groups * f.s * (f.s * (f.i + f.o) + f.s * ELEMENTWISE)
+        product = f.groups * f.s * f.i * f.o
+        tiles = ELEMENTWISE * f.groups * f.o * f.i
+        if isinstance(f.a, Patches):
+            unfold = WRITE * f.groups * f.s * f.i
+            gram, tiles = gram + unfold, tiles + (0 if tiles_run else unfold)
+        if not (tiles_run or deliver):
+            tiles += product
+        return tiles < gram
+
+    def _tiles(self, wants: list[str], visitors: list[Visitor]) -> None:
+        f = self.form
+        start = torch.zeros(f.shape, dtype=f.acc, device=f.device)
+        total = second = shifted = centre = start
+        norms: list[Tensor] = []
+        kept: list[Tensor] = []
+        need_rows = "rows" in wants or "gram" in wants
+        # In place only where no graph is being recorded (create_graph=True records one).
+        recorded = torch.is_grad_enabled()
+        if not recorded:
+            total, second, shifted = start.clone(), start.clone(), start.clone()
+        for lo, hi in f.tiles():
+            rows = f.rows(lo, hi)
+            if need_rows:
+                kept.append(rows)
+            for visit in visitors:
+                visit(rows)
+            flat = rows.reshape(hi - lo, -1)
+            if "sq_norms" in wants:
+                norms.append(torch.linalg.vecdot(flat, flat))
+            if "scatter" in wants:
+                # Squares about the mean of the first tile: no cancellation where rows are nearly equal,
+                # since the mean of m of N rows is within sqrt((N - m) / m) deviations of the mean of all.
+                if lo == 0:
+                    centre = rows.mean(0)
+                shifted = _add_squares(shifted, rows - centre, recorded)
+            if "total" in wants or "scatter" in wants:
+                total = total + rows.sum(0) if recorded else total.add_(rows[0] if len(rows) == 1 else rows.sum(0))
+            if "second_moment" in wants:
+                second = _add_squares(second, rows, recorded)
+        found: dict[str, Tensor] = {}
+        if "sq_norms" in wants:
+            found["sq_norms"] = torch.cat(norms) if norms else start.new_zeros(0)
+        if "total" in wants:
+            found["total"] = total
+        if "second_moment" in wants:
+            found["second_moment"] = second
+        if "scatter" in wants:
+            found["scatter"] = (shifted - f.n * (total / f.n - centre).square()).clamp(min=0)
+        if need_rows:
+            rows = torch.cat(kept)
+            if "rows" in wants:
+                found["rows"] = rows
+            if "gram" in wants:
+                flat = rows.reshape(f.n, -1)
+                found["gram"] = flat @ flat.T
+        self.known.update(found)
+        self.route.update(dict.fromkeys(found, "tiles"))
+
+    def __getitem__(self, want: str) -> Tensor:
+        """A statistic by name, computed now if it is not known yet."""
+        if want not in self.known:
+            self.prepare([want])
+        return self.known[want]
+
+    def dots(self, direction: Tensor) -> Tensor:
+        """Inner products of the rows with `direction`, `[N]`."""
+        direction = direction.to(self.form.acc)
+        if "rows" in self.known:
+            return self.known["rows"].reshape(self.form.n, -1) @ direction.reshape(-1)
+        answer = self.form.dots(direction)
+        if answer is not None:
+            return answer
+        parts = [self.form.rows(lo, hi).reshape(hi - lo, -1) @ direction.reshape(-1) for lo, hi in self.form.tiles()]
+        return torch.cat(parts)
+
+    def weighted(self, weight: Tensor) -> Tensor:
+        """`sum over n of weight_n row_n`, `[*shape]`."""
+        weight = weight.to(self.form.acc)
+        answer = self.form.weighted(weight)
+        if answer is None:
+            answer = torch.zeros(self.form.shape, dtype=self.form.acc, device=self.form.device)
+            for lo, hi in self.form.tiles():
+                answer = answer + torch.tensordot(weight[lo:hi], self.form.rows(lo, hi), 1)
+        return answer
+
+
+def _add_squares(into: Tensor, rows: Tensor, recorded: bool) -> Tensor:
+    if recorded:
+        return into + rows.square().sum(0)
+    for row in rows:
+        into.addcmul_(row, row)
+    return into
+
+
+def is_pair(form: Factored) -> bool:
+    """Whether the rows are products that need not be formed (and not small rows already)."""
+    return isinstance(form, Outer) or (isinstance(form, Sum) and any(is_pair(p) for p in form.parts))

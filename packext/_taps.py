@@ -1,0 +1,127 @@
+"""Taps: autograd nodes that see the pair (a, g) of a use on its way through the backward pass.
+
+Three kinds, by who computes `.grad`:
+
+    Owned     runs the call itself (linear, convolution): its backward computes the input's gradient,
+              and the parameter's either as torch would or from the tiles that a quantity needs anyway
+    Observed  sits on the output of a call that autograd differentiates as always
+    Argument  sits on a parameter, broadcast to the shape in which it meets the data (elementwise
+              calls, cat, assignment), so that the gradient arrives there before it is summed
+
+All of them take one shared scalar as an input that requires grad: a backward pass whose only
+target is that scalar visits every tap and computes no parameter's gradient.
+What a tap keeps goes through `save_for_backward`, so that checkpointing and offloading see it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packext import _flight
+from packext._use import TARGET as TARGET
+from packext._use import Rule, Use
+
+class OwnedRule(Rule):
+    """A rule whose call the tap runs itself. Tensors are `input`, `weight` and maybe `bias`."""
+
+    delivers = True
+
+    def input_grad(self, use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
+        """Gradient with respect to `input`."""
+        raise NotImplementedError
+
+    def param_grad(self, use: Use, t: dict[str, Tensor], g: Tensor, name: str) -> Tensor:
+        """Gradient with respect to `weight` or `bias`."""
+        raise NotImplementedError
+
+
+class Owned(torch.autograd.Function):
+    """Runs a call, and delivers the parameters' gradients in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, target: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.use = use
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return use.rule.call(use, dict(zip(use.names, tensors, strict=True)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        (g,) = grads
+        use: Use = ctx.use
+        saved = ctx.saved_tensors
+        if g is None:
+            return (None, None, *(None for _ in saved))
+        delivered = _flight.arrive(use, saved, grads)
+        t = dict(zip(use.names, saved, strict=True))
+        rule = use.rule
+        assert isinstance(rule, OwnedRule)
+        result: list[Tensor | None] = []
+        for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True):
+            if not needed:
+                result.append(None)
+            elif name == "input":
+                result.append(rule.input_grad(use, t, g))
+            elif name in delivered:
+                result.append(delivered[name])
+            elif _flight.activations_only():
+                result.append(None)
+            else:
+                result.append(rule.param_grad(use, t, g, name))
+        return (None, None, *result)
+
+
+class Observed(torch.autograd.Function):
+    """Hands on what it gets; sees the gradients at a call's outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, count: int, target: Tensor, *tensors: Tensor) -> Any:
+        ctx.use, ctx.kept = use, len(tensors) - count
+        ctx.save_for_backward(*tensors[count:])
+        ctx.set_materialize_grads(False)
+        return tuple(y.detach() for y in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if any(g is not None for g in grads):
+            _flight.arrive(ctx.use, ctx.saved_tensors, grads)
+        return (None, None, None, *grads, *(None for _ in range(ctx.kept)))
+
+
+class Argument(torch.autograd.Function):
+    """Broadcasts a parameter to the shape in which it meets the data."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, target: Tensor, value: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
+        ctx.use = use
+        ctx.save_for_backward(value)
+        ctx.set_materialize_grads(False)
+        return value.detach().to(dtype).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        (g,) = grads
+        if g is None:
+            return None, None, None, None, None
+        saved = ctx.saved_tensors
+        _flight.arrive(ctx.use, saved, grads)
+        return None, None, g.sum_to_size(saved[0].shape).to(saved[0].dtype), None, None
+
+
+class Gate(torch.autograd.Function):
+    """Sits on an output of the model: here a backward pass enters it."""
+
+    @staticmethod
+    def forward(ctx: Any, record: Any, y: Tensor, stray: bool) -> Tensor:
+        ctx.record, ctx.stray = record, stray
+        ctx.set_materialize_grads(False)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads[0] is not None:
+            _flight.enter(ctx.record, ctx.stray)
+        return None, grads[0], None

@@ -1,0 +1,198 @@
+"""A use: one place where a parameter, or a value made of parameters alone, meets data."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from packext._factored import Factored, Masked, Pulled
+from packext._layout import Layout
+
+if TYPE_CHECKING:
+    from packext._record import Record
+
+
+#: The scalar that every tap takes as an input.
+TARGET = torch.zeros((), requires_grad=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A parameter as it entered the computation: the tensor, its name, and where it was used."""
+
+    tensor: Tensor
+    name: str
+
+
+@dataclass(eq=False)
+class Use:
+    """What is known of a use once its call has run. Holds no activations.
+
+    Attributes:
+        rule: turns (inputs, g) into factored per-sample gradients.
+        func: the torch function that was called.
+        names: names of the tensors that the tap saves, in order.
+        consts: the other arguments, by name.
+        sources: for each name that carries parameters, the parameters behind it.
+        where: module path and class, for messages.
+        shapes: of the saved tensors, by name.
+        outputs: shapes of the outputs at which g arrives.
+        record: the forward that it belongs to.
+        layouts: where the samples sit in each output, once known.
+    """
+
+    rule: Rule
+    func: Callable[..., Any]
+    names: tuple[str, ...]
+    consts: dict[str, Any]
+    sources: dict[str, tuple[Source, ...]]
+    where: str
+    shapes: dict[str, tuple[int, ...]]
+    record: Record
+    outputs: tuple[tuple[int, ...], ...] = ()
+    layouts: tuple[Layout | None, ...] | None = None
+    options: list[list[Layout]] = field(default_factory=list)
+    node: Callable[[], Any] = lambda: None
+
+    @property
+    def function(self) -> str:
+        """The torch function's name."""
+        return getattr(self.func, "__name__", str(self.func)).strip("_")
+
+    def describe(self) -> str:
+        """Where and what, for messages."""
+        shapes = ", ".join(f"{k} {list(v)}" for k, v in self.shapes.items())
+        params = ", ".join(dict.fromkeys(s.name for group in self.sources.values() for s in group))
+        return f"{self.function}({shapes}) in {self.where}, parameters {params}"
+
+    def placed(self, node: Any, outputs: Sequence[Tensor]) -> None:
+        """Remember the autograd node of the tap (weakly) and the shapes of its outputs."""
+        self.node = weakref.ref(node)
+        self.outputs = tuple(tuple(y.shape) for y in outputs)
+        for source in {s for group in self.sources.values() for s in group}:
+            _remember(source.tensor, self.node)
+
+    def factors(self, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> list[tuple[Source, Factored]]:
+        """Per-sample gradients of every parameter behind this use.
+
+        Args:
+            saved: the tensors that the tap kept, in the order of `names`.
+            gs: gradients at the outputs; None where none arrived.
+        """
+        tensors = dict(zip(self.names, saved, strict=True))
+        assert self.layouts is not None
+        forms = self.rule.factors(self, tensors, gs, self.layouts)
+        if forms is None:
+            forms = masked(self, tensors, gs, self.layouts)
+        result: list[tuple[Source, Factored]] = []
+        for name, form in forms.items():
+            value = tensors[name]
+            for source in self.sources[name]:
+                if source.tensor is value or value.is_leaf:
+                    result.append((source, form))
+                else:
+                    result.append((source, Pulled(form, source.tensor, _pull(value, source.tensor))))
+        return result
+
+
+class Rule:
+    """How one torch function turns (inputs, g) into factored per-sample gradients."""
+
+    name = "generic"
+    #: Whether the tap computes `.grad` itself, so that a sum of rows can serve as it.
+    delivers = False
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Any:
+        """Run the function again on the saved tensors."""
+        return use.func(**tensors, **use.consts)
+
+    def factors(
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
+    ) -> dict[str, Factored] | None:
+        """A form for every name in `use.sources`; None where this rule does not apply."""
+        return None
+
+
+def masked(
+    use: Use,
+    tensors: dict[str, Tensor],
+    gs: Sequence[Tensor | None],
+    layouts: Sequence[Layout | None],
+) -> dict[str, Factored]:
+    """The generic rule: the call's own vjp, with the cotangent masked to one sample at a time.
+
+    It needs to know nothing of the function and is the reference for every rule written for speed.
+    It costs one vjp of the whole call per sample.
+    """
+    n = use.record.n
+    keep_graph = torch.is_grad_enabled()
+    wanted = list(use.sources)
+    inner = tensors
+    if not keep_graph:
+        inner = {k: v.detach().requires_grad_(k in use.sources) for k, v in tensors.items()}
+    with torch.enable_grad():
+        outputs = flat_outputs(use.rule.call(use, inner))
+    live = [(y, g, layout) for y, g, layout in zip(outputs, gs, layouts, strict=True) if g is not None and layout]
+
+    def vjp(name: str, sample: int) -> Tensor:
+        grad = torch.autograd.grad(
+            [y for y, _, _ in live],
+            inner[name],
+            [layout.only(g, sample).to(y.dtype) for y, g, layout in live],
+            retain_graph=True,
+            create_graph=keep_graph,
+            allow_unused=True,
+        )[0]
+        return torch.zeros_like(inner[name]) if grad is None else grad
+
+    held = sum(v.numel() * v.element_size() for v in tensors.values())
+    return {name: Masked(n, inner[name], lambda i, name=name: vjp(name, i), held) for name in wanted}
+
+
+def flat_outputs(outputs: Any) -> list[Tensor]:
+    """Tensors of a call's result that can carry a gradient, in order."""
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    return [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
+
+
+def _pull(value: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    """`[c, *value.shape] -> [c, *parameter.shape]` through the function of parameters that made `value`."""
+
+    def pull(rows: Tensor) -> Tensor:
+        keep = torch.is_grad_enabled()
+        rows = rows.to(value.dtype)
+        if len(rows) == 1:
+            grad = torch.autograd.grad(value, parameter, rows[0], retain_graph=True, create_graph=keep, allow_unused=True)[0]
+            return torch.zeros_like(parameter)[None] if grad is None else grad[None]
+        grad = torch.autograd.grad(
+            value, parameter, rows, retain_graph=True, create_graph=keep, allow_unused=True, is_grads_batched=True
+        )[0]
+        return torch.zeros(len(rows), *parameter.shape, dtype=value.dtype, device=value.device) if grad is None else grad
+
+    return pull
+
+
+#: Autograd nodes of the taps of each parameter that may still be alive.
+_LIVE: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _remember(parameter: Tensor, node: Callable[[], Any]) -> None:
+    refs = _LIVE.get(parameter, [])
+    _LIVE[parameter] = [ref for ref in refs if ref() is not None] + [node]
+
+
+def live_nodes(parameter: Tensor) -> list[Any]:
+    """Nodes of the taps of `parameter` whose graph is still alive."""
+    nodes = [ref() for ref in _LIVE.get(parameter, [])]
+    return [node for node in nodes if node is not None]

@@ -1,0 +1,201 @@
+"""Train a small network on handwritten digits and look into its gradients on the way.
+
+Some training labels are wrong on purpose. Besides the gradient, every backward pass yields the
+norms of the per-sample gradients g_n and their variance: the norms point out the wrong labels, and
+the variance says, layer by layer, how much of the mean gradient G is noise.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import packext as px
+
+BATCH_SIZE = 64
+WRONG_LABELS = 16
+SHOWN = 20  # samples with the largest gradients that are listed
+
+
+class Noise(NamedTuple):
+    """What the per-sample gradients of one layer say: numbers, or arrays over the training."""
+
+    step: Any  # when this was measured
+    gradient: Any  # |G|^2, the squared norm of the mean gradient
+    trace: Any  # tr(Sigma), the variance of a per-sample gradient summed over its entries
+    sample_norm: Any  # the norm of a per-sample gradient, averaged over the samples
+    opposed: Any  # the share of samples whose gradient points against the mean gradient
+
+    @property
+    def scale(self) -> Any:
+        """Noise scale: the batch size at which noise equals signal; infinite without signal."""
+        signal = self.gradient - self.trace / BATCH_SIZE  # |G|^2 contains noise: take it out
+        return np.where(signal > 0, self.trace / np.where(signal > 0, signal, 1), np.inf)
+
+
+def load_data() -> tuple[Tensor, Tensor, Tensor]:
+    """Return images, their labels (some are wrong), and the true digits."""
+    images, digits = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    truth = torch.tensor(digits)
+    wrong = torch.randperm(len(truth))[:WRONG_LABELS]
+    labels = truth.clone()
+    labels[wrong] += torch.randint(1, 10, wrong.shape)
+    return x, labels % 10, truth
+
+
+def measure(step: int, results: Any, parameters: list[str]) -> Noise:
+    """Combine what one backward pass found for the parameters of one layer."""
+    found = [results[name] for name in parameters]
+    agreement = torch.stack([p.grad_dot for p in found]).sum(0)
+    return Noise(
+        step=step,
+        gradient=agreement.mean().item(),  # the mean of <g_n, G> over the samples is <G, G>
+        trace=BATCH_SIZE / (BATCH_SIZE - 1) * sum(p.variance.sum().item() for p in found),
+        sample_norm=torch.stack([p.batch_l2 for p in found]).sum(0).sqrt().mean().item(),
+        opposed=(agreement < 0).float().mean().item(),
+    )
+
+
+def average(history: list[Noise]) -> Noise:
+    """Average over windows that grow with the training time: one batch alone says little."""
+    edges = np.geomspace(min(10, len(history)), len(history), num=16).astype(int)
+    windows = np.split(np.array(history), np.unique(edges)[:-1])
+    return Noise(*np.array([window.mean(0) for window in windows]).T)
+
+
+def train(
+    model: nn.Module, x: Tensor, y: Tensor, seconds: float
+) -> tuple[dict[str, Noise], Tensor]:
+    """Train; return the noise of each layer, and for each sample its mean gradient norm."""
+    model = px.extend(model)
+    loss_function = px.extend(nn.CrossEntropyLoss())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8, weight_decay=5e-3)
+
+    layers = {"whole model": [name for name, _ in model.named_parameters()]}
+    for name in layers["whole model"]:
+        layers.setdefault(name.split(".")[0], []).append(name)
+    history: dict[str, list[Noise]] = {layer: [] for layer in layers}
+    norms, visits = torch.zeros(len(x)), torch.zeros(len(x))
+
+    with Progress() as progress:
+        task = progress.add_task("", total=seconds)
+        start, step = perf_counter(), 0
+        while not progress.finished:
+            batch = torch.randperm(len(x))[:BATCH_SIZE]
+            output = model(x[batch])
+            loss = loss_function(output, y[batch])
+            optimizer.zero_grad()
+            quantities = px.BatchL2Grad(), px.Variance(), px.GradDot()
+            with px.backpack(*quantities, scale="sample") as results:
+                loss.backward()
+            optimizer.step()
+
+            step += 1
+            for layer, parameters in layers.items():
+                history[layer].append(measure(step, results, parameters))
+            norms[batch] += results.batch_l2.sqrt()
+            visits[batch] += 1
+
+            accuracy = (output.argmax(1) == y[batch]).float().mean().item()
+            status = f"step {step:5}   loss {loss.item():.3f}   accuracy {accuracy:4.0%}"
+            progress.update(task, completed=perf_counter() - start, description=status)
+    return {layer: average(steps) for layer, steps in history.items()}, norms / visits.clamp(min=1)
+
+
+def layer_table(layers: dict[str, Noise]) -> Table:
+    """Show how much of each layer's gradient is noise at the end of training."""
+    headers = ("|G|", "mean |g_n|", "|G|²/tr Σ", "noise scale", "against G")
+    caption = f"End of training. Noise alone would give |G|²/tr Σ = {1 / BATCH_SIZE:.3f}."
+    table = Table("layer", *headers, title="Noise in the mean gradient G", caption=caption)
+    for layer, noise in layers.items():
+        last = Noise(*(values[-1] for values in noise))
+        scale = f"{last.scale:.0f} samples" if np.isfinite(last.scale) else "noise dominated"
+        numbers = (last.gradient**0.5, last.sample_norm, last.gradient / last.trace)
+        cells = [f"{number:.3f}" for number in numbers]
+        table.add_row(layer, *cells, scale, f"{last.opposed:.0%} of samples")
+    return table
+
+
+def sample_table(samples: Tensor, columns: dict[str, Tensor], wrong: Tensor) -> Table:
+    """List training samples, in red those whose label is wrong."""
+    table = Table("sample", *columns, title="Samples with the largest gradients g_n")
+    for n in samples.tolist():
+        cells = [f"{column[n].item():.4g}" for column in columns.values()]
+        table.add_row(str(n), *cells, style="red" if wrong[n] else None)
+    return table
+
+
+def draw(layers: dict[str, Noise], images: Tensor, titles: list[str], wrong: Tensor) -> Figure:
+    """Draw the samples with the largest gradients, and the noise scale of each layer."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subfigures(1, 2, wspace=0.04, squeeze=False)[0]
+
+    left.suptitle("Largest per-sample gradients (red: the label is wrong)")
+    for i, axes in enumerate(left.subplots(4, 5).flat):
+        axes.imshow(images[i, 0].numpy(), cmap="gray_r")
+        axes.set_title(titles[i], color="tab:red" if wrong[i] else "black", fontsize=9)
+        axes.axis("off")
+
+    right.suptitle("Noise scale: batch size at which noise equals signal")
+    axes = right.subplots()
+    axes.set_prop_cycle(color=["black", "tab:blue", "tab:orange", "tab:green"])
+    for layer, noise in layers.items():
+        axes.plot(noise.step, noise.scale, label=layer)
+    axes.axhline(BATCH_SIZE, color="gray", linestyle="--", label="batch size of the training")
+    axes.set(xlabel="training step", ylabel="samples", xscale="log", yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, Noise]:
+    """Train, print what the gradients said, and draw it in ``packext-demo.png``.
+
+    Args:
+        seconds: Training time.
+        out: Folder that receives the figure; it is created if necessary.
+        seed: Seed of the wrong labels, the initial weights and the batches.
+
+    Returns:
+        The noise of each layer over the training.
+    """
+    torch.manual_seed(seed)
+    x, y, truth = load_data()
+    modules: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(1, 8, 3),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(8, 16, 3, stride=2),
+        relu2=nn.ReLU(),
+        flatten=nn.Flatten(),
+        linear=nn.Linear(64, 10),
+    )
+    model = nn.Sequential(modules)
+    layers, norms = train(model, x, y, seconds)
+    with torch.no_grad():
+        predicted = model(x).argmax(1)
+
+    wrong = y != truth
+    top = norms.argsort(descending=True)[:SHOWN]
+    columns = {"label": y, "predicted": predicted, "true digit": truth, "mean |g_n|": norms}
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "packext-demo.png"
+    titles = [f"label {y[n]}, pred. {predicted[n]}" for n in top]
+    draw(layers, x[top], titles, wrong[top]).savefig(path, dpi=150)
+
+    console = Console()
+    console.print(layer_table(layers), sample_table(top, columns, wrong))
+    console.print(f"{wrong[top].sum()} of the {WRONG_LABELS} wrong labels are in this list (red).")
+    console.print(f"Figure: {path}")
+    return layers

@@ -1,0 +1,11 @@
+"""The quantities under the module name that BackPACK's users import them from."""
+
+from packext.quantities import BatchDotGrad as BatchDotGrad
+from packext.quantities import BatchGrad as BatchGrad
+from packext.quantities import BatchL2Grad as BatchL2Grad
+from packext.quantities import ClippedGrad as ClippedGrad
+from packext.quantities import GradDot as GradDot
+from packext.quantities import GradHistogram as GradHistogram
+from packext.quantities import ProjectedGrad as ProjectedGrad
+from packext.quantities import SumGradSquared as SumGradSquared
+from packext.quantities import Variance as Variance

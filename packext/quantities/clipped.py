@@ -1,0 +1,69 @@
+"""Sums of clipped individual gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from packext._factored import Dense, Factored, Lookup, Outer
+from packext._quantity import Ask, Quantity
+
+
+class ClippedGrad(Quantity):
+    """`sum over n of min(1, C / |g_n|) g_n` `[*p]`, in `clipped_grad` (Abadi et al. 2016, Algorithm 1, before noise).
+
+    g_n is the gradient of the samples' own loss l_n (see `backpack`, scale="sample"), whatever the reduction and the
+    context's scale; |g_n| is over all parameters, or with `per_layer` over those of one module. One backward
+    pass: the factors of every layer are kept until the norms are known, or its individual gradients where those are
+    smaller.
+    """
+
+    savefield = "clipped_grad"
+    deferred = True
+
+    def __init__(self, max_norm: float, per_layer: bool = False) -> None:
+        """Take C, and whether it bounds each module's part or the whole gradient.
+
+        Raises:
+            ValueError: if `max_norm` is not positive.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be positive, got {max_norm}.")
+        self.max_norm, self.per_layer = float(max_norm), per_layer
+
+    def check(self, sample_factor: Callable[[], float]) -> None:
+        sample_factor()
+
+    def wants(self, form: Factored) -> tuple[str, ...]:
+        return ("sq_norms",) if self._lasts(form) else ("sq_norms", "rows")
+
+    @staticmethod
+    def _lasts(form: Factored) -> bool:
+        """Whether the form outlives the backward pass, and is smaller than its rows."""
+        rows = form.n * form.numel * torch.finfo(form.acc).bits // 8
+        return isinstance(form, (Outer, Lookup)) and form.bytes_held() < rows
+
+    def result(self, ask: Ask) -> None:
+        ask.sample_factor()
+        if not self._lasts(ask.statistics.form):
+            ask.statistics.form = Dense(ask.statistics["rows"])
+        return None
+
+    def finish(self, asks: dict[int, Ask]) -> dict[int, Tensor]:
+        groups: dict[str, list[int]] = {}
+        for key, ask in asks.items():
+            groups.setdefault(ask.name.rpartition(".")[0] if self.per_layer else "", []).append(key)
+        results: dict[int, Tensor] = {}
+        for keys in groups.values():
+            factor = asks[keys[0]].sample_factor()
+            squares = [asks[key].statistics["sq_norms"] for key in keys]
+            if len({len(s) for s in squares}) > 1:
+                raise ValueError("ClippedGrad: parameters have seen different batches; use per_layer=True or one batch.")
+            norms = torch.stack([s.to(squares[0].dtype) for s in squares]).sum(0).sqrt() * abs(factor)
+            weight = (self.max_norm / norms).clamp(max=1.0) * factor
+            for key in keys:
+                ask = asks[key]
+                results[key] = ask.statistics.weighted(weight).reshape(ask.parameter.shape).to(ask.parameter.dtype)
+        return results

@@ -1,0 +1,93 @@
+"""Histograms of individual gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from packext._quantity import Ask, Quantity
+from packext._statistics import Visitor
+
+
+class Histogram(NamedTuple):
+    """Counts, `[bins]` or `[parameter bins, gradient bins]`, and the edges of each axis."""
+
+    counts: Tensor
+    grad_edges: Tensor
+    param_edges: Tensor | None = None
+
+
+class GradHistogram(Quantity):
+    """Histogram of all N x P entries of individual gradients, in `grad_histogram`.
+
+    In one dimension over the gradient's value, in two also over the parameter's value. Entries outside of
+    a range are counted in its outermost bins; NaN is counted nowhere.
+    """
+
+    savefield = "grad_histogram"
+
+    def __init__(
+        self,
+        dim: int = 1,
+        bins: int = 100,
+        range: tuple[float, float] = (-2.0, 2.0),  # noqa: A002 - numpy's name
+        param_bins: int = 40,
+        param_range: tuple[float, float] = (-1.0, 1.0),
+    ) -> None:
+        """Choose the bins.
+
+        Args:
+            dim: 1, or 2 for gradient against parameter.
+            bins: of the gradient.
+            range: of the gradient, in the context's scale.
+            param_bins: of the parameter, if dim is 2.
+            param_range: of the parameter, if dim is 2.
+
+        Raises:
+            ValueError: for another dim, no bins, or an empty range.
+        """
+        if dim not in (1, 2):
+            raise ValueError(f"dim must be 1 or 2, got {dim}.")
+        for count, (low, high) in ((bins, range), (param_bins, param_range)):
+            if count < 1 or not low < high:
+                raise ValueError(f"a histogram needs bins >= 1 and low < high, got {count} on ({low}, {high}).")
+        self.dim, self.bins, self.range = dim, bins, range
+        self.param_bins, self.param_range = param_bins, param_range
+
+    def visitor(self, ask: Ask) -> Visitor:
+        device, (low, high) = ask.parameter.device, self.range
+        size = self.bins if self.dim == 1 else self.param_bins * self.bins
+        counts = torch.zeros(size, dtype=torch.int64, device=device)
+        ask.notes[self] = counts
+        offset: Tensor | None = None
+        if self.dim == 2:
+            offset = _bin(ask.parameter.detach(), self.param_bins, *self.param_range) * self.bins
+
+        def visit(rows: Tensor) -> None:
+            rows = rows.detach() * ask.factor
+            index = _bin(rows, self.bins, low, high)
+            if offset is not None:
+                index = index + offset
+            index = index[~rows.isnan()]
+            counts.add_(torch.bincount(index.flatten(), minlength=size))
+
+        return visit
+
+    def result(self, ask: Ask) -> Histogram:
+        counts = ask.notes.pop(self)
+        grad_edges = torch.linspace(*self.range, self.bins + 1, device=counts.device)
+        if self.dim == 1:
+            return Histogram(counts, grad_edges)
+        param_edges = torch.linspace(*self.param_range, self.param_bins + 1, device=counts.device)
+        return Histogram(counts.reshape(self.param_bins, self.bins), grad_edges, param_edges)
+
+    def whole(self, values: dict[str, Any]) -> Histogram:
+        histograms = list(values.values())
+        return histograms[0]._replace(counts=sum((h.counts for h in histograms[1:]), histograms[0].counts))
+
+
+def _bin(values: Tensor, bins: int, low: float, high: float) -> Tensor:
+    position = (values - low) * (bins / (high - low))
+    return position.nan_to_num(0.0).floor().clamp(0, bins - 1).long()

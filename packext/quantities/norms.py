@@ -1,0 +1,82 @@
+"""Norms and inner products of individual gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packext._factored import Factored
+from packext._quantity import Ask, Quantity, summed
+
+
+class BatchL2Grad(Quantity):
+    """Squared Euclidean norms of individual gradients `[N]`, in `batch_l2`; summed over parameters in `results`."""
+
+    savefield = "batch_l2"
+
+    def wants(self, form: Factored) -> tuple[str, ...]:
+        return ("sq_norms",)
+
+    def result(self, ask: Ask) -> Tensor:
+        return ask.statistics["sq_norms"] * ask.factor**2
+
+    def whole(self, values: dict[str, Any]) -> Tensor:
+        return summed(values)
+
+
+class BatchDotGrad(Quantity):
+    """Inner products of all pairs of individual gradients `[N, N]`, in `batch_dot`; summed over parameters in `results`."""
+
+    savefield = "batch_dot"
+
+    def wants(self, form: Factored) -> tuple[str, ...]:
+        return ("gram",)
+
+    def result(self, ask: Ask) -> Tensor:
+        return ask.statistics["gram"] * ask.factor**2
+
+    def whole(self, values: dict[str, Any]) -> Tensor:
+        return summed(values)
+
+
+class GradDot(Quantity):
+    """Inner products of individual gradients with a direction `[N]`, in `grad_dot`; summed over parameters in `results`.
+
+    The default direction is the gradient of the loss as written, `.grad` of this pass (for a mean, the mean
+    gradient). With scale "sample" or a number it is the mean of the scaled individual gradients.
+    """
+
+    savefield = "grad_dot"
+
+    def __init__(self, direction: Mapping[Any, Tensor] | None = None) -> None:
+        """Take a direction for each parameter, by name or by the parameter itself."""
+        self.direction = direction
+
+    def wants(self, form: Factored) -> tuple[str, ...]:
+        return ("total",) if self.direction is None else ()
+
+    def result(self, ask: Ask) -> Tensor:
+        if self.direction is None:
+            d = ask.statistics["total"]
+            if ask.scale != "loss":
+                d = d * (ask.factor / ask.n)
+        else:
+            d = self._given(ask)
+        return ask.statistics.dots(d) * ask.factor
+
+    def _given(self, ask: Ask) -> Tensor:
+        assert self.direction is not None
+        d = self.direction.get(ask.name)
+        if d is None:
+            d = next((v for k, v in self.direction.items() if k is ask.parameter), None)
+        if d is None:
+            raise KeyError(f"GradDot(direction=...) has nothing for {ask.name}, shape {list(ask.parameter.shape)}.")
+        if d.shape != ask.parameter.shape:
+            raise ValueError(f"GradDot: direction for {ask.name} has shape {list(d.shape)}, needed {list(ask.parameter.shape)}.")
+        return d.to(device=ask.parameter.device, dtype=torch.promote_types(d.dtype, ask.statistics.form.acc))
+
+    def whole(self, values: dict[str, Any]) -> Tensor:
+        return summed(values)

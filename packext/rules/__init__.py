@@ -1,0 +1,37 @@
+"""Rules: how a torch function turns (inputs, g) into a factored per-sample gradient.
+
+A handler is called when a torch function receives a parameter together with data. It binds the
+arguments to names and places a tap whose rule, in the backward pass, gives a form for each parameter.
+Functions without a handler go to `generic`, which is exact for every function that is deterministic
+and does not write in place.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from packext.rules import attention, convolution, elementwise, embedding, linear, norm, recurrent
+from packext.rules._common import GRADIENT_FREE, HANDLERS, Handler, bind, generic, handles, writes_in_place
+from packext.rules.elementwise import ARGUMENT
+
+#: Refused even where no gradient is recorded.
+REFUSED = frozenset({torch.embedding_renorm_})
+
+__all__ = [
+    "ARGUMENT",
+    "GRADIENT_FREE",
+    "HANDLERS",
+    "REFUSED",
+    "Handler",
+    "attention",
+    "bind",
+    "convolution",
+    "elementwise",
+    "embedding",
+    "generic",
+    "handles",
+    "linear",
+    "norm",
+    "recurrent",
+    "writes_in_place",
+]

@@ -1,0 +1,158 @@
+"""Convolutions in one to three dimensions, and their transposes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packext._factored import Dense, Factored, Outer, Patches, accumulation_dtype
+from packext._layout import Layout
+from packext._taps import OwnedRule
+from packext._use import Use
+from packext.rules._common import bind, handles
+
+if TYPE_CHECKING:
+    from packext._lineage import Tracer
+
+_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+
+def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], out: Sequence[int], groups: int) -> Tensor:
+    """What a convolution multiplies its weight with: `[c, G, S, I]` of `x` `[c, C, *space]`, I = C/G x kernel."""
+    d = len(kernel)
+    if any(padding):
+        x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
+    for axis in range(d):
+        extent = (kernel[axis] - 1) * dilation[axis] + 1
+        x = x.narrow(axis + 2, 0, (out[axis] - 1) * stride[axis] + extent)
+        x = x.unfold(axis + 2, extent, stride[axis])
+        if dilation[axis] > 1:
+            x = x[..., :: dilation[axis]]
+    c, channels = x.shape[:2]
+    # [c, C, *out, *kernel] -> [c, C, *kernel, *out]: copies run along the output, where x is contiguous.
+    x = x.permute(0, 1, *range(d + 2, 2 * d + 2), *range(2, d + 2))
+    rows = channels // groups * functools.reduce(int.__mul__, kernel, 1)
+    return x.reshape(c, groups, rows, -1).mT
+
+
+class Convolution(OwnedRule):
+    """`y = conv(x, weight) + bias`, or its transpose, in which the input and g change places."""
+
+    name = "convolution"
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
+        x, w, b = tensors["input"], tensors["weight"], tensors.get("bias")
+        return use.func(x, w.to(x.dtype), None if b is None else b.to(x.dtype), **use.consts["options"])
+
+    def _backward(self, use: Use, t: dict[str, Tensor], g: Tensor, mask: list[bool]) -> Any:
+        c = use.consts
+        x, w = t["input"].to(g.dtype), t["weight"].to(g.dtype)
+        bias = [g.shape[1]]
+        return torch.ops.aten.convolution_backward(
+            g, x, w, bias, c["stride"], c["padding"], c["dilation"], c["transposed"], c["output_padding"], c["groups"], mask
+        )
+
+    def input_grad(self, use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
+        return self._backward(use, t, g, [True, False, False])[0].to(t["input"].dtype)
+
+    def param_grad(self, use: Use, t: dict[str, Tensor], g: Tensor, name: str) -> Tensor:
+        if name == "bias":
+            return g.sum([k for k in range(g.dim()) if k != 1]).to(t["bias"].dtype)
+        return self._backward(use, t, g, [False, True, False])[1].to(t["weight"].dtype)
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        g, layout = gs[0], layouts[0]
+        assert g is not None and layout is not None
+        # Convolutions keep their samples along axis 0, several images of one sample side by side.
+        if layout.axis not in (None, 0) or layout.inner:
+            return None
+        n, images = layout.n, g.shape[0]
+        forms: dict[str, Factored] = {}
+        acc = accumulation_dtype(g.dtype)
+        if "bias" in use.sources:
+            forms["bias"] = Dense(g.flatten(2).sum(2, dtype=acc).reshape(n, images // n, -1).sum(1))
+        if "weight" in use.sources:
+            forms["weight"] = self._weight(use, t["input"], t["weight"], g, n)
+        return forms
+
+    def _weight(self, use: Use, x: Tensor, w: Tensor, g: Tensor, n: int) -> Outer:
+        c = use.consts
+        groups, per = c["groups"], g.shape[0] // n
+        read, written = (g, x) if c["transposed"] else (x, g)
+        kernel, out = w.shape[2:], written.shape[2:]
+        features = read.shape[1] // groups * kernel.numel()
+        positions = out.numel() * per
+
+        def take(lo: int, hi: int) -> Tensor:
+            part = patches(read[lo * per : hi * per], kernel, c["stride"], c["padding"], c["dilation"], out, groups)
+            if per == 1:
+                return part
+            return part.unflatten(0, (hi - lo, per)).transpose(1, 2).flatten(2, 3)
+
+        def weighted(weight: Tensor | None) -> Tensor:
+            scaled = g
+            if weight is not None:
+                scaled = g * weight.to(g.dtype).repeat_interleave(per).reshape(-1, *[1] * (g.dim() - 1))
+            return self._backward(use, {"input": x, "weight": w}, scaled, [False, True, False])[1]
+
+        o = written.shape[1] // groups
+        gs = written.reshape(n, per, groups, o, out.numel()).permute(0, 2, 3, 1, 4).reshape(n, groups, o, positions)
+        return Outer(Patches(n, groups, positions, features, take, read), gs, w.shape, weighted)
+
+
+CONVOLUTION = Convolution()
+
+
+def _tuple(value: Any, d: int) -> list[int]:
+    return [value] * d if isinstance(value, int) else list(value) * (d // len(value) if len(value) == 1 else 1)
+
+
+def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[str, Any], transposed: bool) -> Any:
+    x, w = tensors["input"], tensors["weight"]
+    d = w.dim() - 2
+    if not tracer.is_data(x):
+        return NotImplemented
+    if x.dim() == d + 1:
+        raise tracer.refuse(func, f"the input {list(x.shape)} has no batch axis", "Pass it with an axis for the samples in front.")
+    stride, dilation = _tuple(consts["stride"], d), _tuple(consts["dilation"], d)
+    padding = consts["padding"]
+    if padding == "same":
+        total = [dilation[k] * (w.shape[2 + k] - 1) for k in range(d)]
+        if any(p % 2 for p in total):
+            # torch pads one more at the end; so do we, and the rest is symmetric.
+            x = F.pad(x, [side for p in reversed(total) for side in (0, p % 2)])
+            tensors = {**tensors, "input": x}
+            tracer.mark_data(x)
+        padding = [p // 2 for p in total]
+    elif padding == "valid":
+        padding = [0] * d
+    padding = _tuple(padding, d)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": consts["groups"]}
+    output_padding = _tuple(consts.get("output_padding", 0), d)
+    if transposed:
+        options["output_padding"] = output_padding
+    flags = {**options, "options": options, "transposed": transposed, "output_padding": output_padding}
+    ordered = {k: tensors[k] for k in ("input", "weight", "bias") if k in tensors}
+    return tracer.owned(CONVOLUTION, func, ordered, flags)
+
+
+@handles(F.conv1d, F.conv2d, F.conv3d)
+def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`F.conv1d` to `F.conv3d`."""
+    tensors, consts = bind(_NAMES, args, kwargs, stride=1, padding=0, dilation=1, groups=1)
+    return _place(tracer, func, tensors, consts, transposed=False)
+
+
+@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def transposed(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`F.conv_transpose1d` to `F.conv_transpose3d`."""
+    tensors, consts = bind(_TRANSPOSED_NAMES, args, kwargs, stride=1, padding=0, output_padding=0, dilation=1, groups=1)
+    return _place(tracer, func, tensors, consts, transposed=True)

@@ -1,0 +1,147 @@
+"""Elementwise calls, concatenation and assignment: the parameter is tapped where it meets the data.
+
+It is broadcast to the shape of the data first (a view, without memory), so that autograd's own
+backward of the call yields the gradient before it is summed over samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packext._factored import Dense, Factored, Masked, accumulation_dtype
+from packext._layout import Layout
+from packext._use import Rule, Use
+from packext.rules._common import handles, writes_in_place
+
+if TYPE_CHECKING:
+    from packext._lineage import Tracer
+
+
+class ArgumentRule(Rule):
+    """A value broadcast to the shape of g: rows are g, summed over the axes that were stretched."""
+
+    name = "elementwise"
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
+        return tensors["value"].expand(use.outputs[0])
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        g, layout, value = gs[0], layouts[0], t["value"]
+        assert g is not None and layout is not None
+        g = g.to(accumulation_dtype(g.dtype))
+        missing = g.dim() - value.dim()
+        extent = [1] * missing + list(value.shape)
+        if layout.axis is None:
+            return {"value": Dense(g.sum_to_size(value.shape)[None])}
+        if extent[layout.axis] != 1:
+            # The value has entries along the samples' axis: each belongs to one sample.
+            rows = lambda i: layout.only(g, i).sum_to_size(value.shape)  # noqa: E731
+            return {"value": Masked(layout.n, value, rows, g.numel() * g.element_size())}
+        first, gained = layout._sample_first(g)
+        rest = [size for axis, size in enumerate(extent) if axis != layout.axis]
+        if gained:
+            # (N, m) or (m, N): the m is left where the axis was, and stretched as it was.
+            rest.insert(layout.axis, 1)
+        stretched = [axis + 1 for axis, size in enumerate(rest) if size == 1 and first.shape[axis + 1] != 1]
+        rows_ = first.sum(stretched) if stretched else first
+        return {"value": Dense(rows_.reshape(layout.n, *value.shape))}
+
+
+ARGUMENT = ArgumentRule()
+
+_NAMES = (
+    "add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "pow", "float_power",
+    "where", "maximum", "minimum", "fmax", "fmin", "atan2", "lerp", "addcmul", "addcdiv", "clamp", "clip", "hypot",
+    "logaddexp", "logaddexp2", "copysign", "remainder", "fmod", "xlogy",
+)  # fmt: skip
+_OPERATORS = ("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "truediv", "rtruediv", "itruediv",
+              "div", "rdiv", "idiv", "pow", "rpow", "ipow", "mod")  # fmt: skip
+_FUNCTIONS = [
+    *(getattr(torch, name, None) for name in _NAMES),
+    *(getattr(Tensor, name, None) for name in _NAMES),
+    *(getattr(Tensor, f"{name}_", None) for name in _NAMES),
+    *(getattr(Tensor, f"__{name}__", None) for name in _OPERATORS),
+]
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    return [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+
+
+@handles(*_FUNCTIONS)
+def elementwise(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """Broadcasting elementwise functions."""
+    if writes_in_place(func, kwargs) and tracer.sources(args[0]):
+        raise tracer.refuse(
+            func, "data is written into a value made of parameters, in place", "Use the out-of-place form."
+        )
+    operands = _tensors(args, kwargs)
+    shape = torch.broadcast_shapes(*(t.shape for t in operands))
+    # Tensors without axes do not take part in type promotion; once broadcast they would.
+    with_axes = [t.dtype for t in operands if t.dim()]
+
+    def tapped(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not tracer.sources(t):
+            return t
+        dtype = t.dtype
+        if t.dim() == 0 and with_axes and t.is_floating_point():
+            wide = [d for d in with_axes if d.is_floating_point or d.is_complex]
+            dtype = wide[0] if wide else t.dtype
+            for other in wide[1:]:
+                dtype = torch.promote_types(dtype, other)
+        return tracer.argument(t, shape, dtype, func)
+
+    return func(*(tapped(a) for a in args), **{k: tapped(v) for k, v in kwargs.items()})
+
+
+@handles(torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack)
+def joined(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """Concatenation: an entry made of parameters has the samples' axis already."""
+    if not args or not isinstance(args[0], (list, tuple)):
+        return NotImplemented
+    parts = [tracer.argument(t, t.shape, t.dtype, func) if tracer.sources(t) else t for t in args[0]]
+    return func(parts, *args[1:], **kwargs)
+
+
+@handles(Tensor.__setitem__)
+def assigned(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`data[index] = value`."""
+    target, index, value = args
+    if tracer.sources(target) or not isinstance(value, Tensor):
+        return NotImplemented
+    return func(target, index, tracer.argument(value, target.detach()[index].shape, value.dtype, func))
+
+
+@handles(Tensor.masked_fill, torch.masked_fill, Tensor.masked_fill_)
+def filled(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`masked_fill` with a scalar made of parameters."""
+    if len(args) != 3 or kwargs or not isinstance(args[2], Tensor) or tracer.sources(args[0]):
+        return NotImplemented
+    x, mask, value = args
+    if func is Tensor.masked_fill_:
+        return NotImplemented
+    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    return torch.where(mask, tracer.argument(value, shape, x.dtype, func), x)
+
+
+@handles(F.scaled_dot_product_attention)
+def attention(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """Learned queries, keys, values or biases, broadcast over the batch axes of the others."""
+    names = ("query", "key", "value", "attn_mask")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    rest = args[len(names) :]
+    operands = {k: given[k] for k in names if isinstance(given.get(k), Tensor)}
+    batch = torch.broadcast_shapes(*(t.shape[:-2] for t in operands.values()))
+    for name, t in operands.items():
+        if tracer.sources(t):
+            given[name] = tracer.argument(t, (*batch, *t.shape[-2:]), t.dtype, func)
+    if rest:
+        return NotImplemented
+    return func(**given)

@@ -1,0 +1,145 @@
+"""Lookups: `F.embedding`, `F.embedding_bag`, and a parameter indexed by data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from packext._factored import Factored, Lookup
+from packext._layout import Layout
+from packext._use import Rule, Use
+from packext.rules._common import bind, handles
+
+if TYPE_CHECKING:
+    from packext._lineage import Tracer
+
+_MAX_NORM = "the table is renormalised in place while it is read (max_norm)"
+
+
+class Embedding(Rule):
+    """Rows of a table; the gradient of `padding_idx` is zero, frequencies are those of the batch."""
+
+    name = "lookup"
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        g, layout = gs[0], layouts[0]
+        assert g is not None and layout is not None
+        lead = g.dim() - 1
+        if not layout.fits(g, lead):
+            return None
+        index, table = t["indices"], t["weight"]
+        if use.consts.get("scale_grad_by_freq"):
+            count = torch.bincount(index.flatten(), minlength=table.shape[0])
+            g = g / count[index][..., None]
+        index = torch.where(index < 0, index + table.shape[0], index)
+        padding = use.consts.get("padding_idx", -1)
+        if padding is not None and padding >= 0:
+            index = torch.where(index == padding, -1, index)
+        return {"weight": Lookup(layout.split(index, lead), layout.split(g, lead), table.shape)}
+
+
+class Indexed(Embedding):
+    """`weight[indices]` with indices computed from the data."""
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
+        return tensors["weight"][tensors["indices"]]
+
+
+EMBEDDING, INDEXED = Embedding(), Indexed()
+
+
+@handles(torch.embedding)
+def embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse)`."""
+    names = ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse")
+    tensors, consts = bind(names, args, kwargs, padding_idx=-1, scale_grad_by_freq=False, sparse=False)
+    if consts["sparse"]:
+        raise tracer.refuse(func, "the gradient is sparse", "Build the embedding with sparse=False.")
+    if not tracer.is_data(tensors["indices"]):
+        return NotImplemented
+    return tracer.observed(EMBEDDING, func, tensors, consts)
+
+
+@handles(Tensor.__getitem__)
+def indexed(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`weight[indices]`."""
+    weight, index = args
+    integers = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+    if not integers or weight.dim() != 2 or not tracer.is_data(index):
+        return NotImplemented
+    return tracer.observed(INDEXED, func, {"weight": weight, "indices": index}, {})
+
+
+@handles(torch.embedding_renorm_)
+def renorm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """What `max_norm` calls."""
+    raise tracer.refuse(func, _MAX_NORM, "Build the embedding without max_norm, and constrain the norm after the step.")
+
+
+class Bag(Rule):
+    """Sums or means over bags of rows."""
+
+    name = "lookup of bags"
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Any:
+        return use.func(**tensors, **use.consts["call"])
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        g, layout = gs[0], layouts[0]
+        c = use.consts
+        if g is None or layout is None or not layout.fits(g, 1) or c["mode"] == 2 or set(use.sources) != {"weight"}:
+            return None
+        index, bags = t["indices"], g.shape[0]
+        starts = t["offsets"][:bags]
+        position = torch.arange(len(index), device=index.device)
+        bag = torch.searchsorted(starts, position, right=True) - 1
+        padding = c["padding_idx"]
+        real = torch.ones_like(index, dtype=torch.bool) if padding < 0 else index != padding
+        scale = torch.ones(len(index), dtype=g.dtype, device=g.device)
+        if "per_sample_weights" in t:
+            scale = t["per_sample_weights"].to(g.dtype)
+        if c["mode"] == 1:
+            sizes = torch.zeros(bags, dtype=g.dtype, device=g.device).index_add(0, bag, real.to(g.dtype))
+            scale = scale / sizes.clamp(min=1)[bag]
+        if c["scale_grad_by_freq"]:
+            scale = scale / torch.bincount(index, minlength=t["weight"].shape[0])[index]
+        ends = torch.cat([starts[1:], starts.new_tensor([len(index)])])
+        longest = int((ends - starts).max()) if bags else 0
+        slot = position - starts[bag]
+        ids = index.new_full((bags, longest), -1)
+        ids[bag, slot] = torch.where(real, index, -1)
+        weights = torch.zeros(bags, longest, dtype=g.dtype, device=g.device).index_put((bag, slot), scale)
+        rows = g[:, None, :] * weights[:, :, None]
+        ids, rows = layout.split(ids, 1).flatten(1, 2), layout.split(rows, 1).flatten(1, 2)
+        return {"weight": Lookup(ids, rows, t["weight"].shape)}
+
+
+BAG = Bag()
+
+
+@handles(torch.embedding_bag)
+def embedding_bag(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.embedding_bag`, to which `F.embedding_bag` comes down."""
+    names = (
+        "weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse",
+        "per_sample_weights", "include_last_offset", "padding_idx",
+    )  # fmt: skip
+    tensors, consts = bind(
+        names, args, kwargs, scale_grad_by_freq=False, mode=0, sparse=False,
+        per_sample_weights=None, include_last_offset=False, padding_idx=None,
+    )  # fmt: skip
+    if consts["sparse"]:
+        raise tracer.refuse(func, "the gradient is sparse", "Build the embedding with sparse=False.")
+    size = tensors["weight"].shape[0]
+    padding = consts["padding_idx"]
+    consts["padding_idx"] = -1 if padding is None else padding % size
+    if not tracer.is_data(tensors["indices"]):
+        return NotImplemented
+    return tracer.observed(BAG, func, tensors, {**consts, "call": consts | {"padding_idx": padding}})

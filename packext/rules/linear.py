@@ -1,0 +1,195 @@
+"""Linear maps: `F.linear`, and products of matrices in which one factor is made of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packext._factored import Dense, Factored, Outer, Pulled, accumulation_dtype
+from packext._layout import Layout
+from packext._taps import OwnedRule
+from packext._use import Rule, Use
+from packext.rules._common import bind, handles
+
+if TYPE_CHECKING:
+    from packext._lineage import Tracer
+
+
+class Linear(OwnedRule):
+    """`y[..., O] = x[..., I] weight[O, I]ᵀ + bias`; the weight may be stored transposed."""
+
+    name = "linear"
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
+        x, w, b = tensors["input"], tensors["weight"], tensors.get("bias")
+        w = w.t() if use.consts["transposed"] else w
+        return F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def input_grad(self, use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
+        w = t["weight"].to(g.dtype)
+        return g.matmul(w.t() if use.consts["transposed"] else w).to(t["input"].dtype)
+
+    def param_grad(self, use: Use, t: dict[str, Tensor], g: Tensor, name: str) -> Tensor:
+        flat = g.reshape(-1, g.shape[-1])
+        if name == "bias":
+            return flat.sum(0).to(t["bias"].dtype)
+        x = t["input"].reshape(-1, t["input"].shape[-1]).to(g.dtype)
+        grad = x.t() @ flat if use.consts["transposed"] else flat.t() @ x
+        return grad.to(t["weight"].dtype)
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        g, layout = gs[0], layouts[0]
+        assert g is not None and layout is not None
+        lead = g.dim() - 1
+        if not layout.fits(g, lead):
+            return None
+        gs_ = layout.split(g, lead)  # [N, S, O]
+        forms: dict[str, Factored] = {}
+        if "weight" in use.sources:
+            xs = layout.split(t["input"], lead)  # [N, S, I]
+            if use.consts["transposed"]:
+                forms["weight"] = Outer(gs_[:, None], xs.mT[:, None], t["weight"].shape)
+            else:
+                forms["weight"] = Outer(xs[:, None], gs_.mT[:, None], t["weight"].shape)
+        if "bias" in use.sources:
+            forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)))
+        return forms
+
+
+LINEAR = Linear()
+
+
+@handles(F.linear)
+def linear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`F.linear(input, weight, bias)`."""
+    tensors, _ = bind(("input", "weight", "bias"), args, kwargs)
+    if tensors["weight"].dim() != 2 or not tracer.is_data(tensors["input"]):
+        return NotImplemented
+    return tracer.owned(LINEAR, func, tensors, {"transposed": False})
+
+
+@handles(torch.addmm, Tensor.addmm)
+def addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`bias + mat1 @ mat2`, the linear layer of GPT-2 with a transposed weight."""
+    tensors, consts = bind(("input", "mat1", "mat2"), args, kwargs)
+    if consts or len(tensors) != 3:
+        return NotImplemented
+    b, x, w = tensors["input"], tensors["mat1"], tensors["mat2"]
+    if not (tracer.sources(w) and tracer.is_data(x)) or b.dim() != 1 or tracer.is_data(b) or b.shape[0] != w.shape[1]:
+        return NotImplemented
+    return tracer.owned(LINEAR, func, {"input": x, "weight": w, "bias": b}, {"transposed": True})
+
+
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def matmul(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`x @ w` is a linear layer with a transposed weight; other products go the way of einsum."""
+    if len(args) != 2:
+        return NotImplemented
+    x, w = args
+    if tracer.sources(w) and tracer.is_data(x) and w.dim() == 2 and x.dim() >= 2:
+        return tracer.owned(LINEAR, func, {"input": x, "weight": w}, {"transposed": True})
+    equation = _matmul_equation(x.dim(), w.dim(), x.shape, w.shape)
+    return NotImplemented if equation is None else contraction(tracer, torch.einsum, equation, x, w)
+
+
+@handles(torch.bmm, Tensor.bmm)
+def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """Batched products."""
+    if len(args) != 2:
+        return NotImplemented
+    return contraction(tracer, torch.einsum, "abc,acd->abd", *args)
+
+
+@handles(torch._C._VariableFunctions.einsum)
+def einsum(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """Einsum of two operands."""
+    equation, operands = args[0], args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+    if len(operands) != 2:
+        return NotImplemented
+    return contraction(tracer, torch.einsum, equation, *operands)
+
+
+def _matmul_equation(left: int, right: int, shape: torch.Size, other: torch.Size) -> str | None:
+    """Letters of a matrix product; None where broadcasting stretches an axis of the parameter."""
+    if left < 2 or right < 2:
+        return None
+    batch = "abcdefgh"[: max(left, right) - 2]
+    lefts, rights = batch[len(batch) - (left - 2) :], batch[len(batch) - (right - 2) :]
+    sizes = dict(zip(lefts, shape[:-2], strict=True))
+    if any(sizes.get(letter, size) != size for letter, size in zip(rights, other[:-2], strict=True)):
+        return None
+    return f"{lefts}xy,{rights}yz->{batch}xz"
+
+
+class Contraction(Rule):
+    """`einsum` of data and a parameter: letters in all three are groups, shared with the data alone are
+    inputs, with the result alone outputs, and those of data and result are samples and positions.
+    """
+
+    name = "einsum"
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
+        return torch.einsum(use.consts["equation"], tensors["data"], tensors["weight"])
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        g, layout = gs[0], layouts[0]
+        assert g is not None and layout is not None
+        inputs, result = use.consts["equation"].split("->")
+        x, w = inputs.split(",")
+        shared = [c for c in result if c in x and c not in w]
+        groups = [c for c in w if c in x and c in result]
+        reads = [c for c in w if c in x and c not in result]
+        writes = [c for c in w if c not in x]
+        lead = len(shared)
+        order = shared + groups + writes
+        moved = g.permute([result.index(c) for c in order])
+        if layout.axis is not None:
+            axis = order.index(result[layout.axis])
+            layout = Layout(axis, layout.n, layout.inner)
+        if not layout.fits(moved, lead):
+            return None
+        size = dict(zip(w, t["weight"].shape, strict=True))
+        many = lambda letters: int(torch.Size([size[c] for c in letters]).numel())  # noqa: E731
+        gs_ = layout.split(moved, lead)
+        gs_ = gs_.reshape(*gs_.shape[:2], many(groups), many(writes)).permute(0, 2, 3, 1)
+        data = t["data"]
+        extra = [c for c in x if c not in shared and c not in w]
+        data = data.permute([x.index(c) for c in shared + groups + reads + extra])
+        if extra:
+            data = data.sum(tuple(range(data.dim() - len(extra), data.dim())))
+        xs = layout.split(data, lead)
+        xs = xs.reshape(*xs.shape[:2], many(groups), many(reads)).transpose(1, 2)
+        inner = Outer(xs, gs_, [size[c] for c in groups + writes + reads])
+        if groups + writes + reads == list(w):
+            return {"weight": inner}
+        back = [(groups + writes + reads).index(c) + 1 for c in w]
+        return {"weight": Pulled(inner, t["weight"], lambda rows: rows.permute(0, *back))}
+
+
+CONTRACTION = Contraction()
+
+
+def contraction(tracer: Tracer, func: Any, equation: str, x: Tensor, w: Tensor) -> Any:
+    """Place the tap of an einsum of two operands, one of them made of parameters."""
+    equation = equation.replace(" ", "")
+    if "->" not in equation or "." in equation:
+        return NotImplemented
+    inputs, result = equation.split("->")
+    left, right = inputs.split(",")
+    if tracer.sources(x) and not tracer.sources(w):
+        x, w, left, right = w, x, right, left
+    letters_once = all(len(set(part)) == len(part) for part in (left, right, result))
+    covered = all(c in left or c in result for c in right) and all(c in left or c in right for c in result)
+    if not (letters_once and covered and tracer.is_data(x) and tracer.sources(w)):
+        return NotImplemented
+    if any(c in left and x.shape[left.index(c)] != w.shape[right.index(c)] for c in right):
+        return NotImplemented
+    return tracer.observed(CONTRACTION, func, {"data": x, "weight": w}, {"equation": f"{left},{right}->{result}"})

@@ -1,0 +1,197 @@
+"""Normalisations, PReLU and bilinear maps: parameters with few entries per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from packext._errors import CoupledSamplesError
+from packext._factored import Dense, Factored, Outer, accumulation_dtype
+from packext._layout import Layout
+from packext._use import Rule, Use
+from packext.rules._common import bind, handles
+
+if TYPE_CHECKING:
+    from packext._lineage import Tracer
+
+
+def _trailing(t: Tensor, layout: Layout, features: int) -> Tensor | None:
+    """Sum of `[*lead, *features]` over everything but samples and features."""
+    lead = t.dim() - features
+    return layout.split(t, lead).sum(1, dtype=accumulation_dtype(t.dtype)) if layout.fits(t, lead) else None
+
+
+def _channels(t: Tensor, layout: Layout) -> Tensor | None:
+    """Sum of `[B, C, *space]` over everything but samples and channels."""
+    flat = t.flatten(2).sum(2, dtype=accumulation_dtype(t.dtype)) if t.dim() > 2 else t
+    return layout.split(flat, 1).sum(1) if layout.fits(flat, 1) else None
+
+
+class Norm(Rule):
+    """`normalised(x) * weight + bias`; the normalised input is computed again in the backward pass."""
+
+    name = "norm"
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
+        c = use.consts
+        x, w, b = tensors["input"], tensors.get("weight"), tensors.get("bias")
+        if c["kind"] == "layer":
+            return torch.layer_norm(x, c["normalized_shape"], w, b, c["eps"])
+        if c["kind"] == "rms":
+            return torch.rms_norm(x, c["normalized_shape"], w, c["eps"])
+        if c["kind"] == "group":
+            return torch.group_norm(x, c["num_groups"], w, b, c["eps"])
+        mean, var = tensors.get("running_mean"), tensors.get("running_var")
+        function = torch.batch_norm if c["kind"] == "batch" else torch.instance_norm
+        return function(x, w, b, mean, var, c["training"], c["momentum"], c["eps"], c["cudnn_enabled"])
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        g, layout, c = gs[0], layouts[0], use.consts
+        assert g is not None and layout is not None
+        if c["kind"] == "batch" and c["training"] and use.record.n > 1:
+            raise CoupledSamplesError(
+                f"{use.describe()} uses the statistics of the batch, so that samples influence each other. "
+                "Call model.eval() (or .eval() on this layer), or replace it by GroupNorm."
+            )
+        bare = {k: v for k, v in t.items() if k not in ("weight", "bias")}
+        if c["training"]:
+            # Statistics of the input itself; running ones must not move a second time.
+            bare = {"input": t["input"]}
+        product = None
+        if "weight" in use.sources:
+            product = g * self.call(use, bare).to(g.dtype)
+        forms: dict[str, Factored] = {}
+        for name, value in (("weight", product), ("bias", g)):
+            if name in use.sources and value is not None:
+                if c["kind"] in ("layer", "rms"):
+                    rows = _trailing(value, layout, len(c["normalized_shape"]))
+                else:
+                    rows = _channels(value, layout)
+                if rows is None:
+                    return None
+                forms[name] = Dense(rows)
+        return forms
+
+
+NORM = Norm()
+
+
+@handles(torch.layer_norm)
+def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.layer_norm(input, normalized_shape, weight, bias, eps)`."""
+    names = ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
+    tensors, c = bind(names, args, kwargs, eps=1e-5)
+    return _place(tracer, func, tensors, c, "layer")
+
+
+@handles(getattr(torch, "rms_norm", None))
+def rms_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.rms_norm(input, normalized_shape, weight, eps)`."""
+    tensors, c = bind(("input", "normalized_shape", "weight", "eps"), args, kwargs, eps=None)
+    return _place(tracer, func, tensors, c, "rms")
+
+
+@handles(torch.group_norm)
+def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.group_norm(input, num_groups, weight, bias, eps)`."""
+    names = ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled")
+    tensors, c = bind(names, args, kwargs, eps=1e-5)
+    return _place(tracer, func, tensors, c, "group")
+
+
+_BATCH = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+
+
+@handles(torch.batch_norm)
+def batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.batch_norm`, sound for running statistics."""
+    tensors, c = bind(_BATCH, args, kwargs)
+    return _place(tracer, func, tensors, c, "batch")
+
+
+@handles(torch.instance_norm)
+def instance_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.instance_norm`."""
+    tensors, c = bind((*_BATCH[:5], "use_input_stats", *_BATCH[6:]), args, kwargs)
+    return _place(tracer, func, tensors, {**c, "training": c["use_input_stats"]}, "instance")
+
+
+def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[str, Any], kind: str) -> Any:
+    if not tracer.is_data(tensors["input"]):
+        return NotImplemented
+    consts = {"training": False, **consts, "kind": kind}
+    return tracer.observed(NORM, func, tensors, consts)
+
+
+class PReLU(Rule):
+    """`x` where positive, `weight x` elsewhere; one weight for all, or one per channel (axis 1)."""
+
+    name = "prelu"
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
+        return torch.prelu(tensors["input"], tensors["weight"])
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        g, layout = gs[0], layouts[0]
+        assert g is not None and layout is not None
+        product = g * t["input"].clamp(max=0)
+        if t["weight"].numel() == 1:
+            rows = layout.by_sample(product).sum(1, dtype=accumulation_dtype(g.dtype)).reshape(-1, *t["weight"].shape)
+        else:
+            rows = _channels(product, layout)
+        return None if rows is None else {"weight": Dense(rows)}
+
+
+PRELU = PReLU()
+
+
+@handles(torch.prelu, Tensor.prelu)
+def prelu(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.prelu(input, weight)`."""
+    tensors, _ = bind(("input", "weight"), args, kwargs)
+    if not tracer.is_data(tensors["input"]):
+        return NotImplemented
+    return tracer.observed(PRELU, func, tensors, {})
+
+
+class Bilinear(Rule):
+    """`y_o = x1ᵀ weight_o x2 + bias_o`: linear in the products of the two inputs' entries."""
+
+    name = "bilinear"
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        g, layout = gs[0], layouts[0]
+        assert g is not None and layout is not None
+        lead = g.dim() - 1
+        if not layout.fits(g, lead):
+            return None
+        rows = layout.split(g, lead)
+        forms: dict[str, Factored] = {}
+        if "weight" in use.sources:
+            first, second = layout.split(t["input1"], lead), layout.split(t["input2"], lead)
+            products = (first[..., :, None] * second[..., None, :]).flatten(2)
+            forms["weight"] = Outer(products[:, None], rows.mT[:, None], t["weight"].shape)
+        if "bias" in use.sources:
+            forms["bias"] = Dense(rows.sum(1, dtype=accumulation_dtype(g.dtype)))
+        return forms
+
+
+BILINEAR = Bilinear()
+
+
+@handles(torch.bilinear)
+def bilinear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.bilinear(input1, input2, weight, bias)`."""
+    tensors, _ = bind(("input1", "input2", "weight", "bias"), args, kwargs)
+    if not (tracer.is_data(tensors["input1"]) and tracer.is_data(tensors["input2"])):
+        return NotImplemented
+    return tracer.observed(BILINEAR, func, tensors, {})

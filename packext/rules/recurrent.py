@@ -1,0 +1,227 @@
+"""RNN, LSTM and GRU: torch's fused call runs forward and backward; the pairs come from unrolling it.
+
+The fused call hides the gradients at its gates. When a quantity is wanted, the recurrence is run again
+in single steps, with a zero added to the gates before their nonlinearities; the gradient of that zero is g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packext._factored import Dense, Factored, Outer, accumulation_dtype
+from packext._layout import Layout
+from packext._use import Rule, Use
+from packext.rules._common import handles
+
+if TYPE_CHECKING:
+    from packext._lineage import Tracer
+
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+@dataclass
+class Strand:
+    """One direction of one layer, unrolled: its inputs, hidden states and the zeros at its gates."""
+
+    prefix: str
+    inputs: Tensor
+    hidden: Tensor
+    at_input: Tensor
+    at_hidden: Tensor
+    raw: Tensor | None
+
+
+def _step(kind: str, from_input: Tensor, from_hidden: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One step of a cell from the two halves of its gates: new hidden state (before projection) and cell state."""
+    if kind == "lstm":
+        i, f, g, o = (from_input + from_hidden).chunk(4, -1)
+        assert c is not None
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    if kind == "gru":
+        ri, zi, ni = from_input.chunk(3, -1)
+        rh, zh, nh = from_hidden.chunk(3, -1)
+        r, z = (ri + rh).sigmoid(), (zi + zh).sigmoid()
+        n = (ni + r * nh).tanh()
+        return n + z * (h - n), None
+    gates = from_input + from_hidden
+    return (gates.tanh() if kind == "rnn_tanh" else gates.relu()), None
+
+
+class Recurrent(Rule):
+    """Layers and directions of one recurrent call."""
+
+    name = "recurrent"
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Any:
+        c = use.consts
+        weights = [tensors[name] for name in c["weights"]]
+        if c["cell"]:
+            hidden = (tensors["h"], tensors["c"]) if c["kind"] == "lstm" else tensors["h"]
+            return use.func(tensors["input"], hidden, *weights)
+        hidden = (tensors["h"], tensors["c"]) if c["kind"] == "lstm" else tensors["h"]
+        flags = (c["bias"], c["layers"], 0.0, c["train"], c["bidirectional"], c["batch_first"])
+        return use.func(tensors["input"], hidden, weights, *flags)
+
+    def _unroll(self, use: Use, t: dict[str, Tensor]) -> tuple[list[Tensor], list[Strand]]:
+        c = use.consts
+        kind, directions = c["kind"], 2 if c["bidirectional"] else 1
+        x = t["input"]
+        if c["cell"]:
+            x = x[None]
+        elif c["batch_first"]:
+            x = x.transpose(0, 1)
+        strands: list[Strand] = []
+        last_h: list[Tensor] = []
+        last_c: list[Tensor] = []
+        for layer in range(c["layers"]):
+            outputs = []
+            for direction in range(directions):
+                k = layer * directions + direction
+                prefix = f"{k}."
+                w_ih, w_hh = t[prefix + "ih"], t[prefix + "hh"]
+                b_ih, b_hh, w_hr = (t.get(prefix + s) for s in ("bih", "bhh", "hr"))
+                h = t["h"] if c["cell"] else t["h"][k]
+                state = None if kind != "lstm" else (t["c"] if c["cell"] else t["c"][k])
+                sequence = x.flip(0) if direction else x
+                inputs = F.linear(sequence, w_ih, b_ih)
+                at_input = torch.zeros_like(inputs).requires_grad_()
+                # Where input and hidden halves are added, one zero serves both.
+                at_hidden = torch.zeros_like(inputs).requires_grad_() if kind == "gru" else at_input
+                inputs = inputs + at_input
+                states, outs, raws = [], [], []
+                for step in range(len(sequence)):
+                    states.append(h)
+                    from_hidden = F.linear(h, w_hh, b_hh)
+                    if kind == "gru":
+                        from_hidden = from_hidden + at_hidden[step]
+                    h, state = _step(kind, inputs[step], from_hidden, h, state)
+                    if w_hr is not None:
+                        raws.append(h)
+                        h = F.linear(h, w_hr)
+                    outs.append(h)
+                raw = torch.stack(raws) if raws else None
+                strands.append(Strand(prefix, sequence, torch.stack(states), at_input, at_hidden, raw))
+                last_h.append(h)
+                if state is not None:
+                    last_c.append(state)
+                out = torch.stack(outs)
+                outputs.append(out.flip(0) if direction else out)
+            x = torch.cat(outputs, -1)
+        if c["cell"]:
+            return [last_h[0], *last_c], strands
+        y = x.transpose(0, 1) if c["batch_first"] else x
+        ends = [torch.stack(last_h)] + ([torch.stack(last_c)] if last_c else [])
+        return [y, *ends], strands
+
+    def factors(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+    ) -> dict[str, Factored] | None:
+        c = use.consts
+        found = next((l for g, l in zip(gs, layouts, strict=True) if g is not None and l is not None), None)
+        size = t["input"].shape[0 if c["cell"] or c["batch_first"] else 1]
+        if found is None or size % found.n or found.inner or any(name.endswith("hr") for name in use.sources):
+            return None
+        layout = Layout(None if found.axis is None else 1, found.n)  # of [T, N, features]
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = t if keep else {k: v.detach() for k, v in t.items()}
+            outputs, strands = self._unroll(use, inputs)
+            ends = [(y, g) for y, g in zip(outputs, gs, strict=True) if g is not None]
+            zeros = [z for s in strands for z in (s.at_input, s.at_hidden)]
+            grads = torch.autograd.grad(
+                [y for y, _ in ends], zeros, [g for _, g in ends], create_graph=keep, allow_unused=True
+            )
+        forms: dict[str, Factored] = {}
+        for k, s in enumerate(strands):
+            for half, a, g in (("ih", s.inputs, grads[2 * k]), ("hh", s.hidden, grads[2 * k + 1])):
+                g = torch.zeros_like(s.at_input) if g is None else g
+                if not keep:
+                    a = a.detach()
+                gs_ = layout.split(g, 2)
+                name = s.prefix + half
+                if name in use.sources:
+                    forms[name] = Outer(layout.split(a, 2)[:, None], gs_.mT[:, None], t[name].shape)
+                if s.prefix + "b" + half in use.sources:
+                    forms[s.prefix + "b" + half] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)))
+        return forms
+
+
+RECURRENT = Recurrent()
+
+
+def _weights(values: Sequence[Tensor], bias: bool, strands: int) -> dict[str, Tensor]:
+    """torch's flat list of weights, by strand and role."""
+    per = len(values) // strands
+    roles = ["ih", "hh", *(["bih", "bhh"] if bias else []), *(["hr"] if per in (3, 5) else [])]
+    return {f"{k // per}.{roles[k % per]}": w for k, w in enumerate(values)}
+
+
+def _fused(kind: str) -> Any:
+    def handler(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs or len(args) != 9:
+            return NotImplemented
+        if not isinstance(args[3], bool):
+            raise tracer.refuse(
+                func, "the input is a PackedSequence, whose samples have no axis of their own",
+                "Pass a padded batch, and mask the padding in the loss.",
+            )  # fmt: skip
+        x, hidden, weights, bias, layers, dropout, train, bidirectional, batch_first = args
+        state = list(hidden) if kind == "lstm" else [hidden]
+        if x.dim() != 3 or not tracer.is_data(x):
+            return NotImplemented
+        directions = 2 if bidirectional else 1
+        per = len(weights) // (layers * directions)
+        if dropout and train and layers > 1:
+            # Layer by layer, so that each dropout mask is part of the graph and not redrawn.
+            ends: list[list[Tensor]] = [[] for _ in state]
+            for layer in range(layers):
+                part = slice(layer * directions, (layer + 1) * directions)
+                sub = [s[part] for s in state]
+                flat = list(weights[layer * directions * per : (layer + 1) * directions * per])
+                one = (x, tuple(sub) if kind == "lstm" else sub[0], flat, bias, 1, 0.0, train, bidirectional, batch_first)
+                out = handler(tracer, func, one, {})
+                for end, value in zip(ends, out[1:], strict=True):
+                    end.append(value)
+                x = out[0]
+                if layer + 1 < layers:
+                    x = F.dropout(x, dropout, True)
+                tracer.mark_data(x)
+            return (x, *(torch.cat(end) for end in ends))
+        named = _weights(weights, bias, layers * directions)
+        consts = {
+            "kind": kind, "cell": False, "bias": bias, "layers": layers, "train": train,
+            "bidirectional": bidirectional, "batch_first": batch_first, "weights": tuple(named),
+        }  # fmt: skip
+        states = dict(zip(("h", "c"), state, strict=False))
+        return tracer.observed(RECURRENT, func, {"input": x, **states, **named}, consts)
+
+    return handler
+
+
+def _cell(kind: str) -> Any:
+    def handler(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs or not 4 <= len(args) <= 6 or args[0].dim() != 2 or not tracer.is_data(args[0]):
+            return NotImplemented
+        x, hidden, *weights = args
+        state = list(hidden) if kind == "lstm" else [hidden]
+        weights = [w for w in weights if w is not None]
+        named = _weights(weights, len(weights) == 4, 1)
+        consts = {
+            "kind": kind, "cell": True, "layers": 1, "bidirectional": False, "batch_first": False, "weights": tuple(named),
+        }  # fmt: skip
+        states = dict(zip(("h", "c"), state, strict=False))
+        return tracer.observed(RECURRENT, func, {"input": x, **states, **named}, consts)
+
+    return handler
+
+
+for _kind in _GATES:
+    handles(getattr(torch, _kind))(_fused(_kind))
+    handles(getattr(torch, f"{_kind}_cell"))(_cell(_kind))

@@ -31,7 +31,9 @@ class ParameterResults:
         raise AttributeError(f"no {field!r} for parameter {self._name}: the context asked for {have}.")
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{k}={list(v.shape)}" if isinstance(v, Tensor) else k for k, v in vars(self).items() if k != "_name")
+        fields = ", ".join(
+            f"{k}={list(v.shape)}" if isinstance(v, Tensor) else k for k, v in vars(self).items() if k != "_name"
+        )
         return f"ParameterResults({self._name}: {fields})"
 
 
@@ -47,9 +49,16 @@ class Results:
         self._quantities = quantities
         self._by_parameter: dict[int, tuple[str, dict[str, Any]]] = {}
         self._names: dict[str, int] = {}
+        self._ambiguous: set[str] = set()
+        self._keep: list[Tensor] = []  # so that no other tensor takes the id of a parameter
 
     def _entry(self, name: str) -> tuple[str, dict[str, Any]]:
         key = self._names.get(name)
+        if name in self._ambiguous:
+            raise KeyError(
+                f"{name!r} is a parameter of several models that were extended one by one: extend an nn.ModuleDict "
+                "of them, whose names differ, or read the attribute of the parameter itself"
+            )
         if key is None or key not in self._by_parameter:
             if not self._by_parameter:
                 raise KeyError(f"{name!r}: no backward pass through an extended model has ended in this context yet")
@@ -82,9 +91,15 @@ class Results:
         for quantity in self._quantities:
             if quantity.savefield == field:
                 if not self._by_parameter:
-                    raise AttributeError(f"no {field!r} yet: no backward pass through an extended model has ended in this context")
-                return quantity.whole({name: values[field] for name, values in self._by_parameter.values() if field in values})
-        raise AttributeError(f"no {field!r}: the context asked for {', '.join(q.savefield for q in self._quantities) or 'nothing'}")
+                    raise AttributeError(
+                        f"no {field!r} yet: no backward pass through an extended model has ended in this context"
+                    )
+                return quantity.whole(
+                    {name: values[field] for name, values in self._by_parameter.values() if field in values}
+                )
+        raise AttributeError(
+            f"no {field!r}: the context asked for {', '.join(q.savefield for q in self._quantities) or 'nothing'}"
+        )
 
 
 class backpack:  # noqa: N801 - the name that BackPACK's users type
@@ -127,7 +142,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         """
         for extension in extensions:
             if isinstance(extension, type):
-                raise ValueError(f"backpack expects instances, got the class {extension.__name__}: write {extension.__name__}().")
+                raise ValueError(
+                    f"backpack expects instances, got the class {extension.__name__}: write {extension.__name__}()."
+                )
             if not isinstance(extension, Quantity):
                 raise ValueError(f"backpack expects quantities such as BatchGrad(), got {extension!r}.")
         fields = [e.savefield for e in extensions]
@@ -186,7 +203,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 "loss_fn = px.extend(nn.CrossEntropyLoss()) or pass scale=<number> to backpack (the batch size for a mean, 1 for a sum)."
             )
         if len(set(factors.values())) > 1:
-            raise PackextError(f"The losses scale samples differently: {factors}. Give them one reduction, or pass scale=<number>.")
+            raise PackextError(
+                f"The losses scale samples differently: {factors}. Give them one reduction, or pass scale=<number>."
+            )
         return next(iter(factors.values()))
 
     def _check(self, flight: _flight.Pass, n: int) -> None:
@@ -208,7 +227,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             visitor = extension.visitor(ask)
             if visitor is not None:
                 visitors.append(visitor)
-        statistics.prepare(wants, visitors, deliver)
+        buffer = None
+        if "rows" in wants and not torch.is_grad_enabled():
+            holders = 1 if id(source.tensor) in self.results._by_parameter else 0
+            buffer = next((b for e in self.extensions if (b := e.buffer(ask, holders)) is not None), None)
+        statistics.prepare(wants, visitors, deliver, buffer)
         values = {e.savefield: value for e in self.extensions if (value := e.result(ask)) is not None}
         flight.values[id(source.tensor)] = (source, values)
         for e in self.extensions:
@@ -216,11 +239,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 flight.asks.setdefault(id(e), {})[id(source.tensor)] = ask
         if self.extension_hook is not None:
             for field, value in values.items():
-                setattr(source.tensor, field, value)
-            self._hook(flight, source, values)
+                flight.attach(source.tensor, field, value)
+            self._hook(flight, source)
         return statistics.known.get("total")
 
-    def _hook(self, flight: _flight.Pass, source: Source, values: dict[str, Any]) -> None:
+    def _hook(self, flight: _flight.Pass, source: Source) -> None:
         if not flight.owners:
             for record in flight.records:
                 root = record.root()
@@ -233,9 +256,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 own.discard(id(source.tensor))
                 if not own and self.extension_hook is not None:
                     self.extension_hook(module)
-        for field in list(values):
-            if not hasattr(source.tensor, field):
-                del values[field]
+                    flight.forget_deleted(module)
 
     def _land(self, flight: _flight.Pass) -> None:
         for extension in self.extensions:
@@ -249,12 +270,14 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             root = record.root()
             for p in root.parameters() if root is not None else ():
                 for field in fields:
-                    p.__dict__.pop(field, None)
+                    if field in vars(p):
+                        delattr(p, field)
         results = self.results
         results._by_parameter = {key: (source.name, values) for key, (source, values) in flight.values.items()}
-        results._names = {source.name: key for key, (source, _) in flight.values.items()}
-        for record in flight.records:
-            results._names.update({name: id(p) for name, p in record.names.items()})
+        names = [(source.name, key) for key, (source, _) in flight.values.items()]
+        names += [(name, id(p)) for record in flight.records for name, p in record.names.items()]
+        results._names = dict(names)
+        results._ambiguous = {name for name, key in names if results._names[name] != key}
         for source, values in flight.values.values():
             for field, value in values.items():
                 setattr(source.tensor, field, value)

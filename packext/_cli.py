@@ -20,9 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="packext", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo", help="train a small network on handwritten digits and look into its gradients"
-    )
+    demo = commands.add_parser("demo", help="train a small network on handwritten digits and look into its gradients")
     demo.add_argument("--seconds", type=float, default=10.0, help="training time (default: 10)")
     demo.add_argument("--out", type=Path, default=Path(), help="folder for the figure (default: .)")
     demo.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")

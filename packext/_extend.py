@@ -93,7 +93,11 @@ def unextend(module: M) -> M:
         for hooks, ours in ((m._forward_pre_hooks, _before), (m._forward_hooks, _after)):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]
-                for extra in (m._forward_pre_hooks_with_kwargs, m._forward_hooks_with_kwargs, m._forward_hooks_always_called):
+                for extra in (
+                    m._forward_pre_hooks_with_kwargs,
+                    m._forward_hooks_with_kwargs,
+                    m._forward_hooks_always_called,
+                ):
                     extra.pop(key, None)
     return module
 
@@ -133,7 +137,7 @@ def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     tracer = LOCAL.tracer
     replaced = None
     if tracer is not None and tracer.stack and tracer.stack[-1] is module:
-        tracer.stack.pop()
+        tracer.pop()
         if not tracer.stack:
             LOCAL.tracer = None
             tracer.__exit__(None, None, None)

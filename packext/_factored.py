@@ -24,8 +24,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-#: Entries of a tile of rows. A tile and its accumulators should stay in the cache of one core.
-TILE = 1 << 18
+#: Entries of a tile of rows: large enough that a call costs more than its dispatch, small beside the caches and
+#: activations.
+TILE = 1 << 20
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,6 +51,10 @@ class Factored:
         """Individual gradients `[hi - lo, *shape]` of samples `lo` to `hi`."""
         raise NotImplementedError
 
+    def rows_into(self, lo: int, hi: int, out: Tensor) -> None:
+        """Write the rows `lo` to `hi` into `out` `[hi - lo, *shape]`."""
+        out.copy_(self.rows(lo, hi))
+
     def select(self, index: Tensor) -> Tensor:
         """Individual gradients `[len(index), *shape]` of the samples in `index`."""
         picked = [self.rows(i, i + 1) for i in index.tolist()]
@@ -65,6 +70,10 @@ class Factored:
         return [(lo, min(self.n, lo + step)) for lo in range(0, self.n, step)]
 
     # Questions that a form may answer from its factors; None: ask the tiles.
+    def all_rows(self) -> Tensor | None:
+        """All rows, where they are in memory already."""
+        return None
+
     def weighted(self, weight: Tensor | None) -> Tensor | None:
         """`sum over n of weight_n row_n`, `[*shape]`; no weight means ones."""
         return None
@@ -138,6 +147,9 @@ class Dense(Factored):
     def dots(self, direction: Tensor) -> Tensor:
         return self.flat @ direction.reshape(-1)
 
+    def all_rows(self) -> Tensor:
+        return self.r
+
     def project(self, left: Tensor, right: Tensor | None) -> Tensor:
         return two_sided(self.r, left, right)
 
@@ -148,7 +160,15 @@ class Dense(Factored):
 class Patches:
     """What multiplied a convolution's weight, `[N, G, S, I]`, unfolded only for the samples asked for."""
 
-    def __init__(self, n: int, groups: int, positions: int, features: int, take: Callable[[int, int], Tensor], source: Tensor) -> None:
+    def __init__(
+        self,
+        n: int,
+        groups: int,
+        positions: int,
+        features: int,
+        take: Callable[[int, int], Tensor],
+        source: Tensor,
+    ) -> None:
         """Take the sizes N, G, S, I, the function that unfolds samples lo to hi, and what it reads."""
         self.shape = (n, groups, positions, features)
         self.take, self.source = take, source
@@ -167,6 +187,7 @@ class Outer(Factored):
         g: Tensor,
         shape: Sequence[int],
         weighted: Callable[[Tensor | None], Tensor] | None = None,
+        apply: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
 
@@ -175,6 +196,7 @@ class Outer(Factored):
             g: `[N, G, O, S]`, gradient at the output of the use.
             shape: of the parameter, `G O I` entries in this order.
             weighted: `weight [N] or None -> sum over n of weight_n row_n`.
+            apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
         """
         self.a, self.g = a, g
         self.n, self.groups, self.s, self.i = a.shape
@@ -183,7 +205,7 @@ class Outer(Factored):
         source = a.source if isinstance(a, Patches) else a
         self.acc = accumulation_dtype(torch.promote_types(source.dtype, g.dtype))
         self.device = g.device
-        self._weighted = weighted
+        self._weighted, self._apply = weighted, apply
 
     def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """The factors of samples lo to hi, in the accumulation dtype."""
@@ -192,6 +214,12 @@ class Outer(Factored):
     def rows(self, lo: int, hi: int) -> Tensor:
         a, g = self.pair(lo, hi)
         return torch.matmul(g, a).reshape(hi - lo, *self.shape)
+
+    def rows_into(self, lo: int, hi: int, out: Tensor) -> None:
+        a, g = self.pair(lo, hi)
+        out = out.reshape(hi - lo, self.groups, self.o, self.i)
+        # A product with one term is a matrix product in name only.
+        torch.mul(g, a, out=out) if self.s == 1 else torch.matmul(g, a, out=out)
 
     def select(self, index: Tensor) -> Tensor:
         if isinstance(self.a, Patches):
@@ -208,17 +236,17 @@ class Outer(Factored):
             g = g * weight[:, None, None, None]
         return torch.einsum("ngos,ngsi->goi", g, a).reshape(self.shape)
 
-    def gram_is_cheaper(self) -> bool:
-        """Whether norms by `(a aᵀ)(g gᵀ)` beat forming the rows (which yields the sum of them as well)."""
-        return not isinstance(self.a, Patches) and self.s * (self.i + self.o) < self.i * self.o
-
-    def sq_norms(self) -> Tensor | None:
-        if not self.gram_is_cheaper():
-            return None
-        a, g = self.pair(0, self.n)
+    def sq_norms(self) -> Tensor:
+        """By `(a aᵀ)(g gᵀ)`, without the rows; whether that is cheaper is for the caller to know."""
         if self.s == 1:
+            a, g = self.pair(0, self.n)
             return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
-        return (torch.matmul(a, a.mT) * torch.matmul(g.mT, g)).sum((1, 2, 3))
+        parts = []
+        step = max(1, TILE // (self.groups * self.s * max(self.s, self.i)))
+        for lo in range(0, self.n, step):
+            a, g = self.pair(lo, min(self.n, lo + step))
+            parts.append((torch.matmul(a, a.mT) * torch.matmul(g.mT, g)).sum((1, 2, 3)))
+        return torch.cat(parts)
 
     def second_moment(self) -> Tensor | None:
         if self.s != 1:
@@ -262,14 +290,30 @@ class Outer(Factored):
             result = result.index_put((at_g, at_o, at_i), exact)
         return result.clamp(min=0).reshape(self.shape)
 
-    def gram(self) -> Tensor | None:
-        if self.s == 1:
-            a, g = self.pair(0, self.n)
-            a, g = a[:, :, 0].transpose(0, 1), g[..., 0].transpose(0, 1)
-            return (torch.matmul(a, a.mT) * torch.matmul(g, g.mT)).sum(0)
-        return None
+    def gram(self) -> Tensor:
+        """By tokens `(a aᵀ)(g gᵀ)`, or by rows of some outputs at a time, whichever takes fewer operations."""
+        n, s = self.n, self.s
+        out = torch.zeros(n, n, dtype=self.acc, device=self.device)
+        if s == 1 or s * s * (self.i + self.o) < self.i * self.o:
+            a, g = self.pair(0, n)
+            for k in range(self.groups):
+                tokens_a, tokens_g = a[:, k].reshape(n * s, -1), g[:, k].mT.reshape(n * s, -1)
+                products = (tokens_a @ tokens_a.T) * (tokens_g @ tokens_g.T)
+                out = out + products.reshape(n, s, n, s).sum((1, 3))
+            return out
+        block = max(1, 2 * TILE // (n * self.groups * self.i))
+        for o in range(0, self.o, block):
+            rows = []
+            for lo, hi in self.tiles():
+                a, g = self.pair(lo, hi)
+                rows.append(torch.matmul(g[:, :, o : o + block], a).reshape(hi - lo, -1))
+            flat = torch.cat(rows)
+            out = out + flat @ flat.T
+        return out
 
     def dots(self, direction: Tensor) -> Tensor | None:
+        if self._apply is not None:
+            return (self._apply(direction) * self.g).sum((1, 2, 3), dtype=self.acc)
         if isinstance(self.a, Patches):
             return None
         a, g = self.pair(0, self.n)
@@ -288,7 +332,7 @@ class Outer(Factored):
 
     def tile(self) -> int:
         unfolded = self.groups * self.s * self.i if isinstance(self.a, Patches) else 0
-        return max(1, min(self.n, TILE // max(1, self.numel), 4 * TILE // max(1, unfolded)))
+        return max(1, min(self.n, TILE // max(1, self.numel), TILE // max(1, unfolded)))
 
     def bytes_held(self) -> int:
         source = self.a.source if isinstance(self.a, Patches) else self.a
@@ -481,13 +525,14 @@ def merge(parts: Sequence[Factored]) -> Factored:
     """One form for all uses of a parameter; forms of a kind are joined along S."""
     if len(parts) == 1:
         return parts[0]
-    if all(isinstance(p, Dense) for p in parts):
-        return Dense(sum(p.r for p in parts[1:]) + parts[0].r)  # type: ignore[union-attr]
-    if all(isinstance(p, Lookup) for p in parts):
-        return Lookup(torch.cat([p.index for p in parts], 1), torch.cat([p.g for p in parts], 1), parts[0].shape)  # type: ignore[union-attr]
-    if all(isinstance(p, Outer) and isinstance(p.a, Tensor) for p in parts):
-        outers: list[Outer] = list(parts)  # type: ignore[arg-type]
-        if len({(p.groups, p.i, p.o) for p in outers}) == 1:
-            a = torch.cat([p.a for p in outers], 2)  # type: ignore[misc]
-            return Outer(a, torch.cat([p.g for p in outers], 3), outers[0].shape)
+    dense = [p for p in parts if isinstance(p, Dense)]
+    if len(dense) == len(parts):
+        return Dense(torch.stack([p.r for p in dense]).sum(0))
+    lookups = [p for p in parts if isinstance(p, Lookup)]
+    if len(lookups) == len(parts):
+        index, g = torch.cat([p.index for p in lookups], 1), torch.cat([p.g for p in lookups], 1)
+        return Lookup(index, g, parts[0].shape)
+    outers = [(p.a, p.g) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
+    if len(outers) == len(parts) and len({(a.shape[1], a.shape[3], g.shape[2]) for a, g in outers}) == 1:
+        return Outer(torch.cat([a for a, _ in outers], 2), torch.cat([g for _, g in outers], 3), parts[0].shape)
     return Sum(parts)

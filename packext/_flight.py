@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._factored import Factored, merge
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 #: Contexts, the innermost last. Backward passes of CUDA run on other threads, so this is global.
 CONTEXTS: list[backpack] = []
 _probe: Probe | None = None
-_pass: Pass | None = None
+#: Passes that have not ended, by the id of autograd's graph task.
+_passes: dict[int, Pass] = {}
+
+
+_MISSING = object()
 
 
 class Pass:
@@ -31,6 +36,7 @@ class Pass:
         """Start when the first gate is passed."""
         self.context = context
         self.task = torch._C._current_graph_task_id()
+        self.replaced: list[tuple[Tensor, str, Any]] = []
         self.fired: set[int] = set()
         self.uses: list[Use] = []
         self.held: dict[int, list[Factored]] = {}
@@ -45,10 +51,10 @@ class Pass:
 
     def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """A pair arrives; emit what is complete, and return sums of rows that may serve as `.grad`."""
-        if use.layouts is None:
+        if use.layouts is None or use.record not in self.records:
             raise PackextError(
                 f"A gradient reached {use.describe()} without passing through an output of the extended model. "
-                "Return from forward whatever the loss is computed from."
+                f"Return from forward whatever the loss is computed from. {_AGAIN}"
             )
         self.fired.add(id(use))
         self.uses.append(use)
@@ -85,18 +91,40 @@ class Pass:
 
     def _awaited(self, parameter: Tensor) -> bool:
         return any(
-            id(node.use) not in self.fired and torch._C._will_engine_execute_node(node) for node in live_nodes(parameter)
+            id(node.use) not in self.fired and torch._C._will_engine_execute_node(node)
+            for node in live_nodes(parameter)
         )
 
     def finish(self) -> None:
         """The backward pass is over."""
-        global _pass
-        if _pass is self:
-            _pass = None
+        _passes.pop(self.task, None)
         # Uses that were waited for, and got no gradient after all.
         for key, forms in self.held.items():
             self.context._emit(self, *self.seen[key], merge(forms), False)
         self.context._land(self)
+        self.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected
+
+    def attach(self, parameter: Tensor, field: str, value: Any) -> None:
+        """Attach a result before it is known that the pass will succeed."""
+        self.replaced.append((parameter, field, parameter.__dict__.get(field, _MISSING)))
+        setattr(parameter, field, value)
+
+    def forget_deleted(self, module: nn.Module) -> None:
+        """Let go of results that the user has deleted from the parameters of `module`."""
+        for parameter in module._parameters.values():
+            if id(parameter) in self.values:
+                values = self.values[id(parameter)][1]
+                for field in [field for field in values if not hasattr(parameter, field)]:
+                    del values[field]
+
+    def abandon(self) -> None:
+        """Take back what a pass that failed has attached."""
+        for parameter, field, old in reversed(self.replaced):
+            if old is not _MISSING:
+                setattr(parameter, field, old)
+            elif hasattr(parameter, field):  # not deleted by the user
+                delattr(parameter, field)
+        self.asks.clear()
 
 
 def activations_only() -> bool:
@@ -130,9 +158,15 @@ def enter(record: Record, stray: bool) -> None:
     if record.n == 0:
         reason = "the batch is empty" if record.sized else f"no input tensor has an axis {record.batch_axis}"
         raise PackextError(f"Per-sample quantities need samples: {reason}. Pass the batch to the extended model.")
+    if any((node := ref()) is not None and torch._C._will_engine_execute_node(node) for ref in record.again):
+        raise PackextError(_AGAIN)
     flight.context._check(flight, record.n)
-    if record.ready:
+    gates = record.awaited_gates()
+    if gates <= record.probed:
         return
+    for why, sources in record.refused:
+        if any(_will_accumulate(source.tensor) for source in sources):
+            raise UnsupportedUseError(why)
     if record.batch_statistics and record.n > 1:
         raise CoupledSamplesError(
             f"BatchNorm uses the statistics of the batch in {', '.join(record.batch_statistics)}: samples influence each "
@@ -140,8 +174,8 @@ def enter(record: Record, stray: bool) -> None:
             "them by GroupNorm."
         )
     _unseen(record)
-    probe(record, _send)
-    record.ready = True
+    probe(record, gates, _send)
+    record.probed |= gates
 
 
 def _unseen(record: Record) -> None:
@@ -168,6 +202,39 @@ def _will_accumulate(parameter: Tensor) -> bool:
         return True
 
 
+class Again(torch.autograd.Function):
+    """Sits on the gradient that enters a model, where a graph of it is made (create_graph=True).
+
+    A later pass that differentiates this gradient reaches parameters through it, past the taps. All
+    parameters are inputs here, so that every such pass that has one of them for its aim is known by this node.
+    """
+
+    @staticmethod
+    def watch(record: Record, grad_inputs: Any, grad_outputs: Any) -> Any:
+        """Hook of a gate."""
+        if not torch.is_grad_enabled():
+            return None
+        parameters = [source.tensor for source in record.parameters()]
+        marked = tuple(None if g is None else Again.apply(g, *parameters) for g in grad_inputs)
+        record.again += [weakref.ref(g.grad_fn) for g in marked if g is not None and g.grad_fn is not None]
+        return marked
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return g.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return (grads[0], *(None for _ in range(ctx.count)))
+
+
+_AGAIN = (
+    "A pass through a gradient of the model (made with create_graph=True, as in a gradient penalty or a Hessian-vector "
+    "product) has no individual gradients: run it outside of the context, or inside of `with px.disable():`."
+)
+
+
 def loss_seen(name: str, reduction: str, g: Tensor) -> None:
     """An extended loss was reached."""
     if _probe is None and _listening():
@@ -175,9 +242,9 @@ def loss_seen(name: str, reduction: str, g: Tensor) -> None:
 
 
 def drop() -> None:
-    """Forget a pass that did not come to its end."""
-    global _pass
-    _pass = None
+    """Forget passes that did not come to their end."""
+    while _passes:
+        _passes.popitem()[1].abandon()
 
 
 def _listening() -> bool:
@@ -185,17 +252,25 @@ def _listening() -> bool:
 
 
 def _current(record: Record | None) -> Pass:
-    global _pass
     task = torch._C._current_graph_task_id()
-    if _pass is not None and (_pass.task == task or (record is not None and record.born == _pass.task)):
-        return _pass
-    _pass = Pass(CONTEXTS[-1])
-    return _pass
+    for key in (task, record.born if record is not None else task):
+        if key in _passes:
+            return _passes[key]
+    _passes[task] = Pass(CONTEXTS[-1])
+    return _passes[task]
 
 
 def _send(run: Probe, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
-    with _probing(run):
-        return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
+    try:
+        with _probing(run):
+            return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if isinstance(error, PackextError) or "use_reentrant" not in str(error):
+            raise
+    raise UnsupportedUseError(
+        "A part of the extended model is under reentrant activation checkpointing, through which torch allows no pass "
+        "that looks at its samples. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+    )
 
 
 @contextmanager

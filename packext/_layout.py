@@ -73,8 +73,15 @@ class Layout:
 
     def agrees(self, g: Tensor, members: Tensor) -> bool:
         """Whether only the samples in `members` `[N]` have non-zero entries in `g` (NaN tells nothing)."""
-        touched = ((g != 0) & ~g.isnan()) & ~self.spread(members, g)
-        return not bool(touched.any())
+        if self.axis is None:
+            return True
+        strangers = (~self.spread(members, g)).flatten().nonzero()[:, 0]
+        # In parts: masks of the size of g would be the peak of memory of the whole pass.
+        for part in strangers.split(max(1, len(strangers) // 8)):
+            entries = g.index_select(self.axis, part)
+            if bool(((entries != 0) & ~entries.isnan()).any()):
+                return False
+        return True
 
 
 def candidates(shape: torch.Size, n: int, batch_axis: int) -> Iterator[Layout]:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from packext import rules
 from packext._errors import UnsupportedUseError
+from packext._flight import Again
 from packext._record import Record, tensors_in
 from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule
 from packext._use import Rule, Source, Use
@@ -47,6 +48,7 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self.record = record
         self.stack: list[nn.Module] = []
+        self._hooks: list[Any] = []
         self.table: dict[int, tuple[Source, Tensor]] = {}
         self._marked_inputs: list[Tensor] = []
 
@@ -54,9 +56,16 @@ class Tracer(TorchFunctionMode):
     def push(self, module: nn.Module, path: str) -> None:
         """A module starts to run: learn the parameters it holds at this moment."""
         self.stack.append(module)
+        self._hooks.append(_saved_tensor_hooks())
         self._register(module, path)
+        self.record.trail = hash((self.record.trail, module.training))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             self.record.batch_statistics.append(self.where())
+
+    def pop(self) -> None:
+        """The module that was started last is done."""
+        self.stack.pop()
+        self._hooks.pop()
 
     def _register(self, module: nn.Module, path: str) -> None:
         for name, p in module._parameters.items():
@@ -118,6 +127,8 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        record = self.record
+        record.trail = hash((record.trail, func))
         sources: tuple[Source, ...] = ()
         data = False
         for t in _arguments(args, kwargs):
@@ -141,31 +152,58 @@ class Tracer(TorchFunctionMode):
             self._mark(out, tuple(dict.fromkeys(sources)), base)
             return out
         handler = rules.HANDLERS.get(func)
-        if func not in rules.REFUSED and (not torch.is_grad_enabled() or func in rules.GRADIENT_FREE):
+        if not torch.is_grad_enabled() or func in rules.GRADIENT_FREE:
             out = func(*args, **kwargs)
             self._mark(out, None)
             return out
-        out = handler(self, func, args, kwargs) if handler else NotImplemented
-        if out is NotImplemented and is_composite(func):
-            with self:
-                return transparent(func)(*args, **kwargs)
-        if out is NotImplemented:
-            out = rules.generic(self, func, args, kwargs)
+        try:
+            out = handler(self, func, args, kwargs) if handler else NotImplemented
+            if out is NotImplemented and is_composite(func):
+                with self:
+                    return transparent(func)(*args, **kwargs)
+            if out is NotImplemented:
+                out = rules.generic(self, func, args, kwargs)
+        except UnsupportedUseError as error:
+            # Raised when a context asks for what this use cannot give; training without one goes on.
+            record.refused.append((str(error), sources))
+            out = func(*args, **kwargs)
         self._mark(out, None)
         if mutates(func):
             self._mark(args[0], None)
         return out
 
     # -- taps ------------------------------------------------------------------------------------
-    def use(self, rule: Rule, func: Callable[..., Any], tensors: dict[str, Tensor], consts: dict[str, Any]) -> Use:
+    def use(
+        self,
+        rule: Rule,
+        func: Callable[..., Any],
+        tensors: dict[str, Tensor],
+        consts: dict[str, Any],
+    ) -> Use:
         """A use whose parameters are found among `tensors`."""
+        hooks = _saved_tensor_hooks()
+        if hooks is not self._hooks[-1] and "_checkpoint_hook" in getattr(hooks, "__qualname__", ""):
+            # Nothing tells when such a function runs again, and the taps must be there again.
+            raise self.refuse(
+                func,
+                "the parameter is used by a checkpointed function, and not by a module that it calls",
+                "Checkpoint a module: its forward is watched when it is computed again.",
+            )
         sources = {k: s for k, t in tensors.items() if t.requires_grad and (s := self.sources(t))}
         shapes = {k: tuple(t.shape) for k, t in tensors.items()}
         return Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self.record)
 
-    def owned(self, rule: OwnedRule, func: Callable[..., Any], tensors: dict[str, Tensor], consts: dict[str, Any]) -> Any:
+    def owned(
+        self,
+        rule: OwnedRule,
+        func: Callable[..., Any],
+        tensors: dict[str, Tensor],
+        consts: dict[str, Any],
+    ) -> Any:
         """Run a call inside a tap; NotImplemented where the weight is not what is made of parameters."""
-        if self.sources(tensors["input"]) or not all(self.sources(t) or not t.requires_grad for k, t in tensors.items() if k != "input"):
+        if self.sources(tensors["input"]) or not all(
+            self.sources(t) or not t.requires_grad for k, t in tensors.items() if k != "input"
+        ):
             return NotImplemented
         x = tensors["input"]
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
@@ -177,7 +215,13 @@ class Tracer(TorchFunctionMode):
         self._placed(use, y.grad_fn, (y,))
         return y
 
-    def observed(self, rule: Rule, func: Callable[..., Any], tensors: dict[str, Tensor], consts: dict[str, Any]) -> Any:
+    def observed(
+        self,
+        rule: Rule,
+        func: Callable[..., Any],
+        tensors: dict[str, Tensor],
+        consts: dict[str, Any],
+    ) -> Any:
         """Run a call, and put a tap on its outputs."""
         use = self.use(rule, func, tensors, consts)
         out = rule.call(use, tensors)
@@ -244,10 +288,17 @@ class Tracer(TorchFunctionMode):
             if made_of:
                 record.strays.append(made_of[0].name)
             gated = Gate.apply(record, y, bool(made_of))
+            gated.grad_fn.register_hook(functools.partial(Again.watch, record))
             record.gates.append((weakref.ref(gated.grad_fn), y.shape, y.dtype, y.device))
             return gated
 
         return _map_tensors(gate, output)
+
+
+def _saved_tensor_hooks() -> Any:
+    """The function that packs tensors saved for the backward pass, if there is one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks[0] if hooks else None
 
 
 def _map_tensors(f: Callable[[Any], Any], output: Any) -> Any:
@@ -295,7 +346,10 @@ _EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torc
 
 def is_composite(func: Any) -> bool:
     """Whether `func` is written in Python in torch's functional modules, from other torch functions."""
-    return isinstance(func, types.FunctionType) and func.__module__ in ("torch.nn.functional", "torch.functional")
+    return isinstance(func, types.FunctionType) and func.__module__ in (
+        "torch.nn.functional",
+        "torch.functional",
+    )
 
 
 @functools.cache
@@ -306,7 +360,11 @@ def transparent(func: types.FunctionType) -> types.FunctionType:
     """
     names = {k: _never for k in func.__globals__ if k.startswith("has_torch_function")}
     body = types.FunctionType(
-        func.__code__, {**func.__globals__, **names}, func.__name__, func.__defaults__, func.__closure__
+        func.__code__,
+        {**func.__globals__, **names},
+        func.__name__,
+        func.__defaults__,
+        func.__closure__,
     )
     body.__kwdefaults__ = func.__kwdefaults__
     return body

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
 from packext._layout import Layout, candidates
-from packext._use import TARGET, Use
+from packext._use import TARGET, Use, flat_outputs
 
 if TYPE_CHECKING:
     from packext._record import Record
@@ -58,15 +58,36 @@ class Probe:
                 self.conflict = self.conflict or use
                 return
             use.options[i] = left
+        if self.compare is None and self.conflict is None and not self._apart(use, saved, gs):
+            self.conflict = use
         if self.compare is not None and self.conflict is None:
             settle(use)
             for source, form in use.factors(saved, gs):
                 key = id(source.tensor)
                 row = form.rows(self.compare, self.compare + 1)[0].detach()
                 self.found[key] = self.found[key] + row if key in self.found else row
-                size = sum(float(g.abs().sum()) for g in gs if g is not None)
+                size = sum(float(torch.linalg.vector_norm(g, 1)) for g in gs if g is not None)
                 self.size[key] = self.size.get(key, 0.0) + size
                 self.rules.setdefault(key, []).append(use)
+
+    def _apart(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> bool:
+        """Whether the call itself keeps samples apart, seen at what it read (no tap may stand before that)."""
+        tensors = dict(zip(use.names, saved, strict=True))
+        reads = [k for k in use.rule.reads if k in tensors and k not in use.sources and tensors[k].is_floating_point()]
+        if not reads:
+            return True
+        inner = {k: v.detach().requires_grad_(k in reads or k in use.sources) for k, v in tensors.items()}
+        with torch.enable_grad():
+            outputs = flat_outputs(use.rule.call(use, inner))
+        live = [(y, g.to(y.dtype)) for y, g in zip(outputs, gs, strict=False) if g is not None]
+        grads = torch.autograd.grad(
+            [y for y, _ in live], [inner[k] for k in reads], [g for _, g in live], allow_unused=True
+        )
+        return all(
+            grad is None
+            or any(layout.agrees(grad, self.members.to(grad.device)) for layout in candidates(grad.shape, self.n, 0))
+            for grad in grads
+        )
 
 
 def settle(use: Use) -> None:
@@ -79,23 +100,24 @@ def is_settled(use: Use) -> bool:
     return all(len(options) <= 1 for options in use.options)
 
 
-def probe(record: Record, send: Any) -> None:
-    """Find the layouts of `record`'s uses, or raise.
+def probe(record: Record, gates: frozenset[int], send: Any) -> None:
+    """Find the layouts of those of `record`'s uses that a backward pass will reach, or raise.
 
     Args:
         record: whose gates are about to be passed.
+        gates: which of them.
         send: runs an inner pass: `send(probe, edges, cotangents, targets) -> gradients`.
 
     Raises:
         CoupledSamplesError: if samples influence each other.
         WrongRuleError: if a rule disagrees with autograd.
     """
-    key = record.structure()
+    key = (record.structure(), gates)
     plan = record.extension.shared.plans.get(key)
     if plan is not None and _adopt(record, plan):
         return
     n = record.n
-    starts = _starts(record)
+    starts = _starts(record, gates)
     if not starts:
         raise PackextError(
             f"No output of the extended model has an axis of {n} entries (the batch, axis {record.batch_axis} of "
@@ -104,13 +126,15 @@ def probe(record: Record, send: Any) -> None:
             "px.extend(model, batch_axis=...)."
         )
     generator = torch.Generator().manual_seed(20250101)
-    lone = int(torch.randint(n, (1,), generator=generator))
-    half = torch.randperm(n, generator=generator)[: max(1, n // 2)]
+    # Neither the first sample nor the last, so that what flows only one way along the batch is seen.
+    inner = torch.randperm(max(1, n - 2), generator=generator) + min(1, n - 1)
+    lone = int(inner[0])
+    half = inner[: max(1, n // 2)] if n > 2 else torch.zeros(1, dtype=torch.long)
     conflict: Use | None = None
     for attempt in range(max(len(layouts) for _, layouts, _ in starts)):
         chosen = [layouts[min(attempt, len(layouts) - 1)] for _, layouts, _ in starts]
         for use in record.uses:
-            use.options, use.layouts = [], None
+            use.options = []
         conflict = None
         for samples, compare in ((half, None), (torch.tensor([lone]), lone)):
             if compare is None and n == 1:
@@ -118,7 +142,10 @@ def probe(record: Record, send: Any) -> None:
             members = torch.zeros(n, dtype=torch.bool)
             members[samples] = True
             run = Probe(n, members, compare)
-            cotangents = [_cotangent(meta, layout, members, generator) for (_, _, meta), layout in zip(starts, chosen, strict=True)]
+            cotangents = [
+                _cotangent(meta, layout, members, generator)
+                for (_, _, meta), layout in zip(starts, chosen, strict=True)
+            ]
             edges = [edge for edge, _, _ in starts]
             parameters = [] if compare is None else [s.tensor for s in record.parameters()]
             grads = send(run, edges, cotangents, [TARGET, *parameters])
@@ -133,16 +160,15 @@ def probe(record: Record, send: Any) -> None:
             break
     if conflict is not None:
         raise _coupled(record, conflict)
-    for use in record.uses:
-        if use.layouts is None:
-            use.options = [list(candidates(torch.Size(shape), n, record.batch_axis)) for shape in use.outputs]
-            settle(use)
+    # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
     if all(is_settled(use) for use in record.uses):
-        record.extension.shared.remember(key, [use.layouts for use in record.uses])
+        record.extension.shared.remember(key, [use.layouts if use.options else None for use in record.uses])
 
 
-def _adopt(record: Record, plan: list[tuple[Layout | None, ...]]) -> bool:
+def _adopt(record: Record, plan: list[tuple[Layout | None, ...] | None]) -> bool:
     for use, layouts in zip(record.uses, plan, strict=True):
+        if layouts is None:
+            continue
         use.layouts = tuple(
             None if layout is None else Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
             for layout in layouts
@@ -153,11 +179,12 @@ def _adopt(record: Record, plan: list[tuple[Layout | None, ...]]) -> bool:
     return True
 
 
-def _starts(record: Record) -> list[tuple[GradientEdge, list[Layout], tuple[Any, ...]]]:
+def _starts(record: Record, gates: frozenset[int]) -> list[tuple[GradientEdge, list[Layout], tuple[Any, ...]]]:
     starts = []
-    for ref, shape, dtype, device in record.gates:
+    for i in sorted(gates):
+        ref, shape, dtype, device = record.gates[i]
         node = ref()
-        if node is None or not torch._C._will_engine_execute_node(node):
+        if node is None:
             continue
         layouts = list(candidates(shape, record.n, record.batch_axis))
         if layouts:
@@ -176,18 +203,13 @@ def _cotangent(meta: tuple[Any, ...], layout: Layout, members: Tensor, generator
 def _compare(run: Probe, record: Record, expected: dict[int, Tensor | None]) -> None:
     names = {id(s.tensor): s.name for s in record.parameters()}
     for key, name in names.items():
-        truth = expected[key]
-        if truth is None and key not in run.found:
+        truth, mine = expected[key], run.found.get(key)
+        some = truth if truth is not None else mine
+        if some is None:
             continue
-        mine = run.found.get(key)
-        if truth is None:
-            truth = torch.zeros_like(mine) if mine is not None else None
-        if mine is None:
-            mine = torch.zeros_like(truth)
-        assert truth is not None
-        truth = truth.detach().to(mine.dtype)
-        if truth.layout != torch.strided:
-            truth = truth.to_dense()
+        truth = torch.zeros_like(some) if truth is None else truth
+        mine = torch.zeros_like(some) if mine is None else mine
+        truth, mine = truth.detach().to_dense().to(mine.dtype), mine.to_dense()
         finite = torch.isfinite(truth) & torch.isfinite(mine)
         error = float(((truth - mine).abs() * finite).nan_to_num(0.0).max()) if truth.numel() else 0.0
         lowest = min((torch.finfo(t).eps for t in (record_dtype(record, key), mine.dtype)), default=0.0)

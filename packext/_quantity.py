@@ -54,6 +54,10 @@ class Quantity:
         """A function to be called with every tile of rows, where the quantity needs the rows one by one."""
         return None
 
+    def buffer(self, ask: Ask, holders: int) -> Tensor | None:
+        """Memory that the rows may be written to: an older result that nobody else holds."""
+        return None
+
     def check(self, sample_factor: Callable[[], float]) -> None:
         """Raise what can be known to be wrong before the pass has changed anything."""
 

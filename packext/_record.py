@@ -26,6 +26,10 @@ class Record:
         uses: in the order of the forward pass.
         gates: autograd nodes at the model's outputs (weak), with shape, dtype and device.
         names: every name under which a parameter was seen.
+        trail: hash of the torch functions that ran, and of the training flags of the modules that did.
+        refused: what was seen and cannot be right, with the parameters behind it.
+        probed: which gates the probe has started from.
+        again: nodes (weak) on gradients of the outputs of which a graph was made.
     """
 
     def __init__(self, root: nn.Module, extension: Extension) -> None:
@@ -39,7 +43,10 @@ class Record:
         self.uses: list[Use] = []
         self.gates: list[tuple[Any, torch.Size, torch.dtype, torch.device]] = []
         self.names: dict[str, Tensor] = {}
-        self.ready = False
+        self.trail = 0
+        self.refused: list[tuple[str, tuple[Source, ...]]] = []
+        self.probed: frozenset[int] = frozenset()
+        self.again: list[Any] = []
         self.strays: list[str] = []
         self.batch_statistics: list[str] = []
         self.born = torch._C._current_graph_task_id()
@@ -49,14 +56,28 @@ class Record:
 
         Sizes themselves may differ; which of them equal 1 or N may not.
         """
-        root = self.root()
         return (
-            bool(root is not None and root.training),
+            self.trail,
             self.n > 1,
             tuple(
-                (u.rule.name, u.function, u.where, u.names, tuple(tuple((d == 1, d == self.n) for d in o) for o in u.outputs))
+                (
+                    u.rule.name,
+                    u.function,
+                    u.where,
+                    u.names,
+                    tuple(tuple((d == 1, d == self.n) for d in o) for o in u.outputs),
+                )
                 for u in self.uses
             ),
+        )
+
+    def awaited_gates(self) -> frozenset[int]:
+        """Indices of the gates that the backward pass which runs will reach."""
+        nodes = ((i, gate[0]()) for i, gate in enumerate(self.gates))
+        # The engine does not count the node that a pass starts from.
+        current = torch._C._current_autograd_node()
+        return frozenset(
+            i for i, node in nodes if node is not None and (node is current or torch._C._will_engine_execute_node(node))
         )
 
     def parameters(self) -> list[Source]:

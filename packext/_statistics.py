@@ -15,6 +15,9 @@ from packext._factored import Factored, Outer, Patches, Sum
 
 Visitor = Callable[[Tensor], None]
 
+#: Entries of rows that are kept until their sum is known, for inner products with it.
+KEEP = 1 << 21
+
 #: Multiply-adds of a matrix product that take as long as one entry of an elementwise step in cache,
 #: and one entry unfolded or written to memory (2 threads of a CPU with AVX-512; the order is what counts).
 ELEMENTWISE = 20.0
@@ -30,34 +33,58 @@ class Statistics:
         self.known: dict[str, Tensor] = {}
         self.route: dict[str, str] = {}
 
-    def prepare(self, wants: Iterable[str], visitors: Iterable[Visitor] = (), deliver: bool = False) -> None:
+    def prepare(
+        self,
+        wants: Iterable[str],
+        visitors: Iterable[Visitor] = (),
+        deliver: bool = False,
+        buffer: Tensor | None = None,
+    ) -> None:
         """Compute `wants` (and serve `visitors`) now, sharing tiles.
 
         Args:
-            wants: of "total", "sq_norms", "second_moment", "scatter", "gram", "rows".
+            wants: of "total", "sq_norms", "second_moment", "scatter", "gram", "rows" and "dots" (inner products
+                of the rows with their sum).
             visitors: called with every tile of rows, in the order of the samples.
             deliver: the sum of the rows will be `.grad`, so it is wanted where tiles are formed anyway.
+            buffer: where to write "rows", `[N, *shape]`.
         """
         missing = [w for w in dict.fromkeys(wants) if w not in self.known]
         visitors = list(visitors)
-        through_tiles = [w for w in missing if w == "rows"]
+        f = self.form
+        if (rows := f.all_rows()) is not None:
+            self.known["rows"] = rows
+            if deliver:
+                self.known["total"] = rows.sum(0)
+        tiled = [w for w in missing if w == "rows" and w not in self.known]
         for want in missing:
-            if want != "rows" and not self._direct(want, bool(through_tiles or visitors), deliver):
-                through_tiles.append(want)
-        if not through_tiles and not visitors:
-            return
-        if deliver and "total" not in self.known and "total" not in through_tiles:
-            through_tiles.append("total")
-        self._tiles(through_tiles, visitors)
+            if want not in ("rows", "dots") and not self._direct(want, bool(tiled or visitors), deliver):
+                tiled.append(want)
+        if tiled or visitors:
+            one_term = isinstance(f, Outer) and f.s == 1
+            if deliver and not one_term:
+                tiled.append("total")
+            if "dots" in missing and not one_term and self._keepable():
+                tiled += ["total", "dots"]
+            self._tiles([w for w in dict.fromkeys(tiled) if w not in self.known], visitors, buffer)
+        if "dots" in missing and "dots" not in self.known:
+            self.known["dots"], self.route["dots"] = self.dots(self["total"]), "factors"
 
     def _direct(self, want: str, tiles_run: bool, deliver: bool) -> bool:
-        if (want == "total" and tiles_run) or (want == "sq_norms" and self._tiles_beat_gram(tiles_run, deliver)):
+        one_term = isinstance(self.form, Outer) and self.form.s == 1
+        if want == "total" and tiles_run and not one_term:
+            return False
+        if want == "sq_norms" and self._tiles_beat_gram(tiles_run, deliver):
             return False
         value = self.form.weighted(None) if want == "total" else getattr(self.form, want)()
         if value is None:
             return False
         self.known[want], self.route[want] = value, "factors"
         return True
+
+    def _keepable(self) -> bool:
+        """Whether all rows may be in memory at once, being no larger than activations are."""
+        return self.form.all_rows() is None and self.form.n * self.form.numel <= KEEP
 
     def _tiles_beat_gram(self, tiles_run: bool, deliver: bool) -> bool:
         f = self.form
@@ -73,21 +100,28 @@ class Statistics:
             tiles += product
         return tiles < gram
 
-    def _tiles(self, wants: list[str], visitors: list[Visitor]) -> None:
+    def _tiles(self, wants: list[str], visitors: list[Visitor], buffer: Tensor | None) -> None:
         f = self.form
         start = torch.zeros(f.shape, dtype=f.acc, device=f.device)
         total = second = shifted = centre = start
         norms: list[Tensor] = []
         kept: list[Tensor] = []
-        need_rows = "rows" in wants or "gram" in wants
+        need_rows = any(w in wants for w in ("rows", "gram", "dots"))
         # In place only where no graph is being recorded (create_graph=True records one).
         recorded = torch.is_grad_enabled()
+        out: Tensor | None = None
         if not recorded:
-            total, second, shifted = start.clone(), start.clone(), start.clone()
-        for lo, hi in f.tiles():
-            rows = f.rows(lo, hi)
+            total, second, shifted = start, start.clone(), start.clone()
             if need_rows:
-                kept.append(rows)
+                out = torch.empty(f.n, *f.shape, dtype=f.acc, device=f.device) if buffer is None else buffer
+        for lo, hi in f.tiles():
+            if out is not None:
+                rows = out[lo:hi]
+                f.rows_into(lo, hi, rows)
+            else:
+                rows = f.rows(lo, hi)
+                if need_rows:
+                    kept.append(rows)
             for visit in visitors:
                 visit(rows)
             flat = rows.reshape(hi - lo, -1)
@@ -113,12 +147,14 @@ class Statistics:
         if "scatter" in wants:
             found["scatter"] = (shifted - f.n * (total / f.n - centre).square()).clamp(min=0)
         if need_rows:
-            rows = torch.cat(kept)
+            rows = out if out is not None else torch.cat(kept)
+            flat = rows.reshape(f.n, -1)
             if "rows" in wants:
                 found["rows"] = rows
             if "gram" in wants:
-                flat = rows.reshape(f.n, -1)
                 found["gram"] = flat @ flat.T
+            if "dots" in wants:
+                found["dots"] = flat @ self.known.get("total", total).reshape(-1)
         self.known.update(found)
         self.route.update(dict.fromkeys(found, "tiles"))
 

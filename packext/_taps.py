@@ -15,6 +15,7 @@ What a tap keeps goes through `save_for_backward`, so that checkpointing and off
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,17 +25,14 @@ from packext import _flight
 from packext._use import TARGET as TARGET
 from packext._use import Rule, Use
 
+
 class OwnedRule(Rule):
     """A rule whose call the tap runs itself. Tensors are `input`, `weight` and maybe `bias`."""
 
     delivers = True
 
-    def input_grad(self, use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
-        """Gradient with respect to `input`."""
-        raise NotImplementedError
-
-    def param_grad(self, use: Use, t: dict[str, Tensor], g: Tensor, name: str) -> Tensor:
-        """Gradient with respect to `weight` or `bias`."""
+    def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """Gradients of the tensors named in `wanted`, in as few calls as torch has for them."""
         raise NotImplementedError
 
 
@@ -59,19 +57,13 @@ class Owned(torch.autograd.Function):
         t = dict(zip(use.names, saved, strict=True))
         rule = use.rule
         assert isinstance(rule, OwnedRule)
-        result: list[Tensor | None] = []
-        for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True):
-            if not needed:
-                result.append(None)
-            elif name == "input":
-                result.append(rule.input_grad(use, t, g))
-            elif name in delivered:
-                result.append(delivered[name])
-            elif _flight.activations_only():
-                result.append(None)
-            else:
-                result.append(rule.param_grad(use, t, g, name))
-        return (None, None, *result)
+        wanted = [
+            name
+            for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True)
+            if needed and name not in delivered and (name == "input" or not _flight.activations_only())
+        ]
+        grads_of = {**delivered, **(rule.gradients(use, t, g, wanted) if wanted else {})}
+        return (None, None, *(grads_of.get(name) for name in use.names))
 
 
 class Observed(torch.autograd.Function):

@@ -105,6 +105,8 @@ class Rule:
     """How one torch function turns (inputs, g) into factored per-sample gradients."""
 
     name = "generic"
+    #: Names of tensors that keep the samples of the output apart, as a check may rely on.
+    reads: tuple[str, ...] = ("input", "input1", "input2", "data")
     #: Whether the tap computes `.grad` itself, so that a sum of rows can serve as it.
     delivers = False
 
@@ -173,12 +175,22 @@ def _pull(value: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor]:
         keep = torch.is_grad_enabled()
         rows = rows.to(value.dtype)
         if len(rows) == 1:
-            grad = torch.autograd.grad(value, parameter, rows[0], retain_graph=True, create_graph=keep, allow_unused=True)[0]
+            grad = torch.autograd.grad(
+                value, parameter, rows[0], retain_graph=True, create_graph=keep, allow_unused=True
+            )[0]
             return torch.zeros_like(parameter)[None] if grad is None else grad[None]
         grad = torch.autograd.grad(
-            value, parameter, rows, retain_graph=True, create_graph=keep, allow_unused=True, is_grads_batched=True
+            value,
+            parameter,
+            rows,
+            retain_graph=True,
+            create_graph=keep,
+            allow_unused=True,
+            is_grads_batched=True,
         )[0]
-        return torch.zeros(len(rows), *parameter.shape, dtype=value.dtype, device=value.device) if grad is None else grad
+        return (
+            torch.zeros(len(rows), *parameter.shape, dtype=value.dtype, device=value.device) if grad is None else grad
+        )
 
     return pull
 
@@ -188,11 +200,11 @@ _LIVE: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _remember(parameter: Tensor, node: Callable[[], Any]) -> None:
-    refs = _LIVE.get(parameter, [])
+    refs = _LIVE.get(parameter) or []
     _LIVE[parameter] = [ref for ref in refs if ref() is not None] + [node]
 
 
 def live_nodes(parameter: Tensor) -> list[Any]:
     """Nodes of the taps of `parameter` whose graph is still alive."""
-    nodes = [ref() for ref in _LIVE.get(parameter, [])]
+    nodes = [ref() for ref in _LIVE.get(parameter) or []]
     return [node for node in nodes if node is not None]

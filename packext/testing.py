@@ -126,7 +126,11 @@ def _histogram(rows: Tensor, q: GradHistogram, p: Tensor) -> Histogram:
         return Histogram(torch.bincount(index.flatten(), minlength=q.bins), grad_edges)
     index = index + bins(p, q.param_bins, *q.param_range) * q.bins
     counts = torch.bincount(index.flatten(), minlength=q.bins * q.param_bins)
-    return Histogram(counts.reshape(q.param_bins, q.bins), grad_edges, torch.linspace(*q.param_range, q.param_bins + 1))
+    return Histogram(
+        counts.reshape(q.param_bins, q.bins),
+        grad_edges,
+        torch.linspace(*q.param_range, q.param_bins + 1),
+    )
 
 
 def _projected(rows: Tensor, q: ProjectedGrad, name: str) -> Tensor:
@@ -150,7 +154,9 @@ ORACLES: dict[type[Quantity], Callable[[Any, Rows, str, Tensor, float], Any]] = 
     BatchGrad: lambda q, r, k, p, f: r[k] if q.subsampling is None else r[k][q.subsampling],
     BatchL2Grad: lambda q, r, k, p, f: _flat(r[k]).square().sum(1),
     BatchDotGrad: lambda q, r, k, p, f: _flat(r[k]) @ _flat(r[k]).T,
-    GradDot: lambda q, r, k, p, f: _flat(r[k]) @ (r[k].sum(0) if q.direction is None else q.direction[k]).flatten().to(r[k]),
+    GradDot: lambda q, r, k, p, f: (
+        _flat(r[k]) @ (r[k].sum(0) if q.direction is None else q.direction[k]).flatten().to(r[k])
+    ),
     SumGradSquared: lambda q, r, k, p, f: r[k].square().sum(0),
     Variance: lambda q, r, k, p, f: (r[k] - r[k].mean(0)).square().mean(0),
     GradHistogram: lambda q, r, k, p, f: _histogram(r[k], q, p),
@@ -163,7 +169,7 @@ def all_quantities() -> tuple[Quantity, ...]:
     """One of each, with arguments that suit small models."""
     return (
         BatchGrad(), BatchL2Grad(), BatchDotGrad(), GradDot(), SumGradSquared(), Variance(),
-        GradHistogram(range=(-0.1, 0.1)), ProjectedGrad((2, 3), seed=5), ClippedGrad(0.5),
+        GradHistogram(range=(-0.1, 0.11)), ProjectedGrad((2, 3), seed=5), ClippedGrad(0.5),
     )  # fmt: skip
 
 
@@ -212,7 +218,12 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def compare(
-    model: nn.Module, quantities: Sequence[Quantity], rows: Rows, factor: float, tolerance: float, missing_is_zero: bool = True
+    model: nn.Module,
+    quantities: Sequence[Quantity],
+    rows: Rows,
+    factor: float,
+    tolerance: float,
+    missing_is_zero: bool = True,
 ) -> Report:
     """Compare the results attached to the parameters with their definitions.
 
@@ -234,7 +245,10 @@ def compare(
                 unreached = missing_is_zero and not rows[name].any()
                 report.append(Entry(name, label, 0.0 if unreached else math.inf, tolerance))
                 continue
-            got, want = getattr(p, quantity.savefield), ORACLES[type(quantity)](quantity, rows, name, p.detach(), factor)
+            got, want = (
+                getattr(p, quantity.savefield),
+                ORACLES[type(quantity)](quantity, rows, name, p.detach(), factor),
+            )
             if isinstance(want, Histogram):
                 # A value on the edge of a bin may fall on either side.
                 moved = (got.counts - want.counts).abs().sum().item() / max(1, want.counts.sum().item())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +89,14 @@ for _name, _conv in {
     "conv2d replicate same": lambda: nn.Conv2d(4, 5, 3, padding="same", padding_mode="replicate"),
     "conv2d 1x1": lambda: nn.Conv2d(4, 5, 1),
     "conv2d whole map": lambda: nn.Conv2d(4, 5, 7),
-    "conv transpose 2d": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
+    "conv transpose 2d": lambda: nn.ConvTranspose2d(
+        4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2
+    ),
     "conv2d lazy": lambda: nn.LazyConv2d(5, 3),
+    "conv2d groups circular dilation": lambda: nn.Conv2d(
+        4, 6, 3, groups=2, padding=2, dilation=2, padding_mode="circular"
+    ),
+    "conv2d stride leaves a rest": lambda: nn.Conv2d(4, 5, 2, stride=4, padding=(1, 0)),
 }.items():
     case(_name)(lambda conv=_conv: image_net(conv()))
 
@@ -98,6 +105,20 @@ for _name, _conv, _dims in [
     ("conv3d", lambda: nn.Conv3d(4, 2, 2, stride=(1, 2, 1), padding=(0, 1, 1)), 3),
     ("conv transpose 1d", lambda: nn.ConvTranspose1d(4, 5, 4, stride=3), 1),
     ("conv transpose 3d", lambda: nn.ConvTranspose3d(4, 2, 2, padding=1), 3),
+    ("conv1d groups stride", lambda: nn.Conv1d(4, 6, 3, groups=2, stride=2, dilation=2, padding=2), 1),
+    ("conv1d depthwise", lambda: nn.Conv1d(4, 8, 3, groups=4), 1),
+    ("conv1d same, even kernel", lambda: nn.Conv1d(4, 5, 4, padding="same"), 1),
+    ("conv1d reflect", lambda: nn.Conv1d(4, 5, 3, padding=2, padding_mode="reflect"), 1),
+    ("conv1d circular same", lambda: nn.Conv1d(4, 5, 3, padding="same", padding_mode="circular"), 1),
+    ("conv3d groups dilation", lambda: nn.Conv3d(4, 2, 2, groups=2, dilation=(1, 2, 2), padding=1), 3),
+    ("conv3d circular", lambda: nn.Conv3d(4, 2, 3, padding=1, padding_mode="circular"), 3),
+    ("conv3d replicate", lambda: nn.Conv3d(4, 2, 2, padding=1, padding_mode="replicate", bias=False), 3),
+    (
+        "conv transpose 1d groups",
+        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2, output_padding=1, padding=1),
+        1,
+    ),
+    ("conv transpose 3d dilation", lambda: nn.ConvTranspose3d(4, 2, 2, groups=2, dilation=2, padding=1), 3),
 ]:
     case(_name)(lambda conv=_conv, dims=_dims: image_net(conv(), size=5 if dims == 3 else 7, dims=dims))
 
@@ -125,14 +146,22 @@ def _() -> Any:
 
 @case("embedding padding_idx")
 def _() -> Any:
-    return nn.Sequential(nn.Embedding(5, 6, padding_idx=2), nn.Tanh(), Pool(), nn.Linear(6, 3)), torch.randint(5, (N, 7)), labels()
+    return (
+        nn.Sequential(nn.Embedding(5, 6, padding_idx=2), nn.Tanh(), Pool(), nn.Linear(6, 3)),
+        torch.randint(5, (N, 7)),
+        labels(),
+    )
 
 
 for _mode in ("sum", "mean", "max"):
 
     @case(f"embedding bag {_mode}")
     def _(mode: str = _mode) -> Any:
-        return nn.Sequential(nn.EmbeddingBag(6, 5, mode=mode, padding_idx=1), nn.Linear(5, 3)), torch.randint(6, (N, 5)), labels()
+        return (
+            nn.Sequential(nn.EmbeddingBag(6, 5, mode=mode, padding_idx=1), nn.Linear(5, 3)),
+            torch.randint(6, (N, 5)),
+            labels(),
+        )
 
 
 for _name, _norm in {
@@ -143,7 +172,11 @@ for _name, _norm in {
 
     @case(_name)
     def _(norm: Any = _norm) -> Any:
-        return nn.Sequential(nn.Linear(4, 6), norm(), nn.Tanh(), Pool(), nn.Linear(6, 3)), torch.randn(N, 5, 4), labels()
+        return (
+            nn.Sequential(nn.Linear(4, 6), norm(), nn.Tanh(), Pool(), nn.Linear(6, 3)),
+            torch.randn(N, 5, 4),
+            labels(),
+        )
 
 
 for _name, _norm in {
@@ -151,6 +184,7 @@ for _name, _norm in {
     "instance norm": lambda: nn.InstanceNorm2d(6, affine=True),
     "instance norm running": lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
     "batch norm eval": lambda: nn.BatchNorm2d(6).eval(),
+    "sync batch norm eval": lambda: nn.SyncBatchNorm(6).eval(),
 }.items():
 
     @case(_name)
@@ -258,7 +292,10 @@ def _() -> Any:
 class Seq2Seq(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.t = nn.Transformer(8, 2, 1, 1, 12, dropout=0.0)
+        with warnings.catch_warnings():
+            # torch says that its own default of enable_nested_tensor does nothing here.
+            warnings.simplefilter("ignore", UserWarning)
+            self.t = nn.Transformer(8, 2, 1, 1, 12, dropout=0.0)
         self.head = nn.Linear(8, 3)
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
@@ -374,7 +411,10 @@ class Vit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch, self.cls = nn.Conv2d(3, 8, 2, stride=2), nn.Parameter(torch.randn(1, 1, 8))
-        self.pos, self.block = nn.Parameter(torch.randn(1, 5, 8)), nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+        self.pos, self.block = (
+            nn.Parameter(torch.randn(1, 5, 8)),
+            nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True),
+        )
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -445,7 +485,11 @@ class Conv1D(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.bias, self.head = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(6)), nn.Linear(6, 3)
+        self.weight, self.bias, self.head = (
+            nn.Parameter(torch.randn(5, 6)),
+            nn.Parameter(torch.randn(6)),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], 6)
@@ -473,3 +517,539 @@ class TimeMajor(nn.Module):
 @case("time-major folding inside")
 def _() -> Any:
     return TimeMajor(), torch.randn(N, 3, 5), labels()
+
+
+# -- more layers ---------------------------------------------------------------------------------
+
+
+def running(norm: nn.Module) -> nn.Module:
+    """A batch norm in evaluation mode, with statistics that are not 0 and 1."""
+    for t in (*norm.parameters(), norm.running_mean):
+        nn.init.normal_(t)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return norm.eval()
+
+
+@case("batch norm 1d eval")
+def _() -> Any:
+    return (
+        nn.Sequential(nn.Linear(5, 6), running(nn.BatchNorm1d(6)), nn.Tanh(), nn.Linear(6, 3)),
+        torch.randn(N, 5),
+        labels(),
+    )
+
+
+@case("batch norm 3d eval")
+def _() -> Any:
+    return image_net(nn.Sequential(nn.Conv3d(4, 2, 2), running(nn.BatchNorm3d(2))), size=4, dims=3)
+
+
+@case("batch norm first, training, one sample")
+def _() -> Any:
+    model = nn.Sequential(nn.BatchNorm2d(4, momentum=0.0), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(45, 3))
+    return model, torch.randn(1, 4, 5, 5), labels(1)
+
+
+@case("rms norm 2 axes")
+def _() -> Any:
+    return nn.Sequential(nn.Linear(4, 6), nn.RMSNorm([5, 6]), Pool(), nn.Linear(6, 3)), torch.randn(N, 5, 4), labels()
+
+
+@case("instance norm 1d")
+def _() -> Any:
+    return image_net(nn.Sequential(nn.Conv1d(4, 6, 3), nn.InstanceNorm1d(6, affine=True)), dims=1)
+
+
+@case("prelu on vectors")
+def _() -> Any:
+    return nn.Sequential(nn.Linear(5, 6), nn.PReLU(6), nn.Linear(6, 3)), torch.randn(N, 5), labels()
+
+
+class Bag(nn.Module):
+    """Embedding bag with offsets, of five words a sample."""
+
+    def __init__(self, mode: str, weighted: str = "", last: bool = False) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(7, 6, mode=mode, include_last_offset=last)
+        self.head, self.weighted, self.last = nn.Linear(6, 3), weighted, last
+        if weighted == "learned":
+            self.w = nn.Parameter(torch.randn(5))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        n = len(ids)
+        offsets = torch.arange(n + self.last) * 5
+        weights = None
+        if self.weighted == "learned":
+            weights = self.w.expand(n, 5).reshape(-1)
+        elif self.weighted:
+            weights = ids.flatten().cos()
+        return self.head(self.bag(ids.flatten(), offsets, per_sample_weights=weights).tanh())
+
+
+for _name, _options in {
+    "offsets sum": ("sum",),
+    "offsets mean": ("mean", "", True),
+    "offsets max": ("max",),
+    "weights": ("sum", "data"),
+    "learned weights": ("sum", "learned"),
+}.items():
+
+    @case(f"embedding bag {_name}")
+    def _(options: Any = _options) -> Any:
+        return Bag(*options), torch.randint(7, (N, 5)), labels()
+
+
+@case("embedding on 3d ids")
+def _() -> Any:
+    return nn.Sequential(nn.Embedding(5, 6), Pool(), nn.Linear(6, 3)), torch.randint(5, (N, 2, 3)), labels()
+
+
+class Indexing(nn.Module):
+    """A table of raw parameters, indexed by data, with negative indices as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(7, 6)), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table[ids - 3].tanh().mean(1))
+
+
+@case("indexed table")
+def _() -> Any:
+    return Indexing(), torch.randint(7, (N, 5)), labels()
+
+
+class Attend(nn.Module):
+    """Attention with separate inputs and any call options."""
+
+    def __init__(self, average: bool = True, options: Any = None, **call: Any) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True, **(options or {}))
+        self.head, self.average, self.call = nn.Linear(8, 3), average, call
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y, w = self.attend(q, k, v, average_attn_weights=self.average, **self.call)
+        y = self.head(y.mean(1))
+        return y if w is None else y + w.flatten(1).square().sum(1, keepdim=True)
+
+
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
+for _name, _call in {
+    "average": {},
+    "per head": {"average": False},
+    "no weights": {"need_weights": False},
+    "2d mask": {"attn_mask": CAUSAL},
+    "float mask": {
+        "attn_mask": torch.zeros(5, 5, dtype=torch.float64).masked_fill(CAUSAL, -torch.inf),
+        "need_weights": False,
+    },
+    "causal": {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False},
+}.items():
+
+    @case(f"attention q k v {_name}")
+    def _(call: Any = _call) -> Any:
+        return Attend(**call), tuple(torch.randn(N, 5, 8) for _ in range(3)), labels()
+
+
+class Masked3d(Attend):
+    """A mask for each head of each sample, made from data."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("nte,nse->nts", q, k).detach()
+        return self.head(self.attend(q, k, v, attn_mask=scores.repeat_interleave(2, 0))[0].mean(1))
+
+
+@case("attention q k v 3d mask")
+def _() -> Any:
+    return Masked3d(), tuple(torch.randn(N, 5, 8) for _ in range(3)), labels()
+
+
+@case("attention other length of keys")
+def _() -> Any:
+    return (
+        Attend(options={"kdim": 4, "vdim": 6}),
+        (torch.randn(N, 3, 8), torch.randn(N, 5, 4), torch.randn(N, 5, 6)),
+        labels(),
+    )
+
+
+class Decoder(nn.Module):
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=first)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tgt: Tensor, memory: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1])
+        return self.head(self.layer(tgt, memory, tgt_mask=mask, tgt_is_causal=True).mean(1))
+
+
+for _first in (False, True):
+
+    @case(f"transformer decoder layer{', norm first' * _first}")
+    def _(first: bool = _first) -> Any:
+        return Decoder(first), (torch.randn(N, 3, 8), torch.randn(N, 5, 8)), labels()
+
+
+@case("transformer encoder, padded, evaluation mode")
+def _() -> Any:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=False)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    head = nn.Linear(8, 3)
+    model = Lambda(lambda x, mask: head(encoder(x, src_key_padding_mask=mask).mean(1)))
+    model.encoder, model.head = encoder, head
+    mask = torch.zeros(N, 5, dtype=torch.bool)
+    mask[1:, 4:] = True
+    return model.eval(), (torch.randn(N, 5, 8), mask), labels()
+
+
+class Gpt(nn.Module):
+    """Token and position embeddings, GPT-2's Conv1D, and a head tied to the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe, self.ln = nn.Embedding(9, 6), nn.Embedding(8, 6), nn.LayerNorm(6)
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 6) / 3), nn.Parameter(torch.randn(6))
+        self.lm_head = nn.Linear(6, 9, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1])[None])
+        x = x + torch.addmm(self.bias, self.ln(x).view(-1, 6), self.weight).view(x.shape).tanh()
+        return self.lm_head(x)
+
+
+class Picked(nn.CrossEntropyLoss):
+    """Cross entropy of what `pick` takes from the model's output."""
+
+    def __init__(self, pick: Callable[[Any], Tensor], **options: Any) -> None:
+        super().__init__(**options)
+        self.pick = pick
+
+    def forward(self, output: Any, target: Tensor) -> Tensor:
+        return super().forward(self.pick(output), target)
+
+
+@case("conv1d blocks with a tied head", loss=lambda: Picked(lambda y: y.mT))
+def _() -> Any:
+    return Gpt(), torch.randint(9, (N, 5)), torch.randint(9, (N, 5))
+
+
+@case("per-layer loops of cells, N positions", loss=lambda: Picked(lambda y: y.mT))
+def _() -> Any:
+    return nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 9)), torch.randint(9, (N, N)), torch.randint(9, (N, N))
+
+
+# -- shapes of programs ----------------------------------------------------------------------------
+
+
+class Named(nn.Module):
+    """Submodules under names that others use for their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output, self.input0, self.grad_batch = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grad_batch(self.input0(self.output(x).relu()).relu())
+
+
+@case("submodule named output")
+def _() -> Any:
+    return Named(), torch.randn(N, 5), labels()
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        return 2 * super().forward(input.tanh())
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardisation: the weight that is used is made of the parameter."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(input, w / (w.std((1, 2, 3), keepdim=True) + 1e-3), self.bias)
+
+
+@case("subclass of linear")
+def _() -> Any:
+    return nn.Sequential(Scaled(5, 6), Scaled(6, 3)), torch.randn(N, 5), labels()
+
+
+@case("subclass of conv2d")
+def _() -> Any:
+    return image_net(Standardized(4, 5, 3))
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    hidden: Tensor
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: list[Tensor]
+
+
+class Structured(nn.Module):
+    def __init__(self, wrap: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.wrap = nn.Linear(5, 6), nn.Linear(6, 3), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x).tanh()
+        return self.wrap(self.b(h), h)
+
+
+for _name, _wrap, _pick in [
+    ("dictionary", lambda y, h: {"logits": y, "hidden": h, "size": 3}, lambda out: out["logits"]),
+    ("tuple", lambda y, h: (h, (None, y)), lambda out: out[1][1]),
+    ("named tuple", Pair, lambda out: out.logits),
+    ("data class", lambda y, h: Output(y, [h]), lambda out: out.logits + out.hidden[0][:, :3]),
+    ("tuple, loss on both", lambda y, h: (h, y), lambda out: out[1] + out[0].sum(1, keepdim=True) * torch.arange(3.0)),
+]:
+
+    @case(f"output {_name}", loss=lambda pick=_pick: Picked(pick))
+    def _(wrap: Any = _wrap) -> Any:
+        return Structured(wrap), torch.randn(N, 5), labels()
+
+
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6)), nn.Linear(6, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head((self.net(a) - self.net(b)).abs())
+
+
+@case("siamese")
+def _() -> Any:
+    return Siamese(), (torch.randn(N, 5), torch.randn(N, 5)), labels()
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.conv = nn.Linear(5, 6), nn.Linear(6, 3), nn.Conv1d(1, 1, 3, padding=1)
+        self.shift, self.scale = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y += self.shift
+        F.leaky_relu_(y, 0.1)
+        y = self.conv(y[:, None])[:, 0]
+        y *= 0.5
+        y += y.detach().cos()
+        z = y.clone()
+        z.mul_(self.scale).add_(self.shift)
+        return self.b(F.silu(z, inplace=True))
+
+
+@case("in-place activations and sums")
+def _() -> Any:
+    return InPlace(), torch.randn(N, 5), labels()
+
+
+class ResBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.relu = nn.GroupNorm(2, 4), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.relu(self.norm(self.a(x))))
+        y += x
+        return self.relu(y)
+
+
+@case("residual blocks in place")
+def _() -> Any:
+    return image_net(nn.Sequential(ResBlock(), ResBlock()), size=4)
+
+
+class Experts(nn.Module):
+    """A gate made of data weights experts whose weights are stacked in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.w = nn.Linear(5, 2), nn.Parameter(torch.randn(2, 3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ne,nec->nc", self.gate(x).softmax(1), torch.einsum("nd,ecd->nec", x, self.w))
+
+
+@case("mixture of experts")
+def _() -> Any:
+    return Experts(), torch.randn(N, 5), labels()
+
+
+class Buffers(nn.Module):
+    """Masks and constants that are buffers, and a low-rank update with a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.a, self.b = nn.Linear(5, 6), nn.Linear(5, 2, bias=False), nn.Linear(2, 6, bias=False)
+        self.head = nn.Linear(6, 3)
+        self.register_buffer("mask", torch.rand(6, 5).bernoulli())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.base.weight * self.mask, self.base.bias) + 0.5 * self.b(self.a(x))
+        return self.head(y.tanh())
+
+
+@case("masked weight and adapter")
+def _() -> Any:
+    return Buffers(), torch.randn(N, 5), labels()
+
+
+# -- losses, axes and batches --------------------------------------------------------------------------
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
+@case("one sample")
+def _() -> Any:
+    return mlp(), torch.randn(1, 5), labels(1)
+
+
+@case("one sample, convolution and norm")
+def _() -> Any:
+    return (
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 3)),
+        torch.randn(1, 2, 5, 5),
+        labels(1),
+    )
+
+
+@case("one sample, one token")
+def _() -> Any:
+    return nn.Sequential(nn.Embedding(7, 6), Pool(), nn.Linear(6, 3)), torch.randint(7, (1, 1)), labels(1)
+
+
+def ignored(targets: Tensor) -> list[float]:
+    """Share of each sample in a mean over the targets that are not ignored."""
+    real = (targets != 1).sum(1)
+    return (real / real.sum()).tolist()
+
+
+@case("ignored targets", loss=lambda: Picked(lambda y: y.mT, ignore_index=1), weights=ignored)
+def _() -> Any:
+    targets = torch.tensor([[0, 1, 2], [1, 1, 0], [2, 2, 2], [0, 2, 1]])
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)), torch.randn(N, 3, 5), targets
+
+
+CLASS_WEIGHTS = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+
+
+@case(
+    "class weights",
+    loss=lambda: nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
+    weights=lambda y: (CLASS_WEIGHTS[y] / CLASS_WEIGHTS[y].sum()).tolist(),
+)
+def _() -> Any:
+    return mlp(), torch.randn(N, 5), labels()
+
+
+@case("scalar multiple inside the loss", loss=lambda: Multiple())
+def _() -> Any:
+    return mlp(), torch.randn(N, 5), labels()
+
+
+class Multiple(nn.CrossEntropyLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        return 1024 * super().forward(input, target)
+
+
+@case("mse", loss=nn.MSELoss)
+def _() -> Any:
+    return mlp(), torch.randn(N, 5), torch.randn(N, 3)
+
+
+@case("targets of many pixels")
+def _() -> Any:
+    return nn.Conv2d(2, 3, 3, padding=1), torch.randn(N, 2, 4, 4), torch.randint(3, (N, 4, 4))
+
+
+for _t in (6, N):
+
+    @case(f"time first, {_t} steps", batch_axis=1, loss=lambda: Picked(lambda y: y.mean(0)))
+    def _(t: int = _t) -> Any:
+        return Stacked(), torch.randn(t, N, 5), labels()
+
+
+class Stacked(nn.Module):
+    """Sequence-first: linear maps, a recurrent layer, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.rnn, self.attend, self.b = (
+            nn.Linear(5, 6),
+            nn.GRU(6, 6),
+            nn.MultiheadAttention(6, 2),
+            nn.Linear(6, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rnn(self.a(x).relu())[0]
+        return self.b(y + self.attend(y, y, y)[0])
+
+
+@case("channels last")
+def _() -> Any:
+    model, x, y = image_net(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.GroupNorm(2, 6)))
+    return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last), y
+
+
+@case("non-contiguous inputs")
+def _() -> Any:
+    model, x, y = image_net(nn.Conv2d(4, 6, 3))
+    return model, x.transpose(2, 3), y
+
+
+@case("expanded inputs")
+def _() -> Any:
+    return mlp(), torch.randn(1, 5).expand(N, 5), labels()
+
+
+@case("input requires grad")
+def _() -> Any:
+    model, x, y = image_net(nn.Sequential(nn.Conv2d(4, 5, 3), nn.PReLU()))
+    return model, x.requires_grad_(), y
+
+
+@case("frozen in part")
+def _() -> Any:
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.GroupNorm(3, 3), nn.Flatten(), nn.Linear(27, 5), nn.ReLU(), nn.Linear(5, 3)
+    )
+    for p in (*model[0].parameters(), model[1].bias, model[3].weight):
+        p.requires_grad_(False)
+    return model, torch.randn(N, 2, 5, 5), labels()
+
+
+class Unused(nn.Module):
+    """A second head that is run and not used, and a layer that is not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.other, self.idle = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x).relu()
+        return self.b(h), self.other(h)
+
+
+@case("two heads, one unused", loss=lambda: Picked(lambda y: y[0]))
+def _() -> Any:
+    return Unused(), torch.randn(N, 5), labels()
+
+
+@case("two heads, both used", loss=lambda: Picked(lambda y: y[0] + y[1].sum(1, keepdim=True) * torch.arange(3.0)))
+def _() -> Any:
+    return Unused(), torch.randn(N, 5), labels()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,23 @@ class BatchGrad(Quantity):
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("rows",) if self.subsampling is None else ()
+
+    def buffer(self, ask: Ask, holders: int) -> Tensor | None:
+        """The previous result, if nothing but the parameter and `holders` others refer to it, to be written over."""
+        old = ask.parameter.__dict__.get(self.savefield)
+        form = ask.statistics.form
+        if self.subsampling is not None or old is None or old.requires_grad or ask.factor != 1.0:
+            return None
+        if old.shape != (form.n, *form.shape) or old.dtype != form.acc or old.device != form.device:
+            return None
+        if not old.is_contiguous():
+            return None
+        # Beside the holders: this function's name, the parameter's dictionary, and getrefcount's argument.
+        # A view of it shares its storage, which the tensor and the object asked for hold themselves.
+        if sys.getrefcount(old) > 3 + holders or torch._C._storage_Use_Count(old.untyped_storage()._cdata) > 2:
+            return None
+        del ask.parameter.__dict__[self.savefield]
+        return old
 
     def result(self, ask: Ask) -> Tensor:
         if self.subsampling is None:

@@ -41,9 +41,9 @@ class ClippedGrad(Quantity):
 
     @staticmethod
     def _lasts(form: Factored) -> bool:
-        """Whether the form outlives the backward pass, and is smaller than its rows."""
+        """Whether the form outlives the backward pass, and is much smaller than its rows (whose sum is cheaper)."""
         rows = form.n * form.numel * torch.finfo(form.acc).bits // 8
-        return isinstance(form, (Outer, Lookup)) and form.bytes_held() < rows
+        return isinstance(form, (Outer, Lookup)) and 2 * form.bytes_held() < rows
 
     def result(self, ask: Ask) -> None:
         ask.sample_factor()
@@ -60,7 +60,9 @@ class ClippedGrad(Quantity):
             factor = asks[keys[0]].sample_factor()
             squares = [asks[key].statistics["sq_norms"] for key in keys]
             if len({len(s) for s in squares}) > 1:
-                raise ValueError("ClippedGrad: parameters have seen different batches; use per_layer=True or one batch.")
+                raise ValueError(
+                    "ClippedGrad: parameters have seen different batches; use per_layer=True or one batch."
+                )
             norms = torch.stack([s.to(squares[0].dtype) for s in squares]).sum(0).sqrt() * abs(factor)
             weight = (self.max_norm / norms).clamp(max=1.0) * factor
             for key in keys:

@@ -28,7 +28,10 @@ class BatchL2Grad(Quantity):
 
 
 class BatchDotGrad(Quantity):
-    """Inner products of all pairs of individual gradients `[N, N]`, in `batch_dot`; summed over parameters in `results`."""
+    """Inner products of all pairs of individual gradients `[N, N]`, in `batch_dot`.
+
+    Summed over parameters in `results`.
+    """
 
     savefield = "batch_dot"
 
@@ -43,7 +46,9 @@ class BatchDotGrad(Quantity):
 
 
 class GradDot(Quantity):
-    """Inner products of individual gradients with a direction `[N]`, in `grad_dot`; summed over parameters in `results`.
+    """Inner products of individual gradients with a direction `[N]`, in `grad_dot`.
+
+    Summed over parameters in `results`.
 
     The default direction is the gradient of the loss as written, `.grad` of this pass (for a mean, the mean
     gradient). With scale "sample" or a number it is the mean of the scaled individual gradients.
@@ -56,16 +61,13 @@ class GradDot(Quantity):
         self.direction = direction
 
     def wants(self, form: Factored) -> tuple[str, ...]:
-        return ("total",) if self.direction is None else ()
+        return ("total", "dots") if self.direction is None else ()
 
     def result(self, ask: Ask) -> Tensor:
-        if self.direction is None:
-            d = ask.statistics["total"]
-            if ask.scale != "loss":
-                d = d * (ask.factor / ask.n)
-        else:
-            d = self._given(ask)
-        return ask.statistics.dots(d) * ask.factor
+        if self.direction is not None:
+            return ask.statistics.dots(self._given(ask)) * ask.factor
+        share = 1.0 if ask.scale == "loss" else ask.factor / ask.n
+        return ask.statistics["dots"] * (ask.factor * share)
 
     def _given(self, ask: Ask) -> Tensor:
         assert self.direction is not None
@@ -75,7 +77,9 @@ class GradDot(Quantity):
         if d is None:
             raise KeyError(f"GradDot(direction=...) has nothing for {ask.name}, shape {list(ask.parameter.shape)}.")
         if d.shape != ask.parameter.shape:
-            raise ValueError(f"GradDot: direction for {ask.name} has shape {list(d.shape)}, needed {list(ask.parameter.shape)}.")
+            raise ValueError(
+                f"GradDot: direction for {ask.name} has shape {list(d.shape)}, needed {list(ask.parameter.shape)}."
+            )
         return d.to(device=ask.parameter.device, dtype=torch.promote_types(d.dtype, ask.statistics.form.acc))
 
     def whole(self, values: dict[str, Any]) -> Tensor:

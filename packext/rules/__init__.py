@@ -8,20 +8,22 @@ and does not write in place.
 
 from __future__ import annotations
 
-import torch
-
 from packext.rules import attention, convolution, elementwise, embedding, linear, norm, recurrent
-from packext.rules._common import GRADIENT_FREE, HANDLERS, Handler, bind, generic, handles, writes_in_place
+from packext.rules._common import (
+    GRADIENT_FREE,
+    HANDLERS,
+    Handler,
+    bind,
+    generic,
+    handles,
+    writes_in_place,
+)
 from packext.rules.elementwise import ARGUMENT
-
-#: Refused even where no gradient is recorded.
-REFUSED = frozenset({torch.embedding_renorm_})
 
 __all__ = [
     "ARGUMENT",
     "GRADIENT_FREE",
     "HANDLERS",
-    "REFUSED",
     "Handler",
     "attention",
     "bind",

@@ -85,7 +85,9 @@ def writes_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     dunder = name.startswith("__") and name.endswith("__")
     return kwargs.get("out") is not None or (
-        name in ("__setitem__",) or (dunder and name[2] == "i" and name[2:5] not in ("inv", "int", "ind")) or (not dunder and name.endswith("_"))
+        name in ("__setitem__",)
+        or (dunder and name[2] == "i" and name[2:5] not in ("inv", "int", "ind"))
+        or (not dunder and name.endswith("_"))
     )
 
 

@@ -20,10 +20,27 @@ if TYPE_CHECKING:
     from packext._lineage import Tracer
 
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_TRANSPOSED_NAMES = (
+    "input",
+    "weight",
+    "bias",
+    "stride",
+    "padding",
+    "output_padding",
+    "groups",
+    "dilation",
+)
 
 
-def patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], out: Sequence[int], groups: int) -> Tensor:
+def patches(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out: Sequence[int],
+    groups: int,
+) -> Tensor:
     """What a convolution multiplies its weight with: `[c, G, S, I]` of `x` `[c, C, *space]`, I = C/G x kernel."""
     d = len(kernel)
     if any(padding):
@@ -55,19 +72,30 @@ class Convolution(OwnedRule):
         x, w = t["input"].to(g.dtype), t["weight"].to(g.dtype)
         bias = [g.shape[1]]
         return torch.ops.aten.convolution_backward(
-            g, x, w, bias, c["stride"], c["padding"], c["dilation"], c["transposed"], c["output_padding"], c["groups"], mask
+            g,
+            x,
+            w,
+            bias,
+            c["stride"],
+            c["padding"],
+            c["dilation"],
+            c["transposed"],
+            c["output_padding"],
+            c["groups"],
+            mask,
         )
 
-    def input_grad(self, use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
-        return self._backward(use, t, g, [True, False, False])[0].to(t["input"].dtype)
-
-    def param_grad(self, use: Use, t: dict[str, Tensor], g: Tensor, name: str) -> Tensor:
-        if name == "bias":
-            return g.sum([k for k in range(g.dim()) if k != 1]).to(t["bias"].dtype)
-        return self._backward(use, t, g, [False, True, False])[1].to(t["weight"].dtype)
+    def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        names = ("input", "weight", "bias")
+        found = self._backward(use, t, g, [name in wanted for name in names])
+        return {name: grad.to(t[name].dtype) for name, grad in zip(names, found, strict=True) if name in wanted}
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
@@ -92,7 +120,15 @@ class Convolution(OwnedRule):
         positions = out.numel() * per
 
         def take(lo: int, hi: int) -> Tensor:
-            part = patches(read[lo * per : hi * per], kernel, c["stride"], c["padding"], c["dilation"], out, groups)
+            part = patches(
+                read[lo * per : hi * per],
+                kernel,
+                c["stride"],
+                c["padding"],
+                c["dilation"],
+                out,
+                groups,
+            )
             if per == 1:
                 return part
             return part.unflatten(0, (hi - lo, per)).transpose(1, 2).flatten(2, 3)
@@ -103,9 +139,27 @@ class Convolution(OwnedRule):
                 scaled = g * weight.to(g.dtype).repeat_interleave(per).reshape(-1, *[1] * (g.dim() - 1))
             return self._backward(use, {"input": x, "weight": w}, scaled, [False, True, False])[1]
 
-        o = written.shape[1] // groups
-        gs = written.reshape(n, per, groups, o, out.numel()).permute(0, 2, 3, 1, 4).reshape(n, groups, o, positions)
-        return Outer(Patches(n, groups, positions, features, take, read), gs, w.shape, weighted)
+        def canonical(y: Tensor) -> Tensor:
+            y = y.reshape(n, per, groups, -1, out.numel())
+            return y.permute(0, 2, 3, 1, 4).reshape(n, groups, -1, positions)
+
+        def apply(direction: Tensor) -> Tensor:
+            return canonical(self._apply(read, direction.to(read.dtype), c))
+
+        return Outer(
+            Patches(n, groups, positions, features, take, read),
+            canonical(written),
+            w.shape,
+            weighted,
+            apply,
+        )
+
+    @staticmethod
+    def _apply(read: Tensor, direction: Tensor, c: dict[str, Any]) -> Tensor:
+        """The convolution of what is read with other weights; that of a transposed one reads g."""
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[read.dim() - 3]
+        y = convolve(read, direction, None, c["stride"], c["padding"], c["dilation"], c["groups"])
+        return y
 
 
 CONVOLUTION = Convolution()
@@ -121,7 +175,11 @@ def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[s
     if not tracer.is_data(x):
         return NotImplemented
     if x.dim() == d + 1:
-        raise tracer.refuse(func, f"the input {list(x.shape)} has no batch axis", "Pass it with an axis for the samples in front.")
+        raise tracer.refuse(
+            func,
+            f"the input {list(x.shape)} has no batch axis",
+            "Pass it with an axis for the samples in front.",
+        )
     stride, dilation = _tuple(consts["stride"], d), _tuple(consts["dilation"], d)
     padding = consts["padding"]
     if padding == "same":
@@ -135,11 +193,21 @@ def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[s
     elif padding == "valid":
         padding = [0] * d
     padding = _tuple(padding, d)
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": consts["groups"]}
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": consts["groups"],
+    }
     output_padding = _tuple(consts.get("output_padding", 0), d)
     if transposed:
         options["output_padding"] = output_padding
-    flags = {**options, "options": options, "transposed": transposed, "output_padding": output_padding}
+    flags = {
+        **options,
+        "options": options,
+        "transposed": transposed,
+        "output_padding": output_padding,
+    }
     ordered = {k: tensors[k] for k in ("input", "weight", "bias") if k in tensors}
     return tracer.owned(CONVOLUTION, func, ordered, flags)
 

@@ -31,7 +31,11 @@ class ArgumentRule(Rule):
         return tensors["value"].expand(use.outputs[0])
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         g, layout, value = gs[0], layouts[0], t["value"]
         assert g is not None and layout is not None
@@ -80,7 +84,9 @@ def elementwise(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Broadcasting elementwise functions."""
     if writes_in_place(func, kwargs) and tracer.sources(args[0]):
         raise tracer.refuse(
-            func, "data is written into a value made of parameters, in place", "Use the out-of-place form."
+            func,
+            "data is written into a value made of parameters, in place",
+            "Use the out-of-place form.",
         )
     operands = _tensors(args, kwargs)
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
@@ -101,7 +107,15 @@ def elementwise(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*(tapped(a) for a in args), **{k: tapped(v) for k, v in kwargs.items()})
 
 
-@handles(torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack)
+@handles(
+    torch.cat,
+    torch.concat,
+    torch.concatenate,
+    torch.stack,
+    torch.hstack,
+    torch.vstack,
+    torch.dstack,
+)
 def joined(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Concatenation: an entry made of parameters has the samples' axis already."""
     if not args or not isinstance(args[0], (list, tuple)):

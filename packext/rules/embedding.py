@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packext._factored import Factored, Lookup
@@ -16,8 +17,6 @@ from packext.rules._common import bind, handles
 if TYPE_CHECKING:
     from packext._lineage import Tracer
 
-_MAX_NORM = "the table is renormalised in place while it is read (max_norm)"
-
 
 class Embedding(Rule):
     """Rows of a table; the gradient of `padding_idx` is zero, frequencies are those of the batch."""
@@ -25,7 +24,11 @@ class Embedding(Rule):
     name = "lookup"
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
@@ -75,10 +78,28 @@ def indexed(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return tracer.observed(INDEXED, func, {"weight": weight, "indices": index}, {})
 
 
-@handles(torch.embedding_renorm_)
-def renorm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
-    """What `max_norm` calls."""
-    raise tracer.refuse(func, _MAX_NORM, "Build the embedding without max_norm, and constrain the norm after the step.")
+@handles(F.embedding)
+def with_max_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`F.embedding`, which comes down to `torch.embedding` unless it changes the table."""
+    tensors, consts = bind(("input", "weight", "padding_idx", "max_norm"), args, kwargs, max_norm=None)
+    return _unless_renormalised(tracer, func, tensors["weight"], consts["max_norm"])
+
+
+@handles(F.embedding_bag)
+def bag_with_max_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`F.embedding_bag`, which comes down to `torch.embedding_bag` unless it changes the table."""
+    tensors, consts = bind(("input", "weight", "offsets", "max_norm"), args, kwargs, max_norm=None)
+    return _unless_renormalised(tracer, func, tensors["weight"], consts["max_norm"])
+
+
+def _unless_renormalised(tracer: Tracer, func: Any, weight: Tensor, max_norm: float | None) -> Any:
+    if max_norm is not None and tracer.sources(weight):
+        raise tracer.refuse(
+            func,
+            "the table is renormalised in place while it is read (max_norm)",
+            "Build the embedding without max_norm, and constrain the norm after the step.",
+        )
+    return NotImplemented
 
 
 class Bag(Rule):
@@ -90,11 +111,18 @@ class Bag(Rule):
         return use.func(**tensors, **use.consts["call"])
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         c = use.consts
-        if g is None or layout is None or not layout.fits(g, 1) or c["mode"] == 2 or set(use.sources) != {"weight"}:
+        # With scale_grad_by_freq, torch divides by the frequencies of other rows than those looked up (2.13, CPU);
+        # the generic rule gives the rows of the gradient that autograd really computes.
+        simple = c["mode"] != 2 and not c["scale_grad_by_freq"] and set(use.sources) == {"weight"}
+        if g is None or layout is None or not layout.fits(g, 1) or not simple:
             return None
         index, bags = t["indices"], g.shape[0]
         starts = t["offsets"][:bags]
@@ -108,8 +136,6 @@ class Bag(Rule):
         if c["mode"] == 1:
             sizes = torch.zeros(bags, dtype=g.dtype, device=g.device).index_add(0, bag, real.to(g.dtype))
             scale = scale / sizes.clamp(min=1)[bag]
-        if c["scale_grad_by_freq"]:
-            scale = scale / torch.bincount(index, minlength=t["weight"].shape[0])[index]
         ends = torch.cat([starts[1:], starts.new_tensor([len(index)])])
         longest = int((ends - starts).max()) if bags else 0
         slot = position - starts[bag]

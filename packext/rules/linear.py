@@ -29,20 +29,26 @@ class Linear(OwnedRule):
         w = w.t() if use.consts["transposed"] else w
         return F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
 
-    def input_grad(self, use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
-        w = t["weight"].to(g.dtype)
-        return g.matmul(w.t() if use.consts["transposed"] else w).to(t["input"].dtype)
-
-    def param_grad(self, use: Use, t: dict[str, Tensor], g: Tensor, name: str) -> Tensor:
+    def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        transposed = use.consts["transposed"]
+        found: dict[str, Tensor] = {}
+        if "input" in wanted:
+            w = t["weight"].to(g.dtype)
+            found["input"] = g.matmul(w.t() if transposed else w).to(t["input"].dtype)
         flat = g.reshape(-1, g.shape[-1])
-        if name == "bias":
-            return flat.sum(0).to(t["bias"].dtype)
-        x = t["input"].reshape(-1, t["input"].shape[-1]).to(g.dtype)
-        grad = x.t() @ flat if use.consts["transposed"] else flat.t() @ x
-        return grad.to(t["weight"].dtype)
+        if "weight" in wanted:
+            x = t["input"].reshape(-1, t["input"].shape[-1]).to(g.dtype)
+            found["weight"] = (x.t() @ flat if transposed else flat.t() @ x).to(t["weight"].dtype)
+        if "bias" in wanted:
+            found["bias"] = flat.sum(0).to(t["bias"].dtype)
+        return found
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
@@ -106,10 +112,13 @@ def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return contraction(tracer, torch.einsum, "abc,acd->abd", *args)
 
 
-@handles(torch._C._VariableFunctions.einsum)
+@handles(torch._VF.einsum)
 def einsum(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Einsum of two operands."""
-    equation, operands = args[0], args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+    equation, operands = (
+        args[0],
+        args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:],
+    )
     if len(operands) != 2:
         return NotImplemented
     return contraction(tracer, torch.einsum, equation, *operands)
@@ -128,8 +137,10 @@ def _matmul_equation(left: int, right: int, shape: torch.Size, other: torch.Size
 
 
 class Contraction(Rule):
-    """`einsum` of data and a parameter: letters in all three are groups, shared with the data alone are
-    inputs, with the result alone outputs, and those of data and result are samples and positions.
+    """`einsum` of data and a parameter.
+
+    Letters in all three are groups, those that the parameter shares with the data alone inputs, with the
+    result alone outputs, and those of data and result are samples and positions.
     """
 
     name = "einsum"
@@ -138,7 +149,11 @@ class Contraction(Rule):
         return torch.einsum(use.consts["equation"], tensors["data"], tensors["weight"])
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None

@@ -45,11 +45,17 @@ class Norm(Rule):
         if c["kind"] == "group":
             return torch.group_norm(x, c["num_groups"], w, b, c["eps"])
         mean, var = tensors.get("running_mean"), tensors.get("running_var")
+        if c["training"] and use.outputs:
+            mean = var = None  # not the first call: running statistics must not move a second time
         function = torch.batch_norm if c["kind"] == "batch" else torch.instance_norm
         return function(x, w, b, mean, var, c["training"], c["momentum"], c["eps"], c["cudnn_enabled"])
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         g, layout, c = gs[0], layouts[0], use.consts
         assert g is not None and layout is not None
@@ -59,9 +65,6 @@ class Norm(Rule):
                 "Call model.eval() (or .eval() on this layer), or replace it by GroupNorm."
             )
         bare = {k: v for k, v in t.items() if k not in ("weight", "bias")}
-        if c["training"]:
-            # Statistics of the input itself; running ones must not move a second time.
-            bare = {"input": t["input"]}
         product = None
         if "weight" in use.sources:
             product = g * self.call(use, bare).to(g.dtype)
@@ -104,7 +107,17 @@ def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return _place(tracer, func, tensors, c, "group")
 
 
-_BATCH = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+_BATCH = (
+    "input",
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "training",
+    "momentum",
+    "eps",
+    "cudnn_enabled",
+)
 
 
 @handles(torch.batch_norm)
@@ -137,7 +150,11 @@ class PReLU(Rule):
         return torch.prelu(tensors["input"], tensors["weight"])
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
@@ -167,7 +184,11 @@ class Bilinear(Rule):
     name = "bilinear"
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None

@@ -37,7 +37,9 @@ class Strand:
     raw: Tensor | None
 
 
-def _step(kind: str, from_input: Tensor, from_hidden: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _step(
+    kind: str, from_input: Tensor, from_hidden: Tensor, h: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """One step of a cell from the two halves of its gates: new hidden state (before projection) and cell state."""
     if kind == "lstm":
         i, f, g, o = (from_input + from_hidden).chunk(4, -1)
@@ -121,7 +123,11 @@ class Recurrent(Rule):
         return [y, *ends], strands
 
     def factors(
-        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         c = use.consts
         found = next((l for g, l in zip(gs, layouts, strict=True) if g is not None and l is not None), None)
@@ -136,7 +142,11 @@ class Recurrent(Rule):
             ends = [(y, g) for y, g in zip(outputs, gs, strict=True) if g is not None]
             zeros = [z for s in strands for z in (s.at_input, s.at_hidden)]
             grads = torch.autograd.grad(
-                [y for y, _ in ends], zeros, [g for _, g in ends], create_graph=keep, allow_unused=True
+                [y for y, _ in ends],
+                zeros,
+                [g for _, g in ends],
+                create_graph=keep,
+                allow_unused=True,
             )
         forms: dict[str, Factored] = {}
         for k, s in enumerate(strands):
@@ -157,7 +167,7 @@ RECURRENT = Recurrent()
 
 
 def _weights(values: Sequence[Tensor], bias: bool, strands: int) -> dict[str, Tensor]:
-    """torch's flat list of weights, by strand and role."""
+    """Torch's flat list of weights, by strand and role."""
     per = len(values) // strands
     roles = ["ih", "hh", *(["bih", "bhh"] if bias else []), *(["hr"] if per in (3, 5) else [])]
     return {f"{k // per}.{roles[k % per]}": w for k, w in enumerate(values)}
@@ -185,7 +195,17 @@ def _fused(kind: str) -> Any:
                 part = slice(layer * directions, (layer + 1) * directions)
                 sub = [s[part] for s in state]
                 flat = list(weights[layer * directions * per : (layer + 1) * directions * per])
-                one = (x, tuple(sub) if kind == "lstm" else sub[0], flat, bias, 1, 0.0, train, bidirectional, batch_first)
+                one = (
+                    x,
+                    tuple(sub) if kind == "lstm" else sub[0],
+                    flat,
+                    bias,
+                    1,
+                    0.0,
+                    train,
+                    bidirectional,
+                    batch_first,
+                )
                 out = handler(tracer, func, one, {})
                 for end, value in zip(ends, out[1:], strict=True):
                     end.append(value)

@@ -1,0 +1,1 @@
+"""Time and memory of packext beside its peers: ``python -m benchmarks``."""

@@ -1,0 +1,73 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext import testing
+
+
+@contextmanager
+def double_precision(seed: int = 0) -> Iterator[None]:
+    """Float64 by default, and a fixed seed."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def rows_of(model: nn.Module, losses: Callable[[], Tensor]) -> testing.Rows:
+    """Individual gradients as gradients of the entries of `losses()` `[N]`, all computed from one batch.
+
+    For models in which a sample cut out of its batch sees something else (random numbers, frequencies).
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with px.disable():
+        each = losses()
+    rows: dict[str, list[Tensor]] = {name: [] for name in named}
+    for loss in each:
+        grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+        for (name, p), grad in zip(named.items(), grads, strict=True):
+            rows[name].append(torch.zeros_like(p) if grad is None else grad.to_dense())
+    return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def assert_exact(
+    model: nn.Module, loss: Callable[[], Tensor], rows: testing.Rows, factor: float = 1.0, tolerance: float = 1e-9
+) -> px.Results:
+    """Run `loss().backward()` with every quantity, and compare all of them and `.grad` with `rows`."""
+    quantities = testing.all_quantities()
+    for p in model.parameters():
+        p.grad = None
+    with px.backpack(*quantities, scale="loss") as results:
+        loss().backward()
+    report = testing.compare(model, quantities, rows, float(factor), tolerance)
+    assert report.ok, str(report)
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.grad is not None:
+            assert testing.relative_error(p.grad, rows[name].sum(0)) < tolerance, name
+    return results
+
+
+def mlp() -> nn.Sequential:
+    """Two linear layers."""
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def batch(n: int = 4) -> tuple[Tensor, Tensor]:
+    """Inputs and labels for `mlp`."""
+    return torch.randn(n, 5), torch.randint(3, (n,))
+
+
+def fields(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What the parameters of a model carry."""
+    return {name: dict(p.__dict__) for name, p in model.named_parameters()}

@@ -1,0 +1,436 @@
+"""Other uses of autograd: graphs of gradients, checkpointing, torch.func, forward mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+from torch.utils import checkpoint
+
+import packext as px
+from tests.helpers import assert_exact, batch, double_precision, mlp, rows_of
+
+N = 4
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+# -- create_graph -------------------------------------------------------------------------------------------
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 3))
+
+
+class Tokens(nn.Module):
+    """Lookup, norm, attention-like product and a tied head on features of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.mix = nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+        self.scale, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.embed(x.abs().mul(3).long().clamp(max=5)))
+        return self.head((self.mix(h).tanh() * self.scale).mean(1))
+
+
+def recurrent() -> nn.Module:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(1, 3, batch_first=True), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x[..., None])[0][:, -1])
+
+    return Last()
+
+
+GRAPHS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "conv": conv, "tokens": Tokens, "gru": recurrent}
+FUNCTIONS: dict[str, tuple[Callable[[], Any], Callable[[Tensor], Tensor]]] = {
+    "grad_batch": (px.BatchGrad, lambda rows: rows),
+    "batch_l2": (px.BatchL2Grad, lambda rows: rows.flatten(1).square().sum(1)),
+    "variance": (px.Variance, lambda rows: rows.var(0, unbiased=False)),
+    "sum_grad_squared": (px.SumGradSquared, lambda rows: rows.square().sum(0)),
+    "batch_dot": (px.BatchDotGrad, lambda rows: rows.flatten(1) @ rows.flatten(1).T),
+    "grad_dot": (px.GradDot, lambda rows: rows.flatten(1) @ rows.flatten(1).sum(0)),
+}
+
+
+@pytest.mark.parametrize("build", GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.parametrize("field", FUNCTIONS)
+def test_results_are_differentiable(build: Any, field: str) -> None:
+    """The gradient of a sum over weighted entries of the result, against the one through single samples."""
+    model, (x, y), (quantity, of_rows) = build(), batch(), FUNCTIONS[field]
+    named = dict(model.named_parameters())
+    seeds: dict[str, Tensor] = {}
+
+    def weighted(values: dict[str, Tensor]) -> Tensor:
+        for name, value in values.items():
+            seeds.setdefault(name, torch.randn_like(value))
+        return sum((seeds[name] * value).sum() for name, value in values.items())
+
+    rows: dict[str, list[Tensor]] = {name: [] for name in named}
+    for sample in range(N):
+        loss = F.cross_entropy(model(x[sample : sample + 1]), y[sample : sample + 1]) / N
+        for name, g in zip(named, torch.autograd.grad(loss, list(named.values()), create_graph=True), strict=True):
+            rows[name].append(g)
+    want = torch.autograd.grad(
+        weighted({k: of_rows(torch.stack(r)) for k, r in rows.items()}), list(named.values()), materialize_grads=True
+    )
+    px.extend(model)
+    with px.backpack(quantity()):
+        torch.autograd.grad(F.cross_entropy(model(x), y), list(named.values()), create_graph=True)
+    values = {name: getattr(p, field) for name, p in named.items()}
+    assert all(v.requires_grad for v in values.values())
+    got = torch.autograd.grad(weighted(values), list(named.values()), materialize_grads=True)
+    for name, a, b in zip(named, got, want, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("build", GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.parametrize("context", [False, True])
+def test_hessian_vector_products(build: Any, context: bool) -> None:
+    model, (x, y) = build(), batch()
+    vectors = [torch.randn_like(p) for p in model.parameters()]
+
+    def hvp() -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()), create_graph=True)
+        with px.disable():
+            return torch.autograd.grad(
+                sum((g * v).sum() for g, v in zip(grads, vectors, strict=True)), list(model.parameters())
+            )
+
+    want = hvp()
+    px.extend(model)
+    if context:
+        with px.backpack(px.Variance()):
+            got = hvp()
+    else:
+        got = hvp()
+    torch.testing.assert_close(got, want)
+
+
+def test_gradient_of_the_gradient_norm_with_respect_to_the_input() -> None:
+    model, (x, y) = mlp(), batch()
+    x.requires_grad_()
+
+    def penalty() -> Tensor:
+        (g,) = torch.autograd.grad(F.cross_entropy(model(x), y), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    want = penalty()
+    px.extend(model)
+    torch.testing.assert_close(penalty(), want)
+
+
+@pytest.mark.parametrize("kind", ["Hessian-vector product", "gradient penalty", "linear penalty"])
+def test_a_pass_through_a_gradient_is_no_samples(kind: str) -> None:
+    """It reaches the parameters through gradients as well, which no tap sees: refused inside of a context."""
+    model, (x, y) = mlp(), batch()
+    x.requires_grad_()
+    parameters = list(model.parameters())
+
+    def total() -> Tensor:
+        if kind == "Hessian-vector product":
+            grads = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True)
+            return sum(g.sum() for g in grads)
+        out = model(x)
+        (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        penalty = g.square().sum()
+        return penalty if kind == "linear penalty" else F.cross_entropy(out, y) + penalty
+
+    want = torch.autograd.grad(total(), parameters, allow_unused=True)
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none"))
+    px.extend(model)
+    with px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+        model.zero_grad()
+        with pytest.raises(px.PackextError, match=r"px\.disable"):
+            torch.autograd.grad(total(), parameters, allow_unused=True)
+        loss = total()
+        with px.disable():
+            torch.testing.assert_close(torch.autograd.grad(loss, parameters, allow_unused=True), want)
+    torch.testing.assert_close(torch.autograd.grad(total(), parameters, allow_unused=True), want)
+    assert rows.keys() == dict(model.named_parameters()).keys()
+    assert all(p.grad is None for p in parameters)
+
+
+# -- activation checkpointing ---------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Layers before, inside of and after checkpointed parts; parts are modules, sequences or functions."""
+
+    def __init__(self, reentrant: bool, part: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.block = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 6))
+        self.scale = nn.Parameter(torch.randn(6))
+        self.reentrant, self.part, self.on = reentrant, part, True
+
+    def method(self, h: Tensor) -> Tensor:
+        return self.block(h).tanh() * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        if not self.on:
+            h = self.block(h) if self.part != "method" else self.method(h)
+        elif self.part == "module":
+            h = checkpoint.checkpoint(self.block, h, use_reentrant=self.reentrant)
+        elif self.part == "sequence":
+            h = checkpoint.checkpoint_sequential(self.block, 2, h, use_reentrant=self.reentrant)
+        else:
+            h = checkpoint.checkpoint(self.method, h, use_reentrant=self.reentrant)
+        return self.last(h + x.sum(1, keepdim=True))
+
+
+def checkpointed(reentrant: bool, part: str) -> tuple[Any, Any, Tensor, Tensor]:
+    model, (x, y) = Checkpointed(reentrant, part), batch()
+    model.on = False
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / N)
+    model.on = True
+    return px.extend(model), rows, x, y
+
+
+@pytest.mark.parametrize("part", ["module", "sequence"])
+def test_checkpointing(part: str) -> None:
+    model, rows, x, y = checkpointed(False, part)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    for _ in range(2):
+        assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+
+
+@pytest.mark.parametrize("part", ["module", "sequence", "method"])
+def test_reentrant_checkpointing_is_refused(part: str) -> None:
+    model, rows, x, y = checkpointed(True, part)
+    with pytest.raises(px.UnsupportedUseError, match="use_reentrant=False"), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is None and not vars(p) for p in model.parameters())
+
+
+def test_checkpointed_function_that_holds_a_parameter_is_refused() -> None:
+    model, rows, x, y = checkpointed(False, "method")
+    with (
+        pytest.raises(px.UnsupportedUseError, match="mul.*scale|mul.*Checkpointed.*Checkpoint a module"),
+        px.backpack(px.BatchGrad()),
+    ):
+        F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is None and not vars(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("part", ["module", "sequence", "method"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_without_a_context(reentrant: bool, part: str) -> None:
+    model, rows, x, y = checkpointed(reentrant, part)
+    F.cross_entropy(model(x), y).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, rows[name].sum(0))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_coupling_inside_of_a_checkpointed_part(reentrant: bool) -> None:
+    class Coupled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def part(self, h: Tensor) -> Tensor:
+            return self.b(h - h.mean(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint.checkpoint(self.part, self.a(x), use_reentrant=reentrant)
+
+    model, (x, y) = px.extend(Coupled()), batch()
+    with pytest.raises(px.PackextError), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is None and not vars(p) for p in model.parameters())
+
+
+def test_a_parameter_inside_and_outside_of_a_checkpointed_part() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, on: bool = True) -> Tensor:
+            h = self.a(x).tanh()
+            h = checkpoint.checkpoint(self.a, h, use_reentrant=False) if on else self.a(h)
+            return self.b(h.tanh())
+
+    model, (x, y) = Shared(), batch()
+    rows = rows_of(model, lambda: F.cross_entropy(model(x, False), y, reduction="none") / N)
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+
+
+# -- torch.func and forward mode ---------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_func_transforms_work_untouched() -> None:
+    model, (x, y) = mlp(), batch()
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+
+    def loss(params: Any, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, params, (x[None],)), y[None])
+
+    want = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
+    px.extend(model)
+    with px.backpack():
+        got = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
+    torch.testing.assert_close(got, want)
+    tangents = {k: torch.randn_like(v) for k, v in parameters.items()}
+    out, tangent = jvp(lambda p: functional_call(model, p, (x,)), (parameters,), (tangents,))
+    px.unextend(model)
+    torch.testing.assert_close(
+        (out, tangent), jvp(lambda p: functional_call(model, p, (x,)), (parameters,), (tangents,))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_forward_mode() -> None:
+    model, (x, _), v = mlp(), batch(), torch.randn(N, 5)
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))).tangent
+
+    want = tangent()
+    px.extend(model)
+    torch.testing.assert_close(tangent(), want)
+
+
+def test_functional_call_with_other_leaves() -> None:
+    model, (x, y) = mlp(), batch()
+    others = {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in others}
+    for sample in range(N):
+        loss = F.cross_entropy(functional_call(model, others, (x[sample : sample + 1],)), y[sample : sample + 1]) / N
+        for name, g in zip(others, torch.autograd.grad(loss, list(others.values())), strict=True):
+            rows[name].append(g)
+    px.extend(model)
+    with px.backpack(px.BatchGrad(), px.Variance()) as results:
+        F.cross_entropy(functional_call(model, others, (x,)), y).backward()
+    for name, p in others.items():
+        want = torch.stack(rows[name])
+        torch.testing.assert_close(results[name].grad_batch, want)
+        torch.testing.assert_close(p.grad_batch, want)
+        torch.testing.assert_close(p.grad, want.sum(0))
+    assert all(p.grad is None and not vars(p) for p in model.parameters())
+
+
+def test_functional_call_with_values_made_outside() -> None:
+    """Results are for the tensor that the model was given; what it is made of is outside of the model."""
+    model, (x, y) = mlp(), batch()
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / N)
+    base = (model[0].weight.detach() / 2).requires_grad_()
+    px.extend(model)
+    with px.backpack(px.BatchGrad()) as results:
+        F.cross_entropy(functional_call(model, {"0.weight": base * 2}, (x,)), y).backward()
+    torch.testing.assert_close(results["0.weight"].grad_batch, rows["0.weight"])
+    torch.testing.assert_close(base.grad, 2 * rows["0.weight"].sum(0))
+    assert model[0].weight.grad is None and not vars(base)
+
+
+def test_saved_tensor_hooks() -> None:
+    """What a tap keeps goes through autograd's own machinery, so that it can be moved elsewhere."""
+    model, (x, y) = mlp(), batch()
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / N)
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    packed: list[int] = []
+
+    def pack(t: Tensor) -> Any:
+        packed.append(t.numel())
+        return t.detach().numpy().copy() if not isinstance(t, nn.Parameter) else t
+
+    def unpack(t: Any) -> Tensor:
+        return t if isinstance(t, Tensor) else torch.from_numpy(t)
+
+    def loss() -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return loss_fn(model(x), y)
+
+    assert_exact(model, loss, rows, N)
+    assert packed
+
+
+def test_anomaly_mode() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly(), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+    assert model[0].weight.grad_batch.shape[0] == N
+
+
+def test_hooks_of_the_user_see_what_they_see_without_packext() -> None:
+    model, (x, y) = mlp(), batch()
+    x.requires_grad_()
+    seen: list[Tensor] = []
+    model[0].register_full_backward_hook(lambda m, gi, go: seen.append(go[0].clone()))
+    F.cross_entropy(model(x), y).backward()
+    px.extend(model)
+    F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(seen[0], seen[1])
+    with px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(seen[0], seen[-1])
+
+
+def test_backward_pass_in_a_hook_of_a_backward_pass() -> None:
+    """A pass inside of another pass has its own results."""
+    outer, inner, (x, y) = mlp(), mlp(), batch()
+    rows = rows_of(outer, lambda: F.cross_entropy(outer(x), y, reduction="none") / N)
+    others = rows_of(inner, lambda: F.cross_entropy(inner(x), y, reduction="none") / N)
+    px.extend(outer), px.extend(inner)
+
+    def hook(module: Any, args: Any, output: Tensor) -> None:
+        output.register_hook(lambda g: run())
+
+    def run() -> None:
+        with torch.enable_grad():
+            F.cross_entropy(inner(x), y).backward()
+
+    with px.backpack(px.BatchGrad()):
+        out = outer(x)
+        out.register_hook(lambda g: run())
+        F.cross_entropy(out, y).backward()
+    for name, p in outer.named_parameters():
+        torch.testing.assert_close(p.grad_batch, rows[name])
+    for name, p in inner.named_parameters():
+        torch.testing.assert_close(p.grad_batch, others[name])
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    """A forward pass on another thread is not part of this one's."""
+    import threading
+
+    model, other, (x, y) = mlp(), px.extend(mlp()), batch()
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / N)
+
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=lambda: other(torch.randn(7, 5)))
+            thread.start()
+            thread.join()
+            return x
+
+    model.insert(1, Slow())
+    px.extend(model)
+    with px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(model[0].weight.grad_batch, rows["0.weight"])
+    torch.testing.assert_close(model[3].weight.grad_batch, rows["2.weight"])

@@ -1,0 +1,137 @@
+"""Scripts written for BackPACK 1.7.1 give the same with only the import changed, on models where BackPACK is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+backpack = pytest.importorskip("backpack", reason="backpack-for-pytorch is not installed")
+pytest.importorskip("backpack.extensions", reason="backpack-for-pytorch is not complete")
+
+FIELDS = {
+    "BatchGrad": "grad_batch",
+    "BatchL2Grad": "batch_l2",
+    "SumGradSquared": "sum_grad_squared",
+    "Variance": "variance",
+}
+
+# BackPACK registers torch's full backward hooks, which warn where inputs do not require grad.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Full backward hook is firing", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+
+SCRIPT = """
+from {library} import backpack, disable, extend
+from {library}.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+
+model = extend(model)
+loss_fn = extend(loss_fn)
+loss = loss_fn(model(x), y)
+hooked = []
+with backpack(*(eval(name)() for name in quantities), extension_hook=hooked.append):
+    loss.backward()
+found = {{}}
+for name, p in model.named_parameters():
+    found[name] = {{field: getattr(p, field).detach().clone() for field in fields}}
+    found[name]["grad"] = p.grad.clone()
+"""
+
+
+def flat() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.Sigmoid(), nn.Linear(6, 3)), torch.randn(6, 5)
+
+
+def image() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 2, dilation=2, padding=1), nn.Tanh(),
+        nn.ConvTranspose2d(4, 3, 2, stride=2), nn.BatchNorm2d(3).eval(), nn.Flatten(), nn.Linear(48, 3),
+    )  # fmt: skip
+    return model, torch.randn(6, 2, 9, 9)
+
+
+def volumes() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Conv3d(1, 2, 2), nn.ELU(), nn.Flatten(), nn.Linear(16, 3)), torch.randn(4, 1, 3, 3, 3)
+
+
+def tokens() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)), torch.randint(
+        7, (5, 3)
+    )
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "flat": flat,
+    "image": image,
+    "volumes": volumes,
+    "tokens": tokens,
+}
+
+
+def run(library: str, build: Any, reduction: str, quantities: list[str]) -> tuple[dict[str, dict[str, Tensor]], int]:
+    torch.manual_seed(0)
+    model, x = build()
+    y = torch.randint(3, (len(x),))
+    if x.is_floating_point():  # BackPACK's Embedding knows float32 only
+        model, x = model.double(), x.double()
+    scope = {
+        "model": model, "x": x, "y": y,
+        "loss_fn": nn.CrossEntropyLoss(reduction=reduction),
+        "quantities": quantities, "fields": [FIELDS[q] for q in quantities],
+    }  # fmt: skip
+    exec(SCRIPT.format(library=library), scope)
+    return scope["found"], len(scope["hooked"])
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_only_the_import_changes(build: Any, reduction: str) -> None:
+    want, _ = run("backpack", build, reduction, list(FIELDS))
+    got, hooked = run("packext", build, reduction, list(FIELDS))
+    assert got.keys() == want.keys() and hooked > 0
+    for name, fields in want.items():
+        for field, value in fields.items():
+            mine = got[name][field]
+            assert mine.shape == value.shape and mine.dtype == value.dtype, (name, field)
+            # BackPACK's variance is a difference of moments.
+            relative, absolute = (1e-9, 1e-14) if value.dtype == torch.float64 else (1e-4, 1e-8)
+            torch.testing.assert_close(
+                mine, value, rtol=relative, atol=absolute, msg=lambda m, at=(name, field): f"{at}: {m}"
+            )
+
+
+def test_recurrent_layers() -> None:
+    from backpack.custom_module.reduce_tuple import ReduceTuple
+
+    def build() -> tuple[nn.Module, Tensor]:
+        return nn.Sequential(
+            nn.LSTM(4, 5, batch_first=True), ReduceTuple(index=0), nn.Flatten(), nn.Linear(15, 3)
+        ), torch.randn(4, 3, 4)
+
+    want, _ = run("backpack", build, "mean", list(FIELDS))
+    got, _ = run("packext", build, "mean", list(FIELDS))
+    for name, fields in want.items():
+        for field, value in fields.items():
+            torch.testing.assert_close(got[name][field], value, rtol=1e-9, atol=1e-14)
+
+
+def test_signatures() -> None:
+    """Every argument of BackPACK's public calls is accepted under its name and at its place."""
+    import inspect
+
+    import packext
+
+    for name in ("extend", "backpack", "disable"):
+        theirs = inspect.signature(getattr(backpack, name)).parameters
+        ours = inspect.signature(getattr(packext, name)).parameters
+        assert theirs.keys() <= {"extensions" if k == "exts" else k for k in ours} | {"exts"}, name
+    assert (
+        inspect.signature(backpack.extensions.BatchGrad).parameters.keys()
+        == inspect.signature(packext.BatchGrad).parameters.keys()
+    )
+    assert packext.BatchGrad([1]).subsampling == [1]
+    assert backpack.extensions.BatchGrad().savefield == packext.BatchGrad().savefield == packext.BatchGrad.savefield

@@ -1,0 +1,645 @@
+"""Contexts, results and scales; extending and taking it back; copies."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext import _flight, testing
+from tests.helpers import assert_exact, batch, double_precision, fields, mlp, rows_of
+
+N = 4
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+    assert not _flight.CONTEXTS and not _flight._passes, "a context or pass was left behind"
+
+
+def rows_and_batch(model: nn.Module, n: int = N) -> tuple[testing.Rows, Tensor, Tensor]:
+    x, y = batch(n)
+    return rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / n), x, y
+
+
+def bare(model: nn.Module) -> bool:
+    """Whether no parameter carries anything."""
+    return not any(fields(model).values())
+
+
+# -- where forward, backward and context may stand ---------------------------------------------------------
+
+
+def test_forward_outside_the_context() -> None:
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    loss = F.cross_entropy(model(x), y)
+    with px.backpack(px.BatchGrad()):
+        loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_batch, rows[name])
+
+
+def test_several_backwards_in_a_context_give_the_last() -> None:
+    model = px.extend(mlp())
+    with px.backpack(px.BatchGrad()) as results:
+        for n in (N, 6, 1):
+            rows, x, y = rows_and_batch(model, n)
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            for name, p in model.named_parameters():
+                torch.testing.assert_close(p.grad_batch, rows[name])
+                assert results[name].grad_batch is p.grad_batch
+
+
+def test_several_backwards_through_a_retained_graph() -> None:
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    loss = F.cross_entropy(model(x), y)
+    with px.backpack(px.BatchGrad(), px.Variance()):
+        for k in (1, 2, 3):
+            loss.backward(retain_graph=True)
+            for name, p in model.named_parameters():
+                torch.testing.assert_close(p.grad_batch, rows[name])
+                torch.testing.assert_close(p.grad, k * rows[name].sum(0))
+        (5 * loss).backward()
+    torch.testing.assert_close(model[0].weight.grad_batch, 5 * rows["0.weight"])
+    with pytest.raises(RuntimeError, match="second time"), px.backpack(px.BatchGrad()):
+        loss.backward()
+
+
+def test_results_are_not_overwritten_where_they_are_kept() -> None:
+    model = px.extend(mlp())
+    kept, copies = [], []
+    with px.backpack(px.BatchGrad(), px.Variance(), px.BatchL2Grad()) as results:
+        for _ in range(3):
+            x, y = batch()
+            F.cross_entropy(model(x), y).backward()
+            for tensor in (model[0].weight.grad_batch, results["2.weight"].variance, model[2].bias.batch_l2):
+                kept.append(tensor)
+                copies.append(tensor.clone())
+    for tensor, value in zip(kept, copies, strict=True):
+        assert torch.equal(tensor, value)
+
+
+def test_nested_contexts_ask_for_what_the_innermost_says() -> None:
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    with px.backpack(px.Variance()) as outer:
+        with px.backpack(px.BatchL2Grad()) as inner:
+            F.cross_entropy(model(x), y).backward()
+        assert not hasattr(model[0].weight, "variance") and hasattr(model[0].weight, "batch_l2")
+        with px.backpack():
+            F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model(x), y).backward()
+    assert inner["0.weight"].batch_l2 is model[0].weight.batch_l2
+    torch.testing.assert_close(outer["0.weight"].variance, rows["0.weight"].var(0, unbiased=False))
+
+
+def test_a_context_around_passes_of_an_inner_one_does_not_complain() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack(px.Variance()), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+
+
+def test_a_context_can_be_entered_again() -> None:
+    model = px.extend(mlp())
+    context = px.backpack(px.BatchGrad())
+    for _ in range(2):
+        rows, x, y = rows_and_batch(model)
+        with context as results:
+            F.cross_entropy(model(x), y).backward()
+        torch.testing.assert_close(results["2.bias"].grad_batch, rows["2.bias"])
+
+
+def test_nothing_asked_for() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack():
+        F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(model(x), y).backward()
+    assert bare(model) and model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("chosen", [["0.weight"], ["2.weight", "2.bias"], ["0.bias", "2.bias"]])
+def test_backward_with_inputs(chosen: list[str]) -> None:
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    with px.backpack(px.BatchGrad()) as results:
+        F.cross_entropy(model(x), y).backward(inputs=[model.get_parameter(name) for name in chosen])
+    for name, p in model.named_parameters():
+        if name in chosen:
+            torch.testing.assert_close(p.grad, rows[name].sum(0))
+            torch.testing.assert_close(p.grad_batch, rows[name])
+        else:
+            assert p.grad is None
+            if hasattr(p, "grad_batch"):  # reached on the way: right, or absent
+                torch.testing.assert_close(p.grad_batch, rows[name])
+    assert set(chosen) <= set(results)
+
+
+def test_autograd_grad_fills_results_as_well() -> None:
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    with px.backpack(px.BatchGrad()):
+        grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    for (name, p), grad in zip(model.named_parameters(), grads, strict=True):
+        torch.testing.assert_close(grad, rows[name].sum(0))
+        torch.testing.assert_close(p.grad_batch, rows[name])
+        assert p.grad is None
+
+
+def test_backward_from_the_output_itself() -> None:
+    model, (x, _), v = px.extend(mlp()), batch(), torch.randn(N, 3)
+    rows = rows_of(model, lambda: (model(x) * v).sum(1))
+    with px.backpack(px.BatchGrad()):
+        model(x).backward(v)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_batch, rows[name])
+
+
+def test_gradient_accumulation() -> None:
+    model = px.extend(mlp())
+    first, x, y = rows_and_batch(model)
+    second, z, w = rows_and_batch(model)
+    with px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model(z), w).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, first[name].sum(0) + second[name].sum(0))
+        torch.testing.assert_close(p.grad_batch, second[name])
+
+
+# -- hooks, disable, observation ---------------------------------------------------------------------------
+
+
+def test_extension_hook() -> None:
+    model = px.extend(
+        nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 6), nn.PReLU()), nn.Linear(6, 3))
+    )
+    model[3].weight.requires_grad_(False)
+    rows, x, y = rows_and_batch(model)
+    called: list[nn.Module] = []
+    freed: list[Any] = []
+
+    def hook(module: nn.Module) -> None:
+        gc.collect()
+        assert all(ref() is None for ref in freed), "deleting the attribute frees the result"
+        called.append(module)
+        for p in module._parameters.values():
+            if p.requires_grad:
+                full = next(k for k, q in model.named_parameters() if q is p)
+                torch.testing.assert_close(p.grad_batch, rows[full])
+                freed.append(weakref.ref(p.grad_batch))
+                del p.grad_batch
+
+    with px.backpack(px.BatchGrad(), px.Variance(), extension_hook=hook) as results:
+        F.cross_entropy(model(x), y).backward()
+    assert called == [model[3], model[2][1], model[2][0], model[0]]
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+    assert hasattr(model[0].weight, "variance") and hasattr(results["0.weight"], "variance")
+    with pytest.raises(AttributeError, match="grad_batch"):
+        _ = results["0.weight"].grad_batch
+
+
+def test_extension_hook_with_tied_parameters() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3))
+    model[2].weight = model[0].weight
+    px.extend(model)
+    rows, x, y = rows_and_batch(model)
+    called = []
+
+    def hook(module: nn.Module) -> None:
+        called.append(module)
+        for p in module.parameters():
+            assert p.grad_batch.shape[0] == N
+
+    with px.backpack(px.BatchGrad(), extension_hook=hook):
+        F.cross_entropy(model(x), y).backward()
+    assert sorted(map(id, called)) == sorted(map(id, (model[0], model[2], model[3])))
+
+
+def test_disable() -> None:
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    with px.disable():
+        assert not px.disable.should_store_io()
+        plain = model(x)
+    assert px.disable.should_store_io()
+    with pytest.raises(px.NotExtendedError), px.backpack(px.BatchGrad()):
+        F.cross_entropy(plain, y).backward()
+    assert bare(model)
+    model.zero_grad()
+    tapped = F.cross_entropy(model(x), y)
+    with px.backpack(px.BatchGrad()):
+        with px.disable():
+            tapped.backward(retain_graph=True)
+        assert bare(model) and model[0].weight.grad is not None
+        tapped.backward()
+    torch.testing.assert_close(model[0].weight.grad_batch, rows["0.weight"])
+
+
+def test_no_grad_and_inference_mode() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    want = model(x).detach()
+    with px.backpack(px.BatchGrad()):
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            with mode:
+                out = model(x)
+            assert not out.requires_grad
+            torch.testing.assert_close(out, want)
+        F.cross_entropy(model(x), y).backward()
+    assert model[0].weight.grad_batch.shape[0] == N
+
+
+def test_an_output_is_what_the_plain_model_gives() -> None:
+    model, (x, _) = mlp(), batch()
+    want = model(x)
+    got = px.extend(model)(x)
+    assert torch.equal(got, want) and type(got) is Tensor and not vars(x)
+
+
+def test_no_activations_are_kept_alive() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    seen: list[Any] = []
+    model[1].register_forward_hook(lambda m, a, out: seen.append(weakref.ref(out)))
+    gc.collect()
+    gc.disable()
+    try:
+        out = model(x)
+        del out
+        assert seen[0]() is None
+        for quantity in testing.all_quantities():
+            with px.backpack(quantity):
+                loss_fn(model(x), y).backward()
+                assert seen[-1]() is None, quantity
+    finally:
+        gc.enable()
+    assert len(seen) > 9 and model[0].weight.variance.grad_fn is None
+
+
+def test_a_model_can_be_collected() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack(px.BatchGrad(), px.ClippedGrad(1.0), scale=float(N)) as results:
+        F.cross_entropy(model(x), y).backward()
+    ref, parameter = weakref.ref(model), weakref.ref(model[0].weight)
+    del model, results
+    gc.collect()
+    assert ref() is None and parameter() is None
+
+
+# -- scales --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none then mean", "none then sum"])
+def test_scales(reduction: str) -> None:
+    model, (x, y) = mlp(), batch()
+    mean = reduction.endswith("mean")
+    own = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none"))
+    written = {k: r / N for k, r in own.items()} if mean else own
+    px.extend(model)
+    kind = reduction.split()[0]
+    loss_fn = px.extend(nn.CrossEntropyLoss(reduction=kind))
+
+    def loss() -> Tensor:
+        value = loss_fn(model(x), y)
+        return value if kind != "none" else value.mean() if mean else value.sum()
+
+    assert_exact(model, loss, written, float(N) if mean else 1.0)
+    for scale, rows in (("sample", own), (1.0, written), (7.0, {k: 7 * r for k, r in written.items()})):
+        with px.backpack(px.BatchGrad(), px.Variance(), px.BatchL2Grad(), px.GradDot(), scale=scale):
+            loss().backward()
+        for name, p in model.named_parameters():
+            flat = rows[name].reshape(N, -1)
+            torch.testing.assert_close(p.grad_batch, rows[name])
+            torch.testing.assert_close(p.variance, rows[name].var(0, unbiased=False))
+            torch.testing.assert_close(p.batch_l2, flat.square().sum(1))
+            torch.testing.assert_close(p.grad_dot, flat @ flat.mean(0))
+
+
+def test_a_multiple_of_the_loss_shows_in_every_scale() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none"))["0.weight"]
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    for k in (1024.0, -3.0):
+        with px.backpack(px.BatchGrad()):
+            (k * loss_fn(model(x), y)).backward()
+        torch.testing.assert_close(model[0].weight.grad_batch, rows * k / N)
+        with px.backpack(px.BatchGrad(), scale="sample"):
+            (k * loss_fn(model(x), y)).backward()
+        torch.testing.assert_close(model[0].weight.grad_batch, rows * k)
+        with px.backpack(px.BatchGrad(), scale=N / k):
+            (k * loss_fn(model(x), y)).backward()
+        torch.testing.assert_close(model[0].weight.grad_batch, rows)
+
+
+def test_uneven_weights_have_no_scale() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    loss_fn = px.extend(nn.CrossEntropyLoss(reduction="none"))
+    with (
+        pytest.raises(px.PackextError, match="weighted unevenly.*scale=<number>"),
+        px.backpack(px.BatchGrad(), scale="sample"),
+    ):
+        (loss_fn(model(x), y) * torch.arange(4.0)).sum().backward()
+    assert bare(model) and model[0].weight.grad is None
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") * torch.arange(4.0))
+    with px.backpack(px.BatchGrad()):
+        (loss_fn(model(x), y) * torch.arange(4.0)).sum().backward()
+    torch.testing.assert_close(model[0].weight.grad_batch, rows["0.weight"])
+
+
+def test_two_losses_of_different_reduction_have_no_scale() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    mean, total = px.extend(nn.CrossEntropyLoss()), px.extend(nn.MultiMarginLoss(reduction="sum"))
+    with (
+        pytest.raises(px.PackextError, match="scale samples differently.*scale=<number>"),
+        px.backpack(px.BatchGrad(), scale="sample"),
+    ):
+        out = model(x)
+        (mean(out, y) + total(out, y)).backward()
+
+
+def test_functional_loss_with_a_number_for_the_scale() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    own = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none"))
+    with px.backpack(px.BatchGrad(), scale=float(N)):
+        F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(model[2].weight.grad_batch, own["2.weight"])
+
+
+# -- arguments of quantities ---------------------------------------------------------------------------------
+
+
+def run(model: nn.Module, *quantities: px.BatchGrad, n: int = N) -> tuple[testing.Rows, px.Results]:
+    rows, x, y = rows_and_batch(model, n)
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    with px.backpack(*quantities) as results:
+        loss_fn(model(x), y).backward()
+    return rows, results
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+
+
+MODELS = {"mlp": mlp, "conv": conv}
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("index", [[0], [3, 1], [2, 2, 0]])
+def test_subsampling(build: Any, index: list[int]) -> None:
+    model = build()
+    rows, _ = run(model, px.BatchGrad(subsampling=index))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_batch, rows[name][index])
+
+
+def test_subsampling_out_of_range() -> None:
+    with pytest.raises(IndexError, match=r"samples \[4\] of a batch of 4"):
+        run(mlp(), px.BatchGrad(subsampling=[0, 4]))
+    with pytest.raises(ValueError, match="subsampling"):
+        px.BatchGrad(subsampling=[-1])
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_direction(build: Any) -> None:
+    model = build()
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    rows, results = run(model, px.GradDot(direction))
+    whole = torch.zeros(N)
+    for name, p in model.named_parameters():
+        want = rows[name].reshape(N, -1) @ direction[name].flatten()
+        torch.testing.assert_close(p.grad_dot, want)
+        whole += want
+    torch.testing.assert_close(results.grad_dot, whole)
+    by_parameter = {p: direction[name] for name, p in model.named_parameters()}
+    x, y = batch()
+    with px.backpack(px.GradDot(by_parameter)) as results:
+        F.cross_entropy(model(x), y).backward()
+    assert results.grad_dot.shape == (N,)
+
+
+def test_direction_that_does_not_fit() -> None:
+    model = mlp()
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"2.bias has shape \[1\], needed \[3\]"):
+        run(model, px.GradDot({**direction, "2.bias": torch.ones(1)}))
+    del direction["2.bias"]
+    with pytest.raises(KeyError, match=r"nothing for 2.bias, shape \[3\]"):
+        run(model, px.GradDot(direction))
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_histogram_in_two_dimensions(build: Any) -> None:
+    model = build()
+    quantity = px.GradHistogram(2, bins=7, range=(-0.05, 0.05), param_bins=5, param_range=(-0.3, 0.3))
+    rows, results = run(model, quantity)
+    total = 0
+    for name, p in model.named_parameters():
+        want = testing.ORACLES[px.GradHistogram](quantity, rows, name, p.detach(), float(N))
+        assert p.grad_histogram.counts.shape == (5, 7)
+        assert (p.grad_histogram.counts - want.counts).abs().sum() <= 0.02 * want.counts.sum()
+        torch.testing.assert_close(
+            p.grad_histogram.param_edges.double(), torch.linspace(-0.3, 0.3, 6), atol=1e-6, rtol=0
+        )
+        total += N * p.numel()
+    assert results.grad_histogram.counts.sum() == total
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("max_norm", [1e-3, 0.7, 1e6])
+def test_clipping(build: Any, per_layer: bool, max_norm: float) -> None:
+    model = build()
+    quantity = px.ClippedGrad(max_norm, per_layer=per_layer)
+    rows, _ = run(model, quantity)
+    report = testing.compare(model, [quantity], rows, float(N), 1e-9)
+    assert report.ok, str(report)
+
+
+def test_clipping_where_a_gradient_is_zero() -> None:
+    model, x = px.extend(nn.Linear(3, 2)), torch.randn(N, 3)
+    x[1] = 0
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0])[:, None]
+    loss_fn = px.extend(nn.MSELoss(reduction="sum"))
+    with px.backpack(px.ClippedGrad(1.0)):
+        loss_fn(model(x) * mask, torch.zeros(N, 2)).backward()
+    assert model.weight.clipped_grad.isfinite().all()
+
+
+def test_projection_preserves_inner_products_on_average() -> None:
+    model = mlp()
+    rows, x, y = rows_and_batch(model)
+    px.extend(model)
+    total = torch.zeros(N, N)
+    for seed in range(200):
+        with px.backpack(px.ProjectedGrad((6, 6), seed=seed)) as results:
+            F.cross_entropy(model(x), y).backward()
+        assert results.grad_projected.shape == (N, 36 + 6 + 36 + 6)
+        total += results.grad_projected @ results.grad_projected.T / 200
+    flat = torch.cat([r.reshape(N, -1) for r in rows.values()], 1)
+    want = flat @ flat.T
+    assert (total - want).abs().max() < 0.15 * want.abs().max()
+
+
+def test_results_for_the_whole_model() -> None:
+    model = mlp()
+    rows, results = run(model, px.BatchL2Grad(), px.BatchDotGrad(), px.GradDot(), px.Variance())
+    flat = torch.cat([r.reshape(N, -1) for r in rows.values()], 1)
+    torch.testing.assert_close(results.batch_l2, flat.square().sum(1))
+    torch.testing.assert_close(results.batch_dot, flat @ flat.T)
+    torch.testing.assert_close(results.grad_dot, flat @ flat.sum(0))
+    with pytest.raises(AttributeError, match="quantity of each parameter"):
+        _ = results.variance
+    with pytest.raises(AttributeError, match="asked for batch_l2, batch_dot"):
+        _ = results.grad_batch
+    assert results.keys() == [name for name, _ in results.items()] and len(results) == 4
+
+
+def test_results_before_the_first_pass() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack(px.BatchL2Grad()) as results:
+        assert len(results) == 0 and "0.weight" not in results
+        with pytest.raises(KeyError, match="no backward pass"):
+            results["0.weight"]
+        with pytest.raises(AttributeError, match="no backward pass"):
+            _ = results.batch_l2
+        F.cross_entropy(model(x), y).backward()
+        assert results.batch_l2.shape == (N,)
+
+
+# -- stale results -------------------------------------------------------------------------------------------
+
+
+def test_results_object_outlives_its_context_and_later_passes() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack(px.BatchGrad()) as first:
+        F.cross_entropy(model(x), y).backward()
+    kept = first["0.weight"].grad_batch.clone()
+    with px.backpack(px.BatchGrad()) as second:
+        F.cross_entropy(model(2 * x), y).backward()
+    assert torch.equal(first["0.weight"].grad_batch, kept)
+    assert model[0].weight.grad_batch is second["0.weight"].grad_batch is not first["0.weight"].grad_batch
+
+
+def test_a_frozen_parameter_loses_its_result_in_the_next_pass() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack(px.BatchGrad()) as results:
+        F.cross_entropy(model(x), y).backward()
+        model[0].weight.requires_grad_(False)
+        F.cross_entropy(model(x), y).backward()
+    assert not hasattr(model[0].weight, "grad_batch") and "0.weight" not in results
+
+
+def test_a_pass_without_a_context_leaves_results_of_the_last_that_asked() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+    kept = model[0].weight.grad_batch
+    F.cross_entropy(model(x), y).backward()
+    assert model[0].weight.grad_batch is kept
+
+
+# -- unextend and copies -------------------------------------------------------------------------------------
+
+
+def state(model: nn.Module) -> Any:
+    skip = {"_parameters", "_buffers", "_modules"}
+    return [
+        (name, {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).items() if k not in skip})
+        for name, m in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("use", [False, True])
+def test_unextend_leaves_no_trace(use: bool) -> None:
+    model, loss_fn, (x, y) = mlp(), nn.CrossEntropyLoss(), batch()
+    model[0].register_forward_hook(lambda *_: None)
+    before, keys = (state(model), state(loss_fn)), list(model.state_dict())
+    assert px.extend(model) is model and px.is_extended(model) and px.is_extended(model[1])
+    px.extend(loss_fn)
+    assert list(model.state_dict()) == keys
+    if use:
+        loss_fn(model(x), y).backward()
+    assert px.unextend(model) is model and not px.is_extended(model)
+    px.unextend(loss_fn)
+    assert (state(model), state(loss_fn)) == before
+    assert bare(model) and not vars(x) and not vars(y) and list(model.state_dict()) == keys
+    px.unextend(model)
+    with pytest.raises(px.NotExtendedError), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+
+
+def test_unextend_between_forward_and_backward() -> None:
+    """The graph is as it was built: its results are right."""
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    loss = F.cross_entropy(model(x), y)
+    px.unextend(model)
+    with px.backpack(px.BatchGrad()):
+        loss.backward()
+    torch.testing.assert_close(model[0].weight.grad_batch, rows["0.weight"])
+
+
+def duplicates() -> dict[str, Any]:
+    def saved(model: nn.Module) -> nn.Module:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+    return {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": saved}
+
+
+@pytest.mark.parametrize("kind", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("used", [False, True])
+def test_copies_are_extended_and_independent(kind: str, used: bool) -> None:
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    if used:
+        with px.backpack(px.Variance()):
+            F.cross_entropy(model(x), y).backward()
+    before = fields(model)
+    twin = duplicates()[kind](model)
+    assert px.is_extended(twin)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(twin, lambda: loss_fn(twin(x), y), rows, N)
+    assert fields(model) == before
+    px.unextend(twin)
+    assert px.is_extended(model)
+
+
+def test_state_dict_of_an_extended_model_fits_the_plain_one() -> None:
+    model = px.extend(mlp())
+    plain = mlp()
+    plain.load_state_dict(model.state_dict())
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    model.load_state_dict(torch.load(file, weights_only=True))
+
+
+def test_parts_that_are_added_or_moved_after_extend() -> None:
+    """A part that was not there is not extended; its parameters are recognised by those who hold them, or refused."""
+    model, (x, y) = px.extend(mlp()), batch()
+    model.append(nn.Linear(3, 3))
+    with pytest.raises(px.PackextError, match=r"3\.weight|3\.bias"), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+    px.extend(model)
+    model.double().to("cpu")
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / N)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x), y), rows, N)

@@ -1,0 +1,287 @@
+"""Random models against the slow oracles: every result is right, or the model is refused.
+
+One model by hand: `python -m tests.test_fuzz SEED`. Many: `pytest tests/test_fuzz.py --fuzz-models=10000`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import packext as px
+from packext import _factored, _statistics, testing
+from tests.generator import Coupler, Problem, flat, generate
+
+#: Of well-posed models, at most this share may be refused.
+REFUSED = 0.05
+
+
+@dataclass
+class Outcome:
+    """What became of one problem: "right", "refused", "wrong", "crashed" or "void" (not finite)."""
+
+    seed: int
+    kind: str
+    ill: str
+    label: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind.upper()} {f'({self.ill}) ' if self.ill else ''}{self.label}\n    {self.detail}\n"
+            f"    again: python -m tests.test_fuzz {self.seed}"
+        )
+
+
+@dataclass
+class Truth:
+    """What the oracles say of one batch."""
+
+    rows: dict[str, Tensor]
+    coupled: bool
+    grads: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+class Void(Exception):
+    """The problem tells nothing: values overflow, or its samples have no axis of their own."""
+
+
+def truth(problem: Problem, inputs: Any, targets: Any, n: int) -> Truth:
+    """Rows of the Jacobian of the samples' losses, confirmed by the loop over single samples.
+
+    Raises:
+        Void: if there is no gradient or it is not finite, or if the outputs break the rule about the batch axis and T = N.
+        AssertionError: if a problem that should be well-posed is not.
+    """
+    model, axis = problem.model, problem.out_axis
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weight = 1 / n if problem.loss.reduction == "mean" else 1.0
+
+    def part(outputs: Any, sample: int, at: int) -> Tensor:
+        alone = [y.narrow(axis, at, 1) for y in flat(outputs)]
+        wanted = [t.narrow(axis, sample, 1) for t in targets]
+        loss = sum(problem.loss(y, t) for y, t in zip(alone, wanted, strict=True))
+        if problem.aux:
+            assert model.aux is not None
+            loss = loss + model.aux[at].square().sum()
+        return loss
+
+    torch.manual_seed(problem.seed)
+    outputs = testing.call(model, inputs)
+    if n > 1 and any(_ambiguous(y, n, problem) for y in flat(outputs)):
+        raise Void
+    total = problem.total(outputs, targets)
+    if not total.requires_grad:
+        raise Void
+    grads = torch.autograd.grad(total, list(named.values()), retain_graph=True, allow_unused=True)
+    couplers = [m for m in model.modules() if isinstance(m, Coupler)]
+    couplers = [m for m in couplers if m.seen is not None and m.seen.requires_grad]
+    if any(m.folds and m.seen.shape[0] == m.seen.shape[1] for m in couplers):
+        raise Void
+    seen = [m.seen for m in couplers]
+    lists: dict[str, list[Tensor]] = {name: [] for name in named}
+    coupled = problem.aux == "of the batch" and n > 1
+    for sample in range(n):
+        loss = part(outputs, sample, sample) * weight
+        found = torch.autograd.grad(loss, [*named.values(), *seen], retain_graph=True, allow_unused=True)
+        for (name, p), g in zip(named.items(), found, strict=False):
+            lists[name].append(torch.zeros_like(p) if g is None else g.to_dense())
+        for m, g in zip(couplers, found[len(named) :], strict=True):
+            if g is not None:
+                others = g.movedim(m.axis, 0)
+                coupled |= bool(others[torch.arange(n) != sample].any())
+    rows = {name: torch.stack(each) for name, each in lists.items()}
+    if not all(bool(torch.isfinite(r).all()) for r in rows.values()):
+        raise Void
+    if not problem.ill:
+        loop = testing.individual_gradients(
+            model,
+            lambda y, at: part(y, int(at), 0),
+            inputs,
+            torch.arange(n),
+            problem.axis,
+            [weight] * n,
+        )
+        for name, r in rows.items():
+            assert _error(loop[name], r, _size(rows)) < 1e-6, f"the loop disagrees: {name}"
+            g = grads[list(named).index(name)]
+            g = torch.zeros_like(r[0]) if g is None else g
+            assert _error(r.sum(0), g, _size(rows)) < 1e-6, f"rows do not add up: {name}"
+    return Truth(rows, coupled, dict(zip(named, grads, strict=True)))
+
+
+def _ambiguous(y: Tensor, n: int, problem: Problem) -> bool:
+    """Whether an output has its samples elsewhere than the inputs, and N entries where they should be."""
+    return problem.axis != problem.out_axis and y.dim() > problem.axis and y.shape[problem.axis] == n
+
+
+def _size(rows: dict[str, Tensor]) -> float:
+    return max((float(r.abs().max()) for r in rows.values() if r.numel()), default=0.0)
+
+
+def _error(got: Tensor, want: Tensor, size: float) -> float:
+    """Largest difference, relative to the largest value, and forgiving beside a much larger `size`."""
+    if got.shape != want.shape:
+        return float("inf")
+    if not want.numel():
+        return 0.0
+    top = max(float(want.abs().max()), 1e-5 * size, 1e-30)
+    error = float((got.detach() - want).abs().max()) / top
+    return error if error == error else float("inf")
+
+
+@contextmanager
+def routes(problem: Problem) -> Iterator[None]:
+    """Small tiles and other costs, so that small models take every route."""
+    d = problem.draw
+    before = _factored.TILE, _statistics.ELEMENTWISE
+    _factored.TILE = d.choice([1 << 18, 64, 8])
+    _statistics.ELEMENTWISE = d.choice([20.0, 0.01, 1e4])
+    try:
+        yield
+    finally:
+        _factored.TILE, _statistics.ELEMENTWISE = before
+
+
+def quantities(problem: Problem) -> tuple[list[Any], list[Any]]:
+    """The usual ones with one more, and a random choice of all."""
+    d = problem.draw
+    others = [
+        px.SumGradSquared(),
+        px.BatchDotGrad(),
+        px.GradHistogram(range=(-0.11, 0.1)),
+        px.ProjectedGrad((2, 3), seed=5),
+    ]
+    clip = px.ClippedGrad(d.choice([0.05, 0.5, 5.0]))
+    usual = [px.BatchGrad(), px.BatchL2Grad(), px.Variance(), px.GradDot(), clip]
+    return [*usual, d.choice(others)], d.sample([*usual, *others], d.randint(1, 4))
+
+
+def compare(problem: Problem, model: Any, asked: list[Any], want: Truth, n: int) -> str:
+    """What is wrong with the results on the parameters; "" if nothing."""
+    factor = float(n) if problem.loss.reduction == "mean" else 1.0
+    named = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    size = _size(want.rows)
+    for name, p in named.items():
+        expected = want.grads[name]
+        got = torch.zeros_like(p) if p.grad is None else p.grad
+        plain = torch.zeros_like(p) if expected is None else expected
+        if _error(got, plain, size) > 1e-6:
+            return f"{name}.grad is off by {_error(got, plain, size):.1e}"
+        for q in asked:
+            label = f"{name}.{q.savefield}"
+            if not hasattr(p, q.savefield):
+                if want.rows[name].any():
+                    return f"{label} is missing"
+                continue
+            value = getattr(p, q.savefield)
+            oracle = testing.ORACLES[type(q)](q, want.rows, name, p.detach(), factor)
+            if isinstance(value, px.Histogram):
+                moved = int((value.counts - oracle.counts).abs().sum())
+                if moved > 2 + 0.02 * want.rows[name].numel():
+                    return f"{label} has {moved} entries in other bins"
+                continue
+            unit = size**2 * p.numel() if q.savefield not in ("grad_batch", "clipped_grad", "grad_projected") else size
+            if q.savefield == "clipped_grad":
+                unit *= factor
+            if _error(value, oracle, unit) > 1e-6:
+                return f"{label} is off by {_error(value, oracle, unit):.1e}"
+    return ""
+
+
+def examine(seed: int) -> Outcome:
+    """Compare packext with the oracles on one random model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        problem = generate(seed)
+        with routes(problem), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kind, detail = _examine(problem)
+    finally:
+        torch.set_default_dtype(before)
+    return Outcome(seed, kind, problem.ill, problem.label, detail)
+
+
+def _examine(problem: Problem) -> tuple[str, str]:
+    model = px.extend(copy.deepcopy(problem.model), problem.axis)
+    loss = px.extend(copy.deepcopy(problem.loss))
+    refused = ""
+    for n, t in problem.sizes:
+        inputs = problem.inputs(n, t)
+        torch.manual_seed(problem.seed)
+        with torch.no_grad():
+            targets = problem.targets(testing.call(problem.model, inputs))
+        try:
+            want = truth(problem, inputs, targets, n)
+        except Void:
+            return "void", ""
+        for asked in quantities(problem):
+            torch.manual_seed(problem.seed)
+            model.zero_grad()
+            aside = copy.copy(problem)
+            aside.model, aside.loss = model, loss
+            try:
+                with px.backpack(*asked):
+                    aside.total(testing.call(model, inputs), targets).backward()
+            except px.PackextError as error:
+                refused = f"{type(error).__name__}: {error}"
+                continue
+            except Exception:
+                return "crashed", traceback.format_exc()
+            if want.coupled:
+                return "wrong", f"samples are coupled, and nothing was said (N = {n}, T = {t})"
+            wrong = compare(problem, model, asked, want, n)
+            if wrong:
+                fields = ", ".join(q.savefield for q in asked)
+                return "wrong", f"{wrong} (N = {n}, T = {t}, {problem.sizes}, asked for {fields})"
+    return ("refused", refused) if refused else ("right", "")
+
+
+def test_random_models(request: pytest.FixtureRequest) -> None:
+    count, start = (request.config.getoption(k) for k in ("--fuzz-models", "--fuzz-start"))
+    outcomes = []
+    bad = 0
+    began = time.perf_counter()
+    for seed in range(start, start + count):
+        outcomes.append(examine(seed))
+        if outcomes[-1].kind in ("wrong", "crashed"):
+            bad += 1
+        if count > 1000 and (seed + 1) % 100 == 0:
+            _progress(f"{seed + 1 - start} of {count} models, {bad} wrong or crashed", began)
+    print("\n" + summary(outcomes))
+    failures = [o for o in outcomes if o.kind in ("wrong", "crashed")]
+    assert not failures, "\n" + "\n".join(map(str, failures[:20]))
+    well = [o for o in outcomes if not o.ill and o.kind != "void"]
+    refused = [o for o in well if o.kind == "refused"]
+    assert len(refused) <= REFUSED * len(well), "\n" + "\n".join(map(str, refused[:20]))
+    assert len(well) > 0.6 * count
+
+
+def _progress(line: str, began: float) -> None:
+    print(f"\r{line}, {time.perf_counter() - began:.0f} s", end="", file=sys.__stderr__, flush=True)
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    """Counts by what was intended and what became of it, and the reasons of refusals."""
+    counts = Counter((o.ill or "well-posed", o.kind) for o in outcomes)
+    lines = [f"{ill:<16}{kind:<10}{count:>6}" for (ill, kind), count in sorted(counts.items())]
+    reasons = Counter(o.detail[:110] for o in outcomes if o.kind == "refused" and not o.ill)
+    return "\n".join(lines + [f"{count:>4} x {reason}" for reason, count in reasons.most_common(20)])
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(examine(int(argument)))

@@ -1,0 +1,262 @@
+"""Models for which the table of cases does not suffice: random, of many parts, with a batch that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext import testing
+from tests.cases import Attend, Pool
+from tests.helpers import assert_exact, batch, double_precision, mlp, rows_of
+
+N = 4
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def each(output: Tensor, y: Tensor) -> Tensor:
+    """Share of each sample in the mean loss."""
+    return F.cross_entropy(output, y, reduction="none") / len(y)
+
+
+class Regularised(nn.Module):
+    """Dropout in every place that torch has for it."""
+
+    def __init__(self, rnn: nn.Module, width: int) -> None:
+        super().__init__()
+        self.rnn, self.drop = rnn, nn.Dropout(0.4)
+        self.attend = nn.MultiheadAttention(width, 2, dropout=0.3, batch_first=True)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.rnn(x)[0])
+        return self.head(self.attend(y, y, y)[0].mean(1))
+
+
+@pytest.mark.parametrize(
+    "rnn, width",
+    [
+        (lambda: nn.LSTM(5, 6, 3, dropout=0.5, batch_first=True), 6),
+        (lambda: nn.GRU(5, 6, 2, dropout=0.5, batch_first=True, bidirectional=True), 12),
+        (lambda: nn.RNN(5, 6, 2, dropout=0.5, batch_first=True, bias=False), 6),
+    ],
+)
+def test_dropout_in_training_mode(rnn: Any, width: int) -> None:
+    model, (x, y) = Regularised(rnn(), width), (torch.randn(N, 4, 5), torch.randint(3, (N,)))
+
+    def output() -> Tensor:
+        torch.manual_seed(3)
+        return model(x)
+
+    rows = rows_of(model, lambda: each(output(), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(output(), y), rows, N)
+
+
+def test_observation_draws_no_random_numbers() -> None:
+    model, (x, y) = (
+        Regularised(nn.LSTM(5, 6, 2, dropout=0.5, batch_first=True), 6),
+        (torch.randn(N, 4, 5), torch.randint(3, (N,))),
+    )
+    states = []
+    for extended in (False, True):
+        if extended:
+            px.extend(model)
+        torch.manual_seed(1)
+        with px.backpack(*testing.all_quantities()[:-1] if extended else ()):
+            F.cross_entropy(model(x), y).backward()
+        states.append((torch.get_rng_state(), model.head.weight.grad.clone()))
+        model.zero_grad()
+    assert torch.equal(states[0][0], states[1][0])
+    torch.testing.assert_close(states[0][1], states[1][1])
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+def test_frequencies_of_the_batch(padding: int | None) -> None:
+    embedding = nn.Embedding(5, 6, scale_grad_by_freq=True, padding_idx=padding)
+    model = nn.Sequential(embedding, nn.Tanh(), Pool(), nn.Linear(6, 3))
+    x, y = torch.randint(5, (N, 6)), torch.randint(3, (N,))
+    rows = rows_of(model, lambda: each(model(x), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_frequencies_of_the_batch_in_bags(mode: str) -> None:
+    model = nn.Sequential(nn.EmbeddingBag(5, 6, mode=mode, scale_grad_by_freq=True), nn.Linear(6, 3))
+    x, y = torch.randint(5, (N, 6)), torch.randint(3, (N,))
+    rows = rows_of(model, lambda: each(model(x), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_different_sizes(mode: str) -> None:
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(5, 6, mode=mode), nn.Linear(6, 3)
+
+        def forward(self, offsets: Tensor, ids: Tensor) -> Tensor:
+            return self.head(self.bag(ids, offsets))
+
+    model, ids, offsets, y = Ragged(), torch.randint(5, (11,)), torch.tensor([0, 3, 3, 4]), torch.randint(3, (N,))
+    rows = rows_of(model, lambda: each(model(offsets, ids), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(offsets, ids), y), rows, N)
+
+
+def test_attention_without_a_batch_counts_tokens_or_is_one_sample() -> None:
+    """`[T, E]` inputs: axis 0 holds tokens, which attention couples."""
+    model, x = Attend(need_weights=False), torch.randn(5, 8)
+
+    class Unbatched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend, self.head = model.attend, nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attend(x, x, x)[0])
+
+    unbatched = px.extend(Unbatched())
+    with pytest.raises(px.CoupledSamplesError, match="batch_axis"):
+        with px.backpack(px.BatchGrad()):
+            F.cross_entropy(unbatched(x), torch.randint(3, (5,))).backward()
+    assert all(p.grad is None and not hasattr(p, "grad_batch") for p in unbatched.parameters())
+
+
+# -- several forwards, several models ------------------------------------------------------------------
+
+
+def test_two_forwards_of_one_batch_add() -> None:
+    model, (x, y), other = mlp(), batch(), torch.randn(N, 5)
+    rows = rows_of(model, lambda: each(model(x) - 2 * model(other), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x) - 2 * model(other), y), rows, N)
+
+
+def test_two_losses_on_two_forwards_add() -> None:
+    model, (x, y), other = mlp(), batch(), torch.randn(N, 5)
+    rows = rows_of(model, lambda: each(model(x), y) + each(model(other), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x), y) + loss_fn(model(other), y), rows, N)
+
+
+def test_two_forwards_of_different_batches_are_refused() -> None:
+    model, (x, y), (more, z) = px.extend(mlp()), batch(), batch(6)
+    with (
+        pytest.raises(px.PackextError, match="4 samples.*6|6 samples.*4|6 .*and.*4|4 and.*6"),
+        px.backpack(px.BatchGrad()),
+    ):
+        (F.cross_entropy(model(x), y) + F.cross_entropy(model(more), z)).backward()
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
+
+
+def test_two_models_in_a_row() -> None:
+    first, second, (x, y) = nn.Linear(5, 6), nn.Linear(6, 3), batch()
+    both = nn.ModuleList([first, second])
+    rows = rows_of(both, lambda: each(second(first(x).tanh()), y))
+    px.extend(both)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    results = assert_exact(both, lambda: loss_fn(second(first(x).tanh()), y), rows, N)
+    assert set(results) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    px.extend(first), px.extend(second)
+    with px.backpack(px.BatchGrad()) as results:
+        loss_fn(second(first(x).tanh()), y).backward()
+    torch.testing.assert_close(first.weight.grad_batch, rows["0.weight"])
+    torch.testing.assert_close(second.weight.grad_batch, rows["1.weight"])
+    with pytest.raises(KeyError, match="extended one by one"):
+        results["weight"]
+
+
+def test_a_part_of_a_model() -> None:
+    model, (x, y) = mlp(), batch()
+    rows = rows_of(model, lambda: each(model(x), y))
+    px.extend(model[2])
+    with px.backpack(px.BatchGrad()) as results:
+        F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(model[2].weight.grad_batch, rows["2.weight"])
+    assert list(results) == ["bias", "weight"] or set(results) == {"bias", "weight"}
+    assert not hasattr(model[0].weight, "grad_batch")
+
+
+def test_extending_again_changes_nothing() -> None:
+    model, (x, y) = mlp(), batch()
+    rows = rows_of(model, lambda: each(model(x), y))
+    px.extend(px.extend(model[2]))
+    px.extend(px.extend(model))
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+
+
+def test_parameters_given_from_outside() -> None:
+    """A module that reads a parameter of another one, and a list of parameters that no module runs."""
+
+    class Borrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.store, self.head = (
+                nn.ParameterList([nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6))]),
+                nn.Linear(6, 3),
+            )
+            self.table = nn.ParameterDict({"scale": nn.Parameter(torch.randn(6))})
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.linear(x, self.store[0], self.store[1]).tanh() * self.table["scale"]
+            return F.linear(h, self.head.weight)
+
+    model, (x, y) = Borrowing(), batch()
+    rows = rows_of(model, lambda: each(model(x), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+    assert not hasattr(model.head.bias, "grad_batch")
+
+
+def test_tied_names_are_aliases() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)), batch()
+    model[2].weight = model[0].weight
+    px.extend(model)
+    with px.backpack(px.Variance()) as results:
+        F.cross_entropy(model(x), y).backward()
+    assert results["0.weight"].variance is results["2.weight"].variance is model[0].weight.variance
+    assert "2.weight" in results and len(results) == 5
+    with pytest.raises(KeyError, match="the last backward pass reached"):
+        results["9.weight"]
+    with pytest.raises(AttributeError, match="asked for variance"):
+        _ = results["0.weight"].batch_l2
+
+
+def test_a_layer_that_later_passes_do_not_reach_has_no_stale_result() -> None:
+    model, (x, y) = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)]), batch()
+
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: Tensor, k: int) -> Tensor:
+            return self.parts[k](x)
+
+    choice = px.extend(Choice())
+    for k in (0, 1):
+        with px.backpack(px.BatchGrad()) as results:
+            F.cross_entropy(choice(x, k), y).backward()
+        assert set(results) == {f"parts.{k}.weight", f"parts.{k}.bias"}
+        assert hasattr(model[k].weight, "grad_batch") and not hasattr(model[1 - k].weight, "grad_batch")

@@ -1,0 +1,228 @@
+"""Float32, half precision and autocast; statistics of gradients that hardly differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext import testing
+from tests.cases import Pool
+
+N = 8
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def image() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(36, 3))
+    return model, torch.randn(N, 2, 5, 5)
+
+
+def tokens() -> tuple[nn.Module, Tensor]:
+    block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Linear(5, 8), block, Pool(), nn.Linear(8, 3)), torch.randn(N, 6, 5)
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"image": image, "tokens": tokens}
+
+
+def exact(model: nn.Module, x: Tensor, y: Tensor, quantities: Any) -> testing.Rows:
+    """Rows of the float64 copy."""
+    import copy
+
+    twin = px.unextend(copy.deepcopy(model)).double()
+    return testing.individual_gradients(twin, nn.CrossEntropyLoss(), x.double(), y, weights=[1 / N] * N)
+
+
+def emit(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[px.Quantity, ...] | Any:
+    quantities = testing.all_quantities()
+    with px.backpack(*quantities, scale=float(N)):
+        loss().backward()
+    return quantities
+
+
+def worst(model: nn.Module, quantities: Any, rows: testing.Rows) -> dict[str, float]:
+    scaled = {k: r * N for k, r in rows.items()}
+    kinds = [q for q in quantities if not isinstance(q, (px.GradDot, px.GradHistogram))]
+    report = testing.compare(model, kinds, scaled, 1.0, 1.0)
+    return {kind: max(e.error for e in report if e.quantity == kind) for kind in {e.quantity for e in report}}
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_float32(build: Any) -> None:
+    model, x = build()
+    y = torch.randint(3, (N,))
+    rows = exact(model, x, y, ())
+    px.extend(model)
+    quantities = emit(model, lambda: F.cross_entropy(model(x), y))
+    for kind, error in worst(model, quantities, rows).items():
+        assert error < 2e-4, kind
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_bfloat16_modules(build: Any) -> None:
+    """Values are those of float32 within the accuracy of bfloat16; what is squared or summed over is in float32."""
+    model, x = build()
+    model, x, y = model.bfloat16(), x.bfloat16(), torch.randint(3, (N,))
+    rows = exact(model, x, y, ())
+    px.extend(model)
+    quantities = emit(model, lambda: F.cross_entropy(model(x).float(), y))
+    for kind, error in worst(model, quantities, rows).items():
+        assert error < 0.15, kind
+    for p in model.parameters():
+        assert p.grad_batch.dtype == p.clipped_grad.dtype == torch.bfloat16, "of the shape of the parameter: its dtype"
+        for field in ("batch_l2", "batch_dot", "variance", "sum_grad_squared", "grad_dot", "grad_projected"):
+            assert getattr(p, field).dtype == torch.float32, field
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+def test_autocast(build: Any, inside: bool) -> None:
+    model, x = build()
+    y = torch.randint(3, (N,))
+    rows = exact(model, x, y, ())
+    px.extend(model)
+    quantities = testing.all_quantities()
+    with px.backpack(*quantities, scale=float(N)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(x)
+            assert out.dtype == torch.bfloat16
+            loss = F.cross_entropy(out.float(), y)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+    for kind, error in worst(model, quantities, rows).items():
+        assert error < 0.15, kind
+    assert all(p.grad_batch.dtype == p.grad.dtype == p.variance.dtype == torch.float32 for p in model.parameters())
+
+
+def test_autocast_gradients_are_those_of_the_plain_model() -> None:
+    for build in MODELS.values():
+        model, x = build()
+        y, grads = torch.randint(3, (N,)), []
+        for _ in range(2):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.cross_entropy(model(x).float(), y)
+            loss.backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+            px.extend(model)
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
+
+
+def test_coupling_is_found_in_bfloat16() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0)
+
+    model = px.extend(nn.Sequential(nn.Linear(5, 6), Centred(), nn.Linear(6, 3)).bfloat16())
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        model(torch.randn(N, 5).bfloat16()).square().mean().backward()
+
+
+def test_a_loss_scale_is_undone_by_a_number() -> None:
+    model, x = image()
+    y = torch.randint(3, (N,))
+    rows = exact(model, x, y, ())
+    px.extend(model)
+    with px.backpack(px.Variance(), px.BatchL2Grad(), scale=N / 65536):
+        (65536 * F.cross_entropy(model(x), y)).backward()
+    for name, p in model.named_parameters():
+        assert testing.relative_error(p.batch_l2, (N * rows[name]).flatten(1).square().sum(1)) < 2e-4, name
+
+
+# -- variance ------------------------------------------------------------------------------------------------
+
+
+def of_pairs(rows: Tensor) -> Tensor:
+    """Reference in float64."""
+    rows = rows.double()
+    return (rows - rows.mean(0)).square().mean(0)
+
+
+def variance(model: nn.Module, x: Tensor, v: Tensor) -> None:
+    """Emit the variance of the gradients of `sum of v * model(x)`."""
+    px.extend(model)
+    with px.backpack(px.Variance()):
+        (model(x) * v).sum().backward()
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_nearly_equal_gradients_of_a_linear_layer(spread: float, tokens: int) -> None:
+    n, shape = 32, (tokens,) if tokens > 1 else ()
+    x = 1 + spread * torch.randn(n, *shape, 20)
+    v = 1 + spread * torch.randn(n, *shape, 10)
+    model = nn.Linear(20, 10)
+    variance(model, x, v)
+    a, g = x.double().reshape(n, tokens, 20), v.double().reshape(n, tokens, 10)
+    rows = torch.einsum("nto,nti->noi", g, a)
+    want = of_pairs(rows)
+    assert (model.weight.variance >= 0).all()
+    assert ((model.weight.variance - want).abs() / want).max() < (1e-3 if spread > 1e-6 else 0.3)
+    # The usual formula, E[x²] - E[x]², in the same precision:
+    moments = rows.float().square().mean(0) - rows.float().mean(0).square()
+    if spread <= 1e-4:
+        assert (moments < 0).any() or ((moments - want).abs() / want).max() > 0.5
+
+
+def test_nearly_equal_gradients_of_a_convolution() -> None:
+    n, spread = 32, 1e-4
+    model = nn.Conv2d(3, 4, 3)
+    x, v = 1 + spread * torch.randn(n, 3, 7, 7), 1 + spread * torch.randn(n, 4, 5, 5)
+    variance(model, x, v)
+    unfolded = F.unfold(x.double(), 3)
+    rows = torch.einsum("nos,nis->noi", v.double().flatten(2), unfolded).reshape(n, 4, 3, 3, 3)
+    want = of_pairs(rows)
+    assert (model.weight.variance >= 0).all()
+    assert ((model.weight.variance - want).abs() / want).max() < 1e-2
+    assert (
+        (model.bias.variance - of_pairs(v.flatten(2).sum(2))).abs() / of_pairs(v.double().flatten(2).sum(2))
+    ).max() < 1e-2
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-5])
+def test_factors_that_vary_while_their_product_does_not(noise: float) -> None:
+    """a = ±1 and g = ±1 of the same sign: each factor varies as it can, and the gradient hardly does."""
+    n = 64
+    sign = torch.randint(2, (n, 1)) * 2.0 - 1
+    x = sign * (1 + noise * torch.randn(n, 20))
+    v = sign * (1 + noise * torch.randn(n, 10))
+    model = nn.Linear(20, 10, bias=False)
+    variance(model, x, v)
+    want = of_pairs(torch.einsum("no,ni->noi", v.double(), x.double()))
+    assert (model.weight.variance >= 0).all()
+    assert ((model.weight.variance - want).abs() / want).max() < (1e-3 if noise > 1e-4 else 2e-2)
+
+
+def test_equal_gradients_have_no_variance() -> None:
+    x, v = torch.randn(1, 20).expand(16, 20), torch.randn(1, 10).expand(16, 10)
+    model = nn.Sequential(nn.Linear(20, 10))
+    variance(model, x, v)
+    scale = float((v[0, :, None] * x[0]).square().max())
+    assert (model[0].weight.variance >= 0).all() and model[0].weight.variance.max() < 1e-12 * scale + 1e-20
+
+
+def test_one_sample_has_no_variance() -> None:
+    model = nn.Linear(20, 10)
+    variance(model, torch.randn(1, 20), torch.randn(1, 10))
+    assert (model.weight.variance == 0).all() and (model.bias.variance == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_extreme_scales_do_not_under_or_overflow_needlessly(scale: float) -> None:
+    model, x, v = nn.Linear(20, 10), torch.randn(16, 20), scale * torch.randn(16, 10)
+    variance(model, x, v)
+    want = of_pairs(torch.einsum("no,ni->noi", v.double(), x.double()))
+    assert ((model.weight.variance - want).abs() / want).max() < 1e-3

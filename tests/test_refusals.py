@@ -1,0 +1,654 @@
+"""What cannot be right is refused, with a message that helps, and nothing is changed by the refusal."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from tests.cases import Lambda, Pool
+from tests.helpers import assert_exact, batch, double_precision, fields, mlp, rows_of
+
+N = 4
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def refused(
+    model: nn.Module,
+    x: Any,
+    error: type[Exception],
+    match: str,
+    loss: Callable[[Any], Tensor] | None = None,
+    axis: int = 0,
+) -> None:
+    """A pass raises `error`, leaves gradients, attributes and hooks alone, and one without a context runs."""
+    px.extend(model, axis)
+    loss = loss or (lambda y: y.square().mean())
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.grad, p.variance = torch.ones_like(p), "old"
+    before, hooks = fields(model), [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(error, match=match):
+        with px.backpack(px.BatchGrad(), px.Variance()):
+            loss(model(*x) if isinstance(x, tuple) else model(x)).backward()
+    assert fields(model) == before
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert all((p.grad == 1).all() for p in model.parameters() if p.grad is not None)
+    grads = []
+    for _ in range(2):  # without a context: as the plain model
+        model.zero_grad()
+        loss(model(*x) if isinstance(x, tuple) else model(x)).backward()
+        grads.append([None if p.grad is None else p.grad.to_dense() for p in model.parameters()])
+        px.unextend(model)
+    torch.testing.assert_close(*grads)
+
+
+# -- samples that influence each other -------------------------------------------------------------------
+
+COUPLINGS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "batch norm in training mode": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)),
+        r"BatchNorm.*1 \[BatchNorm1d\].*eval\(\).*GroupNorm",
+    ),
+    "batch norm first": (lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), r"0 \[BatchNorm1d\].*eval\(\)"),
+    "batch norm alone": (lambda: nn.BatchNorm1d(5), r"BatchNorm1d.*eval\(\)"),
+    "batch norm last": (lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), r"1 \[BatchNorm1d\].*eval\(\)"),
+    "batch norm without affine": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3)),
+        r"BatchNorm1d.*eval\(\)",
+    ),
+    "batch norm without running statistics, evaluation": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 3)).eval(),
+        r"BatchNorm1d.*GroupNorm",
+    ),
+    "functional batch norm": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 6), Lambda(lambda x: F.batch_norm(x, None, None, training=True)), nn.Linear(6, 3)
+        ),
+        "influence each other",
+    ),
+    "functional batch norm first": (
+        lambda: nn.Sequential(
+            Lambda(lambda x: F.batch_norm(x * torch.ones(5), None, None, training=True)), nn.Linear(5, 3), Centred()
+        ),
+        "influence each other",
+    ),
+    "statistics by hand": (lambda: nn.Sequential(nn.Linear(5, 6), Centred(), nn.Linear(6, 3)), r"linear.*0 \[Linear\]"),
+    "statistics of the output": (lambda: nn.Sequential(nn.Linear(5, 3), Centred()), "influence each other"),
+    "roll": (
+        lambda: nn.Sequential(nn.Linear(5, 6), Lambda(lambda x: x + x.roll(1, 0)), nn.Linear(6, 3)),
+        "influence each other",
+    ),
+    "roll alone": (
+        lambda: nn.Sequential(nn.Linear(5, 6), Lambda(lambda x: x.roll(1, 0)), nn.Linear(6, 3)),
+        "influence each other",
+    ),
+    "contrast": (
+        lambda: nn.Sequential(nn.Linear(5, 6), Lambda(lambda z: z @ z.T)),
+        "influence each other",
+    ),
+    "attention over the batch": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 6), Lambda(lambda z: F.scaled_dot_product_attention(z[None], z[None], z[None])[0])
+        ),
+        "influence each other",
+    ),
+    "sorted batch": (
+        lambda: nn.Sequential(nn.Linear(5, 6), Lambda(lambda z: z.sort(0).values), nn.Linear(6, 3)),
+        "influence",
+    ),
+    "cumulated batch": (
+        lambda: nn.Sequential(nn.Linear(5, 6), Lambda(lambda z: z.cumsum(0)), nn.Linear(6, 3)),
+        "influence",
+    ),
+    "one of the batch": (
+        lambda: nn.Sequential(nn.Linear(5, 6), Lambda(lambda z: z - z[:1]), nn.Linear(6, 3)),
+        "influence",
+    ),
+    "coupled parameters": (lambda: Moments(), "influence each other"),
+}
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Moments(nn.Module):
+    """The batch meets a parameter after it has been averaged over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.scale = nn.Linear(5, 6), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return y * (y.mean(0) * self.scale)
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_coupled_samples(name: str) -> None:
+    build, match = COUPLINGS[name]
+    refused(build(), torch.randn(N, 5), px.CoupledSamplesError, match)
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_coupled_samples_in_large_batches(name: str) -> None:
+    build, match = COUPLINGS[name]
+    refused(build(), torch.randn(33, 5), px.CoupledSamplesError, match)
+
+
+class Contrast(nn.Module):
+    """Scores of all pairs inside, one number per sample outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(5, 6), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.f(x) @ self.g(x).T
+        return scores.log_softmax(1).diagonal()
+
+
+def test_contrastive_coupling_inside() -> None:
+    refused(Contrast(), torch.randn(N, 5), px.CoupledSamplesError, "influence each other")
+
+
+def test_wrong_batch_axis() -> None:
+    rnn = nn.GRU(5, 6)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = rnn, nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0])
+
+    # Time first, axis 0 taken for the samples: refused, or put right where there are as many steps as samples.
+    refused(Last(), torch.randn(6, N, 5), px.CoupledSamplesError, r"batch_axis")
+    model, x = Last(), torch.randn(N, N, 5)
+    rows = rows_of(model, lambda: model(x).square().sum((0, 2)))
+    px.extend(model)
+    loss_fn = px.extend(nn.MSELoss(reduction="sum"))
+    assert_exact(model, lambda: loss_fn(model(x), torch.zeros(N, N, 3)), rows)
+
+
+def test_no_output_has_the_batch() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), Lambda(lambda y: y.mean()))
+    refused(model, torch.randn(N, 5), px.PackextError, "axis of 4 entries.*batch_axis", lambda y: y)
+
+
+def test_an_axis_that_has_n_entries_by_accident() -> None:
+    """The output's first axis has N entries and is not the batch; the probe finds the one that is."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).T
+
+    model, x = Turned(), torch.randn(N, 5)
+    rows = rows_of(model, lambda: model(x).square().sum(0))
+    px.extend(model)
+    loss_fn = px.extend(nn.MSELoss(reduction="sum"))
+    assert_exact(model, lambda: loss_fn(model(x), torch.zeros(N, N)), rows)
+
+
+def test_pooled_over_the_batch_with_as_many_features() -> None:
+    """`[N, N]` features averaged over samples look like a batch of outputs, and are none."""
+    model = nn.Sequential(nn.Linear(5, N), Lambda(lambda y: y.mean(0)[:, None] * torch.ones(N, 2)))
+    refused(model, torch.randn(N, 5), px.CoupledSamplesError, "influence each other")
+
+
+def test_coupling_that_is_switched_on_later_is_found() -> None:
+    """The layouts of an earlier pass are not taken for a pass that does something else."""
+
+    class Switch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.inner, self.b = nn.Linear(5, 6), Inner(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, centre: bool = False) -> Tensor:
+            y = self.inner(self.a(x))
+            return self.b(y - y.mean(0) if centre else y)
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0) if self.training else x
+
+    model, x = px.extend(Switch()), torch.randn(N, 5)
+    model.inner.eval()
+    for _ in range(2):
+        with px.backpack(px.BatchGrad()):
+            model(x).square().mean().backward()
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        model(x, True).square().mean().backward()
+    model.inner.train()
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        model(x).square().mean().backward()
+
+
+@pytest.mark.parametrize("again", ["forward", "retained graph"])
+def test_coupling_in_a_head_that_is_used_later_is_found(again: str) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.a(x)
+            return self.b(h), self.c(h - h.mean(0))
+
+    model, x = px.extend(Heads()), torch.randn(N, 5)
+    out = model(x)
+    with px.backpack(px.BatchGrad()):
+        out[0].square().mean().backward(retain_graph=True)
+    if again == "forward":
+        out = model(x)
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        out[1].square().mean().backward()
+
+
+def test_evaluation_mode_is_fine_and_training_mode_of_one_layer_is_not() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), torch.randn(N, 5)
+    px.extend(model.eval())
+    with px.backpack(px.BatchGrad()):
+        model(x).sum().backward()
+    model[1].train()
+    with pytest.raises(px.CoupledSamplesError, match=r"1 \[BatchNorm1d\]"), px.backpack(px.BatchGrad()):
+        model(x).sum().backward()
+
+
+# -- uses that have no per-sample gradient ----------------------------------------------------------------
+
+
+def test_sparse_embedding() -> None:
+    for model in (nn.Embedding(5, 6, sparse=True), nn.EmbeddingBag(5, 6, mode="sum", sparse=True)):
+        refused(model, torch.randint(5, (N, 3)), px.UnsupportedUseError, r"sparse.*sparse=False")
+
+
+def test_max_norm() -> None:
+    for model in (nn.Embedding(5, 6, max_norm=1.0), nn.EmbeddingBag(5, 6, max_norm=1.0)):
+        refused(
+            nn.Sequential(model, nn.Linear(6, 3)),
+            torch.randint(5, (N, 3)),
+            px.UnsupportedUseError,
+            r"0 \[Embedding.*max_norm",
+        )
+
+
+def test_packed_sequences() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(5, 6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, [4, 3, 2, 1], batch_first=True)
+            return self.rnn(packed)[1][0][-1]
+
+    refused(Packed(), torch.randn(N, 4, 5), px.UnsupportedUseError, r"rnn \[LSTM\].*PackedSequence.*padded")
+
+
+def test_convolution_without_a_batch() -> None:
+    refused(nn.Conv2d(2, 3, 3), torch.randn(2, 5, 5), px.UnsupportedUseError, "no batch axis")
+
+
+def test_parameter_written_in_place() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(N, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = self.p * 1
+            table += x
+            return table
+
+    refused(Writes(), torch.randn(N, 5), px.UnsupportedUseError, r"in place.*out-of-place")
+
+
+def test_values_made_of_parameters_outside() -> None:
+    """A weight merged before the model runs reaches a parameter that no use was seen of."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.head = nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
+            self.merged = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x * self.merged)
+
+    model = px.extend(Holder())
+    model.merged = model.p.exp()
+    with pytest.raises(px.UnsupportedUseError, match="p, but packext saw no use"), px.backpack(px.BatchGrad()):
+        model(torch.randn(N, 5)).sum().backward()
+    assert model.p.grad is None and not hasattr(model.head.weight, "grad_batch")
+
+
+class Cubed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w**3
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, w = ctx.saved_tensors
+        return grads[0] * w**3, (grads[0] * x * 3 * w**2).sum(0)
+
+
+def test_parameter_in_an_autograd_function() -> None:
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(Cubed.apply(x, self.w))
+
+    refused(Custom(), torch.randn(N, 5), px.UnsupportedUseError, "reach w, but packext saw no use")
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_penalty_returned_by_the_model(order: int) -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            out = self.b(self.a(x)), self.a.weight.square().sum()
+            return out if order == 0 else out[::-1]
+
+    refused(
+        Penalised(),
+        torch.randn(N, 5),
+        px.PackextError,
+        "made of parameters alone.*a.weight",
+        lambda y: y[0].mean() + y[1].mean(),
+    )
+
+
+def test_loss_on_a_tensor_that_forward_did_not_return() -> None:
+    class Stash(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 6), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.hidden = self.a(x)
+            return self.b(x)
+
+    model = Stash()
+    refused(
+        model, torch.randn(N, 5), px.PackextError, "without passing through an output", lambda y: model.hidden.sum()
+    )
+    model.hidden = None
+
+
+def test_different_batches_in_one_pass() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    model, x, more = px.extend(Net()), torch.randn(N, 5), torch.randn(6, 5)
+    with pytest.raises(px.PackextError, match="6 samples.*4"), px.backpack(px.BatchGrad()):
+        (model(x).mean() + model(more).mean()).backward()
+    assert all(p.grad is None and not vars(p) for p in model.parameters())
+
+
+# -- bad input -------------------------------------------------------------------------------------------
+
+
+def test_class_in_place_of_a_quantity() -> None:
+    def make(*args: Any, **kwargs: Any) -> None:
+        inspect.unwrap(px.backpack.__init__)(px.backpack.__new__(px.backpack), *args, **kwargs)
+
+    with pytest.raises(ValueError, match=r"the class BatchGrad: write BatchGrad\(\)"):
+        make(px.BatchGrad)
+    with pytest.raises(ValueError, match="quantities such as"):
+        make("variance")
+    with pytest.raises(ValueError, match="two quantities write 'grad_batch'"):
+        make(px.BatchGrad(), px.BatchGrad([0]))
+    for scale in ("mean", None, True):
+        with pytest.raises(ValueError, match="scale"):
+            make(px.BatchGrad(), scale=scale)
+
+
+def test_what_is_not_a_module() -> None:
+    extend = inspect.unwrap(px.extend)
+    with pytest.raises(TypeError, match="the class Linear"):
+        extend(nn.Linear)
+    with pytest.raises(TypeError, match="a function"):
+        extend(F.mse_loss)
+    for axis in (-1, True, 1.0):
+        with pytest.raises(ValueError, match="batch_axis"):
+            extend(nn.Linear(2, 2), axis)
+
+
+def test_model_that_was_never_extended() -> None:
+    model, (x, y) = mlp(), batch()
+    with (
+        pytest.raises(px.NotExtendedError, match=r"BatchGrad asked for.*px\.extend\(model\)"),
+        px.backpack(px.BatchGrad()),
+    ):
+        F.cross_entropy(model(x), y).backward()
+
+
+def test_backward_that_never_ran() -> None:
+    model = px.extend(mlp())
+    with pytest.raises(px.NotExtendedError, match="no backward pass"), px.backpack(px.BatchGrad()):
+        model(torch.randn(N, 5))
+
+
+def test_loss_that_was_never_extended() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    for quantity, scale in ((px.BatchGrad(), "sample"), (px.ClippedGrad(1.0), "loss")):
+        with pytest.raises(px.NotExtendedError, match=r"px\.extend\(nn\.CrossEntropyLoss\(\)\) or pass scale"):
+            with px.backpack(quantity, scale=scale):
+                F.cross_entropy(model(x), y).backward()
+        assert all(p.grad is None and not vars(p) for p in model.parameters())
+
+
+def test_loss_without_grad() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with pytest.raises(RuntimeError, match="does not require grad"), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).detach().backward()
+    with torch.no_grad():
+        out = model(x)
+    with pytest.raises(RuntimeError, match="does not require grad"), px.backpack(px.BatchGrad()):
+        F.cross_entropy(out, y).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_axis_that_inputs_do_not_have() -> None:
+    model, (x, y) = px.extend(mlp(), batch_axis=2), batch()
+    with pytest.raises(px.PackextError, match="no input tensor has an axis 2"), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+
+
+def test_model_without_tensor_inputs() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(3))
+
+        def forward(self) -> Tensor:
+            return self.p.exp()
+
+    model = px.extend(Constant())
+    with pytest.raises(px.PackextError, match="made of parameters alone"), px.backpack(px.BatchGrad()):
+        model().sum().backward()
+
+
+def test_empty_batch() -> None:
+    refused(mlp(), torch.randn(0, 5), px.PackextError, "the batch is empty", lambda y: y.sum())
+
+
+def test_integer_parameters() -> None:
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Parameter(torch.randint(-5, 5, (6, 5)), requires_grad=False)
+            self.scale, self.head = nn.Parameter(torch.rand(6, 1)), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.linear(x, self.codes * self.scale).tanh())
+
+    model, (x, y) = Quantised(), batch()
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / N)
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    results = assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+    assert "codes" not in results
+
+
+@pytest.mark.parametrize("sample", range(N))
+def test_nan_passes_through_unaltered(sample: int) -> None:
+    """A sample with NaN has NaN, the others have what they have without it."""
+    model, (x, y) = mlp(), batch()
+    loss_fn = px.extend(nn.CrossEntropyLoss(reduction="sum"))
+    px.extend(model)
+    with px.backpack(px.BatchGrad(), px.BatchL2Grad()):
+        loss_fn(model(x), y).backward()
+    clean = {n: (p.grad_batch, p.batch_l2) for n, p in model.named_parameters()}
+    model.zero_grad()
+    x[sample] = torch.nan
+    plain = px.unextend(copy.deepcopy(model))
+    F.cross_entropy(plain(x), y, reduction="sum").backward()
+    fresh = px.extend(copy.deepcopy(model))  # its probe meets the NaN
+    with px.backpack(px.BatchGrad(), px.BatchL2Grad(), px.Variance()):
+        loss_fn(fresh(x), y).backward()
+    others = [i for i in range(N) if i != sample]
+    for (name, p), q in zip(fresh.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, equal_nan=True)
+        torch.testing.assert_close(p.grad_batch[others], clean[name][0][others])
+        torch.testing.assert_close(p.batch_l2[others], clean[name][1][others])
+        assert p.batch_l2[sample].isnan() and p.grad_batch[sample].isnan().any()
+        assert p.variance.isnan().any()
+
+
+def test_infinite_loss_scale_passes_through() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack(px.BatchGrad()):
+        (F.cross_entropy(model(x), y) * torch.inf).backward()
+    assert all(not p.grad_batch.isfinite().any() for p in model.parameters())
+
+
+# -- exceptions --------------------------------------------------------------------------------------------
+
+
+class Trouble(Exception):
+    pass
+
+
+def test_exception_before_and_after_the_backward_pass() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with pytest.raises(Trouble), px.backpack(px.BatchGrad()):
+        model(x)
+        raise Trouble
+    assert all(not vars(p) and p.grad is None for p in model.parameters())
+    with pytest.raises(Trouble), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+        raise Trouble
+    assert all(p.grad_batch.shape[0] == N for p in model.parameters())
+    _works(model, x, y)
+
+
+def test_exception_in_the_forward_pass() -> None:
+    def fail(x: Tensor) -> Tensor:
+        raise Trouble
+
+    model = px.extend(nn.Sequential(nn.Linear(5, 6), Lambda(fail), nn.Linear(6, 3)))
+    x, y = batch()
+    for _ in range(2):
+        with pytest.raises(Trouble), px.backpack(px.BatchGrad()):
+            model(x)
+    model[1].f = torch.tanh
+    assert not x.__dict__
+    _works(model, x, y)
+
+
+@pytest.mark.parametrize("where", ["0.weight", "2.weight", "hidden"])
+def test_exception_of_a_hook_in_the_middle_of_the_backward_pass(where: str) -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack(px.BatchGrad(), px.Variance()):
+        F.cross_entropy(model(x), y).backward()
+    model.zero_grad()
+    before = fields(model)
+
+    def raising(grad: Tensor) -> None:
+        raise Trouble
+
+    def attach(module: Any, args: Any, output: Tensor) -> None:
+        output.register_hook(raising)
+
+    handle = (
+        model[0].register_forward_hook(attach)
+        if where == "hidden"
+        else model.get_parameter(where).register_hook(raising)
+    )
+    with pytest.raises(Trouble), px.backpack(px.BatchGrad(), px.Variance()):
+        F.cross_entropy(model(x), y).backward()
+    handle.remove()
+    assert fields(model) == before, "a pass that fails changes no result"
+    _works(model, x, y)
+
+
+def test_exception_of_the_extension_hook() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+
+    def hook(module: nn.Module) -> None:
+        raise Trouble
+
+    with pytest.raises(Trouble), px.backpack(px.BatchGrad(), extension_hook=hook):
+        F.cross_entropy(model(x), y).backward()
+    assert all(not vars(p) for p in model.parameters())
+    _works(model, x, y)
+
+
+def test_a_caught_failure_does_not_spoil_the_next_pass_of_the_same_context() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    bad = px.extend(nn.Sequential(nn.Linear(5, 3), Centred()))
+    with px.backpack(px.BatchGrad()) as results:
+        with pytest.raises(px.CoupledSamplesError):
+            bad(x).square().sum().backward()
+        F.cross_entropy(model(x), y).backward()
+        assert set(results) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert not hasattr(bad[0].weight, "grad_batch")
+
+
+def test_embedding_in_a_pool_is_what_the_message_says() -> None:
+    """The message names path, class, function and shapes."""
+    model = px.extend(nn.Sequential(nn.Embedding(9, 6), Pool(), Centred(), nn.Linear(6, 3)))
+    with pytest.raises(px.CoupledSamplesError) as error, px.backpack(px.BatchGrad()):
+        model(torch.randint(9, (N, 5))).square().sum().backward()
+    for part in ("embedding", "0 [Embedding]", "0.weight", "[9, 6]", "[4, 5]", "batch_axis"):
+        assert part in str(error.value)
+
+
+def _works(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / len(y))
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x), y), rows, len(y))

@@ -1,0 +1,262 @@
+"""Rules: each agrees with the generic one, a broken one is found, and shapes do not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from torch import Tensor, nn
+
+import packext as px
+from packext import _flight, _probe, testing
+from packext._factored import Factored, Masked, Pulled, Sum
+from packext._use import Rule
+from packext.rules import convolution, elementwise, embedding, linear, norm, recurrent
+from tests.cases import CASES, Case
+from tests.helpers import double_precision
+from tests.test_quantities import Prepared
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+RULES: dict[str, Rule] = {
+    "linear": linear.LINEAR,
+    "einsum": linear.CONTRACTION,
+    "convolution": convolution.CONVOLUTION,
+    "elementwise": elementwise.ARGUMENT,
+    "embedding": embedding.EMBEDDING,
+    "indexed": embedding.INDEXED,
+    "bag": embedding.BAG,
+    "norm": norm.NORM,
+    "prelu": norm.PRELU,
+    "bilinear": norm.BILINEAR,
+    "recurrent": recurrent.RECURRENT,
+}
+#: A case in which each rule takes part.
+EXAMPLES = {
+    "linear": "mlp",
+    "einsum": "einsum heads with relative bias",
+    "convolution": "conv2d groups",
+    "elementwise": "raw parameters",
+    "embedding": "embedding padding_idx",
+    "indexed": "indexed table",
+    "bag": "embedding bag mean",
+    "norm": "group norm",
+    "prelu": "prelu",
+    "bilinear": "bilinear",
+    "recurrent": "gru",
+}
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def test_every_rule_is_in_this_table() -> None:
+    modules = (linear, convolution, elementwise, embedding, norm, recurrent)
+    rules = {id(value) for module in modules for value in vars(module).values() if isinstance(value, Rule)}
+    assert rules == {id(rule) for rule in RULES.values()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_rules_agree_with_the_generic_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case.name == "channels last":
+        pytest.skip("torch 2.13 crashes where group_norm on channels-last data asks for the weight's gradient alone")
+    torch.manual_seed(0)
+    model, inputs, targets = case.build()
+    loss_fn = case.loss()
+    px.extend(model, case.batch_axis)
+    found = []
+    for generic in (False, True):
+        if generic:
+            for kind in {type(rule) for rule in RULES.values()}:
+                monkeypatch.setattr(kind, "factors", lambda *args: None)
+        model.zero_grad()
+        with px.backpack(px.BatchGrad()) as results:
+            loss_fn(testing.call(model, inputs), targets).backward()
+        found.append({name: results[name].grad_batch for name in results})
+    assert found[0].keys() == found[1].keys()
+    for name, fast in found[0].items():
+        assert testing.relative_error(fast, found[1][name]) < 1e-9, name
+
+
+def is_slow(form: Factored) -> bool:
+    """Whether a form takes one pass for each sample."""
+    parts = form.parts if isinstance(form, Sum) else [form.inner] if isinstance(form, Pulled) else []
+    return isinstance(form, Masked) or any(is_slow(part) for part in parts)
+
+
+#: Cases in which some form takes one pass for each sample.
+GENERIC = {
+    "embedding bag max",
+    "embedding bag offsets max",
+    "embedding bag learned weights",
+    "lstm projection",
+    "attention bias_kv zero",  # a parameter repeated over the batch, with entries of its own for each sample
+}
+
+
+def test_the_generic_rule_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that ceases to apply costs a pass per sample: it should not go unnoticed."""
+    slow: set[str] = set()
+    emit = px.backpack._emit
+    for case in CASES:
+
+        def spy(self: Any, flight: Any, source: Any, use: Any, form: Factored, deliver: bool, case: Case = case) -> Any:
+            if is_slow(form) and form.n > 1:
+                slow.add(case.name)
+            return emit(self, flight, source, use, form, deliver)
+
+        monkeypatch.setattr(px.backpack, "_emit", spy)
+        torch.manual_seed(0)
+        model, inputs, targets = case.build()
+        px.extend(model, case.batch_axis)
+        with px.backpack(px.BatchL2Grad()):
+            case.loss()(testing.call(model, inputs), targets).backward()
+    assert slow == GENERIC
+
+
+class Wrong(Factored):
+    """A form that is off by one percent."""
+
+    def __init__(self, form: Factored) -> None:
+        self.form = form
+        self.n, self.shape, self.acc, self.device = form.n, form.shape, form.acc, form.device
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        return self.form.rows(lo, hi) * 1.01
+
+    def bytes_held(self) -> int:
+        return self.form.bytes_held()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_broken_rule_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, used = type(RULES[name]), []
+    factors = kind.factors
+
+    def broken(self: Rule, use: Any, t: Any, gs: Any, layouts: Any) -> Any:
+        used.append(self)
+        forms = factors(self, use, t, gs, layouts)
+        return None if forms is None else {k: Wrong(form) for k, form in forms.items()}
+
+    monkeypatch.setattr(kind, "factors", broken)
+    torch.manual_seed(0)
+    this = Prepared(named(EXAMPLES[name]))
+    with pytest.raises(px.WrongRuleError, match="differs from autograd's") as error:
+        this.check([px.BatchGrad()])
+    assert RULES[name] in used and "parameters" in str(error.value)
+    assert all(p.grad is None and not vars(p) for p in this.model.parameters())
+    with monkeypatch.context() as blind:  # without the probe's comparison, the oracle finds it
+        blind.setattr(_probe, "_compare", lambda *args: None)
+        for quantity in (px.BatchGrad(), px.BatchL2Grad(), px.SumGradSquared(), px.Variance()):
+            with pytest.raises(AssertionError, match="WRONG"):
+                this.check([quantity])
+    assert not _flight.CONTEXTS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_probe_finds_a_broken_rule_in_float32_as_well(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = linear.Linear.factors
+    monkeypatch.setattr(
+        linear.Linear, "factors", lambda self, *args: {k: Wrong(f) for k, f in (factors(self, *args) or {}).items()}
+    )
+    model = px.extend(nn.Linear(5, 3).to(dtype))
+    with pytest.raises(px.WrongRuleError), px.backpack(px.BatchGrad()):
+        model(torch.randn(4, 5, dtype=dtype)).square().mean().backward()
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------
+
+QUANTITIES = (
+    px.BatchGrad(),
+    px.BatchL2Grad(),
+    px.BatchDotGrad(),
+    px.SumGradSquared(),
+    px.Variance(),
+    px.ProjectedGrad(2),
+)
+SHAPES = settings(
+    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+small = st.integers(1, 3)
+
+
+def exact(model: nn.Module, inputs: Any) -> None:
+    with torch.no_grad():
+        target = torch.randn_like(model.double()(inputs))
+    report = testing.check(model, nn.MSELoss(reduction="sum"), inputs, target, QUANTITIES)
+    assert report.ok, str(report)
+
+
+@SHAPES
+@given(
+    n=st.integers(1, 5), lead=st.lists(small, max_size=3), i=st.integers(1, 6), o=st.integers(1, 6), bias=st.booleans()
+)
+def test_linear_of_any_shape(n: int, lead: Sequence[int], i: int, o: int, bias: bool) -> None:
+    with double_precision():
+        exact(nn.Linear(i, o, bias=bias), torch.randn(n, *lead, i))
+
+
+@SHAPES
+@given(
+    n=st.integers(1, 4), dims=small, transposed=st.booleans(), groups=st.integers(1, 2), i=small, o=small,
+    kernel=small, stride=small, padding=st.integers(0, 2), dilation=st.integers(1, 2),
+    size=st.integers(1, 6), bias=st.booleans(),
+)  # fmt: skip
+def test_convolution_of_any_shape(
+    n: int, dims: int, transposed: bool, groups: int, i: int, o: int,
+    kernel: int, stride: int, padding: int, dilation: int, size: int, bias: bool,
+) -> None:  # fmt: skip
+    extent = (kernel - 1) * dilation + 1
+    out = (size - 1) * stride + extent - 2 * padding if transposed else size + 2 * padding - extent + 1
+    assume(out >= 1)
+    kinds = (
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        if transposed
+        else (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    )
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": bias}
+    with double_precision():
+        conv = kinds[dims - 1](i * groups, o * groups, kernel, **options)
+        size = min(size, 3) if dims == 3 and size + 2 * padding - extent >= 3 else size
+        assume(transposed or size + 2 * padding >= extent)
+        exact(conv, torch.randn(n, i * groups, *[size] * dims))
+
+
+@SHAPES
+@given(n=st.integers(1, 4), shape=st.lists(small, min_size=1, max_size=3), words=st.integers(1, 5), width=small)
+def test_lookup_of_any_shape(n: int, shape: Sequence[int], words: int, width: int) -> None:
+    with double_precision():
+        exact(nn.Embedding(words, width), torch.randint(words, (n, *shape)))
+
+
+@SHAPES
+@given(
+    n=st.integers(1, 4), t=st.integers(1, 4), layers=st.integers(1, 2),
+    both=st.booleans(), bias=st.booleans(), first=st.booleans(),
+    kind=st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]),
+)  # fmt: skip
+def test_recurrent_layers_of_any_shape(
+    n: int, t: int, layers: int, both: bool, bias: bool, first: bool, kind: Any
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(2, 3, layers, bias=bias, batch_first=first, bidirectional=both)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.rnn(x if first else x.transpose(0, 1))[0]
+            return y if first else y.transpose(0, 1)
+
+    with double_precision():
+        exact(Net(), torch.randn(n, t, 2))

@@ -1,0 +1,156 @@
+"""The shape of the house: who may know whom, and that what is public is documented and tested."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import packext as px
+from packext import testing
+from packext._quantity import Quantity
+
+ROOT = Path(px.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+#: Floors, from the ground up; a module may import from its own floor and those below it.
+FLOORS = [
+    {"_errors", "_layout"},
+    {"_factored", "_statistics"},
+    {"_use", "_quantity"},
+    {"_taps", "_record", "_probe", "_flight"},
+    {"rules"},
+    {"_lineage", "_scale"},
+    {"_extend", "_backpack"},
+    {"quantities"},
+    {"extensions", "testing", "explain", "_drawing"},
+    {"__init__", "demo", "_cli", "__main__"},
+]
+
+
+def name_of(file: Path) -> str:
+    """`packext/rules/linear.py` as `rules.linear`."""
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(file: Path, typing: bool = False) -> Iterator[str]:
+    """Modules of packext that a file imports, by the name of their floor; those for type checkers only if asked."""
+    tree = ast.parse(file.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test) and not typing
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "packext":
+            if node.module == "packext":
+                yield from (alias.name for alias in node.names)
+            else:
+                yield node.module.removeprefix("packext.")
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("packext.") for a in node.names if a.name.startswith("packext."))
+
+
+def floor(module: str) -> int | None:
+    return next((k for k, names in enumerate(FLOORS) if module.split(".")[0] in names), None)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {name_of(f).split(".")[0] for f in FILES} <= set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_no_file_imports_upward(file: Path) -> None:
+    here = floor(name_of(file))
+    assert here is not None
+    for other in imports(file):
+        if here < len(FLOORS) - 1:  # the top floor uses what is public
+            there = floor(other)
+            assert there is not None and there <= here, f"{name_of(file)} imports {other}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "quantities").glob("*.py")), ids=name_of)
+def test_a_quantity_knows_no_layer_and_no_torch_function(file: Path) -> None:
+    source = file.read_text()
+    for word in (
+        "nn.functional",
+        "import torch.nn",
+        "from torch import nn",
+        "F.",
+        "rules",
+        "Conv",
+        "nn.Linear",
+        "Tracer",
+    ):
+        assert word not in source.replace("TF.", ""), word
+    allowed = {"_factored", "_quantity", "_statistics", "_errors"}
+    assert all(m.split(".")[0] in allowed | {"quantities"} for m in imports(file, typing=True))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "rules").glob("*.py")), ids=name_of)
+def test_a_rule_knows_no_quantity(file: Path) -> None:
+    source = file.read_text()
+    for quantity in testing.ORACLES:
+        assert quantity.__name__ not in source and quantity.savefield not in source
+    assert not any(
+        m.startswith(("quantities", "_quantity", "_statistics", "_backpack")) for m in imports(file, typing=True)
+    )
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_files_are_of_a_size_that_can_be_read(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 600
+
+
+def test_every_quantity_has_an_oracle_and_an_example() -> None:
+    kinds = {value for value in vars(px).values() if isinstance(value, type) and issubclass(value, Quantity)}
+    assert kinds == set(testing.ORACLES) == {type(q) for q in testing.all_quantities()}
+    fields = [kind.savefield for kind in kinds]
+    assert len(set(fields)) == len(fields)
+
+
+def public() -> dict[str, object]:
+    return {name: value for name, value in vars(px).items() if not name.startswith("_") and not inspect.ismodule(value)}
+
+
+@pytest.mark.parametrize("name", public())
+def test_public_names_are_documented(name: str) -> None:
+    value = public()[name]
+    assert inspect.getdoc(value), name
+    if inspect.isclass(value) and issubclass(value, Quantity):
+        assert f"`{value.savefield}`" in (value.__doc__ or ""), "the docstring names the attribute"
+    members = vars(value).items() if inspect.isclass(value) else ()
+    for member, f in members:
+        if inspect.isfunction(f) and not member.startswith("_"):
+            assert inspect.getdoc(getattr(value, member)), f"{name}.{member}"
+
+
+def test_public_names() -> None:
+    names = {
+        "extend", "unextend", "is_extended", "backpack", "disable", "Results",
+        "PackextError", "NotExtendedError", "UnsupportedUseError", "CoupledSamplesError", "WrongRuleError",
+        "BatchGrad", "BatchL2Grad", "BatchDotGrad", "GradDot", "SumGradSquared", "Variance",
+        "GradHistogram", "Histogram", "ProjectedGrad", "ClippedGrad",
+    }  # fmt: skip
+    assert names <= public().keys()
+    assert all(issubclass(getattr(px, n), px.PackextError) for n in names if n.endswith("Error"))
+
+
+def test_names_under_which_backpacks_users_import() -> None:
+    from packext import backpack, disable, extend, extensions
+    from packext.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+
+    assert (backpack, disable, extend) == (px.backpack, px.disable, px.extend)
+    assert (BatchGrad, BatchL2Grad, SumGradSquared, Variance) == (
+        px.BatchGrad,
+        px.BatchL2Grad,
+        px.SumGradSquared,
+        px.Variance,
+    )
+    assert {getattr(extensions, k.__name__) for k in testing.ORACLES} == set(testing.ORACLES)

@@ -31,9 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             help=f"some of: {', '.join(known)} (default: all)",
         )
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing per row")
-    parser.add_argument(
-        "--budget", type=float, default=180.0, help="seconds of timing per row, at most"
-    )
+    parser.add_argument("--budget", type=float, default=180.0, help="seconds of timing per row, at most")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU")
@@ -64,9 +62,7 @@ def run_problem(key: str, options: argparse.Namespace, progress: Progress) -> di
     return rows
 
 
-def add_memory(
-    key: str, rows: dict[str, RowResult], options: argparse.Namespace, progress: Progress
-) -> None:
+def add_memory(key: str, rows: dict[str, RowResult], options: argparse.Namespace, progress: Progress) -> None:
     """Measure the peak memory of every cell that was timed, each in its own process."""
     timed = [
         (name, library, cell)
@@ -92,11 +88,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = False
     console = Console()
-    about = report.environment(options.device, options.threads)
-    whole = all(
-        getattr(options, name) == list(known)
-        for name, known in (("rows", ROWS), ("peers", LIBRARIES))
-    )
+    whole = all(getattr(options, name) == list(known) for name, known in (("rows", ROWS), ("peers", LIBRARIES)))
     kept = {"rounds": options.rounds, "device": options.device}
     kept |= {"memory": not options.no_memory, "whole": whole and not options.no_memory}
     columns = (
@@ -105,26 +97,26 @@ def main() -> None:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    sections, failures = [], []
+    failures = []
     with Progress(*columns, console=console) as progress:
         for key in options.problems:
+            about = report.environment(options.device, options.threads)
             rows = run_problem(key, options, progress)
             if not options.no_memory:
                 add_memory(key, rows, options, progress)
             report.save(key, rows, about, kept)
+            if kept["whole"]:
+                report.write_page(options.device)
             report.show(console, key, rows, options.peers)
-            sections.append(report.markdown(key, rows, options.peers, about))
             failures += [
                 f"{key}, {ROWS[name].title}: {result.cells['packext'].text}"
                 for name, result in rows.items()
-                if "packext" in result.cells
-                and result.cells["packext"].status in ("missing", "wrong", "error")
+                if "packext" in result.cells and result.cells["packext"].status in ("missing", "wrong", "error")
             ]
-    if kept["whole"] and options.problems == list(PROBLEMS):
-        report.write_page(sections)
+    if kept["whole"]:
         console.print(f"Tables written to {report.PAGE}.")
     else:
-        console.print("A partial run: the page is left as it was.")
+        console.print("Not all rows, libraries and memory: the page is left as it was.")
     if failures:
         console.print("[bold red]packext fails:[/bold red]\n" + "\n".join(failures))
         sys.exit(1)

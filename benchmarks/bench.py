@@ -100,9 +100,7 @@ def run_row(
     return RowResult(cells, found.get(TWIN))
 
 
-def check(
-    instance: Instance, row: Row, key: str, reference: Reference
-) -> tuple[Cell, Contender | None]:
+def check(instance: Instance, row: Row, key: str, reference: Reference) -> tuple[Cell, Contender | None]:
     """Try all of a library's variants; return the cell so far and the fastest correct contender."""
     library = LIBRARIES[key]
     if not library.installed:

@@ -80,9 +80,7 @@ def peak_on_cuda(contender: Contender, device: torch.device) -> tuple[int, bool]
     return torch.cuda.max_memory_allocated(device) - start, True
 
 
-def measure_here(
-    problem: str, row: str, library: str, variant: str, device: torch.device
-) -> tuple[int, bool]:
+def measure_here(problem: str, row: str, library: str, variant: str, device: torch.device) -> tuple[int, bool]:
     """Measure one cell in this process."""
     for other in LIBRARIES.values():
         other.installed  # noqa: B018  imports it: all processes load the same code
@@ -100,16 +98,12 @@ def measure_here(
     return peak_on_cpu(contender)
 
 
-def measure(
-    problem: str, row: str, library: str, variant: str, *, device: str, threads: int
-) -> int | None:
+def measure(problem: str, row: str, library: str, variant: str, *, device: str, threads: int) -> int | None:
     """Measure one cell in a process of its own; None if that fails."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory"]
     command += [problem, row, library, variant, "--device", device, "--threads", str(threads)]
     variables = {**os.environ, **ALLOCATOR}
-    done = subprocess.run(
-        command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return None
     return int(json.loads(done.stdout.splitlines()[-1])["bytes"])

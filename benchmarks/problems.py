@@ -201,9 +201,7 @@ PROBLEMS: dict[str, Problem] = {
     for problem in (
         Problem("3c3d", "3C3D, CIFAR-10 shapes", 64, net_3c3d, 895_210, classes=10),
         Problem("allcnnc", "All-CNN-C, CIFAR-100 shapes", 16, net_allcnnc, 1_387_108, classes=100),
-        Problem(
-            "resnet", "ResNet-14 with GroupNorm, CIFAR shapes", 16, net_resnet, 175_066, classes=10
-        ),
+        Problem("resnet", "ResNet-14 with GroupNorm, CIFAR shapes", 16, net_resnet, 175_066, classes=10),
         Problem(
             "transformer",
             "Transformer, 4 layers, width 256, 128 tokens",
@@ -242,6 +240,4 @@ def instantiate(problem: Problem, device: torch.device, seed: int = FIRST_SEED) 
     else:
         inputs = torch.randn(problem.batch, 3, 32, 32)
         targets = torch.randint(problem.classes, (problem.batch,))
-    return Instance(
-        problem, model.to(device), nn.CrossEntropyLoss(), inputs.to(device), targets.to(device)
-    )
+    return Instance(problem, model.to(device), nn.CrossEntropyLoss(), inputs.to(device), targets.to(device))

@@ -54,9 +54,7 @@ ROWS: dict[str, Row] = {
 }
 
 
-def reduce_rows(
-    rows: Tensor, quantities: Sequence[str], grad: Tensor | None = None
-) -> dict[str, Tensor]:
+def reduce_rows(rows: Tensor, quantities: Sequence[str], grad: Tensor | None = None) -> dict[str, Tensor]:
     """Compute one parameter's quantities from its individual gradients, which may be overwritten.
 
     Args:
@@ -128,9 +126,7 @@ class Reference:
         rows = [torch.empty(instance.batch, *p.shape, dtype=torch.float64) for p in parameters]
         for n in range(instance.batch):
             loss = instance.loss_fn(model(inputs[n : n + 1]), instance.targets[n : n + 1])
-            for row, g in zip(
-                rows, torch.autograd.grad(loss / instance.batch, parameters), strict=True
-            ):
+            for row, g in zip(rows, torch.autograd.grad(loss / instance.batch, parameters), strict=True):
                 row[n] = g
         self.rows = rows
         self.batch = instance.batch

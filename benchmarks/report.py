@@ -19,6 +19,7 @@ from benchmarks.bench import Cell, RowResult
 from benchmarks.contenders import LIBRARIES
 from benchmarks.problems import PROBLEMS
 from benchmarks.quantities import ROWS
+from benchmarks.timing import Ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
@@ -49,12 +50,14 @@ def environment(device: str, threads: int) -> dict[str, Any]:
     }
 
 
-def save(
-    problem: str, rows: dict[str, RowResult], about: dict[str, Any], options: dict[str, Any]
-) -> Path:
+def path_for(problem: str, device: str, *, whole: bool) -> Path:
+    """Return where one problem's results are kept."""
+    return RESULTS / f"{problem}-{device.replace(':', '')}{'' if whole else '-partial'}.json"
+
+
+def save(problem: str, rows: dict[str, RowResult], about: dict[str, Any], options: dict[str, Any]) -> None:
     """Write one problem's results, a partial run's beside those of a whole one."""
-    suffix = "" if options["whole"] else "-partial"
-    path = RESULTS / f"{problem}-{options['device'].replace(':', '')}{suffix}.json"
+    path = path_for(problem, options["device"], whole=options["whole"])
     path.parent.mkdir(exist_ok=True)
     content = {
         "problem": {
@@ -68,7 +71,22 @@ def save(
         "rows": {key: dataclasses.asdict(result) for key, result in rows.items()},
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+
+
+def load(problem: str, device: str) -> tuple[dict[str, RowResult], dict[str, Any]] | None:
+    """Return a whole run's results and its environment, None where there was none."""
+    path = path_for(problem, device, whole=True)
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    rows = {}
+    for key, found in content["rows"].items():
+        cells = {
+            library: Cell(**{**cell, "ratio": Ratio(**cell["ratio"]) if cell["ratio"] else None})
+            for library, cell in found["cells"].items()
+        }
+        rows[key] = RowResult(cells, Ratio(**found["twin"]) if found["twin"] else None)
+    return rows, content["environment"]
 
 
 def show(console: Console, problem: str, rows: dict[str, RowResult], libraries: list[str]) -> None:
@@ -79,10 +97,7 @@ def show(console: Console, problem: str, rows: dict[str, RowResult], libraries: 
         table.add_column(LIBRARIES[key].title, justify="right")
     for key, result in rows.items():
         best = fastest(result)
-        cells = [
-            f"[bold]{text(result.cells[k])}[/bold]" if k == best else text(result.cells[k])
-            for k in libraries
-        ]
+        cells = [f"[bold]{text(result.cells[k])}[/bold]" if k == best else text(result.cells[k]) for k in libraries]
         table.add_row(ROWS[key].title, *cells)
     console.print(table)
     for result in rows.values():
@@ -119,9 +134,7 @@ def twin_note(result: RowResult) -> str:
     )
 
 
-def markdown(
-    problem: str, rows: dict[str, RowResult], libraries: list[str], about: dict[str, Any]
-) -> str:
+def markdown(problem: str, rows: dict[str, RowResult], libraries: list[str], about: dict[str, Any]) -> str:
     """Return one problem's section of the page."""
     lines = [f"### {heading(problem)}", ""]
     lines.append("| | " + " | ".join(LIBRARIES[k].title for k in libraries) + " |")
@@ -158,8 +171,13 @@ def ways(rows: dict[str, RowResult], libraries: list[str]) -> list[str]:
     return lines
 
 
-def write_page(sections: list[str]) -> None:
-    """Put the tables between the page's markers, leaving all else alone."""
+def write_page(device: str) -> None:
+    """Put the tables of all whole runs between the page's markers, leaving all else alone."""
+    sections = []
+    for problem in PROBLEMS:
+        found = load(problem, device)
+        if found is not None:
+            sections.append(markdown(problem, found[0], list(LIBRARIES), found[1]))
     page = PAGE.read_text() if PAGE.exists() else f"# Benchmarks\n\n{BEGIN}\n{END}\n"
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)

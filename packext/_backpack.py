@@ -191,8 +191,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 low, high = float(weights.min()), float(weights.max())
                 if low != high or low == 0:
                     raise PackextError(
-                        f"The extended {name} with reduction='none' is weighted unevenly over its entries (from {low:.4g} "
-                        f"to {high:.4g}), so that the scale of a sample is not defined. Pass scale=<number> to backpack."
+                        f"The extended {name} with reduction='none' is weighted unevenly over its entries (from "
+                        f"{low:.4g} to {high:.4g}), so that the scale of a sample is not defined. "
+                        "Pass scale=<number> to backpack."
                     )
                 factors[name] = 1.0 / low
             else:
@@ -200,7 +201,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         if not factors:
             raise NotExtendedError(
                 "The scale of a sample's own loss is not known: the loss is not extended. Use "
-                "loss_fn = px.extend(nn.CrossEntropyLoss()) or pass scale=<number> to backpack (the batch size for a mean, 1 for a sum)."
+                "loss_fn = px.extend(nn.CrossEntropyLoss()) or pass scale=<number> to backpack (the batch size for a "
+                "mean, 1 for a sum)."
             )
         if len(set(factors.values())) > 1:
             raise PackextError(

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 from packext._lineage import LOCAL, Tracer
@@ -64,6 +65,7 @@ def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter
 
     Raises:
         TypeError: if `module` is not an `nn.Module`.
+        ValueError: if `batch_axis` is not an int of 0 or more.
     """
     if not isinstance(module, nn.Module):
         what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
@@ -112,9 +114,9 @@ def _out_of_reach() -> bool:
     return (
         LOCAL.disabled
         or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
     )
 
 

@@ -261,6 +261,9 @@ class Outer(Factored):
         d_n = b_n (mean a)ᵀ + g_n c_nᵀ, all small where the rows are nearly equal, so that
         `sum d² - N (mean d)²` is sound. Where a and g vary and their product hardly does, that
         difference cancels all the same: those entries are recognised by it and formed exactly.
+
+        Returns:
+            `[*shape]`, or None where there are several positions, or too many entries are in doubt.
         """
         if self.s != 1 or self.n == 1:
             return None
@@ -279,7 +282,6 @@ class Outer(Factored):
             return None
         if len(where):
             at_g, at_o, at_i = where.unbind(1)
-            exact = torch.empty(len(where), dtype=self.acc, device=self.device)
             parts = []
             step = max(1, TILE // self.n)
             for lo in range(0, len(where), step):

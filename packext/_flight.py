@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
-from packext._factored import Factored, merge
+from packext._factored import Dense, Factored, Pulled, merge
 from packext._probe import Probe, probe
 from packext._use import Source, Use, live_nodes
 
@@ -78,6 +78,8 @@ class Pass:
         delivered: dict[str, Tensor] = {}
         for key, source in touched.items():
             if self._awaited(source.tensor):
+                # By the time the others arrive, autograd has freed the way back from a value to its parameters.
+                self.held[key] = [Dense(f.rows(0, f.n)) if isinstance(f, Pulled) else f for f in self.held[key]]
                 continue
             forms = self.held.pop(key)
             self.emitted.add(key)
@@ -142,38 +144,38 @@ def arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> di
     return _current(use.record).visit(use, saved, gs)
 
 
-def enter(record: Record, stray: bool) -> None:
+def enter(record: Record) -> None:
     """A gate was reached: a backward pass enters an extended model."""
     if _probe is not None or not _listening():
         return
-    if stray:
+    gates = record.awaited_gates()
+    if any(i in record.strays for i in gates):
         raise PackextError(
-            f"The extended model returned a value made of parameters alone ({', '.join(record.strays)}), and the loss "
-            "depends on it: its gradient belongs to no sample. Combine it with the data inside of forward, or "
+            f"The extended model returned a value made of parameters alone ({', '.join(record.strays.values())}), and "
+            "the loss depends on it: its gradient belongs to no sample. Combine it with the data inside of forward, or "
             "compute it outside of the model."
         )
     flight = _current(record)
     if record not in flight.records:
         flight.records.append(record)
     if record.n == 0:
-        reason = "the batch is empty" if record.sized else f"no input tensor has an axis {record.batch_axis}"
+        reason = "the batch is empty" if record.sizes else f"no input tensor has an axis {record.batch_axis}"
         raise PackextError(f"Per-sample quantities need samples: {reason}. Pass the batch to the extended model.")
     if any((node := ref()) is not None and torch._C._will_engine_execute_node(node) for ref in record.again):
         raise PackextError(_AGAIN)
     flight.context._check(flight, record.n)
-    gates = record.awaited_gates()
-    if gates <= record.probed:
-        return
     for why, sources in record.refused:
         if any(_will_accumulate(source.tensor) for source in sources):
             raise UnsupportedUseError(why)
+    _unseen(record)
+    if gates <= record.probed:
+        return
     if record.batch_statistics and record.n > 1:
         raise CoupledSamplesError(
-            f"BatchNorm uses the statistics of the batch in {', '.join(record.batch_statistics)}: samples influence each "
-            "other, and individual gradients are not defined. Call model.eval() (or .eval() on these layers), or replace "
-            "them by GroupNorm."
+            f"BatchNorm uses the statistics of the batch in {', '.join(record.batch_statistics)}: samples influence "
+            "each other, and individual gradients are not defined. Call model.eval() (or .eval() on these layers), or "
+            "replace them by GroupNorm."
         )
-    _unseen(record)
     probe(record, gates, _send)
     record.probed |= gates
 
@@ -189,8 +191,8 @@ def _unseen(record: Record) -> None:
     ]
     if missed:
         raise UnsupportedUseError(
-            f"A gradient will reach {', '.join(missed)}, but packext saw no use of it: it was combined with other values "
-            "before the extended model ran, or outside of it. Do so inside of forward."
+            f"A gradient will reach {', '.join(missed)}, but packext saw no use of it: it was combined with other "
+            "values before the extended model ran, or outside of it. Do so inside of forward."
         )
 
 

@@ -51,6 +51,7 @@ class Tracer(TorchFunctionMode):
         self._hooks: list[Any] = []
         self.table: dict[int, tuple[Source, Tensor]] = {}
         self._marked_inputs: list[Tensor] = []
+        self._inputs: set[int] = set()
 
     # -- modules ---------------------------------------------------------------------------------
     def push(self, module: nn.Module, path: str) -> None:
@@ -112,6 +113,7 @@ class Tracer(TorchFunctionMode):
         """An input of the model."""
         setattr(t, _MARK, (self.record.token, None, None))
         self._marked_inputs.append(t)
+        self._inputs.add(id(t))
 
     def mark_data(self, t: Tensor) -> None:
         """A tensor that a handler computed from data itself."""
@@ -131,7 +133,7 @@ class Tracer(TorchFunctionMode):
         record.trail = hash((record.trail, func))
         sources: tuple[Source, ...] = ()
         data = False
-        for t in _arguments(args, kwargs):
+        for t in _arguments(args[:1] if func in rules.FIRST_ONLY else args, kwargs):
             found = self.sources(t)
             if found:
                 sources += found
@@ -152,7 +154,7 @@ class Tracer(TorchFunctionMode):
             self._mark(out, tuple(dict.fromkeys(sources)), base)
             return out
         handler = rules.HANDLERS.get(func)
-        if not torch.is_grad_enabled() or func in rules.GRADIENT_FREE:
+        if not torch.is_grad_enabled():
             out = func(*args, **kwargs)
             self._mark(out, None)
             return out
@@ -191,7 +193,10 @@ class Tracer(TorchFunctionMode):
             )
         sources = {k: s for k, t in tensors.items() if t.requires_grad and (s := self.sources(t))}
         shapes = {k: tuple(t.shape) for k, t in tensors.items()}
-        return Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self.record)
+        use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self.record)
+        axis = self.record.batch_axis
+        use.ties = frozenset(k for k, t in tensors.items() if id(t) in self._inputs and t.dim() > axis)
+        return use
 
     def owned(
         self,
@@ -231,6 +236,7 @@ class Tracer(TorchFunctionMode):
         live = [i for i, y in enumerate(flat) if isinstance(y, Tensor) and y.requires_grad]
         if not live:
             return out
+        use.positions = tuple(live)
         tapped = Observed.apply(use, len(live), TARGET, *(flat[i] for i in live), *tensors.values())
         for i, y in zip(live, tapped, strict=True):
             flat[i] = y
@@ -260,7 +266,7 @@ class Tracer(TorchFunctionMode):
 
     # -- the two ends of the forward pass ----------------------------------------------------------
     def begin(self, args: Any, kwargs: Any) -> None:
-        """Learn the parameters (some modules use those of modules that never run), mark the inputs, count the samples."""
+        """Learn the parameters (some modules use those of others that never run), mark the inputs, count samples."""
         for module in self.stack[0].modules():
             if module._parameters and "_packext" in module.__dict__:
                 self._register(module, module.__dict__["_packext"].path)
@@ -269,8 +275,9 @@ class Tracer(TorchFunctionMode):
             if id(t) in self.table:
                 continue
             self.mark_input(t)
-            if not self.record.sized and t.dim() > axis:
-                self.record.n, self.record.sized = t.shape[axis], True
+            if t.dim() > axis:
+                self.record.sizes.append(t.shape[axis])
+        self.record.n = self.record.sizes[0] if self.record.sizes else 0
 
     def finish(self, output: Any) -> Any:
         """Put a gate on every output that carries a gradient."""
@@ -286,13 +293,20 @@ class Tracer(TorchFunctionMode):
                 return y
             made_of = self.sources(y)
             if made_of:
-                record.strays.append(made_of[0].name)
-            gated = Gate.apply(record, y, bool(made_of))
+                record.strays[len(record.gates)] = made_of[0].name
+            gated = Gate.apply(record, y)
             gated.grad_fn.register_hook(functools.partial(Again.watch, record))
             record.gates.append((weakref.ref(gated.grad_fn), y.shape, y.dtype, y.device))
             return gated
 
-        return _map_tensors(gate, output)
+        gated = _map_tensors(gate, output)
+        # The batch is the first input, unless the outputs are of the size of another one.
+        sizes = {shape[record.batch_axis] for _, shape, _, _ in record.gates if len(shape) > record.batch_axis}
+        if record.n not in sizes:
+            record.n = next((n for n in record.sizes if n in sizes), record.n)
+        for use in record.uses:  # among the inputs may be some that are not of the batch
+            use.ties = frozenset(k for k in use.ties if use.shapes[k][record.batch_axis] == record.n)
+        return gated
 
 
 def _saved_tensor_hooks() -> Any:
@@ -357,6 +371,9 @@ def transparent(func: types.FunctionType) -> types.FunctionType:
     """`func` with its own dispatch to function modes switched off, so that its body is seen instead of it.
 
     Called under an active mode, such functions hand themselves to the mode again, without end.
+
+    Returns:
+        A function of the same body and defaults.
     """
     names = {k: _never for k in func.__globals__ if k.startswith("has_torch_function")}
     body = types.FunctionType(

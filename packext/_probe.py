@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
 from packext._layout import Layout, candidates
-from packext._use import TARGET, Use, flat_outputs
+from packext._use import TARGET, Use
 
 if TYPE_CHECKING:
     from packext._record import Record
@@ -54,6 +54,8 @@ class Probe:
                 continue
             members = self.members.to(g.device)
             left = [layout for layout in use.options[i] if layout.agrees(g, members)]
+            if self.n > 1 and use.ties.intersection(use.rule.leads):
+                left = [layout for layout in left if layout == Layout(use.record.batch_axis, self.n)]
             if not left:
                 self.conflict = self.conflict or use
                 return
@@ -71,23 +73,36 @@ class Probe:
                 self.rules.setdefault(key, []).append(use)
 
     def _apart(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> bool:
-        """Whether the call itself keeps samples apart, seen at what it read (no tap may stand before that)."""
+        """Whether the call itself keeps samples apart, seen at what it read (no tap may stand before that).
+
+        What the model was given itself has its samples along the batch axis; other tensors along any.
+
+        Returns:
+            Whether what arrives at each of them belongs to the samples of this probe alone.
+        """
         tensors = dict(zip(use.names, saved, strict=True))
-        reads = [k for k in use.rule.reads if k in tensors and k not in use.sources and tensors[k].is_floating_point()]
-        if not reads:
+        reads = [
+            k
+            for k, v in tensors.items()
+            if (k in use.rule.reads or k in use.ties) and k not in use.sources and v.is_floating_point()
+        ]
+        if not reads or self.n == 1:
             return True
         inner = {k: v.detach().requires_grad_(k in reads or k in use.sources) for k, v in tensors.items()}
         with torch.enable_grad():
-            outputs = flat_outputs(use.rule.call(use, inner))
-        live = [(y, g.to(y.dtype)) for y, g in zip(outputs, gs, strict=False) if g is not None]
+            outputs = use.tapped(use.rule.call(use, inner))
+        live = [(y, g.to(y.dtype)) for y, g in zip(outputs, gs, strict=True) if g is not None and y.requires_grad]
         grads = torch.autograd.grad(
             [y for y, _ in live], [inner[k] for k in reads], [g for _, g in live], allow_unused=True
         )
-        return all(
-            grad is None
-            or any(layout.agrees(grad, self.members.to(grad.device)) for layout in candidates(grad.shape, self.n, 0))
-            for grad in grads
-        )
+        for name, grad in zip(reads, grads, strict=True):
+            if grad is None:
+                continue
+            own = Layout(use.record.batch_axis, self.n)
+            layouts = [own] if name in use.ties else candidates(grad.shape, self.n, 0)
+            if not any(layout.agrees(grad, self.members.to(grad.device)) for layout in layouts):
+                return False
+        return True
 
 
 def settle(use: Use) -> None:
@@ -101,7 +116,7 @@ def is_settled(use: Use) -> bool:
 
 
 def probe(record: Record, gates: frozenset[int], send: Any) -> None:
-    """Find the layouts of those of `record`'s uses that a backward pass will reach, or raise.
+    """Find the layouts of those of `record`'s uses that a backward pass will reach, and check the rules.
 
     Args:
         record: whose gates are about to be passed.
@@ -110,7 +125,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
 
     Raises:
         CoupledSamplesError: if samples influence each other.
-        WrongRuleError: if a rule disagrees with autograd.
+        PackextError: if nothing tells the samples of an output apart, or a rule disagrees with autograd.
     """
     key = (record.structure(), gates)
     plan = record.extension.shared.plans.get(key)
@@ -118,11 +133,14 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         return
     n = record.n
     starts = _starts(record, gates)
+    if not all(layouts for _, layouts, _ in starts):
+        # A loss computed inside of the model, beside the outputs that it is computed from.
+        starts = [start for start in _starts(record, frozenset(range(len(record.gates)))) if start[1]]
     if not starts:
         raise PackextError(
-            f"No output of the extended model has an axis of {n} entries (the batch, axis {record.batch_axis} of "
-            f"its first input), so that nothing tells its samples apart: outputs are {_shapes(record)}. Return the "
-            "outputs of the batch from forward (a loss computed inside may be returned beside them), or give "
+            f"No output of the extended model has an axis of {n} entries (the batch, axis {record.batch_axis} of its "
+            f"inputs), so that nothing tells its samples apart: outputs are {_shapes(record)}. Return the outputs of "
+            "the batch from forward (a loss computed inside may stand beside them), or give "
             "px.extend(model, batch_axis=...)."
         )
     generator = torch.Generator().manual_seed(20250101)
@@ -159,7 +177,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         if conflict is None:
             break
     if conflict is not None:
-        raise _coupled(record, conflict)
+        raise CoupledSamplesError(_coupled(record, conflict))
     # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
     if all(is_settled(use) for use in record.uses):
         record.extension.shared.remember(key, [use.layouts if use.options else None for use in record.uses])
@@ -187,9 +205,10 @@ def _starts(record: Record, gates: frozenset[int]) -> list[tuple[GradientEdge, l
         if node is None:
             continue
         layouts = list(candidates(shape, record.n, record.batch_axis))
-        if layouts:
-            function, index = node.next_functions[0]
-            starts.append((GradientEdge(function, index), layouts, (shape, dtype, device)))
+        if record.n > 1 and len(shape) > record.batch_axis and shape[record.batch_axis] == record.n:
+            layouts = [Layout(record.batch_axis, record.n)]  # where extend was told that they are
+        function, index = node.next_functions[0]
+        starts.append((GradientEdge(function, index), layouts, (shape, dtype, device)))
     return starts
 
 
@@ -236,7 +255,7 @@ def _shapes(record: Record) -> str:
     return ", ".join(str(list(shape)) for _, shape, _, _ in record.gates) or "none that require grad"
 
 
-def _coupled(record: Record, use: Use) -> CoupledSamplesError:
+def _coupled(record: Record, use: Use) -> str:
     root = record.root()
     norms = [
         f"{path or type(m).__name__} [{type(m).__name__}]"
@@ -250,7 +269,7 @@ def _coupled(record: Record, use: Use) -> CoupledSamplesError:
         else "either the code computes something across the batch, or the samples are along another axis: then "
         "call px.extend(model, batch_axis=...)"
     )
-    return CoupledSamplesError(
+    return (
         f"Samples influence each other: a gradient that belongs to some of the {record.n} samples (axis "
         f"{record.batch_axis} of the input) reaches entries of others, or of all, at {use.describe()}, output "
         f"{[list(o) for o in use.outputs]}. Individual gradients are not defined then. Cause: {why}."

@@ -23,8 +23,10 @@ class Record:
     Attributes:
         token: marks this forward's tensors.
         n: number of samples; 0 where no input has a batch axis.
+        sizes: entries of the inputs along the batch axis.
         uses: in the order of the forward pass.
         gates: autograd nodes at the model's outputs (weak), with shape, dtype and device.
+        strays: gates on outputs made of parameters alone, with one of these.
         names: every name under which a parameter was seen.
         trail: hash of the torch functions that ran, and of the training flags of the modules that did.
         refused: what was seen and cannot be right, with the parameters behind it.
@@ -38,7 +40,7 @@ class Record:
         self.extension = extension
         self.token = next(_tokens)
         self.n = 0
-        self.sized = False
+        self.sizes: list[int] = []
         self.batch_axis = extension.batch_axis
         self.uses: list[Use] = []
         self.gates: list[tuple[Any, torch.Size, torch.dtype, torch.device]] = []
@@ -47,7 +49,7 @@ class Record:
         self.refused: list[tuple[str, tuple[Source, ...]]] = []
         self.probed: frozenset[int] = frozenset()
         self.again: list[Any] = []
-        self.strays: list[str] = []
+        self.strays: dict[int, str] = {}
         self.batch_statistics: list[str] = []
         self.born = torch._C._current_graph_task_id()
 
@@ -55,6 +57,9 @@ class Record:
         """What must be equal for the layouts of an earlier forward to hold for this one.
 
         Sizes themselves may differ; which of them equal 1 or N may not.
+
+        Returns:
+            A key to compare and hash.
         """
         return (
             self.trail,

@@ -18,6 +18,9 @@ Visitor = Callable[[Tensor], None]
 #: Entries of rows that are kept until their sum is known, for inner products with it.
 KEEP = 1 << 21
 
+#: Entries of a row below which a call costs more than what it does.
+SMALL = 1 << 13
+
 #: Multiply-adds of a matrix product that take as long as one entry of an elementwise step in cache,
 #: and one entry unfolded or written to memory (2 threads of a CPU with AVX-512; the order is what counts).
 ELEMENTWISE = 20.0
@@ -189,6 +192,8 @@ class Statistics:
 def _add_squares(into: Tensor, rows: Tensor, recorded: bool) -> Tensor:
     if recorded:
         return into + rows.square().sum(0)
+    if into.numel() < SMALL:
+        return into.add_(rows.square().sum(0))
     for row in rows:
         into.addcmul_(row, row)
     return into

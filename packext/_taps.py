@@ -107,13 +107,13 @@ class Gate(torch.autograd.Function):
     """Sits on an output of the model: here a backward pass enters it."""
 
     @staticmethod
-    def forward(ctx: Any, record: Any, y: Tensor, stray: bool) -> Tensor:
-        ctx.record, ctx.stray = record, stray
+    def forward(ctx: Any, record: Any, y: Tensor) -> Tensor:
+        ctx.record = record
         ctx.set_materialize_grads(False)
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if grads[0] is not None:
-            _flight.enter(ctx.record, ctx.stray)
-        return None, grads[0], None
+            _flight.enter(ctx.record)
+        return None, grads[0]

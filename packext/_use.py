@@ -45,6 +45,8 @@ class Use:
         outputs: shapes of the outputs at which g arrives.
         record: the forward that it belongs to.
         layouts: where the samples sit in each output, once known.
+        positions: of the tapped outputs among those of the call.
+        ties: names of saved tensors that are inputs of the model as they came, with the samples along its batch axis.
     """
 
     rule: Rule
@@ -57,8 +59,15 @@ class Use:
     record: Record
     outputs: tuple[tuple[int, ...], ...] = ()
     layouts: tuple[Layout | None, ...] | None = None
+    positions: tuple[int, ...] = (0,)
+    ties: frozenset[str] = frozenset()
     options: list[list[Layout]] = field(default_factory=list)
     node: Callable[[], Any] = lambda: None
+
+    def tapped(self, result: Any) -> list[Tensor]:
+        """Those of a call's outputs that the tap sits on."""
+        outputs = [result] if isinstance(result, Tensor) else list(result)
+        return [outputs[i] for i in self.positions]
 
     @property
     def function(self) -> str:
@@ -84,6 +93,9 @@ class Use:
         Args:
             saved: the tensors that the tap kept, in the order of `names`.
             gs: gradients at the outputs; None where none arrived.
+
+        Returns:
+            Parameters and forms; a parameter may occur more than once.
         """
         tensors = dict(zip(self.names, saved, strict=True))
         assert self.layouts is not None
@@ -107,6 +119,8 @@ class Rule:
     name = "generic"
     #: Names of tensors that keep the samples of the output apart, as a check may rely on.
     reads: tuple[str, ...] = ("input", "input1", "input2", "data")
+    #: Names of integer tensors whose axes lead those of the output.
+    leads: tuple[str, ...] = ()
     #: Whether the tap computes `.grad` itself, so that a sum of rows can serve as it.
     delivers = False
 
@@ -135,6 +149,9 @@ def masked(
 
     It needs to know nothing of the function and is the reference for every rule written for speed.
     It costs one vjp of the whole call per sample.
+
+    Returns:
+        A form for every name that carries parameters.
     """
     n = use.record.n
     keep_graph = torch.is_grad_enabled()
@@ -143,8 +160,12 @@ def masked(
     if not keep_graph:
         inner = {k: v.detach().requires_grad_(k in use.sources) for k, v in tensors.items()}
     with torch.enable_grad():
-        outputs = flat_outputs(use.rule.call(use, inner))
-    live = [(y, g, layout) for y, g, layout in zip(outputs, gs, layouts, strict=True) if g is not None and layout]
+        outputs = use.tapped(use.rule.call(use, inner))
+    live = [
+        (y, g, layout)
+        for y, g, layout in zip(outputs, gs, layouts, strict=True)
+        if g is not None and layout and y.requires_grad
+    ]
 
     def vjp(name: str, sample: int) -> Tensor:
         grad = torch.autograd.grad(
@@ -159,13 +180,6 @@ def masked(
 
     held = sum(v.numel() * v.element_size() for v in tensors.values())
     return {name: Masked(n, inner[name], lambda i, name=name: vjp(name, i), held) for name in wanted}
-
-
-def flat_outputs(outputs: Any) -> list[Tensor]:
-    """Tensors of a call's result that can carry a gradient, in order."""
-    if isinstance(outputs, Tensor):
-        outputs = (outputs,)
-    return [y for y in outputs if isinstance(y, Tensor) and y.requires_grad]
 
 
 def _pull(value: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor]:

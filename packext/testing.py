@@ -149,7 +149,8 @@ def _clipped(all_rows: Rows, name: str, q: ClippedGrad, factor: float) -> Tensor
     return torch.tensordot(weight, all_rows[name], 1)
 
 
-#: The definition of each quantity: (quantity, rows of all parameters, name, parameter, factor to the samples' own losses).
+#: The definition of each quantity:
+#: (quantity, rows of all parameters, name, parameter, factor to the samples' own losses).
 ORACLES: dict[type[Quantity], Callable[[Any, Rows, str, Tensor, float], Any]] = {
     BatchGrad: lambda q, r, k, p, f: r[k] if q.subsampling is None else r[k][q.subsampling],
     BatchL2Grad: lambda q, r, k, p, f: _flat(r[k]).square().sum(1),
@@ -197,6 +198,7 @@ class Report(list[Entry]):
         return bool(self) and all(entry.ok for entry in self)
 
     def __str__(self) -> str:
+        """One line for each entry."""
         width = max((len(e.parameter) for e in self), default=9)
         lines = [f"{'parameter':<{width}}  {'quantity':<18} {'error':>9}"]
         lines += [f"{e.parameter:<{width}}  {e.quantity:<18} {e.error:9.1e}{'' if e.ok else '  WRONG'}" for e in self]
@@ -234,6 +236,9 @@ def compare(
         factor: from rows to the gradients of the samples' own losses (N for a mean in scale "loss").
         tolerance: of relative errors.
         missing_is_zero: whether a parameter without a result is right if its rows are zero.
+
+    Returns:
+        One entry for each parameter that requires grad and quantity.
     """
     report = Report()
     for name, p in model.named_parameters():

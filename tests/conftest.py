@@ -6,7 +6,5 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--fuzz-models", type=int, default=200, help="how many random models test_fuzz compares"
-    )
+    parser.addoption("--fuzz-models", type=int, default=200, help="how many random models test_fuzz compares")
     parser.addoption("--fuzz-start", type=int, default=0, help="the first seed of test_fuzz")

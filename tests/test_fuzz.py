@@ -22,7 +22,8 @@ from torch import Tensor
 
 import packext as px
 from packext import _factored, _statistics, testing
-from tests.generator import Coupler, Problem, flat, generate
+from tests.generator import Problem, flat, generate
+from tests.generator_draw import Coupler
 
 #: Of well-posed models, at most this share may be refused.
 REFUSED = 0.05
@@ -62,7 +63,7 @@ def truth(problem: Problem, inputs: Any, targets: Any, n: int) -> Truth:
     """Rows of the Jacobian of the samples' losses, confirmed by the loop over single samples.
 
     Raises:
-        Void: if there is no gradient or it is not finite, or if the outputs break the rule about the batch axis and T = N.
+        Void: if there is no gradient to speak of, or the outputs break the rule about the batch axis and T = N.
         AssertionError: if a problem that should be well-posed is not.
     """
     model, axis = problem.model, problem.out_axis
@@ -103,7 +104,7 @@ def truth(problem: Problem, inputs: Any, targets: Any, n: int) -> Truth:
                 others = g.movedim(m.axis, 0)
                 coupled |= bool(others[torch.arange(n) != sample].any())
     rows = {name: torch.stack(each) for name, each in lists.items()}
-    if not all(bool(torch.isfinite(r).all()) for r in rows.values()):
+    if not all(bool(torch.isfinite(r).all()) for r in rows.values()) or _size(rows) < 1e-9:
         raise Void
     if not problem.ill:
         loop = testing.individual_gradients(
@@ -268,6 +269,24 @@ def test_random_models(request: pytest.FixtureRequest) -> None:
     refused = [o for o in well if o.kind == "refused"]
     assert len(refused) <= REFUSED * len(well), "\n" + "\n".join(map(str, refused[:20]))
     assert len(well) > 0.6 * count
+
+
+def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = px.BatchL2Grad.result
+    monkeypatch.setattr(px.BatchL2Grad, "result", lambda self, ask: right(self, ask) * 1.001)
+    kinds = Counter(examine(seed).kind for seed in range(20))
+    assert kinds["wrong"] >= 10 and not kinds["right"], kinds
+
+
+def test_seeds_give_equal_models() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        first, second = generate(7), generate(7)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert first.label == second.label and first.sizes == second.sizes
+    for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def _progress(line: str, began: float) -> None:

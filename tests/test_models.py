@@ -104,20 +104,51 @@ def test_frequencies_of_the_batch_in_bags(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-def test_bags_of_different_sizes(mode: str) -> None:
+@pytest.mark.parametrize("words", [11, 8, 1, 4])
+def test_bags_of_different_sizes(mode: str, words: int) -> None:
     class Ragged(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.bag, self.head = nn.EmbeddingBag(5, 6, mode=mode), nn.Linear(6, 3)
 
-        def forward(self, offsets: Tensor, ids: Tensor) -> Tensor:
+        def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
             return self.head(self.bag(ids, offsets))
 
-    model, ids, offsets, y = Ragged(), torch.randint(5, (11,)), torch.tensor([0, 3, 3, 4]), torch.randint(3, (N,))
-    rows = rows_of(model, lambda: each(model(offsets, ids), y))
+    model, ids, offsets, y = Ragged(), torch.randint(5, (words,)), torch.tensor([0, 1, 1, 1]), torch.randint(3, (N,))
+    rows = rows_of(model, lambda: each(model(ids, offsets), y))
     px.extend(model)
     loss_fn = px.extend(nn.CrossEntropyLoss())
-    assert_exact(model, lambda: loss_fn(model(offsets, ids), y), rows, N)
+    assert_exact(model, lambda: loss_fn(model(ids, offsets), y), rows, N)
+
+
+@pytest.mark.parametrize("first", [1, 2, N, 7])
+def test_the_batch_need_not_be_the_first_input(first: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, shift: Tensor, x: Tensor) -> Tensor:
+            return self.b(self.a(x).tanh() + shift.mean())
+
+    model, shift, (x, y) = Net(), torch.randn(first, 3), batch()
+    rows = rows_of(model, lambda: each(model(shift, x), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(shift, x), y), rows, N)
+
+
+def test_a_penalty_outside_of_the_model_is_no_samples_gradient() -> None:
+    model, (x, y) = mlp(), batch()
+    rows = rows_of(model, lambda: each(model(x), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    with px.backpack(px.BatchGrad(), px.Variance(), px.GradDot()):
+        (loss_fn(model(x), y) + sum(p.square().sum() for p in model.parameters())).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, rows[name].sum(0) + 2 * p.detach())
+        torch.testing.assert_close(p.grad_batch, rows[name])
+        torch.testing.assert_close(p.grad_dot, rows[name].flatten(1) @ rows[name].sum(0).flatten())
 
 
 def test_attention_without_a_batch_counts_tokens_or_is_one_sample() -> None:

@@ -110,9 +110,7 @@ class ClippedBySecondPass(Extended):
 
     def compute(self) -> None:
         """Run the forward pass once and the backward pass twice."""
-        losses = nn.functional.cross_entropy(
-            self.model(self.inputs), self.targets, reduction="none"
-        )
+        losses = nn.functional.cross_entropy(self.model(self.inputs), self.targets, reduction="none")
         losses = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
         with backpack(BatchL2Grad()):
             losses.mean().backward(retain_graph=True)

@@ -18,9 +18,7 @@ from benchmarks.quantities import Row, clipped_sums, reduce_rows
 class PerSample(Contender):
     """Individual gradients by ``vmap(grad)``; the gradient is their sum."""
 
-    def __init__(
-        self, instance: Instance, quantities: tuple[str, ...], chunk: int, *, math: bool
-    ) -> None:
+    def __init__(self, instance: Instance, quantities: tuple[str, ...], chunk: int, *, math: bool) -> None:
         """Build the transformed function.
 
         Args:
@@ -84,9 +82,7 @@ class PerSample(Contender):
             if "batch_dot" in self.quantities:
                 concatenated["rows"].append(rows)
             if "batch_l2" in self.quantities:
-                concatenated["batch_l2"].append(
-                    [reduce_rows(r, ("batch_l2",))["batch_l2"] for r in rows]
-                )
+                concatenated["batch_l2"].append([reduce_rows(r, ("batch_l2",))["batch_l2"] for r in rows])
             clipped = None
             if "clipped_grad" in self.quantities:
                 clipped = clipped_sums(rows, self.batch, self.max_norm)
@@ -131,10 +127,6 @@ def variants(instance: Instance, row: Row) -> dict[str, Maker]:
     ways: dict[str, Maker] = {}
     for chunk in sorted({n, max(n // 4, 1), max(n // 8, 1)}, reverse=True):
         for math in (False, True) if instance.problem.attention else (False,):
-            name = ("whole batch" if chunk == n else f"chunks of {chunk}") + (
-                ", attention spelled out" if math else ""
-            )
-            ways[name] = lambda chunk=chunk, math=math: PerSample(
-                instance, row.quantities, chunk, math=math
-            )
+            name = ("whole batch" if chunk == n else f"chunks of {chunk}") + (", attention spelled out" if math else "")
+            ways[name] = lambda chunk=chunk, math=math: PerSample(instance, row.quantities, chunk, math=math)
     return ways

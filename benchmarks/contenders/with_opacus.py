@@ -91,9 +91,7 @@ class Norms(Contender):
         """
         model = opacus_model(instance)
         super().__init__(model, instance)
-        self.model = GradSampleModuleFastGradientClipping(
-            model, use_ghost_clipping=ghost, loss_reduction="sum"
-        )
+        self.model = GradSampleModuleFastGradientClipping(model, use_ghost_clipping=ghost, loss_reduction="sum")
 
     def compute(self) -> None:
         """Run one pass and square the norms."""
@@ -126,13 +124,9 @@ class Ghost(Contender):
         """Wrap a copy of the model and the loss."""
         model = opacus_model(instance)
         super().__init__(model, instance)
-        self.model = GradSampleModuleFastGradientClipping(
-            model, max_grad_norm=self.max_norm, use_ghost_clipping=ghost
-        )
+        self.model = GradSampleModuleFastGradientClipping(model, max_grad_norm=self.max_norm, use_ghost_clipping=ghost)
         self.optimizer = KeepsGradient(self.parameters)
-        self.loss_fn = DPLossFastGradientClipping(
-            self.model, self.optimizer, nn.CrossEntropyLoss(), "mean"
-        )
+        self.loss_fn = DPLossFastGradientClipping(self.model, self.optimizer, nn.CrossEntropyLoss(), "mean")
 
     def clear(self) -> None:
         """Drop the gradient that was set aside."""

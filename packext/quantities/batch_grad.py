@@ -15,6 +15,8 @@ from packext._quantity import Ask, Quantity
 class BatchGrad(Quantity):
     """Individual gradients `[N, *p]`, in `grad_batch`. They sum to `.grad` (scale "loss").
 
+    The memory of the previous result is used again if nobody else refers to it: one that you keep never changes.
+
     With `subsampling` only the samples at these indices are given, `[len(subsampling), *p]`, in that order;
     their scale stays that of the whole batch.
     """
@@ -50,7 +52,7 @@ class BatchGrad(Quantity):
         # A view of it shares its storage, which the tensor and the object asked for hold themselves.
         if sys.getrefcount(old) > 3 + holders or torch._C._storage_Use_Count(old.untyped_storage()._cdata) > 2:
             return None
-        del ask.parameter.__dict__[self.savefield]
+        delattr(ask.parameter, self.savefield)
         return old
 
     def result(self, ask: Ask) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from packext.rules import attention, convolution, elementwise, embedding, linear, norm, recurrent
 from packext.rules._common import (
-    GRADIENT_FREE,
+    FIRST_ONLY,
     HANDLERS,
     Handler,
     bind,
@@ -22,7 +22,7 @@ from packext.rules.elementwise import ARGUMENT
 
 __all__ = [
     "ARGUMENT",
-    "GRADIENT_FREE",
+    "FIRST_ONLY",
     "HANDLERS",
     "Handler",
     "attention",

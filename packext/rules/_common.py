@@ -19,8 +19,8 @@ Handler = Callable[["Tracer", Callable[..., Any], Any, Any], Any]
 #: Handler of each torch function. NotImplemented sends a call to the generic rule.
 HANDLERS: dict[Any, Handler] = {}
 
-#: Functions that read a parameter's shape, type or device, and through which no gradient reaches it.
-GRADIENT_FREE = frozenset(
+#: Functions that read no more than shape, type and device of all arguments but the first.
+FIRST_ONLY = frozenset(
     {
         Tensor.expand_as,
         Tensor.view_as,
@@ -32,9 +32,7 @@ GRADIENT_FREE = frozenset(
         torch.empty_like,
         torch.rand_like,
         torch.randn_like,
-        torch.broadcast_tensors,
     }
-    - {torch.broadcast_tensors}
 )
 
 
@@ -60,6 +58,9 @@ def bind(
         args: positional arguments.
         kwargs: keyword arguments.
         **defaults: values of parameters that were not given.
+
+    Returns:
+        The tensors, and the rest.
     """
     given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
     tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}

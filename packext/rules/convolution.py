@@ -55,7 +55,7 @@ def patches(
     # [c, C, *out, *kernel] -> [c, C, *kernel, *out]: copies run along the output, where x is contiguous.
     x = x.permute(0, 1, *range(d + 2, 2 * d + 2), *range(2, d + 2))
     rows = channels // groups * functools.reduce(int.__mul__, kernel, 1)
-    return x.reshape(c, groups, rows, -1).mT
+    return x.reshape(c, groups, rows, functools.reduce(int.__mul__, out, 1)).mT
 
 
 class Convolution(OwnedRule):

@@ -22,6 +22,7 @@ class Embedding(Rule):
     """Rows of a table; the gradient of `padding_idx` is zero, frequencies are those of the batch."""
 
     name = "lookup"
+    leads = ("indices",)
 
     def factors(
         self,

@@ -112,7 +112,7 @@ def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return contraction(tracer, torch.einsum, "abc,acd->abd", *args)
 
 
-@handles(torch._VF.einsum)
+@handles(getattr(torch._VF, "einsum"))  # noqa: B009 - not in torch's stubs
 def einsum(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Einsum of two operands."""
     equation, operands = (

@@ -130,7 +130,7 @@ class Recurrent(Rule):
         layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         c = use.consts
-        found = next((l for g, l in zip(gs, layouts, strict=True) if g is not None and l is not None), None)
+        found = next((at for g, at in zip(gs, layouts, strict=True) if g is not None and at is not None), None)
         size = t["input"].shape[0 if c["cell"] or c["batch_first"] else 1]
         if found is None or size % found.n or found.inner or any(name.endswith("hr") for name in use.sources):
             return None
@@ -234,7 +234,8 @@ def _cell(kind: str) -> Any:
         weights = [w for w in weights if w is not None]
         named = _weights(weights, len(weights) == 4, 1)
         consts = {
-            "kind": kind, "cell": True, "layers": 1, "bidirectional": False, "batch_first": False, "weights": tuple(named),
+            "kind": kind, "cell": True, "layers": 1,
+            "bidirectional": False, "batch_first": False, "weights": tuple(named),
         }  # fmt: skip
         states = dict(zip(("h", "c"), state, strict=False))
         return tracer.observed(RECURRENT, func, {"input": x, **states, **named}, consts)

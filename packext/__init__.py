@@ -9,6 +9,8 @@ from packext._errors import NotExtendedError as NotExtendedError
 from packext._errors import PackextError as PackextError
 from packext._errors import UnsupportedUseError as UnsupportedUseError
 from packext._errors import WrongRuleError as WrongRuleError
+from packext._explain import Explanation as Explanation
+from packext._explain import explain as explain
 from packext._extend import extend as extend
 from packext._extend import is_extended as is_extended
 from packext._extend import unextend as unextend

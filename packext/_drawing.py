@@ -14,7 +14,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from matplotlib.path import Path
 
 if TYPE_CHECKING:
-    from packext.explain import Explanation, ParameterUse
+    from packext._explain import Explanation, ParameterUse
 
 #: Fill and edge by `ParameterUse.flow`.
 COLOURS = {

@@ -29,6 +29,10 @@ from torch import Tensor
 TILE = 1 << 20
 
 
+#: Multiply-adds from which on torch's own call for the weight gradient of one sample beats unfolding.
+LARGE = 50_000_000
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float32 or better: what squares and sums are accumulated in."""
     return torch.promote_types(dtype, torch.float32)
@@ -188,6 +192,7 @@ class Outer(Factored):
         shape: Sequence[int],
         weighted: Callable[[Tensor | None], Tensor] | None = None,
         apply: Callable[[Tensor], Tensor] | None = None,
+        single: Callable[[int], Tensor] | None = None,
     ) -> None:
         """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
 
@@ -196,6 +201,7 @@ class Outer(Factored):
             g: `[N, G, O, S]`, gradient at the output of the use.
             shape: of the parameter, `G O I` entries in this order.
             weighted: `weight [N] or None -> sum over n of weight_n row_n`.
+            single: `n -> row n`, for rows of which each is worth a call.
             apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
         """
         self.a, self.g = a, g
@@ -206,16 +212,23 @@ class Outer(Factored):
         self.acc = accumulation_dtype(torch.promote_types(source.dtype, g.dtype))
         self.device = g.device
         self._weighted, self._apply = weighted, apply
+        self._single = single if self.groups * self.s * self.i * self.o >= LARGE else None
 
     def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """The factors of samples lo to hi, in the accumulation dtype."""
         return self.a[lo:hi].to(self.acc), self.g[lo:hi].to(self.acc)
 
     def rows(self, lo: int, hi: int) -> Tensor:
+        if self._single is not None and hi > lo:
+            return torch.stack([self._single(n).to(self.acc) for n in range(lo, hi)])
         a, g = self.pair(lo, hi)
         return torch.matmul(g, a).reshape(hi - lo, *self.shape)
 
     def rows_into(self, lo: int, hi: int, out: Tensor) -> None:
+        if self._single is not None:
+            for n in range(lo, hi):
+                out[n - lo].copy_(self._single(n))
+            return
         a, g = self.pair(lo, hi)
         out = out.reshape(hi - lo, self.groups, self.o, self.i)
         # A product with one term is a matrix product in name only.
@@ -334,6 +347,8 @@ class Outer(Factored):
 
     def tile(self) -> int:
         unfolded = self.groups * self.s * self.i if isinstance(self.a, Patches) else 0
+        if self._single is not None:
+            unfolded = 0
         return max(1, min(self.n, TILE // max(1, self.numel), TILE // max(1, unfolded)))
 
     def bytes_held(self) -> int:

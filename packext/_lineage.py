@@ -77,6 +77,12 @@ class Tracer(TorchFunctionMode):
             if id(p) not in self.table:
                 self.table[id(p)] = (Source(p, full), p)
 
+    def _routes(self, args: Any) -> bool:
+        """Whether an activation is indexed by what was computed from data."""
+        first, *rest = args
+        picked = isinstance(first, Tensor) and first.is_floating_point() and self.is_data(first)
+        return picked and any(self.is_data(t) for t in _shallow(rest))
+
     def _learn(self, t: Tensor) -> bool:
         """Whether a parameter that was not there when its module started belongs to a module that runs."""
         for module in reversed(self.stack):
@@ -142,6 +148,8 @@ class Tracer(TorchFunctionMode):
         if not sources:
             out = func(*args, **kwargs)
             if data:
+                if func in _ROUTES and not record.routed:
+                    record.routed = self._routes(args)
                 self._mark(out, None)
                 if mutates(func):
                     self._mark(args[0], None)
@@ -354,6 +362,12 @@ def mutates(func: Any) -> bool:
     """Whether `func` changes its first argument."""
     return rules.writes_in_place(func, {})
 
+
+#: Functions that can pick entries of one tensor by the values of another.
+_ROUTES = frozenset(
+    {Tensor.__getitem__, Tensor.index_select, torch.index_select, Tensor.masked_select, torch.masked_select}
+    | {Tensor.gather, torch.gather, Tensor.take, torch.take, torch.take_along_dim, Tensor.take_along_dim}
+)
 
 _EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to})
 

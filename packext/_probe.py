@@ -1,9 +1,10 @@
 """Once per structure: does the pass keep samples apart, where do they sit, and are the rules right?
 
-A cotangent that is non-zero for some samples only is sent from the model's outputs through its graph.
-At every tap, rows of other samples that are not zero mean that samples influence each other, or that
-the batch axis was taken wrongly; the layouts that agree are kept. The second cotangent belongs to one
-sample alone, and what the rules make of it is compared with autograd's gradient of every parameter.
+Cotangents that are non-zero for some samples only are sent from the model's outputs through its graph, so
+chosen that every sample is once sent without every other. At every tap, rows of other samples that are not
+zero mean that samples influence each other, or that the batch axis was taken wrongly; the layouts that agree
+are kept. The last cotangent belongs to one sample alone, and what the rules make of it is compared with
+autograd's gradient of every parameter.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         PackextError: if nothing tells the samples of an output apart, or a rule disagrees with autograd.
     """
     key = (record.structure(), gates)
-    plan = record.extension.shared.plans.get(key)
+    plan = None if record.routed else record.extension.shared.plans.get(key)
     if plan is not None and _adopt(record, plan):
         return
     n = record.n
@@ -144,21 +145,16 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             "px.extend(model, batch_axis=...)."
         )
     generator = torch.Generator().manual_seed(20250101)
-    # Neither the first sample nor the last, so that what flows only one way along the batch is seen.
-    inner = torch.randperm(max(1, n - 2), generator=generator) + min(1, n - 1)
-    lone = int(inner[0])
-    half = inner[: max(1, n // 2)] if n > 2 else torch.zeros(1, dtype=torch.long)
+    lone = int(torch.randint(n, (1,), generator=generator))
+    cotangents_of = [*_bits(n), torch.arange(n) == lone]
     conflict: Use | None = None
     for attempt in range(max(len(layouts) for _, layouts, _ in starts)):
         chosen = [layouts[min(attempt, len(layouts) - 1)] for _, layouts, _ in starts]
         for use in record.uses:
             use.options = []
         conflict = None
-        for samples, compare in ((half, None), (torch.tensor([lone]), lone)):
-            if compare is None and n == 1:
-                continue
-            members = torch.zeros(n, dtype=torch.bool)
-            members[samples] = True
+        for members in cotangents_of:
+            compare = lone if members is cotangents_of[-1] else None
             run = Probe(n, members, compare)
             cotangents = [
                 _cotangent(meta, layout, members, generator)
@@ -179,8 +175,18 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     if conflict is not None:
         raise CoupledSamplesError(_coupled(record, conflict))
     # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
-    if all(is_settled(use) for use in record.uses):
+    if not record.routed and all(is_settled(use) for use in record.uses):
         record.extension.shared.remember(key, [use.layouts if use.options else None for use in record.uses])
+
+
+def _bits(n: int) -> list[Tensor]:
+    """Sets of samples `[N]` such that for every pair i, j one holds i without j: those with a bit of the index, and without."""
+    index = torch.arange(n)
+    sets = []
+    for bit in range((n - 1).bit_length()):
+        has = (index >> bit & 1).bool()
+        sets += [has, ~has]
+    return sets
 
 
 def _adopt(record: Record, plan: list[tuple[Layout | None, ...] | None]) -> bool:

@@ -26,6 +26,7 @@ class Record:
         sizes: entries of the inputs along the batch axis.
         uses: in the order of the forward pass.
         gates: autograd nodes at the model's outputs (weak), with shape, dtype and device.
+        routed: whether data chose which rows of an activation went on, so that layouts may differ in every pass.
         strays: gates on outputs made of parameters alone, with one of these.
         names: every name under which a parameter was seen.
         trail: hash of the torch functions that ran, and of the training flags of the modules that did.
@@ -49,6 +50,7 @@ class Record:
         self.refused: list[tuple[str, tuple[Source, ...]]] = []
         self.probed: frozenset[int] = frozenset()
         self.again: list[Any] = []
+        self.routed = False
         self.strays: dict[int, str] = {}
         self.batch_statistics: list[str] = []
         self.born = torch._C._current_graph_task_id()

@@ -149,8 +149,9 @@ def generate(seed: int) -> Problem:
     aux = ""
     if not ill and d.chance(0.04):
         form["aux at"], form["aux axis"] = len(blocks) - 1, state.axis
-        aux = d.choice(["of the batch", "of each sample"])
-        ill = "coupled aside" if aux == "of the batch" else "maybe refused"
+        # A loss term over the batch is a loss that couples samples: rows are what passes through them,
+        # and no loop over samples says what that is.
+        aux, ill = "of each sample", "maybe refused"
     model = Model(blocks, start, state, form)
     loss = d.choice([nn.MSELoss, nn.SmoothL1Loss])(reduction=d.choice(["mean", "sum"]))
     sizes = [(d.n, d.t)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import packext as px
-from packext.explain import INPUT, Explanation, ParameterUse, explain
+from packext._explain import INPUT, Explanation, ParameterUse, explain
 from tests.cases import CASES, Case, Vit
 
 

@@ -146,13 +146,12 @@ class Convolution(OwnedRule):
         def apply(direction: Tensor) -> Tensor:
             return canonical(self._apply(read, direction.to(read.dtype), c))
 
-        return Outer(
-            Patches(n, groups, positions, features, take, read),
-            canonical(written),
-            w.shape,
-            weighted,
-            apply,
-        )
+        def single(k: int) -> Tensor:
+            images = slice(k * per, (k + 1) * per)
+            return self._backward(use, {"input": x[images], "weight": w}, g[images], [False, True, False])[1]
+
+        a = Patches(n, groups, positions, features, take, read)
+        return Outer(a, canonical(written), w.shape, weighted, apply, single)
 
     @staticmethod
     def _apply(read: Tensor, direction: Tensor, c: dict[str, Any]) -> Tensor:

@@ -71,6 +71,7 @@ _FUNCTIONS = [
     *(getattr(torch, name, None) for name in _NAMES),
     *(getattr(Tensor, name, None) for name in _NAMES),
     *(getattr(Tensor, f"{name}_", None) for name in _NAMES),
+    Tensor.copy_,
     *(getattr(Tensor, f"__{name}__", None) for name in _OPERATORS),
 ]
 
@@ -130,7 +131,14 @@ def assigned(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     target, index, value = args
     if tracer.sources(target) or not isinstance(value, Tensor):
         return NotImplemented
+    if isinstance(index, Tensor) and index.dtype == torch.bool and _stretches(value.shape, target.shape, index.dim()):
+        return func(target, index, tracer.argument(value, target.shape, value.dtype, func)[index])
     return func(target, index, tracer.argument(value, target.detach()[index].shape, value.dtype, func))
+
+
+def _stretches(value: Any, target: Any, masked: int) -> bool:
+    """Whether a value reaches only axes behind the masked ones, so that it may as well be as large as the target."""
+    return len(value) <= len(target) - masked
 
 
 @handles(Tensor.masked_fill, torch.masked_fill, Tensor.masked_fill_)

@@ -35,9 +35,9 @@ class Linear(OwnedRule):
         if "input" in wanted:
             w = t["weight"].to(g.dtype)
             found["input"] = g.matmul(w.t() if transposed else w).to(t["input"].dtype)
-        flat = g.reshape(-1, g.shape[-1])
+        flat = g.flatten(0, -2)
         if "weight" in wanted:
-            x = t["input"].reshape(-1, t["input"].shape[-1]).to(g.dtype)
+            x = t["input"].flatten(0, -2).to(g.dtype)
             found["weight"] = (x.t() @ flat if transposed else flat.t() @ x).to(t["weight"].dtype)
         if "bias" in wanted:
             found["bias"] = flat.sum(0).to(t["bias"].dtype)

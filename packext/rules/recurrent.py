@@ -130,6 +130,8 @@ class Recurrent(Rule):
         layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         c = use.consts
+        if any(name in ("h", "c") for name in use.sources):
+            return None  # a learned initial state
         found = next((at for g, at in zip(gs, layouts, strict=True) if g is not None and at is not None), None)
         size = t["input"].shape[0 if c["cell"] or c["batch_first"] else 1]
         if found is None or size % found.n or found.inner or any(name.endswith("hr") for name in use.sources):

@@ -75,9 +75,11 @@ def add_memory(key: str, rows: dict[str, RowResult], options: argparse.Namespace
     unit = memory.measure(key, "gradient", "plain", "", **where)
     progress.advance(task)
     for name, library, cell in timed:
-        cell.bytes = memory.measure(key, name, library, cell.variant, **where)
-        if cell.bytes is not None and unit:
-            cell.memory = cell.bytes / unit
+        found = memory.measure(key, name, library, cell.variant, **where)
+        if found is not None and unit is not None:
+            cell.bytes = found["bytes"]
+            cell.memory = found["bytes"] / unit["bytes"]
+            cell.first_memory = found["first"] / unit["bytes"]
         progress.advance(task)
 
 

@@ -30,6 +30,7 @@ class Cell:
     error: float | None = None
     ratio: Ratio | None = None
     memory: float | None = None
+    first_memory: float | None = None
     bytes: int | None = None
     trials: dict[str, float] = field(default_factory=dict)
     """Time of every correct variant over that of the chosen one, from a few trials."""

@@ -53,34 +53,43 @@ def settle() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def peak_on_cpu(contender: Contender) -> tuple[int, bool]:
-    """Return bytes at the peak above the start, and whether the peak could be reset before."""
+def peak_on_cpu(contender: Contender) -> tuple[int, int, bool]:
+    """Return bytes above the start at the peak of the first step and of those after it; whether it could be reset."""
     settle()
     try:
         Path("/proc/self/clear_refs").write_text("5")
         start, was_reset = resident("VmRSS"), True
     except OSError:
         start, was_reset = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, False
+    contender.step()
+    if not was_reset:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
+        return peak, peak, False
+    first = resident("VmHWM") - start
+    settle()
+    Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS):
         contender.step()
-    if was_reset:
-        return resident("VmHWM") - start, True
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start, False
+    return first, resident("VmHWM") - start, True
 
 
-def peak_on_cuda(contender: Contender, device: torch.device) -> tuple[int, bool]:
-    """Return allocated bytes at the peak above the start."""
+def peak_on_cuda(contender: Contender, device: torch.device) -> tuple[int, int, bool]:
+    """Return allocated bytes above the start at the peak of the first step, and of those after it."""
     settle()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
+    contender.step()
+    torch.cuda.synchronize(device)
+    first = torch.cuda.max_memory_allocated(device) - start
+    torch.cuda.reset_peak_memory_stats(device)
     for _ in range(STEPS):
         contender.step()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - start, True
+    return first, torch.cuda.max_memory_allocated(device) - start, True
 
 
-def measure_here(problem: str, row: str, library: str, variant: str, device: torch.device) -> tuple[int, bool]:
+def measure_here(problem: str, row: str, library: str, variant: str, device: torch.device) -> tuple[int, int, bool]:
     """Measure one cell in this process."""
     for other in LIBRARIES.values():
         other.installed  # noqa: B018  imports it: all processes load the same code
@@ -98,15 +107,15 @@ def measure_here(problem: str, row: str, library: str, variant: str, device: tor
     return peak_on_cpu(contender)
 
 
-def measure(problem: str, row: str, library: str, variant: str, *, device: str, threads: int) -> int | None:
-    """Measure one cell in a process of its own; None if that fails."""
+def measure(problem: str, row: str, library: str, variant: str, *, device: str, threads: int) -> dict[str, int] | None:
+    """Measure one cell in a process of its own: bytes of the first step and of later ones; None if that fails."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory"]
     command += [problem, row, library, variant, "--device", device, "--threads", str(threads)]
     variables = {**os.environ, **ALLOCATOR}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return None
-    return int(json.loads(done.stdout.splitlines()[-1])["bytes"])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -119,14 +128,14 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    peak, was_reset = measure_here(
+    first, peak, was_reset = measure_here(
         options.problem,
         options.row,
         options.library,
         options.variant,
         torch.device(options.device),
     )
-    print(json.dumps({"bytes": peak, "reset": was_reset}))
+    print(json.dumps({"bytes": peak, "first": first, "reset": was_reset}))
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def text(cell: Cell) -> str:
     """Return a cell's text: ``time (memory)`` or why there is none."""
     if cell.ratio is None:
         return cell.text
-    memory = "" if cell.memory is None else f" ({cell.memory:.1f})"
+    memory = "" if cell.memory is None else f" ({cell.memory:.2f})"
     return f"{cell.ratio.median:.2f}{memory}"
 
 
@@ -146,6 +146,16 @@ def markdown(problem: str, rows: dict[str, RowResult], libraries: list[str], abo
         lines.append(f"| {ROWS[key].title} | " + " | ".join(cells) + " |")
     lines.append("")
     lines += [twin_note(r) for r in rows.values() if r.twin is not None]
+    firsts = [
+        c.first_memory
+        for name, r in rows.items()
+        if name != "batch_grad" and (c := r.cells.get("packext")) is not None and c.first_memory is not None
+    ]
+    if firsts:
+        lines.append(
+            f"The first step of a model, in which packext probes it, peaks at up to {max(firsts):.2f} times the "
+            "gradient's (BatchGrad apart)."
+        )
     lines += ["", *ways(rows, libraries), ""]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
     threads = f"{about['threads']} threads, " if about["device"] == "cpu" else ""

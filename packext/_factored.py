@@ -26,7 +26,7 @@ from torch import Tensor
 
 #: Entries of a tile of rows: large enough that a call costs more than its dispatch, small beside the caches and
 #: activations.
-TILE = 1 << 20
+TILE = 1 << 19
 
 
 #: Multiply-adds from which on torch's own call for the weight gradient of one sample beats unfolding.
@@ -282,28 +282,17 @@ class Outer(Factored):
             return None
         a, g = self.pair(0, self.n)
         a, g = a[:, :, 0], g[..., 0]  # [N, G, I], [N, G, O]
-        mean_a, mean_g = a.mean(0), g.mean(0)
-        c, b = a - mean_a, g - mean_g
-        spread = torch.einsum("ngo,ngi->goi", g.square(), c.square())
-        spread = spread + 2 * torch.einsum("ngo,ngi->goi", b * g, c) * mean_a[:, None, :]
-        spread = spread + (b.square().sum(0)[:, :, None] * mean_a.square()[:, None, :])
-        mean_d = torch.einsum("ngo,ngi->goi", g, c) / self.n
-        result = spread - self.n * mean_d.square()
-        doubtful = (result <= 1e-3 * spread) & (spread > 0)
-        where = doubtful.nonzero()
-        if len(where) * 4 > doubtful.numel():
-            return None
-        if len(where):
-            at_g, at_o, at_i = where.unbind(1)
-            parts = []
-            step = max(1, TILE // self.n)
-            for lo in range(0, len(where), step):
-                hi = lo + step
-                rows = g[:, at_g[lo:hi], at_o[lo:hi]] * a[:, at_g[lo:hi], at_i[lo:hi]]
-                parts.append((rows - rows.mean(0)).square().sum(0))
-            exact = torch.cat(parts)
-            result = result.index_put((at_g, at_o, at_i), exact)
-        return result.clamp(min=0).reshape(self.shape)
+        step = max(1, TILE // (4 * self.i))
+        blocks = []
+        doubts = 0
+        for k in range(self.groups):
+            for lo in range(0, self.o, step):
+                block, doubtful = _scatter_of_products(g[:, k, lo : lo + step], a[:, k])
+                doubts += doubtful
+                if doubts * 4 > self.numel:
+                    return None
+                blocks.append(block)
+        return torch.cat(blocks).reshape(self.shape)
 
     def gram(self) -> Tensor:
         """By tokens `(a aᵀ)(g gᵀ)`, or by rows of some outputs at a time, whichever takes fewer operations."""
@@ -528,6 +517,27 @@ class Sum(Factored):
 
     def bytes_held(self) -> int:
         return sum(part.bytes_held() for part in self.parts)
+
+
+def _scatter_of_products(g: Tensor, a: Tensor) -> tuple[Tensor, int]:
+    """Squared deviations `[O, I]` of g_n a_nᵀ from their mean, for g `[N, O]`, a `[N, I]`; how many were in doubt."""
+    n = len(g)
+    mean_a, mean_g = a.mean(0), g.mean(0)
+    c, b = a - mean_a, g - mean_g
+    spread = g.square().T @ c.square()
+    spread = spread + (2 * (b * g).T @ c) * mean_a
+    spread = spread + b.square().sum(0)[:, None] * mean_a.square()
+    result = spread - (g.T @ c).square() / n
+    where = ((result <= 1e-3 * spread) & (spread > 0)).nonzero()
+    if len(where):
+        at_g, at_a = where.unbind(1)
+        parts = []
+        step = max(1, TILE // (4 * n))
+        for lo in range(0, len(where), step):
+            rows = g[:, at_g[lo : lo + step]] * a[:, at_a[lo : lo + step]]
+            parts.append((rows - rows.mean(0)).square().sum(0))
+        result = result.index_put((at_g, at_a), torch.cat(parts))
+    return result.clamp(min=0), len(where)
 
 
 def two_sided(rows: Tensor, left: Tensor, right: Tensor | None) -> Tensor:

@@ -180,7 +180,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
 
 
 def _bits(n: int) -> list[Tensor]:
-    """Sets of samples `[N]` such that for every pair i, j one holds i without j: those with a bit of the index, and without."""
+    """Sets of samples `[N]`, one for every pair i, j that holds i without j: with a bit of the index, and without."""
     index = torch.arange(n)
     sets = []
     for bit in range((n - 1).bit_length()):

@@ -130,16 +130,18 @@ class Statistics:
             flat = rows.reshape(hi - lo, -1)
             if "sq_norms" in wants:
                 norms.append(torch.linalg.vecdot(flat, flat))
+            if "total" in wants or "scatter" in wants:
+                total = total + rows.sum(0) if recorded else total.add_(rows[0] if len(rows) == 1 else rows.sum(0))
+            if "second_moment" in wants:
+                second = _add_squares(second, rows, recorded)
             if "scatter" in wants:
                 # Squares about the mean of the first tile: no cancellation where rows are nearly equal,
                 # since the mean of m of N rows is within sqrt((N - m) / m) deviations of the mean of all.
                 if lo == 0:
                     centre = rows.mean(0)
-                shifted = _add_squares(shifted, rows - centre, recorded)
-            if "total" in wants or "scatter" in wants:
-                total = total + rows.sum(0) if recorded else total.add_(rows[0] if len(rows) == 1 else rows.sum(0))
-            if "second_moment" in wants:
-                second = _add_squares(second, rows, recorded)
+                own = isinstance(f, Outer) and out is None and not recorded  # nobody else sees these rows
+                apart = rows.sub_(centre) if own else rows - centre
+                shifted = _add_squares(shifted, apart, recorded)
         found: dict[str, Tensor] = {}
         if "sq_norms" in wants:
             found["sq_norms"] = torch.cat(norms) if norms else start.new_zeros(0)

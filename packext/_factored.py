@@ -30,7 +30,7 @@ TILE = 1 << 19
 
 
 #: Multiply-adds from which on torch's own call for the weight gradient of one sample beats unfolding.
-LARGE = 50_000_000
+LARGE = 11_000_000
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -219,6 +219,8 @@ class Outer(Factored):
         return self.a[lo:hi].to(self.acc), self.g[lo:hi].to(self.acc)
 
     def rows(self, lo: int, hi: int) -> Tensor:
+        if self._single is not None and hi - lo == 1:
+            return self._single(lo)[None].to(self.acc)
         if self._single is not None and hi > lo:
             return torch.stack([self._single(n).to(self.acc) for n in range(lo, hi)])
         a, g = self.pair(lo, hi)
@@ -294,11 +296,16 @@ class Outer(Factored):
                 blocks.append(block)
         return torch.cat(blocks).reshape(self.shape)
 
+    @property
+    def tokens_are_few(self) -> bool:
+        """Whether inner products of rows take fewer operations by tokens than by rows."""
+        return self.s == 1 or self.s**2 * (self.i + self.o) < self.i * self.o
+
     def gram(self) -> Tensor:
         """By tokens `(a aᵀ)(g gᵀ)`, or by rows of some outputs at a time, whichever takes fewer operations."""
         n, s = self.n, self.s
         out = torch.zeros(n, n, dtype=self.acc, device=self.device)
-        if s == 1 or s * s * (self.i + self.o) < self.i * self.o:
+        if self.tokens_are_few:
             a, g = self.pair(0, n)
             for k in range(self.groups):
                 tokens_a, tokens_g = a[:, k].reshape(n * s, -1), g[:, k].mT.reshape(n * s, -1)
@@ -337,7 +344,7 @@ class Outer(Factored):
     def tile(self) -> int:
         unfolded = self.groups * self.s * self.i if isinstance(self.a, Patches) else 0
         if self._single is not None:
-            unfolded = 0
+            return 1
         return max(1, min(self.n, TILE // max(1, self.numel), TILE // max(1, unfolded)))
 
     def bytes_held(self) -> int:

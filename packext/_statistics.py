@@ -15,8 +15,8 @@ from packext._factored import Factored, Outer, Patches, Sum
 
 Visitor = Callable[[Tensor], None]
 
-#: Entries of rows that are kept until their sum is known, for inner products with it.
-KEEP = 1 << 21
+#: Entries of one parameter's rows that may be in memory at once, for inner products with their sum or each other.
+KEEP = 6 << 20
 
 #: Entries of a row below which a call costs more than what it does.
 SMALL = 1 << 13
@@ -78,6 +78,8 @@ class Statistics:
         if want == "total" and tiles_run and not one_term:
             return False
         if want == "sq_norms" and self._tiles_beat_gram(tiles_run, deliver):
+            return False
+        if want == "gram" and self._keepable() and not (isinstance(self.form, Outer) and self.form.tokens_are_few):
             return False
         value = self.form.weighted(None) if want == "total" else getattr(self.form, want)()
         if value is None:

@@ -92,7 +92,7 @@ def main() -> None:
     console = Console()
     whole = all(getattr(options, name) == list(known) for name, known in (("rows", ROWS), ("peers", LIBRARIES)))
     kept = {"rounds": options.rounds, "device": options.device}
-    kept |= {"memory": not options.no_memory, "whole": whole and not options.no_memory}
+    kept |= {"memory": not options.no_memory, "whole": whole}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -76,11 +76,13 @@ def test_demo_without_its_extra_says_what_to_install(monkeypatch, capsys):
     assert "rich" in error and "pip install 'packext[demo]'" in error
 
 
-def test_the_examples_of_the_readme_run():
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     readme = Path(__file__).parent.parent / "README.md"
     examples = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     names: dict = {}
     for example in examples:
         exec(example, names)
     assert names["results"].batch_l2.shape == (16,)
+    assert (tmp_path / "model.png").stat().st_size > 0

@@ -26,7 +26,7 @@ FLOORS = [
     {"_lineage", "_scale"},
     {"_extend", "_backpack"},
     {"quantities"},
-    {"extensions", "testing", "_explain", "_drawing"},
+    {"extensions", "testing", "_observation", "_explain", "_drawing"},
     {"__init__", "demo", "_cli", "__main__"},
 ]
 

@@ -56,6 +56,11 @@ class Pass:
                 f"A gradient reached {use.describe()} without passing through an output of the extended model. "
                 f"Return from forward whatever the loss is computed from. {_AGAIN}"
             )
+        if any(g is not None and layout is None for g, layout in zip(gs, use.layouts, strict=True)):
+            raise PackextError(
+                f"A gradient reached an output of {use.describe()} at which none arrived when the samples were told "
+                "apart. The model's path must not depend on anything but its inputs' shapes: please report it."
+            )
         self.fired.add(id(use))
         self.uses.append(use)
         touched: dict[int, Source] = {}

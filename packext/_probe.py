@@ -48,13 +48,15 @@ class Probe:
             )
         self.visited[id(use)] = use
         if not use.options:
-            axis = use.record.batch_axis
-            use.options = [list(candidates(torch.Size(shape), self.n, axis)) for shape in use.outputs]
+            use.options = [None] * len(use.outputs)
         for i, g in enumerate(gs):
             if g is None:
                 continue
             members = self.members.to(g.device)
-            left = [layout for layout in use.options[i] if layout.agrees(g, members)]
+            options = use.options[i]
+            if options is None:
+                options = candidates(torch.Size(use.outputs[i]), self.n, use.record.batch_axis)
+            left = [layout for layout in options if layout.agrees(g, members)]
             if self.n > 1 and use.ties.intersection(use.rule.leads):
                 left = [layout for layout in left if layout == Layout(use.record.batch_axis, self.n)]
             if not left:
@@ -107,13 +109,14 @@ class Probe:
 
 
 def settle(use: Use) -> None:
-    """Take the likeliest of the layouts left."""
-    use.layouts = tuple(options[0] if options else None for options in use.options)
+    """Take the likeliest of the layouts left; keep what is known of outputs that only another pass reaches."""
+    known = use.layouts or (None,) * len(use.options)
+    use.layouts = tuple(options[0] if options else before for options, before in zip(use.options, known, strict=True))
 
 
 def is_settled(use: Use) -> bool:
     """Whether the probe left nothing open."""
-    return all(len(options) <= 1 for options in use.options)
+    return all(options is None or len(options) <= 1 for options in use.options)
 
 
 def probe(record: Record, gates: frozenset[int], send: Any) -> None:
@@ -193,9 +196,10 @@ def _adopt(record: Record, plan: list[tuple[Layout | None, ...] | None]) -> bool
     for use, layouts in zip(record.uses, plan, strict=True):
         if layouts is None:
             continue
+        known = use.layouts or (None,) * len(layouts)
         use.layouts = tuple(
-            None if layout is None else Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
-            for layout in layouts
+            before if layout is None else Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
+            for layout, before in zip(layouts, known, strict=True)
         )
         for layout, shape in zip(use.layouts, use.outputs, strict=True):
             if layout is not None and layout.axis is not None and shape[layout.axis] % record.n:

@@ -61,7 +61,8 @@ class Use:
     layouts: tuple[Layout | None, ...] | None = None
     positions: tuple[int, ...] = (0,)
     ties: frozenset[str] = frozenset()
-    options: list[list[Layout]] = field(default_factory=list)
+    #: Of each output, while it is probed: the layouts that are left; None where no gradient arrived.
+    options: list[list[Layout] | None] = field(default_factory=list)
     node: Callable[[], Any] = lambda: None
 
     def tapped(self, result: Any) -> list[Tensor]:

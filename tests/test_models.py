@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import packext as px
-from packext import testing
+from packext import _flight, testing
 from tests.cases import Attend, Pool
 from tests.helpers import assert_exact, batch, double_precision, mlp, rows_of
 
@@ -291,3 +291,37 @@ def test_a_layer_that_later_passes_do_not_reach_has_no_stale_result() -> None:
             F.cross_entropy(choice(x, k), y).backward()
         assert set(results) == {f"parts.{k}.weight", f"parts.{k}.bias"}
         assert hasattr(model[k].weight, "grad_batch") and not hasattr(model[1 - k].weight, "grad_batch")
+
+
+class States(nn.Module):
+    """An LSTM that returns all it has, with a batch of as many samples as steps and layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 3, num_layers=3, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, (h, c) = self.rnn(x)
+        return y, h.transpose(0, 1), c.transpose(0, 1)
+
+
+def test_every_output_in_turn_on_one_graph() -> None:
+    model, x = px.extend(States()), torch.randn(3, 3, 3)
+    outputs = model(x)
+    for chosen in ((0,), (1,), (0,), (2,), (0, 1, 2)):
+        rows = rows_of(model, lambda chosen=chosen: sum(outputs[i].square().flatten(1).sum(1) for i in chosen))
+        with px.backpack(px.BatchGrad()):
+            sum(outputs[i].square().sum() for i in chosen).backward(retain_graph=True)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad_batch, rows[name])
+
+
+def test_samples_are_told_apart_once_per_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+    send = _flight._send
+    monkeypatch.setattr(_flight, "_send", lambda *args: [sent.append(args), send(*args)][1])
+    model = px.extend(States())
+    for chosen, n, passes in ((0, 3, 5), (0, 3, 5), (2, 3, 10), (0, 3, 10), (0, 4, 15), (0, 4, 15)):
+        with px.backpack(px.BatchGrad()):
+            model(torch.randn(n, 3, 3))[chosen].sum().backward()
+        assert len(sent) == passes, (chosen, n)

@@ -17,6 +17,7 @@ from torch import Tensor
 from packext._factored import Dense, Factored, Outer, accumulation_dtype
 from packext._layout import Layout
 from packext._use import Rule, Use
+from packext.rules import _lstm
 from packext.rules._common import handles
 
 if TYPE_CHECKING:
@@ -138,6 +139,27 @@ class Recurrent(Rule):
             return None
         layout = Layout(None if found.axis is None else 1, found.n)  # of [T, N, features]
         keep = torch.is_grad_enabled()
+        halves: list[tuple[str, Tensor, Tensor]] = []
+        projected = any(name.endswith("hr") for name in c["weights"])
+        if c["kind"] == "lstm" and not keep and not projected and len(gs) == (2 if c["cell"] else 3):
+            for k, (run, g) in enumerate(_lstm.pairs(c, {name: v.detach() for name, v in t.items()}, gs)):
+                halves += [(f"{k}.ih", run.inputs, g), (f"{k}.hh", run.hidden, g)]
+        else:
+            halves = self._by_autograd(use, t, gs, keep)
+        forms: dict[str, Factored] = {}
+        for name, a, g in halves:
+            gs_ = layout.split(g, 2)
+            if name in use.sources:
+                forms[name] = Outer(layout.split(a, 2)[:, None], gs_.mT[:, None], t[name].shape)
+            bias = name.replace(".", ".b")
+            if bias in use.sources:
+                forms[bias] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)))
+        return forms
+
+    def _by_autograd(
+        self, use: Use, t: dict[str, Tensor], gs: Sequence[Tensor | None], keep: bool
+    ) -> list[tuple[str, Tensor, Tensor]]:
+        """Name of a weight, what multiplied it `[T, N, I]`, and the gradient at its product `[T, N, O]`."""
         with torch.enable_grad():
             inputs = t if keep else {k: v.detach() for k, v in t.items()}
             outputs, strands = self._unroll(use, inputs)
@@ -150,19 +172,12 @@ class Recurrent(Rule):
                 create_graph=keep,
                 allow_unused=True,
             )
-        forms: dict[str, Factored] = {}
+        halves = []
         for k, s in enumerate(strands):
             for half, a, g in (("ih", s.inputs, grads[2 * k]), ("hh", s.hidden, grads[2 * k + 1])):
                 g = torch.zeros_like(s.at_input) if g is None else g
-                if not keep:
-                    a = a.detach()
-                gs_ = layout.split(g, 2)
-                name = s.prefix + half
-                if name in use.sources:
-                    forms[name] = Outer(layout.split(a, 2)[:, None], gs_.mT[:, None], t[name].shape)
-                if s.prefix + "b" + half in use.sources:
-                    forms[s.prefix + "b" + half] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)))
-        return forms
+                halves.append((s.prefix + half, a if keep else a.detach(), g))
+        return halves
 
 
 RECURRENT = Recurrent()

@@ -1,0 +1,125 @@
+"""The gradient at an LSTM's gates, by hand: the recurrence of torch's documentation and its adjoint.
+
+What autograd would do with it step by step is done for all steps at once wherever no step waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Run:
+    """One direction of one layer: `inputs` `[T, N, I]`, `hidden` before each step `[T, N, H]`, and after.
+
+    `gates` `[T, N, 4H]` are i, f, g, o after their nonlinearities, `cells` `[T + 1, N, H]` begin with the initial one.
+    """
+
+    inputs: Tensor
+    hidden: Tensor
+    gates: Tensor
+    cells: Tensor
+    last: Tensor
+    w_hh: Tensor
+
+    @property
+    def outputs(self) -> Tensor:
+        """Hidden states after each step, `[T, N, H]`."""
+        return torch.cat([self.hidden[1:], self.last[None]])
+
+
+def forward(x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor | None], h: Tensor, c: Tensor) -> Run:
+    """Run one direction of one layer on `x` `[T, N, I]`."""
+    width = w_hh.shape[1]
+    gates = F.linear(x, w_ih)
+    for bias in biases:
+        if bias is not None:
+            gates += bias
+    hidden, cells = x.new_empty(len(x), *h.shape), x.new_empty(len(x) + 1, *c.shape)
+    cells[0] = c
+    recurrent = w_hh.t()
+    for step, gate in enumerate(gates):
+        hidden[step] = h
+        gate.addmm_(h, recurrent)
+        gate[:, : 2 * width].sigmoid_()
+        gate[:, 2 * width : 3 * width].tanh_()
+        gate[:, 3 * width :].sigmoid_()
+        i, f, g, o = gate.chunk(4, 1)
+        c = torch.addcmul(i * g, f, c)
+        cells[step + 1] = c
+        h = o * c.tanh()
+    return Run(x, hidden, gates, cells, h, w_hh)
+
+
+def backward(run: Run, g_y: Tensor | None, g_h: Tensor | None, g_c: Tensor | None) -> Tensor:
+    """Gradient at the gates before their nonlinearities, `[T, N, 4H]`, from those at outputs and last states."""
+    i, f, g, o = run.gates.chunk(4, 2)
+    tanh = run.cells[1:].tanh()
+    # What a unit of dc, the gradient at the cell, makes of i, f and g; and a unit of dh of o and of c.
+    of_cell = torch.stack([g * i * (1 - i), run.cells[:-1] * f * (1 - f), i * (1 - g * g)], 2)
+    of_output, to_cell = tanh * o * (1 - o), o * (1 - tanh * tanh)
+    steps, n, width = tanh.shape
+    found = run.gates.new_empty(steps, n, 4, width)
+    dh = torch.zeros_like(tanh[0]) if g_h is None else g_h
+    dc = torch.zeros_like(dh) if g_c is None else g_c
+    for step in range(steps - 1, -1, -1):
+        if g_y is not None:
+            dh = dh + g_y[step]
+        dc = torch.addcmul(dc, dh, to_cell[step])
+        torch.mul(dc[:, None], of_cell[step], out=found[step, :, :3])
+        torch.mul(dh, of_output[step], out=found[step, :, 3])
+        dh = found[step].reshape(n, 4 * width) @ run.w_hh
+        dc = dc * f[step]
+    return found.reshape(steps, n, 4 * width)
+
+
+def pairs(consts: dict[str, Any], t: dict[str, Tensor], gs: Sequence[Tensor | None]) -> list[tuple[Run, Tensor]]:
+    """For every layer and direction: the run, and the gradient at its gates.
+
+    Args:
+        consts: of the use (see `recurrent`).
+        t: its tensors, detached.
+        gs: gradients at (y, h_n, c_n), or at (h, c) of a cell.
+
+    Returns:
+        In torch's order of layers and directions.
+    """
+    cell, directions = consts["cell"], 2 if consts["bidirectional"] else 1
+    x, h, c = t["input"], t["h"], t["c"]
+    g_y, g_h, g_c = (None, *gs) if cell else gs
+    if cell:
+        x, h, c = x[None], h[None], c[None]
+        g_h, g_c = (None if g is None else g[None] for g in (g_h, g_c))
+    elif consts["batch_first"]:
+        x, g_y = x.transpose(0, 1), None if g_y is None else g_y.transpose(0, 1)
+    runs: list[Run] = []
+    for layer in range(consts["layers"]):
+        outputs = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            biases = t.get(f"{k}.bih"), t.get(f"{k}.bhh")
+            sequence = x.flip(0) if direction else x
+            run = forward(sequence, t[f"{k}.ih"], t[f"{k}.hh"], biases, h[k], c[k])
+            outputs.append(run.outputs.flip(0) if direction else run.outputs)
+            runs.append(run)
+        x = torch.cat(outputs, -1)
+    found: list[Tensor] = [x] * len(runs)
+    for layer in reversed(range(consts["layers"])):
+        parts = [None] * directions if g_y is None else list(g_y.chunk(directions, -1))
+        below = []
+        for direction, part in enumerate(parts):
+            k = layer * directions + direction
+            part = part.flip(0) if direction and part is not None else part
+            found[k] = backward(runs[k], part, None if g_h is None else g_h[k], None if g_c is None else g_c[k])
+            if layer:
+                to_input = found[k] @ t[f"{k}.ih"]
+                below.append(to_input.flip(0) if direction else to_input)
+        if below:
+            g_y = torch.stack(below).sum(0)
+    return list(zip(runs, found, strict=True))

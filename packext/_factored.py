@@ -24,10 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-#: Entries of a tile of rows: large enough that a call costs more than its dispatch, small beside the caches and
-#: activations.
-TILE = 1 << 19
-
+from packext._scratch import TILE, scratch
 
 #: Multiply-adds from which on torch's own call for the weight gradient of one sample beats unfolding.
 LARGE = 11_000_000
@@ -232,9 +229,20 @@ class Outer(Factored):
                 out[n - lo].copy_(self._single(n))
             return
         a, g = self.pair(lo, hi)
-        out = out.reshape(hi - lo, self.groups, self.o, self.i)
+        out = out.view(hi - lo, self.groups, self.o, self.i)
         # A product with one term is a matrix product in name only.
-        torch.mul(g, a, out=out) if self.s == 1 else torch.matmul(g, a, out=out)
+        if self.s == 1:
+            torch.mul(g, a, out=out)
+        else:
+            torch.bmm(g.flatten(0, 1), a.flatten(0, 1), out=out.view(-1, self.o, self.i))
+
+    def rows_in_scratch(self, lo: int, hi: int) -> Tensor:
+        """Rows that stand until the next are asked for."""
+        if self._single is not None and hi - lo == 1:
+            return self.rows(lo, hi)
+        rows = scratch("rows", (hi - lo, *self.shape), self.acc, self.device)
+        self.rows_into(lo, hi, rows)
+        return rows
 
     def select(self, index: Tensor) -> Tensor:
         if isinstance(self.a, Patches):

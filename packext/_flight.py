@@ -52,10 +52,7 @@ class Pass:
     def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """A pair arrives; emit what is complete, and return sums of rows that may serve as `.grad`."""
         if use.layouts is None or use.record not in self.records:
-            raise PackextError(
-                f"A gradient reached {use.describe()} without passing through an output of the extended model. "
-                f"Return from forward whatever the loss is computed from. {_AGAIN}"
-            )
+            raise PackextError(use.bypassed())
         if any(g is not None and layout is None for g, layout in zip(gs, use.layouts, strict=True)):
             raise PackextError(
                 f"A gradient reached an output of {use.describe()} at which none arrived when the samples were told "

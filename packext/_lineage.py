@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from packext import rules
 from packext._errors import UnsupportedUseError
 from packext._flight import Again
-from packext._record import Record, tensors_in
+from packext._record import Record, modules_of, tensors_in
 from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule
 from packext._use import Rule, Source, Use
 
@@ -70,9 +70,11 @@ class Tracer(TorchFunctionMode):
 
     def _register(self, module: nn.Module, path: str) -> None:
         for name, p in module._parameters.items():
-            if p is None or not isinstance(p, Tensor) or not p.requires_grad:
+            if p is None:
                 continue
             full = f"{path}.{name}" if path else name
+            if self.record.names.get(full) is p or not isinstance(p, Tensor) or not p.requires_grad:
+                continue
             self.record.names[full] = p
             if id(p) not in self.table:
                 self.table[id(p)] = (Source(p, full), p)
@@ -135,6 +137,8 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _PASSIVE:
+            return func(*args, **kwargs)
         record = self.record
         record.trail = hash((record.trail, func))
         sources: tuple[Source, ...] = ()
@@ -201,7 +205,7 @@ class Tracer(TorchFunctionMode):
             )
         sources = {k: s for k, t in tensors.items() if t.requires_grad and (s := self.sources(t))}
         shapes = {k: tuple(t.shape) for k, t in tensors.items()}
-        use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self.record)
+        use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, weakref.ref(self.record))
         axis = self.record.batch_axis
         use.ties = frozenset(k for k, t in tensors.items() if id(t) in self._inputs and t.dim() > axis)
         return use
@@ -275,7 +279,7 @@ class Tracer(TorchFunctionMode):
     # -- the two ends of the forward pass ----------------------------------------------------------
     def begin(self, args: Any, kwargs: Any) -> None:
         """Learn the parameters (some modules use those of others that never run), mark the inputs, count samples."""
-        for module in self.stack[0].modules():
+        for module in modules_of(self.stack[0]):
             if module._parameters and "_packext" in module.__dict__:
                 self._register(module, module.__dict__["_packext"].path)
         axis = self.record.batch_axis
@@ -367,6 +371,12 @@ def mutates(func: Any) -> bool:
 _ROUTES = frozenset(
     {Tensor.__getitem__, Tensor.index_select, torch.index_select, Tensor.masked_select, torch.masked_select}
     | {Tensor.gather, torch.gather, Tensor.take, torch.take, torch.take_along_dim, Tensor.take_along_dim}
+)
+
+#: Functions that tell no more than what kind of tensor one is.
+_PASSIVE = frozenset(
+    {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.stride}
+    | {getattr(Tensor, name).__get__ for name in ("shape", "requires_grad", "dtype", "device", "ndim", "is_leaf")}
 )
 
 _EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to})

@@ -110,3 +110,15 @@ def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
     elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
         for item in vars(value).values():
             yield from tensors_in(item, depth - 1)
+
+
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """What `root.modules()` gives, in less time."""
+    found: dict[int, nn.Module] = {}
+    todo = [root]
+    while todo:
+        module = todo.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            todo += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found.values())

@@ -12,7 +12,8 @@ from packext import _flight
 
 def is_loss(module: nn.Module) -> bool:
     """Whether `module` is a loss: it has a reduction and no parameters."""
-    return isinstance(getattr(module, "reduction", None), str) and next(module.parameters(), None) is None
+    reduction = module.__dict__.get("reduction") or getattr(type(module), "reduction", None)
+    return isinstance(reduction, str) and next(module.parameters(), None) is None
 
 
 class LossMark(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from packext._factored import Factored, Outer, Patches, Sum
+from packext._scratch import scratch
 
 Visitor = Callable[[Tensor], None]
 
@@ -123,6 +124,8 @@ class Statistics:
             if out is not None:
                 rows = out[lo:hi]
                 f.rows_into(lo, hi, rows)
+            elif isinstance(f, Outer) and not recorded:
+                rows = f.rows_in_scratch(lo, hi)
             else:
                 rows = f.rows(lo, hi)
                 if need_rows:
@@ -131,7 +134,8 @@ class Statistics:
                 visit(rows)
             flat = rows.reshape(hi - lo, -1)
             if "sq_norms" in wants:
-                norms.append(torch.linalg.vecdot(flat, flat))
+                # The first allocates no tile, the second has a gradient at zero.
+                norms.append(torch.linalg.vecdot(flat, flat) if recorded else torch.linalg.vector_norm(flat, dim=1))
             if "total" in wants or "scatter" in wants:
                 total = total + rows.sum(0) if recorded else total.add_(rows[0] if len(rows) == 1 else rows.sum(0))
             if "second_moment" in wants:
@@ -146,7 +150,8 @@ class Statistics:
                 shifted = _add_squares(shifted, apart, recorded)
         found: dict[str, Tensor] = {}
         if "sq_norms" in wants:
-            found["sq_norms"] = torch.cat(norms) if norms else start.new_zeros(0)
+            norm = torch.cat(norms) if norms else start.new_zeros(0)
+            found["sq_norms"] = norm if recorded else norm.square_()
         if "total" in wants:
             found["total"] = total
         if "second_moment" in wants:
@@ -197,7 +202,8 @@ def _add_squares(into: Tensor, rows: Tensor, recorded: bool) -> Tensor:
     if recorded:
         return into + rows.square().sum(0)
     if into.numel() < SMALL:
-        return into.add_(rows.square().sum(0))
+        squares = scratch("squares", rows.shape, rows.dtype, rows.device)
+        return into.add_(torch.mul(rows, rows, out=squares).sum(0))
     for row in rows:
         into.addcmul_(row, row)
     return into

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from packext._errors import PackextError
 from packext._factored import Factored, Masked, Pulled
 from packext._layout import Layout
 
@@ -43,7 +43,7 @@ class Use:
         where: module path and class, for messages.
         shapes: of the saved tensors, by name.
         outputs: shapes of the outputs at which g arrives.
-        record: the forward that it belongs to.
+        owner: weak reference to the record of the forward that it belongs to, which the model's outputs keep.
         layouts: where the samples sit in each output, once known.
         positions: of the tapped outputs among those of the call.
         ties: names of saved tensors that are inputs of the model as they came, with the samples along its batch axis.
@@ -56,7 +56,7 @@ class Use:
     sources: dict[str, tuple[Source, ...]]
     where: str
     shapes: dict[str, tuple[int, ...]]
-    record: Record
+    owner: Callable[[], Record | None]
     outputs: tuple[tuple[int, ...], ...] = ()
     layouts: tuple[Layout | None, ...] | None = None
     positions: tuple[int, ...] = (0,)
@@ -64,6 +64,27 @@ class Use:
     #: Of each output, while it is probed: the layouts that are left; None where no gradient arrived.
     options: list[list[Layout] | None] = field(default_factory=list)
     node: Callable[[], Any] = lambda: None
+
+    @property
+    def record(self) -> Record:
+        """The forward that this use belongs to.
+
+        Raises:
+            PackextError: if no output of it is left.
+        """
+        record = self.owner()
+        if record is None:
+            raise PackextError(self.bypassed())
+        return record
+
+    def bypassed(self) -> str:
+        """What to say of a gradient that came another way than through an output of the model."""
+        return (
+            f"A gradient reached {self.describe()} without passing through an output of the extended model. "
+            "Return from forward whatever the loss is computed from. A pass through a gradient of the model (made "
+            "with create_graph=True, as in a gradient penalty or a Hessian-vector product) has no individual "
+            "gradients: run it outside of the context, or inside of `with px.disable():`."
+        )
 
     def tapped(self, result: Any) -> list[Tensor]:
         """Those of a call's outputs that the tap sits on."""
@@ -85,8 +106,9 @@ class Use:
         """Remember the autograd node of the tap (weakly) and the shapes of its outputs."""
         self.node = weakref.ref(node)
         self.outputs = tuple(tuple(y.shape) for y in outputs)
-        for source in {s for group in self.sources.values() for s in group}:
-            _remember(source.tensor, self.node)
+        for group in self.sources.values():
+            for source in group:
+                _remember(source.tensor, self.node)
 
     def factors(self, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> list[tuple[Source, Factored]]:
         """Per-sample gradients of every parameter behind this use.
@@ -210,16 +232,22 @@ def _pull(value: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor]:
     return pull
 
 
-#: Autograd nodes of the taps of each parameter that may still be alive.
-_LIVE: WeakIdKeyDictionary = WeakIdKeyDictionary()
+#: Autograd nodes (weak) of the taps of each parameter, by its id. A node keeps its use, and that the parameter:
+#: while one of them is alive, no other tensor can have that id.
+_LIVE: dict[int, list[Callable[[], Any]]] = {}
 
 
 def _remember(parameter: Tensor, node: Callable[[], Any]) -> None:
-    refs = _LIVE.get(parameter) or []
-    _LIVE[parameter] = [ref for ref in refs if ref() is not None] + [node]
+    key = id(parameter)
+    if key not in _LIVE and len(_LIVE) & (len(_LIVE) - 1) == 0:  # a power of two: time to forget parameters that died
+        for other in [k for k, refs in _LIVE.items() if not any(ref() is not None for ref in refs)]:
+            del _LIVE[other]
+    refs = [ref for ref in _LIVE.get(key, ()) if ref() is not None]
+    refs.append(node)
+    _LIVE[key] = refs
 
 
 def live_nodes(parameter: Tensor) -> list[Any]:
     """Nodes of the taps of `parameter` whose graph is still alive."""
-    nodes = [ref() for ref in _LIVE.get(parameter) or []]
+    nodes = [ref() for ref in _LIVE.get(id(parameter), ())]
     return [node for node in nodes if node is not None]

@@ -290,6 +290,38 @@ def test_no_activations_are_kept_alive() -> None:
     assert len(seen) > 9 and model[0].weight.variance.grad_fn is None
 
 
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+
+
+@pytest.mark.parametrize("build", [mlp, conv], ids=["mlp", "conv"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_step_leaves_nothing_to_the_garbage_collector(build: Any, asked: bool) -> None:
+    model = px.extend(build())
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+
+    def step() -> None:
+        x, y = batch()
+        loss_fn(model(x), y).backward()
+        if asked:
+            with px.backpack(*testing.all_quantities()):
+                loss_fn(model(x), y).backward()
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        step()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = [type(o) for o in gc.garbage if type(o).__module__.startswith("packext") or isinstance(o, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left
+
+
 def test_a_model_can_be_collected() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     with px.backpack(px.BatchGrad(), px.ClippedGrad(1.0), scale=float(N)) as results:
@@ -389,10 +421,6 @@ def run(model: nn.Module, *quantities: px.BatchGrad, n: int = N) -> tuple[testin
     with px.backpack(*quantities) as results:
         loss_fn(model(x), y).backward()
     return rows, results
-
-
-def conv() -> nn.Module:
-    return nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
 
 
 MODELS = {"mlp": mlp, "conv": conv}

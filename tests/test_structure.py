@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 #: Floors, from the ground up; a module may import from its own floor and those below it.
 FLOORS = [
-    {"_errors", "_layout"},
+    {"_errors", "_layout", "_scratch"},
     {"_factored", "_statistics"},
     {"_use", "_quantity"},
     {"_taps", "_record", "_probe", "_flight"},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, Patches, accumulation_dtype
 from packext._layout import Layout
+from packext._scratch import scratch
 from packext._taps import OwnedRule
 from packext._use import Use
 from packext.rules._common import bind, handles
@@ -55,6 +56,8 @@ def patches(
     # [c, C, *out, *kernel] -> [c, C, *kernel, *out]: copies run along the output, where x is contiguous.
     x = x.permute(0, 1, *range(d + 2, 2 * d + 2), *range(2, d + 2))
     rows = channels // groups * functools.reduce(int.__mul__, kernel, 1)
+    if not torch.is_grad_enabled():  # the next call writes over it
+        x = scratch("patches", x.shape, x.dtype, x.device).copy_(x)
     return x.reshape(c, groups, rows, functools.reduce(int.__mul__, out, 1)).mT
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packext._errors import CoupledSamplesError
@@ -39,11 +40,11 @@ class Norm(Rule):
         c = use.consts
         x, w, b = tensors["input"], tensors.get("weight"), tensors.get("bias")
         if c["kind"] == "layer":
-            return torch.layer_norm(x, c["normalized_shape"], w, b, c["eps"])
+            return F.layer_norm(x, c["normalized_shape"], w, b, c["eps"])
         if c["kind"] == "rms":
-            return torch.rms_norm(x, c["normalized_shape"], w, c["eps"])
+            return F.rms_norm(x, c["normalized_shape"], w, c["eps"])
         if c["kind"] == "group":
-            return torch.group_norm(x, c["num_groups"], w, b, c["eps"])
+            return F.group_norm(x, c["num_groups"], w, b, c["eps"])
         mean, var = tensors.get("running_mean"), tensors.get("running_var")
         if c["training"] and use.outputs:
             mean = var = None  # not the first call: running statistics must not move a second time
@@ -67,7 +68,8 @@ class Norm(Rule):
         bare = {k: v for k, v in t.items() if k not in ("weight", "bias")}
         product = None
         if "weight" in use.sources:
-            product = g * self.call(use, bare).to(g.dtype)
+            normalised = self.call(use, bare).to(g.dtype)
+            product = g * normalised if torch.is_grad_enabled() else normalised.mul_(g)
         forms: dict[str, Factored] = {}
         for name, value in (("weight", product), ("bias", g)):
             if name in use.sources and value is not None:
@@ -84,7 +86,7 @@ class Norm(Rule):
 NORM = Norm()
 
 
-@handles(torch.layer_norm)
+@handles(torch.layer_norm, F.layer_norm)
 def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`torch.layer_norm(input, normalized_shape, weight, bias, eps)`."""
     names = ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
@@ -92,14 +94,14 @@ def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return _place(tracer, func, tensors, c, "layer")
 
 
-@handles(getattr(torch, "rms_norm", None))
+@handles(torch.rms_norm, F.rms_norm)
 def rms_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`torch.rms_norm(input, normalized_shape, weight, eps)`."""
     tensors, c = bind(("input", "normalized_shape", "weight", "eps"), args, kwargs, eps=None)
     return _place(tracer, func, tensors, c, "rms")
 
 
-@handles(torch.group_norm)
+@handles(torch.group_norm, F.group_norm)
 def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`torch.group_norm(input, num_groups, weight, bias, eps)`."""
     names = ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled")

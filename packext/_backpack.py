@@ -14,6 +14,7 @@ from packext._errors import NotExtendedError, PackextError
 from packext._factored import Factored
 from packext._lineage import LOCAL
 from packext._quantity import Ask, Quantity
+from packext._record import modules_of
 from packext._statistics import Statistics
 from packext._use import Source, Use, live_nodes
 
@@ -270,10 +271,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         fields = [e.savefield for e in self.extensions]
         for record in flight.records:
             root = record.root()
-            for p in root.parameters() if root is not None else ():
-                for field in fields:
-                    if field in vars(p):
-                        delattr(p, field)
+            for module in modules_of(root) if root is not None else ():
+                for p in module._parameters.values():
+                    for field in fields:
+                        if p is not None and field in vars(p):
+                            delattr(p, field)
         results = self.results
         results._by_parameter = {key: (source.name, values) for key, (source, values) in flight.values.items()}
         names = [(source.name, key) for key, (source, _) in flight.values.items()]

@@ -26,9 +26,6 @@ from torch import Tensor
 
 from packext._scratch import TILE, scratch
 
-#: Multiply-adds from which on torch's own call for the weight gradient of one sample beats unfolding.
-LARGE = 11_000_000
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float32 or better: what squares and sums are accumulated in."""
@@ -189,7 +186,8 @@ class Outer(Factored):
         shape: Sequence[int],
         weighted: Callable[[Tensor | None], Tensor] | None = None,
         apply: Callable[[Tensor], Tensor] | None = None,
-        single: Callable[[int], Tensor] | None = None,
+        native: Callable[[int, int], Tensor] | None = None,
+        alone: bool = False,
     ) -> None:
         """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
 
@@ -198,7 +196,8 @@ class Outer(Factored):
             g: `[N, G, O, S]`, gradient at the output of the use.
             shape: of the parameter, `G O I` entries in this order.
             weighted: `weight [N] or None -> sum over n of weight_n row_n`.
-            single: `n -> row n`, for rows of which each is worth a call.
+            native: `lo, hi -> rows`, where torch has a faster way to them.
+            alone: whether `native` takes one row at a time.
             apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
         """
         self.a, self.g = a, g
@@ -209,24 +208,25 @@ class Outer(Factored):
         self.acc = accumulation_dtype(torch.promote_types(source.dtype, g.dtype))
         self.device = g.device
         self._weighted, self._apply = weighted, apply
-        self._single = single if self.groups * self.s * self.i * self.o >= LARGE else None
+        self._native, self._alone = native, alone
 
     def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """The factors of samples lo to hi, in the accumulation dtype."""
         return self.a[lo:hi].to(self.acc), self.g[lo:hi].to(self.acc)
 
     def rows(self, lo: int, hi: int) -> Tensor:
-        if self._single is not None and hi - lo == 1:
-            return self._single(lo)[None].to(self.acc)
-        if self._single is not None and hi > lo:
-            return torch.stack([self._single(n).to(self.acc) for n in range(lo, hi)])
+        if self._native is not None and hi > lo:
+            step = 1 if self._alone else hi - lo
+            parts = [self._native(k, k + step).to(self.acc) for k in range(lo, hi, step)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         a, g = self.pair(lo, hi)
         return torch.matmul(g, a).reshape(hi - lo, *self.shape)
 
     def rows_into(self, lo: int, hi: int, out: Tensor) -> None:
-        if self._single is not None:
-            for n in range(lo, hi):
-                out[n - lo].copy_(self._single(n))
+        if self._native is not None:
+            for k in range(lo, hi) if self._alone else (lo,):
+                rows = self._native(k, k + 1 if self._alone else hi)
+                out[k - lo : k - lo + len(rows)] = rows
             return
         a, g = self.pair(lo, hi)
         out = out.view(hi - lo, self.groups, self.o, self.i)
@@ -238,7 +238,7 @@ class Outer(Factored):
 
     def rows_in_scratch(self, lo: int, hi: int) -> Tensor:
         """Rows that stand until the next are asked for."""
-        if self._single is not None and hi - lo == 1:
+        if self._native is not None and (hi - lo == 1 or not self._alone):
             return self.rows(lo, hi)
         rows = scratch("rows", (hi - lo, *self.shape), self.acc, self.device)
         self.rows_into(lo, hi, rows)
@@ -350,8 +350,8 @@ class Outer(Factored):
         return torch.cat(out)
 
     def tile(self) -> int:
-        unfolded = self.groups * self.s * self.i if isinstance(self.a, Patches) else 0
-        if self._single is not None:
+        unfolded = self.groups * self.s * self.i if isinstance(self.a, Patches) and self._native is None else 0
+        if self._alone:
             return 1
         return max(1, min(self.n, TILE // max(1, self.numel), TILE // max(1, unfolded)))
 

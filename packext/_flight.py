@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._factored import Dense, Factored, Pulled, merge
 from packext._probe import Probe, probe
+from packext._record import modules_of
 from packext._use import Source, Use, live_nodes
 
 if TYPE_CHECKING:
@@ -185,15 +186,19 @@ def enter(record: Record) -> None:
 def _unseen(record: Record) -> None:
     """Refuse parameters that the gradient will reach although no use of them was seen."""
     root = record.root()
+    if root is None:
+        return
     known = {id(s.tensor) for s in record.parameters()}
-    missed = [
-        name
-        for name, p in (root.named_parameters() if root is not None else ())
-        if p.requires_grad and id(p) not in known and not live_nodes(p) and _will_accumulate(p)
-    ]
+    missed = {
+        id(p)
+        for module in modules_of(root)
+        for p in module._parameters.values()
+        if p is not None and p.requires_grad and id(p) not in known and not live_nodes(p) and _will_accumulate(p)
+    }
     if missed:
+        names = ", ".join(name for name, p in root.named_parameters() if id(p) in missed)
         raise UnsupportedUseError(
-            f"A gradient will reach {', '.join(missed)}, but packext saw no use of it: it was combined with other "
+            f"A gradient will reach {names}, but packext saw no use of it: it was combined with other "
             "values before the extended model ran, or outside of it. Do so inside of forward."
         )
 

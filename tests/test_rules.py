@@ -211,11 +211,11 @@ def test_linear_of_any_shape(n: int, lead: Sequence[int], i: int, o: int, bias: 
 @given(
     n=st.integers(1, 4), dims=small, transposed=st.booleans(), groups=st.integers(1, 2), i=small, o=small,
     kernel=small, stride=small, padding=st.integers(0, 2), dilation=st.integers(1, 2),
-    size=st.integers(1, 6), bias=st.booleans(),
+    size=st.integers(1, 6), bias=st.booleans(), route=st.sampled_from(["patches", "beside each other", "alone"]),
 )  # fmt: skip
 def test_convolution_of_any_shape(
     n: int, dims: int, transposed: bool, groups: int, i: int, o: int,
-    kernel: int, stride: int, padding: int, dilation: int, size: int, bias: bool,
+    kernel: int, stride: int, padding: int, dilation: int, size: int, bias: bool, route: str,
 ) -> None:  # fmt: skip
     extent = (kernel - 1) * dilation + 1
     out = (size - 1) * stride + extent - 2 * padding if transposed else size + 2 * padding - extent + 1
@@ -226,7 +226,9 @@ def test_convolution_of_any_shape(
         else (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     )
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": bias}
-    with double_precision():
+    with double_precision(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "_suits", lambda *_: route == "beside each other")
+        patch.setattr(convolution, "LARGE", 0 if route == "alone" else 1 << 60)
         conv = kinds[dims - 1](i * groups, o * groups, kernel, **options)
         size = min(size, 3) if dims == 3 and size + 2 * padding - extent >= 3 else size
         assume(transposed or size + 2 * padding >= extent)

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def resident(field: str) -> int:
-    """Return ``VmRSS`` or ``VmHWM`` in bytes."""
+    """Return ``VmRSS``, ``VmHWM`` or ``RssFile`` in bytes."""
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
     if found is None:
@@ -58,19 +58,20 @@ def peak_on_cpu(contender: Contender) -> tuple[int, int, bool]:
     settle()
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        start, was_reset = resident("VmRSS"), True
+        start, was_reset = resident("VmRSS") - resident("RssFile"), True
     except OSError:
         start, was_reset = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, False
     contender.step()
     if not was_reset:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
         return peak, peak, False
-    first = resident("VmHWM") - start
+    # Pages of program files that are loaded as their code first runs are not what a step needs.
+    first = resident("VmHWM") - resident("RssFile") - start
     settle()
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS):
         contender.step()
-    return first, resident("VmHWM") - start, True
+    return first, resident("VmHWM") - resident("RssFile") - start, True
 
 
 def peak_on_cuda(contender: Contender, device: torch.device) -> tuple[int, int, bool]:

@@ -42,5 +42,10 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
         return torch.empty(shape, dtype=dtype, device=device)
     held = _SCRATCH.held.get((name, dtype))
     if held is None or held.numel() < size:
-        held = _SCRATCH.held[name, dtype] = torch.empty(max(size, TILE), dtype=dtype)
+        held = _SCRATCH.held[name, dtype] = torch.empty(size, dtype=dtype)
     return held[:size].view(shape)
+
+
+def release() -> None:
+    """Give memory back when a parameter is done: the peak of a backward pass is elsewhere."""
+    _SCRATCH.held.clear()

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from packext._factored import Factored, Outer, Patches, Sum
-from packext._scratch import scratch
+from packext._scratch import release, scratch
 
 Visitor = Callable[[Tensor], None]
 
 #: Entries of one parameter's rows that may be in memory at once, for inner products with their sum or each other.
-KEEP = 6 << 20
+KEEP = 3 << 20
 
 #: Entries of a row below which a call costs more than what it does.
 SMALL = 1 << 13
@@ -64,15 +64,22 @@ class Statistics:
         for want in missing:
             if want not in ("rows", "dots") and not self._direct(want, bool(tiled or visitors), deliver):
                 tiled.append(want)
-        if tiled or visitors:
-            one_term = isinstance(f, Outer) and f.s == 1
+        one_term = isinstance(f, Outer) and f.s == 1
+        blocks = self._blocks() if not (visitors or "rows" in tiled) else 0
+        together = "dots" in missing and not one_term and (blocks > 0 or self._keepable(KEEP))
+        if tiled or visitors or (together and deliver):
             if deliver and not one_term:
                 tiled.append("total")
-            if "dots" in missing and not one_term and self._keepable():
+            if together:
                 tiled += ["total", "dots"]
-            self._tiles([w for w in dict.fromkeys(tiled) if w not in self.known], visitors, buffer)
+            wanted = [w for w in dict.fromkeys(tiled) if w not in self.known]
+            if blocks and ("dots" in wanted or "gram" in wanted):
+                self._by_outputs(wanted, blocks)
+            else:
+                self._tiles(wanted, visitors, buffer)
         if "dots" in missing and "dots" not in self.known:
             self.known["dots"], self.route["dots"] = self.dots(self["total"]), "factors"
+        release()
 
     def _direct(self, want: str, tiles_run: bool, deliver: bool) -> bool:
         one_term = isinstance(self.form, Outer) and self.form.s == 1
@@ -80,17 +87,23 @@ class Statistics:
             return False
         if want == "sq_norms" and self._tiles_beat_gram(tiles_run, deliver):
             return False
-        if want == "gram" and self._keepable() and not (isinstance(self.form, Outer) and self.form.tokens_are_few):
-            return False
+        if want == "gram" and not (isinstance(self.form, Outer) and self.form.tokens_are_few):
+            if self._keepable(2 * KEEP) or self._blocks():
+                return False
         value = self.form.weighted(None) if want == "total" else getattr(self.form, want)()
         if value is None:
             return False
         self.known[want], self.route[want] = value, "factors"
         return True
 
-    def _keepable(self) -> bool:
+    def _keepable(self, limit: int) -> bool:
         """Whether all rows may be in memory at once, being no larger than activations are."""
-        return self.form.all_rows() is None and self.form.n * self.form.numel <= KEEP
+        return self.form.all_rows() is None and self.form.n * self.form.numel <= limit
+
+    def _blocks(self) -> int:
+        """How many outputs of all samples make a tile, for what needs all samples at once; 0: no such tiles."""
+        f = self.form
+        return f.outputs_at_once() if isinstance(f, Outer) and f.s > 1 and not torch.is_grad_enabled() else 0
 
     def _tiles_beat_gram(self, tiles_run: bool, deliver: bool) -> bool:
         f = self.form
@@ -105,6 +118,34 @@ class Statistics:
         if not (tiles_run or deliver):
             tiles += product
         return tiles < gram
+
+    def _by_outputs(self, wants: list[str], step: int) -> None:
+        """Tiles of all samples and some outputs: each knows its own mean, and inner products are sums over them."""
+        f = self.form
+        assert isinstance(f, Outer)
+        shapes = {"sq_norms": (f.n,), "dots": (f.n,), "gram": (f.n, f.n)}
+        found = {
+            w: torch.zeros(shapes.get(w, (f.groups, f.o, f.i)), dtype=f.acc, device=f.device)
+            for w in dict.fromkeys([*wants, "total"])
+        }
+        for lo in range(0, f.o, step):
+            part = slice(lo, min(f.o, lo + step))
+            rows = f.outputs_in_scratch(part.start, part.stop)
+            flat, total = rows.flatten(1), rows.sum(0)
+            found["total"][:, part] = total
+            if "sq_norms" in wants:
+                found["sq_norms"] += torch.linalg.vector_norm(flat, dim=1).square_()
+            if "dots" in wants:
+                found["dots"] += flat @ total.flatten()
+            if "gram" in wants:
+                found["gram"] += flat @ flat.T
+            if "second_moment" in wants:
+                _add_squares(found["second_moment"][:, part], rows, False)
+            if "scatter" in wants:
+                _add_squares(found["scatter"][:, part], rows.sub_(total / f.n), False)
+        for want, value in found.items():
+            self.known[want] = value.reshape(f.shape) if want not in shapes else value
+        self.route.update(dict.fromkeys(found, "tiles"))
 
     def _tiles(self, wants: list[str], visitors: list[Visitor], buffer: Tensor | None) -> None:
         f = self.form

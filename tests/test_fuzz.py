@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 import packext as px
-from packext import _factored, _statistics, testing
+from packext import _scratch, _statistics, testing
+from packext._factored import outer
+from packext.rules import convolution
 from tests.generator import Problem, flat, generate
 from tests.generator_draw import Coupler
 
@@ -147,13 +149,15 @@ def _error(got: Tensor, want: Tensor, size: float) -> float:
 def routes(problem: Problem) -> Iterator[None]:
     """Small tiles and other costs, so that small models take every route."""
     d = problem.draw
-    before = _factored.TILE, _statistics.ELEMENTWISE
-    _factored.TILE = d.choice([1 << 18, 64, 8])
-    _statistics.ELEMENTWISE = d.choice([20.0, 0.01, 1e4])
-    try:
+    suits = d.choice([convolution._suits, lambda *_: True])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_scratch, "TILE", d.choice([1 << 18, 64, 8]))
+        patch.setattr(_statistics, "ELEMENTWISE", d.choice([20.0, 0.01, 1e4]))
+        patch.setattr(_statistics, "KEEP", d.choice([1 << 18, 1]))
+        patch.setattr(outer, "VECTOR", d.choice([1, 2]))
+        patch.setattr(convolution, "LARGE", d.choice([1 << 60, 0]))
+        patch.setattr(convolution, "_suits", suits)
         yield
-    finally:
-        _factored.TILE, _statistics.ELEMENTWISE = before
 
 
 def quantities(problem: Problem) -> tuple[list[Any], list[Any]]:

@@ -152,10 +152,14 @@ class Convolution(OwnedRule):
         def apply(direction: Tensor) -> Tensor:
             return canonical(self._apply(read, direction.to(read.dtype), c))
 
-        def native(lo: int, hi: int) -> Tensor:
-            images, count = slice(lo * per, hi * per), hi - lo
+        def native(lo: int, hi: int, first: int = 0, last: int | None = None) -> Tensor:
+            images, count, outputs = slice(lo * per, hi * per), hi - lo, slice(first, last)
             if count == 1:
-                return self._backward(use, {"input": x[images], "weight": w}, g[images], [False, True, False])[1][None]
+                some = (x[images], g[images, outputs], w[outputs])
+                if c["transposed"]:
+                    some = (x[images, outputs], g[images], w[outputs])
+                parts = {"input": some[0], "weight": some[2]}
+                return self._backward(use, parts, some[1], [False, True, False])[1][None]
             # Samples side by side as groups of one convolution.
             parts = {"input": x[images].flatten(0, 1)[None], "weight": w.expand(count, *w.shape).flatten(0, 1)}
             rows = self._backward(use, parts, g[images].flatten(0, 1)[None], [False, True, False], count)[1]

@@ -1,0 +1,146 @@
+"""What every form of a per-sample gradient answers, and the plainest of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from packext import _scratch
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32 or better: what squares and sums are accumulated in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Factored:
+    """Per-sample gradient of one tensor: `n` samples, each of `shape`."""
+
+    n: int
+    shape: torch.Size
+    acc: torch.dtype
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        """Entries of one row."""
+        return math.prod(self.shape)
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        """Individual gradients `[hi - lo, *shape]` of samples `lo` to `hi`."""
+        raise NotImplementedError
+
+    def rows_into(self, lo: int, hi: int, out: Tensor) -> None:
+        """Write the rows `lo` to `hi` into `out` `[hi - lo, *shape]`."""
+        out.copy_(self.rows(lo, hi))
+
+    def select(self, index: Tensor) -> Tensor:
+        """Individual gradients `[len(index), *shape]` of the samples in `index`."""
+        picked = [self.rows(i, i + 1) for i in index.tolist()]
+        return torch.cat(picked) if picked else self.rows(0, 0)
+
+    def tile(self) -> int:
+        """How many samples make one tile."""
+        return max(1, min(self.n, _scratch.TILE // max(1, self.numel)))
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """The bounds of all tiles."""
+        step = self.tile()
+        return [(lo, min(self.n, lo + step)) for lo in range(0, self.n, step)]
+
+    # Questions that a form may answer from its factors; None: ask the tiles.
+    def all_rows(self) -> Tensor | None:
+        """All rows, where they are in memory already."""
+        return None
+
+    def weighted(self, weight: Tensor | None) -> Tensor | None:
+        """`sum over n of weight_n row_n`, `[*shape]`; no weight means ones."""
+        return None
+
+    def sq_norms(self) -> Tensor | None:
+        """Squared norms of the rows, `[N]`."""
+        return None
+
+    def second_moment(self) -> Tensor | None:
+        """Sum over n of the squared rows, `[*shape]`."""
+        return None
+
+    def scatter(self) -> Tensor | None:
+        """Sum over n of the squared deviations from the mean row, `[*shape]`."""
+        return None
+
+    def gram(self) -> Tensor | None:
+        """Inner products of the rows, `[N, N]`."""
+        return None
+
+    def dots(self, direction: Tensor) -> Tensor | None:
+        """Inner products of the rows with `direction`, `[N]`."""
+        return None
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
+        """Rows seen as matrices `[shape[0], rest]`, times `left` `[r, shape[0]]` and `right` `[q, rest]`."""
+        return None
+
+    def bytes_held(self) -> int:
+        """Memory that the factors keep alive."""
+        raise NotImplementedError
+
+
+class Dense(Factored):
+    """The rows themselves, `[N, *shape]`; for tensors whose rows are no larger than activations."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """Take `rows` `[N, *shape]`."""
+        self.r = rows.to(accumulation_dtype(rows.dtype))
+        self.n, self.shape = rows.shape[0], rows.shape[1:]
+        self.acc, self.device = self.r.dtype, rows.device
+
+    @property
+    def flat(self) -> Tensor:
+        """The rows as `[N, P]`."""
+        return self.r.reshape(self.n, self.numel)
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        return self.r[lo:hi]
+
+    def select(self, index: Tensor) -> Tensor:
+        return self.r[index]
+
+    def weighted(self, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return self.r.sum(0)
+        return (weight @ self.flat).reshape(self.shape)
+
+    def sq_norms(self) -> Tensor:
+        return self.flat.square().sum(1)
+
+    def second_moment(self) -> Tensor:
+        return self.r.square().sum(0)
+
+    def scatter(self) -> Tensor:
+        return (self.r - self.r.mean(0)).square().sum(0)
+
+    def gram(self) -> Tensor:
+        return self.flat @ self.flat.T
+
+    def dots(self, direction: Tensor) -> Tensor:
+        return self.flat @ direction.reshape(-1)
+
+    def all_rows(self) -> Tensor:
+        return self.r
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor:
+        return two_sided(self.r, left, right)
+
+    def bytes_held(self) -> int:
+        return self.r.numel() * self.r.element_size()
+
+
+def two_sided(rows: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+    """Rows `[c, *shape]` as matrices `[c, shape[0], rest]`, times `left` and `right`ᵀ."""
+    c = rows.shape[0]
+    if right is None:
+        return rows.reshape(c, left.shape[1]) @ left.T
+    return left @ rows.reshape(c, left.shape[1], right.shape[1]) @ right.T

@@ -1,0 +1,203 @@
+"""Lookups, gradients pulled back or masked, sums of several uses, and how uses are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from packext import _scratch
+from packext._factored.base import Dense, Factored, accumulation_dtype
+from packext._factored.outer import Outer
+
+
+class Lookup(Factored):
+    """Rows of a table: `row_n[id] = sum over s with index[n, s] = id of g[n, s]`."""
+
+    def __init__(self, index: Tensor, g: Tensor, shape: Sequence[int]) -> None:
+        """Take indices `[N, S]` (negative: no gradient), g `[N, S, E]` and the table's shape `[V, E]`."""
+        self.index, self.g = index, g
+        self.n, self.s = index.shape
+        self.shape = torch.Size(shape)
+        self.acc, self.device = accumulation_dtype(g.dtype), g.device
+        self._grouped: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _scatter(self, index: Tensor, g: Tensor) -> Tensor:
+        """Dense rows `[c, V, E]` of indices `[c, S]`."""
+        c, (v, e) = len(index), self.shape
+        keep = index >= 0
+        flat = (index + v * torch.arange(c, device=self.device)[:, None])[keep]
+        out = torch.zeros(c * v, e, dtype=self.acc, device=self.device)
+        return out.index_add(0, flat, g[keep].to(self.acc)).reshape(c, v, e)
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        return self._scatter(self.index[lo:hi], self.g[lo:hi])
+
+    def select(self, index: Tensor) -> Tensor:
+        return self._scatter(self.index[index], self.g[index])
+
+    def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample `[U]`, id `[U]` and gradient `[U, E]` of each distinct (sample, id)."""
+        if self._grouped is None:
+            keep = self.index >= 0
+            sample = torch.arange(self.n, device=self.device)[:, None].expand_as(self.index)[keep]
+            key = sample * self.shape[0] + self.index[keep]
+            unique, inverse = key.unique(return_inverse=True)
+            z = torch.zeros(len(unique), self.shape[1], dtype=self.acc, device=self.device)
+            z = z.index_add(0, inverse, self.g[keep].to(self.acc))
+            self._grouped = unique // self.shape[0], unique % self.shape[0], z
+        return self._grouped
+
+    def _over_ids(self, values: Tensor) -> Tensor:
+        out = torch.zeros(*self.shape, dtype=self.acc, device=self.device)
+        return out.index_add(0, self.grouped()[1], values)
+
+    def _over_samples(self, values: Tensor) -> Tensor:
+        out = torch.zeros(self.n, dtype=self.acc, device=self.device)
+        return out.index_add(0, self.grouped()[0], values)
+
+    def weighted(self, weight: Tensor | None) -> Tensor:
+        sample, _, z = self.grouped()
+        return self._over_ids(z if weight is None else z * weight[sample, None])
+
+    def sq_norms(self) -> Tensor:
+        return self._over_samples(self.grouped()[2].square().sum(1))
+
+    def second_moment(self) -> Tensor:
+        return self._over_ids(self.grouped()[2].square())
+
+    def scatter(self) -> Tensor:
+        """Deviations of the rows that are there, and those of the zeros that are not."""
+        sample, ids, z = self.grouped()
+        mean = self._over_ids(z) / self.n
+        present = torch.zeros(self.shape[0], dtype=self.acc, device=self.device)
+        present = present.index_add(0, ids, torch.ones_like(ids, dtype=self.acc))
+        return self._over_ids((z - mean[ids]).square()) + (self.n - present)[:, None] * mean.square()
+
+    def gram(self) -> Tensor:
+        sample, ids, z = self.grouped()
+        used, column = ids.unique(return_inverse=True)
+        out = torch.zeros(self.n, self.n, dtype=self.acc, device=self.device)
+        step = max(1, 8 * _scratch.TILE // max(1, self.n * len(used)))
+        for lo in range(0, self.shape[1], step):
+            part = z[:, lo : lo + step]
+            dense = torch.zeros(self.n * len(used), part.shape[1], dtype=self.acc, device=self.device)
+            dense = dense.index_add(0, sample * len(used) + column, part).reshape(self.n, -1)
+            out = out + dense @ dense.T
+        return out
+
+    def dots(self, direction: Tensor) -> Tensor:
+        _, ids, z = self.grouped()
+        return self._over_samples((z * direction.reshape(self.shape)[ids]).sum(1))
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
+        if right is None:
+            return None
+        sample, ids, z = self.grouped()
+        pairs = left.T[ids][:, :, None] * (z @ right.T)[:, None, :]
+        out = torch.zeros(self.n, *pairs.shape[1:], dtype=self.acc, device=self.device)
+        return out.index_add(0, sample, pairs)
+
+    def bytes_held(self) -> int:
+        return self.g.numel() * self.g.element_size() + self.index.numel() * self.index.element_size()
+
+
+class Masked(Factored):
+    """Rows by the vjp of the call itself, with the cotangent of one sample at a time."""
+
+    def __init__(self, n: int, like: Tensor, vjp: Callable[[int], Tensor], held: int) -> None:
+        """Take the number of samples, the tensor, `vjp(n) -> row n`, and the bytes it keeps alive."""
+        self.n, self.shape = n, like.shape
+        self.acc, self.device = accumulation_dtype(like.dtype), like.device
+        self._vjp, self._held = vjp, held
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        if lo == hi:
+            return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
+        return torch.stack([self._vjp(i).to(self.acc) for i in range(lo, hi)])
+
+    def bytes_held(self) -> int:
+        return self._held
+
+
+class Pulled(Factored):
+    """A form of a value `u` made of parameters alone, pulled back to one of them."""
+
+    def __init__(self, inner: Factored, like: Tensor, pull: Callable[[Tensor], Tensor]) -> None:
+        """Take the form of u, the parameter, and `pull: [c, *u.shape] -> [c, *shape]`."""
+        self.inner, self.pull = inner, pull
+        self.n, self.shape = inner.n, like.shape
+        self.acc, self.device = inner.acc, inner.device
+
+    def tile(self) -> int:
+        return max(1, min(super().tile(), self.inner.tile()))
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        if lo == hi:
+            return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
+        return self.pull(self.inner.rows(lo, hi)).to(self.acc)
+
+    def weighted(self, weight: Tensor | None) -> Tensor | None:
+        total = self.inner.weighted(weight)
+        return None if total is None else self.pull(total[None])[0].to(self.acc)
+
+    def bytes_held(self) -> int:
+        return self.inner.bytes_held()
+
+
+class Sum(Factored):
+    """Several uses of one parameter: the row of a sample is the sum of its rows."""
+
+    def __init__(self, parts: Sequence[Factored]) -> None:
+        """Take the forms of all uses."""
+        self.parts = list(parts)
+        first = self.parts[0]
+        self.n, self.shape, self.device = first.n, first.shape, first.device
+        self.acc = first.acc
+        for part in self.parts[1:]:
+            self.acc = torch.promote_types(self.acc, part.acc)
+
+    def tile(self) -> int:
+        return min(part.tile() for part in self.parts)
+
+    def _total(self, values: Sequence[Tensor | None]) -> Tensor | None:
+        out = values[0]
+        for value in values[1:]:
+            out = None if out is None or value is None else out + value
+        return out
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        out = self.parts[0].rows(lo, hi).to(self.acc)
+        for part in self.parts[1:]:
+            out = out + part.rows(lo, hi)
+        return out
+
+    def weighted(self, weight: Tensor | None) -> Tensor | None:
+        return self._total([part.weighted(weight) for part in self.parts])
+
+    def dots(self, direction: Tensor) -> Tensor | None:
+        return self._total([part.dots(direction) for part in self.parts])
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
+        return self._total([part.project(left, right) for part in self.parts])
+
+    def bytes_held(self) -> int:
+        return sum(part.bytes_held() for part in self.parts)
+
+
+def merge(parts: Sequence[Factored]) -> Factored:
+    """One form for all uses of a parameter; forms of a kind are joined along S."""
+    if len(parts) == 1:
+        return parts[0]
+    dense = [p for p in parts if isinstance(p, Dense)]
+    if len(dense) == len(parts):
+        return Dense(torch.stack([p.r for p in dense]).sum(0))
+    lookups = [p for p in parts if isinstance(p, Lookup)]
+    if len(lookups) == len(parts):
+        index, g = torch.cat([p.index for p in lookups], 1), torch.cat([p.g for p in lookups], 1)
+        return Lookup(index, g, parts[0].shape)
+    outers = [(p.a, p.g) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
+    if len(outers) == len(parts) and len({(a.shape[1], a.shape[3], g.shape[2]) for a, g in outers}) == 1:
+        return Outer(torch.cat([a for a, _ in outers], 2), torch.cat([g for _, g in outers], 3), parts[0].shape)
+    return Sum(parts)

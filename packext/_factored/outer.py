@@ -1,0 +1,263 @@
+"""Sums of outer products: what linear maps and convolutions give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from packext import _scratch
+from packext._factored.base import Factored, accumulation_dtype
+from packext._scratch import scratch
+
+#: Outputs come in multiples of this where not all are taken at once.
+VECTOR = 16
+
+
+class Patches:
+    """What multiplied a convolution's weight, `[N, G, S, I]`, unfolded only for the samples asked for."""
+
+    def __init__(
+        self,
+        n: int,
+        groups: int,
+        positions: int,
+        features: int,
+        take: Callable[[int, int], Tensor],
+        source: Tensor,
+    ) -> None:
+        """Take the sizes N, G, S, I, the function that unfolds samples lo to hi, and what it reads."""
+        self.shape = (n, groups, positions, features)
+        self.take, self.source = take, source
+
+    def __getitem__(self, where: slice) -> Tensor:
+        """Unfold samples `where.start` to `where.stop`."""
+        return self.take(where.start, where.stop)
+
+
+class Outer(Factored):
+    """`sum over S of g aᵀ`, `[G O, I]` per sample, reshaped to the parameter."""
+
+    def __init__(
+        self,
+        a: Tensor | Patches,
+        g: Tensor,
+        shape: Sequence[int],
+        weighted: Callable[[Tensor | None], Tensor] | None = None,
+        apply: Callable[[Tensor], Tensor] | None = None,
+        native: Callable[..., Tensor] | None = None,
+        alone: bool = False,
+    ) -> None:
+        """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
+
+        Args:
+            a: `[N, G, S, I]`, what multiplied the parameter.
+            g: `[N, G, O, S]`, gradient at the output of the use.
+            shape: of the parameter, `G O I` entries in this order.
+            weighted: `weight [N] or None -> sum over n of weight_n row_n`.
+            native: `lo, hi -> rows`, where torch has a faster way to them; with `alone` also `n, n + 1, lo, hi` for
+                outputs lo to hi of row n.
+            alone: whether `native` takes one row at a time.
+            apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
+        """
+        self.a, self.g = a, g
+        self.n, self.groups, self.s, self.i = a.shape
+        self.o = g.shape[2]
+        self.shape = torch.Size(shape)
+        source = a.source if isinstance(a, Patches) else a
+        self.acc = accumulation_dtype(torch.promote_types(source.dtype, g.dtype))
+        self.device = g.device
+        self._weighted, self._apply = weighted, apply
+        self._native, self._alone = native, alone
+
+    def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """The factors of samples lo to hi, in the accumulation dtype."""
+        return self.a[lo:hi].to(self.acc), self.g[lo:hi].to(self.acc)
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        if self._native is not None and hi > lo:
+            step = 1 if self._alone else hi - lo
+            parts = [self._native(k, k + step).to(self.acc) for k in range(lo, hi, step)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        a, g = self.pair(lo, hi)
+        return torch.matmul(g, a).reshape(hi - lo, *self.shape)
+
+    def rows_into(self, lo: int, hi: int, out: Tensor) -> None:
+        if self._native is not None:
+            for k in range(lo, hi) if self._alone else (lo,):
+                rows = self._native(k, k + 1 if self._alone else hi)
+                out[k - lo : k - lo + len(rows)] = rows
+            return
+        a, g = self.pair(lo, hi)
+        out = out.view(hi - lo, self.groups, self.o, self.i)
+        # A product with one term is a matrix product in name only.
+        if self.s == 1:
+            torch.mul(g, a, out=out)
+        else:
+            torch.bmm(g.flatten(0, 1), a.flatten(0, 1), out=out.view(-1, self.o, self.i))
+
+    def rows_in_scratch(self, lo: int, hi: int) -> Tensor:
+        """Rows that stand until the next are asked for."""
+        if self._native is not None and (hi - lo == 1 or not self._alone):
+            return self.rows(lo, hi)
+        rows = scratch("rows", (hi - lo, *self.shape), self.acc, self.device)
+        self.rows_into(lo, hi, rows)
+        return rows
+
+    def outputs_at_once(self) -> int:
+        """How many outputs of all samples' rows fit into a tile; 0 where too few do, or unfolding would be repeated."""
+        native = self._alone and self._native is not None and self.groups == 1
+        if isinstance(self.a, Patches) and not native:
+            return 0
+        most = (3 if native else 1) * _scratch.TILE // (self.n * self.groups * self.i)
+        return self.o if most >= self.o else most // VECTOR * VECTOR
+
+    def outputs_in_scratch(self, lo: int, hi: int) -> Tensor:
+        """All samples' rows of outputs lo to hi, `[N, G, hi - lo, I]`; they stand until the next are asked for."""
+        rows = scratch("rows", (self.n, self.groups, hi - lo, self.i), self.acc, self.device)
+        if isinstance(self.a, Patches):
+            assert self._native is not None
+            for k in range(self.n):
+                rows[k] = self._native(k, k + 1, lo, hi).reshape(1, hi - lo, self.i)
+        else:
+            a, g = self.pair(0, self.n)
+            out = rows.view(-1, hi - lo, self.i)
+            torch.bmm(g[:, :, lo:hi].flatten(0, 1), a.flatten(0, 1), out=out)
+        return rows
+
+    def select(self, index: Tensor) -> Tensor:
+        if isinstance(self.a, Patches):
+            return super().select(index)
+        return torch.matmul(self.g[index].to(self.acc), self.a[index].to(self.acc)).reshape(len(index), *self.shape)
+
+    def weighted(self, weight: Tensor | None) -> Tensor | None:
+        if self._weighted is not None:
+            return self._weighted(weight).to(self.acc)
+        if isinstance(self.a, Patches):
+            return None
+        a, g = self.pair(0, self.n)
+        if weight is not None:
+            g = g * weight[:, None, None, None]
+        return torch.einsum("ngos,ngsi->goi", g, a).reshape(self.shape)
+
+    def sq_norms(self) -> Tensor:
+        """By `(a aᵀ)(g gᵀ)`, without the rows; whether that is cheaper is for the caller to know."""
+        if self.s == 1:
+            a, g = self.pair(0, self.n)
+            return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
+        parts = []
+        step = max(1, _scratch.TILE // (self.groups * self.s * max(self.s, self.i)))
+        for lo in range(0, self.n, step):
+            a, g = self.pair(lo, min(self.n, lo + step))
+            parts.append((torch.matmul(a, a.mT) * torch.matmul(g.mT, g)).sum((1, 2, 3)))
+        return torch.cat(parts)
+
+    def second_moment(self) -> Tensor | None:
+        if self.s != 1:
+            return None
+        a, g = self.pair(0, self.n)
+        return torch.einsum("ngos,ngsi->goi", g.square(), a.square()).reshape(self.shape)
+
+    def scatter(self) -> Tensor | None:
+        """Squared deviations from products of the centred factors, without cancellation.
+
+        With b = g - mean g, c = a - mean a, the deviation of a row from (mean g)(mean a)ᵀ is
+        d_n = b_n (mean a)ᵀ + g_n c_nᵀ, all small where the rows are nearly equal, so that
+        `sum d² - N (mean d)²` is sound. Where a and g vary and their product hardly does, that
+        difference cancels all the same: those entries are recognised by it and formed exactly.
+
+        Returns:
+            `[*shape]`, or None where there are several positions, or too many entries are in doubt.
+        """
+        if self.s != 1 or self.n == 1:
+            return None
+        a, g = self.pair(0, self.n)
+        a, g = a[:, :, 0], g[..., 0]  # [N, G, I], [N, G, O]
+        step = max(1, _scratch.TILE // (4 * self.i))
+        blocks = []
+        doubts = 0
+        for k in range(self.groups):
+            for lo in range(0, self.o, step):
+                block, doubtful = _scatter_of_products(g[:, k, lo : lo + step], a[:, k])
+                doubts += doubtful
+                if doubts * 4 > self.numel:
+                    return None
+                blocks.append(block)
+        return torch.cat(blocks).reshape(self.shape)
+
+    @property
+    def tokens_are_few(self) -> bool:
+        """Whether inner products of rows take fewer operations by tokens than by rows."""
+        return self.s == 1 or self.s**2 * (self.i + self.o) < self.i * self.o
+
+    def gram(self) -> Tensor:
+        """By tokens `(a aᵀ)(g gᵀ)`, or by rows of some outputs at a time, whichever takes fewer operations."""
+        n, s = self.n, self.s
+        out = torch.zeros(n, n, dtype=self.acc, device=self.device)
+        if self.tokens_are_few:
+            a, g = self.pair(0, n)
+            for k in range(self.groups):
+                tokens_a, tokens_g = a[:, k].reshape(n * s, -1), g[:, k].mT.reshape(n * s, -1)
+                products = (tokens_a @ tokens_a.T) * (tokens_g @ tokens_g.T)
+                out = out + products.reshape(n, s, n, s).sum((1, 3))
+            return out
+        block = max(1, 2 * _scratch.TILE // (n * self.groups * self.i))
+        for o in range(0, self.o, block):
+            rows = []
+            for lo, hi in self.tiles():
+                a, g = self.pair(lo, hi)
+                rows.append(torch.matmul(g[:, :, o : o + block], a).reshape(hi - lo, -1))
+            flat = torch.cat(rows)
+            out = out + flat @ flat.T
+        return out
+
+    def dots(self, direction: Tensor) -> Tensor | None:
+        if self._apply is not None:
+            return (self._apply(direction) * self.g).sum((1, 2, 3), dtype=self.acc)
+        if isinstance(self.a, Patches):
+            return None
+        a, g = self.pair(0, self.n)
+        d = direction.reshape(self.groups, self.o, self.i).to(self.acc)
+        return (torch.matmul(d, a.mT) * g).sum((1, 2, 3))
+
+    def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
+        if right is None or right.shape[1] != self.i or left.shape[1] != self.groups * self.o:
+            return None
+        left_by_group = left.reshape(left.shape[0], self.groups, self.o).transpose(0, 1)
+        out = []
+        for lo, hi in self.tiles():
+            a, g = self.pair(lo, hi)
+            out.append(torch.matmul(torch.matmul(left_by_group, g), torch.matmul(a, right.T)).sum(1))
+        return torch.cat(out)
+
+    def tile(self) -> int:
+        unfolded = self.groups * self.s * self.i if isinstance(self.a, Patches) and self._native is None else 0
+        if self._alone:
+            return 1
+        return max(1, min(self.n, _scratch.TILE // max(1, self.numel), _scratch.TILE // max(1, unfolded)))
+
+    def bytes_held(self) -> int:
+        source = self.a.source if isinstance(self.a, Patches) else self.a
+        return source.numel() * source.element_size() + self.g.numel() * self.g.element_size()
+
+
+def _scatter_of_products(g: Tensor, a: Tensor) -> tuple[Tensor, int]:
+    """Squared deviations `[O, I]` of g_n a_nᵀ from their mean, for g `[N, O]`, a `[N, I]`; how many were in doubt."""
+    n = len(g)
+    mean_a, mean_g = a.mean(0), g.mean(0)
+    c, b = a - mean_a, g - mean_g
+    spread = g.square().T @ c.square()
+    spread = spread + (2 * (b * g).T @ c) * mean_a
+    spread = spread + b.square().sum(0)[:, None] * mean_a.square()
+    result = spread - (g.T @ c).square() / n
+    where = ((result <= 1e-3 * spread) & (spread > 0)).nonzero()
+    if len(where):
+        at_g, at_a = where.unbind(1)
+        parts = []
+        step = max(1, _scratch.TILE // (4 * n))
+        for lo in range(0, len(where), step):
+            rows = g[:, at_g[lo : lo + step]] * a[:, at_a[lo : lo + step]]
+            parts.append((rows - rows.mean(0)).square().sum(0))
+        result = result.index_put((at_g, at_a), torch.cat(parts))
+    return result.clamp(min=0), len(where)

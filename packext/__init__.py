@@ -14,14 +14,22 @@ from packext._explain import explain as explain
 from packext._extend import extend as extend
 from packext._extend import is_extended as is_extended
 from packext._extend import unextend as unextend
+from packext.quantities import KFAC as KFAC
+from packext.quantities import KFLR as KFLR
+from packext.quantities import BatchDiagGGNExact as BatchDiagGGNExact
+from packext.quantities import BatchDiagGGNMC as BatchDiagGGNMC
 from packext.quantities import BatchDotGrad as BatchDotGrad
 from packext.quantities import BatchGrad as BatchGrad
 from packext.quantities import BatchL2Grad as BatchL2Grad
 from packext.quantities import ClippedGrad as ClippedGrad
+from packext.quantities import DiagGGNExact as DiagGGNExact
+from packext.quantities import DiagGGNMC as DiagGGNMC
 from packext.quantities import GradDot as GradDot
 from packext.quantities import GradHistogram as GradHistogram
 from packext.quantities import Histogram as Histogram
 from packext.quantities import ProjectedGrad as ProjectedGrad
+from packext.quantities import SqrtGGNExact as SqrtGGNExact
+from packext.quantities import SqrtGGNMC as SqrtGGNMC
 from packext.quantities import SumGradSquared as SumGradSquared
 from packext.quantities import Variance as Variance
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from packext import _flight
+from packext._curvature import spread
 from packext._errors import NotExtendedError, PackextError
 from packext._factored import Factored
 from packext._lineage import LOCAL
-from packext._quantity import Ask, Quantity
+from packext._quantity import Ask, Curvature, Quantity
 from packext._record import modules_of
+from packext._scale import Seen
 from packext._statistics import Statistics
 from packext._use import Source, Use, live_nodes
 
@@ -155,6 +157,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         if not (scale in ("loss", "sample") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
             raise ValueError(f'scale must be "loss", "sample" or a number, got {scale!r}.')
         self.extensions = extensions
+        self.curvature = tuple(e for e in extensions if isinstance(e, Curvature))
+        self.first_order = tuple(e for e in extensions if not isinstance(e, Curvature))
         self.extension_hook = extension_hook
         self.scale = scale
         self.results = Results(extensions)
@@ -217,6 +221,13 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         for extension in self.extensions:
             extension.check(lambda: self._factor(flight, n, sample=True))
 
+    def _spread(self, flight: _flight.Pass, seen: Seen, g: Tensor) -> None:
+        """An extended loss was reached: send its curvature ahead of the gradient."""
+        if any(q.root[0] != "empirical" for q in self.curvature):
+            flight.spread = True
+            with torch.no_grad():
+                spread(flight, [q for q in self.curvature if q.root[0] != "empirical"], seen, g.detach())
+
     def _emit(self, flight: _flight.Pass, source: Source, use: Use, form: Factored, deliver: bool) -> Tensor | None:
         n = form.n
         statistics = Statistics(form)
@@ -224,18 +235,24 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             statistics, source.name, source.tensor, n, self._factor(flight, n), self.scale,
             lambda: self._factor(flight, n, sample=True),
         )  # fmt: skip
-        wants = [w for e in self.extensions for w in e.wants(form)]
+        wants = [w for e in self.first_order for w in e.wants(form)]
         visitors = []
-        for extension in self.extensions:
+        for extension in self.first_order:
             visitor = extension.visitor(ask)
             if visitor is not None:
                 visitors.append(visitor)
         buffer = None
         if "rows" in wants and not torch.is_grad_enabled():
             holders = 1 if id(source.tensor) in self.results._by_parameter else 0
-            buffer = next((b for e in self.extensions if (b := e.buffer(ask, holders)) is not None), None)
+            buffer = next((b for e in self.first_order if (b := e.buffer(ask, holders)) is not None), None)
         statistics.prepare(wants, visitors, deliver, buffer)
-        values = {e.savefield: value for e in self.extensions if (value := e.result(ask)) is not None}
+        values = {e.savefield: value for e in self.first_order if (value := e.result(ask)) is not None}
+        sums = flight.sums.get(id(source.tensor), (source, {}))[1]
+        for e in self.curvature:
+            if e.root[0] == "empirical":
+                values[e.savefield] = e.land(e.absorb(ask, None), n, ask.factor * ask.sample_factor())
+            elif id(e) in sums:
+                values[e.savefield] = e.land(sums.pop(id(e)), n, ask.factor)
         flight.values[id(source.tensor)] = (source, values)
         for e in self.extensions:
             if e.deferred:

@@ -145,5 +145,5 @@ def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             tracer.__exit__(None, None, None)
             replaced = tracer.finish(output)
     if is_loss(module) and isinstance(output, Tensor) and output.requires_grad and not _out_of_reach():
-        replaced = LossMark.mark(module, output)
+        replaced = LossMark.mark(module, output, args, kwargs)
     return replaced

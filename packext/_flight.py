@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
+from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Dense, Factored, Pulled, merge
 from packext._probe import Probe, probe
 from packext._record import modules_of
-from packext._use import Source, Use, live_nodes
+from packext._use import TARGET, Source, Use, live_nodes
 
 if TYPE_CHECKING:
     from packext._backpack import backpack
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 #: Contexts, the innermost last. Backward passes of CUDA run on other threads, so this is global.
 CONTEXTS: list[backpack] = []
 _probe: Probe | None = None
+_sweep: Sweep | None = None
 #: Passes that have not ended, by the id of autograd's graph task.
 _passes: dict[int, Pass] = {}
 
@@ -30,29 +31,34 @@ _passes: dict[int, Pass] = {}
 _MISSING = object()
 
 
-class Pass:
-    """One backward pass inside a context."""
+class Gathering:
+    """The forms that arrive at taps, until those of a parameter are complete."""
 
-    def __init__(self, context: backpack) -> None:
-        """Start when the first gate is passed."""
-        self.context = context
-        self.task = torch._C._current_graph_task_id()
-        self.replaced: list[tuple[Tensor, str, Any]] = []
+    def __init__(self) -> None:
+        """Start empty."""
         self.fired: set[int] = set()
-        self.uses: list[Use] = []
         self.held: dict[int, list[Factored]] = {}
         self.seen: dict[int, tuple[Source, Use]] = {}
         self.emitted: set[int] = set()
-        self.records: list[Record] = []
-        self.losses: list[tuple[str, str, Tensor | None]] = []
-        self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
-        self.asks: dict[int, dict[int, Any]] = {}
-        self.owners: dict[int, tuple[Any, set[int]]] = {}
-        torch.autograd.Variable._execution_engine.queue_callback(self.finish)
 
-    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """A pair arrives; emit what is complete, and return sums of rows that may serve as `.grad`."""
-        if use.layouts is None or use.record not in self.records:
+    def add(
+        self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], records: Sequence[Record]
+    ) -> list[tuple[Source, list[Factored]]]:
+        """A pair arrives at a tap.
+
+        Args:
+            use: of the tap.
+            saved: what the tap kept.
+            gs: gradients at its outputs.
+            records: of the forwards that the backward pass has entered.
+
+        Returns:
+            Parameters that wait for no other of their uses, each with its forms, one per use.
+
+        Raises:
+            PackextError: if it came another way than the samples were told apart on, or of two batches.
+        """
+        if use.layouts is None or use.record not in records:
             raise PackextError(use.bypassed())
         if any(g is not None and layout is None for g, layout in zip(gs, use.layouts, strict=True)):
             raise PackextError(
@@ -60,7 +66,6 @@ class Pass:
                 "apart. The model's path must not depend on anything but its inputs' shapes: please report it."
             )
         self.fired.add(id(use))
-        self.uses.append(use)
         touched: dict[int, Source] = {}
         for source, form in use.factors(saved, gs):
             key = id(source.tensor)
@@ -78,14 +83,75 @@ class Pass:
             done.append(form)
             touched[key] = source
             self.seen[key] = (source, use)
-        delivered: dict[str, Tensor] = {}
+        complete = []
         for key, source in touched.items():
             if self._awaited(source.tensor):
                 # By the time the others arrive, autograd has freed the way back from a value to its parameters.
                 self.held[key] = [Dense(f.rows(0, f.n)) if isinstance(f, Pulled) else f for f in self.held[key]]
                 continue
-            forms = self.held.pop(key)
             self.emitted.add(key)
+            complete.append((source, self.held.pop(key)))
+        return complete
+
+    def _awaited(self, parameter: Tensor) -> bool:
+        return any(
+            id(node.use) not in self.fired and torch._C._will_engine_execute_node(node)
+            for node in live_nodes(parameter)
+        )
+
+    def rest(self) -> list[tuple[Source, Use, list[Factored]]]:
+        """Parameters with uses that were waited for, and got no gradient after all."""
+        return [(*self.seen[key], forms) for key, forms in self.held.items()]
+
+
+class Sweep:
+    """One cotangent on its way from a loss through the model, for curvature; runs inside of a pass."""
+
+    def __init__(self, flight: Pass, absorb: Callable[[Source, Factored], None]) -> None:
+        """Hand the merged form of every parameter that the cotangent reaches to `absorb`."""
+        self.flight, self.absorb = flight, absorb
+        self.gathering = Gathering()
+
+    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
+        """The cotangent arrives at a tap."""
+        for source, forms in self.gathering.add(use, saved, gs, self.flight.records):
+            self.absorb(source, merge(forms))
+
+    def send(self, edges: Any, cotangents: list[Tensor]) -> None:
+        """Send `cotangents` from `edges` to all taps."""
+        global _sweep
+        before, _sweep = _sweep, self
+        try:
+            _send(edges, cotangents, [TARGET])
+        finally:
+            _sweep = before
+        for source, _, forms in self.gathering.rest():
+            self.absorb(source, merge(forms))
+
+
+class Pass:
+    """One backward pass inside a context."""
+
+    def __init__(self, context: backpack) -> None:
+        """Start when the first gate is passed."""
+        self.context = context
+        self.task = torch._C._current_graph_task_id()
+        self.replaced: list[tuple[Tensor, str, Any]] = []
+        self.gathering = Gathering()
+        self.records: list[Record] = []
+        self.losses: list[tuple[str, str, Tensor | None]] = []
+        self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
+        #: Whether a loss has sent its curvature, and what quantities have summed up, by parameter and quantity.
+        self.spread = False
+        self.sums: dict[int, tuple[Source, dict[int, Any]]] = {}
+        self.asks: dict[int, dict[int, Any]] = {}
+        self.owners: dict[int, tuple[Any, set[int]]] = {}
+        torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+
+    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """A pair arrives; emit what is complete, and return sums of rows that may serve as `.grad`."""
+        delivered: dict[str, Tensor] = {}
+        for source, forms in self.gathering.add(use, saved, gs, self.records):
             direct = next((k for k, s in use.sources.items() if s == (source,) and len(forms) == 1), None)
             value = dict(zip(use.names, saved, strict=True))[direct] if direct else None
             deliver = value is not None and value.is_leaf and use.rule.delivers
@@ -94,18 +160,11 @@ class Pass:
                 delivered[direct] = total.reshape(source.tensor.shape).to(source.tensor.dtype)
         return delivered
 
-    def _awaited(self, parameter: Tensor) -> bool:
-        return any(
-            id(node.use) not in self.fired and torch._C._will_engine_execute_node(node)
-            for node in live_nodes(parameter)
-        )
-
     def finish(self) -> None:
         """The backward pass is over."""
         _passes.pop(self.task, None)
-        # Uses that were waited for, and got no gradient after all.
-        for key, forms in self.held.items():
-            self.context._emit(self, *self.seen[key], merge(forms), False)
+        for source, use, forms in self.gathering.rest():
+            self.context._emit(self, source, use, merge(forms), False)
         self.context._land(self)
         self.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected
 
@@ -134,13 +193,16 @@ class Pass:
 
 def activations_only() -> bool:
     """Whether no parameter's gradient is wanted from the pass that runs."""
-    return _probe is not None and _probe.compare is None
+    return _sweep is not None if _probe is None else _probe.compare is None
 
 
 def arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """A tap was reached."""
     if _probe is not None:
         _probe.visit(use, saved, gs)
+        return {}
+    if _sweep is not None:
+        _sweep.visit(use, saved, gs)
         return {}
     if not _listening():
         return {}
@@ -158,7 +220,7 @@ def enter(record: Record) -> None:
             "the loss depends on it: its gradient belongs to no sample. Combine it with the data inside of forward, or "
             "compute it outside of the model."
         )
-    flight = _current(record)
+    flight = _current(record) if _sweep is None else _sweep.flight
     if record not in flight.records:
         flight.records.append(record)
     if record.n == 0:
@@ -167,6 +229,13 @@ def enter(record: Record) -> None:
     if any((node := ref()) is not None and torch._C._will_engine_execute_node(node) for ref in record.again):
         raise PackextError(_AGAIN)
     flight.context._check(flight, record.n)
+    waiting = [q for q in flight.context.curvature if q.root[0] != "empirical"]
+    if _sweep is None and waiting and not flight.spread:
+        asked = ", ".join(type(q).__name__ for q in waiting)
+        raise NotExtendedError(
+            f"{asked} asked for, but the backward pass came through no extended loss. Use "
+            "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
+        )
     for why, sources in record.refused:
         if any(_will_accumulate(source.tensor) for source in sources):
             raise UnsupportedUseError(why)
@@ -179,7 +248,7 @@ def enter(record: Record) -> None:
             "each other, and individual gradients are not defined. Call model.eval() (or .eval() on these layers), or "
             "replace them by GroupNorm."
         )
-    probe(record, gates, _send)
+    probe(record, gates, _send_probe)
     record.probed |= gates
 
 
@@ -244,10 +313,13 @@ _AGAIN = (
 )
 
 
-def loss_seen(name: str, reduction: str, g: Tensor) -> None:
-    """An extended loss was reached."""
-    if _probe is None and _listening():
-        _current(None).losses.append((name, reduction, g if reduction == "none" else None))
+def loss_seen(name: str, reduction: str, g: Tensor) -> Pass | None:
+    """An extended loss was reached; the pass that did, if a context listens."""
+    if _probe is not None or _sweep is not None or not _listening():
+        return None
+    flight = _current(None)
+    flight.losses.append((name, reduction, g if reduction == "none" else None))
+    return flight
 
 
 def drop() -> None:
@@ -269,10 +341,14 @@ def _current(record: Record | None) -> Pass:
     return _passes[task]
 
 
-def _send(run: Probe, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
+def _send_probe(run: Probe, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
+    with _probing(run):
+        return _send(edges, cotangents, targets)
+
+
+def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
     try:
-        with _probing(run):
-            return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if isinstance(error, PackextError) or "use_reentrant" not in str(error):
             raise
@@ -280,6 +356,12 @@ def _send(run: Probe, edges: Any, cotangents: Any, targets: Any) -> Sequence[Ten
         "A part of the extended model is under reentrant activation checkpointing, through which torch allows no pass "
         "that looks at its samples. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
     )
+
+
+def probe_inputs(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
+    """Gradients at `targets` of a cotangent at `edge`, unseen by taps and contexts."""
+    with _probing(Probe(0, cotangent, None)):
+        return _send(edge, cotangent, targets)
 
 
 @contextmanager

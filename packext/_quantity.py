@@ -77,6 +77,29 @@ class Quantity:
         return f"{type(self).__name__}()"
 
 
+class Curvature(Quantity):
+    """Base of quantities of the loss's curvature: sums over columns of a root of its Hessian.
+
+    Every column arrives at a parameter as rows `[N, *p]` in factored form, as the gradient does.
+    """
+
+    #: Whether the quantity depends on the product of the root with itself alone, so that any exact root serves.
+    compact: ClassVar[bool] = True
+
+    @property
+    def root(self) -> tuple[str, int, torch.Generator | None]:
+        """Which root: ("exact", 0, None), or ("mc", number of draws, generator). Equal ones are propagated once."""
+        return ("exact", 0, None)
+
+    def absorb(self, ask: Ask, held: Any) -> Any:
+        """Take one column; `held` is what the last call for this parameter returned, None at first."""
+        raise NotImplementedError
+
+    def land(self, held: Any, n: int, factor: float) -> Any:
+        """The result, of a Hessian times `factor`."""
+        return held if factor == 1.0 else held * factor
+
+
 def summed(values: dict[str, Tensor]) -> Tensor:
     """Sum over parameters, for quantities that add up over them."""
     tensors = list(values.values())

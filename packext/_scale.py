@@ -1,11 +1,16 @@
-"""Which factor turns a row of the loss as written into the gradient of a sample's own loss."""
+"""What an extended loss leaves in the graph: how it reduces, and what its curvature needs."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
 
 from packext import _flight
 
@@ -16,20 +21,73 @@ def is_loss(module: nn.Module) -> bool:
     return isinstance(reduction, str) and next(module.parameters(), None) is None
 
 
+#: Entries of a loss's input up to which it is kept for curvature, even if no context asks for that (yet).
+SMALL = 1 << 20
+
+
+@dataclass
+class Seen:
+    """A call of an extended loss, as its curvature needs it.
+
+    Attributes:
+        module: the loss.
+        edges: where gradients enter the graphs of the tensors in its input, as many as require grad.
+        leaves: gives the leaves of its input (the model's output), detached; None if one is gone.
+        spec: how the leaves are nested.
+        args: the other positional arguments.
+        kwargs: keyword arguments, without the input.
+    """
+
+    module: nn.Module
+    edges: list[GradientEdge]
+    leaves: Callable[[], list[Any] | None]
+    spec: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Class of the loss."""
+        return type(self.module).__name__
+
+
+def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
+    """A function that gives `leaves` again, detached; large ones only as long as somebody else keeps them."""
+    asked = bool(_flight.CONTEXTS and _flight.CONTEXTS[-1].curvature)
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    if asked or sum(t.numel() for t in tensors) <= SMALL:
+        kept = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
+        return lambda: kept
+    refs = [weakref.ref(t) if isinstance(t, Tensor) else (lambda t=t: t) for t in leaves]
+
+    def again() -> list[Any] | None:
+        found = [ref() for ref in refs]
+        return None if any(f is None for f in found) else found
+
+    return again
+
+
 class LossMark(torch.autograd.Function):
-    """Sits on the output of an extended loss and tells a backward pass how that loss reduces."""
+    """Sits on the output of an extended loss: tells a backward pass how it reduces, and sends its curvature."""
 
     @staticmethod
-    def mark(module: nn.Module, output: Tensor) -> Tensor:
+    def mark(module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Put the mark on `output`."""
-        return LossMark.apply(output, type(module).__name__, module.reduction)
+        kwargs = dict(kwargs)
+        x, *rest = args if args else (kwargs.pop("input", None),)
+        leaves, spec = pytree.tree_flatten(x)
+        edges = [get_gradient_edge(t) for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+        seen = Seen(module, edges, _keep(leaves), spec, tuple(rest), kwargs)
+        return LossMark.apply(output, type(module).__name__, module.reduction, seen)
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, name: str, reduction: str) -> Tensor:
-        ctx.name, ctx.reduction = name, reduction
+    def forward(ctx: Any, loss: Tensor, name: str, reduction: str, seen: Seen) -> Tensor:
+        ctx.name, ctx.reduction, ctx.seen = name, reduction, seen
         return loss.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        _flight.loss_seen(ctx.name, ctx.reduction, grads[0])
-        return grads[0], None, None
+        flight = _flight.loss_seen(ctx.name, ctx.reduction, grads[0])
+        if flight is not None:
+            flight.context._spread(flight, ctx.seen, grads[0])
+        return grads[0], None, None, None

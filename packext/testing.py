@@ -14,20 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from packext._backpack import backpack, disable
 from packext._errors import PackextError
 from packext._extend import extend, unextend
 from packext._quantity import Quantity
 from packext.quantities import (
+    BatchDiagGGNExact,
     BatchDotGrad,
     BatchGrad,
     BatchL2Grad,
     ClippedGrad,
+    DiagGGNExact,
     GradDot,
     GradHistogram,
     Histogram,
     ProjectedGrad,
+    SqrtGGNExact,
     SumGradSquared,
     Variance,
 )
@@ -105,6 +109,53 @@ def individual_gradients(
     return {name: torch.stack(each) for name, each in rows.items()}
 
 
+def curvature_rows(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    batch_axis: int = 0,
+    weights: Sequence[float] | None = None,
+) -> Rows:
+    """Rows of the GGN's root by a loop over samples and columns: the slow oracle of curvature.
+
+    Args:
+        model: extended or not; left as it is.
+        loss_fn: `loss_fn(model(inputs), targets)`.
+        inputs: as for `individual_gradients`.
+        targets: as for `individual_gradients`.
+        batch_axis: the axis of the samples in inputs and outputs.
+        weights: factor of each sample's loss in the loss of the batch; 1 for each by default.
+
+    Returns:
+        `[V, N, *p]` for every parameter that requires grad, by name: column v of a root of the Hessian of sample n's
+        loss, taken back through the model by autograd. The sum over v and n of their outer products is the GGN.
+    """
+    n = batch_size(inputs, batch_axis)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows: dict[str, list[Tensor]] = {name: [] for name in named}
+    target_axis = batch_axis if _has_axis(targets, batch_axis, n) else 0
+    for sample in range(n):
+        with disable(), torch.enable_grad():
+            leaves, spec = pytree.tree_flatten(call(model, select(inputs, sample, n, batch_axis)))
+            target = select(targets, sample, n, target_axis)
+            live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+            flat = torch.cat([t.detach().flatten() for t in live]).requires_grad_()
+            parts = iter(flat.split([t.numel() for t in live]))
+            again = [next(parts).view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
+            loss = loss_fn(pytree.tree_unflatten(again, spec), target)
+            slope = torch.autograd.grad(loss, flat, create_graph=True)[0]
+            hessian = torch.stack([torch.autograd.grad(d, flat, retain_graph=True)[0] for d in slope])
+            output = torch.cat([t.flatten() for t in live])
+            values, vectors = torch.linalg.eigh(hessian * (1.0 if weights is None else weights[sample]))
+            columns = (vectors * values.clamp(min=0).sqrt()).T
+            wanted = list(named.values())
+            found = [torch.autograd.grad(output, wanted, c, retain_graph=True, allow_unused=True) for c in columns]
+        for k, (name, p) in enumerate(named.items()):
+            rows[name].append(torch.stack([torch.zeros_like(p) if g[k] is None else g[k].detach() for g in found]))
+    return {name: torch.stack(each, 1) for name, each in rows.items()}
+
+
 def _has_axis(value: Any, axis: int, n: int) -> bool:
     if isinstance(value, Tensor):
         return value.dim() > axis and value.shape[axis] == n
@@ -163,6 +214,15 @@ ORACLES: dict[type[Quantity], Callable[[Any, Rows, str, Tensor, float], Any]] = 
     GradHistogram: lambda q, r, k, p, f: _histogram(r[k], q, p),
     ProjectedGrad: lambda q, r, k, p, f: _projected(r[k], q, k),
     ClippedGrad: lambda q, r, k, p, f: _clipped(r, k, q, f),
+}
+
+
+#: The definition of each quantity of the GGN, from `curvature_rows` of a parameter. Roots are compared by their
+#: product with themselves.
+GGN_ORACLES: dict[type[Quantity], Callable[[Tensor], Tensor]] = {
+    DiagGGNExact: lambda r: r.square().sum((0, 1)),
+    BatchDiagGGNExact: lambda r: r.square().sum(0),
+    SqrtGGNExact: lambda r: torch.einsum("vnp,vnq->npq", *[r.reshape(*r.shape[:2], -1)] * 2),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,45 @@ def test_recurrent_layers() -> None:
     for name, fields in want.items():
         for field, value in fields.items():
             torch.testing.assert_close(got[name][field], value, rtol=1e-9, atol=1e-14)
+
+
+CURVATURE = {
+    "DiagGGNExact": "diag_ggn_exact",
+    "BatchDiagGGNExact": "diag_ggn_exact_batch",
+    "SqrtGGNExact": "sqrt_ggn_exact",
+}
+
+
+@pytest.mark.parametrize("build", [flat, image, volumes], ids=["flat", "image", "volumes"])
+@pytest.mark.parametrize("loss", ["CrossEntropyLoss", "MSELoss"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_curvature(build: Any, loss: str, reduction: str) -> None:
+    from backpack import extensions as theirs
+
+    import packext as px
+
+    torch.manual_seed(0)
+    model, x = build()
+    model, x = model.double(), x.double()
+    y = torch.randint(3, (len(x),)) if loss == "CrossEntropyLoss" else torch.randn(len(x), 3).double()
+    names = [*CURVATURE, *(["KFLR"] if build is flat else [])]
+    fields = [*CURVATURE.values(), *(["kflr"] if build is flat else [])]
+    found = {}
+    for library, module in ((backpack, theirs), (px, px)):
+        net = library.extend(copy.deepcopy(model))
+        loss_fn = library.extend(getattr(nn, loss)(reduction=reduction))
+        with library.backpack(*(getattr(module, name)() for name in names)):
+            loss_fn(net(x), y).backward()
+        found[library] = {k: {f: getattr(p, f) for f in fields} for k, p in net.named_parameters()}
+    for name, mine in found[px].items():
+        for field, value in mine.items():
+            if field == "kflr":
+                want = found[backpack][name][field]
+                assert [t.shape for t in value] == [t.shape for t in want]
+                for got, other in zip(value, want, strict=True):
+                    torch.testing.assert_close(got, other)
+            else:
+                torch.testing.assert_close(value.abs(), found[backpack][name][field].abs())
 
 
 def test_signatures() -> None:

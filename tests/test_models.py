@@ -318,8 +318,8 @@ def test_every_output_in_turn_on_one_graph() -> None:
 
 def test_samples_are_told_apart_once_per_structure(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[object] = []
-    send = _flight._send
-    monkeypatch.setattr(_flight, "_send", lambda *args: [sent.append(args), send(*args)][1])
+    send = _flight._send_probe
+    monkeypatch.setattr(_flight, "_send_probe", lambda *args: [sent.append(args), send(*args)][1])
     model = px.extend(States())
     for chosen, n, passes in ((0, 3, 5), (0, 3, 5), (2, 3, 10), (0, 3, 10), (0, 4, 15), (0, 4, 15)):
         with px.backpack(px.BatchGrad()):

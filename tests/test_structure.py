@@ -11,20 +11,21 @@ import pytest
 
 import packext as px
 from packext import testing
-from packext._quantity import Quantity
+from packext._quantity import Curvature, Quantity
 
 ROOT = Path(px.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 #: Floors, from the ground up; a module may import from its own floor and those below it.
 FLOORS = [
-    {"_errors", "_layout", "_scratch"},
-    {"_factored", "_statistics"},
+    {"_errors", "_layout", "_scratch", "linalg"},
+    {"_factored", "_statistics", "_roots"},
     {"_use", "_quantity"},
     {"_taps", "_record", "_probe", "_flight"},
     {"rules"},
     {"_lineage", "_scale"},
-    {"_extend", "_backpack"},
+    {"_extend", "_curvature"},
+    {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},
     {"__init__", "demo", "_cli", "__main__"},
@@ -110,7 +111,10 @@ def test_files_are_of_a_size_that_can_be_read(file: Path) -> None:
 
 def test_every_quantity_has_an_oracle_and_an_example() -> None:
     kinds = {value for value in vars(px).values() if isinstance(value, type) and issubclass(value, Quantity)}
-    assert kinds == set(testing.ORACLES) == {type(q) for q in testing.all_quantities()}
+    first_order = {kind for kind in kinds if not issubclass(kind, Curvature)}
+    assert first_order == set(testing.ORACLES) == {type(q) for q in testing.all_quantities()}
+    source = (Path(__file__).parent / "test_curvature.py").read_text()
+    assert all(f"px.{kind.__name__}(" in source for kind in kinds - first_order)
     fields = [kind.savefield for kind in kinds]
     assert len(set(fields)) == len(fields)
 

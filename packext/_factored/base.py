@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -79,6 +80,18 @@ class Factored:
         """Inner products of the rows with `direction`, `[N]`."""
         return None
 
+    def kronecker(self, reduce: bool) -> tuple[Tensor, Callable[[], Tensor] | None, int] | None:
+        """Second moments of the factors, for Kronecker-factored curvature.
+
+        Args:
+            reduce: whether positions are summed up before the products are taken, or each stands for itself.
+
+        Returns:
+            Sum of products of g `[G, O, O]`; a function that gives the sum of products of a `[G, I, I]` (its mean over
+            positions if `reduce`), None for a vector; and the number S of positions. None: there are no such factors.
+        """
+        return None
+
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         """Rows seen as matrices `[shape[0], rest]`, times `left` `[r, shape[0]]` and `right` `[q, rest]`."""
         return None
@@ -91,8 +104,9 @@ class Factored:
 class Dense(Factored):
     """The rows themselves, `[N, *shape]`; for tensors whose rows are no larger than activations."""
 
-    def __init__(self, rows: Tensor) -> None:
-        """Take `rows` `[N, *shape]`."""
+    def __init__(self, rows: Tensor, terms: Tensor | None = None) -> None:
+        """Take `rows` `[N, *shape]`, and where they are sums over positions, the terms `[N, S, P]`."""
+        self.terms = terms
         self.r = rows.to(accumulation_dtype(rows.dtype))
         self.n, self.shape = rows.shape[0], rows.shape[1:]
         self.acc, self.device = self.r.dtype, rows.device
@@ -130,6 +144,14 @@ class Dense(Factored):
 
     def all_rows(self) -> Tensor:
         return self.r
+
+    def kronecker(self, reduce: bool) -> tuple[Tensor, Callable[[], Tensor] | None, int] | None:
+        if len(self.shape) != 1:
+            return None
+        if reduce or self.terms is None:
+            return (self.r.T @ self.r)[None], None, 1
+        g = self.terms.flatten(0, 1).to(self.acc)
+        return (g.T @ g)[None], None, self.terms.shape[1]
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor:
         return two_sided(self.r, left, right)

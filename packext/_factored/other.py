@@ -192,7 +192,9 @@ def merge(parts: Sequence[Factored]) -> Factored:
         return parts[0]
     dense = [p for p in parts if isinstance(p, Dense)]
     if len(dense) == len(parts):
-        return Dense(torch.stack([p.r for p in dense]).sum(0))
+        terms = [p.terms for p in dense if p.terms is not None]
+        together = torch.cat(terms, 1) if len(terms) == len(dense) else None
+        return Dense(torch.stack([p.r for p in dense]).sum(0), together)
     lookups = [p for p in parts if isinstance(p, Lookup)]
     if len(lookups) == len(parts):
         index, g = torch.cat([p.index for p in lookups], 1), torch.cat([p.g for p in lookups], 1)

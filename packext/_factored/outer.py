@@ -110,7 +110,7 @@ class Outer(Factored):
         native = self._alone and self._native is not None and self.groups == 1
         if isinstance(self.a, Patches) and not native:
             return 0
-        most = (3 if native else 1) * _scratch.TILE // (self.n * self.groups * self.i)
+        most = (3 if native else 1) * _scratch.TILE // max(1, self.n * self.groups * self.i)
         return self.o if most >= self.o else most // VECTOR * VECTOR
 
     def outputs_in_scratch(self, lo: int, hi: int) -> Tensor:
@@ -147,7 +147,7 @@ class Outer(Factored):
             a, g = self.pair(0, self.n)
             return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
         parts = []
-        step = max(1, _scratch.TILE // (self.groups * self.s * max(self.s, self.i)))
+        step = max(1, _scratch.TILE // max(1, self.groups * self.s * max(self.s, self.i)))
         for lo in range(0, self.n, step):
             a, g = self.pair(lo, min(self.n, lo + step))
             parts.append((torch.matmul(a, a.mT) * torch.matmul(g.mT, g)).sum((1, 2, 3)))
@@ -174,7 +174,7 @@ class Outer(Factored):
             return None
         a, g = self.pair(0, self.n)
         a, g = a[:, :, 0], g[..., 0]  # [N, G, I], [N, G, O]
-        step = max(1, _scratch.TILE // (4 * self.i))
+        step = max(1, _scratch.TILE // max(1, 4 * self.i))
         blocks = []
         doubts = 0
         for k in range(self.groups):
@@ -198,11 +198,11 @@ class Outer(Factored):
         if self.tokens_are_few:
             a, g = self.pair(0, n)
             for k in range(self.groups):
-                tokens_a, tokens_g = a[:, k].reshape(n * s, -1), g[:, k].mT.reshape(n * s, -1)
+                tokens_a, tokens_g = a[:, k].reshape(n * s, self.i), g[:, k].mT.reshape(n * s, self.o)
                 products = (tokens_a @ tokens_a.T) * (tokens_g @ tokens_g.T)
                 out = out + products.reshape(n, s, n, s).sum((1, 3))
             return out
-        block = max(1, 2 * _scratch.TILE // (n * self.groups * self.i))
+        block = max(1, 2 * _scratch.TILE // max(1, n * self.groups * self.i))
         for o in range(0, self.o, block):
             rows = []
             for lo, hi in self.tiles():
@@ -220,6 +220,20 @@ class Outer(Factored):
         a, g = self.pair(0, self.n)
         d = direction.reshape(self.groups, self.o, self.i).to(self.acc)
         return (torch.matmul(d, a.mT) * g).sum((1, 2, 3))
+
+    def kronecker(self, reduce: bool) -> tuple[Tensor, Callable[[], Tensor] | None, int] | None:
+        g = self.g.to(self.acc)
+        columns = g.sum(3).transpose(0, 1) if reduce else g.permute(1, 0, 3, 2).flatten(1, 2)  # [G, N (S), O]
+        return columns.mT @ columns, lambda: self._inputs(reduce), self.s
+
+    def _inputs(self, reduce: bool) -> Tensor:
+        found = torch.zeros(self.groups, self.i, self.i, dtype=self.acc, device=self.device)
+        step = max(1, min(self.n, _scratch.TILE // max(1, self.groups * self.s * self.i)))
+        for lo in range(0, self.n, step):
+            a, _ = self.pair(lo, min(self.n, lo + step))
+            columns = a.mean(2).transpose(0, 1) if reduce else a.transpose(0, 1).flatten(1, 2)
+            found = torch.baddbmm(found, columns.mT, columns)
+        return found
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         if right is None or right.shape[1] != self.i or left.shape[1] != self.groups * self.o:
@@ -255,7 +269,7 @@ def _scatter_of_products(g: Tensor, a: Tensor) -> tuple[Tensor, int]:
     if len(where):
         at_g, at_a = where.unbind(1)
         parts = []
-        step = max(1, _scratch.TILE // (4 * n))
+        step = max(1, _scratch.TILE // max(1, 4 * n))
         for lo in range(0, len(where), step):
             rows = g[:, at_g[lo : lo + step]] * a[:, at_a[lo : lo + step]]
             parts.append((rows - rows.mean(0)).square().sum(0))

@@ -2,20 +2,37 @@
 
 from packext.quantities.batch_grad import BatchGrad
 from packext.quantities.clipped import ClippedGrad
+from packext.quantities.ggn import (
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    DiagGGNExact,
+    DiagGGNMC,
+    SqrtGGNExact,
+    SqrtGGNMC,
+)
 from packext.quantities.histogram import GradHistogram, Histogram
+from packext.quantities.kfac import KFAC, KFLR
 from packext.quantities.moments import SumGradSquared, Variance
 from packext.quantities.norms import BatchDotGrad, BatchL2Grad, GradDot
 from packext.quantities.projected import ProjectedGrad
 
 __all__ = [
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
     "BatchDotGrad",
     "BatchGrad",
     "BatchL2Grad",
     "ClippedGrad",
+    "DiagGGNExact",
+    "DiagGGNMC",
     "GradDot",
     "GradHistogram",
     "Histogram",
+    "KFAC",
+    "KFLR",
     "ProjectedGrad",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
     "SumGradSquared",
     "Variance",
 ]

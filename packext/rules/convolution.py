@@ -112,7 +112,8 @@ class Convolution(OwnedRule):
         forms: dict[str, Factored] = {}
         acc = accumulation_dtype(g.dtype)
         if "bias" in use.sources:
-            forms["bias"] = Dense(g.flatten(2).sum(2, dtype=acc).reshape(n, images // n, -1).sum(1))
+            rows = g.flatten(2).sum(2, dtype=acc).reshape(n, images // n, -1).sum(1)
+            forms["bias"] = Dense(rows, g.flatten(2).mT.reshape(n, -1, g.shape[1]))
         if "weight" in use.sources:
             forms["weight"] = self._weight(use, t["input"], t["weight"], g, n)
         return forms

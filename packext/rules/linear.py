@@ -64,7 +64,7 @@ class Linear(OwnedRule):
             else:
                 forms["weight"] = Outer(xs[:, None], gs_.mT[:, None], t["weight"].shape)
         if "bias" in use.sources:
-            forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)))
+            forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), gs_)
         return forms
 
 

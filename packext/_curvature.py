@@ -1,0 +1,189 @@
+"""Sends roots of the loss Hessian from where the loss met the model's output to all taps.
+
+A root of the Hessian is a set of columns; one column of every sample at once is a cotangent, which autograd
+carries through whatever the model is made of. At each tap it gives the same pair (a, g) as the gradient does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+
+from packext import _roots
+from packext._errors import CoupledSamplesError, PackextError
+from packext._factored import Factored
+from packext._flight import Pass, Sweep, probe_inputs
+from packext._layout import Layout, candidates
+from packext._quantity import Ask, Curvature
+from packext._statistics import Statistics
+from packext._taps import Gate
+from packext._use import Source
+
+if TYPE_CHECKING:
+    from packext._scale import Seen
+
+#: A generator of our own: observing a run never changes it.
+_GENERATOR = torch.Generator().manual_seed(20251121)
+
+
+def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor) -> None:
+    """Send what `quantities` need from the loss `seen`, at whose output `g` arrived.
+
+    Raises:
+        PackextError: if the loss has no such root, or its input is gone or does not come from an extended model.
+    """
+    leaves = seen.leaves()
+    if leaves is None:
+        raise PackextError(
+            f"The input of the extended {seen.name} is gone, and curvature needs it. Run the forward pass inside of "
+            "the context, or keep the model's output until backward() has run."
+        )
+    if not seen.edges:
+        kinds = ", ".join(dict.fromkeys(type(t).__name__ for t in leaves))
+        raise PackextError(
+            f"The extended {seen.name} was called with {kinds}: no tensor was found that requires grad. Call it "
+            "with the model's output as a tensor, or a tuple, list or dictionary of tensors."
+        )
+    live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+    layouts = [_layout(seen, edge, t) for edge, t in zip(seen.edges, live, strict=True)]
+    loss, output, back = seen.module, live[0].detach(), _alone
+    if len(leaves) > 1 or not isinstance(leaves[0], Tensor) or layouts[0].axis not in (None, 0):
+        joined = Joined(seen.module, leaves, seen.spec, layouts)
+        loss, output, back = joined, joined.output(), joined.split
+        layouts = [Layout(0, layouts[0].n)]
+    compact = all(q.compact for q in quantities)
+    groups: dict[Any, list[Curvature]] = {}
+    for quantity in quantities:
+        groups.setdefault(quantity.root, []).append(quantity)
+    for (kind, draws, generator), members in groups.items():
+        if kind == "exact":
+            columns = _apart(_roots.exact(loss, output, seen.args, seen.kwargs, g, compact), layouts[0])
+        else:
+            source = _GENERATOR if generator is None else generator
+            columns = _roots.sampled(loss, output, seen.args, seen.kwargs, g, draws, source)
+        absorb = functools.partial(_absorb, flight, members)
+        for column in columns:
+            Sweep(flight, absorb).send(seen.edges, back(column))
+
+
+def _alone(column: Tensor) -> list[Tensor]:
+    return [column]
+
+
+class Joined(nn.Module):
+    """A loss of several tensors, or with its samples on another axis, as one of a matrix `[N, D]`."""
+
+    def __init__(self, loss: nn.Module, leaves: list[Any], spec: Any, layouts: list[Layout]) -> None:
+        """Take the loss, the leaves of its input, how they are nested, and the layouts of those that require grad."""
+        super().__init__()
+        self.loss = [loss]  # not a child: its state stays its own
+        self.leaves, self.spec = leaves, spec
+        self.live = [k for k, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad]
+        self.n = layouts[0].n
+        self.places = [
+            layout.by_sample(torch.arange(leaves[k].numel(), device=leaves[k].device).view(leaves[k].shape))
+            for k, layout in zip(self.live, layouts, strict=True)
+        ]
+        self.reduction = getattr(loss, "reduction", "mean")
+
+    def output(self) -> Tensor:
+        """The loss's input as `[N, D]`."""
+        return torch.cat([self.leaves[k].detach().flatten()[p] for k, p in zip(self.live, self.places, strict=True)], 1)
+
+    def split(self, column: Tensor) -> list[Tensor]:
+        """`[N, D]` back to the leaves."""
+        parts = column.split([p.shape[1] for p in self.places], 1)
+        return [
+            part.flatten()[place.flatten().argsort()].view(self.leaves[k].shape).to(self.leaves[k].dtype)
+            for k, part, place in zip(self.live, parts, self.places, strict=True)
+        ]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss."""
+        leaves = list(self.leaves)
+        for k, part in zip(self.live, self.split(x), strict=True):
+            leaves[k] = part
+        return self.loss[0].forward(pytree.tree_unflatten(leaves, self.spec), *args, **kwargs)
+
+
+def _absorb(flight: Pass, quantities: Sequence[Curvature], source: Source, form: Factored) -> None:
+    statistics = Statistics(form)
+    ask = Ask(statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0)
+    statistics.prepare([w for q in quantities for w in q.wants(form)])
+    _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))
+    for quantity in quantities:
+        sums[id(quantity)] = quantity.absorb(ask, sums.get(id(quantity)))
+
+
+def _apart(columns: Iterator[Tensor], layout: Layout) -> Iterator[Tensor]:
+    """Columns of independent rows, so divided that no two rows of one sample are in one cotangent."""
+    for column in columns:
+        rows = column.shape[0] if column.dim() else 1
+        several = rows // layout.n
+        if several == 1:
+            yield column
+            continue
+        index = torch.arange(rows, device=column.device)
+        place = index // layout.n if layout.inner else index % several
+        for k in range(several):
+            keep = (place == k).reshape(-1, *[1] * (column.dim() - 1))
+            yield column * keep
+
+
+def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
+    """Where the samples are in a tensor of the loss's input."""
+    gates = _gates(edge)
+    if not gates:
+        raise PackextError(
+            f"The input {list(output.shape)} of the extended {seen.name} does not come from an extended model: "
+            "call model = px.extend(model) before the forward pass."
+        )
+    records = [gate.record for gate in gates]
+    n, axis = records[0].n, records[0].batch_axis
+    if any(record.n != n for record in records):
+        raise PackextError(f"The extended {seen.name} joins forwards of different batches: run one loss for each.")
+    options = list(candidates(output.shape, n, axis))
+    direct = len(gates) == 1 and edge.node is gates[0]
+    if direct and n > 1 and output.dim() > axis and output.shape[axis] == n:
+        return Layout(axis, n)
+    edges = [GradientEdge(gate, 0) for gate in gates]
+    generator = torch.Generator().manual_seed(20250101)
+    for layout in options:
+        if n == 1:
+            return layout
+        for bit in range((n - 1).bit_length()):
+            members = (torch.arange(n) >> bit & 1).bool()
+            values = torch.rand(output.shape, generator=generator).to(output) + 0.5
+            cotangent = torch.where(layout.spread(members.to(output.device), values), values, 0.0)
+            grads = probe_inputs(edge, edges, cotangent)
+            if not all(grad is None or Layout(axis, n).agrees(grad, members.to(grad.device)) for grad in grads):
+                break
+        else:
+            return layout
+    raise CoupledSamplesError(
+        f"Between the extended model and the extended {seen.name} samples influence each other, or their axis cannot "
+        f"be told: the loss's input is {list(output.shape)}, the batch has {n} samples along axis {axis}."
+    )
+
+
+def _gates(edge: GradientEdge) -> list[Any]:
+    """The gates of extended models through which the loss's input was computed."""
+    found: dict[int, Any] = {}
+    known: set[Any] = set()
+    todo = [edge.node]
+    while todo:
+        node = todo.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if isinstance(node, Gate._backward_cls):  # pyright: ignore[reportAttributeAccessIssue]
+            found[id(node)] = node
+        else:
+            todo += [function for function, _ in node.next_functions]
+    return list(found.values())

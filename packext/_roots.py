@@ -1,0 +1,421 @@
+"""Roots of the Hessian of a loss with respect to its first argument, the model's output.
+
+A root comes as cotangents of the output's shape. Each holds one column for every sample at once: row n of cotangent v
+is column v of sample n's root, and the sum over v of `s_v[n] s_v[n]ᵀ` is the block `[D, D]` of sample n, D entries of
+the output per sample. Samples lie along axis 0. Everywhere, the loss was called as `loss(output, *args, **kwargs)`, and
+g is the gradient that arrived at what it returned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from packext._errors import CoupledSamplesError, PackextError
+
+#: The most entries of an output per sample for which a loss without a closed form gets its blocks `[N, D, D]`.
+LARGEST = 4096
+
+_SPLIT = (
+    "the GGN is split between the network and a loss that is linear in its input, whose Hessian is zero. "
+    "Let the model return the logits, and use CrossEntropyLoss on them instead."
+)
+
+#: Losses whose Hessian is zero wherever it exists, and what to do about it.
+LINEAR: dict[type[nn.Module], str] = {
+    nn.NLLLoss: _SPLIT,
+    nn.KLDivLoss: _SPLIT + " It takes class probabilities as well.",
+    nn.L1Loss: "it is piecewise linear, so that its Hessian is zero. Use HuberLoss, SmoothL1Loss or MSELoss.",
+}
+
+
+def exact(
+    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, compact: bool = False
+) -> Iterator[Tensor]:
+    """Cotangents whose sum of outer products is the Hessian of `sum(g * loss(output, *args, **kwargs))`.
+
+    Args:
+        loss: the loss module; its hooks are not run.
+        output: what it was called with first, `[N, ...]`.
+        args: its other positional arguments.
+        kwargs: its keyword arguments.
+        g: the gradient at the loss: a scalar, or of the loss's shape for reduction "none".
+        compact: for `CrossEntropyLoss`, C - 1 columns per position in place of C.
+
+    Returns:
+        The columns, one after the other. Refusals are raised by the call, before the first of them.
+    """
+    x, g = _ready(loss, output, args, kwargs, g)
+    kind = _kind(loss)
+    if kind is nn.CrossEntropyLoss:
+        found = _softmax_columns(*_softmax(loss, x, g, *args, **kwargs), compact)
+    elif kind is not None:
+        found = _diagonal_columns(_entries(DIAGONAL[kind], loss, x, g, *args, **kwargs).sqrt().reshape(len(x), -1))
+    else:
+        found = iter(_blocks_root(loss, x, args, kwargs, g).unbind(2))
+    return (s.reshape(output.shape).to(output.dtype) for s in found)
+
+
+def sampled(
+    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, draws: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Cotangents, `draws` of them, whose expected sum of outer products is the Hessian that `exact` gives.
+
+    They are gradients for labels drawn from the model's predictive distribution where the loss is the negative
+    logarithm of one (`CrossEntropyLoss`, `BCEWithLogitsLoss`, `MSELoss`, `GaussianNLLLoss`), and otherwise the columns
+    of the exact root, summed with random signs.
+
+    Args:
+        loss: the loss module; its hooks are not run.
+        output: what it was called with first, `[N, ...]`.
+        args: its other positional arguments.
+        kwargs: its keyword arguments.
+        g: the gradient at the loss: a scalar, or of the loss's shape for reduction "none".
+        draws: how many cotangents.
+        generator: where all random numbers come from, drawn on its own device while the iterator advances.
+
+    Returns:
+        The cotangents, one after the other. Refusals are raised by the call, before the first of them.
+
+    Raises:
+        PackextError: if `draws` is less than 1, or where `exact` raises it.
+    """
+    if draws < 1:
+        raise PackextError(f"{_name(loss, output)}: a sampled root needs at least 1 draw, got {draws}.")
+    x, g = _ready(loss, output, args, kwargs, g)
+    draw = _sampler(loss, x, args, kwargs, g, generator)
+    return ((draw() / math.sqrt(draws)).reshape(output.shape).to(output.dtype) for _ in range(draws))
+
+
+def _sampler(
+    loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor, numbers: torch.Generator
+) -> Callable[[], Tensor]:
+    """What gives a random cotangent at each call; the expected outer product is the Hessian."""
+    kind = _kind(loss)
+    if kind is nn.CrossEntropyLoss:
+        p, c = _softmax(loss, x, g, *args, **kwargs)
+        root, minus = c.sqrt()[:, None], -torch.ones_like(p[:, :1])
+        reached = p.double().cumsum(1).movedim(1, -1).contiguous()
+
+        def softmax() -> Tensor:
+            u = _uniform(c.shape, numbers, c.device)[..., None] * reached[..., -1:]
+            y = torch.searchsorted(reached, u, right=True).clamp(max=p.shape[1] - 1)
+            return root * p.scatter_add(1, y.movedim(-1, 1), minus)
+
+        return softmax
+    if kind is nn.BCEWithLogitsLoss:
+        p, root = x.sigmoid(), _entries(_bernoulli_weight, loss, x, g, *args, **kwargs).sqrt()
+        return lambda: root * (p - (_uniform(x.shape, numbers, x.device) < p).to(x.dtype))
+    if kind is not None:
+        root = _entries(DIAGONAL[kind], loss, x, g, *args, **kwargs).sqrt()
+        normal = kind in (nn.MSELoss, nn.GaussianNLLLoss)
+        return lambda: root * (_normal if normal else _signs)(root.shape, numbers, root)
+    roots = _blocks_root(loss, x, args, kwargs, g)
+    return lambda: (roots * _signs((len(roots), 1, roots.shape[2]), numbers, roots)).sum(2)
+
+
+def columns(loss: nn.Module, output: Tensor, compact: bool = False) -> int | None:
+    """How many cotangents `exact` gives; None where only the Hessian itself can tell."""
+    kind = _kind(loss)
+    if kind is None or kind in LINEAR:
+        return None
+    if kind is nn.CrossEntropyLoss:
+        return (output.shape[1] - compact) * output.shape[2:].numel()
+    return output.shape[1:].numel()
+
+
+def _name(loss: nn.Module, output: Tensor) -> str:
+    return f"{type(loss).__name__} of an output {list(output.shape)}"
+
+
+def _kind(loss: nn.Module) -> type[nn.Module] | None:
+    """The loss of torch whose `forward` this one runs, if it is one that is known here."""
+    if "forward" in vars(loss):
+        return None
+    kinds = (nn.CrossEntropyLoss, *DIAGONAL, *LINEAR)
+    return next((k for k in kinds if isinstance(loss, k) and type(loss).forward is k.forward), None)
+
+
+def _ready(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and gradient, detached and of float32 at least; what no loss can have is refused."""
+    kind, name = _kind(loss), _name(loss, output)
+    if kind in LINEAR:
+        raise PackextError(f"{name} has no root of a Hessian: {LINEAR[kind]}")
+    if output.dim() == 0 or output.numel() == 0 or not output.is_floating_point():
+        raise PackextError(f"{name} of {output.dtype}: pass real numbers, with one sample or more along axis 0.")
+    for t in pytree.tree_leaves((args, kwargs)):
+        if isinstance(t, Tensor) and t.requires_grad:
+            raise PackextError(
+                f"{name} has another argument, {list(t.shape)}, that requires grad. Only the Hessian in the first "
+                "argument is known. Pass .detach() of the other one if it should count as a constant."
+            )
+    x = _widened(output.detach())
+    return x, g.detach().to(x.dtype)
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
+
+
+def _uniform(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).to(device)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+
+
+def _signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randint(2, shape, generator=generator, device=generator.device).to(like) * 2 - 1
+
+
+def _weighted(loss: Any, x: Tensor, g: Tensor, h: Tensor, total: Tensor | int) -> Tensor:
+    """Weights `h` of the loss's entries, times what arrives at each of them: `total` divides those of a mean."""
+    reduction, name = loss.reduction, _name(loss, x)
+    if reduction not in ("mean", "sum", "none"):
+        raise PackextError(f"{name} has reduction={reduction!r}. Use 'mean', 'sum' or 'none'.")
+    if g.shape != (h.shape if reduction == "none" else ()):
+        raise PackextError(
+            f"{name} with reduction={reduction!r} received a gradient {list(g.shape)}, where one of "
+            f"{list(h.shape) if reduction == 'none' else []} belongs. Call backward on a value made of this loss alone."
+        )
+    c = (h * (g / total if reduction == "mean" else g)).masked_fill(h == 0, 0)  # 0/0 if all targets are ignored
+    if (c < 0).any():
+        which = "a negative gradient arrives at it" if (g < 0).any() else "a weight or target of it is negative"
+        raise PackextError(
+            f"{name} has a negative Hessian, which has no real root: {which}. Minimise a positive multiple "
+            "of the loss, or use quantities that need no root of the Hessian."
+        )
+    return c
+
+
+# -- diagonal Hessians ------------------------------------------------------------------------------------
+
+
+def _entries(
+    rule: Callable[..., Tensor], loss: nn.Module, x: Tensor, g: Tensor, target: Tensor, *more: Any, **named: Any
+) -> Tensor:
+    """What `rule` gives for every entry of the output, weighted by gradient and reduction, `[*x.shape]`."""
+    target = target.to(x.dtype)
+    if torch.broadcast_shapes(x.shape, target.shape) == x.shape:
+        h = rule(loss, x, target.expand(x.shape), *more, **named)
+        if h.shape == x.shape:
+            return _weighted(loss, x, g, h, x.numel())
+    raise PackextError(
+        f"{_name(loss, x)} with a target {list(target.shape)} and its weights broadcasts to more entries than the "
+        "output has. Give them the output's shape."
+    )
+
+
+def _gaussian_nll(loss: Any, x: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+    v = torch.as_tensor(var, dtype=x.dtype, device=x.device).clamp(min=loss.eps)
+    if v.shape != x.shape and v.shape == x.shape[:-1]:  # in this order, as in torch
+        v = v[..., None]
+    return torch.ones_like(x) / v
+
+
+def _poisson_nll(loss: Any, x: Tensor, target: Tensor) -> Tensor:
+    return x.exp() if loss.log_input else target / (x + loss.eps).square()
+
+
+def _smooth_l1(loss: Any, x: Tensor, target: Tensor) -> Tensor:
+    if loss.beta == 0:
+        raise PackextError(f"{_name(loss, x)} with beta=0 has no root of a Hessian: {LINEAR[nn.L1Loss]}")
+    return ((x - target).abs() < loss.beta).to(x.dtype) / loss.beta
+
+
+def _bernoulli_weight(loss: Any, x: Tensor, target: Tensor) -> Tensor:
+    """What stands before `p (1 - p)`, which is the variance of a label drawn with probability p."""
+    h = torch.ones_like(x) if loss.pos_weight is None else (loss.pos_weight.detach().to(x) - 1) * target + 1
+    return h if loss.weight is None else h * loss.weight.detach().to(x)
+
+
+#: Losses whose entries each depend on one entry of the output: their second derivatives, not reduced.
+DIAGONAL: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.MSELoss: lambda loss, x, target: torch.full_like(x, 2),
+    nn.BCEWithLogitsLoss: lambda loss, x, t: _bernoulli_weight(loss, x, t) * x.sigmoid() * (-x).sigmoid(),
+    nn.GaussianNLLLoss: _gaussian_nll,
+    nn.PoissonNLLLoss: _poisson_nll,
+    nn.HuberLoss: lambda loss, x, target: ((x - target).abs() < loss.delta).to(x.dtype),
+    nn.SmoothL1Loss: _smooth_l1,
+}
+
+
+def _diagonal_columns(root: Tensor) -> Iterator[Tensor]:
+    for v in range(root.shape[1]):
+        s = torch.zeros_like(root)
+        s[:, v] = root[:, v]
+        yield s
+
+
+# -- softmax ----------------------------------------------------------------------------------------------
+
+
+def _softmax(loss: Any, x: Tensor, g: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities p `[N, C, ...]` and the coefficient of `diag(p) - p pᵀ` at every position, `[N, ...]`."""
+    if x.dim() < 2:
+        raise PackextError(f"{_name(loss, x)} has no axis of samples. Use outputs [N, C] or [N, C, ...].")
+    # The loss at a position is `-sum over c of t_c log p_c`, and the coefficient is the sum of the t_c, its `mass`.
+    w = x.new_ones(x.shape[1]) if loss.weight is None else loss.weight.detach().to(x)
+    smooth = loss.label_smoothing
+    if target.shape == x.shape:  # probabilities
+        t = (1 - smooth) * target.to(x.dtype) + smooth / x.shape[1]
+        mass = (t.movedim(1, -1) * w).sum(-1)  # not a matrix product, which autocast would round
+        total: Tensor | int = mass.numel()
+    else:
+        ignored = target.eq(loss.ignore_index)
+        own = w[target.masked_fill(ignored, 0).long()]
+        mass = ((1 - smooth) * own + smooth * w.mean()).masked_fill(ignored, 0)
+        total = own.masked_fill(ignored, 0).sum()
+    return x.softmax(1), _weighted(loss, x, g, mass, total)
+
+
+def _softmax_columns(p: Tensor, c: Tensor, compact: bool) -> Iterator[Tensor]:
+    """Columns in BackPACK's order, classes before positions; each is non-zero at one position.
+
+    With r = sqrt(p), a unit vector, `diag(p) - p pᵀ = diag(r) (I - r rᵀ) diag(r)`, and `I - r rᵀ` is its own square:
+    the columns of `diag(r) (I - r rᵀ)` are a root, column v being `r_v (e_v - p)`.
+
+    Compact: with e the last unit vector and u = r + e, of which |u|² = 2 (1 + r·e), the reflection
+    `Q = I - 2 u uᵀ/|u|²` takes e to `e - u = -r`. As Q is orthogonal, `I - r rᵀ = Q Qᵀ - (Qe) (Qe)ᵀ` is the sum of
+    the outer products of the other columns of Q, `q_v = e_v - u r_v/(1 + r·e)`. Hence `diag(r) q_v`, without the last.
+
+    Args:
+        p: probabilities, `[N, C, ...]`.
+        c: coefficients, `[N, ...]`.
+        compact: C - 1 columns per position in place of C.
+
+    Yields:
+        Cotangents `[N, C, positions]`.
+    """
+    p, root = p.reshape(*p.shape[:2], -1), c.reshape(len(c), -1).sqrt()
+    r, down = p.sqrt(), p
+    if compact:
+        last = r[:, -1:]
+        down = torch.cat((p[:, :-1], p[:, -1:] + last), 1) / (1 + last)  # diag(r) u / (1 + r·e)
+    for v in range(p.shape[1] - compact):
+        for at in range(p.shape[2]):
+            s = torch.zeros_like(p)
+            s[:, :, at] = -r[:, v, None, at] * down[:, :, at]
+            s[:, v, at] += r[:, v, at]
+            s[:, :, at] *= root[:, None, at]
+            yield s
+
+
+# -- any other loss ---------------------------------------------------------------------------------------
+
+
+def _blocks_root(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) -> Tensor:
+    """Roots `[N, D, V]` of the Hessian's blocks, the largest eigenvalue first; V is the largest rank among them."""
+    h = _blocks(loss, x, args, kwargs, g).double()
+    name, eps = _name(loss, x), torch.finfo(x.dtype).eps
+    largest = h.abs().max()
+    if not largest.isfinite():
+        raise PackextError(f"{name} has a Hessian that is not finite here. Compute it in a form that is smooth there.")
+    tolerance = 1e-6 if x.dtype == torch.float64 else 1e-4
+    if (h - h.mT).abs().max() > tolerance * largest:
+        raise PackextError(
+            f"{name} has second derivatives that are not symmetric. "
+            "Correct the backward of the autograd function that it uses."
+        )
+    values, vectors = torch.linalg.eigh((h + h.mT) / 2)
+    own = values.abs().amax(1, keepdim=True)
+    if (values < -tolerance * own - 100 * eps * own.max()).any():
+        raise PackextError(
+            f"{name} is not convex here: eigenvalues of its Hessian go from {values.min():.2e} to {values.max():.2e}, "
+            f"with gradients from {g.min():.2e} to {g.max():.2e} arriving at it. It has no real root. "
+            "Use a convex loss, or quantities that need no root of the Hessian."
+        )
+    keep = (values > values.shape[1] * eps * own).any(0)
+    return (vectors * values.clamp(min=0).sqrt()[:, None])[:, :, keep].flip(2)
+
+
+def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) -> Tensor:
+    """The Hessian's blocks, a product with one unit vector for all samples at a time.
+
+    Returns:
+        The blocks, `[N, D, D]`.
+
+    Raises:
+        CoupledSamplesError: if the loss is not a sum over the samples.
+        PackextError: if the Hessian is zero, too large, or cannot be computed.
+    """
+    (n, d), name = (len(x), x.shape[1:].numel()), _name(loss, x)
+    if d > LARGEST:
+        raise PackextError(
+            f"{name} has no closed form here, and its Hessian has {d} x {d} entries for each of {n} samples; up to "
+            f"{LARGEST} x {LARGEST} are computed. Use a loss of torch, such as CrossEntropyLoss or MSELoss."
+        )
+    args, kwargs = pytree.tree_map(lambda t: _widened(t) if isinstance(t, Tensor) else t, (args, kwargs))
+    before = _state(loss, x)
+    with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        x = x.requires_grad_()
+        value = loss.forward(x.clone(), *args, **kwargs)  # a clone, since it may write into it
+        changed = _state(loss, x) != before
+    if changed:
+        raise PackextError(f"{name} draws random numbers or changes its buffers: it cannot be computed a second time.")
+    if not isinstance(value, Tensor) or value.shape != g.shape:
+        what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise PackextError(
+            f"{name} returned {what}, and a gradient {list(g.shape)} arrived. Return one tensor, and call backward on "
+            "a value made of it alone."
+        )
+    zero = PackextError(f"{name} is linear in its first argument here: its Hessian is zero. Use a loss with curvature.")
+    if not value.requires_grad:
+        raise zero
+    try:
+        with torch.enable_grad():
+            g = g.clone().requires_grad_()  # functions that can be differentiated once note it only if this does
+            slope = torch.autograd.grad((g * value).sum(), x, create_graph=True, materialize_grads=True)[0]
+        if not slope.requires_grad:
+            raise zero
+        if any(node.name() == "torch::autograd::Error" for node in _nodes(slope.grad_fn)):
+            raise PackextError(f"{name} cannot be differentiated twice: a part of it is differentiable once.")
+
+        def times(v: Tensor) -> Tensor:
+            rows = torch.autograd.grad(slope, x, v.reshape(x.shape), retain_graph=True, materialize_grads=True)[0]
+            return rows.detach().reshape(n, d)
+
+        # Any two samples differ in a binary digit of their index: each product with the samples whose digit is 1 must
+        # leave the others alone.
+        numbers, index = torch.Generator().manual_seed(0), torch.arange(n, device=x.device)
+        for digit in range((n - 1).bit_length()):
+            some = (index >> digit & 1).bool()
+            rows = times(torch.rand(n, d, generator=numbers, dtype=x.dtype).to(x.device) * some[:, None])
+            if rows[~some].abs().max() > (1e-6 if x.dtype == torch.float64 else 1e-3) * rows.abs().max():
+                raise CoupledSamplesError(
+                    f"{name} couples samples: it is not a sum or a mean over axis 0. Its Hessian has no blocks. "
+                    "Use a loss that is one."
+                )
+        blocks = x.new_empty(n, d, d)
+        for v in range(d):
+            blocks[:, :, v] = times(F.one_hot(torch.full((n,), v, device=x.device), d).to(x.dtype))
+    except PackextError:
+        raise
+    except RuntimeError as error:
+        raise PackextError(f"{name} cannot be differentiated twice: {error}") from error
+    if not blocks.any():
+        raise zero
+    return blocks
+
+
+def _nodes(start: Any) -> set[Any]:
+    """All autograd nodes that can be reached from one. Those of an error need not lie on the way to the output."""
+    seen, open_ = {start}, [start]
+    while open_:
+        found = {node for node, _ in open_.pop().next_functions if node is not None} - seen
+        seen |= found
+        open_ += found
+    return seen
+
+
+def _state(loss: nn.Module, x: Tensor) -> Any:
+    """What a second call of the loss must leave as it was."""
+    numbers = torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
+    return numbers.numpy().tobytes(), [(id(b), b._version) for b in loss.buffers()]

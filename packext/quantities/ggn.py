@@ -1,0 +1,147 @@
+"""The generalised Gauss-Newton matrix: its diagonal, per sample or summed, and its root.
+
+The GGN of a loss is `sum over n of J_nᵀ H_n J_n`, with J_n the Jacobian of the model's output with respect to the
+parameters and H_n the Hessian of the loss with respect to that output (Schraudolph, 2002). With columns s of a root of
+H_n, `J_nᵀ s` are rows of the same factored form as individual gradients: the diagonal is their second moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packext._factored import Factored
+from packext._quantity import Ask, Curvature
+
+
+class _Exact(Curvature):
+    """With the exact Hessian of the loss."""
+
+
+class _Sampled(Curvature):
+    """With the Hessian estimated from targets drawn from the model's own predictions."""
+
+    def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
+        """Say how many draws for each sample, and from which generator (one of packext's own by default).
+
+        Raises:
+            ValueError: if there is no draw.
+        """
+        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
+            raise ValueError(f"mc_samples must be an int of 1 or more, got {mc_samples!r}.")
+        self.mc_samples, self.generator = mc_samples, generator
+
+    @property
+    def root(self) -> tuple[str, int, torch.Generator | None]:
+        return ("mc", self.mc_samples, self.generator)
+
+    def __repr__(self) -> str:
+        """As it was made."""
+        return f"{type(self).__name__}(mc_samples={self.mc_samples})"
+
+
+class _Diagonal(Curvature):
+    def wants(self, form: Factored) -> tuple[str, ...]:
+        return ("second_moment",)
+
+    def absorb(self, ask: Ask, held: Any) -> Tensor:
+        new = ask.statistics["second_moment"]
+        return new if held is None else held.add_(new)
+
+
+class _BatchDiagonal(Curvature):
+    def wants(self, form: Factored) -> tuple[str, ...]:
+        return ("rows",)
+
+    def absorb(self, ask: Ask, held: Any) -> Tensor:
+        rows = ask.statistics["rows"]
+        return rows.square() if held is None else held.addcmul_(rows, rows)
+
+
+class DiagGGNExact(_Diagonal, _Exact):
+    """Diagonal of the GGN `[*p]`, in `diag_ggn_exact`."""
+
+    savefield = "diag_ggn_exact"
+
+
+class DiagGGNMC(_Diagonal, _Sampled):
+    """Monte-Carlo estimate of the diagonal of the GGN `[*p]`, in `diag_ggn_mc`."""
+
+    savefield = "diag_ggn_mc"
+
+
+class BatchDiagGGNExact(_BatchDiagonal, _Exact):
+    """Each sample's share of the GGN's diagonal `[N, *p]`, in `diag_ggn_exact_batch`."""
+
+    savefield = "diag_ggn_exact_batch"
+
+
+class BatchDiagGGNMC(_BatchDiagonal, _Sampled):
+    """Monte-Carlo estimate of each sample's share of the GGN's diagonal `[N, *p]`, in `diag_ggn_mc_batch`."""
+
+    savefield = "diag_ggn_mc_batch"
+
+
+class _Root(Curvature):
+    compact = False
+    subsampling: list[int] | None = None
+
+    def wants(self, form: Factored) -> tuple[str, ...]:
+        return ("rows",) if self.subsampling is None else ()
+
+    def absorb(self, ask: Ask, held: Any) -> list[Tensor]:
+        if self.subsampling is None:
+            rows = ask.statistics["rows"]
+        else:
+            beyond = [i for i in self.subsampling if i >= ask.n]
+            if beyond:
+                raise ValueError(f"{self!r}: the batch has {ask.n} samples, none of index {beyond}.")
+            rows = ask.statistics.form.select(torch.tensor(self.subsampling, device=ask.statistics.form.device))
+        held = [] if held is None else held
+        held.append(rows)
+        return held
+
+    def land(self, held: Any, n: int, factor: float) -> Tensor:
+        return torch.stack(held) if factor == 1.0 else torch.stack(held) * factor**0.5
+
+
+def _chosen(subsampling: Sequence[int] | None) -> list[int] | None:
+    if subsampling is None:
+        return None
+    chosen = list(subsampling)
+    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
+        raise ValueError(f"subsampling must be distinct indices of samples, from 0, got {chosen}.")
+    return chosen
+
+
+class SqrtGGNExact(_Root, _Exact):
+    """A root of the GGN `[V, N, *p]`, in `sqrt_ggn_exact`.
+
+    With rows flattened and concatenated over parameters, `sum over v, n of s sᵀ` is the GGN. V counts the entries of
+    an output of one sample.
+    """
+
+    savefield = "sqrt_ggn_exact"
+
+    def __init__(self, subsampling: Sequence[int] | None = None) -> None:
+        """Take indices of the samples to keep (with the scale of the whole batch); all by default."""
+        self.subsampling = _chosen(subsampling)
+
+
+class SqrtGGNMC(_Root, _Sampled):
+    """A random root `[M, N, *p]` of a Monte-Carlo estimate of the GGN, in `sqrt_ggn_mc`."""
+
+    savefield = "sqrt_ggn_mc"
+
+    def __init__(
+        self,
+        mc_samples: int = 1,
+        subsampling: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """As for `DiagGGNMC`, and indices of the samples to keep."""
+        super().__init__(mc_samples, generator)
+        self.subsampling = _chosen(subsampling)

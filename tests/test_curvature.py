@@ -1,0 +1,356 @@
+"""Quantities of curvature on every case against a loop over samples and columns, in float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext import testing
+from tests.cases import CASES, Case
+from tests.helpers import double_precision, mlp
+
+#: torch's own advice on even kernels, for the plain model as well.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+N = 4
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def quantities() -> list[Any]:
+    return [px.DiagGGNExact(), px.BatchDiagGGNExact(), px.SqrtGGNExact()]
+
+
+def compare(model: nn.Module, rows: testing.Rows, factor: float = 1.0) -> None:
+    """Compare what is attached to the parameters with rows of the GGN's root."""
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        for quantity in quantities():
+            want = testing.GGN_ORACLES[type(quantity)](rows[name]) * factor
+            if not hasattr(p, quantity.savefield):
+                assert not want.any(), (name, quantity)
+                continue
+            got = getattr(p, quantity.savefield)
+            if isinstance(quantity, px.SqrtGGNExact):
+                got = got.reshape(*got.shape[:2], -1)
+                got = torch.einsum("vnp,vnq->npq", got, got)
+            assert testing.relative_error(got, want) < 1e-8, (name, quantity)
+
+
+def curved(case: Case) -> bool:
+    """Whether the loss is curved, in something that torch takes apart."""
+    return isinstance(case.loss(), (nn.CrossEntropyLoss, nn.MSELoss)) and case.name != "output data class"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if curved(c)], ids=lambda c: c.name)
+def test_the_ggn_on_every_case(case: Case) -> None:
+    model, inputs, targets = case.build()
+    loss = case.loss()
+    n = testing.batch_size(inputs, case.batch_axis)
+    weights = [1 / n] * n if loss.reduction == "mean" else [1.0] * n
+    if case.weights is not None:
+        weights = case.weights(targets)
+    rows = testing.curvature_rows(model, loss, inputs, targets, case.batch_axis, weights)
+    px.extend(model, case.batch_axis)
+    px.extend(loss)
+    with px.backpack(*quantities(), px.BatchGrad()):
+        loss(testing.call(model, inputs), targets).backward()
+    compare(model, rows)
+    plain = testing.individual_gradients(model, loss, inputs, targets, case.batch_axis, weights)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert testing.relative_error(p.grad_batch, plain[name]) < 1e-9, name
+            assert testing.relative_error(p.grad, plain[name].sum(0)) < 1e-9, name
+
+
+def run(model: nn.Module, loss: nn.Module, x: Any, y: Any, *asked: Any, **options: Any) -> px.Results:
+    """One step of an extended model and loss."""
+    px.extend(model)
+    px.extend(loss)
+    model.zero_grad()
+    with px.backpack(*asked, **options) as results:
+        loss(model(x), y).backward()
+    return results
+
+
+# -- losses between the model and the loss, and beside it ----------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Logits of every position, `[N, T, C]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(7, 4), nn.LayerNorm(4)
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.embed(x))
+        return self.head(h + self.mix(h.cumsum(1)).tanh())
+
+
+@pytest.mark.parametrize("steps", [N, 3])
+@pytest.mark.parametrize("fold", ["sample-major", "time-major", "classes second"])
+def test_a_loss_on_tokens(fold: str, steps: int) -> None:
+    model, x, y = Tokens(), torch.randint(7, (N, steps)), torch.randint(3, (N, steps))
+    loss = nn.CrossEntropyLoss()
+    rows = testing.curvature_rows(model, lambda z, t: loss(z.mT, t), x, y, weights=[1 / N] * N)
+    px.extend(model)
+    px.extend(loss)
+    with px.backpack(*quantities()):
+        z = model(x)
+        if fold == "classes second":
+            loss(z.mT, y).backward()
+        elif fold == "sample-major":
+            loss(z.reshape(-1, 3), y.flatten()).backward()
+        else:
+            loss(z.transpose(0, 1).reshape(-1, 3), y.T.flatten()).backward()
+    compare(model, rows)
+
+
+def test_what_mixes_samples_before_the_loss_is_refused() -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    loss = px.extend(nn.CrossEntropyLoss())
+    px.extend(model)
+    with pytest.raises(px.CoupledSamplesError, match="influence each other"), px.backpack(px.DiagGGNExact()):
+        z = model(x)
+        loss(z - z.mean(0), y).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_multiples_and_sums_of_losses() -> None:
+    model, x = mlp(), torch.randn(N, 5)
+    y, t = torch.randint(3, (N,)), torch.randn(N, 3)
+    first, second = nn.CrossEntropyLoss(), nn.MSELoss(reduction="sum")
+    one = testing.curvature_rows(model, first, x, y, weights=[0.5 / N] * N)
+    two = testing.curvature_rows(model, second, x, t, weights=[3.0] * N)
+    px.extend(model)
+    px.extend(first)
+    px.extend(second)
+    with px.backpack(*quantities()):
+        z = model(x)
+        (0.5 * first(z, y) + 3 * second(z, t)).backward()
+    compare(model, {k: torch.cat([one[k], two[k]]) for k in one})
+
+
+def test_two_forwards_before_one_loss() -> None:
+    model, x, x2, y = mlp(), torch.randn(N, 5), torch.randn(N, 5), torch.randint(3, (N,))
+    loss = nn.CrossEntropyLoss()
+    both = lambda inputs: model(inputs[0]) * model(inputs[1])  # noqa: E731
+    rows = testing.curvature_rows(_Twice(model), loss, (x, x2), y, weights=[1 / N] * N)
+    px.extend(model)
+    px.extend(loss)
+    with px.backpack(*quantities()):
+        loss(both((x, x2)), y).backward()
+    compare(model, {k.removeprefix("model."): r for k, r in rows.items()})
+
+
+class _Twice(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, x2: Tensor) -> Tensor:
+        return self.model(x) * self.model(x2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_scale_of_the_samples_own_losses(reduction: str) -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y)
+    run(model, nn.CrossEntropyLoss(reduction=reduction), x, y, *quantities(), scale="sample")
+    compare(model, rows)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_extended_is_refused() -> None:
+    model = px.extend(mlp())
+    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+    with pytest.raises(px.NotExtendedError, match=r"px.extend\(nn.CrossEntropyLoss"), px.backpack(px.DiagGGNExact()):
+        F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is None and not hasattr(p, "diag_ggn_exact") for p in model.parameters())
+
+
+def test_an_input_that_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packext._scale.SMALL", 0)
+    model, loss = px.extend(mlp()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+    value = loss(model(x), y)
+    with pytest.raises(px.PackextError, match="inside of the context"), px.backpack(px.DiagGGNExact()):
+        value.backward()
+    output = model(x)
+    value = loss(output, y)
+    with px.backpack(px.DiagGGNExact()):
+        value.backward()
+    assert hasattr(model[0].weight, "diag_ggn_exact")
+
+
+def test_an_input_of_the_loss_without_tensors_is_refused() -> None:
+    case = next(c for c in CASES if c.name == "output data class")
+    model, inputs, targets = case.build()
+    with pytest.raises(px.PackextError, match="no tensor was found"):
+        run(model, case.loss(), inputs, targets, px.DiagGGNExact())
+
+
+def test_batch_norm_in_training_mode_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    with pytest.raises(px.CoupledSamplesError, match="BatchNorm"):
+        run(model, nn.CrossEntropyLoss(), torch.randn(N, 5), torch.randint(3, (N,)), px.DiagGGNExact())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# -- Monte Carlo ---------------------------------------------------------------------------------------------
+
+
+def test_sampled_quantities_approach_the_exact_ones() -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    draws, state = 4000, torch.get_rng_state()
+    generator = torch.Generator().manual_seed(1)
+    asked = [
+        px.DiagGGNMC(draws, generator), px.BatchDiagGGNMC(draws, generator), px.SqrtGGNMC(draws, generator=generator),
+        px.KFAC(draws, generator=generator),
+    ]  # fmt: skip
+    run(model, nn.CrossEntropyLoss(), x, y, *asked, *quantities(), px.KFLR())
+    assert torch.equal(state, torch.get_rng_state())
+    for p in model.parameters():
+        # Entries are means of `draws` products: five standard errors of each, from the draws themselves.
+        each = p.sqrt_ggn_mc.square() * draws
+        error = 5 * each.std(0) / draws**0.5 + 1e-9
+        assert ((p.diag_ggn_mc_batch - p.diag_ggn_exact_batch).abs() <= error).all()
+        torch.testing.assert_close(p.diag_ggn_mc, p.diag_ggn_mc_batch.sum(0))
+        torch.testing.assert_close(p.diag_ggn_mc, p.sqrt_ggn_mc.square().sum((0, 1)))
+        assert testing.relative_error(p.kfac[0], p.kflr[0]) < 0.1
+        assert len(p.kfac) == len(p.kflr) == p.dim()
+
+
+def test_a_seed_decides() -> None:
+    found = []
+    torch.manual_seed(3)
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    for seed in (1, 1, 2):
+        run(model, nn.CrossEntropyLoss(), x, y, px.DiagGGNMC(generator=torch.Generator().manual_seed(seed)))
+        found.append(model[0].weight.diag_ggn_mc)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_one_propagation_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from packext import _flight
+
+    sent: list[Any] = []
+    send = _flight.Sweep.send
+    monkeypatch.setattr(_flight.Sweep, "send", lambda self, *a: [sent.append(a), send(self, *a)][1])
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    run(model, nn.CrossEntropyLoss(), x, y, px.DiagGGNExact(), px.BatchDiagGGNExact(), px.KFLR())
+    assert len(sent) == 2  # a softmax of three classes has a root of rank two
+    sent.clear()
+    run(model, nn.CrossEntropyLoss(), x, y, px.DiagGGNMC(), px.KFAC(), px.DiagGGNExact(), px.SqrtGGNExact())
+    assert len(sent) == 1 + 3
+
+
+# -- Kronecker factors ---------------------------------------------------------------------------------------
+
+
+def block(rows: Tensor) -> Tensor:
+    """The GGN's block `[P, P]` of rows `[V, N, *p]`."""
+    flat = rows.reshape(rows.shape[0] * rows.shape[1], -1)
+    return flat.T @ flat
+
+
+def dense(factors: list[Tensor]) -> Tensor:
+    return torch.kron(*factors) if len(factors) == 2 else factors[0]
+
+
+def test_kflr_is_exact_for_one_sample() -> None:
+    model, x, y = mlp(), torch.randn(1, 5), torch.randint(3, (1,))
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y)
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFLR(), px.KFAC(fisher="exact", approx="reduce"))
+    for name, p in model.named_parameters():
+        for factors in (p.kflr, p.kfac):
+            torch.testing.assert_close(dense(factors), block(rows[name]))
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_factors_are_exact_in_deep_linear_nets(approx: str, layer: str) -> None:
+    def build() -> nn.Module:
+        if layer == "linear":
+            return nn.Linear(4, 4)
+        return nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular") if approx == "reduce" else nn.Conv1d(4, 4, 1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = build(), build()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.a(x))
+            return y.mean(1 if layer == "linear" else 2) if approx == "reduce" else y
+
+    model, x = Net(), torch.randn(N, *((6, 4) if layer == "linear" else (4, 6)))
+    y = torch.randn_like(model(x))
+    rows = testing.curvature_rows(model, nn.MSELoss(), x, y, weights=[1 / N] * N)
+    run(model, nn.MSELoss(), x, y, px.KFAC(fisher="exact", approx=approx))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(dense(p.kfac), block(rows[name]))
+
+
+def test_groups_have_factors_of_their_own() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(18, 3))
+    x, y = torch.randn(1, 4, 4), torch.randint(3, (1,))
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFLR())
+    outputs, inputs = model[0].weight.kflr
+    assert outputs.shape == (2, 3, 3) and inputs.shape == (2, 4, 4)
+
+
+def test_empirical_factors() -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    rows = testing.individual_gradients(model, nn.CrossEntropyLoss(), x, y)
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFAC(fisher="empirical"))
+    for k in (0, 2):
+        bias = rows[f"{k}.bias"]
+        torch.testing.assert_close(model[k].bias.kfac[0], bias.T @ bias / N)
+        torch.testing.assert_close(model[k].weight.kfac[0], bias.T @ bias / N)
+    torch.testing.assert_close(model[0].weight.kfac[1], x.T @ x / N)
+
+
+def test_what_has_no_factors_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(px.UnsupportedUseError, match="0.weight"):
+        run(model, nn.CrossEntropyLoss(), torch.randint(5, (N, 3)), torch.randint(3, (N,)), px.KFLR())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", [lambda: px.KFAC(0), lambda: px.KFAC(fisher="all"), lambda: px.DiagGGNMC(True)])
+def test_bad_arguments(make: Any) -> None:
+    with pytest.raises(ValueError):
+        make()
+
+
+# -- a broken rule -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", range(2))
+def test_a_broken_propagation_is_noticed(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from packext import _roots
+
+    exact = _roots.exact
+    change = (lambda c: itertools.islice(c, 1), lambda c: (1.01 * s for s in c))[wrong]
+    monkeypatch.setattr(_roots, "exact", lambda *args: change(exact(*args)))
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+    run(model, nn.CrossEntropyLoss(), x, y, *quantities())
+    with pytest.raises(AssertionError):
+        compare(model, rows)

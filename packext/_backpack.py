@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from packext import _flight
-from packext._curvature import spread
+from packext._curvature import measure, spread
 from packext._errors import NotExtendedError, PackextError
 from packext._factored import Factored
 from packext._lineage import LOCAL
-from packext._quantity import Ask, Curvature, Quantity
+from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import modules_of
 from packext._scale import Seen
 from packext._statistics import Statistics
@@ -158,7 +158,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             raise ValueError(f'scale must be "loss", "sample" or a number, got {scale!r}.')
         self.extensions = extensions
         self.curvature = tuple(e for e in extensions if isinstance(e, Curvature))
-        self.first_order = tuple(e for e in extensions if not isinstance(e, Curvature))
+        self.hessian = tuple(e for e in extensions if isinstance(e, HessianQuantity))
+        self.first_order = tuple(e for e in extensions if not isinstance(e, (Curvature, HessianQuantity)))
         self.extension_hook = extension_hook
         self.scale = scale
         self.results = Results(extensions)
@@ -221,8 +222,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         for extension in self.extensions:
             extension.check(lambda: self._factor(flight, n, sample=True))
 
-    def _spread(self, flight: _flight.Pass, seen: Seen, g: Tensor) -> None:
+    def _spread(self, flight: _flight.Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         """An extended loss was reached: send its curvature ahead of the gradient."""
+        if self.hessian:
+            flight.spread = True
+            measure(flight, self.hessian, seen, edge, g.detach())
         if any(q.root[0] != "empirical" for q in self.curvature):
             flight.spread = True
             with torch.no_grad():
@@ -279,6 +283,12 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     flight.forget_deleted(module)
 
     def _land(self, flight: _flight.Pass) -> None:
+        for key, (source, found) in flight.measured.items():
+            values = flight.values.setdefault(key, (source, {}))[1]
+            n = flight.records[0].n
+            for e in self.hessian:
+                if id(e) in found:
+                    values[e.savefield] = e.land(found[id(e)], n, self._factor(flight, n))
         for extension in self.extensions:
             if extension.deferred:
                 for key, value in extension.finish(flight.asks.get(id(extension), {})).items():
@@ -308,16 +318,3 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
 def _will_arrive(parameter: Tensor) -> bool:
     return any(torch._C._will_engine_execute_node(node) for node in live_nodes(parameter))
-
-
-@contextmanager
-def disable() -> Iterator[None]:
-    """Context in which extended models run untapped, and contexts are deaf."""
-    before, LOCAL.disabled = LOCAL.disabled, True
-    try:
-        yield
-    finally:
-        LOCAL.disabled = before
-
-
-disable.should_store_io = lambda: not LOCAL.disabled  # type: ignore[attr-defined]

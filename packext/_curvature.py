@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,8 @@ from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
 from packext._flight import Pass, Sweep, probe_inputs
 from packext._layout import Layout, candidates
-from packext._quantity import Ask, Curvature
+from packext._lineage import disable
+from packext._quantity import Ask, Curvature, HessianQuantity, Point
 from packext._statistics import Statistics
 from packext._taps import Gate
 from packext._use import Source
@@ -40,10 +42,7 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor)
     """
     leaves = seen.leaves()
     if leaves is None:
-        raise PackextError(
-            f"The input of the extended {seen.name} is gone, and curvature needs it. Run the forward pass inside of "
-            "the context, or keep the model's output until backward() has run."
-        )
+        raise PackextError(_GONE.format(seen.name))
     if not seen.edges:
         kinds = ", ".join(dict.fromkeys(type(t).__name__ for t in leaves))
         raise PackextError(
@@ -62,14 +61,117 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor)
     for quantity in quantities:
         groups.setdefault(quantity.root, []).append(quantity)
     for (kind, draws, generator), members in groups.items():
-        if kind == "exact":
-            columns = _apart(_roots.exact(loss, output, seen.args, seen.kwargs, g, compact), layouts[0])
-        else:
-            source = _GENERATOR if generator is None else generator
-            columns = _roots.sampled(loss, output, seen.args, seen.kwargs, g, draws, source)
+        with disable():  # the loss may have extended parts of its own
+            if kind == "exact":
+                columns = _apart(_roots.exact(loss, output, seen.args, seen.kwargs, g, compact), layouts[0])
+            else:
+                source = _GENERATOR if generator is None else generator
+                columns = _roots.sampled(loss, output, seen.args, seen.kwargs, g, draws, source)
         absorb = functools.partial(_absorb, flight, members)
         for column in columns:
             Sweep(flight, absorb).send(seen.edges, back(column))
+
+
+class Graph(Point):
+    """Products through the graph of the loss `sum(g * loss)`."""
+
+    def __init__(self, parameters: list[Tensor], seen: Seen, edge: GradientEdge, g: Tensor) -> None:
+        """Take the parameters, the call of the loss, where it was computed, and the gradient that arrived there."""
+        self.parameters = parameters
+        self._seen, self._edge, self._g = seen, edge, g
+        self._slopes: list[Tensor | None] | None = None
+        self._pull: tuple[list[Tensor], Sequence[Tensor | None]] | None = None
+        self._leaves = seen.leaves()
+
+    def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        with self._ready():
+            if self._slopes is None:
+                slopes = torch.autograd.grad(
+                    [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
+                )
+                self._slopes = list(slopes)
+            return _products(self._slopes, vectors, self.parameters)
+
+    def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        if self._leaves is None:
+            raise PackextError(_GONE.format(self._seen.name))
+        with self._ready():
+            if self._pull is None:
+                # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
+                live = [t for t in self._leaves if isinstance(t, Tensor) and t.requires_grad]
+                us = [torch.zeros_like(t, requires_grad=True) for t in live]
+                self._pull = (
+                    us,
+                    torch.autograd.grad(self._seen.edges, self.parameters, us, create_graph=True, allow_unused=True),
+                )
+            us, pulled = self._pull
+            pushed = _products(pulled, vectors, us)
+            inner = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self._leaves]
+            at = [t for t in inner if isinstance(t, Tensor) and t.requires_grad]
+            output = pytree.tree_unflatten(inner, self._seen.spec)
+            value = self._seen.module.forward(output, *self._seen.args, **self._seen.kwargs)
+            slopes = torch.autograd.grad([value], at, [self._g], create_graph=True)
+            cotangents = _products(slopes, pushed, at)
+            found = torch.autograd.grad(
+                self._seen.edges, self.parameters, cotangents, retain_graph=True, allow_unused=True
+            )
+        return [torch.zeros_like(p) if f is None else f.detach() for p, f in zip(self.parameters, found, strict=True)]
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        try:
+            with disable(), torch.enable_grad():
+                yield
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise PackextError(
+                "The graph that products with the curvature run through has been freed by the backward pass: call "
+                "loss.backward(retain_graph=True)."
+            ) from None
+
+
+def _products(outputs: Sequence[Tensor | None], vectors: Sequence[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o is not None and o.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(inputs)
+    if pairs:
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], inputs, [v for _, v in pairs], retain_graph=True, allow_unused=True
+        )
+    return [torch.zeros_like(i) if f is None else f.detach() for i, f in zip(inputs, found, strict=True)]
+
+
+_GONE = (
+    "The input of the extended {} is gone, and curvature needs it. Run the forward pass inside of the context, or keep "
+    "the model's output until backward() has run."
+)
+
+
+def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edge: GradientEdge, g: Tensor) -> None:
+    """Give `quantities` products with the Hessian of `sum(g * loss)`, the loss being computed at `edge`.
+
+    Raises:
+        PackextError: if it does not come from an extended model, or results of several losses cannot be added.
+    """
+    sources: dict[int, Source] = {}
+    for e in seen.edges:
+        for gate in _gates(e):
+            if gate.record not in flight.records:
+                flight.records.append(gate.record)
+            sources.update({id(s.tensor): s for s in gate.record.parameters()})
+    if not sources:
+        raise PackextError(
+            f"The input of the extended {seen.name} does not come from an extended model: call model = "
+            "px.extend(model) before the forward pass."
+        )
+    point = Graph([s.tensor for s in sources.values()], seen, edge, g)
+    for quantity in quantities:
+        values = quantity.measure(point, _GENERATOR)
+        for source, value in zip(sources.values(), values, strict=True):
+            found = flight.measured.setdefault(id(source.tensor), (source, {}))[1]
+            if id(quantity) in found and not quantity.additive:
+                raise PackextError(f"{quantity!r} of a pass through several losses: add them up in one loss module.")
+            found[id(quantity)] = quantity.add(found[id(quantity)], value) if id(quantity) in found else value
 
 
 def _alone(column: Tensor) -> list[Tensor]:

@@ -144,6 +144,7 @@ class Pass:
         #: Whether a loss has sent its curvature, and what quantities have summed up, by parameter and quantity.
         self.spread = False
         self.sums: dict[int, tuple[Source, dict[int, Any]]] = {}
+        self.measured: dict[int, tuple[Source, dict[int, Any]]] = {}
         self.asks: dict[int, dict[int, Any]] = {}
         self.owners: dict[int, tuple[Any, set[int]]] = {}
         torch.autograd.Variable._execution_engine.queue_callback(self.finish)
@@ -206,7 +207,10 @@ def arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> di
         return {}
     if not _listening():
         return {}
-    return _current(use.record).visit(use, saved, gs)
+    flight = _current(use.record)
+    if not (flight.context.first_order or flight.context.curvature):
+        return {}
+    return flight.visit(use, saved, gs)
 
 
 def enter(record: Record) -> None:
@@ -223,13 +227,15 @@ def enter(record: Record) -> None:
     flight = _current(record) if _sweep is None else _sweep.flight
     if record not in flight.records:
         flight.records.append(record)
+    if not (flight.context.first_order or flight.context.curvature) and flight.spread:
+        return
     if record.n == 0:
         reason = "the batch is empty" if record.sizes else f"no input tensor has an axis {record.batch_axis}"
         raise PackextError(f"Per-sample quantities need samples: {reason}. Pass the batch to the extended model.")
     if any((node := ref()) is not None and torch._C._will_engine_execute_node(node) for ref in record.again):
         raise PackextError(_AGAIN)
     flight.context._check(flight, record.n)
-    waiting = [q for q in flight.context.curvature if q.root[0] != "empirical"]
+    waiting = [q for q in flight.context.curvature if q.root[0] != "empirical"] + [*flight.context.hessian]
     if _sweep is None and waiting and not flight.spread:
         asked = ", ".join(type(q).__name__ for q in waiting)
         raise NotExtendedError(

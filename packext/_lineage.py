@@ -13,6 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -413,3 +414,16 @@ def transparent(func: types.FunctionType) -> types.FunctionType:
 
 def _never(*_: Any) -> bool:
     return False
+
+
+@contextmanager
+def disable() -> Iterator[None]:
+    """Context in which extended models run untapped, and contexts are deaf."""
+    before, LOCAL.disabled = LOCAL.disabled, True
+    try:
+        yield
+    finally:
+        LOCAL.disabled = before
+
+
+disable.should_store_io = lambda: not LOCAL.disabled  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -98,6 +98,51 @@ class Curvature(Quantity):
     def land(self, held: Any, n: int, factor: float) -> Any:
         """The result, of a Hessian times `factor`."""
         return held if factor == 1.0 else held * factor
+
+
+class Point:
+    """Products with the curvature of the loss where the parameters are now."""
+
+    parameters: list[Tensor]
+
+    def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Products with the Hessian of vectors in the shapes of the parameters."""
+        raise NotImplementedError
+
+    def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Products with the GGN of vectors in the shapes of the parameters."""
+        raise NotImplementedError
+
+    def block(self, product: Callable[[Sequence[Tensor]], list[Tensor]], k: int, matrix: Tensor) -> Tensor:
+        """Products of `matrix` `[V, *p]` with the diagonal block of parameter k, by `hessian` or `ggn`."""
+        rows = []
+        for row in matrix:
+            vectors = [torch.zeros_like(p) for p in self.parameters]
+            vectors[k] = row.to(vectors[k])
+            rows.append(product(vectors)[k])
+        return torch.stack(rows) if rows else torch.zeros_like(matrix)
+
+
+class HessianQuantity(Quantity):
+    """Base of quantities of the loss's Hessian that need no more than its products with vectors.
+
+    They know no samples: what couples them, such as BatchNorm in training mode, is no obstacle.
+    """
+
+    #: Whether the results of several losses in one pass may be added up.
+    additive: ClassVar[bool] = True
+
+    def measure(self, point: Point, generator: torch.Generator) -> list[Any]:
+        """What is found for each parameter; `generator` is packext's own."""
+        raise NotImplementedError
+
+    def add(self, held: Any, value: Any) -> Any:
+        """What two losses in one pass give together."""
+        return held + value
+
+    def land(self, held: Any, n: int, factor: float) -> Any:
+        """The result, of a Hessian times `factor`."""
+        raise NotImplementedError
 
 
 def summed(values: dict[str, Tensor]) -> Tensor:

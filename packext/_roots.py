@@ -215,7 +215,7 @@ def _entries(
 
 def _gaussian_nll(loss: Any, x: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
     v = torch.as_tensor(var, dtype=x.dtype, device=x.device).clamp(min=loss.eps)
-    if v.shape != x.shape and v.shape == x.shape[:-1]:  # in this order, as in torch
+    if v.shape == x.shape[:-1]:
         v = v[..., None]
     return torch.ones_like(x) / v
 

@@ -89,5 +89,6 @@ class LossMark(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         flight = _flight.loss_seen(ctx.name, ctx.reduction, grads[0])
         if flight is not None:
-            flight.context._spread(flight, ctx.seen, grads[0])
+            edge = GradientEdge(*ctx.next_functions[0])
+            flight.context._spread(flight, ctx.seen, edge, grads[0])
         return grads[0], None, None, None

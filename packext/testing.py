@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from packext._backpack import backpack, disable
+from packext._backpack import backpack
 from packext._errors import PackextError
 from packext._extend import extend, unextend
+from packext._lineage import disable
 from packext._quantity import Quantity
 from packext.quantities import (
     BatchDiagGGNExact,

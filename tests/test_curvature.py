@@ -326,6 +326,31 @@ def test_empirical_factors() -> None:
     torch.testing.assert_close(model[0].weight.kfac[1], x.T @ x / N)
 
 
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_eigenvalues_corrected_in_a_basis(fisher: str) -> None:
+    model = nn.Sequential(nn.Conv1d(4, 6, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3))
+    x, y = torch.randn(N, 4, 4), torch.randint(3, (N,))
+    loss = nn.CrossEntropyLoss()
+    if fisher == "exact":
+        rows = testing.curvature_rows(model, loss, x, y, weights=[1 / N] * N)
+    else:
+        plain = testing.individual_gradients(model, loss, x, y)
+        rows = {k: r[None] / N**0.5 for k, r in plain.items()}
+    run(model, loss, x, y, px.KFAC(fisher=fisher), px.EKFAC(fisher=fisher))
+    first = {name: p.ekfac for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        v = torch.randn_like(p)
+        torch.testing.assert_close(first[name].matvec(v, lambda e: e), px.linalg.kron_matvec(p.kfac, v))
+    for basis in (first, {p: first[name] for name, p in model.named_parameters()}):
+        run(model, loss, x, y, px.EKFAC(basis, fisher=fisher))
+        for name, p in model.named_parameters():
+            # In any basis, the best diagonal is the diagonal of the curvature there.
+            want = first[name].rotate(rows[name]).square().sum((0, 1))
+            torch.testing.assert_close(p.ekfac.eigenvalues, want)
+    with pytest.raises(KeyError, match="has nothing for"):
+        run(model, loss, x, y, px.EKFAC({}, fisher=fisher))
+
+
 def test_what_has_no_factors_is_refused() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3))
     with pytest.raises(px.UnsupportedUseError, match="0.weight"):
@@ -337,6 +362,137 @@ def test_what_has_no_factors_is_refused() -> None:
 def test_bad_arguments(make: Any) -> None:
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d groups", "gru", "raw parameters", "tied embedding and head"])
+def test_gram_and_empirical_fisher(name: str) -> None:
+    case = next((c for c in CASES if c.name == name), CASES[0])
+    model, inputs, targets = case.build()
+    loss = case.loss()
+    n = testing.batch_size(inputs)
+    rows = testing.curvature_rows(model, loss, inputs, targets, weights=[1 / n] * n)
+    plain = testing.individual_gradients(model, loss, inputs, targets)
+    px.extend(model)
+    px.extend(loss)
+    with px.backpack(px.GGNGram(), px.DiagEF(), px.DiagGGNExact()) as results:
+        loss(testing.call(model, inputs), targets).backward()
+    whole = torch.cat([r.reshape(*r.shape[:2], -1) for r in rows.values()], 2)
+    spectrum = torch.linalg.eigvalsh(block(whole))
+    v = results.ggn_gram.shape[0]
+    assert results.ggn_gram.shape == (v, n, v, n)
+    mine = torch.linalg.eigvalsh(results.ggn_gram.reshape(v * n, v * n))
+    size = min(len(mine), len(spectrum))
+    torch.testing.assert_close(mine[-size:], spectrum[-size:], atol=1e-10, rtol=1e-8)
+    for key, p in model.named_parameters():
+        if key in results:
+            flat = rows[key].reshape(-1, p.numel())
+            torch.testing.assert_close(p.ggn_gram.square().sum(), (flat @ flat.T).square().sum())
+            torch.testing.assert_close(p.diag_ef, plain[key].square().sum(0) / n)
+
+
+# -- the Hessian ---------------------------------------------------------------------------------------------
+
+
+def hessian(model: nn.Module, loss: Any) -> Tensor:
+    parameters = list(model.parameters())
+    with px.disable():
+        slopes = torch.autograd.grad(loss(), parameters, create_graph=True)
+        flat = torch.cat([s.flatten() for s in slopes])
+        each = [torch.autograd.grad(f, parameters, retain_graph=True, allow_unused=True) for f in flat]
+    return torch.stack([
+        torch.cat([torch.zeros(p.numel()) if h is None else h.flatten() for h, p in zip(row, parameters, strict=True)])
+        for row in each
+    ])  # fmt: skip
+
+
+def coupled() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("build", [mlp, coupled])
+def test_hessian_quantities(build: Any) -> None:
+    model, x, y = build(), torch.randn(N, 5), torch.randint(3, (N,))
+    loss = nn.CrossEntropyLoss()
+    want = hessian(model, lambda: 2 * loss(model(x), y))
+    state = torch.get_rng_state()
+    px.extend(model)
+    px.extend(loss)
+    asked = [
+        px.HessianTrace(400),
+        px.DiagHessianMC(400),
+        px.TopEigenvalues(2, tol=1e-9),
+    ]
+    with px.backpack(*asked) as results:
+        (2 * loss(model(x), y)).backward()
+    assert torch.equal(state, torch.get_rng_state())
+    trace = results.hessian_trace
+    assert abs(trace.value - want.trace()) <= 5 * trace.standard_error
+    assert trace.standard_error < 0.2 * want.trace().abs()
+    spectrum = torch.linalg.eigvalsh(want)
+    torch.testing.assert_close(results.top_eigenvalues.values, spectrum[-2:].flip(0), rtol=1e-7, atol=1e-9)
+    start = 0
+    for p in model.parameters():
+        stop = start + p.numel()
+        diagonal = want.diagonal()[start:stop].view_as(p)
+        assert ((p.diag_h_mc.value - diagonal).abs() <= 5 * p.diag_h_mc.standard_error + 1e-9).all()
+        assert abs(p.hessian_trace.value - diagonal.sum()) <= 5 * p.hessian_trace.standard_error + 1e-9
+        start = stop
+    plain = torch.autograd.grad(2 * loss(model(x), y), list(model.parameters()))
+    for p, g in zip(model.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_ends_of_the_spectrum(which: str) -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randn(N, 3)
+    loss = nn.MSELoss()
+    spectrum = torch.linalg.eigvalsh(hessian(model, lambda: loss(model(x), y)))
+    assert spectrum[0] < 0 < spectrum[-1]
+    want = {"LA": spectrum[-1], "SA": spectrum[0], "LM": spectrum[spectrum.abs().argmax()]}[which]
+    results = run(model, loss, x, y, px.TopEigenvalues(which=which, tol=1e-9), px.BatchGrad())
+    torch.testing.assert_close(results.top_eigenvalues.values[0], want, rtol=1e-7, atol=1e-9)
+    parts = [p.top_eigenvalues.vectors[0].flatten() for p in model.parameters()]
+    torch.testing.assert_close(torch.cat(parts).norm(), torch.tensor(1.0))
+    assert model[0].weight.grad_batch.shape == (N, *model[0].weight.shape)
+
+
+def test_products_with_blocks() -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    loss = nn.CrossEntropyLoss()
+    whole = hessian(model, lambda: loss(model(x), y))
+    rows = testing.curvature_rows(model, loss, x, y, weights=[1 / N] * N)
+    px.extend(model)
+    px.extend(loss)
+    with px.backpack(px.HMP(), px.GGNMP(), px.TopEigenvalues(curvature="ggn", tol=1e-9)) as results:
+        loss(model(x), y).backward(retain_graph=True)
+    start = 0
+    for name, p in model.named_parameters():
+        stop, matrix = start + p.numel(), torch.randn(2, *p.shape)
+        flat = matrix.flatten(1)
+        torch.testing.assert_close(p.hmp(matrix).flatten(1), flat @ whole[start:stop, start:stop])
+        torch.testing.assert_close(p.ggnmp(matrix).flatten(1), flat @ block(rows[name]))
+        start = stop
+    ggn = block(torch.cat([r.reshape(*r.shape[:2], -1) for r in rows.values()], 2))
+    torch.testing.assert_close(results.top_eigenvalues.values[0], torch.linalg.eigvalsh(ggn)[-1])
+    with px.backpack(px.HMP(), px.GGNMP()):
+        loss(model(x), y).backward()
+    for product in (model[0].weight.hmp, model[0].weight.ggnmp):
+        with pytest.raises(px.PackextError, match="retain_graph=True"):
+            product(torch.randn(1, *model[0].weight.shape))
+
+
+def test_hessians_of_several_losses_add_up() -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    first, second = px.extend(nn.CrossEntropyLoss()), px.extend(nn.CrossEntropyLoss(reduction="sum"))
+    want = hessian(model, lambda: first(model(x), y) + second(model(x), y)).trace()
+    px.extend(model)
+    with px.backpack(px.HessianTrace(200)) as results:
+        z = model(x)
+        (first(z, y) + second(z, y)).backward()
+    assert abs(results.hessian_trace.value - want) <= 5 * results.hessian_trace.standard_error
+    with pytest.raises(px.PackextError, match="several losses"), px.backpack(px.TopEigenvalues()):
+        z = model(x)
+        (first(z, y) + second(z, y)).backward()
 
 
 # -- a broken rule -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ All arithmetic happens in `acc`: float32, or float64 where the inputs are.
 """
 
 from packext._factored.base import Dense, Factored, accumulation_dtype, two_sided
-from packext._factored.other import Lookup, Masked, Pulled, Sum, merge
+from packext._factored.other import Lookup, Masked, Pulled, Sum, merge, side_by_side
 from packext._factored.outer import Outer, Patches
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "Sum",
     "accumulation_dtype",
     "merge",
+    "side_by_side",
     "two_sided",
 ]

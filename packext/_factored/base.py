@@ -92,6 +92,10 @@ class Factored:
         """
         return None
 
+    def rotated(self, left: Tensor, right: Tensor | None) -> Factored | None:
+        """The rows in other bases, `leftᵀ row right`, with `left` `[G, O, O]` and `right` `[G, I, I]`."""
+        return None
+
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         """Rows seen as matrices `[shape[0], rest]`, times `left` `[r, shape[0]]` and `right` `[q, rest]`."""
         return None
@@ -144,6 +148,9 @@ class Dense(Factored):
 
     def all_rows(self) -> Tensor:
         return self.r
+
+    def rotated(self, left: Tensor, right: Tensor | None) -> Factored | None:
+        return Dense(self.r @ left[0].to(self.acc)) if right is None and len(self.shape) == 1 else None
 
     def kronecker(self, reduce: bool) -> tuple[Tensor, Callable[[], Tensor] | None, int] | None:
         if len(self.shape) != 1:

@@ -186,6 +186,14 @@ class Sum(Factored):
         return sum(part.bytes_held() for part in self.parts)
 
 
+def side_by_side(parts: Sequence[Factored]) -> Factored:
+    """The rows of forms of one parameter one after the other, as if they were samples of one batch."""
+    pairs = [(p.a, p.g) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
+    if len(pairs) == len(parts):
+        return Outer(torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs]), parts[0].shape)
+    return Dense(torch.cat([p.rows(0, p.n) for p in parts]))
+
+
 def merge(parts: Sequence[Factored]) -> Factored:
     """One form for all uses of a parameter; forms of a kind are joined along S."""
     if len(parts) == 1:

@@ -226,6 +226,15 @@ class Outer(Factored):
         columns = g.sum(3).transpose(0, 1) if reduce else g.permute(1, 0, 3, 2).flatten(1, 2)  # [G, N (S), O]
         return columns.mT @ columns, lambda: self._inputs(reduce), self.s
 
+    def rotated(self, left: Tensor, right: Tensor | None) -> Factored | None:
+        if right is None:
+            return None
+        a, right, g = self.a, right.to(self.acc), left.to(self.acc).mT @ self.g.to(self.acc)
+        if isinstance(a, Patches):
+            turned = Patches(*a.shape, lambda lo, hi: a[lo:hi].to(self.acc) @ right, a.source)
+            return Outer(turned, g, self.shape)
+        return Outer(a.to(self.acc) @ right, g, self.shape)
+
     def _inputs(self, reduce: bool) -> Tensor:
         found = torch.zeros(self.groups, self.i, self.i, dtype=self.acc, device=self.device)
         step = max(1, min(self.n, _scratch.TILE // max(1, self.groups * self.s * self.i)))

@@ -5,13 +5,16 @@ from packext.quantities.clipped import ClippedGrad
 from packext.quantities.ggn import (
     BatchDiagGGNExact,
     BatchDiagGGNMC,
+    DiagEF,
     DiagGGNExact,
     DiagGGNMC,
+    GGNGram,
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from packext.quantities.hessian import GGNMP, HMP, DiagHessianMC, HessianTrace, TopEigenvalues
 from packext.quantities.histogram import GradHistogram, Histogram
-from packext.quantities.kfac import KFAC, KFLR
+from packext.quantities.kfac import EKFAC, KFAC, KFLR
 from packext.quantities.moments import SumGradSquared, Variance
 from packext.quantities.norms import BatchDotGrad, BatchL2Grad, GradDot
 from packext.quantities.projected import ProjectedGrad
@@ -23,10 +26,17 @@ __all__ = [
     "BatchGrad",
     "BatchL2Grad",
     "ClippedGrad",
+    "DiagEF",
     "DiagGGNExact",
     "DiagGGNMC",
+    "DiagHessianMC",
+    "EKFAC",
+    "GGNGram",
+    "GGNMP",
     "GradDot",
     "GradHistogram",
+    "HMP",
+    "HessianTrace",
     "Histogram",
     "KFAC",
     "KFLR",
@@ -34,5 +44,6 @@ __all__ = [
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",
+    "TopEigenvalues",
     "Variance",
 ]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packext._factored import Factored
-from packext._quantity import Ask, Curvature
+from packext._factored import Factored, side_by_side
+from packext._quantity import Ask, Curvature, summed
+from packext._statistics import Statistics
 
 
 class _Exact(Curvature):
@@ -83,6 +84,41 @@ class BatchDiagGGNMC(_BatchDiagonal, _Sampled):
     """Monte-Carlo estimate of each sample's share of the GGN's diagonal `[N, *p]`, in `diag_ggn_mc_batch`."""
 
     savefield = "diag_ggn_mc_batch"
+
+
+class DiagEF(_Diagonal):
+    """Diagonal of the empirical Fisher `[*p]`, in `diag_ef`.
+
+    For a mean over N samples it is 1/N times the sum of the squared gradients of the samples' own losses; N times
+    `SumGradSquared`, which squares gradients that carry 1/N.
+    """
+
+    savefield = "diag_ef"
+
+    @property
+    def root(self) -> tuple[str, int, torch.Generator | None]:
+        return ("empirical", 0, None)
+
+
+class GGNGram(_Exact):
+    """Inner products of the columns of the GGN's root `[V, N, V, N]`, in `ggn_gram`; in `results` of the whole model.
+
+    The small side of the GGN: as a matrix `[V N, V N]` it has the GGN's eigenvalues other than zero. For a sum of
+    squares, halved, of V outputs it is the neural tangent kernel.
+    """
+
+    savefield = "ggn_gram"
+    compact = False
+
+    def absorb(self, ask: Ask, held: Any) -> list[Factored]:
+        return [*(held or []), ask.statistics.form]
+
+    def land(self, held: list[Factored], n: int, factor: float) -> Tensor:
+        gram = Statistics(side_by_side(held))["gram"] * factor
+        return gram.reshape(len(held), n, len(held), n)
+
+    def whole(self, values: dict[str, Any]) -> Tensor:
+        return summed(values)
 
 
 class _Root(Curvature):

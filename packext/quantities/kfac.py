@@ -11,13 +11,16 @@ section 3). The curvature of the weight, its rows one after the other, is B ⊗ 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from packext import linalg
 from packext._errors import UnsupportedUseError
 from packext._quantity import Ask, Curvature
+from packext._statistics import Statistics
 
 
 class _Kronecker(Curvature):
@@ -91,6 +94,60 @@ class KFAC(_Kronecker):
     def __repr__(self) -> str:
         """As it was made."""
         return f"KFAC(mc_samples={self.mc_samples}, approx={self.approx!r}, fisher={self.fisher!r})"
+
+
+class EKFAC(KFAC):
+    """Eigenvalue-corrected Kronecker factors of the Fisher, in `ekfac`: a `linalg.KronEigh` for each parameter.
+
+    With a `basis`, its eigenvalues are the second moments of the (sampled, exact or empirical) gradients in that basis:
+    the diagonal that is best in Frobenius norm (George et al., 2018, "Fast Approximate Natural Gradient Descent in a
+    Kronecker-factored Eigenbasis", section 3.1). Without, it has the eigenvectors of `KFAC`, and the products of the
+    factors' eigenvalues: the basis for the passes that follow.
+    """
+
+    savefield = "ekfac"
+
+    def __init__(
+        self,
+        basis: Mapping[Any, linalg.KronEigh] | None = None,
+        mc_samples: int = 1,
+        approx: str = "expand",
+        fisher: str = "mc",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Take an earlier result for each parameter, by name or by the parameter itself, and what `KFAC` takes."""
+        super().__init__(mc_samples, approx, fisher, generator)
+        self.basis = basis
+
+    def _basis(self, ask: Ask) -> linalg.KronEigh | None:
+        if self.basis is None:
+            return None
+        found = self.basis.get(ask.name)
+        if found is None:
+            found = next((b for key, b in self.basis.items() if key is ask.parameter), None)
+        if found is None:
+            raise KeyError(f"EKFAC(basis=...) has nothing for {ask.name}, shape {list(ask.parameter.shape)}.")
+        return found
+
+    def absorb(self, ask: Ask, held: Any) -> Any:
+        basis = self._basis(ask)
+        if basis is None:
+            return super().absorb(ask, held)
+        left, *right = (v if v.dim() == 3 else v[None] for v in basis.vectors)
+        form = ask.statistics.form.rotated(left, right[0] if right else None)
+        if form is None:
+            raise UnsupportedUseError(f"EKFAC: the basis of {ask.name} {list(ask.parameter.shape)} does not fit it.")
+        moment = Statistics(form)["second_moment"].reshape(ask.parameter.shape)
+        return (basis.vectors, moment if held is None else held[1].add_(moment))
+
+    def land(self, held: Any, n: int, factor: float) -> linalg.KronEigh:
+        if isinstance(held, tuple):
+            return linalg.KronEigh(held[0], held[1] * factor)
+        return linalg.KronEigh.of(super().land(held, n, factor))
+
+    def __repr__(self) -> str:
+        """As it was made."""
+        return f"E{super().__repr__()}"
 
 
 class KFLR(_Kronecker):

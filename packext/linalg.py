@@ -1,0 +1,598 @@
+"""Linear algebra of curvature: Kronecker factors, and operators known by their products with vectors.
+
+The Kronecker factors of a parameter are a list of symmetric matrices: `[B, A]` for a weight seen as a matrix
+`[O, I]`, `[B]` for a bias, in general any number. They stand for the matrix kron(B, A) that multiplies the
+parameter's entries in row-major order. A factor may have a leading axis of groups, `[G, n, n]`: the matrix is then
+block-diagonal, with one Kronecker product for each group; a factor without that axis is shared by the groups.
+
+An operator is a callable `matvec` that takes and returns vectors in one structure: a tensor, or a list, tuple or
+dictionary of tensors (nested, too), such as the parameters of a model. A function that multiplies many vectors at once,
+`[V, *p]`, is one after `lambda v: f(v[None])[0]`. Operators are taken to be symmetric. Arithmetic is in float32 or
+better. Random vectors come from a generator of their own, seeded with 0 if none is given; torch's stays as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from packext._errors import PackextError
+
+Matvec = Callable[[Any], Any]
+
+
+def _batched(factors: Any) -> list[Tensor]:
+    """The factors as `[G, n, n]` or `[1, n, n]`, in one dtype, float32 or better."""
+    if isinstance(factors, Tensor) or not factors:
+        raise ValueError("Kronecker factors must be a list of at least one matrix.")
+    shapes = [list(f.shape) for f in factors]
+    if any(len(s) not in (2, 3) or s[-1] != s[-2] or 0 in s for s in shapes):
+        raise ValueError(f"Kronecker factors must be square, [n, n] or [G, n, n], and not empty; got shapes {shapes}.")
+    if len({s[0] for s in shapes if len(s) == 3} - {1}) > 1:
+        raise ValueError(f"Kronecker factors must have equally many groups; got shapes {shapes}.")
+    if not all(f.is_floating_point() for f in factors):
+        raise ValueError(f"Kronecker factors must be real floating point; got {[f.dtype for f in factors]}.")
+    dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors), torch.float32)
+    return [(f if f.dim() == 3 else f[None]).to(dtype) for f in factors]
+
+
+def _symmetric(factors: Sequence[Tensor]) -> list[Tensor]:
+    """As `_batched`, finite, and symmetric to the last digit."""
+    matrices = _batched(factors)
+    for f, m in zip(factors, matrices, strict=True):
+        if not m.isfinite().all():
+            raise ValueError(f"the Kronecker factor of shape {list(f.shape)} has entries that are NaN or infinite.")
+        if (m - m.mT).abs().amax() > torch.finfo(f.dtype).eps ** 0.5 * m.abs().amax():
+            raise ValueError(f"the Kronecker factor of shape {list(f.shape)} is not symmetric.")
+    return [0.5 * m + 0.5 * m.mT for m in matrices]
+
+
+def _entries(matrices: list[Tensor]) -> int:
+    return max(map(len, matrices)) * math.prod(m.shape[-1] for m in matrices)
+
+
+def _unbatched(matrices: list[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """Take away the axis of groups where the factor had none (and needed none)."""
+    return [m[0] if f.dim() == 2 and len(m) == 1 else m for f, m in zip(factors, matrices, strict=True)]
+
+
+def kron(factors: Sequence[Tensor]) -> Tensor:
+    """The dense matrix `[P, P]` of Kronecker factors; block-diagonal where they have groups."""
+    matrices = _batched(factors)
+    out = matrices[0]
+    for m in matrices[1:]:
+        blocks = torch.einsum("gab,gcd->gacbd", out, m)
+        out = blocks.reshape(len(blocks), out.shape[-1] * m.shape[-1], -1)
+    return torch.block_diag(*out)
+
+
+def kron_matvec(factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Multiply by the matrix of Kronecker factors without forming it.
+
+    Args:
+        factors: `P` entries in all, the product of their sizes (times the number of groups).
+        x: some of its last axes have P entries together, a vector in row-major order, whatever their shape (`[P]`,
+            `[O, I]`, `[O, C, K, K]`); all axes before them count vectors.
+
+    Returns:
+        The products, in the shape of `x`.
+
+    Raises:
+        ValueError: if the last axes of `x` do not have P entries, or factors are not square.
+    """
+    matrices = _batched(factors)
+    groups, entries = max(map(len, matrices)), _entries(matrices)
+    if all(math.prod(x.shape[k:]) != entries for k in range(x.dim() + 1)):
+        raise ValueError(
+            f"x has shape {list(x.shape)}, but Kronecker factors of shapes {[list(f.shape) for f in factors]} "
+            f"multiply vectors of {entries} entries: no number of x's last axes has as many."
+        )
+    dtype = torch.promote_types(x.dtype, matrices[0].dtype)
+    y, before, after = x.to(dtype), 1, entries // groups
+    for m in matrices:
+        after //= m.shape[-1]
+        y = y.reshape(-1, groups, before, m.shape[-1], after)
+        y = torch.einsum("gab,vgpbq->vgpaq", m.to(dtype), y)
+        before *= m.shape[-1]
+    return y.reshape(x.shape)
+
+
+def kron_trace(factors: Sequence[Tensor]) -> Tensor:
+    """The trace of the matrix of Kronecker factors."""
+    traces = [m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in _batched(factors)]
+    return math.prod(traces[1:], start=traces[0]).sum()
+
+
+def kron_inv(factors: Sequence[Tensor], damping: float, pi: bool = True) -> list[Tensor]:
+    """Inverses of damped Kronecker factors, by Cholesky: an approximation of the damped matrix's inverse.
+
+    For the inverse of kron(B, A) + damping I itself see `KronEigh`.
+
+    Args:
+        factors: positive semi-definite.
+        damping: of the whole matrix. A single factor gets all of it, each of k factors `damping ** (1 / k)`.
+        pi: balance these shares by the factors' mean eigenvalues: `A + pi sqrt(damping) I` and
+            `B + sqrt(damping) / pi I` with `pi² = (tr(A) / dim A) / (tr(B) / dim B)` (Martens & Grosse 2015, section
+            6.3); k factors in proportion to their mean eigenvalue over the geometric mean of all. Shares are equal
+            where a trace is zero.
+
+    Returns:
+        A list like `factors`; one without groups gets them where they ask for different shares.
+        Factors that are not positive definite with their damping, to working precision (float64), are refused.
+    """
+    _check(math.isfinite(damping) and damping >= 0, f"damping must be finite and not negative, got {damping}.")
+    matrices = _symmetric(factors)
+    shares = [m.new_full((1,), damping ** (1 / len(matrices))) for m in matrices]
+    if pi:
+        means = torch.broadcast_tensors(*(m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in matrices))
+        logs = torch.stack(means).log()
+        ratio = (logs - logs.mean(0)).exp()
+        usable = (ratio.isfinite() & (ratio > 0)).all(0)
+        shares = [share * torch.where(usable, r, 1.0) for share, r in zip(shares, ratio, strict=True)]
+    inverses = [_inverse(m, share[:, None, None]) for m, share in zip(matrices, shares, strict=True)]
+    return _unbatched(inverses, factors)
+
+
+def _inverse(m: Tensor, shift: Tensor) -> Tensor:
+    """`(m + shift I)⁻¹`; in float64 where pivots of the Cholesky factorisation drown in the rounding of `m`'s dtype."""
+    n = m.shape[-1]
+    for dtype in dict.fromkeys((m.dtype, torch.float64)):
+        damped = m.to(dtype) + shift.to(dtype) * torch.eye(n, dtype=dtype, device=m.device)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        pivots, diagonal = lower.diagonal(dim1=-2, dim2=-1) ** 2, damped.diagonal(dim1=-2, dim2=-1)
+        if not info.any() and (pivots > 10 * n * torch.finfo(dtype).eps * diagonal).all():
+            inverse = torch.cholesky_inverse(lower).to(m.dtype)
+            if inverse.isfinite().all():
+                return inverse
+    raise PackextError(
+        f"kron_inv: a factor of size {n} is not positive definite (damped by up to {float(shift.max()):.3g}, "
+        f"mean of its diagonal {float(m.diagonal(dim1=-2, dim2=-1).mean()):.3g}). More damping?"
+    )
+
+
+def kron_eigh(factors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Eigenvalues `[n]` (ascending) and eigenvectors `[n, n]` (columns) of each factor, with its groups if it has any.
+
+    Negative eigenvalues that are rounding errors become zero; others stay. In float32 those below about 1e-6 of the
+    largest are rounding, too: where damping is smaller than that, pass factors in float64.
+
+    Args:
+        factors: symmetric; they need not be positive semi-definite.
+
+    Returns:
+        The eigenvalues of each factor, and its eigenvectors.
+    """
+    values, vectors = [], []
+    for m in _symmetric(factors):
+        try:
+            e, q = torch.linalg.eigh(m)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            e, q = (t.to(m.dtype) for t in torch.linalg.eigh(m.double()))
+        rounding = m.shape[-1] * torch.finfo(m.dtype).eps * e.abs().amax(-1, keepdim=True)
+        values.append(torch.where((e < 0) & (e >= -rounding), 0.0, e))
+        vectors.append(q)
+    flat = [e[0] if f.dim() == 2 else e for f, e in zip(factors, values, strict=True)]
+    return flat, _unbatched(vectors, factors)
+
+
+@dataclass(frozen=True, eq=False)
+class KronEigh:
+    """`Q diag(eigenvalues) Qᵀ` with Q the Kronecker product of `vectors`: a decomposed Kronecker product, or EKFAC.
+
+    Args:
+        vectors: the eigenvectors (columns) of each factor, as `kron_eigh` has them.
+        eigenvalues: as many as the parameter has entries, in any shape, in row-major order. Those of the product are
+            the outer product of its factors' (`KronEigh.of`); EKFAC's are the mean over samples of the squared entries
+            of `rotate(g_n)`.
+    """
+
+    vectors: Sequence[Tensor]
+    eigenvalues: Tensor
+
+    def __post_init__(self) -> None:
+        """Compare the sizes."""
+        entries = _entries(_batched(self.vectors))
+        shapes = [list(v.shape) for v in self.vectors]
+        _check(
+            self.eigenvalues.numel() == entries,
+            f"eigenvectors of shapes {shapes} need {entries} eigenvalues, got shape {list(self.eigenvalues.shape)}.",
+        )
+
+    @classmethod
+    def of(cls, factors: Sequence[Tensor]) -> KronEigh:
+        """Decompose the factors; `eigenvalues` is `[n_1, ..., n_k]`, with the groups in front if there are any."""
+        values, vectors = kron_eigh(factors)
+        grouped = any(f.dim() == 3 for f in factors)
+        rows = [e if e.dim() == 2 else e[None] for e in values]
+        out = rows[0]
+        for e in rows[1:]:
+            out = out[..., None] * e.reshape(len(e), *[1] * (out.dim() - 1), -1)
+        return cls(vectors, out if grouped else out[0])
+
+    def rotate(self, x: Tensor, back: bool = False) -> Tensor:
+        """`Qᵀ x`, the coordinates of `x` (`[..., *p]`, as for `kron_matvec`) in the eigenbasis; `Q x` if `back`."""
+        return kron_matvec(self.vectors if back else [v.mT for v in self.vectors], x)
+
+    def matvec(self, x: Tensor, f: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`Q f(eigenvalues) Qᵀ x`; `lambda e: 1 / (e + damping)` is the exact inverse of the damped matrix."""
+        e = self.eigenvalues if f is None else f(self.eigenvalues)
+        y = self.rotate(x)
+        y = (y.reshape(-1, self.eigenvalues.numel()) * e.reshape(-1)).reshape(x.shape)
+        return self.rotate(y, back=True)
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues."""
+        return self.eigenvalues.sum()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Logarithm of the determinant of the matrix plus `damping` times the identity, which is positive definite."""
+        damped = self.eigenvalues + damping
+        if not (damped > 0).all():
+            raise PackextError(f"logdet: the least eigenvalue is {float(damped.min()):.3g} with damping {damping:.3g}.")
+        return damped.log().sum()
+
+
+def _check(right: bool, message: str) -> None:
+    if not right:
+        raise ValueError(message)
+
+
+def _shapes(tree: Any) -> Any:
+    """What to print of a structure of tensors."""
+    if isinstance(tree, Tensor):
+        return list(tree.shape)
+    if isinstance(tree, Mapping):
+        return {key: _shapes(value) for key, value in tree.items()}
+    return tuple(map(_shapes, tree)) if isinstance(tree, (list, tuple)) else type(tree).__name__
+
+
+class _Space:
+    """Vectors in the structure of `like`, packed into one tensor `[P]`."""
+
+    def __init__(self, like: Any, name: str) -> None:
+        self.like, self.name, self.calls = like, name, 0
+        self.leaves = list(self._leaves(like, like, "a vector"))
+        self.sizes = [leaf.numel() for leaf in self.leaves]
+        self.size = sum(self.sizes)
+        _check(self.size > 0, f"{name}: vectors have no entries: {_shapes(like)}.")
+        _check(all(leaf.is_floating_point() for leaf in self.leaves), f"{name}: vectors must be real floating point.")
+        self.dtype = functools.reduce(torch.promote_types, (leaf.dtype for leaf in self.leaves), torch.float32)
+        self.device = self.leaves[0].device
+        self.eps = max(torch.finfo(leaf.dtype).eps for leaf in self.leaves)
+
+    def _leaves(self, like: Any, tree: Any, what: str) -> Iterator[Tensor]:
+        """The tensors of `tree`, in the order of `like`."""
+        if isinstance(like, Tensor) and isinstance(tree, Tensor) and like.shape == tree.shape:
+            yield tree
+        elif isinstance(like, Mapping) and isinstance(tree, Mapping) and like.keys() == tree.keys():
+            for key in like:
+                yield from self._leaves(like[key], tree[key], f"{what}[{key!r}]")
+        elif isinstance(like, (list, tuple)) and isinstance(tree, (list, tuple)) and len(like) == len(tree):
+            for index, (one, other) in enumerate(zip(like, tree, strict=True)):
+                yield from self._leaves(one, other, f"{what}[{index}]")
+        else:
+            needed = "a tensor, or a list, tuple or dict of them" if like is tree else f"shapes {_shapes(like)}"
+            raise ValueError(f"{self.name}: {what} is {_shapes(tree)}; needed {needed}.")
+
+    def pack(self, tree: Any, what: str) -> Tensor:
+        leaves = self._leaves(self.like, tree, what)
+        return torch.cat([leaf.detach().reshape(-1).to(self.device, self.dtype) for leaf in leaves])
+
+    def given(self, tree: Any, what: str) -> Tensor:
+        """Pack an argument."""
+        flat = self.pack(tree, what)
+        _check(bool(flat.isfinite().all()), f"{self.name}: {what} has entries that are NaN or infinite.")
+        return flat
+
+    def unpack(self, flat: Tensor) -> Any:
+        """`[P]` in the structure of `like`; `[V, P]` as `[V, *p]`."""
+        parts = flat.split(self.sizes, -1)
+        shaped = (part.reshape(flat.shape[:-1] + leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True))
+        typed = iter([part.to(leaf.device, leaf.dtype) for part, leaf in zip(shaped, self.leaves, strict=True)])
+
+        def build(like: Any) -> Any:
+            if isinstance(like, Tensor):
+                return next(typed)
+            if isinstance(like, Mapping):
+                return {key: build(value) for key, value in like.items()}
+            return [build(each) for each in like] if isinstance(like, list) else tuple(build(each) for each in like)
+
+        return build(self.like)
+
+    def operator(self, matvec: Matvec, what: str = "matvec") -> Callable[[Tensor], Tensor]:
+        def apply(flat: Tensor) -> Tensor:
+            self.calls += 1
+            out = self.pack(matvec(self.unpack(flat)), f"the result of {what}")
+            if not out.isfinite().all():
+                raise PackextError(f"{self.name}: {what} gave entries that are NaN or infinite.")
+            return out
+
+        return apply
+
+    def random(self, generator: torch.Generator, distribution: str = "normal") -> Tensor:
+        kind = {"generator": generator, "dtype": self.dtype, "device": generator.device}
+        if distribution == "normal":
+            return torch.randn(self.size, **kind).to(self.device)
+        return torch.randint(2, (self.size,), **kind).to(self.device) * 2 - 1
+
+
+def _own(generator: torch.Generator | None) -> torch.Generator:
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
+class Solution(NamedTuple):
+    """What `cg` returns."""
+
+    solution: Any
+    residual_norm: float
+    iterations: int
+    converged: bool
+    negative_curvature: Any
+
+
+def cg(
+    matvec: Matvec,
+    b: Any,
+    tol: float = 1e-6,
+    atol: float = 0.0,
+    maxiter: int | None = None,
+    preconditioner: Matvec | None = None,
+    x0: Any = None,
+) -> Solution:
+    """Solve `A x = b` by conjugate gradients, truncated where the curvature is not positive.
+
+    Args:
+        matvec: the product with A.
+        b: the right side; vectors have its structure.
+        tol: converged is a residual of norm at most `tol` times that of b. In float32, rounding leaves about
+            2e-8 times the condition number of A.
+        atol: or of norm at most this.
+        maxiter: products with A in the iteration; ten for each entry of b by default.
+        preconditioner: the product with an approximate inverse of A, positive definite.
+        x0: where to start; zero by default.
+
+    Returns:
+        The solution, the norm of its residual, the iterations, whether it converged, and None or a direction p with
+        `p A p <= 0`. Such a direction ends the iteration; the solution is then the iterate
+        before (x0 at first), and, from zero, `p b >= 0`: a descent direction where b is the negative gradient. A
+        solution counts as converged by its true residual, for which A is applied once more; where rounding keeps that
+        above the tolerance, the iteration ends.
+
+    Raises:
+        PackextError: if matvec gives NaN, or the preconditioner is not positive definite.
+    """
+    _check(tol >= 0 and atol >= 0, f"cg: tolerances must not be negative, got {tol} and {atol}.")
+    _check(maxiter is None or maxiter >= 0, f"cg: maxiter must not be negative, got {maxiter}.")
+    space = _Space(b, "cg")
+    apply = space.operator(matvec)
+    precondition = space.operator(preconditioner, "the preconditioner") if preconditioner else lambda r: r
+    b = space.given(b, "b")
+    unit = float(b.abs().max()) or 1.0  # all is in units of b, so that squares do not underflow
+    b = b / unit
+    x = torch.zeros_like(b) if x0 is None else space.given(x0, "x0") / unit
+    r = b if x0 is None else b - apply(x)
+    target = max(max(tol, torch.finfo(space.dtype).eps) * float(b.norm()), atol / unit)
+    limit = 10 * space.size if maxiter is None else maxiter
+    iterations, best = 0, math.inf
+    while True:  # once, and again where the updated residual has drifted away from the true one
+        norm = float(r.norm())
+        if norm <= target or iterations >= limit or norm > best / 2:
+            break
+        best, p, rz = norm, None, 1.0
+        while norm > target and iterations < limit:
+            z = precondition(r)
+            last, rz = rz, float(r @ z)
+            if rz <= 0:
+                raise PackextError(f"cg: the preconditioner is not positive definite: r M r = {rz:.3g}.")
+            p = z if p is None else z + (rz / last) * p
+            ap = apply(p)
+            curvature = float(p @ ap)
+            if curvature <= 0:
+                return Solution(space.unpack(x * unit), norm * unit, iterations, False, space.unpack(p * unit))
+            x, r = x + (rz / curvature) * p, r - (rz / curvature) * ap
+            norm, iterations = float(r.norm()), iterations + 1
+        if norm <= target:
+            r = b - apply(x)
+    return Solution(space.unpack(x * unit), norm * unit, iterations, norm <= target, None)
+
+
+def _orthonormal(w: Tensor, basis: Tensor, floor: float) -> tuple[Tensor | None, float]:
+    """What of `w` is orthogonal to the rows of `basis`, as a unit vector, and its norm; None if at most `floor`."""
+    w = w - (basis @ w) @ basis
+    norm = float(w.norm())
+    if norm > floor:
+        w = w / norm
+        w = w - (basis @ w) @ basis
+        again = float(w.norm())
+        if again > 0.5:  # else it was rounding
+            return w / again, norm * again
+    return None, 0.0
+
+
+class Lanczos(NamedTuple):
+    """What `lanczos` returns."""
+
+    alphas: Tensor
+    betas: Tensor
+    basis: Any
+
+
+def lanczos(matvec: Matvec, like: Any, k: int, generator: torch.Generator | None = None) -> Lanczos:
+    """Tridiagonalise A in k steps from a random vector, with full reorthogonalisation.
+
+    Args:
+        matvec: the product with A, symmetric.
+        like: vectors have the structure of this one.
+        k: the number of steps.
+        generator: of the first vector.
+
+    Returns:
+        The diagonal alphas `[k]`, the betas `[k]` (all but the last beside the diagonal; the last is the norm of what
+        follows), and the orthonormal basis in the structure of `like`, `[k, *p]`. Fewer than k steps, with a
+        last beta of zero, where the space is exhausted.
+    """
+    space = _Space(like, "lanczos")
+    _check(1 <= k <= space.size, f"lanczos: k must be between 1 and {space.size}, the entries of a vector; got {k}.")
+    apply, eps = space.operator(matvec), torch.finfo(space.dtype).eps
+    basis = torch.zeros(k, space.size, dtype=space.dtype, device=space.device)
+    v, _ = _orthonormal(space.random(_own(generator)), basis[:0], 0.0)
+    alphas, betas, scale = [], [], 0.0
+    while v is not None and len(alphas) < k:
+        basis[len(alphas)] = v
+        w = apply(v)
+        alphas.append(v @ w)
+        scale = max(scale, float(w.norm()))
+        v, beta = _orthonormal(w, basis[: len(alphas)], 10 * eps * scale)
+        betas.append(beta)
+    return Lanczos(torch.stack(alphas), basis.new_tensor(betas), space.unpack(basis[: len(alphas)]))
+
+
+class Eigenpairs(NamedTuple):
+    """What `eigsh` returns."""
+
+    values: Tensor
+    vectors: Any
+    residuals: Tensor
+    converged: bool
+    matvecs: int
+
+
+def eigsh(
+    matvec: Matvec,
+    like: Any,
+    k: int = 1,
+    which: str = "LA",
+    ncv: int | None = None,
+    maxiter: int = 100,
+    tol: float = 1e-5,
+    generator: torch.Generator | None = None,
+) -> Eigenpairs:
+    """Eigenvalues at an end of the spectrum of A, by Lanczos with full reorthogonalisation and thick restarts.
+
+    With k > 1, one more cycle from a new random vector looks for copies of multiple eigenvalues.
+
+    Args:
+        matvec: the product with A, symmetric.
+        like: vectors have the structure of this one.
+        k: how many.
+        which: "LA" the largest, "SA" the smallest (the most negative), "LM" those of the largest magnitude.
+        ncv: vectors of the basis, of which two copies are held; `max(2 k + 1, 20)` by default.
+        maxiter: cycles, each of up to `ncv` products with A.
+        tol: converged are residuals `|A v - value v|` of at most `tol` times the largest norm of an `A v` seen.
+        generator: of the first vector.
+
+    Returns:
+        The values `[k]` from the wanted end inwards, their vectors `[k, *p]` in the structure of `like`, the
+        residuals `[k]`, whether all converged, and the number of products with A.
+
+    Raises:
+        PackextError: if A is not symmetric, or not the same at each call, or gives NaN.
+    """
+    orders: dict[str, Callable[[Tensor], Tensor]] = {"LA": lambda e: e, "SA": lambda e: -e, "LM": lambda e: e.abs()}
+    _check(which in orders, f'eigsh: which must be "LA", "SA" or "LM", got {which!r}.')
+    space = _Space(like, "eigsh")
+    _check(1 <= k <= space.size, f"eigsh: k must be between 1 and {space.size}, the entries of a vector; got {k}.")
+    _check(maxiter >= 1 and tol >= 0, f"eigsh: needed maxiter >= 1 and tol >= 0, got {maxiter} and {tol}.")
+    m = min(space.size, max(2 * k + 1, 20) if ncv is None else ncv)
+    _check(k < m or m == space.size, f"eigsh: ncv must be larger than k = {k}, got {ncv}.")
+    apply, generator, eps = space.operator(matvec), _own(generator), torch.finfo(space.dtype).eps
+    basis = torch.zeros(m, space.size, dtype=space.dtype, device=space.device)
+    images = torch.zeros_like(basis)
+    filled, looking, scale, new = 0, False, 0.0, None
+    for cycle in range(maxiter):
+        for j in range(filled, m):
+            v = None if new is None else _orthonormal(new, basis[:j], 10 * eps * scale)[0]
+            while v is None:  # at first, looking for copies, or where the basis spans an invariant subspace
+                v = _orthonormal(space.random(generator), basis[:j], 0.0)[0]
+            basis[j] = v
+            images[j] = new = apply(v)
+            scale = max(scale, float(new.norm()))
+        h = basis @ images.mT
+        if float((h - h.mT).abs().max()) > space.eps**0.5 * scale:
+            raise PackextError("eigsh: matvec is not a symmetric operator, or not the same one at each call.")
+        values, s = torch.linalg.eigh((h + h.mT) / 2)
+        order = orders[which](values).argsort(descending=True)
+        values, s = values[order], s.mT[order]  # Ritz values, and the coefficients of their vectors in rows
+        remainders = s[:k] @ images - values[:k, None] * (s[:k] @ basis)
+        residuals = remainders.norm(dim=1)
+        converged = float(residuals.max()) <= max(tol, m * eps) * scale
+        if converged and (k == 1 or looking or m == space.size) or cycle == maxiter - 1:
+            break
+        looking, filled = converged, k + (m - k) // 2
+        new = None if converged else remainders[residuals.argmax()]
+        basis[:filled], images[:filled] = s[:filled] @ basis, s[:filled] @ images
+    return Eigenpairs(values[:k], space.unpack(s[:k] @ basis), residuals, converged, space.calls)
+
+
+class Estimate(NamedTuple):
+    """A mean over random probes, and its standard error (infinite with a single probe)."""
+
+    estimate: Any
+    standard_error: Any
+
+
+def _probe(
+    name: str,
+    matvec: Matvec,
+    like: Any,
+    probes: int,
+    generator: torch.Generator | None,
+    distribution: str,
+    reduce: Callable[[Tensor], Tensor],
+) -> tuple[_Space, Tensor, Tensor]:
+    """Mean of `reduce(v * A v)` over random v, and its standard error (Welford's update)."""
+    known = ("rademacher", "normal")
+    _check(probes >= 1, f"{name}: probes must be at least 1, got {probes}.")
+    _check(distribution in known, f"{name}: distribution must be one of {known}, got {distribution!r}.")
+    space, generator = _Space(like, name), _own(generator)
+    apply = space.operator(matvec)
+    mean = squares = torch.zeros((), dtype=space.dtype, device=space.device)
+    for count in range(1, probes + 1):
+        v = space.random(generator, distribution)
+        value = reduce(v * apply(v))
+        away = value - mean
+        mean = mean + away / count
+        squares = squares + away * (value - mean)
+    error = (squares / (probes - 1) / probes).sqrt() if probes > 1 else torch.full_like(mean, math.inf)
+    return space, mean, error
+
+
+def trace(
+    matvec: Matvec,
+    like: Any,
+    probes: int = 32,
+    generator: torch.Generator | None = None,
+    distribution: str = "rademacher",
+) -> Estimate:
+    """Hutchinson's estimate of the trace of A, and its standard error.
+
+    Args:
+        matvec: the product with A.
+        like: vectors have the structure of this one.
+        probes: how many random vectors.
+        generator: of the vectors; without one, each call draws the same.
+        distribution: of their entries, "rademacher" (the smaller variance) or "normal".
+
+    Returns:
+        Two tensors without axes.
+    """
+    _, mean, error = _probe("trace", matvec, like, probes, generator, distribution, torch.sum)
+    return Estimate(mean, error)
+
+
+def diagonal(
+    matvec: Matvec,
+    like: Any,
+    probes: int = 32,
+    generator: torch.Generator | None = None,
+    distribution: str = "rademacher",
+) -> Estimate:
+    """Hutchinson's estimate of the diagonal of A, and its standard error, as vectors; arguments as for `trace`."""
+    space, mean, error = _probe("diagonal", matvec, like, probes, generator, distribution, lambda v: v)
+    return Estimate(space.unpack(mean), space.unpack(error))

@@ -1,0 +1,215 @@
+"""The Hessian of the loss from products with vectors: diagonal, trace, and extreme eigenvalues, for any model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from packext import linalg
+from packext._quantity import HessianQuantity, Point
+
+
+class Estimate(NamedTuple):
+    """A mean over random draws, and its standard error (infinite for a single draw)."""
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def _of_draws(draws: Tensor) -> Estimate:
+    m = len(draws)
+    return Estimate(draws.mean(0), draws.std(0) / m**0.5 if m > 1 else torch.full_like(draws[0], torch.inf))
+
+
+class _Hutchinson(HessianQuantity):
+    """Draws signs z, of which `z H z` has the trace as its mean, and `z * H z` the diagonal."""
+
+    def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
+        """Say how many draws (one product with the Hessian each), and from which generator.
+
+        Raises:
+            ValueError: if there is no draw.
+        """
+        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
+            raise ValueError(f"mc_samples must be an int of 1 or more, got {mc_samples!r}.")
+        self.mc_samples, self.generator = mc_samples, generator
+
+    def draws(self, point: Point, generator: torch.Generator) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Vectors of signs in the shapes of the parameters, and their products with the Hessian."""
+        generator = self.generator or generator
+        for _ in range(self.mc_samples):
+            z = [
+                torch.randint(2, p.shape, generator=generator, device=generator.device).to(p).mul_(2).sub_(1)
+                for p in point.parameters
+            ]
+            yield z, point.hessian(z)
+
+    def __repr__(self) -> str:
+        """As it was made."""
+        return f"{type(self).__name__}(mc_samples={self.mc_samples})"
+
+
+class DiagHessianMC(_Hutchinson):
+    """Hutchinson's estimate of the Hessian's diagonal, in `diag_h_mc`: value and standard error, both `[*p]`.
+
+    The mean over signs z of `z * H z` (Bekas, Kokiopoulou & Saad, 2007), for any model and loss that autograd can
+    differentiate twice.
+    """
+
+    savefield = "diag_h_mc"
+
+    def measure(self, point: Point, generator: torch.Generator) -> list[Tensor]:
+        # Of each parameter the mean and the sum of squared deviations, updated draw by draw (Welford, 1962).
+        found = [torch.zeros(2, *p.shape, dtype=p.dtype, device=p.device) for p in point.parameters]
+        for count, (z, hz) in enumerate(self.draws(point, generator), 1):
+            for (mean, squares), one, image in zip(found, z, hz, strict=True):
+                value = one * image
+                away = value - mean
+                mean += away / count
+                squares += away * (value - mean)
+        for _, squares in found:
+            squares /= self.mc_samples * (self.mc_samples - 1) if self.mc_samples > 1 else 0.0
+        return found
+
+    def land(self, held: Tensor, n: int, factor: float) -> Estimate:
+        error = held[1].sqrt().nan_to_num(nan=torch.inf)
+        return Estimate(held[0] * factor, error * abs(factor))
+
+
+class HessianTrace(_Hutchinson):
+    """Hutchinson's estimate of the trace of the Hessian's block of a parameter, in `hessian_trace`.
+
+    Value and standard error; in `results` those of the whole Hessian. The mean over signs z of `z H z`
+    (Hutchinson, 1989), for any model and loss that autograd can differentiate twice.
+    """
+
+    savefield = "hessian_trace"
+
+    def measure(self, point: Point, generator: torch.Generator) -> list[Tensor]:
+        found = [
+            torch.stack([(one * image).sum() for one, image in zip(z, hz, strict=True)])
+            for z, hz in self.draws(point, generator)
+        ]
+        return list(torch.stack(found, 1))
+
+    def land(self, held: Tensor, n: int, factor: float) -> TraceEstimate:
+        return TraceEstimate(*_of_draws(held * factor), held * factor)
+
+    def whole(self, values: dict[str, Any]) -> Estimate:
+        return _of_draws(torch.stack([v.draws for v in values.values()]).sum(0))
+
+
+class TraceEstimate(NamedTuple):
+    """A mean over random draws, its standard error (infinite for a single draw), and the draws `[mc_samples]`."""
+
+    value: Tensor
+    standard_error: Tensor
+    draws: Tensor
+
+
+class Eigen(NamedTuple):
+    """Eigenvalues `[k]`, a parameter's part of their vectors `[k, *p]` (None for the whole model), residuals `[k]`."""
+
+    values: Tensor
+    vectors: Tensor | None
+    residuals: Tensor
+
+
+class TopEigenvalues(HessianQuantity):
+    """Extreme eigenvalues of the Hessian (or GGN) of the loss over all parameters, by Lanczos, in `top_eigenvalues`.
+
+    Each parameter has the eigenvalues and its part of the eigenvectors; `results` has the eigenvalues.
+    """
+
+    savefield = "top_eigenvalues"
+    additive = False
+
+    def __init__(
+        self,
+        k: int = 1,
+        which: str = "LA",
+        curvature: str = "hessian",
+        tol: float = 1e-3,
+        maxiter: int = 20,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Say which.
+
+        Args:
+            k: how many.
+            which: "LA" the largest, "SA" the smallest (the most negative), "LM" the largest in magnitude.
+            curvature: "hessian", or "ggn" for the generalised Gauss-Newton matrix.
+            tol: of the residuals, relative to the Hessian's norm.
+            maxiter: restarts.
+            generator: of the first vector; one of packext's own by default.
+
+        Raises:
+            ValueError: for an unknown choice.
+        """
+        if which not in ("LA", "SA", "LM") or k < 1:
+            raise ValueError(f'which must be "LA", "SA" or "LM" and k at least 1, got {which!r} and {k}.')
+        if curvature not in ("hessian", "ggn"):
+            raise ValueError(f'curvature must be "hessian" or "ggn", got {curvature!r}.')
+        self.curvature = curvature
+        self.k, self.which, self.tol, self.maxiter, self.generator = k, which, tol, maxiter, generator
+
+    def measure(self, point: Point, generator: torch.Generator) -> list[Any]:
+        product = point.hessian if self.curvature == "hessian" else point.ggn
+        found = linalg.eigsh(
+            product, [p.detach() for p in point.parameters], self.k, self.which, maxiter=self.maxiter, tol=self.tol,
+            generator=self.generator or generator,
+        )  # fmt: skip
+        return [Eigen(found.values, part, found.residuals) for part in found.vectors]
+
+    def land(self, held: Eigen, n: int, factor: float) -> Eigen:
+        return Eigen(held.values * factor, held.vectors, held.residuals * abs(factor))
+
+    def whole(self, values: dict[str, Any]) -> Eigen:
+        first = next(iter(values.values()))
+        return Eigen(first.values, None, first.residuals)
+
+    def __repr__(self) -> str:
+        """As it was made."""
+        return f"TopEigenvalues(k={self.k}, which={self.which!r})"
+
+
+class _Products(HessianQuantity):
+    def measure(self, point: Point, generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
+        return [functools.partial(point.block, self._product(point), k) for k in range(len(point.parameters))]
+
+    def _product(self, point: Point) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        raise NotImplementedError
+
+    def add(self, held: Any, value: Any) -> Callable[[Tensor], Tensor]:
+        return lambda matrix: held(matrix) + value(matrix)
+
+    def land(self, held: Any, n: int, factor: float) -> Callable[[Tensor], Tensor]:
+        return held if factor == 1.0 else lambda matrix: held(matrix) * factor
+
+
+class HMP(_Products):
+    """Products with the Hessian's diagonal block of a parameter: a function `[V, *p] -> [V, *p]`, in `hmp`.
+
+    It runs through the graph of the loss: keep that with `loss.backward(retain_graph=True)`.
+    """
+
+    savefield = "hmp"
+
+    def _product(self, point: Point) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        return point.hessian
+
+
+class GGNMP(_Products):
+    """Products with the GGN's diagonal block of a parameter: a function `[V, *p] -> [V, *p]`, in `ggnmp`.
+
+    It runs through the graph of the loss: keep that with `loss.backward(retain_graph=True)`.
+    """
+
+    savefield = "ggnmp"
+
+    def _product(self, point: Point) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        return point.ggn

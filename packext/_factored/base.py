@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -14,6 +15,24 @@ from packext import _scratch
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float32 or better: what squares and sums are accumulated in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class Terms:
+    """Gradients at a use's output before they are summed over positions, `[N, G, O, S]`; weight and bias share them."""
+
+    def __init__(self, g: Tensor) -> None:
+        """Take g."""
+        self.g = g
+
+    @functools.cached_property
+    def squared(self) -> Tensor:
+        """Sum over n and s of products of the columns, `[G, O, O]`."""
+        g = self.g.to(accumulation_dtype(self.g.dtype))
+        n, groups, o, s = g.shape
+        if s > 1 and n * groups * o * o <= 4 * _scratch.TILE:  # without a copy of g
+            return torch.matmul(g, g.mT).sum(0)
+        columns = g.permute(1, 0, 3, 2).flatten(1, 2)
+        return columns.mT @ columns
 
 
 class Factored:
@@ -108,8 +127,8 @@ class Factored:
 class Dense(Factored):
     """The rows themselves, `[N, *shape]`; for tensors whose rows are no larger than activations."""
 
-    def __init__(self, rows: Tensor, terms: Tensor | None = None) -> None:
-        """Take `rows` `[N, *shape]`, and where they are sums over positions, the terms `[N, S, P]`."""
+    def __init__(self, rows: Tensor, terms: Terms | None = None) -> None:
+        """Take `rows` `[N, *shape]`, and where they are sums over positions, what they are sums of (in one group)."""
         self.terms = terms
         self.r = rows.to(accumulation_dtype(rows.dtype))
         self.n, self.shape = rows.shape[0], rows.shape[1:]
@@ -157,8 +176,7 @@ class Dense(Factored):
             return None
         if reduce or self.terms is None:
             return (self.r.T @ self.r)[None], None, 1
-        g = self.terms.flatten(0, 1).to(self.acc)
-        return (g.T @ g)[None], None, self.terms.shape[1]
+        return self.terms.squared, None, self.terms.g.shape[3]
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor:
         return two_sided(self.r, left, right)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored.base import Dense, Factored, accumulation_dtype
+from packext._factored.base import Dense, Factored, Terms, accumulation_dtype
 from packext._factored.outer import Outer
 
 
@@ -201,7 +201,7 @@ def merge(parts: Sequence[Factored]) -> Factored:
     dense = [p for p in parts if isinstance(p, Dense)]
     if len(dense) == len(parts):
         terms = [p.terms for p in dense if p.terms is not None]
-        together = torch.cat(terms, 1) if len(terms) == len(dense) else None
+        together = Terms(torch.cat([t.g for t in terms], 3)) if len(terms) == len(dense) else None
         return Dense(torch.stack([p.r for p in dense]).sum(0), together)
     lookups = [p for p in parts if isinstance(p, Lookup)]
     if len(lookups) == len(parts):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored.base import Factored, accumulation_dtype
+from packext._factored.base import Factored, Terms, accumulation_dtype
 from packext._scratch import scratch
 
 #: Outputs come in multiples of this where not all are taken at once.
@@ -48,6 +48,7 @@ class Outer(Factored):
         apply: Callable[[Tensor], Tensor] | None = None,
         native: Callable[..., Tensor] | None = None,
         alone: bool = False,
+        terms: Terms | None = None,
     ) -> None:
         """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
 
@@ -58,10 +59,12 @@ class Outer(Factored):
             weighted: `weight [N] or None -> sum over n of weight_n row_n`.
             native: `lo, hi -> rows`, where torch has a faster way to them; with `alone` also `n, n + 1, lo, hi` for
                 outputs lo to hi of row n.
+            terms: g, where another form shares it.
             alone: whether `native` takes one row at a time.
             apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
         """
         self.a, self.g = a, g
+        self.terms = Terms(g) if terms is None else terms
         self.n, self.groups, self.s, self.i = a.shape
         self.o = g.shape[2]
         self.shape = torch.Size(shape)
@@ -222,9 +225,8 @@ class Outer(Factored):
         return (torch.matmul(d, a.mT) * g).sum((1, 2, 3))
 
     def kronecker(self, reduce: bool) -> tuple[Tensor, Callable[[], Tensor] | None, int] | None:
-        g = self.g.to(self.acc)
-        columns = g.sum(3).transpose(0, 1) if reduce else g.permute(1, 0, 3, 2).flatten(1, 2)  # [G, N (S), O]
-        return columns.mT @ columns, lambda: self._inputs(reduce), self.s
+        terms = Terms(self.g.sum(3, keepdim=True, dtype=self.acc)) if reduce else self.terms
+        return terms.squared, lambda: self._inputs(reduce), self.s
 
     def rotated(self, left: Tensor, right: Tensor | None) -> Factored | None:
         if right is None:
@@ -238,11 +240,14 @@ class Outer(Factored):
     def _inputs(self, reduce: bool) -> Tensor:
         found = torch.zeros(self.groups, self.i, self.i, dtype=self.acc, device=self.device)
         step = max(1, min(self.n, _scratch.TILE // max(1, self.groups * self.s * self.i)))
+        block = self.i if self.i < 128 else -(-self.i // 4)
         for lo in range(0, self.n, step):
             a, _ = self.pair(lo, min(self.n, lo + step))
             columns = a.mean(2).transpose(0, 1) if reduce else a.transpose(0, 1).flatten(1, 2)
-            found = torch.baddbmm(found, columns.mT, columns)
-        return found
+            for k in range(0, self.i, block):  # the lower half suffices
+                part = slice(k, k + block)
+                found[:, part, : k + block] += columns[..., part].mT @ columns[..., : k + block]
+        return found.tril() + found.tril(-1).mT
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         if right is None or right.shape[1] != self.i or left.shape[1] != self.groups * self.o:

@@ -37,7 +37,7 @@ class _Kronecker(Curvature):
             )
         outputs, inputs, positions = found
         if held is not None:
-            held[0] += outputs
+            held[0] = held[0] + outputs  # not in place: weight and bias may share what came first
             return held
         if inputs is None:
             return [outputs]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packext._factored import Dense, Factored, Outer, Patches, accumulation_dtype
+from packext._factored import Dense, Factored, Outer, Patches, Terms, accumulation_dtype
 from packext._layout import Layout
 from packext._scratch import scratch
 from packext._taps import OwnedRule
@@ -111,11 +111,16 @@ class Convolution(OwnedRule):
         n, images = layout.n, g.shape[0]
         forms: dict[str, Factored] = {}
         acc = accumulation_dtype(g.dtype)
-        if "bias" in use.sources:
-            rows = g.flatten(2).sum(2, dtype=acc).reshape(n, images // n, -1).sum(1)
-            forms["bias"] = Dense(rows, g.flatten(2).mT.reshape(n, -1, g.shape[1]))
         if "weight" in use.sources:
             forms["weight"] = self._weight(use, t["input"], t["weight"], g, n)
+        if "bias" in use.sources:
+            rows = g.flatten(2).sum(2, dtype=acc).reshape(n, images // n, -1).sum(1)
+            shared = forms.get("weight")
+            if isinstance(shared, Outer) and shared.groups == 1 and not use.consts["transposed"]:
+                terms = shared.terms
+            else:
+                terms = Terms(g.flatten(2).reshape(n, 1, images // n, g.shape[1], -1).movedim(2, 3).flatten(3))
+            forms["bias"] = Dense(rows, terms)
         return forms
 
     def _weight(self, use: Use, x: Tensor, w: Tensor, g: Tensor, n: int) -> Outer:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packext._factored import Dense, Factored, Outer, Pulled, accumulation_dtype
+from packext._factored import Dense, Factored, Outer, Pulled, Terms, accumulation_dtype
 from packext._layout import Layout
 from packext._taps import OwnedRule
 from packext._use import Rule, Use
@@ -57,14 +57,15 @@ class Linear(OwnedRule):
             return None
         gs_ = layout.split(g, lead)  # [N, S, O]
         forms: dict[str, Factored] = {}
+        terms = Terms(gs_.mT[:, None])
         if "weight" in use.sources:
             xs = layout.split(t["input"], lead)  # [N, S, I]
             if use.consts["transposed"]:
                 forms["weight"] = Outer(gs_[:, None], xs.mT[:, None], t["weight"].shape)
             else:
-                forms["weight"] = Outer(xs[:, None], gs_.mT[:, None], t["weight"].shape)
+                forms["weight"] = Outer(xs[:, None], terms.g, t["weight"].shape, terms=terms)
         if "bias" in use.sources:
-            forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), gs_)
+            forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
         return forms
 
 

@@ -145,6 +145,45 @@ class HessianQuantity(Quantity):
         raise NotImplementedError
 
 
+class Sampled:
+    """What quantities with random draws share: how many, and where from."""
+
+    def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
+        """Say how many draws, and from which generator (one of packext's own by default).
+
+        Raises:
+            ValueError: if there is no draw.
+        """
+        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
+            raise ValueError(f"mc_samples must be an int of 1 or more, got {mc_samples!r}.")
+        self.mc_samples, self.generator = mc_samples, generator
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(mc_samples={self.mc_samples})"
+
+
+def indices(subsampling: Sequence[int] | None) -> list[int] | None:
+    """Indices of samples as a list; a ValueError if they are not ints of 0 or more."""
+    if subsampling is None:
+        return None
+    chosen = list(subsampling)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in chosen):
+        raise ValueError(f"subsampling must be a list of sample indices, got {chosen}.")
+    return chosen
+
+
+def rows_of(quantity: Quantity, ask: Ask, subsampling: list[int] | None) -> Tensor:
+    """All rows, or those of the samples chosen; an IndexError if the batch has no such sample."""
+    if subsampling is None:
+        return ask.statistics["rows"]
+    beyond = [i for i in subsampling if i >= ask.n]
+    if beyond:
+        name = type(quantity).__name__
+        raise IndexError(f"{name}(subsampling=...): samples {beyond} of a batch of {ask.n} asked for.")
+    index = torch.tensor(subsampling, dtype=torch.long, device=ask.parameter.device)
+    return ask.statistics.form.select(index)
+
+
 def summed(values: dict[str, Tensor]) -> Tensor:
     """Sum over parameters, for quantities that add up over them."""
     tensors = list(values.values())

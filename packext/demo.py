@@ -2,7 +2,8 @@
 
 Some training labels are wrong on purpose. Besides the gradient, every backward pass yields the
 norms of the per-sample gradients g_n and their variance: the norms point out the wrong labels, and
-the variance says, layer by layer, how much of the mean gradient G is noise.
+the variance says, layer by layer, how much of the mean gradient G is noise. The last one also yields
+the curvature of the loss.
 """
 
 from __future__ import annotations
@@ -113,6 +114,30 @@ def train(model: nn.Module, x: Tensor, y: Tensor, seconds: float) -> tuple[dict[
     return {layer: average(steps) for layer, steps in history.items()}, norms / visits.clamp(min=1)
 
 
+def curvature(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[float, float]]:
+    """Return for each layer the trace of its block of the GGN, and the largest eigenvalue of that block."""
+    loss_function = px.extend(nn.CrossEntropyLoss())
+    with px.backpack(px.DiagGGNExact(), px.GGNGram()) as results:
+        loss_function(model(x), y).backward()
+    found: dict[str, tuple[float, float]] = {}
+    names = [name for name, _ in model.named_parameters()]
+    for layer in dict.fromkeys(name.split(".")[0] for name in names):
+        parts = [results[name] for name in names if name.split(".")[0] == layer]
+        gram = torch.stack([p.ggn_gram for p in parts]).sum(0)  # has the eigenvalues of the layer's GGN
+        matrix = gram.flatten(2).flatten(0, 1)
+        trace = sum(p.diag_ggn_exact.sum().item() for p in parts)
+        found[layer] = trace, torch.linalg.eigvalsh(matrix)[-1].item()
+    return found
+
+
+def curvature_table(layers: dict[str, tuple[float, float]]) -> Table:
+    """Show how curved the loss is in each layer's parameters."""
+    table = Table("layer", "trace", "largest eigenvalue", title="Curvature of the loss (GGN, one batch)")
+    for layer, numbers in layers.items():
+        table.add_row(layer, *(f"{number:.3g}" for number in numbers))
+    return table
+
+
 def layer_table(layers: dict[str, Noise]) -> Table:
     """Show how much of each layer's gradient is noise at the end of training."""
     headers = ("|G|", "mean |g_n|", "|G|²/tr Σ", "noise scale", "against G")
@@ -182,6 +207,7 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     )
     model = nn.Sequential(modules)
     layers, norms = train(model, x, y, seconds)
+    curved = curvature(model, x[:BATCH_SIZE], y[:BATCH_SIZE])
     with torch.no_grad():
         predicted = model(x).argmax(1)
 
@@ -193,7 +219,7 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     draw(layers, x[top], titles, wrong[top]).savefig(path, dpi=150)
 
     console = Console()
-    console.print(layer_table(layers), sample_table(top, columns, wrong))
+    console.print(layer_table(layers), curvature_table(curved), sample_table(top, columns, wrong))
     console.print(f"{wrong[top].sum()} of the {WRONG_LABELS} wrong labels are in this list (red).")
     console.print(f"Figure: {path}")
     return layers

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import packext as px
-from packext import _cli, demo
+from packext import _cli, demo, testing
 
 
 def test_demo_prints_both_tables_and_writes_the_figure(tmp_path, capsys):
     assert _cli.main(["demo", "--seconds", "1", "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr().out
-    for word in ("conv1", "conv2", "linear", "whole model", "noise scale", "true digit"):
+    for word in ("conv1", "conv2", "linear", "whole model", "noise scale", "largest eigenvalue", "true digit"):
         assert word in printed
     figure = tmp_path / "new" / "packext-demo.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
@@ -30,6 +30,20 @@ def test_demo_returns_finite_statistics_that_add_up(tmp_path):
     whole, *parts = layers.values()
     np.testing.assert_allclose(whole.gradient, sum(p.gradient for p in parts), rtol=1e-4)
     np.testing.assert_allclose(whole.trace, sum(p.trace for p in parts), rtol=1e-4)
+
+
+def test_curvature_of_layers_equals_a_dense_computation():
+    torch.manual_seed(0)
+    model = px.extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / 6] * 6)
+    found = demo.curvature(model, x, y)
+    assert list(found) == ["0", "2"]
+    for layer, (trace, largest) in found.items():
+        root = torch.cat([rows[f"{layer}.{kind}"].flatten(2) for kind in ("weight", "bias")], 2).flatten(0, 1)
+        spectrum = torch.linalg.eigvalsh(root.T @ root)
+        assert math.isclose(trace, spectrum.sum().item(), rel_tol=1e-4)
+        assert math.isclose(largest, spectrum[-1].item(), rel_tol=1e-4)
 
 
 def test_demo_replaces_the_promised_number_of_labels():

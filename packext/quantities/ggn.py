@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packext._factored import Factored, side_by_side
-from packext._quantity import Ask, Curvature, summed
+from packext._quantity import Ask, Curvature, Sampled, indices, rows_of, summed
 from packext._statistics import Statistics
 
 
@@ -22,26 +22,12 @@ class _Exact(Curvature):
     """With the exact Hessian of the loss."""
 
 
-class _Sampled(Curvature):
+class _Sampled(Sampled, Curvature):
     """With the Hessian estimated from targets drawn from the model's own predictions."""
-
-    def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
-        """Say how many draws for each sample, and from which generator (one of packext's own by default).
-
-        Raises:
-            ValueError: if there is no draw.
-        """
-        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
-            raise ValueError(f"mc_samples must be an int of 1 or more, got {mc_samples!r}.")
-        self.mc_samples, self.generator = mc_samples, generator
 
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:
         return ("mc", self.mc_samples, self.generator)
-
-    def __repr__(self) -> str:
-        """As it was made."""
-        return f"{type(self).__name__}(mc_samples={self.mc_samples})"
 
 
 class _Diagonal(Curvature):
@@ -129,28 +115,13 @@ class _Root(Curvature):
         return ("rows",) if self.subsampling is None else ()
 
     def absorb(self, ask: Ask, held: Any) -> list[Tensor]:
-        if self.subsampling is None:
-            rows = ask.statistics["rows"]
-        else:
-            beyond = [i for i in self.subsampling if i >= ask.n]
-            if beyond:
-                raise ValueError(f"{self!r}: the batch has {ask.n} samples, none of index {beyond}.")
-            rows = ask.statistics.form.select(torch.tensor(self.subsampling, device=ask.statistics.form.device))
+        rows = rows_of(self, ask, self.subsampling)
         held = [] if held is None else held
         held.append(rows)
         return held
 
     def land(self, held: Any, n: int, factor: float) -> Tensor:
         return torch.stack(held) if factor == 1.0 else torch.stack(held) * factor**0.5
-
-
-def _chosen(subsampling: Sequence[int] | None) -> list[int] | None:
-    if subsampling is None:
-        return None
-    chosen = list(subsampling)
-    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
-        raise ValueError(f"subsampling must be distinct indices of samples, from 0, got {chosen}.")
-    return chosen
 
 
 class SqrtGGNExact(_Root, _Exact):
@@ -164,7 +135,7 @@ class SqrtGGNExact(_Root, _Exact):
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         """Take indices of the samples to keep (with the scale of the whole batch); all by default."""
-        self.subsampling = _chosen(subsampling)
+        self.subsampling = indices(subsampling)
 
 
 class SqrtGGNMC(_Root, _Sampled):
@@ -180,4 +151,4 @@ class SqrtGGNMC(_Root, _Sampled):
     ) -> None:
         """As for `DiagGGNMC`, and indices of the samples to keep."""
         super().__init__(mc_samples, generator)
-        self.subsampling = _chosen(subsampling)
+        self.subsampling = indices(subsampling)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packext import linalg
-from packext._quantity import HessianQuantity, Point
+from packext._quantity import HessianQuantity, Point, Sampled
 
 
 class Estimate(NamedTuple):
@@ -25,18 +25,8 @@ def _of_draws(draws: Tensor) -> Estimate:
     return Estimate(draws.mean(0), draws.std(0) / m**0.5 if m > 1 else torch.full_like(draws[0], torch.inf))
 
 
-class _Hutchinson(HessianQuantity):
+class _Hutchinson(Sampled, HessianQuantity):
     """Draws signs z, of which `z H z` has the trace as its mean, and `z * H z` the diagonal."""
-
-    def __init__(self, mc_samples: int = 1, generator: torch.Generator | None = None) -> None:
-        """Say how many draws (one product with the Hessian each), and from which generator.
-
-        Raises:
-            ValueError: if there is no draw.
-        """
-        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
-            raise ValueError(f"mc_samples must be an int of 1 or more, got {mc_samples!r}.")
-        self.mc_samples, self.generator = mc_samples, generator
 
     def draws(self, point: Point, generator: torch.Generator) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Vectors of signs in the shapes of the parameters, and their products with the Hessian."""
@@ -47,10 +37,6 @@ class _Hutchinson(HessianQuantity):
                 for p in point.parameters
             ]
             yield z, point.hessian(z)
-
-    def __repr__(self) -> str:
-        """As it was made."""
-        return f"{type(self).__name__}(mc_samples={self.mc_samples})"
 
 
 class DiagHessianMC(_Hutchinson):

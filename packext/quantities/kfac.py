@@ -19,7 +19,7 @@ from torch import Tensor
 
 from packext import linalg
 from packext._errors import UnsupportedUseError
-from packext._quantity import Ask, Curvature
+from packext._quantity import Ask, Curvature, Sampled
 from packext._statistics import Statistics
 
 
@@ -48,7 +48,7 @@ class _Kronecker(Curvature):
         return [first * factor, *rest]
 
 
-class KFAC(_Kronecker):
+class KFAC(Sampled, _Kronecker):
     """Kronecker factors of the Fisher, in `kfac`: `[B, A]` for a weight, `[B]` for a vector.
 
     B is `[O, O]` and A `[I, I]`, with a leading axis of groups for a grouped convolution. Weight and bias have blocks
@@ -77,15 +77,14 @@ class KFAC(_Kronecker):
         Raises:
             ValueError: for an unknown choice.
         """
-        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
-            raise ValueError(f"mc_samples must be an int of 1 or more, got {mc_samples!r}.")
+        super().__init__(mc_samples, generator)
         for what, choice, known in (
             ("approx", approx, ("expand", "reduce")),
             ("fisher", fisher, ("mc", "exact", "empirical")),
         ):
             if choice not in known:
                 raise ValueError(f"{what} must be one of {', '.join(known)}, got {choice!r}.")
-        self.mc_samples, self.approx, self.fisher, self.generator = mc_samples, approx, fisher, generator
+        self.approx, self.fisher = approx, fisher
 
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:

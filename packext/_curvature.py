@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from packext import _roots
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Pass, Sweep, probe_inputs
+from packext._flight import Pass, Sweep, probe_inputs, silence
 from packext._layout import Layout, candidates
 from packext._lineage import disable
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
@@ -120,7 +120,7 @@ class Graph(Point):
     @contextmanager
     def _ready(self) -> Iterator[None]:
         try:
-            with disable(), torch.enable_grad():
+            with silence(), torch.enable_grad():
                 yield
         except RuntimeError as error:
             if "second time" not in str(error):
@@ -248,6 +248,8 @@ def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
         )
     records = [gate.record for gate in gates]
     n, axis = records[0].n, records[0].batch_axis
+    if n == 0:
+        raise PackextError("Curvature needs samples: the batch is empty. Pass the batch to the extended model.")
     if any(record.n != n for record in records):
         raise PackextError(f"The extended {seen.name} joins forwards of different batches: run one loss for each.")
     options = list(candidates(output.shape, n, axis))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CONTEXTS: list[backpack] = []
 _probe: Probe | None = None
 _sweep: Sweep | None = None
+_silent = False
 #: Passes that have not ended, by the id of autograd's graph task.
 _passes: dict[int, Pass] = {}
 
@@ -199,6 +200,14 @@ def activations_only() -> bool:
 
 def arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """A tap was reached."""
+    device = TARGET.device.type if not saved else saved[0].device.type
+    if torch.is_autocast_enabled(device):  # backward() was called where the forward pass ran: sums stay in float32
+        with torch.autocast(device, enabled=False):
+            return _arrive(use, saved, gs)
+    return _arrive(use, saved, gs)
+
+
+def _arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
     if _probe is not None:
         _probe.visit(use, saved, gs)
         return {}
@@ -334,8 +343,19 @@ def drop() -> None:
         _passes.popitem()[1].abandon()
 
 
+@contextmanager
+def silence() -> Any:
+    """Passes in here are nobody's business; taps are placed all the same, since what is checkpointed runs again."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
+
+
 def _listening() -> bool:
-    return bool(CONTEXTS) and CONTEXTS[-1]._active()
+    return not _silent and bool(CONTEXTS) and CONTEXTS[-1]._active()
 
 
 def _current(record: Record | None) -> Pass:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import packext as px
 from packext import testing
@@ -210,6 +211,82 @@ def test_batch_norm_in_training_mode_is_refused() -> None:
     with pytest.raises(px.CoupledSamplesError, match="BatchNorm"):
         run(model, nn.CrossEntropyLoss(), torch.randn(N, 5), torch.randint(3, (N,)), px.DiagGGNExact())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(px.PackextError, match="the batch is empty"):
+        run(mlp(), nn.CrossEntropyLoss(), torch.randn(0, 5), torch.zeros(0).long(), px.DiagGGNExact())
+
+
+# -- what models do ------------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.inner = nn.Sequential(nn.Tanh(), nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(checkpoint(self.inner, self.a(x), use_reentrant=False))
+
+
+def test_checkpointed_parts() -> None:
+    model, x, y = Checkpointed(), torch.randn(N, 5), torch.randint(3, (N,))
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+    whole = hessian(model, lambda: F.cross_entropy(model(x), y))
+    results = run(model, nn.CrossEntropyLoss(), x, y, *quantities(), px.TopEigenvalues(tol=1e-9))
+    compare(model, rows)
+    torch.testing.assert_close(results.top_eigenvalues.values[0], torch.linalg.eigvalsh(whole)[-1])
+
+
+def test_dropout_keeps_its_mask() -> None:
+    model, x, y = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)), torch.randn(N, 5), torch.zeros(N)
+    loss = px.extend(nn.CrossEntropyLoss())
+    px.extend(model)
+    seen: list[Tensor] = []
+    model[1].register_forward_hook(lambda m, args, out: seen.append((out != 0).to(out) / 0.5))
+    with px.backpack(px.DiagGGNExact()):
+        loss(model(x), y.long()).backward()
+    masked = nn.Sequential(nn.Linear(5, 8), _Times(seen[0].detach()), nn.Linear(8, 3))
+    masked.load_state_dict(model.state_dict())
+    run(masked, nn.CrossEntropyLoss(), x, y.long(), px.DiagGGNExact())
+    for p, q in zip(model.parameters(), masked.parameters(), strict=True):
+        torch.testing.assert_close(p.diag_ggn_exact, q.diag_ggn_exact)
+
+
+class _Times(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
+def test_frozen_parameters_have_none() -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    model[0].weight.requires_grad_(False)
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+    run(model, nn.CrossEntropyLoss(), x, y, *quantities(), px.KFLR())
+    compare(model, rows)
+    assert not hasattr(model[0].weight, "diag_ggn_exact") and not hasattr(model[0].weight, "kflr")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(inside: bool) -> None:
+    model = mlp().float()
+    x, y = torch.randn(N, 5).float(), torch.randint(3, (N,))
+    loss = px.extend(nn.CrossEntropyLoss())
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+    px.extend(model)
+    with torch.autocast("cpu", torch.bfloat16), px.backpack(*quantities(), px.KFLR(), px.SumGradSquared()):
+        value = loss(model(x), y)
+        with torch.autocast("cpu", enabled=inside):
+            value.backward()
+    for name, p in model.named_parameters():
+        assert p.diag_ggn_exact.dtype == p.kflr[0].dtype == p.sum_grad_squared.dtype == torch.float32
+        assert testing.relative_error(p.diag_ggn_exact, rows[name].square().sum((0, 1))) < 0.05
 
 
 # -- Monte Carlo ---------------------------------------------------------------------------------------------

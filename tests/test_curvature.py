@@ -47,6 +47,12 @@ def compare(model: nn.Module, rows: testing.Rows, factor: float = 1.0) -> None:
                 got = got.reshape(*got.shape[:2], -1)
                 got = torch.einsum("vnp,vnq->npq", got, got)
             assert testing.relative_error(got, want) < 1e-8, (name, quantity)
+        if factor == 1.0 and hasattr(p, "ggn_gram"):  # that of another root has the same eigenvalues, but for zeros
+            size = len(rows[name]) * rows[name].shape[1]
+            flat = rows[name].reshape(size, -1)
+            found = torch.linalg.eigvalsh(p.ggn_gram.flatten(2).flatten(0, 1)).flip(0)[:size]
+            want = torch.linalg.eigvalsh(flat @ flat.T).flip(0)[: len(found)]
+            assert testing.relative_error(found, want) < 1e-8, name
 
 
 def curved(case: Case) -> bool:
@@ -65,7 +71,7 @@ def test_the_ggn_on_every_case(case: Case) -> None:
     rows = testing.curvature_rows(model, loss, inputs, targets, case.batch_axis, weights)
     px.extend(model, case.batch_axis)
     px.extend(loss)
-    with px.backpack(*quantities(), px.BatchGrad()):
+    with px.backpack(*quantities(), px.GGNGram(), px.BatchGrad()):
         loss(testing.call(model, inputs), targets).backward()
     compare(model, rows)
     plain = testing.individual_gradients(model, loss, inputs, targets, case.batch_axis, weights)

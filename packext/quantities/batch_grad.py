@@ -15,7 +15,8 @@ from packext._quantity import Ask, Quantity, indices, rows_of
 class BatchGrad(Quantity):
     """Individual gradients `[N, *p]`, in `grad_batch`. They sum to `.grad` (scale "loss").
 
-    The memory of the previous result is used again if nobody else refers to it: one that you keep never changes.
+    The memory of the previous result is used again if nobody else refers to it: one that you keep never changes, and
+    one that you do not is gone if the pass fails half-way.
 
     With `subsampling` only the samples at these indices are given, `[len(subsampling), *p]`, in that order;
     their scale stays that of the whole batch.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packext._factored import Factored, side_by_side
+from packext._factored import Dense, Factored, Outer, side_by_side
 from packext._quantity import Ask, Curvature, Sampled, indices, rows_of, summed
 from packext._statistics import Statistics
 
@@ -97,7 +97,9 @@ class GGNGram(_Exact):
     compact = False
 
     def absorb(self, ask: Ask, held: Any) -> list[Factored]:
-        return [*(held or []), ask.statistics.form]
+        form = ask.statistics.form
+        # Other forms may need the way back to the parameter, which the gradient's pass frees.
+        return [*(held or []), form if isinstance(form, Outer) else Dense(form.rows(0, form.n))]
 
     def land(self, held: list[Factored], n: int, factor: float) -> Tensor:
         gram = Statistics(side_by_side(held))["gram"] * factor

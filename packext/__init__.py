@@ -1,4 +1,4 @@
-"""packext: per-sample quantities of any PyTorch model in one backward pass."""
+"""packext: per-sample quantities and curvature of any PyTorch model in one backward pass."""
 
 from packext import extensions as extensions
 from packext import linalg as linalg

@@ -275,11 +275,11 @@ def _scatter_of_products(g: Tensor, a: Tensor) -> tuple[Tensor, int]:
     n = len(g)
     mean_a, mean_g = a.mean(0), g.mean(0)
     c, b = a - mean_a, g - mean_g
-    spread = g.square().T @ c.square()
-    spread = spread + (2 * (b * g).T @ c) * mean_a
-    spread = spread + b.square().sum(0)[:, None] * mean_a.square()
-    result = spread - (g.T @ c).square() / n
-    where = ((result <= 1e-3 * spread) & (spread > 0)).nonzero()
+    spread = torch.addcmul(g.square().T @ c.square(), (b * g).T @ c, mean_a, value=2.0)
+    spread = torch.addr(spread, b.square().sum(0), mean_a.square())
+    shift = g.T @ c
+    result = torch.addcmul(spread, shift, shift, value=-1.0 / n)
+    where = (torch.add(result, spread, alpha=-1e-3) < 0).nonzero()
     if len(where):
         at_g, at_a = where.unbind(1)
         parts = []

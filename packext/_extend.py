@@ -55,7 +55,7 @@ def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter
 
     Args:
         module: the model, or the loss module (which tells mean from sum). Changed in place: it gets
-            hooks on every submodule and nothing else; parameters, buffers and `state_dict` stay.
+            hooks on its submodules and nothing else; parameters, buffers and `state_dict` stay.
         batch_axis: the axis of the samples in the model's inputs and outputs.
         debug: accepted for code written for BackPACK; has no effect.
         use_converter: accepted for code written for BackPACK; no conversion is needed here.
@@ -76,9 +76,17 @@ def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter
     shared = Shared(batch_axis)
     for path, m in module.named_modules():
         m.__dict__["_packext"] = Extension(path, shared)
+        if m is not module and _meets_no_parameter(m):
+            continue
         m.register_forward_pre_hook(_before, with_kwargs=True)
         m.register_forward_hook(_after, with_kwargs=True, always_call=True)
     return module
+
+
+def _meets_no_parameter(module: nn.Module) -> bool:
+    """Whether a module is one of torch's without parameters, state or parts, such as an activation: no use is in it."""
+    own = type(module).__module__.startswith("torch.nn.modules")
+    return own and not (module._parameters or module._buffers or module._modules or is_loss(module))
 
 
 def unextend(module: M) -> M:

@@ -198,6 +198,11 @@ def activations_only() -> bool:
     return _sweep is not None if _probe is None else _probe.compare is None
 
 
+def deaf() -> bool:
+    """Whether what arrives at taps is nobody's business."""
+    return _probe is None and _sweep is None and not _listening()
+
+
 def arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """A tap was reached."""
     device = TARGET.device.type if not saved else saved[0].device.type
@@ -213,8 +218,6 @@ def _arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> d
         return {}
     if _sweep is not None:
         _sweep.visit(use, saved, gs)
-        return {}
-    if not _listening():
         return {}
     flight = _current(use.record)
     if not (flight.context.first_order or flight.context.curvature):

@@ -12,7 +12,7 @@ import functools
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,8 @@ class Tracer(TorchFunctionMode):
         """A module starts to run: learn the parameters it holds at this moment."""
         self.stack.append(module)
         self._hooks.append(_saved_tensor_hooks())
-        self._register(module, path)
+        if module._parameters:
+            self._register(module, path)
         self.record.trail = hash((self.record.trail, module.training))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             self.record.batch_statistics.append(self.where())
@@ -129,7 +130,7 @@ class Tracer(TorchFunctionMode):
         setattr(t, _MARK, (self.record.token, None, None))
 
     def _mark(self, out: Any, payload: tuple[Source, ...] | None, base: Tensor | None = None) -> None:
-        for t in _shallow(out):
+        for t in _shallow((out,)):
             if id(t) in self.table:
                 continue
             if payload is not None and not t.requires_grad:
@@ -144,7 +145,7 @@ class Tracer(TorchFunctionMode):
         record.trail = hash((record.trail, func))
         sources: tuple[Source, ...] = ()
         data = False
-        for t in _arguments(args[:1] if func in rules.FIRST_ONLY else args, kwargs):
+        for t in _shallow((*args[:1], *kwargs.values()) if func in rules.FIRST_ONLY else (*args, *kwargs.values())):
             found = self.sources(t)
             if found:
                 sources += found
@@ -219,14 +220,15 @@ class Tracer(TorchFunctionMode):
         consts: dict[str, Any],
     ) -> Any:
         """Run a call inside a tap; NotImplemented where the weight is not what is made of parameters."""
-        if self.sources(tensors["input"]) or not all(
-            self.sources(t) or not t.requires_grad for k, t in tensors.items() if k != "input"
+        use = self.use(rule, func, tensors, consts)
+        if "input" in use.sources or any(
+            t.requires_grad and k not in use.sources for k, t in tensors.items() if k != "input"
         ):
             return NotImplemented
         x = tensors["input"]
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            tensors = {**tensors, "input": x.to(torch.get_autocast_dtype(x.device.type))}
-        use = self.use(rule, func, tensors, consts)
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.is_floating_point():
+            tensors = {**tensors, "input": x.to(torch.get_autocast_dtype(device))}
         if not use.sources:
             return rule.call(use, tensors)
         y = Owned.apply(use, TARGET, *tensors.values())
@@ -343,23 +345,15 @@ def _map_tensors(f: Callable[[Any], Any], output: Any) -> Any:
     return pytree.tree_unflatten(new, spec)
 
 
-def _shallow(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, (tuple, list)):
-        for item in out:
-            yield from _shallow(item)
-
-
-def _arguments(args: Any, kwargs: Any) -> Iterator[Tensor]:
-    for value in args:
+def _shallow(values: Iterable[Any]) -> list[Tensor]:
+    """Tensors among `values`, and in lists and tuples among them."""
+    found = []
+    for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (tuple, list)):
-            yield from _shallow(value)
-    if kwargs:
-        for value in kwargs.values():
-            yield from _shallow(value)
+            found += _shallow(value)
+    return found
 
 
 @functools.cache

@@ -149,18 +149,20 @@ class Statistics:
 
     def _tiles(self, wants: list[str], visitors: list[Visitor], buffer: Tensor | None) -> None:
         f = self.form
-        start = torch.zeros(f.shape, dtype=f.acc, device=f.device)
-        total = second = shifted = centre = start
+
+        def zeros(wanted: bool) -> Tensor:
+            return torch.zeros(f.shape if wanted else (), dtype=f.acc, device=f.device)
+
+        total, second = zeros("total" in wants or "scatter" in wants), zeros("second_moment" in wants)
+        shifted = centre = zeros("scatter" in wants)
         norms: list[Tensor] = []
         kept: list[Tensor] = []
         need_rows = any(w in wants for w in ("rows", "gram", "dots"))
         # In place only where no graph is being recorded (create_graph=True records one).
         recorded = torch.is_grad_enabled()
         out: Tensor | None = None
-        if not recorded:
-            total, second, shifted = start, start.clone(), start.clone()
-            if need_rows:
-                out = torch.empty(f.n, *f.shape, dtype=f.acc, device=f.device) if buffer is None else buffer
+        if not recorded and need_rows:
+            out = torch.empty(f.n, *f.shape, dtype=f.acc, device=f.device) if buffer is None else buffer
         for lo, hi in f.tiles():
             if out is not None:
                 rows = out[lo:hi]
@@ -191,7 +193,7 @@ class Statistics:
                 shifted = _add_squares(shifted, apart, recorded)
         found: dict[str, Tensor] = {}
         if "sq_norms" in wants:
-            norm = torch.cat(norms) if norms else start.new_zeros(0)
+            norm = torch.cat(norms) if norms else total.new_zeros(0)
             found["sq_norms"] = norm if recorded else norm.square_()
         if "total" in wants:
             found["total"] = total

@@ -53,7 +53,7 @@ class Owned(torch.autograd.Function):
         saved = ctx.saved_tensors
         if g is None:
             return (None, None, *(None for _ in saved))
-        delivered = _flight.arrive(use, saved, grads)
+        delivered = {} if _flight.deaf() else _flight.arrive(use, saved, grads)
         t = dict(zip(use.names, saved, strict=True))
         rule = use.rule
         assert isinstance(rule, OwnedRule)
@@ -78,7 +78,7 @@ class Observed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if any(g is not None for g in grads):
+        if not _flight.deaf() and any(g is not None for g in grads):
             _flight.arrive(ctx.use, ctx.saved_tensors, grads)
         return (None, None, None, *grads, *(None for _ in range(ctx.kept)))
 
@@ -99,7 +99,8 @@ class Argument(torch.autograd.Function):
         if g is None:
             return None, None, None, None, None
         saved = ctx.saved_tensors
-        _flight.arrive(ctx.use, saved, grads)
+        if not _flight.deaf():
+            _flight.arrive(ctx.use, saved, grads)
         return None, None, g.sum_to_size(saved[0].shape).to(saved[0].dtype), None, None
 
 

@@ -63,8 +63,14 @@ def bind(
         The tensors, and the rest.
     """
     given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-    tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}
-    return tensors, {k: v for k, v in given.items() if not isinstance(v, Tensor)}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for k, v in given.items():
+        if isinstance(v, Tensor):
+            tensors[k] = v
+        else:
+            rest[k] = v
+    return tensors, rest
 
 
 class Generic(Rule):

@@ -77,7 +77,7 @@ class Convolution(OwnedRule):
         c = use.consts
         x, w = t["input"].to(g.dtype), t["weight"].to(g.dtype)
         bias = [g.shape[1]]
-        return torch.ops.aten.convolution_backward(
+        return torch.ops.aten.convolution_backward.default(
             g,
             x,
             w,
@@ -94,7 +94,8 @@ class Convolution(OwnedRule):
     def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
         names = ("input", "weight", "bias")
         found = self._backward(use, t, g, [name in wanted for name in names])
-        return {name: grad.to(t[name].dtype) for name, grad in zip(names, found, strict=True) if name in wanted}
+        of_dtype = {name: grad for name, grad in zip(names, found, strict=True) if name in wanted}
+        return {k: v if v.dtype == t[k].dtype else v.to(t[k].dtype) for k, v in of_dtype.items()}
 
     def factors(
         self,

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import packext as px
-from packext import _flight, _probe, testing
-from packext._factored import Factored, Masked, Pulled, Sum
+from packext import _flight, _probe, _scratch, testing
+from packext._factored import Factored, Masked, Pulled, Sum, gram
 from packext._use import Rule
 from packext.rules import convolution, elementwise, embedding, linear, norm, recurrent
+from packext.rules._patches import Window
 from tests.cases import CASES, Case
 from tests.helpers import double_precision
 from tests.test_quantities import Prepared
@@ -262,3 +263,36 @@ def test_recurrent_layers_of_any_shape(
 
     with double_precision():
         exact(Net(), torch.randn(n, t, 2))
+
+
+@given(
+    dims=st.integers(1, 3),
+    images=st.integers(1, 5),
+    channels=st.sampled_from([1, 3, 48]),
+    groups=st.integers(1, 2),
+    kernel=st.integers(1, 4),
+    size=st.integers(4, 7),
+    padding=st.integers(0, 3),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 2),
+    tile=st.sampled_from([1, 500, 1 << 19]),
+)
+@settings(max_examples=60, deadline=None)
+def test_second_moment_of_patches_of_any_shape(
+    dims: int, images: int, channels: int, groups: int, kernel: int, size: int, padding: int, stride: int,
+    dilation: int, tile: int,
+) -> None:  # fmt: skip
+    """The way around patches gives what patches do, wherever it applies."""
+    out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    assume(out > 0 and channels**2 * kernel ** (2 * dims) < 1 << 21)
+    each = [(value,) * dims for value in (kernel, stride, padding, dilation, out)]
+    window = Window(*each, groups=groups)
+    x = torch.randn(images, channels * groups, *(size,) * dims, dtype=torch.float64)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_scratch, "TILE", tile)
+        found = window.second_moment(x)
+        assert (found is not None) == (stride == dilation == 1 and kernel > 1 and out >= kernel)
+        columns = window.patches(x).transpose(0, 1).flatten(1, 2)
+        wanted = columns.mT @ columns
+        for value in (found, gram(columns.mT)):
+            assert value is None or torch.allclose(value, wanted, rtol=1e-11, atol=1e-10)

@@ -18,7 +18,7 @@ All arithmetic happens in `acc`: float32, or float64 where the inputs are.
 
 from packext._factored.base import Dense, Factored, Terms, accumulation_dtype, two_sided
 from packext._factored.other import Lookup, Masked, Pulled, Sum, merge, side_by_side
-from packext._factored.outer import Outer, Patches
+from packext._factored.outer import Outer, Patches, gram
 
 __all__ = [
     "Dense",
@@ -31,6 +31,7 @@ __all__ = [
     "Sum",
     "Terms",
     "accumulation_dtype",
+    "gram",
     "merge",
     "side_by_side",
     "two_sided",

@@ -15,6 +15,20 @@ from packext._scratch import scratch
 VECTOR = 16
 
 
+def gram(rows: Tensor) -> Tensor:
+    """Inner products `[G, I, I]` of `rows` `[G, I, S]`; of large ones the upper half is copied from the lower."""
+    count = rows.shape[1]
+    if count < 128 or torch.is_grad_enabled():
+        return rows @ rows.mT
+    block = -(-count // 4)
+    found = rows.new_empty(rows.shape[0], count, count)
+    for lo in range(0, count, block):
+        part, hi = slice(lo, lo + block), min(count, lo + block)
+        torch.matmul(rows[:, part], rows[:, :hi].mT, out=found[:, part, :hi])
+        found[:, :lo, part] = found[:, part, :lo].mT
+    return found
+
+
 class Patches:
     """What multiplied a convolution's weight, `[N, G, S, I]`, unfolded only for the samples asked for."""
 
@@ -26,10 +40,11 @@ class Patches:
         features: int,
         take: Callable[[int, int], Tensor],
         source: Tensor,
+        second_moment: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
-        """Take the sizes N, G, S, I, the function that unfolds samples lo to hi, and what it reads."""
+        """Take the sizes N, G, S, I, what unfolds samples lo to hi, its source, and a way to sum `a aᵀ`."""
         self.shape = (n, groups, positions, features)
-        self.take, self.source = take, source
+        self.take, self.source, self.second_moment = take, source, second_moment
 
     def __getitem__(self, where: slice) -> Tensor:
         """Unfold samples `where.start` to `where.stop`."""
@@ -238,16 +253,15 @@ class Outer(Factored):
         return Outer(a.to(self.acc) @ right, g, self.shape)
 
     def _inputs(self, reduce: bool) -> Tensor:
+        if not reduce and isinstance(self.a, Patches) and (quick := self.a.second_moment()) is not None:
+            return quick
         found = torch.zeros(self.groups, self.i, self.i, dtype=self.acc, device=self.device)
         step = max(1, min(self.n, _scratch.TILE // max(1, self.groups * self.s * self.i)))
-        block = self.i if self.i < 128 else -(-self.i // 4)
         for lo in range(0, self.n, step):
             a, _ = self.pair(lo, min(self.n, lo + step))
             columns = a.mean(2).transpose(0, 1) if reduce else a.transpose(0, 1).flatten(1, 2)
-            for k in range(0, self.i, block):  # the lower half suffices
-                part = slice(k, k + block)
-                found[:, part, : k + block] += columns[..., part].mT @ columns[..., : k + block]
-        return found.tril() + found.tril(-1).mT
+            found = found + gram(columns.mT)
+        return found
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         if right is None or right.shape[1] != self.i or left.shape[1] != self.groups * self.o:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, Patches, Terms, accumulation_dtype
 from packext._layout import Layout
-from packext._scratch import scratch
 from packext._taps import OwnedRule
 from packext._use import Use
 from packext.rules._common import bind, handles
+from packext.rules._patches import Window
 
 if TYPE_CHECKING:
     from packext._lineage import Tracer
@@ -34,34 +33,6 @@ _TRANSPOSED_NAMES = (
     "groups",
     "dilation",
 )
-
-
-def patches(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """What a convolution multiplies its weight with: `[c, G, S, I]` of `x` `[c, C, *space]`, I = C/G x kernel."""
-    d = len(kernel)
-    if any(padding):
-        x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
-    for axis in range(d):
-        extent = (kernel[axis] - 1) * dilation[axis] + 1
-        x = x.narrow(axis + 2, 0, (out[axis] - 1) * stride[axis] + extent)
-        x = x.unfold(axis + 2, extent, stride[axis])
-        if dilation[axis] > 1:
-            x = x[..., :: dilation[axis]]
-    c, channels = x.shape[:2]
-    # [c, C, *out, *kernel] -> [c, C, *kernel, *out]: copies run along the output, where x is contiguous.
-    x = x.permute(0, 1, *range(d + 2, 2 * d + 2), *range(2, d + 2))
-    rows = channels // groups * functools.reduce(int.__mul__, kernel, 1)
-    if not torch.is_grad_enabled():  # the next call writes over it
-        x = scratch("patches", x.shape, x.dtype, x.device).copy_(x)
-    return x.reshape(c, groups, rows, functools.reduce(int.__mul__, out, 1)).mT
 
 
 class Convolution(OwnedRule):
@@ -132,16 +103,10 @@ class Convolution(OwnedRule):
         features = read.shape[1] // groups * kernel.numel()
         positions = out.numel() * per
 
+        window = Window(kernel, c["stride"], c["padding"], c["dilation"], out, groups)
+
         def take(lo: int, hi: int) -> Tensor:
-            part = patches(
-                read[lo * per : hi * per],
-                kernel,
-                c["stride"],
-                c["padding"],
-                c["dilation"],
-                out,
-                groups,
-            )
+            part = window.patches(read[lo * per : hi * per])
             if per == 1:
                 return part
             return part.unflatten(0, (hi - lo, per)).transpose(1, 2).flatten(2, 3)
@@ -172,7 +137,7 @@ class Convolution(OwnedRule):
             rows = self._backward(use, parts, g[images].flatten(0, 1)[None], [False, True, False], count)[1]
             return rows.unflatten(0, (count, -1))
 
-        a = Patches(n, groups, positions, features, take, read)
+        a = Patches(n, groups, positions, features, take, read, lambda: window.second_moment(read))
         alone = groups * positions * features * written.shape[1] // groups >= LARGE
         beside = per == 1 and not c["transposed"] and groups == 1 and _suits(x, w)
         return Outer(a, canonical(written), w.shape, weighted, apply, native if alone or beside else None, alone)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -125,6 +125,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         debug: bool = False,
         retain_graph: bool = False,
         scale: str | float = "loss",
+        parameters: Iterable[Tensor] | None = None,
     ) -> None:
         """Say what is wanted.
 
@@ -139,9 +140,12 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 losses l_n, defined by loss = mean of l_n or sum of l_n, according to the reduction of
                 the extended loss module. A number: individual gradients of the loss as written times
                 that number (N for a mean that packext cannot see; 1/k to undo a loss scale k).
+            parameters: of which quantities are wanted, such as `model.head.parameters()`; all that require grad by
+                default. No work is done for others; what is of the whole model (norms, a clipping norm, eigenvalues)
+                is of these.
 
         Raises:
-            ValueError: for a class in place of an instance, or an unknown scale.
+            ValueError: for a class in place of an instance, an unknown scale, or `parameters` that are no tensors.
         """
         for extension in extensions:
             if isinstance(extension, type):
@@ -162,6 +166,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self.first_order = tuple(e for e in extensions if not isinstance(e, (Curvature, HessianQuantity)))
         self.extension_hook = extension_hook
         self.scale = scale
+        self.parameters = None if parameters is None else _identified(parameters)
         self.results = Results(extensions)
         self._passes = 0
         self._inner = 0
@@ -177,10 +182,14 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         _flight.drop()
         if kind is None and self.extensions and not (self._passes or self._inner):
             asked = ", ".join(type(e).__name__ for e in self.extensions)
+            reached = "" if self.parameters is None else " and reached one of the given parameters"
             raise NotExtendedError(
-                f"{asked} asked for, but no backward pass through an extended model ended in this context. "
+                f"{asked} asked for, but no backward pass through an extended model ended in this context{reached}. "
                 "Call model = px.extend(model) before the forward pass, and backward() inside the context."
             )
+
+    def _wants(self, parameter: Tensor) -> bool:
+        return self.parameters is None or id(parameter) in self.parameters
 
     def _active(self) -> bool:
         return bool(self.extensions) and not LOCAL.disabled
@@ -272,7 +281,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             for record in flight.records:
                 root = record.root()
                 for module in root.modules() if root is not None else ():
-                    own = {id(p) for p in module._parameters.values() if p is not None and _will_arrive(p)}
+                    own = {
+                        id(p)
+                        for p in module._parameters.values()
+                        if p is not None and self._wants(p) and _will_arrive(p)
+                    }
                     if own:
                         flight.owners[id(module)] = (module, own)
         for module, own in flight.owners.values():
@@ -314,6 +327,21 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 setattr(source.tensor, field, value)
         results._keep = [source.tensor for source, _ in flight.values.values()]
         self._passes += 1
+
+
+def _identified(parameters: Any) -> dict[int, Tensor]:
+    if isinstance(parameters, (Tensor, nn.Module)):
+        raise ValueError(
+            f"parameters must be several tensors, got a {type(parameters).__name__}: put it in a list, or "
+            "call its .parameters()."
+        )
+    found = list(parameters)
+    for p in found:
+        if not isinstance(p, Tensor):
+            raise ValueError(f"parameters must be tensors such as model.head.parameters() gives, got {p!r}.")
+    if not found:
+        raise ValueError("parameters is empty: leave it out to ask for all (a generator can be used once only).")
+    return {id(p): p for p in found}
 
 
 def _will_arrive(parameter: Tensor) -> bool:

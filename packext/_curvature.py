@@ -7,6 +7,7 @@ carries through whatever the model is made of. At each tap it gives the same pai
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,9 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from packext import _roots
-from packext._errors import CoupledSamplesError, PackextError
+from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._factored import Factored
-from packext._flight import Pass, Sweep, probe_inputs, silence
+from packext._flight import Pass, Sweep, probe_inputs, refuse_static, silence
 from packext._layout import Layout, candidates
 from packext._lineage import disable
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
@@ -123,11 +124,19 @@ class Graph(Point):
             with silence(), torch.enable_grad():
                 yield
         except RuntimeError as error:
-            if "second time" not in str(error):
+            if "second time" in str(error):
+                raise PackextError(
+                    "The graph that products with the curvature run through has been freed by the backward pass: call "
+                    "loss.backward(retain_graph=True)."
+                ) from None
+            kernel = re.search(r"derivative for (\S+) is not implemented", str(error))
+            if kernel is None:
                 raise
-            raise PackextError(
-                "The graph that products with the curvature run through has been freed by the backward pass: call "
-                "loss.backward(retain_graph=True)."
+            raise UnsupportedUseError(
+                f"Products with the curvature differentiate a gradient, and torch has no derivative of {kernel[1]}. "
+                "For attention, run the forward pass inside of `with torch.nn.attention.sdpa_kernel("
+                'torch.nn.attention.SDPBackend.MATH):` (Hugging Face: attn_implementation="eager"), or ask for '
+                "DiagGGNExact or DiagGGNMC, which do without."
             ) from None
 
 
@@ -164,6 +173,9 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
             f"The input of the extended {seen.name} does not come from an extended model: call model = "
             "px.extend(model) before the forward pass."
         )
+    sources = {key: s for key, s in sources.items() if flight.context._wants(s.tensor)}
+    if not sources:
+        return
     point = Graph([s.tensor for s in sources.values()], seen, edge, g)
     for quantity in quantities:
         values = quantity.measure(point, _GENERATOR)
@@ -286,6 +298,9 @@ def _gates(edge: GradientEdge) -> list[Any]:
         if node is None or node in known:
             continue
         known.add(node)
+        ddp = getattr(node, "ddp_weakref", lambda: None)()
+        if ddp is not None:
+            refuse_static(ddp)
         if isinstance(node, Gate._backward_cls):  # pyright: ignore[reportAttributeAccessIssue]
             found[id(node)] = node
         else:

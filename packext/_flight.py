@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Dense, Factored, Pulled, merge
@@ -35,8 +36,9 @@ _MISSING = object()
 class Gathering:
     """The forms that arrive at taps, until those of a parameter are complete."""
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, wants: Callable[[Tensor], bool]) -> None:
+        """Start empty; `wants` tells of which parameters forms are wanted."""
+        self.wants = wants
         self.fired: set[int] = set()
         self.held: dict[int, list[Factored]] = {}
         self.seen: dict[int, tuple[Source, Use]] = {}
@@ -59,6 +61,9 @@ class Gathering:
         Raises:
             PackextError: if it came another way than the samples were told apart on, or of two batches.
         """
+        self.fired.add(id(use))
+        if not any(self.wants(source.tensor) for group in use.sources.values() for source in group):
+            return []
         if use.layouts is None or use.record not in records:
             raise PackextError(use.bypassed())
         if any(g is not None and layout is None for g, layout in zip(gs, use.layouts, strict=True)):
@@ -66,9 +71,10 @@ class Gathering:
                 f"A gradient reached an output of {use.describe()} at which none arrived when the samples were told "
                 "apart. The model's path must not depend on anything but its inputs' shapes: please report it."
             )
-        self.fired.add(id(use))
         touched: dict[int, Source] = {}
         for source, form in use.factors(saved, gs):
+            if not self.wants(source.tensor):
+                continue
             key = id(source.tensor)
             done = self.held.setdefault(key, [])
             if key in self.emitted:
@@ -111,7 +117,7 @@ class Sweep:
     def __init__(self, flight: Pass, absorb: Callable[[Source, Factored], None]) -> None:
         """Hand the merged form of every parameter that the cotangent reaches to `absorb`."""
         self.flight, self.absorb = flight, absorb
-        self.gathering = Gathering()
+        self.gathering = Gathering(flight.context._wants)
 
     def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
         """The cotangent arrives at a tap."""
@@ -138,7 +144,7 @@ class Pass:
         self.context = context
         self.task = torch._C._current_graph_task_id()
         self.replaced: list[tuple[Tensor, str, Any]] = []
-        self.gathering = Gathering()
+        self.gathering = Gathering(context._wants)
         self.records: list[Record] = []
         self.losses: list[tuple[str, str, Tensor | None]] = []
         self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
@@ -255,9 +261,14 @@ def enter(record: Record) -> None:
             "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
         )
     for why, sources in record.refused:
-        if any(_will_accumulate(source.tensor) for source in sources):
+        if any(flight.context._wants(source.tensor) and _will_accumulate(source.tensor) for source in sources):
             raise UnsupportedUseError(why)
-    _unseen(record)
+    root = record.root()
+    modules = [] if root is None else modules_of(root)
+    _unseen(record, modules, flight.context._wants)
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            refuse_static(module)
     if gates <= record.probed:
         return
     if record.batch_statistics and record.n > 1:
@@ -270,20 +281,32 @@ def enter(record: Record) -> None:
     record.probed |= gates
 
 
-def _unseen(record: Record) -> None:
+def refuse_static(module: Any) -> None:
+    """Refuse DistributedDataParallel that would take an inner pass for the end of a backward pass.
+
+    Raises:
+        UnsupportedUseError: if it was told that its graph is static.
+    """
+    if module.static_graph:
+        raise UnsupportedUseError(
+            "DistributedDataParallel(..., static_graph=True) starts to reduce gradients when a pass first reaches it, "
+            "which here is one that looks at samples or carries curvature: gradients would never be reduced. Pass "
+            "static_graph=False."
+        )
+
+
+def _unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], bool]) -> None:
     """Refuse parameters that the gradient will reach although no use of them was seen."""
-    root = record.root()
-    if root is None:
-        return
     known = {id(s.tensor) for s in record.parameters()}
     missed = {
         id(p)
-        for module in modules_of(root)
+        for module in modules
         for p in module._parameters.values()
-        if p is not None and p.requires_grad and id(p) not in known and not live_nodes(p) and _will_accumulate(p)
+        if p is not None and p.requires_grad and id(p) not in known and not live_nodes(p)
+        if wants(p) and _will_accumulate(p)
     }
     if missed:
-        names = ", ".join(name for name, p in root.named_parameters() if id(p) in missed)
+        names = ", ".join(name for name, p in modules[0].named_parameters() if id(p) in missed)
         raise UnsupportedUseError(
             f"A gradient will reach {names}, but packext saw no use of it: it was combined with other "
             "values before the extended model ran, or outside of it. Do so inside of forward."

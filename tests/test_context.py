@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import weakref
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import _flight, testing
+from packext._use import Use
 from tests.helpers import assert_exact, batch, double_precision, fields, mlp, rows_of
 
 N = 4
@@ -671,3 +673,70 @@ def test_parts_that_are_added_or_moved_after_extend() -> None:
     rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / N)
     loss_fn = px.extend(nn.CrossEntropyLoss())
     assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+
+
+def chosen_head() -> tuple[nn.Sequential, list[Tensor]]:
+    model = px.extend(mlp())
+    return model, [model[2].weight]
+
+
+def test_chosen_parameters() -> None:
+    """Only what was asked for is computed, and what is of the whole model is of these parameters."""
+    with double_precision():
+        model, chosen = chosen_head()
+        (x, y), loss_fn = batch(), px.extend(nn.CrossEntropyLoss())
+        quantities = (px.BatchGrad(), px.BatchL2Grad(), px.ClippedGrad(0.1), px.DiagGGNExact(), px.HMP())
+        with px.backpack(*quantities) as everything:
+            loss_fn(model(x), y).backward(retain_graph=True)
+        with px.backpack(*quantities, px.TopEigenvalues(), parameters=iter(chosen)) as found:
+            loss_fn(model(x), y).backward(retain_graph=True)
+        assert list(found) == ["2.weight"]
+        assert not any(hasattr(p, "grad_batch") for name, p in model.named_parameters() if name != "2.weight")
+        for field in ("grad_batch", "batch_l2", "diag_ggn_exact"):
+            torch.testing.assert_close(getattr(found["2.weight"], field), getattr(everything["2.weight"], field))
+        torch.testing.assert_close(found.batch_l2, found["2.weight"].batch_l2)
+        own = 4 * found["2.weight"].grad_batch
+        weight = (0.1 / own.flatten(1).norm(dim=1)).clamp(max=1.0)
+        torch.testing.assert_close(found["2.weight"].clipped_grad, torch.tensordot(weight, own, 1))
+        basis = torch.eye(chosen[0].numel()).reshape(-1, *chosen[0].shape)
+        block = everything["2.weight"].hmp(basis).flatten(1)
+        torch.testing.assert_close(found.top_eigenvalues.values[0], torch.linalg.eigvalsh(block)[-1])
+
+
+def test_work_is_not_done_for_other_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules are not even asked, and what is refused for others does not matter."""
+    model, chosen = chosen_head()
+    (x, y), loss_fn = batch(), px.extend(nn.CrossEntropyLoss())
+    with px.backpack(px.BatchGrad()):
+        loss_fn(model(x), y).backward()  # the probe asks all of them, once
+    asked = []
+    factors = Use.factors
+    monkeypatch.setattr(Use, "factors", lambda use, *args: asked.append(use.where) or factors(use, *args))
+    with px.backpack(px.BatchGrad(), px.DiagGGNMC(), parameters=chosen):
+        loss_fn(model(x), y).backward()
+    assert asked == ["2 [Linear]"] * 2
+
+
+def test_chosen_parameters_and_extension_hook() -> None:
+    """A module's hook runs when its chosen parameters are done."""
+    model, chosen = chosen_head()
+    x, y = batch()
+    called: list[nn.Module] = []
+    with px.backpack(px.BatchGrad(), parameters=chosen, extension_hook=called.append):
+        nn.functional.cross_entropy(model(x), y).backward()
+    assert called == [model[2]]
+
+
+def test_chosen_parameters_that_make_no_sense() -> None:
+    """Bad arguments, and parameters that the pass does not reach."""
+    model, chosen = chosen_head()
+    x, y = batch()
+    unchecked = inspect.unwrap(px.backpack.__init__)
+    for bad in (chosen[0], model[2], ["2.weight"], []):
+        with pytest.raises(ValueError, match="parameters"):
+            unchecked(px.backpack.__new__(px.backpack), px.BatchGrad(), parameters=bad)
+    with (
+        pytest.raises(px.NotExtendedError, match="one of the given parameters"),
+        px.backpack(px.BatchGrad(), parameters=mlp().parameters()),
+    ):
+        nn.functional.cross_entropy(model(x), y).backward()

@@ -32,8 +32,8 @@ class _Kronecker(Curvature):
         if found is None:
             raise UnsupportedUseError(
                 f"{type(self).__name__} has no Kronecker factors for {ask.name} {list(form.shape)}, which is not the "
-                "weight of a linear map or convolution, nor a vector. Freeze it with requires_grad_(False), or ask for "
-                "DiagGGNExact or DiagGGNMC."
+                "weight of a linear map or convolution, nor a vector. Choose the parameters, "
+                "px.backpack(..., parameters=[...]), or ask for DiagGGNExact or DiagGGNMC."
             )
         outputs, inputs, positions = found
         if held is not None:

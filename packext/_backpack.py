@@ -239,7 +239,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         if any(q.root[0] != "empirical" for q in self.curvature):
             flight.spread = True
             with torch.no_grad():
-                spread(flight, [q for q in self.curvature if q.root[0] != "empirical"], seen, g.detach())
+                spread(flight, [q for q in self.curvature if q.root[0] != "empirical"], seen, edge, g.detach())
 
     def _emit(self, flight: _flight.Pass, source: Source, use: Use, form: Factored, deliver: bool) -> Tensor | None:
         n = form.n

@@ -24,6 +24,7 @@ from packext._flight import Pass, Sweep, probe_inputs, refuse_static, silence
 from packext._layout import Layout, candidates
 from packext._lineage import disable
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
+from packext._residual import residual
 from packext._statistics import Statistics
 from packext._taps import Gate
 from packext._use import Source
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 _GENERATOR = torch.Generator().manual_seed(20251121)
 
 
-def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor) -> None:
-    """Send what `quantities` need from the loss `seen`, at whose output `g` arrived.
+def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, edge: GradientEdge, g: Tensor) -> None:
+    """Send what `quantities` need from the loss `seen`, computed at `edge`, where `g` arrived.
 
     Raises:
         PackextError: if the loss has no such root, or its input is gone or does not come from an extended model.
@@ -51,7 +52,7 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor)
             "with the model's output as a tensor, or a tuple, list or dictionary of tensors."
         )
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-    layouts = [_layout(seen, edge, t) for edge, t in zip(seen.edges, live, strict=True)]
+    places = layouts = [_layout(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
     loss, output, back = seen.module, live[0].detach(), _alone
     if len(leaves) > 1 or not isinstance(leaves[0], Tensor) or layouts[0].axis not in (None, 0):
         joined = Joined(seen.module, leaves, seen.spec, layouts)
@@ -62,15 +63,20 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor)
     for quantity in quantities:
         groups.setdefault(quantity.root, []).append(quantity)
     for (kind, draws, generator), members in groups.items():
+        of = (loss, output, seen.args, seen.kwargs, g)
         with disable():  # the loss may have extended parts of its own
-            if kind == "exact":
-                columns = _apart(_roots.exact(loss, output, seen.args, seen.kwargs, g, compact), layouts[0])
+            if kind == "hessian":
+                columns = _roots.signed(*of)
+            elif kind == "exact":
+                columns = ((s, 1.0) for s in _roots.exact(*of, compact))
             else:
-                source = _GENERATOR if generator is None else generator
-                columns = _roots.sampled(loss, output, seen.args, seen.kwargs, g, draws, source)
-        absorb = functools.partial(_absorb, flight, members)
-        for column in columns:
-            Sweep(flight, absorb).send(seen.edges, back(column))
+                columns = ((s, 1.0) for s in _roots.sampled(*of, draws, _GENERATOR if generator is None else generator))
+        for column, sign in columns:
+            for part in [column] if kind == "mc" else _apart(column, layouts[0]):
+                Sweep(flight, functools.partial(_absorb, flight, members, sign)).send(seen.edges, back(part))
+        if kind == "hessian":
+            for edges, cotangents, sign in residual(flight, seen.edges, live, places, edge, g):
+                Sweep(flight, functools.partial(_absorb, flight, members, sign)).send(edges, cotangents)
 
 
 class Graph(Point):
@@ -226,28 +232,27 @@ class Joined(nn.Module):
         return self.loss[0].forward(pytree.tree_unflatten(leaves, self.spec), *args, **kwargs)
 
 
-def _absorb(flight: Pass, quantities: Sequence[Curvature], source: Source, form: Factored) -> None:
+def _absorb(flight: Pass, quantities: Sequence[Curvature], sign: float, source: Source, form: Factored) -> None:
     statistics = Statistics(form)
-    ask = Ask(statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0)
+    ask = Ask(statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0, sign)
     statistics.prepare([w for q in quantities for w in q.wants(form)])
     _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))
     for quantity in quantities:
         sums[id(quantity)] = quantity.absorb(ask, sums.get(id(quantity)))
 
 
-def _apart(columns: Iterator[Tensor], layout: Layout) -> Iterator[Tensor]:
-    """Columns of independent rows, so divided that no two rows of one sample are in one cotangent."""
-    for column in columns:
-        rows = column.shape[0] if column.dim() else 1
-        several = rows // layout.n
-        if several == 1:
-            yield column
-            continue
-        index = torch.arange(rows, device=column.device)
-        place = index // layout.n if layout.inner else index % several
-        for k in range(several):
-            keep = (place == k).reshape(-1, *[1] * (column.dim() - 1))
-            yield column * keep
+def _apart(column: Tensor, layout: Layout) -> Iterator[Tensor]:
+    """A column of independent rows, so divided that no two rows of one sample are in one cotangent."""
+    rows = column.shape[0] if column.dim() else 1
+    several = rows // layout.n
+    if several == 1:
+        yield column
+        return
+    index = torch.arange(rows, device=column.device)
+    place = index // layout.n if layout.inner else index % several
+    for k in range(several):
+        keep = (place == k).reshape(-1, *[1] * (column.dim() - 1))
+        yield column * keep
 
 
 def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:

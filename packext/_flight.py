@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,42 @@ class Sweep:
             _sweep = before
         for source, _, forms in self.gathering.rest():
             self.absorb(source, merge(forms))
+
+
+class Look(Sweep):
+    """A cotangent of which is kept what arrives at some nodes, and nothing that arrives at taps."""
+
+    def __init__(
+        self, flight: Pass, nodes: Iterable[Any], check: Callable[[Use, Sequence[Tensor]], None] | None = None
+    ) -> None:
+        """Look at autograd's `nodes`: `found` has the gradients at the outputs of those that are reached.
+
+        Args:
+            flight: the backward pass under way.
+            nodes: what to look at.
+            check: called with the use of every tap that is reached, and what the tap kept.
+        """
+        super().__init__(flight, lambda source, form: None)
+        self.nodes, self.check = nodes, check
+        self.found: dict[Any, tuple[Tensor | None, ...]] = {}
+
+    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
+        """The cotangent arrives at a tap."""
+        if self.check is not None:
+            self.check(use, saved)
+
+    def send(self, edges: Any, cotangents: list[Tensor]) -> None:
+        """Send `cotangents` from `edges`, and look."""
+        hooks = [node.register_prehook(functools.partial(self._note, node)) for node in self.nodes]
+        try:
+            super().send(edges, cotangents)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note(self, node: Any, gs: tuple[Tensor | None, ...]) -> None:
+        if _probe is None:  # which starts from within, where a gate is passed for the first time
+            self.found[node] = gs
 
 
 class Pass:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from packext._factored import Factored, Lookup, Masked, Outer, Pulled, Sum
 from packext._lineage import LOCAL
 from packext._quantity import Ask, Quantity
 from packext._record import Record, tensors_in
-from packext._taps import Argument
+from packext._taps import Argument, inputs_first
 from packext._use import Source, Use
 
 #: What stands for the model's inputs in `Observation.after`.
@@ -195,7 +195,7 @@ def _connections(record: Record, outputs: Sequence[Tensor]) -> tuple[dict[int, s
     index = {id(use): k for k, use in enumerate(record.uses)}
     after: dict[int, set[int]] = {k: set() for k in index.values()}
     reached: dict[Any, set[int]] = {}
-    for node in _inputs_first([y.grad_fn for y in outputs]):
+    for node in inputs_first([y.grad_fn for y in outputs]):
         found = [reached[child] for child, _ in node.next_functions if child is not None]
         use = getattr(node, "use", None)
         if use is not None and id(use) in index:
@@ -220,19 +220,3 @@ def _connections(record: Record, outputs: Sequence[Tensor]) -> tuple[dict[int, s
 def _is_argument(use: Use) -> bool:
     node = use.node()
     return node is not None and getattr(node, "name", str)() == f"{Argument.__name__}Backward"
-
-
-def _inputs_first(roots: Sequence[Any]) -> Iterator[Any]:
-    """Nodes of a graph, each after all that it leads to."""
-    done: set[Any] = set()
-    stack = [(root, False) for root in roots]
-    while stack:
-        node, expanded = stack.pop()
-        if node is None or node in done:
-            continue
-        if expanded:
-            done.add(node)
-            yield node
-            continue
-        stack.append((node, True))
-        stack.extend((child, False) for child, _ in node.next_functions)

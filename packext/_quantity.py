@@ -25,6 +25,7 @@ class Ask:
         factor: what a row is to be multiplied with, by the context's scale.
         scale: the context's scale.
         sample_factor: gives the factor to the samples' own losses, whatever the scale.
+        sign: of the column that arrives, where curvature may be negative.
         notes: what a quantity keeps between its calls for this parameter.
     """
 
@@ -35,6 +36,7 @@ class Ask:
     factor: float
     scale: str | float
     sample_factor: Callable[[], float]
+    sign: float = 1.0
     notes: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -88,7 +90,11 @@ class Curvature(Quantity):
 
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:
-        """Which root: ("exact", 0, None), or ("mc", number of draws, generator). Equal ones are propagated once."""
+        """Which root: ("exact", 0, None), or ("mc", number of draws, generator). Equal ones are propagated once.
+
+        ("hessian", 0, None) stands for columns with signs (`Ask.sign`), whose outer products times these give each
+        parameter's entries of the diagonal of the Hessian, and not of the GGN.
+        """
         return ("exact", 0, None)
 
     def absorb(self, ask: Ask, held: Any) -> Any:

@@ -8,6 +8,7 @@ g is the gradient that arrived at what it returned.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,11 @@ _SPLIT = (
     "Let the model return the logits, and use CrossEntropyLoss on them instead."
 )
 
+
+class Flat(PackextError):
+    """The Hessian of a loss is zero: it has no root, and adds nothing to the Hessian with respect to parameters."""
+
+
 #: Losses whose Hessian is zero wherever it exists, and what to do about it.
 LINEAR: dict[type[nn.Module], str] = {
     nn.NLLLoss: _SPLIT,
@@ -36,7 +42,7 @@ LINEAR: dict[type[nn.Module], str] = {
 
 
 def exact(
-    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, compact: bool = False
+    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, compact: bool = False, part: bool = False
 ) -> Iterator[Tensor]:
     """Cotangents whose sum of outer products is the Hessian of `sum(g * loss(output, *args, **kwargs))`.
 
@@ -47,6 +53,7 @@ def exact(
         kwargs: its keyword arguments.
         g: the gradient at the loss: a scalar, or of the loss's shape for reduction "none".
         compact: for `CrossEntropyLoss`, C - 1 columns per position in place of C.
+        part: leave out what is negative of an indefinite Hessian, in place of refusing it.
 
     Returns:
         The columns, one after the other. Refusals are raised by the call, before the first of them.
@@ -54,12 +61,46 @@ def exact(
     x, g = _ready(loss, output, args, kwargs, g)
     kind = _kind(loss)
     if kind is nn.CrossEntropyLoss:
-        found = _softmax_columns(*_softmax(loss, x, g, *args, **kwargs), compact)
+        p, c = _softmax(loss, x, g, *args, **kwargs)
+        found = _softmax_columns(p, _positive(loss, x, g, c, part), compact)
     elif kind is not None:
-        found = _diagonal_columns(_entries(DIAGONAL[kind], loss, x, g, *args, **kwargs).sqrt().reshape(len(x), -1))
+        c = _entries(DIAGONAL[kind], loss, x, g, *args, **kwargs)
+        found = _diagonal_columns(_positive(loss, x, g, c, part).sqrt().reshape(len(x), -1))
     else:
-        found = iter(_blocks_root(loss, x, args, kwargs, g).unbind(2))
+        found = iter(_blocks_root(loss, x, args, kwargs, g, part).unbind(2))
     return (s.reshape(output.shape).to(output.dtype) for s in found)
+
+
+def signed(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """Cotangents with signs, whose outer products times these add up to the Hessian, be it convex or not.
+
+    Args:
+        loss: the loss module; its hooks are not run.
+        output: what it was called with first, `[N, ...]`.
+        args: its other positional arguments.
+        kwargs: its keyword arguments.
+        g: the gradient at the loss: a scalar, or of the loss's shape for reduction "none".
+
+    Returns:
+        Columns that are not zero, with 1.0 or -1.0; one column of zeros for a Hessian that is zero. Refusals are raised
+        by the call, before the first of them.
+    """
+    found = []
+    for sign in (1.0, -1.0):  # what is negative of a Hessian is positive of that of the loss's negative
+        with contextlib.suppress(Flat):
+            found.append((sign, exact(loss, output, args, kwargs, sign * g, True, True)))
+
+    def columns() -> Iterator[tuple[Tensor, float]]:
+        some = False
+        for sign, part in found:
+            for s in part:
+                if s.any():
+                    some = True
+                    yield s, sign
+        if not some:
+            yield torch.zeros_like(output), 1.0
+
+    return columns()
 
 
 def sampled(
@@ -100,7 +141,7 @@ def _sampler(
     kind = _kind(loss)
     if kind is nn.CrossEntropyLoss:
         p, c = _softmax(loss, x, g, *args, **kwargs)
-        root, minus = c.sqrt()[:, None], -torch.ones_like(p[:, :1])
+        root, minus = _positive(loss, x, g, c).sqrt()[:, None], -torch.ones_like(p[:, :1])
         reached = p.double().cumsum(1).movedim(1, -1).contiguous()
 
         def softmax() -> Tensor:
@@ -110,10 +151,11 @@ def _sampler(
 
         return softmax
     if kind is nn.BCEWithLogitsLoss:
-        p, root = x.sigmoid(), _entries(_bernoulli_weight, loss, x, g, *args, **kwargs).sqrt()
+        p, c = x.sigmoid(), _entries(_bernoulli_weight, loss, x, g, *args, **kwargs)
+        root = _positive(loss, x, g, c).sqrt()
         return lambda: root * (p - (_uniform(x.shape, numbers, x.device) < p).to(x.dtype))
     if kind is not None:
-        root = _entries(DIAGONAL[kind], loss, x, g, *args, **kwargs).sqrt()
+        root = _positive(loss, x, g, _entries(DIAGONAL[kind], loss, x, g, *args, **kwargs)).sqrt()
         normal = kind in (nn.MSELoss, nn.GaussianNLLLoss)
         return lambda: root * (_normal if normal else _signs)(root.shape, numbers, root)
     roots = _blocks_root(loss, x, args, kwargs, g)
@@ -145,8 +187,6 @@ def _kind(loss: nn.Module) -> type[nn.Module] | None:
 def _ready(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor) -> tuple[Tensor, Tensor]:
     """Output and gradient, detached and of float32 at least; what no loss can have is refused."""
     kind, name = _kind(loss), _name(loss, output)
-    if kind in LINEAR:
-        raise PackextError(f"{name} has no root of a Hessian: {LINEAR[kind]}")
     if output.dim() == 0 or output.numel() == 0 or not output.is_floating_point():
         raise PackextError(f"{name} of {output.dtype}: pass real numbers, with one sample or more along axis 0.")
     for t in pytree.tree_leaves((args, kwargs)):
@@ -155,6 +195,8 @@ def _ready(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor
                 f"{name} has another argument, {list(t.shape)}, that requires grad. Only the Hessian in the first "
                 "argument is known. Pass .detach() of the other one if it should count as a constant."
             )
+    if kind in LINEAR:
+        raise Flat(f"{name} has no root of a Hessian: {LINEAR[kind]}")
     x = _widened(output.detach())
     return x, g.detach().to(x.dtype)
 
@@ -185,11 +227,17 @@ def _weighted(loss: Any, x: Tensor, g: Tensor, h: Tensor, total: Tensor | int) -
             f"{name} with reduction={reduction!r} received a gradient {list(g.shape)}, where one of "
             f"{list(h.shape) if reduction == 'none' else []} belongs. Call backward on a value made of this loss alone."
         )
-    c = (h * (g / total if reduction == "mean" else g)).masked_fill(h == 0, 0)  # 0/0 if all targets are ignored
+    return (h * (g / total if reduction == "mean" else g)).masked_fill(h == 0, 0)  # 0/0 if all targets are ignored
+
+
+def _positive(loss: Any, x: Tensor, g: Tensor, c: Tensor, part: bool = False) -> Tensor:
+    """What `_weighted` gave, with what is negative of it refused, or left out."""
+    if part:
+        return c.clamp(min=0)
     if (c < 0).any():
         which = "a negative gradient arrives at it" if (g < 0).any() else "a weight or target of it is negative"
         raise PackextError(
-            f"{name} has a negative Hessian, which has no real root: {which}. Minimise a positive multiple "
+            f"{_name(loss, x)} has a negative Hessian, which has no real root: {which}. Minimise a positive multiple "
             "of the loss, or use quantities that need no root of the Hessian."
         )
     return c
@@ -226,7 +274,7 @@ def _poisson_nll(loss: Any, x: Tensor, target: Tensor) -> Tensor:
 
 def _smooth_l1(loss: Any, x: Tensor, target: Tensor) -> Tensor:
     if loss.beta == 0:
-        raise PackextError(f"{_name(loss, x)} with beta=0 has no root of a Hessian: {LINEAR[nn.L1Loss]}")
+        raise Flat(f"{_name(loss, x)} with beta=0 has no root of a Hessian: {LINEAR[nn.L1Loss]}")
     return ((x - target).abs() < loss.beta).to(x.dtype) / loss.beta
 
 
@@ -311,7 +359,7 @@ def _softmax_columns(p: Tensor, c: Tensor, compact: bool) -> Iterator[Tensor]:
 # -- any other loss ---------------------------------------------------------------------------------------
 
 
-def _blocks_root(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) -> Tensor:
+def _blocks_root(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor, part: bool = False) -> Tensor:
     """Roots `[N, D, V]` of the Hessian's blocks, the largest eigenvalue first; V is the largest rank among them."""
     h = _blocks(loss, x, args, kwargs, g).double()
     name, eps = _name(loss, x), torch.finfo(x.dtype).eps
@@ -326,7 +374,7 @@ def _blocks_root(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tenso
         )
     values, vectors = torch.linalg.eigh((h + h.mT) / 2)
     own = values.abs().amax(1, keepdim=True)
-    if (values < -tolerance * own - 100 * eps * own.max()).any():
+    if not part and (values < -tolerance * own - 100 * eps * own.max()).any():
         raise PackextError(
             f"{name} is not convex here: eigenvalues of its Hessian go from {values.min():.2e} to {values.max():.2e}, "
             f"with gradients from {g.min():.2e} to {g.max():.2e} arriving at it. It has no real root. "
@@ -366,7 +414,7 @@ def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) ->
             f"{name} returned {what}, and a gradient {list(g.shape)} arrived. Return one tensor, and call backward on "
             "a value made of it alone."
         )
-    zero = PackextError(f"{name} is linear in its first argument here: its Hessian is zero. Use a loss with curvature.")
+    zero = Flat(f"{name} is linear in its first argument here: its Hessian is zero. Use a loss with curvature.")
     if not value.requires_grad:
         raise zero
     try:

@@ -7,6 +7,7 @@ from packext.quantities import KFAC as KFAC
 from packext.quantities import KFLR as KFLR
 from packext.quantities import BatchDiagGGNExact as BatchDiagGGNExact
 from packext.quantities import BatchDiagGGNMC as BatchDiagGGNMC
+from packext.quantities import BatchDiagHessian as BatchDiagHessian
 from packext.quantities import BatchDotGrad as BatchDotGrad
 from packext.quantities import BatchGrad as BatchGrad
 from packext.quantities import BatchL2Grad as BatchL2Grad
@@ -14,6 +15,7 @@ from packext.quantities import ClippedGrad as ClippedGrad
 from packext.quantities import DiagEF as DiagEF
 from packext.quantities import DiagGGNExact as DiagGGNExact
 from packext.quantities import DiagGGNMC as DiagGGNMC
+from packext.quantities import DiagHessian as DiagHessian
 from packext.quantities import DiagHessianMC as DiagHessianMC
 from packext.quantities import GGNGram as GGNGram
 from packext.quantities import GradDot as GradDot

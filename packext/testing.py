@@ -157,6 +157,58 @@ def curvature_rows(
     return {name: torch.stack(each, 1) for name, each in rows.items()}
 
 
+def hessian_diagonals(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    batch_axis: int = 0,
+    weights: Sequence[float] | None = None,
+) -> Rows:
+    """Each sample's share of the Hessian's diagonal by a loop over samples: the slow oracle.
+
+    Args:
+        model: extended or not; left as it is.
+        loss_fn: `loss_fn(model(inputs), targets)`.
+        inputs: as for `individual_gradients`.
+        targets: as for `individual_gradients`.
+        batch_axis: the axis of the samples in inputs and outputs.
+        weights: factor of each sample's loss in the loss of the batch; 1 for each by default.
+
+    Returns:
+        `[N, *p]` for every parameter that requires grad, by name: the diagonal of the dense Hessian of the sample's
+        loss in that parameter, by differentiating its gradient. They sum to the diagonal for the loss of the batch.
+    """
+    n = batch_size(inputs, batch_axis)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows: dict[str, list[Tensor]] = {name: [] for name in named}
+    target_axis = batch_axis if _has_axis(targets, batch_axis, n) else 0
+    for sample in range(n):
+        with disable(), torch.enable_grad():
+            output = call(model, select(inputs, sample, n, batch_axis))
+            loss = loss_fn(output, select(targets, sample, n, target_axis)) * (
+                1.0 if weights is None else weights[sample]
+            )
+            slopes = torch.autograd.grad(loss, list(named.values()), create_graph=True, materialize_grads=True)
+        for (name, p), slope in zip(named.items(), slopes, strict=True):
+            hessian = _jacobian(slope, p) if slope.requires_grad else torch.zeros(p.numel(), *p.shape).to(p)
+            rows[name].append(hessian.reshape(p.numel(), -1).diagonal().view(p.shape))
+    return {name: torch.stack(each) for name, each in rows.items()}
+
+
+def _jacobian(slope: Tensor, p: Tensor) -> Tensor:
+    """Derivatives `[p.numel(), *p]` of the entries of `slope`."""
+    units = torch.eye(slope.numel(), dtype=p.dtype, device=p.device).view(-1, *slope.shape)
+    found = torch.zeros_like(units)
+    try:
+        each = torch.autograd.grad(slope, p, units, retain_graph=True, is_grads_batched=True, allow_unused=True)[0]
+        return found if each is None else each
+    except RuntimeError:  # not every backward can be computed for several cotangents at once
+        for k, unit in enumerate(units):
+            found[k] = torch.autograd.grad(slope, p, unit, retain_graph=True)[0]
+    return found
+
+
 def _has_axis(value: Any, axis: int, n: int) -> bool:
     if isinstance(value, Tensor):
         return value.dim() > axis and value.shape[axis] == n

@@ -2,6 +2,7 @@
 
 from packext.quantities.batch_grad import BatchGrad
 from packext.quantities.clipped import ClippedGrad
+from packext.quantities.diag_hessian import BatchDiagHessian, DiagHessian
 from packext.quantities.ggn import (
     BatchDiagGGNExact,
     BatchDiagGGNMC,
@@ -22,6 +23,7 @@ from packext.quantities.projected import ProjectedGrad
 __all__ = [
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
+    "BatchDiagHessian",
     "BatchDotGrad",
     "BatchGrad",
     "BatchL2Grad",
@@ -29,6 +31,7 @@ __all__ = [
     "DiagEF",
     "DiagGGNExact",
     "DiagGGNMC",
+    "DiagHessian",
     "DiagHessianMC",
     "EKFAC",
     "GGNGram",

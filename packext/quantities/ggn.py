@@ -30,49 +30,53 @@ class _Sampled(Sampled, Curvature):
         return ("mc", self.mc_samples, self.generator)
 
 
-class _Diagonal(Curvature):
+class Diagonal(Curvature):
+    """Sums over columns and samples of squares, with the columns' signs."""
+
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("second_moment",)
 
     def absorb(self, ask: Ask, held: Any) -> Tensor:
         new = ask.statistics["second_moment"]
-        return new if held is None else held.add_(new)
+        return new * ask.sign if held is None else held.add_(new, alpha=ask.sign)
 
 
-class _BatchDiagonal(Curvature):
+class BatchDiagonal(Curvature):
+    """Sums over columns of squares, with the columns' signs."""
+
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("rows",)
 
     def absorb(self, ask: Ask, held: Any) -> Tensor:
         rows = ask.statistics["rows"]
-        return rows.square() if held is None else held.addcmul_(rows, rows)
+        return rows.square() * ask.sign if held is None else held.addcmul_(rows, rows, value=ask.sign)
 
 
-class DiagGGNExact(_Diagonal, _Exact):
+class DiagGGNExact(Diagonal, _Exact):
     """Diagonal of the GGN `[*p]`, in `diag_ggn_exact`."""
 
     savefield = "diag_ggn_exact"
 
 
-class DiagGGNMC(_Diagonal, _Sampled):
+class DiagGGNMC(Diagonal, _Sampled):
     """Monte-Carlo estimate of the diagonal of the GGN `[*p]`, in `diag_ggn_mc`."""
 
     savefield = "diag_ggn_mc"
 
 
-class BatchDiagGGNExact(_BatchDiagonal, _Exact):
+class BatchDiagGGNExact(BatchDiagonal, _Exact):
     """Each sample's share of the GGN's diagonal `[N, *p]`, in `diag_ggn_exact_batch`."""
 
     savefield = "diag_ggn_exact_batch"
 
 
-class BatchDiagGGNMC(_BatchDiagonal, _Sampled):
+class BatchDiagGGNMC(BatchDiagonal, _Sampled):
     """Monte-Carlo estimate of each sample's share of the GGN's diagonal `[N, *p]`, in `diag_ggn_mc_batch`."""
 
     savefield = "diag_ggn_mc_batch"
 
 
-class DiagEF(_Diagonal):
+class DiagEF(Diagonal):
     """Diagonal of the empirical Fisher `[*p]`, in `diag_ef`.
 
     For a mean over N samples it is 1/N times the sum of the squared gradients of the samples' own losses; N times

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import sys
 import warnings
 from typing import Any
@@ -15,7 +17,7 @@ from benchmarks import memory, report
 from benchmarks.bench import RowResult, run_row
 from benchmarks.contenders import LIBRARIES
 from benchmarks.problems import PROBLEMS
-from benchmarks.quantities import ROWS, smooth_instance
+from benchmarks.quantities import ROWS, rows_of, smooth_instance
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,9 +43,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run_problem(key: str, options: argparse.Namespace, progress: Progress) -> dict[str, RowResult]:
     """Fill one problem's table."""
     rows: dict[str, RowResult] = {}
-    task = progress.add_task(f"{key}: reference", total=len(options.rows))
+    names = [name for name in rows_of(PROBLEMS[key]) if name in options.rows]
+    task = progress.add_task(f"{key}: reference", total=len(names))
     instance, reference, _ = smooth_instance(PROBLEMS[key], torch.device(options.device))
-    for name in options.rows:
+    for name in names:
 
         def tick(word: str, name: str = name) -> None:
             progress.update(task, description=f"{key}: {ROWS[name].title}: {word}")
@@ -83,9 +86,17 @@ def add_memory(key: str, rows: dict[str, RowResult], options: argparse.Namespace
         progress.advance(task)
 
 
+def limit_memory() -> None:
+    """Let a pass that needs more memory than there is end in an error, not in the end of the whole run."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_AS, (physical * 9 // 10, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
 def main() -> None:
     """Run, show and keep."""
     options = parse()
+    if options.device == "cpu":
+        limit_memory()
     warnings.simplefilter("ignore")  # peers warn at every step, which would be part of their time
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = False

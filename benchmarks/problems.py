@@ -130,11 +130,11 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return next-token logits for tokens of shape (N, T)."""
-        n, t = tokens.shape
-        positions = torch.arange(t, device=tokens.device).repeat(n, 1)
-        x = self.tokens(tokens) + self.positions(positions)
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return next-token logits for ids of shape (N, T)."""
+        n, t = ids.shape
+        positions = torch.arange(t, device=ids.device).repeat(n, 1)
+        x = self.tokens(ids) + self.positions(positions)
         return self.head(self.norm(self.blocks(x))).transpose(1, 2)
 
 
@@ -148,9 +148,9 @@ class CharacterLSTM(nn.Module):
         self.lstm = nn.LSTM(width, width, batch_first=True)
         self.head = nn.Linear(width, vocabulary)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return next-token logits for tokens of shape (N, T)."""
-        hidden, _ = self.lstm(self.tokens(tokens))
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return next-token logits for ids of shape (N, T)."""
+        hidden, _ = self.lstm(self.tokens(ids))
         return self.head(hidden).transpose(1, 2)
 
 

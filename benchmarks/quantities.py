@@ -2,17 +2,21 @@
 
 Scale follows the loss as written: with a mean loss the individual gradient of a sample carries 1/N,
 so that the rows sum to the gradient. Clipping alone works on the gradients of un-averaged losses.
+Curvature is that of the mean loss, too: it carries 1/N.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.curvature import Curvature, balanced
 from benchmarks.problems import FIRST_SEED, Instance, Problem, instantiate
 
 TOLERANCE = 1e-3
@@ -20,8 +24,13 @@ TOLERANCE = 1e-3
 # the key bias of an attention layer, for one, has a gradient of exactly zero but for rounding.
 FLOOR = 1e-4
 
-Results = dict[str, list[Tensor | None]]
-"""Quantity name to one tensor per parameter, None where a library left it out."""
+# Estimated from labels drawn from the model's predictions, or with all columns of the loss Hessian's root.
+SAMPLED = ("diag_ggn_mc", "kfac")
+EXACT = ("diag_ggn_exact", "kflr")
+KRONECKER = ("kfac", "kflr")
+
+Results = dict[str, list[Any]]
+"""Quantity name to one tensor (or list of Kronecker factors) per parameter, None where a library left it out."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,22 @@ ROWS: dict[str, Row] = {
         ),
         Row("batch_dot", "BatchDotGrad", ("batch_dot",)),
         Row("clipped", "ClippedGrad", ("clipped_grad",)),
+        Row("diag_ggn_mc", "DiagGGNMC", ("diag_ggn_mc",)),
+        Row("diag_ggn_exact", "DiagGGNExact", ("diag_ggn_exact",)),
+        Row("kfac", "KFAC", ("kfac",)),
+        Row("kflr", "KFLR", ("kflr",)),
+        Row(
+            "kfac_diag_variance_l2",
+            "KFAC + DiagGGNMC + Variance + BatchL2Grad",
+            ("kfac", "diag_ggn_mc", "variance", "batch_l2"),
+        ),
     )
 }
+
+
+def rows_of(problem: Problem) -> list[str]:
+    """Return the rows of a problem's table: exact curvature has a column for every class at every position."""
+    return [key for key, row in ROWS.items() if not problem.length or not set(EXACT) & set(row.quantities)]
 
 
 def reduce_rows(rows: Tensor, quantities: Sequence[str], grad: Tensor | None = None) -> dict[str, Tensor]:
@@ -131,9 +154,20 @@ class Reference:
         self.rows = rows
         self.batch = instance.batch
         self.max_norm = instance.problem.max_norm
+        self.sampled = functools.lru_cache(maxsize=1)(lambda labels: Curvature(instance, labels))
+        self.exact = functools.cache(lambda: Curvature(instance, None))
 
-    def expected(self, quantity: str) -> list[Tensor]:
-        """Return the true values of a quantity, one tensor per parameter."""
+    def expected(self, quantity: str, labels: Tensor | None = None, *, pooled: bool = False) -> list[Any]:
+        """Return the true values of a quantity, one tensor or list of Kronecker factors per parameter.
+
+        Args:
+            quantity: Its name.
+            labels: Those that were drawn for it, where it is an estimate.
+            pooled: Whether Kronecker factors are those of BackPACK, see `Curvature`.
+        """
+        if quantity in SAMPLED + EXACT:
+            curvature = self.exact() if quantity in EXACT else self.sampled(labels)
+            return curvature.factors(pooled=pooled) if quantity in KRONECKER else curvature.diagonal
         if quantity == "grad":
             return [r.sum(0) for r in self.rows]
         if quantity == "grad_batch":
@@ -179,14 +213,38 @@ def relative_error(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
     for f, t in zip(found, true, strict=True):
         if f.shape != t.shape:
             return float("inf")
-        difference = float((f.detach().to("cpu", torch.float64) - t).norm())
+        difference = float((f.detach().to("cpu", torch.float64) - t.cpu()).norm())
         error = difference / max(float(t.norm()), FLOOR * largest)
         worst = float("inf") if math.isnan(error) else max(worst, error)
     return worst
 
 
-def judge(results: Results, row: Row, reference: Reference) -> Verdict:
-    """Compare every quantity of a row, and the gradient where there is one, with the reference."""
+def kronecker_error(found: Sequence[list[Tensor]], true: Sequence[list[Tensor]]) -> float:
+    """Return the largest relative error over parameters and factors, a scalar between the two of a pair being free."""
+    if [len(f) for f in found] != [len(t) for t in true]:
+        return float("inf")
+    both = [[balanced([t.detach().to("cpu", torch.float64) for t in pair]) for pair in side] for side in (found, true)]
+    first, second = ([[pair[k] for pair in side if len(pair) > k] for side in both] for k in range(2))
+    return max(relative_error(*first), relative_error(*second))
+
+
+def judge(
+    results: Results,
+    row: Row,
+    reference: Reference,
+    drawn: Mapping[str, Tensor] | None = None,
+    *,
+    pooled: bool = False,
+) -> Verdict:
+    """Compare every quantity of a row, and the gradient where there is one, with the reference.
+
+    Args:
+        results: What a contender found.
+        row: What it was asked for.
+        reference: True values.
+        drawn: The labels that it drew for each estimate.
+        pooled: As for `Reference.expected`.
+    """
     error, missing = 0.0, 0
     total = len(reference.rows)
     for quantity in (*row.quantities, "grad"):
@@ -197,7 +255,9 @@ def judge(results: Results, row: Row, reference: Reference) -> Verdict:
         if len(present) < total:
             missing = max(missing, total - len(present))
             continue
-        error = max(error, relative_error(present, reference.expected(quantity)))
+        true = reference.expected(quantity, (drawn or {}).get(quantity), pooled=pooled)
+        compare = kronecker_error if quantity in KRONECKER else relative_error
+        error = max(error, compare(present, true))
     return Verdict(error, missing, total)
 
 

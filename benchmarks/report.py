@@ -187,7 +187,9 @@ def write_page(device: str) -> None:
     for problem in PROBLEMS:
         found = load(problem, device)
         if found is not None:
-            sections.append(markdown(problem, found[0], list(LIBRARIES), found[1]))
+            rows, about = found
+            known = [key for key in LIBRARIES if all(key in result.cells for result in rows.values())]
+            sections.append(markdown(problem, rows, known, about))
     page = PAGE.read_text() if PAGE.exists() else f"# Benchmarks\n\n{BEGIN}\n{END}\n"
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)

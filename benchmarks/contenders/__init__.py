@@ -58,6 +58,7 @@ LIBRARIES: dict[str, Library] = {
         Library("packext", "packext", "packext", "packext", "with_packext"),
         Library("backpack", "BackPACK", "backpack-for-pytorch", "backpack", "with_backpack"),
         Library("opacus", "Opacus", "opacus", "opacus", "with_opacus"),
+        Library("curvlinops", "curvlinops", "curvlinops-for-pytorch", "curvlinops", "with_curvlinops"),
         Library("func", "torch.func", "torch", "torch", "with_func"),
     )
 }

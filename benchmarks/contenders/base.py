@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from benchmarks.problems import Instance
 from benchmarks.quantities import Results
@@ -18,6 +20,10 @@ CLEARED = (
     "grad_dot",
     "batch_dot",
     "clipped_grad",
+    "diag_ggn_mc",
+    "diag_ggn_exact",
+    "kfac",
+    "kflr",
 )
 
 
@@ -27,6 +33,9 @@ class UnavailableError(Exception):
 
 class Contender:
     """A model and a step; this base class computes the plain gradient."""
+
+    pooled = False
+    """Whether Kronecker factors of convolutions are those of BackPACK."""
 
     def __init__(self, model: nn.Module, instance: Instance) -> None:
         """Keep the model, which is this contender's own, and the batch.
@@ -44,6 +53,8 @@ class Contender:
         # by name, since a library may need a layer in another order of parameters
         named = dict(model.named_parameters())
         self.parameters: list[Any] = [named[name] for name in instance.names]
+        self.drawn: dict[str, Tensor] = {}
+        """The labels that the step before ``read`` drew for each estimate."""
 
     def step(self) -> None:
         """Forget the last step's results, then do the whole work of one."""
@@ -70,6 +81,32 @@ class Contender:
             if any(f is not None for f in found):
                 results[name] = found
         return results
+
+    def labels(self, column: Tensor) -> Tensor:
+        """Return the labels y of which a column is a positive multiple of ``p - e_y`` in every prediction."""
+        with torch.no_grad():
+            p = self.model(self.inputs).softmax(1)
+        y = column.argmin(1)
+        wanted = p.scatter_add(1, y[:, None], -torch.ones_like(p[:, :1]))
+        if not torch.allclose(column / column.norm(), wanted / wanted.norm(), atol=1e-5):
+            raise ValueError("not a column of a sampled root")
+        return y
+
+    def watched_labels(self) -> list[Tensor]:
+        """Repeat the step, and return the labels of all sampled columns that were sent back from the output."""
+        seen: list[Tensor] = []
+
+        def watch(_: nn.Module, __: Any, output: Tensor) -> None:
+            output.register_hook(seen.append)
+
+        hook = self.model.register_forward_hook(watch)
+        self.step()
+        hook.remove()
+        found = []
+        for column in seen:
+            with contextlib.suppress(ValueError):
+                found.append(self.labels(column))
+        return [y for y in found if not y.equal(self.targets)]  # the gradient is such a column, too
 
 
 Maker = Callable[[], Contender]

@@ -1,24 +1,43 @@
-"""BackPACK: its own extensions where they exist, else torch code on its individual gradients."""
+"""BackPACK: its own extensions where they exist, else torch code on its individual gradients.
+
+Curvature that it cannot take through a model as it is written, it may through one that its converter traced. Its KFAC
+has no rule for adaptive pooling: the same average by ``AvgPool2d`` takes that place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from backpack import backpack, extend
-from backpack.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+from backpack.core.derivatives.crossentropyloss import CrossEntropyLossDerivatives
+from backpack.extensions import (
+    KFAC,
+    KFLR,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    SumGradSquared,
+    Variance,
+)
 from torch import Tensor, nn
 
 from benchmarks.contenders.base import Contender, Maker
 from benchmarks.problems import Instance
-from benchmarks.quantities import Row, clip_factors, clipped_sums, reduce_rows
+from benchmarks.quantities import EXACT, KRONECKER, SAMPLED, Results, Row, clip_factors, clipped_sums, reduce_rows
 
 EXTENSIONS: dict[str, Callable[[], Any]] = {
     "grad_batch": BatchGrad,
     "batch_l2": BatchL2Grad,
     "sum_grad_squared": SumGradSquared,
     "variance": Variance,
+    "diag_ggn_mc": DiagGGNMC,
+    "diag_ggn_exact": DiagGGNExact,
+    "kfac": KFAC,
+    "kflr": KFLR,
 }
 
 
@@ -47,6 +66,64 @@ class InContext(Extended):
         loss = self.loss()
         with backpack(*(make() for make in self.extensions)):
             loss.backward()
+
+
+class Curved(InContext):
+    """Its own extensions with an extended loss; the columns that they sample are watched for the check."""
+
+    pooled = True
+
+    def __init__(self, instance: Instance, wanted: tuple[str, ...], *, converter: bool) -> None:
+        """Extend a copy of the model and a loss.
+
+        Args:
+            instance: The problem.
+            wanted: Names of the quantities, in the order of the extensions.
+            converter: Whether the model is traced and rewritten first.
+        """
+        model = instance.copy_model()
+        if set(wanted) & set(KRONECKER):
+            fix_pools(model, instance.inputs)
+        Contender.__init__(self, extend(model, use_converter=converter), instance)
+        self.extensions = [EXTENSIONS[q] for q in wanted]
+        self.loss_fn = extend(nn.CrossEntropyLoss())
+        self.wanted = wanted
+
+    def read(self) -> Results:
+        """Return the results of a step that is watched: every extension draws for itself."""
+        seen: list[Tensor] = []
+        original = CrossEntropyLossDerivatives.sqrt_hessian_sampled
+
+        def watched(*args: Any, **kwargs: Any) -> Tensor:
+            seen.append(original(*args, **kwargs))
+            return seen[-1]
+
+        with mock.patch.object(CrossEntropyLossDerivatives, "sqrt_hessian_sampled", watched):
+            self.step()
+        sampled = [q for q in self.wanted if q in SAMPLED]
+        self.drawn = {q: self.labels(s[0]) for q, s in zip(sampled, seen, strict=True)}
+        return super().read()
+
+
+def containers(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that are made of modules: BackPACK sees through those of its list, the rest is converted."""
+    return [m for m in model.modules() if any(True for _ in m.children())]
+
+
+def fix_pools(model: nn.Module, inputs: Tensor) -> None:
+    """Replace averages over all positions by pools of the size that they meet."""
+    sizes: dict[nn.Module, torch.Size] = {}
+    pools = [m for m in model.modules() if isinstance(m, nn.AdaptiveAvgPool2d) and m.output_size == 1]
+    hooks = [m.register_forward_pre_hook(lambda m, args: sizes.update({m: args[0].shape[2:]})) for m in pools]
+    with torch.no_grad():
+        model(inputs)
+    for hook in hooks:
+        hook.remove()
+    for name, module in list(model.named_modules()):
+        if module in sizes:
+            parent, _, leaf = name.rpartition(".")
+            height, width = sizes[module]
+            setattr(model.get_submodule(parent), leaf, nn.AvgPool2d((height, width)))
 
 
 class ReducedPerLayer(Extended):
@@ -131,6 +208,10 @@ def variants(instance: Instance, row: Row) -> dict[str, Maker]:
             "BatchGrad, then clip": lambda: ClippedFromRows(instance),
             "BatchL2Grad, second backward": lambda: ClippedBySecondPass(instance),
         }
+    if set(wanted) & set(SAMPLED + EXACT):
+        if set(map(type, containers(instance.model))) <= {nn.Sequential}:
+            return {"extensions": lambda: Curved(instance, wanted, converter=False)}
+        return {"extensions, converted model": lambda: Curved(instance, wanted, converter=True)}
     ways: dict[str, Maker] = {}
     if all(q in EXTENSIONS for q in wanted):
         makers = [EXTENSIONS[q] for q in wanted]

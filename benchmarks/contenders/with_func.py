@@ -1,4 +1,7 @@
-"""torch.func: ``vmap(grad)``, over the whole batch or chunk by chunk, reduced by torch code."""
+"""torch.func: ``vmap(grad)``, over the whole batch or chunk by chunk, reduced by torch code.
+
+The GGN's diagonal comes from ``vjp`` with columns of a root of the loss Hessian, beside a plain pass for the gradient.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.contenders.base import Contender, Maker
 from benchmarks.problems import Instance
-from benchmarks.quantities import Row, clipped_sums, reduce_rows
+from benchmarks.quantities import KRONECKER, Row, clipped_sums, reduce_rows
+
+MOST_ROWS = 160
+"""Rows of a root at once: beyond it they take gigabytes, and longer."""
 
 
 class PerSample(Contender):
@@ -113,6 +119,60 @@ class PerSample(Contender):
         return [slice(i, i + self.chunk) for i in range(0, self.batch, self.chunk)]
 
 
+class Diagonal(Contender):
+    """The GGN's diagonal from squared rows of its root, by ``vmap`` over samples."""
+
+    def __init__(
+        self, instance: Instance, quantity: str, chunk: int, *, together: bool = False, math: bool = False
+    ) -> None:
+        """Build the transformed function.
+
+        Args:
+            instance: The problem.
+            quantity: ``diag_ggn_mc``, or ``diag_ggn_exact``, for outputs of one prediction per sample.
+            chunk: Samples per call of the transformed function.
+            together: Whether all columns of a sample are sent back by another ``vmap``, or one after the other.
+            math: Whether attention is spelled out.
+        """
+        super().__init__(instance.copy_model(), instance)
+        self.quantity = quantity
+        self.chunk = chunk
+        self.math = math
+        scale = (self.targets[0].numel() / self.batch) ** 0.5
+
+        def squares(parameters: dict[str, Tensor], x: Tensor, uniform: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            output, pull, *_ = vjp(lambda p: functional_call(self.model, p, (x.unsqueeze(0),)), parameters)
+            p = output.softmax(1)
+            label = (p.cumsum(1) < uniform * p.sum(1, keepdim=True)).sum(1)
+            if quantity == "diag_ggn_mc":
+                slope = grad(lambda z: self.loss_fn(z, label))(output)
+                return {k: v.square() for k, v in pull(scale * slope)[0].items()}, label[0]
+            columns = scale * p.mT.sqrt() * (p - torch.eye(p.shape[1], device=p.device))
+            if together:
+                return {k: v.square().sum(0) for k, v in vmap(pull)(columns[:, None])[0].items()}, label[0]
+            total, *others = ({k: v.square() for k, v in pull(c[None])[0].items()} for c in columns)
+            for other in others:
+                total = {k: v + other[k] for k, v in total.items()}
+            return total, label[0]
+
+        self.per_sample = vmap(squares, in_dims=(None, 0, 0))
+
+    def compute(self) -> None:
+        """Run a plain pass, then go through the batch chunk by chunk."""
+        super().compute()
+        detached = {name: p.detach() for name, p in self.model.named_parameters()}
+        uniform = torch.rand(self.batch, 1, 1, *self.targets.shape[1:], device=self.inputs.device)
+        labels = []
+        for i in range(0, self.batch, self.chunk):
+            part = slice(i, i + self.chunk)
+            with sdpa_kernel(SDPBackend.MATH) if self.math else contextlib.nullcontext():
+                found, label = self.per_sample(detached, self.inputs[part], uniform[part])
+            labels.append(label)
+            for p, value in zip(self.parameters, found.values(), strict=True):
+                accumulate(p, self.quantity, value.sum(0))
+        self.drawn = {self.quantity: torch.cat(labels)}
+
+
 def accumulate(parameter: Any, name: str, value: Tensor) -> None:
     """Add to an attribute of a parameter, which may not be there yet."""
     known = getattr(parameter, name, None)
@@ -120,13 +180,28 @@ def accumulate(parameter: Any, name: str, value: Tensor) -> None:
 
 
 def variants(instance: Instance, row: Row) -> dict[str, Maker]:
-    """Return the whole batch and two chunk sizes, with and without the fused attention kernel."""
-    if row.key == "extended":
+    """Return the whole batch and smaller chunks, with and without the fused attention kernel."""
+    if row.key == "extended" or set(row.quantities) & set(KRONECKER):
         return {}
     n = instance.batch
     ways: dict[str, Maker] = {}
+    if row.key == "diag_ggn_exact":
+        for chunk in sorted({n, max(n // 4, 1), max(n // 8, 1), 1}, reverse=True):
+            for together in (False, True):
+                if chunk * instance.problem.classes <= MOST_ROWS if together else chunk > 1:
+                    name = size_of(chunk, n) + (", columns together" if together else ", column by column")
+                    ways[name] = lambda c=chunk, t=together: Diagonal(instance, row.quantities[0], c, together=t)
+        return ways
     for chunk in sorted({n, max(n // 4, 1), max(n // 8, 1)}, reverse=True):
         for math in (False, True) if instance.problem.attention else (False,):
-            name = ("whole batch" if chunk == n else f"chunks of {chunk}") + (", attention spelled out" if math else "")
-            ways[name] = lambda chunk=chunk, math=math: PerSample(instance, row.quantities, chunk, math=math)
+            name = size_of(chunk, n) + (", attention spelled out" if math else "")
+            if row.key == "diag_ggn_mc":
+                ways[name] = lambda c=chunk, m=math: Diagonal(instance, row.quantities[0], c, math=m)
+            else:
+                ways[name] = lambda c=chunk, m=math: PerSample(instance, row.quantities, c, math=m)
     return ways
+
+
+def size_of(chunk: int, n: int) -> str:
+    """Return how many samples go through one call, in words."""
+    return "whole batch" if chunk == n else f"chunks of {chunk}" if chunk > 1 else "sample by sample"

@@ -11,7 +11,7 @@ from torch import nn
 import packext as px
 from benchmarks.contenders.base import Contender, Maker, UnavailableError
 from benchmarks.problems import Instance
-from benchmarks.quantities import Row
+from benchmarks.quantities import SAMPLED, Results, Row
 
 EXTENSIONS: dict[str, str] = {
     "grad_batch": "BatchGrad",
@@ -21,6 +21,10 @@ EXTENSIONS: dict[str, str] = {
     "grad_dot": "GradDot",
     "batch_dot": "BatchDotGrad",
     "clipped_grad": "ClippedGrad",
+    "diag_ggn_mc": "DiagGGNMC",
+    "diag_ggn_exact": "DiagGGNExact",
+    "kfac": "KFAC",
+    "kflr": "KFLR",
 }
 
 
@@ -36,15 +40,23 @@ class Extended(Contender):
 class InContext(Extended):
     """An extended model inside a context that asks for some quantities."""
 
-    def __init__(self, instance: Instance, extensions: list[Callable[[], Any]]) -> None:
-        """Keep the extensions' makers."""
+    def __init__(self, instance: Instance, wanted: tuple[str, ...], extensions: list[Callable[[], Any]]) -> None:
+        """Keep the quantities, and the extensions' makers."""
         super().__init__(instance)
+        self.wanted = wanted
         self.extensions = extensions
 
     def compute(self) -> None:
         """Run one pass inside the context."""
         with px.backpack(*(make() for make in self.extensions)):
             self.loss_fn(self.model(self.inputs), self.targets).backward()
+
+    def read(self) -> Results:
+        """Return the results of a step that is watched: all estimates share their draws."""
+        if set(self.wanted) & set(SAMPLED):
+            (labels,) = self.watched_labels()
+            self.drawn = dict.fromkeys(SAMPLED, labels)
+        return super().read()
 
 
 def variants(instance: Instance, row: Row) -> dict[str, Maker]:
@@ -62,4 +74,4 @@ def variants(instance: Instance, row: Row) -> dict[str, Maker]:
         if quantity == "clipped_grad":
             options["max_norm"] = instance.problem.max_norm
         makers.append(functools.partial(extension, **options))
-    return {"extensions": lambda: InContext(instance, makers)}
+    return {"extensions": lambda: InContext(instance, row.quantities, makers)}

@@ -91,6 +91,9 @@ class Curved(InContext):
 
     def read(self) -> Results:
         """Return the results of a step that is watched: every extension draws for itself."""
+        sampled = [q for q in self.wanted if q in SAMPLED]
+        if not sampled:
+            return super().read()
         seen: list[Tensor] = []
         original = CrossEntropyLossDerivatives.sqrt_hessian_sampled
 
@@ -100,7 +103,6 @@ class Curved(InContext):
 
         with mock.patch.object(CrossEntropyLossDerivatives, "sqrt_hessian_sampled", watched):
             self.step()
-        sampled = [q for q in self.wanted if q in SAMPLED]
         self.drawn = {q: self.labels(s[0]) for q, s in zip(sampled, seen, strict=True)}
         return super().read()
 

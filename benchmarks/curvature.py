@@ -150,6 +150,35 @@ def columns(output: Tensor, labels: Tensor | None, batch: int) -> list[Tensor]:
     return [scale * r * (p - e) for r, e in zip(p[0].sqrt(), torch.eye(classes).to(p), strict=True)]
 
 
+def hessian_diagonal(instance: Instance) -> list[Tensor]:
+    """Return the Hessian's diagonal of every parameter of a network that is curved in its last layers alone.
+
+    The rest is piecewise linear in each of its parameters: their second derivatives are squares of rows, which are
+    eigenvectors of the Hessian in what the curved layers receive, taken back. The very last layer is linear.
+    """
+    model = instance.copy_model().double()
+    assert isinstance(model, nn.Sequential)
+    layers, cut = list(model), len(model) - instance.problem.tail
+    head, curve, final = nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:-1]), layers[-1]
+    parameters, last = list(head.parameters()), list(final.parameters())
+    found = [torch.zeros_like(p).detach() for p in (*parameters, *last)]
+    for x, y in zip(instance.inputs.double().split(1), instance.targets.split(1), strict=True):
+        h = head(x)
+        share = lambda logits, y=y: instance.loss_fn(logits, y) / instance.batch  # noqa: E731
+        width = h.shape[1]
+        hessian = torch.func.hessian(lambda h, share=share: share(final(curve(h))))(h.detach()).reshape(width, width)
+        for value, vector in zip(*(t.unbind(-1) for t in torch.linalg.eigh(hessian.detach())), strict=True):
+            rows = torch.autograd.grad(h, parameters, vector[None], retain_graph=True)
+            for total, row in zip(found, rows, strict=False):
+                total += value * row.square()
+        inner = curve(h.detach())
+        z = final(inner).detach()
+        curved = torch.func.hessian(share)(z).reshape(z.shape[1], z.shape[1]).diagonal()
+        found[-2] += torch.outer(curved, inner[0].square())
+        found[-1] += curved
+    return found
+
+
 def balanced(factors: Factors) -> Factors:
     """Return the factors with A of norm 1: a scalar may stand in either, and only their product is defined."""
     if len(factors) == 1:

@@ -39,6 +39,14 @@ def net_3c3d() -> nn.Module:
     )
 
 
+def net_3c3d_sigmoid() -> nn.Module:
+    """3C3D with a sigmoid as its last activation: the Hessian's diagonal is not that of the GGN."""
+    net = net_3c3d()
+    assert isinstance(net, nn.Sequential)
+    net[13] = nn.Sigmoid()
+    return net
+
+
 def net_allcnnc() -> nn.Module:
     """All-CNN-C on CIFAR-100 shapes, without dropout."""
     widths = [
@@ -169,6 +177,8 @@ class Problem:
     attention: bool = False
     max_norm: float = 1.0
     """Bound of the clipping row: one that acts on some of the samples."""
+    tail: int = 0
+    """How many layers, from the last curved one to the end, are not piecewise linear; set for the Hessian's row."""
 
 
 @dataclass
@@ -200,6 +210,15 @@ PROBLEMS: dict[str, Problem] = {
     problem.key: problem
     for problem in (
         Problem("3c3d", "3C3D, CIFAR-10 shapes", 64, net_3c3d, 895_210, classes=10),
+        Problem(
+            "3c3d-sigmoid",
+            "3C3D with one sigmoid, CIFAR-10 shapes",
+            8,
+            net_3c3d_sigmoid,
+            895_210,
+            classes=10,
+            tail=2,
+        ),
         Problem("allcnnc", "All-CNN-C, CIFAR-100 shapes", 16, net_allcnnc, 1_387_108, classes=100),
         Problem("resnet", "ResNet-14 with GroupNorm, CIFAR shapes", 16, net_resnet, 175_066, classes=10),
         Problem(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.curvature import Curvature, balanced
+from benchmarks.curvature import Curvature, balanced, hessian_diagonal
 from benchmarks.problems import FIRST_SEED, Instance, Problem, instantiate
 
 TOLERANCE = 1e-3
@@ -24,9 +24,9 @@ TOLERANCE = 1e-3
 # the key bias of an attention layer, for one, has a gradient of exactly zero but for rounding.
 FLOOR = 1e-4
 
-# Estimated from labels drawn from the model's predictions, or with all columns of the loss Hessian's root.
+# Estimated from labels drawn from the model's predictions, or with all columns of roots.
 SAMPLED = ("diag_ggn_mc", "kfac")
-EXACT = ("diag_ggn_exact", "kflr")
+EXACT = ("diag_ggn_exact", "kflr", "diag_h")
 KRONECKER = ("kfac", "kflr")
 
 Results = dict[str, list[Any]]
@@ -68,13 +68,20 @@ ROWS: dict[str, Row] = {
             "KFAC + DiagGGNMC + Variance + BatchL2Grad",
             ("kfac", "diag_ggn_mc", "variance", "batch_l2"),
         ),
+        Row("diag_hessian", "DiagHessian", ("diag_h",)),
     )
 }
 
 
 def rows_of(problem: Problem) -> list[str]:
     """Return the rows of a problem's table: exact curvature has a column for every class at every position."""
-    return [key for key, row in ROWS.items() if not problem.length or not set(EXACT) & set(row.quantities)]
+    if problem.tail:
+        return ["gradient", "diag_ggn_exact", "diag_hessian"]
+    return [
+        key
+        for key, row in ROWS.items()
+        if key != "diag_hessian" and not (problem.length and set(EXACT) & set(row.quantities))
+    ]
 
 
 def reduce_rows(rows: Tensor, quantities: Sequence[str], grad: Tensor | None = None) -> dict[str, Tensor]:
@@ -156,6 +163,7 @@ class Reference:
         self.max_norm = instance.problem.max_norm
         self.sampled = functools.lru_cache(maxsize=1)(lambda labels: Curvature(instance, labels))
         self.exact = functools.cache(lambda: Curvature(instance, None))
+        self.hessian = functools.cache(lambda: hessian_diagonal(instance))
 
     def expected(self, quantity: str, labels: Tensor | None = None, *, pooled: bool = False) -> list[Any]:
         """Return the true values of a quantity, one tensor or list of Kronecker factors per parameter.
@@ -165,6 +173,8 @@ class Reference:
             labels: Those that were drawn for it, where it is an estimate.
             pooled: Whether Kronecker factors are those of BackPACK, see `Curvature`.
         """
+        if quantity == "diag_h":
+            return self.hessian()
         if quantity in SAMPLED + EXACT:
             curvature = self.exact() if quantity in EXACT else self.sampled(labels)
             return curvature.factors(pooled=pooled) if quantity in KRONECKER else curvature.diagonal

@@ -24,6 +24,7 @@ CLEARED = (
     "diag_ggn_exact",
     "kfac",
     "kflr",
+    "diag_h",
 )
 
 

@@ -20,6 +20,7 @@ from backpack.extensions import (
     BatchL2Grad,
     DiagGGNExact,
     DiagGGNMC,
+    DiagHessian,
     SumGradSquared,
     Variance,
 )
@@ -38,6 +39,7 @@ EXTENSIONS: dict[str, Callable[[], Any]] = {
     "diag_ggn_exact": DiagGGNExact,
     "kfac": KFAC,
     "kflr": KFLR,
+    "diag_h": DiagHessian,
 }
 
 

@@ -181,7 +181,7 @@ def accumulate(parameter: Any, name: str, value: Tensor) -> None:
 
 def variants(instance: Instance, row: Row) -> dict[str, Maker]:
     """Return the whole batch and smaller chunks, with and without the fused attention kernel."""
-    if row.key == "extended" or set(row.quantities) & set(KRONECKER):
+    if row.key == "extended" or set(row.quantities) & {*KRONECKER, "diag_h"}:
         return {}
     n = instance.batch
     ways: dict[str, Maker] = {}

@@ -25,6 +25,7 @@ EXTENSIONS: dict[str, str] = {
     "diag_ggn_exact": "DiagGGNExact",
     "kfac": "KFAC",
     "kflr": "KFLR",
+    "diag_h": "DiagHessian",
 }
 
 

@@ -77,6 +77,10 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, edge: Grad
         if kind == "hessian":
             for edges, cotangents, sign in residual(flight, seen.edges, live, places, edge, g):
                 Sweep(flight, functools.partial(_absorb, flight, members, sign)).send(edges, cotangents)
+        for source, sums in flight.sums.values():
+            for quantity in members:
+                if id(quantity) in sums:
+                    quantity.settle(sums[id(quantity)], source.name)
 
 
 class Graph(Point):

@@ -537,6 +537,23 @@ def test_what_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refuses(Residual(lambda x: x.softmax(1)), "SoftmaxBackward.*6 inputs per sample.*DiagHessianMC")
 
 
+def test_terms_that_cancel_are_refused() -> None:
+    """A norm of one entry is a sign: its curvature is nil, and that of each of its parts is 1 / x²."""
+
+    class Sign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 1), nn.Linear(1, 3)
+            with torch.no_grad():
+                self.a.weight.mul_(1e-7)
+                self.a.bias.mul_(1e-7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.rms_norm(self.a(x), (1,)))
+
+    refuses(Sign(), "a.weight.*cancel", None, px.PackextError)
+
+
 def test_a_loss_that_sees_more_of_the_model_is_refused() -> None:
     class Hidden(nn.CrossEntropyLoss):
         net: list[Any]

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from packext._quantity import Curvature
+import torch
+from torch import Tensor
+
+from packext._errors import PackextError
+from packext._quantity import Ask, Curvature
 from packext.quantities.ggn import BatchDiagonal, Diagonal
+
+#: What rounding may leave of a result, relative to its largest entry, where positive and negative terms cancel.
+ROUNDING = 1e-3
 
 
 class _Hessian(Curvature):
+    """Keeps what columns of either sign sum up to, by the sign."""
+
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:
         return ("hessian", 0, None)
 
+    def absorb(self, ask: Ask, held: Any) -> dict[float, Tensor]:
+        held = {} if held is None else held
+        held[ask.sign] = super().absorb(ask, held.get(ask.sign))
+        return held
 
-class DiagHessian(Diagonal, _Hessian):
+    def settle(self, held: dict[float, Tensor], name: str) -> None:
+        if len(held) == 2 and held[1.0].numel():
+            size, result = (held[1.0] + held[-1.0]).max(), (held[1.0] - held[-1.0]).abs().max()
+            if torch.finfo(size.dtype).eps * size > ROUNDING * result:
+                raise PackextError(
+                    f"{type(self).__name__} of {name} {list(held[1.0].shape)}: positive and negative terms as large as "
+                    f"{size:.1e} cancel to {result:.1e}, which {size.dtype} does not resolve. Use float64, and avoid "
+                    "functions of extreme curvature, such as the normalisation of values that are almost zero."
+                )
+
+    def land(self, held: dict[float, Tensor], n: int, factor: float) -> Tensor:
+        zero = torch.zeros_like(next(iter(held.values())))
+        return (held.get(1.0, zero) - held.get(-1.0, zero)) * factor
+
+
+class DiagHessian(_Hessian, Diagonal):
     """Diagonal of the Hessian of the loss as written `[*p]`, in `diag_h`; exact, and of any sign.
 
     Of the sum of the extended losses, each times the gradient that arrives at it; the losses need not be convex. It is
@@ -28,13 +56,14 @@ class DiagHessian(Diagonal, _Hessian):
     twice in a row, an embedding tied to the head), or through a function that is not linear in it (recurrent layers,
     weight normalisation); functions that torch cannot differentiate twice (fused attention: run the forward pass under
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`), autograd functions written in Python, and functions that are not
-    elementwise of more than 1024 inputs per sample.
+    elementwise of more than 1024 inputs per sample. A result of which rounding is all that is left, the difference of
+    terms so much larger, raises a `PackextError`.
     """
 
     savefield = "diag_h"
 
 
-class BatchDiagHessian(BatchDiagonal, _Hessian):
+class BatchDiagHessian(_Hessian, BatchDiagonal):
     """Each sample's share of the Hessian's diagonal `[N, *p]`, in `diag_h_batch`: as `DiagHessian`, not summed."""
 
     savefield = "diag_h_batch"

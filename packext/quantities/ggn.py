@@ -31,25 +31,25 @@ class _Sampled(Sampled, Curvature):
 
 
 class Diagonal(Curvature):
-    """Sums over columns and samples of squares, with the columns' signs."""
+    """Sums over columns and samples of squares."""
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("second_moment",)
 
     def absorb(self, ask: Ask, held: Any) -> Tensor:
         new = ask.statistics["second_moment"]
-        return new * ask.sign if held is None else held.add_(new, alpha=ask.sign)
+        return new if held is None else held.add_(new)
 
 
 class BatchDiagonal(Curvature):
-    """Sums over columns of squares, with the columns' signs."""
+    """Sums over columns of squares."""
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("rows",)
 
     def absorb(self, ask: Ask, held: Any) -> Tensor:
         rows = ask.statistics["rows"]
-        return rows.square() * ask.sign if held is None else held.addcmul_(rows, rows, value=ask.sign)
+        return rows.square() if held is None else held.addcmul_(rows, rows)
 
 
 class DiagGGNExact(Diagonal, _Exact):

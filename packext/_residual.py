@@ -13,7 +13,7 @@ parameter and data lie off the diagonal, unless the data depend on the parameter
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ def residual(
         Edges, a cotangent for each that holds a column of every sample at most, and 1.0 or -1.0. What has other terms
         on the diagonal, or cannot be differentiated twice, is refused with an UnsupportedUseError.
     """
-    parts = _curved(flight, _inspect(edges, loss), loss, g)
+    parts = _curved(flight, _inspect(edges, loss, flight.context._wants), loss, g)
     if not parts:
         return
     masks = list(_masks(flight, {part.place.node for part in parts}, edges, outputs, layouts))
@@ -78,7 +78,7 @@ def residual(
 
 def _curved(flight: Pass, places: dict[Any, Place], loss: GradientEdge, g: Tensor) -> list[Part]:
     """Inputs of nodes in which the second derivatives are not zero."""
-    look = Look(flight, places, _refuse_nonlinear)
+    look = Look(flight, places, functools.partial(_refuse_nonlinear, flight.context._wants))
     look.send([loss], [g])
     return [
         part
@@ -137,8 +137,8 @@ class Place:
         return f"{self.node.name()} (behind {self.after.describe()})"
 
 
-def _inspect(edges: list[GradientEdge], loss: GradientEdge) -> dict[Any, Place]:
-    """Nodes other than taps that depend on parameters; refuses what has other terms on the diagonal."""
+def _inspect(edges: list[GradientEdge], loss: GradientEdge, wants: Callable[[Tensor], bool]) -> dict[Any, Place]:
+    """Nodes other than taps that depend on wanted parameters; refuses what has other terms on the diagonal."""
     bits: dict[int, int] = {}
     reach: dict[Any, int] = {}
     near: dict[Any, Use] = {}
@@ -150,7 +150,7 @@ def _inspect(edges: list[GradientEdge], loss: GradientEdge) -> dict[Any, Place]:
             below |= reach[child]
         use = getattr(node, "use", None)
         if isinstance(use, Use):
-            sources = [source for group in use.sources.values() for source in group]
+            sources = [source for group in use.sources.values() for source in group if wants(source.tensor)]
             _refuse_repeated(use, [s for s in sources if bits.setdefault(id(s.tensor), 1 << len(bits)) & below])
             own = functools.reduce(int.__or__, (bits[id(s.tensor)] for s in sources), 0)
             reach[node], near[node] = below | own, use
@@ -183,10 +183,10 @@ def _refuse_repeated(use: Use, repeated: Sequence[Source]) -> None:
         )
 
 
-def _refuse_nonlinear(use: Use, saved: Sequence[Tensor]) -> None:
-    """Refuse a use whose function is not linear in each parameter alone."""
+def _refuse_nonlinear(wants: Callable[[Tensor], bool], use: Use, saved: Sequence[Tensor]) -> None:
+    """Refuse a use whose function is not linear in each wanted parameter alone."""
     tensors = dict(zip(use.names, saved, strict=True))
-    for source in {id(s.tensor): s for group in use.sources.values() for s in group}.values():
+    for source in {id(s.tensor): s for group in use.sources.values() for s in group if wants(s.tensor)}.values():
         names = [k for k, group in use.sources.items() if source in group]
         linear = all(tensors[k].is_leaf or _is_linear([tensors[k]], [source.tensor]) for k in names)
         if linear and not isinstance(use.rule, (OwnedRule, ArgumentRule)):

@@ -657,3 +657,24 @@ def test_terms_off_the_columns_matter(check: str, monkeypatch: pytest.MonkeyPatc
     model, inputs, targets = case.build()
     with pytest.raises(AssertionError):
         agrees(model, nn.CrossEntropyLoss(), inputs, targets)
+
+
+def test_other_parameters_do_not_matter() -> None:
+    """What is refused for some parameters is right for those that are chosen."""
+    model = px.extend(nn.Sequential(nn.RNN(3, 4, batch_first=True), Last(), nn.Tanh(), nn.Linear(4, 3)))
+    loss_fn, x, y = px.extend(nn.CrossEntropyLoss()), torch.randn(5, 2, 3), torch.randint(3, (5,))
+    with pytest.raises(px.UnsupportedUseError, match="not linear in it"), px.backpack(px.DiagHessian()):
+        loss_fn(model(x), y).backward()
+    chosen = list(model[3].parameters())
+    with px.backpack(px.DiagHessian(), parameters=chosen):
+        loss_fn(model(x), y).backward()
+    wanted = testing.hessian_diagonals(model, nn.CrossEntropyLoss(), x, y, weights=[0.2] * 5)
+    for name, p in model[3].named_parameters(prefix="3"):
+        torch.testing.assert_close(p.diag_h, wanted[name].sum(0))
+
+
+class Last(nn.Module):
+    """The last output of a recurrent layer."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0][:, -1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import modules_of
 from packext._scale import Seen
 from packext._statistics import Statistics
-from packext._use import Source, Use, live_nodes
+from packext._use import Source, Use, live_nodes, partner
 
 
 class ParameterResults:
@@ -237,7 +238,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         statistics = Statistics(form)
         ask = Ask(
             statistics, source.name, source.tensor, n, self._factor(flight, n), self.scale,
-            lambda: self._factor(flight, n, sample=True),
+            lambda: self._factor(flight, n, sample=True), functools.partial(partner, source.tensor),
         )  # fmt: skip
         wants = [w for e in self.first_order for w in e.wants(form)]
         visitors = []

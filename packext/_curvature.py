@@ -25,7 +25,7 @@ from packext._lineage import disable
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
 from packext._statistics import Statistics
 from packext._taps import Gate
-from packext._use import Source
+from packext._use import Source, partner
 
 if TYPE_CHECKING:
     from packext._scale import Seen
@@ -216,7 +216,10 @@ class Joined(nn.Module):
 
 def _absorb(flight: Pass, quantities: Sequence[Curvature], source: Source, form: Factored) -> None:
     statistics = Statistics(form)
-    ask = Ask(statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0)
+    ask = Ask(
+        statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0,
+        functools.partial(partner, source.tensor),
+    )  # fmt: skip
     statistics.prepare([w for q in quantities for w in q.wants(form)])
     _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))
     for quantity in quantities:

@@ -25,6 +25,8 @@ class Ask:
         factor: what a row is to be multiplied with, by the context's scale.
         scale: the context's scale.
         sample_factor: gives the factor to the samples' own losses, whatever the scale.
+        partner: gives the bias that this weight meets in every use of either (or the weight that this bias does), and
+            the axis of the inputs in the weight; or None.
         notes: what a quantity keeps between its calls for this parameter.
     """
 
@@ -35,6 +37,7 @@ class Ask:
     factor: float
     scale: str | float
     sample_factor: Callable[[], float]
+    partner: Callable[[], tuple[Tensor, int] | None] = lambda: None
     notes: dict[Any, Any] = field(default_factory=dict)
 
 

@@ -235,7 +235,8 @@ BAD_FACTORS: dict[str, tuple[Callable[[], Any], str]] = {
     "none": (lambda: linalg.kron([]), "at least one"),
     "a tensor": (lambda: inspect.unwrap(linalg.kron)(torch.ones(2, 3, 3)), "list"),  # type: ignore[arg-type]
     "not square": (lambda: linalg.kron_matvec([torch.ones(2, 3)], torch.ones(3)), r"square.*\[\[2, 3\]\]"),
-    "a vector": (lambda: linalg.kron_trace([torch.ones(2)]), r"\[\[2\]\]"),
+    "a number": (lambda: linalg.kron_trace([torch.tensor(2.0)]), r"\[\[\]\]"),
+    "a joint bias": (lambda: inspect.unwrap(linalg.kron_trace)(linalg.Joint(EYE)), "those of the weight"),
     "empty": (lambda: linalg.kron([torch.ones(0, 0)]), "not empty"),
     "integer": (lambda: linalg.kron([torch.eye(2, dtype=torch.long)]), "floating point"),
     "complex": (lambda: linalg.kron([torch.eye(2, dtype=torch.complex64)]), "floating point"),

@@ -7,8 +7,7 @@ carries through whatever the model is made of. At each tap it gives the same pai
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +16,10 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from packext import _roots
+from packext._chain import Chain, Positive, average, kept
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Pass, Sweep, probe_inputs, silence
+from packext._flight import Pass, Sweep, probe_inputs
 from packext._layout import Layout, candidates
 from packext._lineage import disable
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
@@ -51,8 +51,9 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor)
         )
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     layouts = [_layout(seen, edge, t) for edge, t in zip(seen.edges, live, strict=True)]
+    direct = len(leaves) == 1 and isinstance(leaves[0], Tensor) and layouts[0].axis in (None, 0)
     loss, output, back = seen.module, live[0].detach(), _alone
-    if len(leaves) > 1 or not isinstance(leaves[0], Tensor) or layouts[0].axis not in (None, 0):
+    if not direct:
         joined = Joined(seen.module, leaves, seen.spec, layouts)
         loss, output, back = joined, joined.output(), joined.split
         layouts = [Layout(0, layouts[0].n)]
@@ -62,12 +63,19 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor)
         groups.setdefault(quantity.root, []).append(quantity)
     for (kind, draws, generator), members in groups.items():
         with disable():  # the loss may have extended parts of its own
-            if kind == "exact":
+            if kind != "mc":
                 columns = _apart(_roots.exact(loss, output, seen.args, seen.kwargs, g, compact), layouts[0])
             else:
                 source = _GENERATOR if generator is None else generator
                 columns = _roots.sampled(loss, output, seen.args, seen.kwargs, g, draws, source)
         absorb = functools.partial(_absorb, flight, members)
+        if kind == "averaged":
+            if not direct:
+                raise PackextError(_SEVERAL.format("KFRA", seen.name))
+            chain = Chain(seen.edges[0], seen.name, "KFRA", "KFLR")
+            chain.check_samples(layouts[0].n, "KFRA")
+            average(flight, chain, columns, layouts[0].n, absorb)
+            continue
         for column in columns:
             Sweep(flight, absorb).send(seen.edges, back(column))
 
@@ -84,7 +92,7 @@ class Graph(Point):
         self._leaves = seen.leaves()
 
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        with self._ready():
+        with kept():
             if self._slopes is None:
                 slopes = torch.autograd.grad(
                     [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
@@ -95,7 +103,7 @@ class Graph(Point):
     def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         if self._leaves is None:
             raise PackextError(_GONE.format(self._seen.name))
-        with self._ready():
+        with kept():
             if self._pull is None:
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
                 live = [t for t in self._leaves if isinstance(t, Tensor) and t.requires_grad]
@@ -106,29 +114,35 @@ class Graph(Point):
                 )
             us, pulled = self._pull
             pushed = _products(pulled, vectors, us)
-            inner = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self._leaves]
-            at = [t for t in inner if isinstance(t, Tensor) and t.requires_grad]
-            output = pytree.tree_unflatten(inner, self._seen.spec)
-            value = self._seen.module.forward(output, *self._seen.args, **self._seen.kwargs)
-            slopes = torch.autograd.grad([value], at, [self._g], create_graph=True)
-            cotangents = _products(slopes, pushed, at)
+            cotangents = self._loss(self._leaves, pushed)
             found = torch.autograd.grad(
                 self._seen.edges, self.parameters, cotangents, retain_graph=True, allow_unused=True
             )
         return [torch.zeros_like(p) if f is None else f.detach() for p, f in zip(self.parameters, found, strict=True)]
 
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        try:
-            with silence(), torch.enable_grad():
-                yield
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise PackextError(
-                "The graph that products with the curvature run through has been freed by the backward pass: call "
-                "loss.backward(retain_graph=True)."
-            ) from None
+    def _loss(self, leaves: list[Any], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Products with the Hessian of the loss with respect to its input."""
+        inner = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
+        at = [t for t in inner if isinstance(t, Tensor) and t.requires_grad]
+        output = pytree.tree_unflatten(inner, self._seen.spec)
+        value = self._seen.module.forward(output, *self._seen.args, **self._seen.kwargs)
+        slopes = torch.autograd.grad([value], at, [self._g], create_graph=True)
+        return _products(slopes, vectors, at)
+
+    def positive(self, modify: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
+        leaves, seen = self._leaves, self._seen
+        if leaves is None:
+            raise PackextError(_GONE.format(seen.name))
+        if len(leaves) > 1 or not isinstance(leaves[0], Tensor):
+            raise PackextError(_SEVERAL.format("PCHMP", seen.name))
+        with disable():  # for its refusals: of a loss that is not convex, or whose Hessian is zero
+            _roots.exact(seen.module, leaves[0].detach(), seen.args, seen.kwargs, self._g)
+        chain = Chain(seen.edges[0], seen.name, "PCHMP", "GGNMP or HMP")
+        positive = Positive(chain, self._edge, self._g, lambda u: self._loss(leaves, [u])[0], modify)
+        return [functools.partial(positive.product, p) for p in self.parameters]
+
+
+_SEVERAL = "{} needs a loss of one tensor with the samples along axis 0, and the extended {} has another input."
 
 
 def _products(outputs: Sequence[Tensor | None], vectors: Sequence[Tensor], inputs: list[Tensor]) -> list[Tensor]:

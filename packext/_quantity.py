@@ -91,7 +91,10 @@ class Curvature(Quantity):
 
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:
-        """Which root: ("exact", 0, None), or ("mc", number of draws, generator). Equal ones are propagated once."""
+        """Which root: ("exact", 0, None), or ("mc", number of draws, generator); equal ones are propagated once.
+
+        Others are ("averaged", 0, None), over the samples after each function of a chain, and ("empirical", 0, None).
+        """
         return ("exact", 0, None)
 
     def absorb(self, ask: Ask, held: Any) -> Any:
@@ -114,6 +117,10 @@ class Point:
 
     def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Products with the GGN of vectors in the shapes of the parameters."""
+        raise NotImplementedError
+
+    def positive(self, modify: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
+        """Of each parameter the products with its block of the Hessian, second derivatives of functions modified."""
         raise NotImplementedError
 
     def block(self, product: Callable[[Sequence[Tensor]], list[Tensor]], k: int, matrix: Tensor) -> Tensor:

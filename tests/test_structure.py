@@ -24,7 +24,7 @@ FLOORS = [
     {"_taps", "_record", "_probe", "_flight"},
     {"rules"},
     {"_lineage", "_scale"},
-    {"_extend", "_curvature"},
+    {"_extend", "_chain", "_curvature"},
     {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},
@@ -113,7 +113,7 @@ def test_every_quantity_has_an_oracle_and_an_example() -> None:
     kinds = {value for value in vars(px).values() if isinstance(value, type) and issubclass(value, Quantity)}
     first_order = {kind for kind in kinds if not issubclass(kind, (Curvature, HessianQuantity))}
     assert first_order == set(testing.ORACLES) == {type(q) for q in testing.all_quantities()}
-    source = (Path(__file__).parent / "test_curvature.py").read_text()
+    source = "".join((Path(__file__).parent / f"test_{name}.py").read_text() for name in ("curvature", "chains"))
     assert all(f"px.{kind.__name__}(" in source for kind in kinds - first_order)
     fields = [kind.savefield for kind in kinds]
     assert len(set(fields)) == len(fields)

@@ -201,3 +201,23 @@ class KFLR(_Kronecker):
     """Kronecker factors with the exact Hessian of the loss, "expand", in `kflr`; see `KFAC`."""
 
     savefield = "kflr"
+
+
+class KFRA(_Kronecker):
+    """Kronecker factors from a curvature that is averaged over the samples after every function, in `kfra`.
+
+    B of a layer is the GGN with respect to its output as it comes through the layers above, averaged over the samples
+    at each of them (Botev, Ritter & Barber, 2017, "Practical Gauss-Newton Optimisation for Deep Learning"). It is kept
+    for all entries of that output, `[D, D]`. A and the treatment of positions are those of `KFAC` with "expand": B is
+    the sum of the blocks of each position by itself. For layers without positions these are BackPACK's factors; of a
+    convolution, BackPACK takes the sum over all pairs of positions for B, and does not divide A by their number.
+
+    Defined for a chain of linear maps, convolutions and functions without parameters, with the batch along axis 0
+    everywhere; branches, residual connections and parameters that are used twice are refused.
+    """
+
+    savefield = "kfra"
+
+    @property
+    def root(self) -> tuple[str, int, torch.Generator | None]:
+        return ("averaged", 0, None)

@@ -11,6 +11,8 @@ import backpack
 import pytest
 import torch
 from backpack import extensions as theirs
+from backpack.extensions.curvature import Curvature
+from backpack.extensions.secondorder.hbp.hbp_options import ExpectationApproximation
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -430,6 +432,36 @@ def test_scale(scale: str) -> None:
     times = N if scale == "loss" else 1
     torch.testing.assert_close(model[0].weight.kfra[0], times * b)
     torch.testing.assert_close(model[0].weight.pchmp(v), times * product)
+
+
+NAMED = {"kfac": ("sampling", "sqrt"), "kflr": ("exact", "sqrt"), "kfra": ("sum", "average")}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_hbp_is_one_of_three(name: str) -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    options = (Curvature.GGN, *NAMED[name], ExpectationApproximation.BOTEV_MARTENS)
+    hbp, criterion = px.extensions.HBP(*options), nn.CrossEntropyLoss()
+    plain = {"kfac": px.KFAC, "kflr": px.KFLR, "kfra": px.KFRA}[name]()
+    run(model, criterion, x, y, hbp, plain)
+    other = None if name == "kfac" else backpacks(model, criterion, x, y, theirs.HBP(*options))
+    for k, p in enumerate(model.parameters()):
+        wanted = [getattr(p, name)] if other is None else [getattr(p, name), list(other.parameters())[k].hbp]
+        for want in wanted:
+            for got, factor in zip(p.hbp, want, strict=True):
+                assert testing.relative_error(got, factor) < 1e-9
+    kept = px.extensions.HBP(*options, savefield="mine")
+    run(model, criterion, x, y, kept)
+    assert hasattr(model[0].weight, "mine")
+
+
+@pytest.mark.parametrize(
+    "options", [("pch-abs", "sum", "average", 0), ("ggn", "sum", "sqrt", 0), ("ggn", "exact", "sqrt", 1)]
+)
+def test_other_hbp_are_refused(options: tuple[str, str, str, int]) -> None:
+    strategies = (ExpectationApproximation.BOTEV_MARTENS, ExpectationApproximation.CHEN)
+    with pytest.raises(px.PackextError, match="none of KFAC, KFLR and KFRA"):
+        px.extensions.HBP(*options[:3], strategies[options[3]])
 
 
 def test_bad_arguments() -> None:

@@ -74,7 +74,8 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor)
                 raise PackextError(_SEVERAL.format("KFRA", seen.name))
             chain = Chain(seen.edges[0], seen.name, "KFRA", "KFLR")
             chain.check_samples(layouts[0].n, "KFRA")
-            average(flight, chain, columns, layouts[0].n, absorb)
+            with torch.autocast(output.device.type, enabled=False):  # sums stay in float32
+                average(flight, chain, columns, layouts[0].n, absorb)
             continue
         for column in columns:
             Sweep(flight, absorb).send(seen.edges, back(column))

@@ -434,6 +434,42 @@ def test_scale(scale: str) -> None:
     torch.testing.assert_close(model[0].weight.pchmp(v), times * product)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.a, self.c, self.kept = nn.Linear(5, 6), nn.Linear(6, 3), kept
+        self.inner = nn.Sequential(nn.Tanh(), nn.Linear(6, 6), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.inner(self.a(x)) if self.kept else checkpoint(self.inner, self.a(x), use_reentrant=False))
+
+
+def test_checkpointed_parts() -> None:
+    first, second, x, y = Checkpointed(True), Checkpointed(False), torch.randn(N, 5), torch.randint(3, (N,))
+    second.load_state_dict(first.state_dict())
+    for model in (first, second):
+        run(model, nn.CrossEntropyLoss(), x, y, px.KFRA(), px.PCHMP(), px.KFAC(fisher="exact", bias="joint"))
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        v = torch.randn(1, *p.shape)
+        torch.testing.assert_close(q.pchmp(v), p.pchmp(v))
+        for got, want in zip(q.kfra, p.kfra, strict=True):
+            torch.testing.assert_close(got, want)
+        if p.dim() == 2:
+            for got, want in zip(q.kfac, p.kfac, strict=True):
+                torch.testing.assert_close(got, want)
+
+
+def test_kfra_under_autocast() -> None:
+    model, x, y = mlp().float(), torch.randn(N, 5).float(), torch.randint(3, (N,))
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFRA())
+    want = [p.kfra for p in model.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, nn.CrossEntropyLoss(), x, y, px.KFRA())
+    for p, factors in zip(model.parameters(), want, strict=True):
+        for got, factor in zip(p.kfra, factors, strict=True):
+            assert got.dtype == torch.float32 and testing.relative_error(got, factor) < 0.02
+
+
 NAMED = {"kfac": ("sampling", "sqrt"), "kflr": ("exact", "sqrt"), "kfra": ("sum", "average")}
 
 

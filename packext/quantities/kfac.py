@@ -64,8 +64,8 @@ class _Kronecker(Curvature):
         if self.approx == "reduce" and form.kronecker(False) is not None:
             return f'{text} with approx="reduce", where the inputs of all positions mix. Use approx="expand".'
         return (
-            f"{text}, which is not the weight of a linear map or convolution, a table of which rows are looked up, nor "
-            "a vector. Freeze it with requires_grad_(False), or ask for DiagGGNExact or DiagGGNMC."
+            f"{text}, which is not the weight of a linear map or convolution, a table whose rows data looks up, "
+            "nor a vector. Freeze it with requires_grad_(False), or ask for DiagGGNExact or DiagGGNMC."
         )
 
     def land(self, held: Any, n: int, factor: float) -> Any:

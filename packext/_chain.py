@@ -81,12 +81,12 @@ class Chain:
                     )
                 self.uses[id(source.tensor)] = (len(self.edges) - 1, use)
 
-    def check_samples(self, n: int, asked: str) -> None:
+    def check_samples(self, n: int) -> None:
         """Raise a CoupledSamplesError unless all edges hold `n` samples, apart, along their first axis."""
         generator = torch.Generator().manual_seed(20251121)
         for edge in self.edges:
             if n > 1 and _shape(edge)[:1] != [n]:
-                raise CoupledSamplesError(_AXIS.format(asked, n, edge.node.name(), _shape(edge)))
+                raise CoupledSamplesError(_AXIS.format(n, edge.node.name(), _shape(edge)))
         start, meta = self.edges[0], _meta(self.edges[0])
         for bit in range((n - 1).bit_length()):
             members = (torch.arange(n) >> bit & 1).bool().to(meta.device)
@@ -96,11 +96,11 @@ class Chain:
                 arrived = torch.autograd.grad([start], self.edges[1:], [cotangent], retain_graph=True)
             for edge, g in zip(self.edges[1:], arrived, strict=True):
                 if not Layout(0, n).agrees(g, members):
-                    raise CoupledSamplesError(_AXIS.format(asked, n, edge.node.name(), _shape(edge)))
+                    raise CoupledSamplesError(_AXIS.format(n, edge.node.name(), _shape(edge)))
 
 
 _AXIS = (
-    "{} needs the {} samples apart along axis 0 between all functions of the model, and at {} {} they are not. Keep "
+    "KFRA needs the {} samples apart along axis 0 between all functions of the model, and at {} {} they are not. Keep "
     "the batch axis in front and by itself, or ask for KFLR."
 )
 

@@ -73,7 +73,7 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, g: Tensor)
             if not direct:
                 raise PackextError(_SEVERAL.format("KFRA", seen.name))
             chain = Chain(seen.edges[0], seen.name, "KFRA", "KFLR")
-            chain.check_samples(layouts[0].n, "KFRA")
+            chain.check_samples(layouts[0].n)
             with torch.autocast(output.device.type, enabled=False):  # sums stay in float32
                 average(flight, chain, columns, layouts[0].n, absorb)
             continue

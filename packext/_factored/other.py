@@ -208,14 +208,15 @@ class Sum(Factored):
 
     def kronecker(self, reduce: bool) -> Kronecker | None:
         """Positions of all uses count as those of one; where they are to be pooled, there are no factors."""
-        found = [k for part in self.parts if (k := part.kronecker(False)) is not None and k.inputs is not None]
-        if reduce or len(found) < len(self.parts):
+        found = [k for part in self.parts if isinstance(part, Outer) and (k := part.kronecker(False))]
+        if reduce or len(found) < len(self.parts) or len({(k.stored, k.outputs.shape) for k in found}) > 1:
             return None
-        outputs, inputs = [k.outputs for k in found], [k.inputs() for k in found if k.inputs is not None]
-        if len({(k.stored, b.shape, a.shape) for k, b, a in zip(found, outputs, inputs, strict=True)}) > 1:
-            return None
-        total, positions = torch.stack(inputs).sum(0), sum(k.positions for k in found)
-        return Kronecker(torch.stack(outputs).sum(0), lambda: total, positions, found[0].stored)
+        outputs, positions = torch.stack([k.outputs for k in found]).sum(0), sum(k.positions for k in found)
+
+        def inputs() -> Tensor:
+            return torch.stack([k.inputs() for k in found if k.inputs is not None]).sum(0)
+
+        return Kronecker(outputs, inputs, positions, found[0].stored)
 
     def with_bias(self) -> Factored | None:
         parts = [p for part in self.parts if (p := part.with_bias()) is not None]

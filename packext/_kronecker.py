@@ -180,8 +180,8 @@ def _reciprocal(m: Tensor, shift: Tensor) -> Tensor:
     if (damped > 0).all() and inverse.isfinite().all():
         return inverse
     raise PackextError(
-        f"kron_inv: a diagonal factor of size {m.shape[-1]} is not positive, its least entry is {float(m.min()):.3g} "
-        f"(damped by up to {float(shift.max()):.3g}). More damping?"
+        f"kron_inv: a diagonal factor of size {m.shape[-1]} is not positive definite (damped by up to "
+        f"{float(shift.max()):.3g}, its least entry {float(m.min()):.3g}). More damping?"
     )
 
 

@@ -426,6 +426,37 @@ def test_what_is_stored_transposed_is_exact_for_one_sample_and_position(how: str
         torch.testing.assert_close(p.ekfac.eigenvalues.reshape(want.shape), want)
 
 
+class PerHead(nn.Module):
+    """A weight whose inputs stand between its outputs: no Kronecker product is in the order of its axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.head = nn.Parameter(torch.randn(2, 4, 3)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.einsum("ni,hid->nhd", x, self.p).flatten(1))
+
+
+class TiedBothWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix = nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.mix(self.table(x)).tanh().mean(1), self.table.weight)
+
+
+@pytest.mark.parametrize("build", [PerHead, TiedBothWays])
+def test_what_is_stored_in_neither_way_is_refused(build: Callable[[], nn.Module]) -> None:
+    model, y = build(), torch.randint(3, (N,))
+    x = torch.randn(N, 4) if build is PerHead else torch.randint(6, (N, 5))
+    name = "p" if build is PerHead else "table.weight"
+    with pytest.raises(px.UnsupportedUseError, match=f"for {name} .*requires_grad_"):
+        run(model, nn.CrossEntropyLoss(), x, y, px.KFAC())
+    dict(model.named_parameters())[name].requires_grad_(False)
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFAC())
+
+
 # -- embeddings ------------------------------------------------------------------------------------------------
 
 

@@ -39,9 +39,9 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp says that an extra is installed as pyproject.toml and constraints.txt want it. BackPACK, with which tests and
-# benchmarks compare, comes without its dependencies: only its examples use torchvision. So does curvlinops, which
-# needs BackPACK.
+# A stamp says that an extra is installed as pyproject.toml and constraints.txt want it. BackPACK, with
+# which tests and benchmarks compare, comes without its dependencies: only its examples use torchvision. So does
+# curvlinops, which depends on BackPACK; tests compare with it where it is there.
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing packext[$*] into $(VENV)"
 	$(INSTALL) --editable '.[$*]'

@@ -74,14 +74,15 @@ ROWS: dict[str, Row] = {
 
 
 def rows_of(problem: Problem) -> list[str]:
-    """Return the rows of a problem's table: exact curvature has a column for every class at every position."""
+    """Return the rows of a problem's table.
+
+    Exact curvature of a language model has a column for every class at every position, and nobody has Kronecker factors
+    of a table of positions.
+    """
     if problem.tail:
         return ["gradient", "diag_ggn_exact", "diag_hessian"]
-    return [
-        key
-        for key, row in ROWS.items()
-        if key != "diag_hessian" and not (problem.length and set(EXACT) & set(row.quantities))
-    ]
+    left = {"diag_h", *(EXACT if problem.length else ()), *(KRONECKER if problem.key == "transformer" else ())}
+    return [key for key, row in ROWS.items() if not left & set(row.quantities)]
 
 
 def reduce_rows(rows: Tensor, quantities: Sequence[str], grad: Tensor | None = None) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from packext.quantities import GGNMP as GGNMP
 from packext.quantities import HMP as HMP
 from packext.quantities import KFAC as KFAC
 from packext.quantities import KFLR as KFLR
+from packext.quantities import KFRA as KFRA
+from packext.quantities import PCHMP as PCHMP
 from packext.quantities import BatchDiagGGNExact as BatchDiagGGNExact
 from packext.quantities import BatchDiagGGNMC as BatchDiagGGNMC
 from packext.quantities import BatchDiagHessian as BatchDiagHessian

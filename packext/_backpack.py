@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import modules_of
 from packext._scale import Seen
 from packext._statistics import Statistics
-from packext._use import Source, Use, live_nodes
+from packext._use import Source, Use, live_nodes, partner
 
 
 class ParameterResults:
@@ -191,6 +192,10 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
     def _wants(self, parameter: Tensor) -> bool:
         return self.parameters is None or id(parameter) in self.parameters
 
+    def _partner(self, parameter: Tensor) -> tuple[Tensor, int] | None:
+        found = partner(parameter)
+        return found if found is not None and self._wants(found[0]) else None
+
     def _active(self) -> bool:
         return bool(self.extensions) and not LOCAL.disabled
 
@@ -246,7 +251,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         statistics = Statistics(form)
         ask = Ask(
             statistics, source.name, source.tensor, n, self._factor(flight, n), self.scale,
-            lambda: self._factor(flight, n, sample=True),
+            lambda: self._factor(flight, n, sample=True), partner=functools.partial(self._partner, source.tensor),
         )  # fmt: skip
         wants = [w for e in self.first_order for w in e.wants(form)]
         visitors = []

@@ -7,9 +7,7 @@ carries through whatever the model is made of. At each tap it gives the same pai
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +16,10 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from packext import _roots
-from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
+from packext._chain import Chain, Positive, average, kept
+from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Pass, Sweep, probe_inputs, refuse_static, silence
+from packext._flight import Pass, Sweep, probe_inputs, refuse_static
 from packext._layout import Layout, candidates
 from packext._lineage import disable
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
@@ -53,8 +52,9 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, edge: Grad
         )
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     places = layouts = [_layout(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
+    direct = len(leaves) == 1 and isinstance(leaves[0], Tensor) and layouts[0].axis in (None, 0)
     loss, output, back = seen.module, live[0].detach(), _alone
-    if len(leaves) > 1 or not isinstance(leaves[0], Tensor) or layouts[0].axis not in (None, 0):
+    if not direct:
         joined = Joined(seen.module, leaves, seen.spec, layouts)
         loss, output, back = joined, joined.output(), joined.split
         layouts = [Layout(0, layouts[0].n)]
@@ -67,16 +67,29 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, edge: Grad
         with disable():  # the loss may have extended parts of its own
             if kind == "hessian":
                 columns = _roots.signed(*of)
-            elif kind == "exact":
-                columns = ((s, 1.0) for s in _roots.exact(*of, compact))
-            else:
+            elif kind == "mc":
                 columns = ((s, 1.0) for s in _roots.sampled(*of, draws, _GENERATOR if generator is None else generator))
-        for column, sign in columns:
-            for part in [column] if kind == "mc" else _apart(column, layouts[0]):
-                Sweep(flight, functools.partial(_absorb, flight, members, sign)).send(seen.edges, back(part))
+            else:
+                columns = ((s, 1.0) for s in _roots.exact(*of, compact))
+        parts = (
+            (part, sign)
+            for column, sign in columns
+            for part in ([column] if kind == "mc" else _apart(column, layouts[0]))
+        )
+        absorb = functools.partial(_absorb, flight, members)
+        if kind == "averaged":
+            if not direct:
+                raise PackextError(_SEVERAL.format("KFRA", seen.name))
+            chain = Chain(seen.edges[0], seen.name, "KFRA", "KFLR")
+            chain.check_samples(layouts[0].n)
+            with torch.autocast(output.device.type, enabled=False):  # sums stay in float32
+                average(flight, chain, (part for part, _ in parts), layouts[0].n, functools.partial(absorb, 1.0))
+            continue
+        for part, sign in parts:
+            Sweep(flight, functools.partial(absorb, sign)).send(seen.edges, back(part))
         if kind == "hessian":
             for edges, cotangents, sign in residual(flight, seen.edges, live, places, edge, g):
-                Sweep(flight, functools.partial(_absorb, flight, members, sign)).send(edges, cotangents)
+                Sweep(flight, functools.partial(absorb, sign)).send(edges, cotangents)
         for source, sums in flight.sums.values():
             for quantity in members:
                 if id(quantity) in sums:
@@ -95,7 +108,7 @@ class Graph(Point):
         self._leaves = seen.leaves()
 
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        with self._ready():
+        with kept():
             if self._slopes is None:
                 slopes = torch.autograd.grad(
                     [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
@@ -106,7 +119,7 @@ class Graph(Point):
     def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         if self._leaves is None:
             raise PackextError(_GONE.format(self._seen.name))
-        with self._ready():
+        with kept():
             if self._pull is None:
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
                 live = [t for t in self._leaves if isinstance(t, Tensor) and t.requires_grad]
@@ -117,37 +130,35 @@ class Graph(Point):
                 )
             us, pulled = self._pull
             pushed = _products(pulled, vectors, us)
-            inner = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self._leaves]
-            at = [t for t in inner if isinstance(t, Tensor) and t.requires_grad]
-            output = pytree.tree_unflatten(inner, self._seen.spec)
-            value = self._seen.module.forward(output, *self._seen.args, **self._seen.kwargs)
-            slopes = torch.autograd.grad([value], at, [self._g], create_graph=True)
-            cotangents = _products(slopes, pushed, at)
+            cotangents = self._loss(self._leaves, pushed)
             found = torch.autograd.grad(
                 self._seen.edges, self.parameters, cotangents, retain_graph=True, allow_unused=True
             )
         return [torch.zeros_like(p) if f is None else f.detach() for p, f in zip(self.parameters, found, strict=True)]
 
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        try:
-            with silence(), torch.enable_grad():
-                yield
-        except RuntimeError as error:
-            if "second time" in str(error):
-                raise PackextError(
-                    "The graph that products with the curvature run through has been freed by the backward pass: call "
-                    "loss.backward(retain_graph=True)."
-                ) from None
-            kernel = re.search(r"derivative for (\S+) is not implemented", str(error))
-            if kernel is None:
-                raise
-            raise UnsupportedUseError(
-                f"Products with the curvature differentiate a gradient, and torch has no derivative of {kernel[1]}. "
-                "For attention, run the forward pass inside of `with torch.nn.attention.sdpa_kernel("
-                'torch.nn.attention.SDPBackend.MATH):` (Hugging Face: attn_implementation="eager"), or ask for '
-                "DiagGGNExact or DiagGGNMC, which do without."
-            ) from None
+    def _loss(self, leaves: list[Any], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Products with the Hessian of the loss with respect to its input."""
+        inner = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
+        at = [t for t in inner if isinstance(t, Tensor) and t.requires_grad]
+        output = pytree.tree_unflatten(inner, self._seen.spec)
+        value = self._seen.module.forward(output, *self._seen.args, **self._seen.kwargs)
+        slopes = torch.autograd.grad([value], at, [self._g], create_graph=True)
+        return _products(slopes, vectors, at)
+
+    def positive(self, modify: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
+        leaves, seen = self._leaves, self._seen
+        if leaves is None:
+            raise PackextError(_GONE.format(seen.name))
+        if len(leaves) > 1 or not isinstance(leaves[0], Tensor):
+            raise PackextError(_SEVERAL.format("PCHMP", seen.name))
+        with disable():  # for its refusals: of a loss that is not convex, or whose Hessian is zero
+            _roots.exact(seen.module, leaves[0].detach(), seen.args, seen.kwargs, self._g)
+        chain = Chain(seen.edges[0], seen.name, "PCHMP", "GGNMP or HMP")
+        positive = Positive(chain, self._edge, self._g, lambda u: self._loss(leaves, [u])[0], modify)
+        return [functools.partial(positive.product, p) for p in self.parameters]
+
+
+_SEVERAL = "{} needs a loss of one tensor with the samples along axis 0, and the extended {} has another input."
 
 
 def _products(outputs: Sequence[Tensor | None], vectors: Sequence[Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -238,7 +249,10 @@ class Joined(nn.Module):
 
 def _absorb(flight: Pass, quantities: Sequence[Curvature], sign: float, source: Source, form: Factored) -> None:
     statistics = Statistics(form)
-    ask = Ask(statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0, sign)
+    ask = Ask(
+        statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0, sign,
+        functools.partial(flight.context._partner, source.tensor),
+    )  # fmt: skip
     statistics.prepare([w for q in quantities for w in q.wants(form)])
     _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))
     for quantity in quantities:

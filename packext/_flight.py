@@ -125,16 +125,17 @@ class Sweep:
         for source, forms in self.gathering.add(use, saved, gs, self.flight.records):
             self.absorb(source, merge(forms))
 
-    def send(self, edges: Any, cotangents: list[Tensor]) -> None:
-        """Send `cotangents` from `edges` to all taps."""
+    def send(self, edges: Any, cotangents: list[Tensor], targets: Any = (TARGET,)) -> Sequence[Tensor | None]:
+        """Send `cotangents` from `edges` to all taps, or as far as `targets`; what arrives there."""
         global _sweep
         before, _sweep = _sweep, self
         try:
-            _send(edges, cotangents, [TARGET])
+            arrived = _send(edges, cotangents, targets)
         finally:
             _sweep = before
         for source, _, forms in self.gathering.rest():
             self.absorb(source, merge(forms))
+        return arrived
 
 
 class Look(Sweep):

@@ -208,6 +208,7 @@ class Tracer(TorchFunctionMode):
         sources = {k: s for k, t in tensors.items() if t.requires_grad and (s := self.sources(t))}
         shapes = {k: tuple(t.shape) for k, t in tensors.items()}
         use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, weakref.ref(self.record))
+        use.direct = frozenset(k for k, s in sources.items() if s[0].tensor is tensors[k])
         axis = self.record.batch_axis
         use.ties = frozenset(k for k, t in tensors.items() if id(t) in self._inputs and t.dim() > axis)
         return use

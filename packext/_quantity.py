@@ -26,6 +26,8 @@ class Ask:
         scale: the context's scale.
         sample_factor: gives the factor to the samples' own losses, whatever the scale.
         sign: of the column that arrives, where curvature may be negative.
+        partner: gives the bias that this weight meets in every use of either (or the weight that this bias does), and
+            the axis of the inputs in the weight; or None.
         notes: what a quantity keeps between its calls for this parameter.
     """
 
@@ -37,6 +39,7 @@ class Ask:
     scale: str | float
     sample_factor: Callable[[], float]
     sign: float = 1.0
+    partner: Callable[[], tuple[Tensor, int] | None] = lambda: None
     notes: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -90,10 +93,11 @@ class Curvature(Quantity):
 
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:
-        """Which root: ("exact", 0, None), or ("mc", number of draws, generator). Equal ones are propagated once.
+        """Which root: ("exact", 0, None), or ("mc", number of draws, generator); equal ones are propagated once.
 
         ("hessian", 0, None) stands for columns with signs (`Ask.sign`), whose outer products times these give each
-        parameter's entries of the diagonal of the Hessian, and not of the GGN.
+        parameter's entries of the diagonal of the Hessian, and not of the GGN; ("averaged", 0, None) for the average
+        over the samples after each function of a chain; ("empirical", 0, None) for the gradients themselves.
         """
         return ("exact", 0, None)
 
@@ -120,6 +124,10 @@ class Point:
 
     def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Products with the GGN of vectors in the shapes of the parameters."""
+        raise NotImplementedError
+
+    def positive(self, modify: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
+        """Of each parameter the products with its block of the Hessian, second derivatives of functions modified."""
         raise NotImplementedError
 
     def block(self, product: Callable[[Sequence[Tensor]], list[Tensor]], k: int, matrix: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ class Use:
     layouts: tuple[Layout | None, ...] | None = None
     positions: tuple[int, ...] = (0,)
     ties: frozenset[str] = frozenset()
+    #: Names of the tensors that are parameters as they are, and not values made of them.
+    direct: frozenset[str] = frozenset()
     #: Of each output, while it is probed: the layouts that are left; None where no gradient arrived.
     options: list[list[Layout] | None] = field(default_factory=list)
     node: Callable[[], Any] = lambda: None
@@ -146,6 +148,10 @@ class Rule:
     leads: tuple[str, ...] = ()
     #: Whether the tap computes `.grad` itself, so that a sum of rows can serve as it.
     delivers = False
+
+    def bias_axis(self, use: Use) -> int | None:
+        """The axis of the inputs in `weight`, if `bias` is added to what it gives, at every position; or None."""
+        return None
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Any:
         """Run the function again on the saved tensors."""
@@ -245,6 +251,23 @@ def _remember(parameter: Tensor, node: Callable[[], Any]) -> None:
     refs = [ref for ref in _LIVE.get(key, ()) if ref() is not None]
     refs.append(node)
     _LIVE[key] = refs
+
+
+def partner(parameter: Tensor) -> tuple[Tensor, int] | None:
+    """The bias that a weight meets in every use of either (or the weight that a bias does), and the `bias_axis`."""
+    uses = {id(node.use): node.use for node in live_nodes(parameter)}
+    found: dict[tuple[int, int], Tensor] = {}
+    for use in uses.values():
+        pair = [use.sources[k][0].tensor for k in ("weight", "bias") if k in use.direct]
+        axis = use.rule.bias_axis(use)
+        if len(pair) != 2 or axis is None:
+            return None
+        other = pair[pair[0] is parameter]
+        found[id(other), axis] = other
+    if len(found) != 1:
+        return None
+    ((_, axis), other) = found.popitem()
+    return (other, axis) if {id(node.use) for node in live_nodes(other)} == uses.keys() else None
 
 
 def live_nodes(parameter: Tensor) -> list[Any]:

@@ -38,13 +38,18 @@ def with_spectrum(values: Any) -> Tensor:
     return q * values @ q.T
 
 
+def full(f: Tensor) -> Tensor:
+    """A diagonal factor as a matrix."""
+    return f.diag() if f.dim() == 1 else f.contiguous()
+
+
 def dense(factors: list[Tensor]) -> Tensor:
     """By torch.kron, group by group."""
     groups = max([len(f) for f in factors if f.dim() == 3], default=1)
     blocks = []
     for g in range(groups):
         block = torch.ones(1, 1)
-        for f in factors:
+        for f in map(full, factors):
             block = torch.kron(block, f if f.dim() == 2 else f[g])
         blocks.append(block)
     return torch.block_diag(*blocks)
@@ -64,12 +69,13 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-9) -> None:
 
 @st.composite
 def factor_lists(draw: st.DrawFn) -> list[Tensor]:
-    """One to three factors, some or all of them with groups."""
+    """One to three factors, some or all of them with groups, some of the others diagonal."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     groups = draw(st.sampled_from([None, 1, 3]))
     torch.manual_seed(draw(st.integers(0, 2**16)))
     shared = [groups is None or draw(st.booleans()) for _ in sizes]
-    return [psd(n, n) if alone else psd(groups or 1, n, n) for n, alone in zip(sizes, shared, strict=True)]
+    factors = [psd(n, n) if alone else psd(groups or 1, n, n) for n, alone in zip(sizes, shared, strict=True)]
+    return [f.diagonal().clone() if f.dim() == 2 and draw(st.booleans()) else f for f in factors]
 
 
 @given(factors=factor_lists(), leading=st.sampled_from([(), (1,), (5,), (2, 3), (0,)]))
@@ -86,7 +92,7 @@ def test_products_inverses_and_decompositions_are_those_of_the_dense_matrix(
         inverses = linalg.kron_inv(factors, 0.3, pi=False)
         assert [f.shape for f in inverses] == [f.shape for f in factors]
         share = 0.3 ** (1 / len(factors))
-        close(dense(inverses), torch.linalg.inv(dense([f + share * torch.eye(f.shape[-1]) for f in factors])))
+        close(dense(inverses), torch.linalg.inv(dense([full(f) + share * torch.eye(f.shape[-1]) for f in factors])))
         exact = linalg.KronEigh.of(factors)
         assert torch.allclose(exact.matvec(x, lambda e: 1 / (e + 0.3)), x @ torch.linalg.inv(damped(matrix, 0.3)))
         assert torch.allclose(exact.matvec(x), x @ matrix)
@@ -142,6 +148,16 @@ def test_pi_does_not_depend_on_how_the_scale_is_spread_over_the_factors() -> Non
     close(linalg.kron(linalg.kron_inv([1e3 * factors[0], factors[1] / 10, factors[2] / 100], 0.1)), want)
     one = psd(3, 3)
     close(linalg.kron_inv([one], 0.1)[0], torch.linalg.inv(damped(one, 0.1)))
+
+
+def test_a_diagonal_factor_is_the_matrix_that_it_stands_for() -> None:
+    counts, b = torch.tensor([2.0, 0.0, 1.0]), psd(4, 4)
+    x = torch.randn(2, 3, 4)
+    inverse, want = linalg.kron_inv([counts, b], 0.1), linalg.kron_inv([counts.diag(), b], 0.1)
+    assert inverse[0].shape == (3,)
+    close(linalg.kron_matvec(inverse, x), linalg.kron_matvec(want, x))
+    values, vectors = linalg.kron_eigh([counts, b])
+    assert torch.equal(values[0], counts) and torch.equal(vectors[0], torch.ones(3))
 
 
 def test_pi_of_each_group() -> None:
@@ -235,7 +251,8 @@ BAD_FACTORS: dict[str, tuple[Callable[[], Any], str]] = {
     "none": (lambda: linalg.kron([]), "at least one"),
     "a tensor": (lambda: inspect.unwrap(linalg.kron)(torch.ones(2, 3, 3)), "list"),  # type: ignore[arg-type]
     "not square": (lambda: linalg.kron_matvec([torch.ones(2, 3)], torch.ones(3)), r"square.*\[\[2, 3\]\]"),
-    "a vector": (lambda: linalg.kron_trace([torch.ones(2)]), r"\[\[2\]\]"),
+    "a number": (lambda: linalg.kron_trace([torch.tensor(2.0)]), r"\[\[\]\]"),
+    "a joint bias": (lambda: inspect.unwrap(linalg.kron_trace)(linalg.Joint(EYE)), "those of the weight"),
     "empty": (lambda: linalg.kron([torch.ones(0, 0)]), "not empty"),
     "integer": (lambda: linalg.kron([torch.eye(2, dtype=torch.long)]), "floating point"),
     "complex": (lambda: linalg.kron([torch.eye(2, dtype=torch.complex64)]), "floating point"),
@@ -259,7 +276,7 @@ def test_refused_factors(case: str) -> None:
 
 
 def test_what_is_not_positive_definite_is_refused() -> None:
-    for factor in (with_spectrum([-1.0, 1.0, 2.0]), psd(5, 5, rank=2), torch.zeros(2, 2)):
+    for factor in (with_spectrum([-1.0, 1.0, 2.0]), psd(5, 5, rank=2), torch.zeros(2, 2), torch.tensor([1.0, 0.0])):
         with pytest.raises(PackextError, match="not positive definite.*damping"):
             linalg.kron_inv([factor], 0.0)
     with pytest.raises(PackextError, match="least eigenvalue"):

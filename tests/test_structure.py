@@ -18,13 +18,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 #: Floors, from the ground up; a module may import from its own floor and those below it.
 FLOORS = [
-    {"_errors", "_layout", "_scratch", "linalg"},
+    {"_errors", "_layout", "_scratch", "_kronecker", "linalg"},
     {"_factored", "_statistics", "_roots"},
     {"_use", "_quantity"},
     {"_taps", "_record", "_probe", "_flight"},
     {"rules"},
     {"_lineage", "_scale"},
-    {"_extend", "_residual", "_curvature"},
+    {"_extend", "_residual", "_chain", "_curvature"},
     {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},
@@ -113,7 +113,8 @@ def test_every_quantity_has_an_oracle_and_an_example() -> None:
     kinds = {value for value in vars(px).values() if isinstance(value, type) and issubclass(value, Quantity)}
     first_order = {kind for kind in kinds if not issubclass(kind, (Curvature, HessianQuantity))}
     assert first_order == set(testing.ORACLES) == {type(q) for q in testing.all_quantities()}
-    source = "".join((Path(__file__).parent / f"test_{name}.py").read_text() for name in ("curvature", "diag_hessian"))
+    files = ("curvature", "diag_hessian", "chains")
+    source = "".join((Path(__file__).parent / f"test_{name}.py").read_text() for name in files)
     assert all(f"px.{kind.__name__}(" in source for kind in kinds - first_order)
     fields = [kind.savefield for kind in kinds]
     assert len(set(fields)) == len(fields)

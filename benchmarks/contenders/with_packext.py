@@ -11,7 +11,7 @@ from torch import nn
 import packext as px
 from benchmarks.contenders.base import Contender, Maker, UnavailableError
 from benchmarks.problems import Instance
-from benchmarks.quantities import SAMPLED, Results, Row
+from benchmarks.quantities import KRONECKER, SAMPLED, Results, Row
 
 EXTENSIONS: dict[str, str] = {
     "grad_batch": "BatchGrad",
@@ -57,7 +57,10 @@ class InContext(Extended):
         if set(self.wanted) & set(SAMPLED):
             (labels,) = self.watched_labels()
             self.drawn = dict.fromkeys(SAMPLED, labels)
-        return super().read()
+        found = super().read()
+        for quantity in set(KRONECKER) & set(found):  # a table has its diagonal factor first, as it is stored
+            found[quantity] = [f[::-1] if f and len(f) > 1 and f[0].dim() == 1 else f for f in found[quantity]]
+        return found
 
 
 def variants(instance: Instance, row: Row) -> dict[str, Maker]:

@@ -16,13 +16,14 @@ Every form answers `rows(lo, hi)`; the other questions have a default through ti
 All arithmetic happens in `acc`: float32, or float64 where the inputs are.
 """
 
-from packext._factored.base import Dense, Factored, Terms, accumulation_dtype, two_sided
+from packext._factored.base import Dense, Factored, Kronecker, Terms, accumulation_dtype, two_sided
 from packext._factored.other import Lookup, Masked, Pulled, Sum, merge, side_by_side
 from packext._factored.outer import Outer, Patches, gram
 
 __all__ = [
     "Dense",
     "Factored",
+    "Kronecker",
     "Lookup",
     "Masked",
     "Outer",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,23 @@ class Terms:
             return torch.matmul(g, g.mT).sum(0)
         columns = g.permute(1, 0, 3, 2).flatten(1, 2)
         return columns.mT @ columns
+
+
+class Kronecker(NamedTuple):
+    """Second moments of the two sides of a linear map that a parameter is.
+
+    Attributes:
+        outputs: sum of products of the gradients at its outputs, `[G, O, O]`.
+        inputs: gives the sum of products of its inputs, `[G, I, I]`; their diagonal `[1, I]` where no product of two
+            different inputs is there. None: the parameter is a vector, to which each output is its own.
+        positions: S, how many terms of a sample these sums have.
+        stored: whether the parameter's first axes are the outputs ("OI"), or the inputs ("IO").
+    """
+
+    outputs: Tensor
+    inputs: Callable[[], Tensor] | None
+    positions: int
+    stored: str = "OI"
 
 
 class Factored:
@@ -99,20 +117,36 @@ class Factored:
         """Inner products of the rows with `direction`, `[N]`."""
         return None
 
-    def kronecker(self, reduce: bool) -> tuple[Tensor, Callable[[], Tensor] | None, int] | None:
+    def kronecker(self, reduce: bool) -> Kronecker | None:
         """Second moments of the factors, for Kronecker-factored curvature.
 
         Args:
-            reduce: whether positions are summed up before the products are taken, or each stands for itself.
+            reduce: whether positions are pooled before the products are taken (gradients summed, inputs averaged, so
+                that there is one term of a sample), or each stands for itself.
 
         Returns:
-            Sum of products of g `[G, O, O]`; a function that gives the sum of products of a `[G, I, I]` (its mean over
-            positions if `reduce`), None for a vector; and the number S of positions. None: there are no such factors.
+            They, or None where there are none of that kind.
         """
         return None
 
-    def rotated(self, left: Tensor, right: Tensor | None) -> Factored | None:
-        """The rows in other bases, `leftᵀ row right`, with `left` `[G, O, O]` and `right` `[G, I, I]`."""
+    def with_bias(self) -> Factored | None:
+        """The rows of weight and bias as one matrix, where the bias is added to what the weight gives.
+
+        Returns:
+            A form `[G O, I + 1]` (`[I + 1, O]` if stored so): that of the weight with an input more, which is 1. None
+            where there is no such form.
+        """
+        return None
+
+    def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
+        """The rows in other bases, `basisᵀ` times each of their sides.
+
+        Args:
+            bases: of each side in the order of the parameter's axes, `[G, n, n]`; `[1, n]` for a diagonal one.
+
+        Returns:
+            A form of the same shape, or None where the bases do not fit.
+        """
         return None
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
@@ -168,15 +202,17 @@ class Dense(Factored):
     def all_rows(self) -> Tensor:
         return self.r
 
-    def rotated(self, left: Tensor, right: Tensor | None) -> Factored | None:
-        return Dense(self.r @ left[0].to(self.acc)) if right is None and len(self.shape) == 1 else None
+    def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
+        if [basis.shape for basis in bases] != [(1, *self.shape, *self.shape)]:
+            return None
+        return Dense(self.r @ bases[0][0].to(self.acc))
 
-    def kronecker(self, reduce: bool) -> tuple[Tensor, Callable[[], Tensor] | None, int] | None:
+    def kronecker(self, reduce: bool) -> Kronecker | None:
         if len(self.shape) != 1:
             return None
         if reduce or self.terms is None:
-            return (self.r.T @ self.r)[None], None, 1
-        return self.terms.squared, None, self.terms.g.shape[3]
+            return Kronecker((self.r.T @ self.r)[None], None, 1)
+        return Kronecker(self.terms.squared, None, self.terms.g.shape[3])
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor:
         return two_sided(self.r, left, right)

@@ -8,16 +8,24 @@ import torch
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored.base import Dense, Factored, Terms, accumulation_dtype
+from packext._factored.base import Dense, Factored, Kronecker, Terms, accumulation_dtype
 from packext._factored.outer import Outer
 
 
 class Lookup(Factored):
     """Rows of a table: `row_n[id] = sum over s with index[n, s] = id of g[n, s]`."""
 
-    def __init__(self, index: Tensor, g: Tensor, shape: Sequence[int]) -> None:
-        """Take indices `[N, S]` (negative: no gradient), g `[N, S, E]` and the table's shape `[V, E]`."""
-        self.index, self.g = index, g
+    def __init__(self, index: Tensor, g: Tensor, shape: Sequence[int], one_hot: bool = True) -> None:
+        """Take the indices, what arrived for them, and the table.
+
+        Args:
+            index: `[N, S]`, negative where there is no gradient.
+            g: `[N, S, E]`.
+            shape: of the table, `[V, E]`.
+            one_hot: whether g is the gradient at the output of the linear map that multiplies the table by a one-hot
+                vector at each position (and zeros for a negative index).
+        """
+        self.index, self.g, self.one_hot = index, g, one_hot
         self.n, self.s = index.shape
         self.shape = torch.Size(shape)
         self.acc, self.device = accumulation_dtype(g.dtype), g.device
@@ -90,6 +98,22 @@ class Lookup(Factored):
     def dots(self, direction: Tensor) -> Tensor:
         _, ids, z = self.grouped()
         return self._over_samples((z * direction.reshape(self.shape)[ids]).sum(1))
+
+    def kronecker(self, reduce: bool) -> Kronecker | None:
+        if not self.one_hot or (reduce and self.s > 1):
+            return None
+        return Kronecker(Terms(self.g.mT[:, None]).squared, self._counts, self.s, "IO")
+
+    def _counts(self) -> Tensor:
+        ids = self.index[self.index >= 0]
+        return torch.bincount(ids, minlength=self.shape[0]).to(self.acc)[None]
+
+    def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
+        if [basis.shape[1:] for basis in bases] != [self.shape[:1], (self.shape[1], self.shape[1])]:
+            return None
+        scale, basis = (b[0].to(self.acc) for b in bases)
+        turned = self.g.to(self.acc) @ basis * scale[self.index.clamp(min=0), None]
+        return Lookup(self.index, turned, self.shape, one_hot=False)
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         if right is None:
@@ -182,6 +206,26 @@ class Sum(Factored):
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         return self._total([part.project(left, right) for part in self.parts])
 
+    def kronecker(self, reduce: bool) -> Kronecker | None:
+        """Positions of all uses count as those of one; where they are to be pooled, there are no factors."""
+        found = [k for part in self.parts if isinstance(part, Outer) and (k := part.kronecker(False))]
+        if reduce or len(found) < len(self.parts) or len({(k.stored, k.outputs.shape) for k in found}) > 1:
+            return None
+        outputs, positions = torch.stack([k.outputs for k in found]).sum(0), sum(k.positions for k in found)
+
+        def inputs() -> Tensor:
+            return torch.stack([k.inputs() for k in found if k.inputs is not None]).sum(0)
+
+        return Kronecker(outputs, inputs, positions, found[0].stored)
+
+    def with_bias(self) -> Factored | None:
+        parts = [p for part in self.parts if (p := part.with_bias()) is not None]
+        return Sum(parts) if len(parts) == len(self.parts) else None
+
+    def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
+        parts = [p for part in self.parts if (p := part.rotated(bases)) is not None]
+        return Sum(parts) if len(parts) == len(self.parts) else None
+
     def bytes_held(self) -> int:
         return sum(part.bytes_held() for part in self.parts)
 
@@ -206,8 +250,9 @@ def merge(parts: Sequence[Factored]) -> Factored:
     lookups = [p for p in parts if isinstance(p, Lookup)]
     if len(lookups) == len(parts):
         index, g = torch.cat([p.index for p in lookups], 1), torch.cat([p.g for p in lookups], 1)
-        return Lookup(index, g, parts[0].shape)
-    outers = [(p.a, p.g) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
-    if len(outers) == len(parts) and len({(a.shape[1], a.shape[3], g.shape[2]) for a, g in outers}) == 1:
-        return Outer(torch.cat([a for a, _ in outers], 2), torch.cat([g for _, g in outers], 3), parts[0].shape)
+        return Lookup(index, g, parts[0].shape, all(p.one_hot for p in lookups))
+    outers = [(p.a, p.g, p.stored) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
+    if len(outers) == len(parts) and len({(a.shape[1], a.shape[3], g.shape[2], s) for a, g, s in outers}) == 1:
+        a, g = torch.cat([a for a, _, _ in outers], 2), torch.cat([g for _, g, _ in outers], 3)
+        return Outer(a, g, parts[0].shape, stored=outers[0][2])
     return Sum(parts)

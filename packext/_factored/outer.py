@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored.base import Factored, Terms, accumulation_dtype
+from packext._factored.base import Factored, Kronecker, Terms, accumulation_dtype
 from packext._scratch import scratch
 
 #: Outputs come in multiples of this where not all are taken at once.
@@ -52,7 +52,10 @@ class Patches:
 
 
 class Outer(Factored):
-    """`sum over S of g aᵀ`, `[G O, I]` per sample, reshaped to the parameter."""
+    """`sum over S of g aᵀ`, `[G O, I]` per sample, reshaped to the parameter.
+
+    Of a weight that is stored `[I, O]`, g is what multiplied the parameter, and a the gradient.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Outer(Factored):
         native: Callable[..., Tensor] | None = None,
         alone: bool = False,
         terms: Terms | None = None,
+        stored: str = "OI",
     ) -> None:
         """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
 
@@ -77,6 +81,7 @@ class Outer(Factored):
             terms: g, where another form shares it.
             alone: whether `native` takes one row at a time.
             apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
+            stored: "IO" for a weight of which g holds the inputs, and a the gradients.
         """
         self.a, self.g = a, g
         self.terms = Terms(g) if terms is None else terms
@@ -86,7 +91,7 @@ class Outer(Factored):
         source = a.source if isinstance(a, Patches) else a
         self.acc = accumulation_dtype(torch.promote_types(source.dtype, g.dtype))
         self.device = g.device
-        self._weighted, self._apply = weighted, apply
+        self._weighted, self._apply, self.stored = weighted, apply, stored
         self._native, self._alone = native, alone
 
     def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
@@ -239,20 +244,46 @@ class Outer(Factored):
         d = direction.reshape(self.groups, self.o, self.i).to(self.acc)
         return (torch.matmul(d, a.mT) * g).sum((1, 2, 3))
 
-    def kronecker(self, reduce: bool) -> tuple[Tensor, Callable[[], Tensor] | None, int] | None:
+    def kronecker(self, reduce: bool) -> Kronecker:
         terms = Terms(self.g.sum(3, keepdim=True, dtype=self.acc)) if reduce else self.terms
-        return terms.squared, lambda: self._inputs(reduce), self.s
+        # Of the pair, a is averaged where positions are pooled, and g summed up.
+        turn = self.s**2 if reduce else 1
+        positions = 1 if reduce else self.s
+        if self.stored == "OI":
+            return Kronecker(terms.squared, lambda: self._moments(reduce), positions)
+        return Kronecker(self._moments(reduce) * turn, lambda: terms.squared / turn, positions, self.stored)
 
-    def rotated(self, left: Tensor, right: Tensor | None) -> Factored | None:
-        if right is None:
+    def with_bias(self) -> Outer | None:
+        a, g = self.a, self.g
+        if self.stored == "IO":
+            if self.groups > 1 or isinstance(a, Patches):
+                return None
+            g = torch.cat([g, g.new_ones(self.n, 1, 1, self.s)], 2)
+            return Outer(a, g, (self.o + 1, self.i), stored=self.stored)
+        shape = (self.groups * self.o, self.i + 1)
+
+        def one_more(part: Tensor) -> Tensor:
+            return torch.cat([part, part.new_ones(*part.shape[:3], 1)], 3)
+
+        if isinstance(a, Patches):
+            longer = Patches(*a.shape[:3], self.i + 1, lambda lo, hi: one_more(a[lo:hi]), a.source)
+            return Outer(longer, g, shape, terms=self.terms)
+        return Outer(one_more(a), g, shape, terms=self.terms)
+
+    def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
+        if [basis.shape[1:] for basis in bases] != [(self.o, self.o), (self.i, self.i)]:
             return None
-        a, right, g = self.a, right.to(self.acc), left.to(self.acc).mT @ self.g.to(self.acc)
+        if any(len(basis) not in (1, self.groups) for basis in bases):
+            return None
+        left, right = (basis.to(self.acc) for basis in bases)
+        a, g = self.a, left.mT @ self.g.to(self.acc)
         if isinstance(a, Patches):
             turned = Patches(*a.shape, lambda lo, hi: a[lo:hi].to(self.acc) @ right, a.source)
             return Outer(turned, g, self.shape)
         return Outer(a.to(self.acc) @ right, g, self.shape)
 
-    def _inputs(self, reduce: bool) -> Tensor:
+    def _moments(self, reduce: bool) -> Tensor:
+        """Sum of products of a, or of its mean over positions, `[G, I, I]`."""
         if not reduce and isinstance(self.a, Patches) and (quick := self.a.second_moment()) is not None:
             return quick
         found = torch.zeros(self.groups, self.i, self.i, dtype=self.acc, device=self.device)

@@ -13,9 +13,9 @@ from packext.quantities.ggn import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
-from packext.quantities.hessian import GGNMP, HMP, DiagHessianMC, HessianTrace, TopEigenvalues
+from packext.quantities.hessian import GGNMP, HMP, PCHMP, DiagHessianMC, HessianTrace, TopEigenvalues
 from packext.quantities.histogram import GradHistogram, Histogram
-from packext.quantities.kfac import EKFAC, KFAC, KFLR
+from packext.quantities.kfac import EKFAC, KFAC, KFLR, KFRA
 from packext.quantities.moments import SumGradSquared, Variance
 from packext.quantities.norms import BatchDotGrad, BatchL2Grad, GradDot
 from packext.quantities.projected import ProjectedGrad
@@ -43,6 +43,8 @@ __all__ = [
     "Histogram",
     "KFAC",
     "KFLR",
+    "KFRA",
+    "PCHMP",
     "ProjectedGrad",
     "SqrtGGNExact",
     "SqrtGGNMC",

@@ -177,6 +177,38 @@ class _Products(HessianQuantity):
         return held if factor == 1.0 else lambda matrix: held(matrix) * factor
 
 
+class PCHMP(_Products):
+    """Products with a block of the positive-curvature Hessian: a function `[V, *p] -> [V, *p]`, in `pchmp`.
+
+    Going back through a chain of layers, the Hessian with respect to a function's output becomes that with respect to
+    its input as `Jᵀ H J + R`, R being the second derivatives of the function itself, times the gradient. The
+    positive-curvature Hessian takes R without its negative part (Chen et al., 2018, "BDA-PCH: Block-Diagonal
+    Approximation of Positive-Curvature Hessian for Training Neural Networks"). It is defined where each function is
+    linear or acts on each entry by itself and has one input that depends on parameters, and where the loss is convex;
+    other models are refused. It runs through the graph: keep that with `loss.backward(retain_graph=True)`.
+    BackPACK 1.7.1 multiplies R by the gradient twice: products agree with it where R is zero, as for ReLU.
+    """
+
+    savefield = "pchmp"
+
+    def __init__(self, modify: str = "clip") -> None:
+        """Say what becomes of negative entries of R: "clip" makes them zero, "abs" positive.
+
+        Raises:
+            ValueError: for another choice.
+        """
+        if modify not in ("clip", "abs"):
+            raise ValueError(f'modify must be "clip" or "abs", got {modify!r}.')
+        self.modify = modify
+
+    def measure(self, point: Point, generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
+        return point.positive(Tensor.abs if self.modify == "abs" else lambda r: r.clamp(min=0))
+
+    def __repr__(self) -> str:
+        """As it was made."""
+        return f"PCHMP(modify={self.modify!r})"
+
+
 class HMP(_Products):
     """Products with the Hessian's diagonal block of a parameter: a function `[V, *p] -> [V, *p]`, in `hmp`.
 

@@ -6,54 +6,87 @@ For a weight that meets a at S positions, with columns b of a root of the loss H
     reduce   A = 1/N sum over n of (mean_s a)(mean_s a)ᵀ  B = sum over n and columns of (sum_s b)(sum_s b)ᵀ
 
 (Eschenhagen et al., 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures",
-section 3). The curvature of the weight, its rows one after the other, is B ⊗ A; that of a vector, the one factor B.
+section 3). The curvature of the weight, its rows one after the other, is B ⊗ A; of one that is stored `[I, O]`, as in
+`x @ weight`, it is A ⊗ B. That of a vector is the one factor B.
+
+A lookup is the linear map of one-hot vectors by a table `[V, E]`: A is diagonal, the tokens' counts over N S.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from packext import linalg
 from packext._errors import UnsupportedUseError
+from packext._factored import Factored
 from packext._quantity import Ask, Curvature, Sampled
 from packext._statistics import Statistics
 
 
+class _Pair(NamedTuple):
+    """B and A as they add up; A comes with the first column."""
+
+    outputs: Tensor
+    inputs: Tensor | None
+    stored: str
+
+
 class _Kronecker(Curvature):
     approx: str = "expand"
+    bias: str = "separate"
 
-    def absorb(self, ask: Ask, held: Any) -> list[Tensor]:
-        form = ask.statistics.form
-        found = form.kronecker(self.approx == "reduce")
+    def absorb(self, ask: Ask, held: Any) -> Any:
+        form = self._form(ask)
+        if isinstance(form, linalg.Joint):
+            return form
+        found = None if form is None else form.kronecker(self.approx == "reduce")
         if found is None:
-            raise UnsupportedUseError(
-                f"{type(self).__name__} has no Kronecker factors for {ask.name} {list(form.shape)}, which is not the "
-                "weight of a linear map or convolution, nor a vector. Choose the parameters, "
-                "px.backpack(..., parameters=[...]), or ask for DiagGGNExact or DiagGGNMC."
-            )
-        outputs, inputs, positions = found
-        if held is not None:
-            held[0] = held[0] + outputs  # not in place: weight and bias may share what came first
-            return held
-        if inputs is None:
-            return [outputs]
-        return [outputs, inputs() / (ask.n if self.approx == "reduce" else ask.n * positions)]
+            raise UnsupportedUseError(self._refusal(ask))
+        if held is not None:  # not in place: weight and bias may share what came first
+            return held._replace(outputs=held.outputs + found.outputs)
+        inputs = None if found.inputs is None else found.inputs() / (ask.n * found.positions)
+        return _Pair(found.outputs, inputs, found.stored)
 
-    def land(self, held: Any, n: int, factor: float) -> list[Tensor]:
-        first, *rest = (t[0] if len(t) == 1 else t for t in held)
-        return [first * factor, *rest]
+    def _form(self, ask: Ask) -> Factored | linalg.Joint | None:
+        """What is to be factored; of a bias that is part of its weight's block, where that is."""
+        form, found = ask.statistics.form, ask.partner() if self.bias == "joint" else None
+        if found is None:
+            return form
+        return linalg.Joint(*found) if len(form.shape) == 1 else form.with_bias()
+
+    def _refusal(self, ask: Ask) -> str:
+        form, name = ask.statistics.form, type(self).__name__
+        text = f"{name} has no Kronecker factors for {ask.name} {list(form.shape)}"
+        if self.approx == "reduce" and form.kronecker(False) is not None:
+            return f'{text} with approx="reduce", where the inputs of all positions mix. Use approx="expand".'
+        return (
+            f"{text}, which is not the weight of a linear map or convolution, a table whose rows data looks up, "
+            "nor a vector. Choose the parameters, px.backpack(..., parameters=[...]), or ask for DiagGGNExact or "
+            "DiagGGNMC."
+        )
+
+    def land(self, held: Any, n: int, factor: float) -> Any:
+        if isinstance(held, linalg.Joint):
+            return held
+        factors = [held.outputs * factor] if held.inputs is None else [held.outputs * factor, held.inputs]
+        return [t[0] if len(t) == 1 else t for t in (factors if held.stored == "OI" else factors[::-1])]
 
 
 class KFAC(Sampled, _Kronecker):
     """Kronecker factors of the Fisher, in `kfac`: `[B, A]` for a weight, `[B]` for a vector.
 
-    B is `[O, O]` and A `[I, I]`, with a leading axis of groups for a grouped convolution. Weight and bias have blocks
-    of their own. For parameters without positions they are BackPACK's; for convolutions BackPACK mixes A of "expand"
-    with B of "reduce", which is off by a factor that grows with the number of positions.
+    B is `[O, O]` and A `[I, I]`, with a leading axis of groups for a grouped convolution. A weight that is stored
+    `[I, O]` has `[A, B]`, so that `linalg.kron_matvec(p.kfac, p.grad)` is right for all: the second factor of a product
+    `x @ weight`; a transposed convolution (its positions are those of the input, and O the entries of the patch that
+    each is written to); an embedding, whose A is diagonal, `[V]`, and which needs "expand".
+
+    For parameters without positions they are BackPACK's; for convolutions BackPACK mixes A of "expand" with B of
+    "reduce", which is off by a factor that grows with the number of positions. For a parameter that is no linear map's
+    weight, but a vector, such as a normalisation's, B is the block itself.
     """
 
     savefield = "kfac"
@@ -64,6 +97,7 @@ class KFAC(Sampled, _Kronecker):
         approx: str = "expand",
         fisher: str = "mc",
         generator: torch.Generator | None = None,
+        bias: str = "separate",
     ) -> None:
         """Choose the approximation.
 
@@ -73,6 +107,10 @@ class KFAC(Sampled, _Kronecker):
             fisher: "mc": targets drawn from the model's predictions; "exact": the loss's Hessian (type 2, as KFLR);
                 "empirical": the gradients of the loss as it is.
             generator: for the draws; one of packext's own by default.
+            bias: "separate": weight and bias have blocks of their own. "joint": a bias that is added to what a weight
+                gives in every use of either has one with it, that of the weight with an input more, which is 1: A is
+                `[I + 1, I + 1]`, and the bias has a `linalg.Joint` with the weight in it, whose `join` and `split`
+                make one matrix of two gradients and the reverse. Others have blocks of their own.
 
         Raises:
             ValueError: for an unknown choice.
@@ -81,10 +119,11 @@ class KFAC(Sampled, _Kronecker):
         for what, choice, known in (
             ("approx", approx, ("expand", "reduce")),
             ("fisher", fisher, ("mc", "exact", "empirical")),
+            ("bias", bias, ("separate", "joint")),
         ):
             if choice not in known:
                 raise ValueError(f"{what} must be one of {', '.join(known)}, got {choice!r}.")
-        self.approx, self.fisher = approx, fisher
+        self.approx, self.fisher, self.bias = approx, fisher, bias
 
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:
@@ -92,7 +131,8 @@ class KFAC(Sampled, _Kronecker):
 
     def __repr__(self) -> str:
         """As it was made."""
-        return f"KFAC(mc_samples={self.mc_samples}, approx={self.approx!r}, fisher={self.fisher!r})"
+        how = f"approx={self.approx!r}, fisher={self.fisher!r}, bias={self.bias!r}"
+        return f"KFAC(mc_samples={self.mc_samples}, {how})"
 
 
 class EKFAC(KFAC):
@@ -108,17 +148,18 @@ class EKFAC(KFAC):
 
     def __init__(
         self,
-        basis: Mapping[Any, linalg.KronEigh] | None = None,
+        basis: Mapping[Any, linalg.KronEigh | linalg.Joint] | None = None,
         mc_samples: int = 1,
         approx: str = "expand",
         fisher: str = "mc",
         generator: torch.Generator | None = None,
+        bias: str = "separate",
     ) -> None:
         """Take an earlier result for each parameter, by name or by the parameter itself, and what `KFAC` takes."""
-        super().__init__(mc_samples, approx, fisher, generator)
+        super().__init__(mc_samples, approx, fisher, generator, bias)
         self.basis = basis
 
-    def _basis(self, ask: Ask) -> linalg.KronEigh | None:
+    def _basis(self, ask: Ask) -> linalg.KronEigh | linalg.Joint | None:
         if self.basis is None:
             return None
         found = self.basis.get(ask.name)
@@ -132,17 +173,25 @@ class EKFAC(KFAC):
         basis = self._basis(ask)
         if basis is None:
             return super().absorb(ask, held)
-        left, *right = (v if v.dim() == 3 else v[None] for v in basis.vectors)
-        form = ask.statistics.form.rotated(left, right[0] if right else None)
-        if form is None:
-            raise UnsupportedUseError(f"EKFAC: the basis of {ask.name} {list(ask.parameter.shape)} does not fit it.")
-        moment = Statistics(form)["second_moment"].reshape(ask.parameter.shape)
-        return (basis.vectors, moment if held is None else held[1].add_(moment))
+        form, turned = self._form(ask), None
+        if isinstance(form, linalg.Joint):
+            return form
+        vectors = [] if isinstance(basis, linalg.Joint) else basis.vectors
+        if form is not None and vectors:
+            turned = form.rotated([v if v.dim() == 3 else v[None] for v in vectors])
+        if turned is None:
+            raise UnsupportedUseError(
+                f"EKFAC: the basis of {ask.name} {list(ask.parameter.shape)} does not fit it. Take one from the same "
+                f"model, by EKFAC with bias={self.bias!r}."
+            )
+        moment = Statistics(turned)["second_moment"]
+        return linalg.KronEigh(vectors, moment if held is None else held.eigenvalues.add_(moment))
 
-    def land(self, held: Any, n: int, factor: float) -> linalg.KronEigh:
-        if isinstance(held, tuple):
-            return linalg.KronEigh(held[0], held[1] * factor)
-        return linalg.KronEigh.of(super().land(held, n, factor))
+    def land(self, held: Any, n: int, factor: float) -> linalg.KronEigh | linalg.Joint:
+        if isinstance(held, linalg.KronEigh):
+            return linalg.KronEigh(held.vectors, held.eigenvalues * factor)
+        found = super().land(held, n, factor)
+        return found if isinstance(found, linalg.Joint) else linalg.KronEigh.of(found)
 
     def __repr__(self) -> str:
         """As it was made."""
@@ -153,3 +202,23 @@ class KFLR(_Kronecker):
     """Kronecker factors with the exact Hessian of the loss, "expand", in `kflr`; see `KFAC`."""
 
     savefield = "kflr"
+
+
+class KFRA(_Kronecker):
+    """Kronecker factors from a curvature that is averaged over the samples after every function, in `kfra`.
+
+    B of a layer is the GGN with respect to its output as it comes through the layers above, averaged over the samples
+    at each of them (Botev, Ritter & Barber, 2017, "Practical Gauss-Newton Optimisation for Deep Learning"). It is kept
+    for all entries of that output, `[D, D]`. A and the treatment of positions are those of `KFAC` with "expand": B is
+    the sum of the blocks of each position by itself. For layers without positions these are BackPACK's factors; of a
+    convolution, BackPACK takes the sum over all pairs of positions for B, and does not divide A by their number.
+
+    Defined for a chain of linear maps, convolutions and functions without parameters, with the batch along axis 0
+    everywhere; branches, residual connections and parameters that are used twice are refused.
+    """
+
+    savefield = "kfra"
+
+    @property
+    def root(self) -> tuple[str, int, torch.Generator | None]:
+        return ("averaged", 0, None)

@@ -40,6 +40,9 @@ class Convolution(OwnedRule):
 
     name = "convolution"
 
+    def bias_axis(self, use: Use) -> int | None:
+        return None if use.consts["transposed"] else 1  # positions of the input have no part in the bias
+
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         x, w, b = tensors["input"], tensors["weight"], tensors.get("bias")
         return use.func(x, w.to(x.dtype), None if b is None else b.to(x.dtype), **use.consts["options"])
@@ -140,7 +143,10 @@ class Convolution(OwnedRule):
         a = Patches(n, groups, positions, features, take, read, lambda: window.second_moment(read))
         alone = groups * positions * features * written.shape[1] // groups >= LARGE
         beside = per == 1 and not c["transposed"] and groups == 1 and _suits(x, w)
-        return Outer(a, canonical(written), w.shape, weighted, apply, native if alone or beside else None, alone)
+        # Of a transposed convolution, every position of the input is written to a patch of the output.
+        stored = "IO" if c["transposed"] else "OI"
+        fast = native if alone or beside else None
+        return Outer(a, canonical(written), w.shape, weighted, apply, fast, alone, stored=stored)
 
     @staticmethod
     def _apply(read: Tensor, direction: Tensor, c: dict[str, Any]) -> Tensor:

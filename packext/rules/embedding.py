@@ -44,7 +44,8 @@ class Embedding(Rule):
         padding = use.consts.get("padding_idx", -1)
         if padding is not None and padding >= 0:
             index = torch.where(index == padding, -1, index)
-        return {"weight": Lookup(layout.split(index, lead), layout.split(g, lead), table.shape)}
+        one_hot = not use.consts.get("scale_grad_by_freq")
+        return {"weight": Lookup(layout.split(index, lead), layout.split(g, lead), table.shape, one_hot)}
 
 
 class Indexed(Embedding):
@@ -145,7 +146,7 @@ class Bag(Rule):
         weights = torch.zeros(bags, longest, dtype=g.dtype, device=g.device).index_put((bag, slot), scale)
         rows = g[:, None, :] * weights[:, :, None]
         ids, rows = layout.split(ids, 1).flatten(1, 2), layout.split(rows, 1).flatten(1, 2)
-        return {"weight": Lookup(ids, rows, t["weight"].shape)}
+        return {"weight": Lookup(ids, rows, t["weight"].shape, one_hot=False)}
 
 
 BAG = Bag()

@@ -24,6 +24,9 @@ class Linear(OwnedRule):
 
     name = "linear"
 
+    def bias_axis(self, use: Use) -> int | None:
+        return 0 if use.consts["transposed"] else 1
+
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         x, w, b = tensors["input"], tensors["weight"], tensors.get("bias")
         w = w.t() if use.consts["transposed"] else w
@@ -61,7 +64,7 @@ class Linear(OwnedRule):
         if "weight" in use.sources:
             xs = layout.split(t["input"], lead)  # [N, S, I]
             if use.consts["transposed"]:
-                forms["weight"] = Outer(gs_[:, None], xs.mT[:, None], t["weight"].shape)
+                forms["weight"] = Outer(gs_[:, None], xs.mT[:, None], t["weight"].shape, stored="IO")
             else:
                 forms["weight"] = Outer(xs[:, None], terms.g, t["weight"].shape, terms=terms)
         if "bias" in use.sources:
@@ -183,6 +186,8 @@ class Contraction(Rule):
             data = data.sum(tuple(range(data.dim() - len(extra), data.dim())))
         xs = layout.split(data, lead)
         xs = xs.reshape(*xs.shape[:2], many(groups), many(reads)).transpose(1, 2)
+        if groups + reads + writes == list(w):
+            return {"weight": Outer(gs_.mT, xs.mT, t["weight"].shape, stored="IO")}
         inner = Outer(xs, gs_, [size[c] for c in groups + writes + reads])
         if groups + writes + reads == list(w):
             return {"weight": inner}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packext._errors import CoupledSamplesError
-from packext._factored import Dense, Factored, Outer, accumulation_dtype
+from packext._factored import Dense, Factored, Outer, Terms, accumulation_dtype
 from packext._layout import Layout
 from packext._use import Rule, Use
 from packext.rules._common import bind, handles
@@ -199,12 +199,13 @@ class Bilinear(Rule):
             return None
         rows = layout.split(g, lead)
         forms: dict[str, Factored] = {}
+        terms = Terms(rows.mT[:, None])
         if "weight" in use.sources:
             first, second = layout.split(t["input1"], lead), layout.split(t["input2"], lead)
             products = (first[..., :, None] * second[..., None, :]).flatten(2)
-            forms["weight"] = Outer(products[:, None], rows.mT[:, None], t["weight"].shape)
+            forms["weight"] = Outer(products[:, None], terms.g, t["weight"].shape, terms=terms)
         if "bias" in use.sources:
-            forms["bias"] = Dense(rows.sum(1, dtype=accumulation_dtype(g.dtype)))
+            forms["bias"] = Dense(rows.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
         return forms
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packext._factored import Dense, Factored, Outer, accumulation_dtype
+from packext._factored import Dense, Factored, Outer, Terms, accumulation_dtype
 from packext._layout import Layout
 from packext._use import Rule, Use
 from packext.rules import _lstm
@@ -149,11 +149,12 @@ class Recurrent(Rule):
         forms: dict[str, Factored] = {}
         for name, a, g in halves:
             gs_ = layout.split(g, 2)
+            terms = Terms(gs_.mT[:, None])
             if name in use.sources:
-                forms[name] = Outer(layout.split(a, 2)[:, None], gs_.mT[:, None], t[name].shape)
+                forms[name] = Outer(layout.split(a, 2)[:, None], terms.g, t[name].shape, terms=terms)
             bias = name.replace(".", ".b")
             if bias in use.sources:
-                forms[bias] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)))
+                forms[bias] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
         return forms
 
     def _by_autograd(

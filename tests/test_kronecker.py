@@ -1,0 +1,541 @@
+"""Kronecker factors on every case against their definition, one sample and one column at a time, in float64."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext import linalg, testing
+from tests.cases import CASES, Case
+from tests.helpers import double_precision, mlp
+
+#: torch's own advice on even kernels, for the plain model as well.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+N = 4
+#: Learned positions: the table is read for all samples at once.
+READ_WITHOUT_DATA = ("pos.weight", "wpe.weight")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def run(model: nn.Module, loss: nn.Module, x: Any, y: Any, *asked: Any, axis: int = 0, **options: Any) -> px.Results:
+    px.extend(model, axis)
+    px.extend(loss)
+    model.zero_grad()
+    with px.backpack(*asked, **options) as results:
+        loss(testing.call(model, x), y).backward()
+    return results
+
+
+# -- the definition ------------------------------------------------------------------------------------------
+
+
+def sides(module: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Inputs `[G, S, I]` of the linear map that a module is at each position, and how a gradient there splits."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1]), lambda b: b.reshape(1, -1, y.shape[-1])
+    if isinstance(module, nn.Embedding):
+        hot = F.one_hot(x.flatten(), module.num_embeddings).to(module.weight)
+        if module.padding_idx is not None:
+            hot[x.flatten() == module.padding_idx] = 0
+        return hot[None], lambda b: b.reshape(1, -1, y.shape[-1])
+    groups, inputs = module.groups, module.weight[0].numel()
+    eye = torch.eye(inputs).reshape(inputs, *module.weight.shape[1:]).repeat(groups, *[1] * (module.weight.dim() - 1))
+    split = lambda t: t.unflatten(1, (groups, -1)).flatten(3).movedim(2, 3).movedim(1, 0).flatten(1, 2)  # noqa: E731
+    return split(module._conv_forward(x, eye, None)).detach(), split
+
+
+class Definition:
+    """A and B of every linear map, convolution and embedding of a model, from calls with one sample each."""
+
+    def __init__(self, case: Case) -> None:
+        self.model, self.inputs, self.targets = case.build()
+        self.loss, self.axis = case.loss(), case.batch_axis
+        self.n = testing.batch_size(self.inputs, case.batch_axis)
+        weights = [1 / self.n] * self.n if self.loss.reduction == "mean" else [1.0] * self.n
+        self.weights = weights if case.weights is None else case.weights(self.targets)
+        names = {id(p): name for name, p in self.model.named_parameters(remove_duplicate=False)}
+        every = [id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None]
+        self.modules = {
+            names[id(m._parameters["weight"])]: m
+            for m in self.model.modules()
+            if (type(m) in CONVOLUTIONS or type(m) in (nn.Linear, nn.Embedding))
+            and (w := m._parameters.get("weight")) is not None
+            and w.requires_grad
+            and every.count(id(m._parameters["weight"])) == 1
+            and not getattr(m, "scale_grad_by_freq", False)
+            and names[id(w)] not in READ_WITHOUT_DATA
+        }
+        self.found: dict[str, list[list[tuple[Tensor, list[Tensor]]]]] = {name: [] for name in self.modules}
+        for sample in range(self.n if self.modules else 0):
+            self._one(sample)
+        sizes = {name: [sum(a.shape[1] for a, _ in calls) for calls in each] for name, each in self.found.items()}
+        for name, each in sizes.items():
+            if len(set(each)) > 1 or not each[0]:
+                del self.found[name], self.modules[name]
+
+    def _one(self, sample: int) -> None:
+        calls: list[tuple[str, Any, Tensor, Tensor]] = []
+
+        def hook(name: str, m: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+            calls.append((name, m, [*args, *kwargs.values()][0].detach().clone(), y))
+            return y.clone()  # what follows may write into it
+
+        hooks = [
+            m.register_forward_hook(functools.partial(hook, name), with_kwargs=True) for name, m in self.modules.items()
+        ]
+        output = testing.call(self.model, testing.select(self.inputs, sample, self.n, self.axis))
+        for handle in hooks:
+            handle.remove()
+        leaves, spec = torch.utils._pytree.tree_flatten(output)
+        live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+        flat = torch.cat([t.detach().flatten() for t in live]).requires_grad_()
+        parts = iter(flat.split([t.numel() for t in live]))
+        again = [next(parts).view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
+        axis = self.axis if testing._has_axis(self.targets, self.axis, self.n) else 0
+        target = testing.select(self.targets, sample, self.n, axis)
+        value = self.weights[sample] * self.loss(torch.utils._pytree.tree_unflatten(again, spec), target)
+        slope = torch.autograd.grad(value, flat, create_graph=True)[0]
+        hessian = torch.stack([torch.autograd.grad(d, flat, retain_graph=True)[0] for d in slope])
+        values, vectors = torch.linalg.eigh(hessian)
+        outputs = [y for *_, y in calls]
+        top = torch.cat([t.flatten() for t in live])
+        columns = [
+            torch.autograd.grad(top, outputs, s, retain_graph=True, allow_unused=True)
+            for s in (vectors * values.clamp(min=0).sqrt()).T
+        ]
+        each: dict[str, list[tuple[Tensor, list[Tensor]]]] = {name: [] for name in self.modules}
+        for k, (name, module, x, y) in enumerate(calls):
+            a, split = sides(module, x, y)
+            each[name].append((a, [split(torch.zeros_like(y) if c[k] is None else c[k]) for c in columns]))
+        for name in self.modules:
+            self.found[name].append(each[name])
+
+    def factors(self, name: str, approx: str, joint: bool) -> tuple[Tensor, Tensor]:
+        """B `[G, O, O]` and A `[G, I, I]`."""
+        outputs: Any = 0
+        inputs: Any = 0
+        for calls in self.found[name]:
+            a = torch.cat([a for a, _ in calls], 1)
+            if joint:
+                a = torch.cat([a, torch.ones(*a.shape[:2], 1)], 2)
+            a = a.mean(1, keepdim=True) if approx == "reduce" else a
+            inputs = inputs + a.mT @ a / (self.n * a.shape[1])
+            for k in range(len(calls[0][1])):
+                b = torch.cat([columns[k] for _, columns in calls], 1)
+                b = b.sum(1, keepdim=True) if approx == "reduce" else b
+                outputs = outputs + b.mT @ b
+        return outputs, inputs
+
+
+def curved(case: Case) -> bool:
+    return isinstance(case.loss(), (nn.CrossEntropyLoss, nn.MSELoss)) and case.name != "output data class"
+
+
+def check(case: Case, approx: str, bias: str) -> int:
+    """Compare the factors of every module that the definition knows; how many there were."""
+    truth = Definition(case)
+    model, modules = truth.model, truth.modules
+    if approx == "reduce":
+        modules = {name: m for name, m in modules.items() if not isinstance(m, nn.Embedding)}
+    known = {id(p) for m in modules.values() for p in m.parameters()}
+    for p in model.parameters():  # others may have no factors
+        p.requires_grad_(p.requires_grad and id(p) in known)
+    if not modules:
+        return 0
+    asked = px.KFAC(fisher="exact", approx=approx, bias=bias)
+    if case.name == "one convolution called twice" and approx == "reduce":  # positions of several uses are not pooled
+        with pytest.raises(px.UnsupportedUseError, match='approx="reduce".*Use approx="expand"'):
+            run(model, truth.loss, truth.inputs, truth.targets, asked, axis=truth.axis)
+        return len(modules)
+    run(model, truth.loss, truth.inputs, truth.targets, asked, axis=truth.axis)
+    for name, m in modules.items():
+        own = m._parameters.get("bias")
+        own = None if own is None or not own.requires_grad else own
+        joint = bias == "joint" and own is not None
+        outputs, inputs = truth.factors(name, approx, joint)
+        if not hasattr(m.weight, "kfac"):
+            assert not outputs.any(), name
+            continue
+        found = m.weight.kfac
+        if isinstance(m, nn.Embedding):
+            found = [found[1], found[0].diag_embed()]
+        for got, want in zip(found, (outputs, inputs), strict=True):
+            assert testing.relative_error(got if got.dim() == 3 else got[None], want) < 1e-9, (name, got.shape)
+        if joint:
+            assert own.kfac.weight is m.weight and own.kfac.axis == 1, name
+        elif own is not None and len(outputs) == 1:  # with groups, a bias has one block for all outputs
+            assert testing.relative_error(own.kfac[0], outputs[0]) < 1e-9, name
+    return len(modules)
+
+
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("case", [c for c in CASES if curved(c)], ids=lambda c: c.name)
+def test_factors_on_every_case(case: Case, approx: str, bias: str) -> None:
+    if not check(case, approx, bias):
+        pytest.skip("no linear map, convolution or embedding of its own")
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_wrong_factors_are_noticed(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from packext import _factored
+
+    moments, counts = _factored.Outer._moments, _factored.Lookup._counts
+    if wrong == 0:
+        monkeypatch.setattr(_factored.Outer, "_moments", lambda self, reduce: moments(self, reduce) * (1 + 1e-6))
+    elif wrong == 1:
+        monkeypatch.setattr(_factored.Outer, "with_bias", lambda self: self)
+    else:
+        monkeypatch.setattr(_factored.Lookup, "_counts", lambda self: counts(self).roll(1, -1))
+    case = next(c for c in CASES if c.name.startswith("embedding" if wrong == 2 else "mlp"))
+    with pytest.raises(AssertionError):
+        check(case, "expand", "joint")
+
+
+# -- weight and bias in one block ------------------------------------------------------------------------------
+
+
+class WithOne(nn.Module):
+    """A linear layer whose bias is the last column of its weight."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([layer.weight, layer.bias[:, None]], 1).detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.cat([x, torch.ones_like(x[..., :1])], -1), self.weight)
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "mc"])
+def test_a_joint_block_is_that_of_a_layer_with_a_constant_input(fisher: str, approx: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3), Mean())
+    other = nn.Sequential(WithOne(model[0]), nn.Tanh(), WithOne(model[2]), Mean())
+    x, y = torch.randn(N, 4, 5), torch.randint(3, (N,))
+    for m in (model, other):
+        numbers = torch.Generator().manual_seed(7)
+        run(m, nn.CrossEntropyLoss(), x, y, px.KFAC(2, approx, fisher, numbers, bias="joint"), scale="sample")
+    for k in (0, 2):
+        for got, want in zip(model[k].weight.kfac, other[k].weight.kfac, strict=True):
+            torch.testing.assert_close(got, want)
+        joint = model[k].bias.kfac
+        got = linalg.kron_matvec(model[k].weight.kfac, joint.join(model[k].weight.grad, model[k].bias.grad))
+        torch.testing.assert_close(got, linalg.kron_matvec(other[k].weight.kfac, other[k].weight.grad))
+        weight, bias = joint.split(got)
+        assert weight.shape == model[k].weight.shape and bias.shape == model[k].bias.shape
+        torch.testing.assert_close(joint.join(weight, bias), got)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def test_a_joint_block_is_exact_for_one_sample() -> None:
+    model, x, y = mlp(), torch.randn(1, 5), torch.randint(3, (1,))
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y)
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFAC(fisher="exact", bias="joint"))
+    for k in (0, 2):
+        both = torch.cat([rows[f"{k}.weight"], rows[f"{k}.bias"][..., None]], -1).flatten(2).flatten(0, 1)
+        torch.testing.assert_close(linalg.kron(model[k].weight.kfac), both.T @ both)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_corrected_eigenvalues_of_a_joint_block(groups: int) -> None:
+    model = nn.Sequential(nn.Conv1d(4, 6, 2, groups=groups), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3))
+    x, y = torch.randn(N, 4, 4), torch.randint(3, (N,))
+    loss = nn.CrossEntropyLoss()
+    rows = testing.curvature_rows(model, loss, x, y, weights=[1 / N] * N)
+    results = run(model, loss, x, y, px.EKFAC(fisher="exact", bias="joint"))
+    basis = {name: results[name].ekfac for name in results}
+    run(model, loss, x, y, px.EKFAC(basis, fisher="exact", bias="joint"))
+    for layer in ("0", "3"):
+        joint, decomposed = model[int(layer)].bias.ekfac, model[int(layer)].weight.ekfac
+        both = torch.cat([rows[f"{layer}.weight"].flatten(3), rows[f"{layer}.bias"][..., None]], -1)
+        want = decomposed.rotate(both).square().sum((0, 1))
+        torch.testing.assert_close(decomposed.eigenvalues.reshape(want.shape), want)
+        assert joint.weight is model[int(layer)].weight
+    for wrong in ("separate", "joint"):
+        first = run(model, loss, x, y, px.EKFAC(fisher="exact", bias="joint" if wrong == "separate" else "separate"))
+        basis = {name: first[name].ekfac for name in first}
+        with pytest.raises(px.UnsupportedUseError, match="does not fit"):
+            run(model, loss, x, y, px.EKFAC(basis, fisher="exact", bias=wrong))
+
+
+class Sharing(nn.Module):
+    """A bias in two layers, a weight with and without one, and a value made of a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.d, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.b.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).tanh()).tanh()
+        x = F.linear(self.c(x).tanh(), self.c.weight).tanh()
+        return self.head(F.linear(x, self.d.weight, 2 * self.d.bias).tanh())
+
+
+def test_who_has_a_joint_block() -> None:
+    model, x, y = Sharing(), torch.randn(N, 4), torch.randint(3, (N,))
+    model.d.bias.requires_grad_(False)
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFAC(bias="joint"))
+    assert model.head.weight.kfac[1].shape == (5, 5) and model.head.bias.kfac.weight is model.head.weight
+    for layer in (model.a, model.b, model.c, model.d):
+        assert layer.weight.kfac[1].shape == (4, 4)
+        assert not layer.bias.requires_grad or layer.bias.kfac[0].shape == (4, 4)
+    with pytest.raises(ValueError, match="together with the weight"):
+        inspect.unwrap(linalg.kron_trace)(model.head.bias.kfac)
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_a_step_of_natural_gradient_as_an_optimizer_takes_it(k: int) -> None:
+    bias = ("separate", "joint", "joint")[k]
+    model = nn.Sequential(nn.Embedding(6, 5), nn.Flatten(), nn.Linear(15, 7), nn.Tanh(), nn.Linear(7, 3))
+    x, y, loss = torch.randint(6, (32, 3)), torch.randint(3, (32,)), nn.CrossEntropyLoss()
+    values = []
+    field = "ekfac" if k == 2 else "kfac"
+    for _ in range(10):
+        asked = px.EKFAC(fisher="exact", bias=bias) if k == 2 else px.KFAC(fisher="exact", bias=bias)
+        run(model, loss, x, y, asked)
+        values.append(float(loss(model(x), y).detach()))
+        with torch.no_grad():
+            parameters = list(model.parameters())
+            joints = [(p, getattr(p, field)) for p in parameters if isinstance(getattr(p, field), linalg.Joint)]
+            alone = set(parameters) - {p for p, _ in joints} - {joint.weight for _, joint in joints}
+            for p, joint in joints:
+                step = solve(getattr(joint.weight, field), joint.join(joint.weight.grad, p.grad))
+                for q, part in zip((joint.weight, p), joint.split(step), strict=True):
+                    q -= 0.5 * part
+            for p in alone:
+                p -= 0.5 * solve(getattr(p, field), p.grad)
+    assert values[-1] < 0.5 * values[0]
+
+
+def solve(factors: Any, gradient: Tensor) -> Tensor:
+    if isinstance(factors, linalg.KronEigh):
+        return factors.matvec(gradient, lambda e: 1 / (e + 1e-2))
+    return linalg.kron_matvec(linalg.kron_inv(factors, 1e-2), gradient)
+
+
+# -- weights stored the other way ------------------------------------------------------------------------------
+
+
+class Product(nn.Module):
+    """A linear map in one of the ways to write it; `p` is `[I, O]`, with groups `[H, I, O]`."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.p = nn.Parameter(torch.randn(*((2,) if "groups" in how else ()), 4, 6))
+        self.bias = nn.Parameter(torch.randn(6)) if how == "addmm" else None
+        self.head = nn.Linear(12 if "groups" in how else 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "matmul":
+            y = x @ self.p
+        elif self.how == "addmm":
+            y = torch.addmm(self.bias, x.view(-1, 4), self.p).view(*x.shape[:-1], 6)
+        elif self.how == "einsum":
+            y = torch.einsum("nti,io->nto", x, self.p)
+        elif self.how == "groups, einsum":
+            y = torch.einsum("nthi,hio->ntho", torch.stack([x, x.flip(-1)], 2), self.p)
+        else:
+            y = (torch.stack([x, x.flip(-1)], 1) @ self.p).transpose(1, 2)
+        return self.head(y.flatten(2).tanh().mean(1))
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("how", ["matmul", "addmm", "einsum", "groups, einsum", "groups, matmul"])
+def test_a_weight_that_is_stored_transposed(how: str, approx: str) -> None:
+    model, x, y = Product(how), torch.randn(N, 5, 4), torch.randint(3, (N,))
+    asked = px.KFAC(fisher="exact", approx=approx, bias="joint")
+    run(model, nn.CrossEntropyLoss(), x, y, asked)
+    inputs, outputs = model.p.kfac
+    if "groups" in how:
+        layer = nn.Conv1d(8, 12, 1, groups=2, bias=False)
+        layer.weight.data = model.p.detach().mT.reshape(12, 4, 1)
+        other = nn.Sequential(Swap(), layer, Swap(), nn.Tanh(), Mean(), model.head)
+        z = torch.cat([x, x.flip(-1)], 2)
+    else:
+        layer = nn.Linear(4, 6, bias=how == "addmm")
+        layer.weight.data = model.p.detach().mT.clone()
+        if how == "addmm":
+            layer.bias.data = model.bias.detach().clone()
+        other, z = nn.Sequential(layer, nn.Tanh(), Mean(), model.head), x
+    run(other, nn.CrossEntropyLoss(), z, y, asked)
+    for got, want in zip((outputs, inputs), layer.weight.kfac, strict=True):
+        torch.testing.assert_close(got, want)
+    if how != "addmm":
+        got, want = (linalg.kron_matvec(p.kfac, p.grad) for p in (model.p, layer.weight))
+        torch.testing.assert_close(got.mT.reshape(want.shape), want)
+    if how == "addmm":
+        joint = model.bias.kfac
+        assert joint.axis == 0
+        both = joint.join(model.p.grad, model.bias.grad)
+        torch.testing.assert_close(both.mT, layer.bias.kfac.join(layer.weight.grad, layer.bias.grad))
+        for got, want in zip(joint.split(both), (model.p.grad, model.bias.grad), strict=True):
+            assert torch.equal(got, want)
+
+
+class Swap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("how", ["matmul", "conv transpose", "conv transpose, groups", "embedding"])
+def test_what_is_stored_transposed_is_exact_for_one_sample_and_position(how: str) -> None:
+    if how == "embedding":
+        model: nn.Module = nn.Sequential(nn.Embedding(5, 4, padding_idx=2), nn.Flatten(), nn.Tanh(), nn.Linear(4, 3))
+        x: Tensor = torch.tensor([[3]])
+    elif how == "matmul":
+        model, x = Product("matmul"), torch.randn(1, 1, 4)
+    else:
+        layer = nn.ConvTranspose1d(4, 6, 3, groups=2 if "groups" in how else 1, bias=False)
+        model, x = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)), torch.randn(1, 4, 1)
+    y = torch.randint(3, (1,))
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y)
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFAC(fisher="exact"), px.EKFAC(fisher="exact"))
+    first = {name: p.ekfac for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        flat = rows[name].flatten(2).flatten(0, 1)
+        want = flat.T @ flat
+        if p.kfac[0].dim() == 3:  # groups have blocks of their own
+            want = torch.block_diag(*(want[k : k + 18, k : k + 18] for k in (0, 18)))
+        torch.testing.assert_close(linalg.kron(p.kfac), want)
+        v = torch.randn_like(p)
+        torch.testing.assert_close(first[name].matvec(v), linalg.kron_matvec(p.kfac, v))
+    run(model, nn.CrossEntropyLoss(), x, y, px.EKFAC(first, fisher="exact"))
+    for name, p in model.named_parameters():
+        want = first[name].rotate(rows[name]).square().sum((0, 1))
+        torch.testing.assert_close(p.ekfac.eigenvalues.reshape(want.shape), want)
+
+
+class PerHead(nn.Module):
+    """A weight whose inputs stand between its outputs: no Kronecker product is in the order of its axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.head = nn.Parameter(torch.randn(2, 4, 3)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.einsum("ni,hid->nhd", x, self.p).flatten(1))
+
+
+class TiedBothWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix = nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.mix(self.table(x)).tanh().mean(1), self.table.weight)
+
+
+@pytest.mark.parametrize("build", [PerHead, TiedBothWays])
+def test_what_is_stored_in_neither_way_is_refused(build: Callable[[], nn.Module]) -> None:
+    model, y = build(), torch.randint(3, (N,))
+    x = torch.randn(N, 4) if build is PerHead else torch.randint(6, (N, 5))
+    name = "p" if build is PerHead else "table.weight"
+    with pytest.raises(px.UnsupportedUseError, match=f"for {name} .*parameters="):
+        run(model, nn.CrossEntropyLoss(), x, y, px.KFAC())
+    dict(model.named_parameters())[name].requires_grad_(False)
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFAC())
+
+
+# -- embeddings ------------------------------------------------------------------------------------------------
+
+
+def test_an_embedding_has_a_diagonal_factor_and_builds_no_larger_one() -> None:
+    model = nn.Sequential(nn.Embedding(200_000, 2), nn.Flatten(), nn.Linear(6, 3))
+    x, y = torch.randint(200_000, (N, 3)), torch.randint(3, (N,))
+    x[1] = x[0]
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFLR(), px.EKFAC(fisher="exact"))
+    table = model[0].weight
+    counts, outputs = table.kflr
+    assert counts.shape == (200_000,) and outputs.shape == (2, 2)
+    torch.testing.assert_close(counts.sum(), torch.tensor(1.0))
+    inverse = linalg.kron_inv(table.kflr, 0.1)
+    assert inverse[0].shape == counts.shape
+    v = torch.randn_like(table)
+    shift = 1 / inverse[0] - counts
+    assert (shift > 0).all() and testing.relative_error(shift, shift[:1].expand_as(shift)) < 1e-9
+    back = linalg.kron_matvec([counts + shift, torch.linalg.inv(inverse[1])], linalg.kron_matvec(inverse, v))
+    torch.testing.assert_close(back, v)
+    torch.testing.assert_close(table.ekfac.matvec(v), linalg.kron_matvec(table.kflr, v))
+    torch.testing.assert_close(linalg.kron_trace(table.kflr), outputs.trace())
+
+
+def test_corrected_eigenvalues_of_an_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=1), nn.Flatten(), nn.Linear(12, 3))
+    x, y = torch.randint(6, (N, 3)), torch.randint(3, (N,))
+    x[0, 0] = 1
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+    run(model, nn.CrossEntropyLoss(), x, y, px.EKFAC(fisher="exact"))
+    first = {p: p.ekfac for p in model.parameters()}
+    run(model, nn.CrossEntropyLoss(), x, y, px.EKFAC(first, fisher="exact"))
+    table = model[0].weight
+    torch.testing.assert_close(table.ekfac.eigenvalues, first[table].rotate(rows["0.weight"]).square().sum((0, 1)))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
+    "pooled tokens": (
+        lambda: nn.Sequential(nn.Embedding(6, 4), nn.Flatten(), nn.Linear(12, 3)),
+        lambda: px.KFAC(approx="reduce"),
+        'Use approx="expand"',
+    ),
+    "frequencies": (
+        lambda: nn.Sequential(nn.Embedding(6, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(12, 3)),
+        px.KFAC,
+        "0.weight.*parameters=",
+    ),
+    "a bag": (lambda: nn.Sequential(nn.EmbeddingBag(6, 4), nn.Linear(4, 3)), px.KFAC, "0.weight.*parameters="),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_lookups_without_factors_are_refused(name: str) -> None:
+    build, asked, message = REFUSED[name]
+    model = build()
+    with pytest.raises(px.UnsupportedUseError, match=message):
+        run(model, nn.CrossEntropyLoss(), torch.randint(6, (N, 3)), torch.randint(3, (N,)), asked())
+    assert all(p.grad is None and not hasattr(p, "kfac") for p in model.parameters())
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU, nn.Bilinear])
+def test_a_bias_counts_positions_as_its_weight_does(kind: Any, approx: str) -> None:
+    """B of a bias is that of the weight beside it, in layers that have their own rules as well."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = kind(4, 4, 5) if kind is nn.Bilinear else kind(4, 5, batch_first=True)
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x, x.flip(2)) if kind is nn.Bilinear else self.layer(x)[0]
+            return self.head(y.tanh()).mean(1)
+
+    model = px.extend(Net())
+    x, y = torch.randn(N, 6, 4), torch.randint(3, (N,))
+    run(model, nn.CrossEntropyLoss(), x, y, px.KFAC(fisher="exact", approx=approx))
+    found = dict(model.layer.named_parameters())
+    pairs = [(k, k.replace("weight", "bias")) for k in found if "weight" in k]
+    assert pairs
+    for weight, bias in pairs:
+        torch.testing.assert_close(found[bias].kfac[0], found[weight].kfac[0])

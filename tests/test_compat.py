@@ -159,6 +159,38 @@ def test_curvature(build: Any, loss: str, reduction: str) -> None:
                 torch.testing.assert_close(value.abs(), found[backpack][name][field].abs())
 
 
+def smooth() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ELU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2), nn.Tanh(),
+        nn.Flatten(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3),
+    )  # fmt: skip
+    return model, torch.randn(6, 2, 9, 9)
+
+
+@pytest.mark.parametrize("build", [flat, smooth, volumes])
+@pytest.mark.parametrize("loss", ["CrossEntropyLoss", "MSELoss"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_diagonal_of_the_hessian(build: Any, loss: str, reduction: str) -> None:
+    from backpack import extensions as theirs
+
+    import packext as px
+
+    torch.manual_seed(0)
+    model, x = build()
+    model, x = model.double(), x.double()
+    y = torch.randint(3, (len(x),)) if loss == "CrossEntropyLoss" else torch.randn(len(x), 3).double()
+    found = {}
+    for library, module in ((backpack, theirs), (px, px)):
+        net = library.extend(copy.deepcopy(model))
+        loss_fn = library.extend(getattr(nn, loss)(reduction=reduction))
+        with library.backpack(module.DiagHessian(), module.BatchDiagHessian()):
+            loss_fn(net(x), y).backward()
+        found[library] = dict(net.named_parameters())
+    for name, p in found[px].items():
+        torch.testing.assert_close(p.diag_h, found[backpack][name].diag_h)
+        torch.testing.assert_close(p.diag_h_batch, found[backpack][name].diag_h_batch)
+
+
 def test_signatures() -> None:
     """Every argument of BackPACK's public calls is accepted under its name and at its place."""
     import inspect

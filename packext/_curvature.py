@@ -90,10 +90,8 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, edge: Grad
         if kind == "hessian":
             for edges, cotangents, sign in residual(flight, seen.edges, live, places, edge, g):
                 Sweep(flight, functools.partial(absorb, sign)).send(edges, cotangents)
-        for source, sums in flight.sums.values():
-            for quantity in members:
-                if id(quantity) in sums:
-                    quantity.settle(sums[id(quantity)], source.name)
+        for q in members:
+            q.settle({source.name: sums[id(q)] for source, sums in flight.sums.values() if id(q) in sums})
 
 
 class Graph(Point):

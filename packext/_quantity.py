@@ -105,8 +105,8 @@ class Curvature(Quantity):
         """Take one column; `held` is what the last call for this parameter returned, None at first."""
         raise NotImplementedError
 
-    def settle(self, held: Any, name: str) -> None:
-        """Raise if what was absorbed for the parameter `name` is not to be trusted; no gradient was accumulated yet."""
+    def settle(self, held: dict[str, Any]) -> None:
+        """Raise if what was absorbed, by the parameter's name, is not to be trusted; `.grad` is still as it was."""
 
     def land(self, held: Any, n: int, factor: float) -> Any:
         """The result, of a Hessian times `factor`."""

@@ -554,6 +554,28 @@ def test_terms_that_cancel_are_refused() -> None:
     refuses(Sign(), "a.weight.*cancel", None, px.PackextError)
 
 
+def test_terms_that_cancel_to_zero_are_right() -> None:
+    """A shift of all keys, or a common scale of what is normalised, changes nothing."""
+
+    class Keys(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(5, 4) for _ in range(3))
+            self.s, self.head = nn.Parameter(torch.tensor([1.3])), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = (self.q(x) @ self.k(x).mT).softmax(-1)
+            y = (weights @ self.v(x)).mean(1) * self.s
+            return self.head(y / y.norm(dim=1, keepdim=True))
+
+    model, x, y = Keys(), torch.randn(N, 3, 5), torch.randint(3, (N,))
+    rows = testing.hessian_diagonals(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+    run(model, nn.CrossEntropyLoss(), x, y)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.diag_h_batch, rows[name], atol=1e-12, rtol=1e-8)
+    assert model.k.bias.diag_h.abs().max() < 1e-12 and model.s.diag_h.abs().max() < 1e-12
+
+
 def test_a_loss_that_sees_more_of_the_model_is_refused() -> None:
     class Hidden(nn.CrossEntropyLoss):
         net: list[Any]

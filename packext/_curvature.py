@@ -19,7 +19,7 @@ from packext import _roots
 from packext._chain import Chain, Positive, average, kept
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Pass, Sweep, probe_inputs, refuse_static
+from packext._flight import Pass, Sweep, enter, probe_inputs, refuse_static
 from packext._layout import Layout, candidates
 from packext._lineage import disable
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
@@ -285,10 +285,14 @@ def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
         raise PackextError("Curvature needs samples: the batch is empty. Pass the batch to the extended model.")
     if any(record.n != n for record in records):
         raise PackextError(f"The extended {seen.name} joins forwards of different batches: run one loss for each.")
+    places = []
+    for gate, record in zip(gates, records, strict=True):
+        enter(record)  # the probe tells where the samples are in the model's outputs
+        index = next(i for i, (node, *_) in enumerate(record.gates) if node() is gate)
+        places.append(record.places.get(index, Layout(axis if n > 1 else None, n)))
+    if len(gates) == 1 and edge.node is gates[0]:
+        return places[0]
     options = list(candidates(output.shape, n, axis))
-    direct = len(gates) == 1 and edge.node is gates[0]
-    if direct and n > 1 and output.dim() > axis and output.shape[axis] == n:
-        return Layout(axis, n)
     edges = [GradientEdge(gate, 0) for gate in gates]
     generator = torch.Generator().manual_seed(20250101)
     for layout in options:
@@ -299,7 +303,10 @@ def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
             values = torch.rand(output.shape, generator=generator).to(output) + 0.5
             cotangent = torch.where(layout.spread(members.to(output.device), values), values, 0.0)
             grads = probe_inputs(edge, edges, cotangent)
-            if not all(grad is None or Layout(axis, n).agrees(grad, members.to(grad.device)) for grad in grads):
+            if not all(
+                grad is None or place.agrees(grad, members.to(grad.device))
+                for place, grad in zip(places, grads, strict=True)
+            ):
                 break
         else:
             return layout

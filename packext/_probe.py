@@ -10,7 +10,7 @@ autograd's gradient of every parameter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,9 +137,9 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         return
     n = record.n
     starts = _starts(record, gates)
-    if not all(layouts for _, layouts, _ in starts):
+    if not all(start.layouts for start in starts):
         # A loss computed inside of the model, beside the outputs that it is computed from.
-        starts = [start for start in _starts(record, frozenset(range(len(record.gates)))) if start[1]]
+        starts = [start for start in _starts(record, frozenset(range(len(record.gates)))) if start.layouts]
     if not starts:
         raise PackextError(
             f"No output of the extended model has an axis of {n} entries (the batch, axis {record.batch_axis} of its "
@@ -151,8 +151,8 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     lone = int(torch.randint(n, (1,), generator=generator))
     cotangents_of = [*_bits(n), torch.arange(n) == lone]
     conflict: Use | None = None
-    for attempt in range(max(len(layouts) for _, layouts, _ in starts)):
-        chosen = [layouts[min(attempt, len(layouts) - 1)] for _, layouts, _ in starts]
+    for attempt in range(max(len(start.layouts) for start in starts)):
+        chosen = [start.layouts[min(attempt, len(start.layouts) - 1)] for start in starts]
         for use in record.uses:
             use.options = []
         conflict = None
@@ -160,10 +160,9 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             compare = lone if members is cotangents_of[-1] else None
             run = Probe(n, members, compare)
             cotangents = [
-                _cotangent(meta, layout, members, generator)
-                for (_, _, meta), layout in zip(starts, chosen, strict=True)
+                _cotangent(start.meta, layout, members, generator) for start, layout in zip(starts, chosen, strict=True)
             ]
-            edges = [edge for edge, _, _ in starts]
+            edges = [start.edge for start in starts]
             parameters = [] if compare is None else [s.tensor for s in record.parameters()]
             grads = send(run, edges, cotangents, [TARGET, *parameters])
             conflict = run.conflict
@@ -174,12 +173,14 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             if compare is not None:
                 _compare(run, record, dict(zip(map(id, parameters), grads[1:], strict=True)))
         if conflict is None:
+            record.places.update({start.gate: layout for start, layout in zip(starts, chosen, strict=True)})
             break
     if conflict is not None:
         raise CoupledSamplesError(_coupled(record, conflict))
     # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
     if not record.routed and all(is_settled(use) for use in record.uses):
-        record.extension.shared.remember(key, [use.layouts if use.options else None for use in record.uses])
+        layouts = [use.layouts if use.options else None for use in record.uses]
+        record.extension.shared.remember(key, (layouts, {start.gate: record.places[start.gate] for start in starts}))
 
 
 def _bits(n: int) -> list[Tensor]:
@@ -192,14 +193,21 @@ def _bits(n: int) -> list[Tensor]:
     return sets
 
 
-def _adopt(record: Record, plan: list[tuple[Layout | None, ...] | None]) -> bool:
-    for use, layouts in zip(record.uses, plan, strict=True):
+def _adopt(record: Record, plan: tuple[list[tuple[Layout | None, ...] | None], dict[int, Layout]]) -> bool:
+    def here(layout: Layout) -> Layout:
+        return Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
+
+    places = {gate: here(layout) for gate, layout in plan[1].items()}
+    for gate, layout in places.items():
+        if layout.axis is not None and record.gates[gate][1][layout.axis] % record.n:
+            return False
+    record.places.update(places)
+    for use, layouts in zip(record.uses, plan[0], strict=True):
         if layouts is None:
             continue
         known = use.layouts or (None,) * len(layouts)
         use.layouts = tuple(
-            before if layout is None else Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
-            for layout, before in zip(layouts, known, strict=True)
+            before if layout is None else here(layout) for layout, before in zip(layouts, known, strict=True)
         )
         for layout, shape in zip(use.layouts, use.outputs, strict=True):
             if layout is not None and layout.axis is not None and shape[layout.axis] % record.n:
@@ -207,7 +215,16 @@ def _adopt(record: Record, plan: list[tuple[Layout | None, ...] | None]) -> bool
     return True
 
 
-def _starts(record: Record, gates: frozenset[int]) -> list[tuple[GradientEdge, list[Layout], tuple[Any, ...]]]:
+class _Start(NamedTuple):
+    """A gate: its index, the edge below it, the layouts that its output allows, and shape, dtype and device."""
+
+    gate: int
+    edge: GradientEdge
+    layouts: list[Layout]
+    meta: tuple[Any, ...]
+
+
+def _starts(record: Record, gates: frozenset[int]) -> list[_Start]:
     starts = []
     for i in sorted(gates):
         ref, shape, dtype, device = record.gates[i]
@@ -218,7 +235,7 @@ def _starts(record: Record, gates: frozenset[int]) -> list[tuple[GradientEdge, l
         if record.n > 1 and len(shape) > record.batch_axis and shape[record.batch_axis] == record.n:
             layouts = [Layout(record.batch_axis, record.n)]  # where extend was told that they are
         function, index = node.next_functions[0]
-        starts.append((GradientEdge(function, index), layouts, (shape, dtype, device)))
+        starts.append(_Start(i, GradientEdge(function, index), layouts, (shape, dtype, device)))
     return starts
 
 

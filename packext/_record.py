@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from packext._layout import Layout
 from packext._use import Source, Use
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Record:
         trail: hash of the torch functions that ran, and of the training flags of the modules that did.
         refused: what was seen and cannot be right, with the parameters behind it.
         probed: which gates the probe has started from.
+        places: where the samples are in the outputs, by gate, once it has.
         again: nodes (weak) on gradients of the outputs of which a graph was made.
     """
 
@@ -49,6 +51,7 @@ class Record:
         self.trail = 0
         self.refused: list[tuple[str, tuple[Source, ...]]] = []
         self.probed: frozenset[int] = frozenset()
+        self.places: dict[int, Layout] = {}
         self.again: list[Any] = []
         self.routed = False
         self.strays: dict[int, str] = {}

@@ -26,6 +26,7 @@ from packext._factored import outer
 from packext.rules import convolution
 from tests.generator import Problem, flat, generate
 from tests.generator_draw import Coupler
+from tests.helpers import double_precision
 
 #: Of well-posed models, at most this share may be refused.
 REFUSED = 0.05
@@ -280,6 +281,72 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(px.BatchL2Grad, "result", lambda self, ask: right(self, ask) * 1.001)
     kinds = Counter(examine(seed).kind for seed in range(20))
     assert kinds["wrong"] >= 10 and not kinds["right"], kinds
+
+
+def ggn_diagonals(problem: Problem, inputs: Any, targets: Any) -> dict[str, Tensor] | None:
+    """The dense GGN's diagonal, which knows nothing of samples; None where it would be large, or not finite."""
+    named = {k: p for k, p in problem.model.named_parameters() if p.requires_grad}
+    torch.manual_seed(problem.seed)
+    outputs = flat(testing.call(problem.model, inputs))
+    live = [y for y in outputs if y.requires_grad]
+    count = sum(y.numel() for y in live)
+    if not live or count > 150 or not all(bool(y.isfinite().all()) for y in live):
+        return None
+    at = torch.cat([y.detach().flatten() for y in live]).requires_grad_()
+    parts = iter(at.split([y.numel() for y in live]))
+    again = [next(parts).view_as(y) if y.requires_grad else y for y in outputs]
+    total = sum(problem.loss(y, t) for y, t in zip(again, targets, strict=True))
+    slope = torch.autograd.grad(total, at, create_graph=True)[0]
+    hessian = torch.stack([
+        torch.autograd.grad(s, at, retain_graph=True)[0] if s.requires_grad else torch.zeros_like(at) for s in slope
+    ])  # fmt: skip
+    joined = torch.cat([y.flatten() for y in live])
+    found = [
+        torch.autograd.grad(y, list(named.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        for y in joined
+    ]
+    jacobians = {k: torch.stack([g[i].flatten() for g in found]) for i, k in enumerate(named)}
+    return {k: (j * (hessian @ j)).sum(0).view_as(named[k]) for k, j in jacobians.items()}
+
+
+def test_curvature_of_random_models(request: pytest.FixtureRequest) -> None:
+    """The diagonal of the GGN is that of the dense one wherever outputs have their samples, or refused."""
+    count, start = (request.config.getoption(k) for k in ("--fuzz-models", "--fuzz-start"))
+    kinds: Counter[str] = Counter()
+    for seed in range(start, start + count):
+        with double_precision(seed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            problem = generate(seed)
+            if problem.ill or problem.aux or problem.draws:
+                continue
+            n, t = problem.sizes[0]
+            inputs = problem.inputs(n, t)
+            with torch.no_grad():
+                outputs = testing.call(problem.model, inputs)
+                targets = problem.targets(outputs)
+            if n > 1 and any(_ambiguous(y, n, problem) for y in flat(outputs)):
+                continue
+            want = ggn_diagonals(problem, inputs, targets)
+            if want is None or _size(want) < 1e-9:
+                continue
+            model, problem.loss = px.extend(copy.deepcopy(problem.model), problem.axis), px.extend(problem.loss)
+            torch.manual_seed(problem.seed)
+            try:
+                with px.backpack(px.DiagGGNExact(), px.BatchDiagGGNExact()):
+                    problem.total(testing.call(model, inputs), targets).backward()
+            except px.PackextError as error:
+                kinds[f"refused: {str(error)[:60]}"] += 1
+                continue
+            size = _size(want)
+            for name, p in model.named_parameters():
+                if not hasattr(p, "diag_ggn_exact"):
+                    assert not p.requires_grad or not want[name].any(), f"{name} is missing: seed {seed}"
+                    continue
+                for got in (p.diag_ggn_exact, p.diag_ggn_exact_batch.sum(0)):
+                    assert _error(got, want[name], size) < 1e-6, f"{name} is wrong: seed {seed}, {problem.label}"
+            kinds["right"] += 1
+    print(kinds)
+    assert kinds["right"] >= 0.9 * kinds.total() > 0.2 * count, kinds
 
 
 def test_seeds_give_equal_models() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,21 +93,26 @@ def individual_gradients(
     Returns:
         `[N, *p]` for every parameter that requires grad, by name; zeros where the loss does not reach it.
     """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows: dict[str, list[Tensor]] = {name: [] for name in named}
+    with disable(), torch.enable_grad():
+        for output, target, weight in _singles(model, inputs, targets, batch_axis, weights):
+            loss = loss_fn(output, target) * weight
+            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            for (name, p), grad in zip(named.items(), grads, strict=True):
+                rows[name].append(torch.zeros_like(p) if grad is None else grad.detach())
+    return {name: torch.stack(each) for name, each in rows.items()}
+
+
+def _singles(
+    model: nn.Module, inputs: Any, targets: Any, batch_axis: int, weights: Sequence[float] | None
+) -> Iterator[tuple[Any, Any, float]]:
+    """Output, target and weight of one sample after another, each run by itself."""
     n = batch_size(inputs, batch_axis)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rows: dict[str, list[Tensor]] = {name: [] for name in names}
     target_axis = batch_axis if _has_axis(targets, batch_axis, n) else 0
     for sample in range(n):
-        with disable(), torch.enable_grad():
-            output = call(model, select(inputs, sample, n, batch_axis))
-            loss = loss_fn(output, select(targets, sample, n, target_axis))
-            if weights is not None:
-                loss = loss * weights[sample]
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for name, p, grad in zip(names, parameters, grads, strict=True):
-            rows[name].append(torch.zeros_like(p) if grad is None else grad.detach())
-    return {name: torch.stack(each) for name, each in rows.items()}
+        output = call(model, select(inputs, sample, n, batch_axis))
+        yield output, select(targets, sample, n, target_axis), 1.0 if weights is None else weights[sample]
 
 
 def curvature_rows(
@@ -132,14 +137,11 @@ def curvature_rows(
         `[V, N, *p]` for every parameter that requires grad, by name: column v of a root of the Hessian of sample n's
         loss, taken back through the model by autograd. The sum over v and n of their outer products is the GGN.
     """
-    n = batch_size(inputs, batch_axis)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
-    target_axis = batch_axis if _has_axis(targets, batch_axis, n) else 0
-    for sample in range(n):
-        with disable(), torch.enable_grad():
-            leaves, spec = pytree.tree_flatten(call(model, select(inputs, sample, n, batch_axis)))
-            target = select(targets, sample, n, target_axis)
+    with disable(), torch.enable_grad():
+        for outputs, target, weight in _singles(model, inputs, targets, batch_axis, weights):
+            leaves, spec = pytree.tree_flatten(outputs)
             live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
             flat = torch.cat([t.detach().flatten() for t in live]).requires_grad_()
             parts = iter(flat.split([t.numel() for t in live]))
@@ -148,12 +150,12 @@ def curvature_rows(
             slope = torch.autograd.grad(loss, flat, create_graph=True)[0]
             hessian = torch.stack([torch.autograd.grad(d, flat, retain_graph=True)[0] for d in slope])
             output = torch.cat([t.flatten() for t in live])
-            values, vectors = torch.linalg.eigh(hessian * (1.0 if weights is None else weights[sample]))
+            values, vectors = torch.linalg.eigh(hessian * weight)
             columns = (vectors * values.clamp(min=0).sqrt()).T
             wanted = list(named.values())
             found = [torch.autograd.grad(output, wanted, c, retain_graph=True, allow_unused=True) for c in columns]
-        for k, (name, p) in enumerate(named.items()):
-            rows[name].append(torch.stack([torch.zeros_like(p) if g[k] is None else g[k].detach() for g in found]))
+            for k, (name, p) in enumerate(named.items()):
+                rows[name].append(torch.stack([torch.zeros_like(p) if g[k] is None else g[k].detach() for g in found]))
     return {name: torch.stack(each, 1) for name, each in rows.items()}
 
 
@@ -179,20 +181,15 @@ def hessian_diagonals(
         `[N, *p]` for every parameter that requires grad, by name: the diagonal of the dense Hessian of the sample's
         loss in that parameter, by differentiating its gradient. They sum to the diagonal for the loss of the batch.
     """
-    n = batch_size(inputs, batch_axis)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
-    target_axis = batch_axis if _has_axis(targets, batch_axis, n) else 0
-    for sample in range(n):
-        with disable(), torch.enable_grad():
-            output = call(model, select(inputs, sample, n, batch_axis))
-            loss = loss_fn(output, select(targets, sample, n, target_axis)) * (
-                1.0 if weights is None else weights[sample]
-            )
+    with disable(), torch.enable_grad():
+        for output, target, weight in _singles(model, inputs, targets, batch_axis, weights):
+            loss = loss_fn(output, target) * weight
             slopes = torch.autograd.grad(loss, list(named.values()), create_graph=True, materialize_grads=True)
-        for (name, p), slope in zip(named.items(), slopes, strict=True):
-            hessian = _jacobian(slope, p) if slope.requires_grad else torch.zeros(p.numel(), *p.shape).to(p)
-            rows[name].append(hessian.reshape(p.numel(), -1).diagonal().view(p.shape))
+            for (name, p), slope in zip(named.items(), slopes, strict=True):
+                hessian = _jacobian(slope, p) if slope.requires_grad else torch.zeros(p.numel(), *p.shape).to(p)
+                rows[name].append(hessian.reshape(p.numel(), -1).diagonal().view(p.shape))
     return {name: torch.stack(each) for name, each in rows.items()}
 
 

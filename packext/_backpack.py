@@ -44,7 +44,7 @@ class ParameterResults:
 class Results:
     """What the last backward pass inside a context gave.
 
-    `results["conv1.weight"].variance` is the result for a parameter, by any of its names;
+    `results["conv1.weight"].variance` is the result for a parameter, by any of its names or by the parameter itself;
     `results.batch_l2` the one for the whole model, where the quantity has one.
     """
 
@@ -56,12 +56,17 @@ class Results:
         self._ambiguous: set[str] = set()
         self._keep: list[Tensor] = []  # so that no other tensor takes the id of a parameter
 
-    def _entry(self, name: str) -> tuple[str, dict[str, Any]]:
-        key = self._names.get(name)
-        if name in self._ambiguous:
+    def _key(self, name: object) -> int | None:
+        return id(name) if isinstance(name, Tensor) else self._names.get(name)  # type: ignore[arg-type]
+
+    def _entry(self, name: str | Tensor) -> tuple[str, dict[str, Any]]:
+        key = self._key(name)
+        if isinstance(name, Tensor):
+            name = f"a parameter of shape {list(name.shape)}"
+        elif name in self._ambiguous:
             raise KeyError(
                 f"{name!r} is a parameter of several models that were extended one by one: extend an nn.ModuleDict "
-                "of them, whose names differ, or read the attribute of the parameter itself"
+                "of them, whose names differ, or ask by the parameter itself"
             )
         if key is None or key not in self._by_parameter:
             if not self._by_parameter:
@@ -69,11 +74,11 @@ class Results:
             raise KeyError(f"{name!r}: the last backward pass reached {', '.join(self)}")
         return self._by_parameter[key]
 
-    def __getitem__(self, name: str) -> ParameterResults:
+    def __getitem__(self, name: str | Tensor) -> ParameterResults:
         return ParameterResults(*self._entry(name))
 
     def __contains__(self, name: object) -> bool:
-        return self._names.get(name) in self._by_parameter  # type: ignore[arg-type]
+        return self._key(name) in self._by_parameter
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self._by_parameter.values())
@@ -123,6 +128,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self,
         *extensions: Quantity,
         extension_hook: Callable[[nn.Module], Any] | None = None,
+        pass_hook: Callable[[Results], Any] | None = None,
+        attach: bool = True,
+        exact_grad: bool = False,
         debug: bool = False,
         retain_graph: bool = False,
         scale: str | float = "loss",
@@ -134,6 +142,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             *extensions: quantities, as instances.
             extension_hook: called with a module when all results of its own parameters are attached,
                 during the backward pass; may delete them to save memory.
+            pass_hook: called with the results at the end of each backward pass, when `.grad` is complete. Those of the
+                next pass take their place.
+            attach: whether results become attributes of the parameters; if not, attributes stay as they are.
+            exact_grad: whether `.grad` is that of a backward pass without packext to the last bit. Otherwise sums that
+                a quantity has formed anyway may serve as `.grad`: faster, and equal up to rounding.
             debug: accepted for code written for BackPACK; `px.explain` shows more.
             retain_graph: accepted for code written for BackPACK; `backward(retain_graph=True)` suffices.
             scale: "loss": individual gradients are those of the loss as written, so that they sum to
@@ -146,8 +159,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 is of these.
 
         Raises:
-            ValueError: for a class in place of an instance, an unknown scale, or `parameters` that are no tensors.
+            ValueError: for a class in place of an instance, an unknown scale, `parameters` that are no tensors, or a hook
+                that reads attributes which are not to be attached.
         """
+        if extension_hook is not None and not attach:
+            raise ValueError("extension_hook reads results from the parameters, to which attach=False puts none.")
         for extension in extensions:
             if isinstance(extension, type):
                 raise ValueError(
@@ -165,7 +181,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self.curvature = tuple(e for e in extensions if isinstance(e, Curvature))
         self.hessian = tuple(e for e in extensions if isinstance(e, HessianQuantity))
         self.first_order = tuple(e for e in extensions if not isinstance(e, (Curvature, HessianQuantity)))
-        self.extension_hook = extension_hook
+        self.extension_hook, self.pass_hook = extension_hook, pass_hook
+        self.attach, self.exact_grad = attach, exact_grad
         self.scale = scale
         self.parameters = None if parameters is None else _identified(parameters)
         self.results = Results(extensions)
@@ -313,7 +330,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     flight.values[key][1][extension.savefield] = value
         if not flight.values:
             return
-        fields = [e.savefield for e in self.extensions]
+        fields = [e.savefield for e in self.extensions] if self.attach else []
         for record in flight.records:
             root = record.root()
             for module in modules_of(root) if root is not None else ():
@@ -328,10 +345,12 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         results._names = dict(names)
         results._ambiguous = {name for name, key in names if results._names[name] != key}
         for source, values in flight.values.values():
-            for field, value in values.items():
+            for field, value in values.items() if self.attach else ():
                 setattr(source.tensor, field, value)
         results._keep = [source.tensor for source, _ in flight.values.values()]
         self._passes += 1
+        if self.pass_hook is not None:
+            self.pass_hook(results)
 
 
 def _identified(parameters: Any) -> dict[int, Tensor]:

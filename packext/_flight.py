@@ -200,7 +200,7 @@ class Pass:
         for source, forms in self.gathering.add(use, saved, gs, self.records):
             direct = next((k for k, s in use.sources.items() if s == (source,) and len(forms) == 1), None)
             value = dict(zip(use.names, saved, strict=True))[direct] if direct else None
-            deliver = value is not None and value.is_leaf and use.rule.delivers
+            deliver = value is not None and value.is_leaf and use.rule.delivers and not self.context.exact_grad
             total = self.context._emit(self, source, use, merge(forms), deliver)
             if deliver and total is not None and direct is not None:
                 delivered[direct] = total.reshape(source.tensor.shape).to(source.tensor.dtype)

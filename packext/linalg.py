@@ -264,6 +264,7 @@ def eigsh(
     maxiter: int = 100,
     tol: float = 1e-5,
     generator: torch.Generator | None = None,
+    start: Any = None,
 ) -> Eigenpairs:
     """Eigenvalues at an end of the spectrum of A, by Lanczos with full reorthogonalisation and thick restarts.
 
@@ -278,6 +279,8 @@ def eigsh(
         maxiter: cycles, each of up to `ncv` products with A.
         tol: converged are residuals `|A v - value v|` of at most `tol` times the largest norm of an `A v` seen.
         generator: of the first vector.
+        start: the first vector in place of a random one, such as an eigenvector of a nearby operator. The directions to
+            which it is orthogonal are not found.
 
     Returns:
         The values `[k]` from the wanted end inwards, their vectors `[k, *p]` in the structure of `like`, the
@@ -296,7 +299,8 @@ def eigsh(
     apply, generator, eps = space.operator(matvec), _own(generator), torch.finfo(space.dtype).eps
     basis = torch.zeros(m, space.size, dtype=space.dtype, device=space.device)
     images = torch.zeros_like(basis)
-    filled, looking, scale, new = 0, False, 0.0, None
+    filled, looking, scale = 0, False, 0.0
+    new = None if start is None else space.given(start, "start")
     for cycle in range(maxiter):
         for j in range(filled, m):
             v = None if new is None else _orthonormal(new, basis[:j], 10 * eps * scale)[0]

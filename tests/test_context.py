@@ -740,3 +740,62 @@ def test_chosen_parameters_that_make_no_sense() -> None:
         px.backpack(px.BatchGrad(), parameters=mlp().parameters()),
     ):
         nn.functional.cross_entropy(model(x), y).backward()
+
+
+def test_results_by_parameter_and_nothing_attached() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with px.backpack(px.BatchGrad(), px.Variance()):
+        F.cross_entropy(model(x), y).backward()
+    before = fields(model)
+    with px.backpack(px.BatchGrad(), px.BatchL2Grad(), attach=False) as results:
+        F.cross_entropy(model(x), y).backward()
+    for name, p in model.named_parameters():
+        assert dict(p.__dict__) == before[name]
+        assert p in results and results[p].batch_l2 is results[name].batch_l2
+        torch.testing.assert_close(results[p].grad_batch, p.grad_batch)
+    other = nn.Parameter(torch.ones(2))
+    assert other not in results
+    with pytest.raises(KeyError, match=r"a parameter of shape \[2\]"):
+        results[other]
+    with pytest.raises(ValueError, match="attach=False"):
+        px.backpack(px.BatchGrad(), attach=False, extension_hook=print)
+
+
+def test_parameters_of_two_models_with_the_same_names() -> None:
+    first, second, (x, y) = px.extend(nn.Linear(5, 4)), px.extend(nn.Linear(4, 3)), batch()
+    with px.backpack(px.BatchGrad()) as results:
+        F.cross_entropy(second(first(x)), y).backward()
+    assert results[first.weight].grad_batch is first.weight.grad_batch
+    assert results[second.weight].grad_batch is second.weight.grad_batch
+    with pytest.raises(KeyError, match="ask by the parameter itself"):
+        results["weight"]
+
+
+def test_hook_at_the_end_of_each_pass() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    seen = []
+
+    def hook(results: px.Results) -> None:
+        seen.append((results, results["0.weight"].batch_l2, model[0].weight.grad.clone()))
+
+    with px.backpack(px.BatchL2Grad(), pass_hook=hook) as results:
+        for k in (1.0, 2.0):
+            (k * F.cross_entropy(model(x), y)).backward()
+    assert [s[0] for s in seen] == [results, results]
+    torch.testing.assert_close(seen[1][1], 4 * seen[0][1])
+    torch.testing.assert_close(seen[1][2], 3 * seen[0][2])
+
+
+@pytest.mark.parametrize("quantity", [px.BatchL2Grad(), px.Variance(), px.GradDot(), px.BatchGrad(), px.DiagGGNMC()])
+def test_gradients_to_the_last_bit(quantity: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.Flatten(), nn.Linear(24 * 64, 9))
+    model, x, y = model.float(), torch.randn(16, 3, 12, 12, dtype=torch.float32), torch.randint(9, (16,))
+    loss = px.extend(nn.CrossEntropyLoss())
+    loss(model(x), y).backward()
+    plain = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    px.extend(model)
+    with px.backpack(quantity, exact_grad=True):
+        loss(model(x), y).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))

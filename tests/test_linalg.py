@@ -679,3 +679,14 @@ def test_refused_arguments_of_hutchinson(estimate: Callable[..., Any]) -> None:
         estimate(lambda v: v, torch.ones(3), 0)
     with pytest.raises(ValueError, match="rademacher.*uniform"):
         estimate(lambda v: v, torch.ones(3), distribution="uniform")
+
+
+def test_eigsh_from_a_vector_that_is_nearly_right() -> None:
+    matrix = with_spectrum([*range(1, 60), 61.0])
+    like = torch.zeros(60)
+    cold = linalg.eigsh(lambda v: matrix @ v, like, ncv=8, tol=1e-6)
+    start = cold.vectors[0] + 1e-6 * torch.randn(60)
+    warm = linalg.eigsh(lambda v: matrix @ v, like, ncv=8, tol=1e-6, start=start)
+    assert warm.converged and warm.matvecs < cold.matvecs and math.isclose(warm.values[0], 61.0, rel_tol=1e-9)
+    with pytest.raises(ValueError, match="start"):
+        linalg.eigsh(lambda v: matrix @ v, like, start=torch.zeros(3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +122,8 @@ class TopEigenvalues(HessianQuantity):
         tol: float = 1e-3,
         maxiter: int = 20,
         generator: torch.Generator | None = None,
+        ncv: int | None = None,
+        start: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         """Say which.
 
@@ -132,6 +134,8 @@ class TopEigenvalues(HessianQuantity):
             tol: of the residuals, relative to the Hessian's norm.
             maxiter: restarts.
             generator: of the first vector; one of packext's own by default.
+            ncv: vectors of Lanczos' basis, the products of one cycle; `max(2 k + 1, 20)` by default.
+            start: the first vector in place of a random one, by parameter (zero where it has none).
 
         Raises:
             ValueError: for an unknown choice.
@@ -142,12 +146,16 @@ class TopEigenvalues(HessianQuantity):
             raise ValueError(f'curvature must be "hessian" or "ggn", got {curvature!r}.')
         self.curvature = curvature
         self.k, self.which, self.tol, self.maxiter, self.generator = k, which, tol, maxiter, generator
+        self.ncv, self.start = ncv, start
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Any]:
         product = point.hessian if self.curvature == "hessian" else point.ggn
+        start = None
+        if self.start is not None:
+            start = [self.start.get(p, torch.zeros_like(p)) for p in point.parameters]
         found = linalg.eigsh(
-            product, [p.detach() for p in point.parameters], self.k, self.which, maxiter=self.maxiter, tol=self.tol,
-            generator=self.generator or generator,
+            product, [p.detach() for p in point.parameters], self.k, self.which, self.ncv, self.maxiter, self.tol,
+            self.generator or generator, start,
         )  # fmt: skip
         return [Eigen(found.values, part, found.residuals) for part in found.vectors]
 

@@ -73,7 +73,7 @@ class GradDot(Quantity):
         assert self.direction is not None
         d = self.direction.get(ask.name)
         if d is None:
-            d = next((v for k, v in self.direction.items() if k is ask.parameter), None)
+            d = self.direction.get(ask.parameter)
         if d is None:
             raise KeyError(f"GradDot(direction=...) has nothing for {ask.name}, shape {list(ask.parameter.shape)}.")
         if d.shape != ask.parameter.shape:

@@ -1,5 +1,8 @@
 """packext: per-sample quantities and curvature of any PyTorch model in one backward pass."""
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from packext import extensions as extensions
 from packext import linalg as linalg
 from packext._backpack import Results as Results
@@ -47,3 +50,9 @@ from packext.quantities import TopEigenvalues as TopEigenvalues
 from packext.quantities import Variance as Variance
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "diagnostics":  # consumers are imported when they are first used
+        return _import_module("packext.diagnostics")
+    raise AttributeError(f"module 'packext' has no attribute {name!r}")

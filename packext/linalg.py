@@ -279,12 +279,10 @@ def eigsh(
         maxiter: cycles, each of up to `ncv` products with A.
         tol: converged are residuals `|A v - value v|` of at most `tol` times the largest norm of an `A v` seen.
         generator: of the first vector.
-        start: the first vector in place of a random one, such as an eigenvector of a nearby operator. The directions to
-            which it is orthogonal are not found.
+        start: the first vector in place of a random one; eigenvectors to which it is orthogonal are not found.
 
     Returns:
-        The values `[k]` from the wanted end inwards, their vectors `[k, *p]` in the structure of `like`, the
-        residuals `[k]`, whether all converged, and the number of products with A.
+        Values `[k]` from the wanted end inwards, vectors `[k, *p]` in the structure of `like`, and residuals `[k]`.
 
     Raises:
         PackextError: if A is not symmetric, or not the same at each call, or gives NaN.

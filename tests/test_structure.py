@@ -28,7 +28,7 @@ FLOORS = [
     {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},
-    {"__init__", "demo", "_cli", "__main__"},
+    {"__init__", "demo", "diagnostics", "_cli", "__main__"},
 ]
 
 
@@ -107,6 +107,30 @@ def test_a_rule_knows_no_quantity(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_files_are_of_a_size_that_can_be_read(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 600
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "diagnostics").rglob("*.py")), ids=name_of)
+def test_a_consumer_uses_what_is_public(file: Path) -> None:
+    here = name_of(file).split(".")[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""] if node.module != "packext" else [f"packext.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        inside = [n for n in names if n.split(".")[0] == "packext" and n != "packext"]
+        assert all(n.split(".")[1] == here for n in inside), f"{name_of(file)} imports {inside}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "px":
+            assert not node.attr.startswith("_") or node.attr == "__version__"
+
+
+@pytest.mark.parametrize("name", [n for n, value in vars(px.diagnostics).items() if inspect.isclass(value)])
+def test_public_names_of_diagnostics_are_documented(name: str) -> None:
+    value = getattr(px.diagnostics, name)
+    assert inspect.getdoc(value), name
+    for member, f in vars(value).items():
+        if inspect.isfunction(f) and not member.startswith("_"):
+            assert inspect.getdoc(getattr(value, member)), f"{name}.{member}"
 
 
 def test_every_quantity_has_an_oracle_and_an_example() -> None:

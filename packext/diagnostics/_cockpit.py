@@ -1,0 +1,285 @@
+"""The monitor: which instruments look at which step, and where what they say is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._observe import Observer
+from packext.diagnostics._schedule import linear
+from packext.diagnostics._step import Absent, Step
+from packext.diagnostics.instruments import LEVELS
+
+#: Quantities that are made of products with the Hessian and know no samples.
+HESSIAN = (px.HessianTrace, px.DiagHessianMC, px.TopEigenvalues)
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where values go."""
+
+    def begin(self, names: list[str]) -> int:
+        """Take the names of the instruments; return the number of the first step to come."""
+        ...
+
+    def write(self, step: int, values: Mapping[str, float | np.ndarray], absent: Mapping[str, str]) -> None:
+        """Take the values of a step by name, and why others are absent."""
+        ...
+
+
+class Cockpit:
+    """Watches a training run through instruments, without changing it.
+
+    Example:
+        >>> monitor = Cockpit(model, optimizer, level="economy", every=10, sinks=[Run("runs/first")])
+        >>> for x, y in loader:
+        ...     with monitor.step():
+        ...         loss = loss_fn(model(x), y)
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> monitor.values["NoiseScale"]
+
+    The quantities that the instruments need are computed in the step's own backward pass, each once. Parameters after
+    training are what they would be without the monitor to the last bit, and so is the state of random generators;
+    hooks, `.grad` and attributes are as they were after each step. Where a statistic is undefined it is absent, with a
+    reason. A step may have several backward passes (accumulation): they count as one batch. Passes after the parameters
+    have changed, as in the closure of LBFGS, are not looked at.
+
+    Attributes:
+        steps: number of steps begun (from the start of the record, where a sink resumes one).
+        values: what was written last, by name: "GradNorm" for the whole model, "GradNorm/0.weight" for a parameter.
+        absent: why something is missing from `values`, by instrument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        level: str | None = "economy",
+        every: int | Callable[[int], bool] = 1,
+        sinks: Iterable[Sink] = (),
+        instruments: Iterable[Instrument] = (),
+    ) -> None:
+        """Choose what to look at, when, and where to write it.
+
+        Args:
+            model: extended by `px.extend`.
+            optimizer: of the model's parameters.
+            level: "economy" (first-order instruments), "business" (and the diagonal of the GGN), "full" (and the
+                Hessian's largest eigenvalue and two-dimensional histograms), or None for `instruments` alone.
+            every: look at every so many steps, or at the steps for which a function of their number is true
+                (`linear`, `logarithmic`).
+            sinks: such as `Run`.
+            instruments: instances, beside those of the level.
+
+        Raises:
+            NotExtendedError: if the model is not extended.
+            PackextError: in a process group of several ranks, whose individual gradients do not average to `.grad`.
+            ValueError: for an unknown level, or an instrument that does not fit model or optimizer.
+        """
+        if not isinstance(model, nn.Module) or not px.is_extended(model):
+            raise px.NotExtendedError(
+                f"Cockpit needs an extended model, got {type(model).__name__}: call model = px.extend(model) first."
+            )
+        if level is not None and level not in LEVELS:
+            raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))} or None, got {level!r}.")
+        self.model, self.optimizer = model, optimizer
+        self.every = every if callable(every) else linear(every)
+        self.instruments = [kind() for kind in LEVELS.get(level or "", ())] + list(instruments)
+        for instrument in self.instruments:
+            if not isinstance(instrument, Instrument):
+                raise ValueError(f"instruments must be instances of Instrument, got {instrument!r}.")
+            instrument.check(model, optimizer)
+        names = [instrument.name for instrument in self.instruments]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"two instruments are called {name!r}: give one another name, or choose another level."
+                )
+        _one_process()
+        self.sinks = list(sinks)
+        self.values: dict[str, float | np.ndarray] = {}
+        self.absent: dict[str, str] = {}
+        self.born = perf_counter()
+        begun = {sink.begin(names) for sink in self.sinks} or {0}
+        if len(begun) > 1:
+            raise px.PackextError(f"The sinks continue at different steps, {sorted(begun)}: start all anew, or none.")
+        self.steps = begun.pop()
+        for instrument in self.instruments:
+            instrument.start(self.steps)
+        self._left: tuple[int, list[int]] | None = None
+        self._following: list[tuple[int, Instrument, tuple[Any, ...]]] = []
+
+    def step(self, scale: str | float = "sample") -> Watch:
+        """A context around all that one training step does: forward, backward, update.
+
+        Args:
+            scale: as for `px.backpack`: "sample" with an extended loss; a number for any other (the batch size for a
+                mean, 1 for a sum, over the loss scale if there is one), with which losses are to be given, too.
+
+        Returns:
+            The context. `with monitor.step(...) as step:` gives what has `step.losses(each)`.
+
+        Raises:
+            ValueError: for another scale.
+        """
+        if not (scale == "sample" or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
+            raise ValueError(f'scale must be "sample" or a number, got {scale!r}.')
+        return Watch(self, scale)
+
+    def __repr__(self) -> str:
+        return f"Cockpit({', '.join(i.name for i in self.instruments)})"
+
+
+@dataclass
+class _Page:
+    values: dict[str, float | np.ndarray] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+class Watch:
+    """One step under the eyes of a monitor; made by `Cockpit.step`."""
+
+    def __init__(self, monitor: Cockpit, scale: str | float) -> None:
+        """Take the monitor and the scale of its quantities."""
+        self._monitor, self._scale = monitor, scale
+        self._observer: Observer | None = None
+
+    def losses(self, each: Tensor) -> None:
+        """Hand over individual losses `[N]`, for a loss that is not an extended module, before `backward()`.
+
+        Args:
+            each: the losses of the samples, through which the backward pass will go: `each.mean().backward()`.
+        """
+        if self._observer is not None:
+            self._observer.given(each)
+
+    def __enter__(self) -> Watch:
+        monitor = self._monitor
+        number, monitor.steps = monitor.steps, monitor.steps + 1
+        self._due = monitor.instruments if monitor.every(number) else []
+        self._following, monitor._following = monitor._following, []
+        if not self._due and not self._following:
+            return self
+        _one_process()
+        model = monitor.model
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        step = Step(number, model, monitor.optimizer, parameters, monitor.born)
+        coupled = _coupled(model)
+        self._missing: dict[int, str] = {}
+        self._needs: list[tuple[Any, ...]] = []
+        for instrument in self._due:
+            instrument.enter(number, model)
+        readers = [(i, tuple(i.needs)) for i in self._due] + [(i, needs) for _, i, needs in self._following]
+        for k, (_, needs) in enumerate(readers):
+            if coupled and any(not isinstance(q, HESSIAN) for q in needs):
+                self._missing[k], needs = coupled, ()
+            self._needs.append(needs)
+        wanted = any(i.losses for i, _ in readers)
+        try:
+            observer = Observer(step, self._needs, self._scale, wanted)
+            observer.begin()
+        except BaseException:
+            self._leave()
+            raise
+        self._observer = observer
+        return self
+
+    def _leave(self) -> None:
+        for instrument in self._due:
+            instrument.leave()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        observer, monitor = self._observer, self._monitor
+        if observer is None:
+            return
+        self._observer = None
+        observer.end()
+        self._leave()
+        if kind is not None:
+            if isinstance(error, px.PackextError):
+                asked = ", ".join(i.name for i, needs in zip(self._due, self._needs, strict=False) if needs)
+                if asked:
+                    raise type(error)(
+                        f"The instruments {asked} need what {type(monitor.model).__name__} did not give: {error}"
+                    ) from error
+            return
+        with torch.no_grad():
+            observer.finish()
+            self._record(observer)
+
+    def _record(self, observer: Observer) -> None:
+        monitor, step = self._monitor, observer.step
+        after = monitor._left == (step.number - 1, observer._versions)  # the gradient was taken where that step ended
+        late, due = _Page(), _Page()
+        for k, (_, instrument, _) in enumerate(self._following, len(self._due)):
+            self._measure(late, k, instrument, instrument.conclude if after else _moved, step)
+        for k, instrument in enumerate(self._due):
+            if self._measure(due, k, instrument, instrument.measure, step):
+                needs = instrument.follow()
+                if needs is not None:
+                    monitor._following.append((step.number, instrument, needs))
+        monitor._left = (step.number, observer.versions())
+        monitor.values, monitor.absent = {**late.values, **due.values}, {**late.absent, **due.absent}
+        for sink in monitor.sinks:
+            if self._following:
+                sink.write(self._following[0][0], late.values, late.absent)
+            if self._due:
+                sink.write(step.number, due.values, due.absent)
+
+    def _measure(self, page: _Page, k: int, instrument: Instrument, read: Callable[[Step], Any], step: Step) -> bool:
+        try:
+            if k in self._missing:
+                raise Absent(self._missing[k])
+            value = read(step.seen_by(k, tuple(q.savefield for q in self._needs[k])))
+        except Absent as reason:
+            page.absent[instrument.name] = str(reason)
+            return False
+        for part, one in (value if isinstance(value, Mapping) else {"": value}).items():
+            name = instrument.name + (part if part.startswith(".") or not part else f"/{part}")
+            if isinstance(one, Absent):
+                page.absent[name] = str(one)
+            elif one is not None:
+                page.values[name] = _plain(one)
+        return True
+
+
+def _moved(step: Step) -> Any:
+    raise Absent("the parameters changed between this step and the next")
+
+
+def _plain(value: Any) -> float | np.ndarray:
+    if isinstance(value, (int, float)):
+        return float(value)
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    return float(array) if array.ndim == 0 else array.copy()
+
+
+def _one_process() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise px.PackextError(
+            f"Cockpit watches one process, but the process group has {distributed.get_world_size()} ranks: `.grad` is "
+            "averaged over them, and individual gradients are not."
+        )
+
+
+def _coupled(model: nn.Module) -> str | None:
+    """Why the samples of the model have no gradients of their own, if that is known beforehand."""
+    names = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+    ]
+    if not names:
+        return None
+    return f"BatchNorm uses the statistics of the batch in {', '.join(names)}: samples influence each other"

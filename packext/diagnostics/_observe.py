@@ -1,0 +1,282 @@
+"""Watches one step: which losses were called, what each backward pass left, what became of the parameters."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
+
+import packext as px
+from packext.diagnostics._step import Call, Pass, Step, rescaled
+
+#: Steps under way, the innermost last. Where monitors are nested, the innermost context asks for all of them.
+_ACTIVE: list[Observer] = []
+
+
+class Union:
+    """Quantities that several instruments ask for, each once, with savefields that do not clash."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.quantities: list[Any] = []
+
+    def add(self, asked: Sequence[Any]) -> dict[str, str]:
+        """Add an instrument's quantities; return under which savefield the result of each is found, by its own."""
+        fields: dict[str, str] = {}
+        for quantity in asked:
+            held = next((q for q in self.quantities if _equal(q, quantity)), None)
+            if held is None:
+                held = copy.copy(quantity)
+                taken = [q.savefield for q in self.quantities]
+                if held.savefield in taken:
+                    held.savefield = f"{held.savefield}_{len(taken)}"
+                self.quantities.append(held)
+            fields[quantity.savefield] = held.savefield
+        return fields
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    a, b = ({k: v for k, v in vars(q).items() if k != "savefield"} for q in (one, other))
+    plain = (int, float, str, tuple, list)
+    return a.keys() == b.keys() and all(v is b[k] or (isinstance(v, plain) and v == b[k]) for k, v in a.items())
+
+
+class Observer:
+    """One step of one model under observation."""
+
+    def __init__(self, step: Step, asked: Sequence[Sequence[Any]], scale: str | float, losses: bool) -> None:
+        """Take the step to fill, each instrument's quantities, the scale, and whether to keep individual losses."""
+        self.step, self.asked, self.scale, self._wanted = step, asked, scale, losses
+        self._open: Pass | None = None
+        self._fresh: tuple[px.Results, list[dict[str, str]]] | None = None
+        self._running: nn.Module | None = None
+        self._hooks: dict[nn.Module, Any] = {}
+        self._versions: list[int] | None = None
+        self._sum: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """Install what listens."""
+        _ACTIVE.append(self)
+        try:
+            union = Union()
+            self._asking = [(o, [union.add(part) for part in o.asked]) for o in _ACTIVE if any(o.asked)]
+            if len({o.scale for o, _ in self._asking}) > 1:
+                raise px.PackextError(
+                    f"Nested monitors have different scales, {[o.scale for o, _ in self._asking]}: "
+                    "give each step() the same one."
+                )
+            self._context = None
+            if any(self.asked):
+                self._context = px.backpack(
+                    *union.quantities, scale=self.scale, attach=False, exact_grad=True, pass_hook=self._emitted
+                )
+                self._context.__enter__()
+        except BaseException:
+            _ACTIVE.remove(self)
+            raise
+        self._listener = register_module_forward_pre_hook(self._called)
+        self.step.began = perf_counter()
+
+    def end(self) -> None:
+        """Take back what `begin` and the losses installed, whatever happened since."""
+        self.step.seconds = perf_counter() - self.step.began
+        self._listener.remove()
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        _ACTIVE.remove(self)
+        if self._context is not None:
+            # The record says that a step had no backward pass; the context need not raise.
+            self._context.__exit__(StopIteration, None, None)
+
+    def finish(self) -> None:
+        """Complete the step: the mean gradient, and what was added to the parameters."""
+        step = self.step
+        if not step.passes:
+            return
+        counts = [p.n for p in step.passes]
+        if len(counts) == 1:
+            step._gradient = self._sum
+        elif all(counts):
+            total = sum(n for n in counts if n)
+            step._gradient = {name: g / total for name, g in self._sum.items()}
+        with torch.no_grad():
+            step._update = {name: p.detach() - step._start[name] for name, p in step.parameters.items()}
+
+    def versions(self) -> list[int]:
+        """Numbers that grow whenever a parameter is written to."""
+        return [p._version for p in self.step.parameters.values()]
+
+    # -- losses ------------------------------------------------------------------------------------
+    def _called(self, module: nn.Module, args: Any) -> None:
+        reduction = module.__dict__.get("reduction") or getattr(type(module), "reduction", None)
+        if not isinstance(reduction, str) or self._running is not None or not px.is_extended(module):
+            return
+        if next(module.parameters(), None) is not None:
+            return
+        self._running = module  # a loss may be made of losses: the outermost counts
+        if module not in self._hooks:
+            # Registered now, it comes after the hook by which packext marks the loss.
+            self._hooks[module] = module.register_forward_hook(self._ran, with_kwargs=True)
+
+    def _ran(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module is not self._running:
+            return
+        self._running = None
+        if not (isinstance(output, Tensor) and output.requires_grad):
+            return
+        reduction: str = module.reduction  # type: ignore[assignment]
+        each: Tensor | str = "no instrument asked for individual losses"
+        if reduction == "none":
+            each = output.detach()
+        elif self._wanted:
+            each = _individual(module, args, kwargs)
+        self._listen(Call(type(module).__name__, reduction, output.detach(), each), output)
+
+    def given(self, losses: Tensor) -> None:
+        """The user's own losses `[N]`, before the backward pass."""
+        if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.requires_grad:
+            what = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"losses() takes the individual losses [N] that backward() will go through, got {what}.")
+        self._listen(Call("losses()", "none", losses.detach(), losses.detach()), losses)
+
+    def _listen(self, call: Call, output: Tensor) -> None:
+        output.register_hook(functools.partial(self._reached, call))
+
+    # -- backward passes ---------------------------------------------------------------------------
+    def _reached(self, call: Call, g: Tensor) -> None:
+        if self not in _ACTIVE:
+            return
+        task = torch._C._current_graph_task_id()
+        if self._open is None or self._open.task != task:
+            self._fresh = None
+            grads = {name: p.grad for name, p in self.step.parameters.items()}
+            self._open = Pass(task, {k: None if v is None else v.detach().clone() for k, v in grads.items()})
+            if self._versions is None:
+                self.step._start = {name: p.detach().clone() for name, p in self.step.parameters.items()}
+                self._versions = self.versions()
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            # Queued from a callback, it runs after those that are queued during the pass, such as the context's.
+            queue(lambda: queue(functools.partial(self._ended, task)))
+        self._open.calls.append((call, g.detach()))
+        if len({c.kind == "losses()" for c, _ in self._open.calls}) > 1:
+            raise px.PackextError(
+                f"losses() was given what an extended {call.kind} has computed as well: it is for losses that are not "
+                "extended modules."
+            )
+
+    def _emitted(self, results: px.Results) -> None:
+        for o, fields in self._asking:
+            o._fresh = results, fields
+            if o._open is None and any(p in results for p in o.step.parameters.values()):
+                raise px.PackextError(
+                    f"The monitor of {type(o.step.model).__name__} does not see the loss that backward() came from: "
+                    "use loss_fn = px.extend(nn.CrossEntropyLoss()), or hand individual losses [N] to losses() of what "
+                    "`with monitor.step(scale=<number>) as step` gives."
+                )
+
+    def _ended(self, task: int) -> None:
+        p, fresh = self._open, self._fresh
+        if p is None or p.task != task:
+            return
+        self._open = self._fresh = None
+        if self.versions() != self._versions:
+            return  # a closure that was evaluated elsewhere, as in LBFGS: not where the step began
+        gradient = self._increments(p)
+        results, fields = fresh or (None, [])
+        own = {k: vars(results[q]) for k, q in self.step.parameters.items() if results is not None and q in results}
+        if not own and not any(bool(g.any()) for g in gradient.values()):
+            return  # a pass through another model
+        p.before = {}
+        raw = {held: {k: r[held] for k, r in own.items() if held in r} for part in fields for held in part.values()}
+        p.n = _samples(raw, fields, p)
+        self._scale(p)
+        done: dict[str, dict[str, Any]] = {}
+        for part in fields:
+            for field, held in part.items():
+                if held not in done:
+                    done[held] = {k: rescaled(field, v, p.multiplier) for k, v in raw[held].items()}
+        p.results = [{field: done[held] for field, held in part.items()} for part in fields]
+        self.step.passes.append(p)
+        self._add(p, gradient)
+        self._compare(p, gradient)
+
+    def _increments(self, p: Pass) -> dict[str, Tensor]:
+        """What the pass has added to `.grad`, by parameter."""
+        found = {}
+        for name, q in self.step.parameters.items():
+            if q.grad is None:
+                continue
+            g, before = q.grad.detach(), p.before[name]
+            dense = (g.to_dense() if g.is_sparse else g).to(torch.promote_types(g.dtype, torch.float32))
+            if before is not None:
+                found[name] = dense - (before.to_dense() if before.is_sparse else before)
+            else:
+                found[name] = dense.clone() if dense is g else dense
+        return found
+
+    def _scale(self, p: Pass) -> None:
+        """What makes the loss as written the mean of the samples' own losses."""
+        unknown, n = float("nan"), p.n
+        if not isinstance(self.scale, str):
+            p.share = self.scale / n if n else unknown
+            return
+        reductions = {c.reduction for c, _ in p.calls}
+        if "none" in reductions:
+            low = min(float(g.min()) for c, g in p.calls if c.reduction == "none")
+            p.share = 1.0 / (low * n) if n and low else unknown
+            return
+        factors = {float(g) for _, g in p.calls}
+        if len(factors) == 1 and 0.0 not in factors:  # several losses with different factors are taken as written
+            p.multiplier = factors.pop()
+        count = n if reductions == {"sum"} else 1
+        p.share = 1.0 / (p.multiplier * count) if count else unknown
+
+    def _add(self, p: Pass, gradient: dict[str, Tensor]) -> None:
+        """Add to the mean of the samples' own gradients; with several passes, to their sum."""
+        passes = self.step.passes
+        if len(passes) == 2:
+            self._sum = {k: g * float(passes[0].n or 0) for k, g in self._sum.items()}
+        factor = p.share * (float(p.n or 0) if len(passes) > 1 else 1.0)
+        for name, g in gradient.items():
+            g = g if factor == 1.0 else g * factor
+            self._sum[name] = self._sum[name] + g if name in self._sum else g
+
+    def _compare(self, p: Pass, gradient: dict[str, Tensor]) -> None:
+        """Note if `.grad` is not the mean of the individual gradients, judging by the squared norms of both."""
+        for part, asked in zip(p.results, self.asked, strict=bool(p.results)):
+            if any(type(q) is px.GradDot and q.direction is None for q in asked) and part["grad_dot"]:
+                rows = sum(float(v.double().mean()) for v in part["grad_dot"].values())
+                whole = sum(float(g.double().square().sum()) for g in gradient.values()) * p.share**2
+                self.step._outside |= not abs(rows - whole) <= 0.01 * max(rows, whole)
+                return
+
+
+def _samples(raw: dict[str, dict[str, Any]], fields: list[dict[str, str]], p: Pass) -> int | None:
+    for part in fields:
+        for field in ("batch_l2", "grad_dot", "slope_dot", "batch_dot"):
+            for value in raw.get(part.get(field, ""), {}).values():
+                return len(value)
+    sizes = {len(c.value) for c, _ in p.calls if c.kind == "losses()"}  # of others, rows may be tokens
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _individual(module: nn.Module, args: Any, kwargs: Any) -> Tensor | str:
+    """Losses of the entries of a loss's input, before they are reduced; or why there are none."""
+    name = type(module).__name__
+    if not type(module).__module__.startswith("torch.nn"):
+        return f"{name} is not one of torch's losses: calling it again might change it"
+    again = copy.copy(module)
+    again.reduction = "none"  # type: ignore[assignment]
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+    with torch.no_grad():
+        return type(module).forward(again, *args, **kwargs)

@@ -1,0 +1,291 @@
+"""What an instrument sees of a step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import packext as px
+
+T = TypeVar("T")
+
+
+class Absent(Exception):  # noqa: N818 - an answer, not an error
+    """Raised by an instrument (or by what it asks of a step) where its statistic is undefined; says why."""
+
+
+NONE = (
+    "no individual gradients: the backward pass did not come through the extended model, or an inner px.backpack "
+    "context has taken them"
+)
+NO_NUMBER = "the number of samples is not known: no quantity of individual gradients was asked for"
+
+
+def _sum(values: list[Any]) -> Any:
+    return sum(values[1:], values[0])
+
+
+#: How results of several backward passes in one step become those of all their samples, by savefield. What is not
+#: here is defined within one pass only.
+COMBINE: dict[str, Callable[[list[Any]], Any]] = {
+    "batch_l2": torch.cat,
+    "slope_dot": torch.cat,
+    "subset_grad": torch.cat,
+    "sum_grad_squared": _sum,
+    "diag_ggn_exact": _sum,
+    "diag_ggn_mc": _sum,
+}
+
+#: How results grow with a factor on the loss, by savefield: that power of it is divided out.
+POWERS: dict[str, int] = {
+    "batch_l2": 2, "grad_dot": 2, "batch_dot": 2, "sum_grad_squared": 2, "variance": 2,
+    "grad_batch": 1, "subset_grad": 1, "slope_dot": 1, "grad_projected": 1,
+    "diag_ggn_exact": 1, "diag_ggn_mc": 1, "ggn_gram": 1, "hessian_trace": 1, "mean_hessian_trace": 1,
+    "top_eigenvalues": 1, "mean_top_eigenvalues": 1,
+}  # fmt: skip
+
+
+@dataclass
+class Pass:
+    """One backward pass of a step.
+
+    Attributes:
+        task: autograd's number of it.
+        calls: the losses that it came through: value, individual losses (or why there are none), gradient that arrived.
+        before: `.grad` of each parameter when it began.
+        results: of each instrument, by savefield and parameter.
+        n: number of samples, if known.
+        multiplier: of the samples' own losses, seen at the loss and to be divided out.
+        share: factor from the loss as written to the mean of the samples' own losses; NaN if that is not known.
+    """
+
+    task: int
+    before: dict[str, Tensor | None]
+    calls: list[tuple[Call, Tensor]] = field(default_factory=list)
+    results: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    n: int | None = None
+    multiplier: float = 1.0
+    share: float = 1.0
+
+
+@dataclass
+class Call:
+    """One call of a loss."""
+
+    kind: str
+    reduction: str
+    value: Tensor
+    each: Tensor | str
+
+
+@dataclass
+class Step:
+    """What an instrument sees of a step. Anything that is undefined raises `Absent`, with the reason.
+
+    `step["batch_l2"]` is a result summed over the parameters, `step.layers("batch_l2")` one for each parameter, by
+    name; both by the savefields of the instrument's own `needs`. All is of the samples' own losses l_n (the backward
+    pass's scale "sample"): factors on the loss, such as 1/k of k accumulated passes or a loss scale, are divided out.
+
+    Attributes:
+        number: of the step, from 0.
+        model: the monitored model.
+        optimizer: as given to the monitor.
+        parameters: those that require grad, by name.
+        born: when the monitor was made, on the clock of `time.perf_counter`.
+        began: when the step began, on that clock.
+        seconds: from there to the end of the step.
+        passes: the backward passes of the step, made before the parameters changed.
+    """
+
+    number: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, nn.Parameter]
+    born: float = 0.0
+    began: float = 0.0
+    seconds: float = 0.0
+    passes: list[Pass] = field(default_factory=list)
+    _gradient: dict[str, Tensor] = field(default_factory=dict)
+    _outside: bool = False
+    _start: dict[str, Tensor] = field(default_factory=dict)
+    _update: dict[str, Tensor] | None = None
+    _shared: dict[str, Any] = field(default_factory=dict)
+    _instrument: int = 0
+    _needs: tuple[str, ...] = ()
+
+    def seen_by(self, index: int, needs: tuple[str, ...]) -> Step:
+        """The same step, with the results that one of the instruments asked for."""
+        view = copy.copy(self)
+        view._instrument, view._needs = index, needs
+        return view
+
+    def _passed(self) -> list[Pass]:
+        if not self.passes:
+            raise Absent("no backward pass through an extended loss in this step")
+        return self.passes
+
+    @property
+    def n(self) -> int:
+        """Samples in the step; over all its backward passes."""
+        counts = [p.n for p in self._passed()]
+        if any(n is None for n in counts):
+            raise Absent(NONE if self._needs else NO_NUMBER)
+        return sum(n for n in counts if n is not None)
+
+    def _known_share(self) -> None:
+        if any(math.isnan(p.share) for p in self._passed()) or (len(self.passes) > 1 and not self.n):
+            raise Absent(NO_NUMBER)
+
+    def _mean(self, each: list[float]) -> float:
+        """The mean over samples of what is a mean over the samples of each pass."""
+        if len(each) == 1:
+            return each[0]
+        counts = [p.n or 0 for p in self.passes]
+        return sum(c * value for c, value in zip(counts, each, strict=True)) / self.n
+
+    @property
+    def loss(self) -> float:
+        """The mean of the samples' own losses."""
+        self._known_share()
+        return self._mean([p.share * sum(float((g * c.value).sum()) for c, g in p.calls) for p in self._passed()])
+
+    @property
+    def losses(self) -> Tensor:
+        """The samples' own losses `[N]`; only for instruments with `losses = True`."""
+        found = []
+        self._known_share()
+        for p in self._passed():
+            parts: list[Tensor] = []
+            for call, g in p.calls:
+                each = call.each
+                if isinstance(each, str):
+                    raise Absent(each)
+                if len(each) != p.n:
+                    raise Absent(f"{call.kind} has {len(each)} rows for {p.n or 'unknown'} samples")
+                if call.reduction == "none":
+                    parts.append((each * g.reshape(each.shape)).flatten(1).sum(1) if each.dim() > 1 else each * g)
+                    continue
+                if sum(size == p.n for size in each.shape) > 1:
+                    raise Absent(f"which axis of the losses {list(each.shape)} holds the samples cannot be told")
+                rows, total = (each.flatten(1).sum(1) if each.dim() > 1 else each), each.sum()
+                if not total and each.any():
+                    raise Absent("individual losses cancel: their share in the loss cannot be told")
+                parts.append(rows * (g * call.value / total) if total else rows)
+            found.append(_sum(parts) * (p.share * (p.n or 0)))
+        return torch.cat(found)
+
+    @property
+    def gradient(self) -> dict[str, Tensor]:
+        """The mean of the samples' own gradients `[*p]` by parameter, from `.grad` before anybody clips it."""
+        self._known_share()
+        if not self._gradient:
+            raise Absent("no parameter has got a gradient in `.grad`")
+        return self._gradient
+
+    @property
+    def pure_gradient(self) -> dict[str, Tensor]:
+        """As `gradient`, if it is the mean of the individual gradients (asks for `GradDot` in `needs`)."""
+        gradient = self.gradient
+        if self._outside:
+            raise Absent("`.grad` is not the mean of the individual gradients: terms of the loss pass by the model")
+        return gradient
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """The parameters where the gradient was taken."""
+        self._passed()
+        return self._start
+
+    @property
+    def update(self) -> dict[str, Tensor]:
+        """What the step has added to the parameters, whoever did it."""
+        self._passed()
+        if self._update is None or not any(bool(u.any()) for u in self._update.values()):
+            raise Absent("no update: the parameters did not change between the backward pass and the end of the step")
+        return self._update
+
+    @property
+    def direction(self) -> dict[Tensor, Tensor]:
+        """The update by the parameters themselves, as `GradDot` takes directions; the same object at each call."""
+        update = self.update
+        return self._shared.setdefault("direction", {self.parameters[name]: u for name, u in update.items()})
+
+    @property
+    def factor(self) -> float:
+        """What `.grad` has grown by is this times the mean of the samples' own gradients."""
+        self._known_share()
+        one = len(self.passes) == 1
+        factors = [p.share if one else p.share * (p.n or 0) / self.n for p in self.passes]
+        if max(factors) - min(factors) > 1e-6 * max(factors):
+            raise Absent("the backward passes of the step weigh their samples differently")
+        return 1 / factors[0]
+
+    def layers(self, savefield: str) -> dict[str, Any]:
+        """Results of a quantity, by parameter."""
+        if savefield not in self._needs:
+            raise KeyError(f"{savefield!r} is not the savefield of any quantity in `needs`: {', '.join(self._needs)}")
+        passes = [p.results[self._instrument].get(savefield, {}) if p.results else {} for p in self._passed()]
+        if len(passes) == 1:
+            found = passes[0]
+        elif savefield not in COMBINE:
+            raise Absent(f"{savefield} is defined within one backward pass; this step had {len(passes)}")
+        else:
+            keys = [k for k in passes[0] if all(k in p for p in passes)]
+            if any(p.keys() != passes[0].keys() for p in passes):
+                raise Absent("the backward passes of the step have reached different parameters")
+            found = {k: COMBINE[savefield]([p[k] for p in passes]) for k in keys}
+        if not found:
+            raise Absent(NONE)
+        for p in self.passes:
+            if p.multiplier != 1.0 and savefield not in POWERS:
+                raise Absent(f"the loss was multiplied by {p.multiplier:.6g}: pass scale=<number> to monitor.step()")
+        return found
+
+    def __getitem__(self, savefield: str) -> Any:
+        return _sum(list(self.layers(savefield).values()))
+
+
+def rescaled(savefield: str, value: Any, multiplier: float) -> Any:
+    """A result, with a factor on the loss divided out."""
+    power = POWERS.get(savefield, 0)
+    if multiplier == 1.0 or not power:
+        return value
+    factor = multiplier**-power
+    if isinstance(value, tuple):  # estimates and eigenvalues: vectors have no scale
+        vectors = getattr(value, "vectors", None)
+        parts = (v if v is None or v is vectors else v * factor for v in value)
+        return type(value)(*parts)  # type: ignore[arg-type]
+    return value * factor
+
+
+class SlopeDot(px.GradDot):
+    """Inner products of individual gradients with a direction `[N]`, in `slope_dot`; of parameters that have one."""
+
+    savefield = "slope_dot"
+
+    def result(self, ask: Any) -> Any:
+        """The inner products for one parameter."""
+        return super().result(ask) if self.direction is not None and ask.parameter in self.direction else None
+
+
+class SubsetGrad(px.BatchGrad):
+    """Individual gradients `[samples, *p]` of some samples, drawn anew in each step, in `subset_grad`."""
+
+    savefield = "subset_grad"
+
+    def __init__(self, samples: int, seed: int) -> None:
+        """Say how many, and the seed of the draw; all if the batch has no more."""
+        super().__init__([])
+        self.samples, self.seed = samples, seed
+
+    def result(self, ask: Any) -> Tensor:
+        """The rows for one parameter."""
+        order = torch.randperm(ask.n, generator=torch.Generator().manual_seed(self.seed))
+        self.subsampling = order[: self.samples].tolist()
+        return super().result(ask)

@@ -1,0 +1,75 @@
+"""Loss, time, and where the parameters are going: what needs nothing but the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._step import Absent, Step
+
+
+class Loss(Instrument):
+    """The loss of the step: the mean of the samples' own losses, over all its backward passes."""
+
+    def measure(self, step: Step) -> float:
+        return step.loss
+
+
+class Time(Instrument):
+    """Seconds since the monitor was made, at the end of the step; in "Time.step" those that the step took."""
+
+    def measure(self, step: Step) -> dict[str, float]:
+        began = step.began - step.born
+        return {"": began + step.seconds, ".step": step.seconds}
+
+
+def norms(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Euclidean norms: of all together under "", and of each."""
+    each = [t.float() if t.itemsize < 4 else t for t in tensors.values()]
+    found = dict(zip(tensors, torch._foreach_norm(each), strict=True))  # pyright: ignore[reportPrivateImportUsage]
+    return {"": torch.stack([v.double().cpu() for v in found.values()]).norm(), **found}
+
+
+class GradNorm(Instrument):
+    """Norm of the gradient, whole and of each parameter: the mean of the samples' own gradients, before clipping.
+
+    Terms of the loss that pass by the extended loss (weight decay written into the loss) are part of it.
+    """
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        return norms(step.gradient)
+
+
+class UpdateSize(Instrument):
+    """Norm of what the step has added to the parameters, whole and of each parameter."""
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        return norms(step.update)
+
+
+class Distance(Instrument):
+    """Distance of the parameters from where they were at the first step that was tracked, whole and of each.
+
+    Taken where the gradient is. Holds a copy of the parameters.
+    """
+
+    def __init__(self) -> None:
+        """Start without a reference point."""
+        self._first: dict[str, Tensor] | None = None
+        self._resumed = False
+
+    def start(self, step: int) -> None:
+        self._resumed = step > 0
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        if self._resumed:
+            raise Absent("the record was continued: where the parameters started is not in it")
+        if self._first is None:
+            self._first = step.start
+        start = step.start
+        if start.keys() != self._first.keys():
+            raise Absent("other parameters require grad than in the first step")
+        return norms({name: p - self._first[name] for name, p in start.items()})

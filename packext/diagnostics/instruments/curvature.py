@@ -1,0 +1,126 @@
+"""How curved the mean of the samples' losses is: trace, largest eigenvalue, and Takeuchi's criterion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import packext as px
+from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._step import Absent, Step
+
+DIAGONALS = {"ggn_mc": px.DiagGGNMC, "ggn": px.DiagGGNExact}
+
+
+def _diagonal(curvature: str) -> Any:
+    if curvature not in DIAGONALS:
+        raise ValueError(f"curvature must be one of {', '.join(map(repr, DIAGONALS))}, got {curvature!r}.")
+    return DIAGONALS[curvature]()
+
+
+class MeanHessianTrace(px.HessianTrace):
+    """Of the mean of the samples' own losses, in `mean_hessian_trace`."""
+
+    savefield = "mean_hessian_trace"
+
+    def land(self, held: Any, n: int, factor: float) -> Any:
+        return super().land(held, n, factor / n)
+
+
+class MeanTopEigenvalues(px.TopEigenvalues):
+    """Of the mean of the samples' own losses, in `mean_top_eigenvalues`."""
+
+    savefield = "mean_top_eigenvalues"
+
+    def land(self, held: Any, n: int, factor: float) -> Any:
+        return super().land(held, n, factor / n)
+
+
+class HessTrace(Instrument):
+    """Trace of the loss's curvature, whole and of each parameter's block.
+
+    Of the GGN by default, from one target per sample drawn from the model's predictions; of the Hessian itself from
+    random signs (Hutchinson 1989), with the standard error of the whole in "HessTrace.standard_error".
+    """
+
+    def __init__(self, curvature: str = "ggn_mc", draws: int = 4) -> None:
+        """Choose "ggn_mc", "ggn" (exact) or "hessian" (for which BatchNorm is no obstacle), and its draws."""
+        self.hessian = curvature == "hessian"
+        self.needs = (px.BatchL2Grad(), _diagonal(curvature)) if not self.hessian else (MeanHessianTrace(draws),)
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        if not self.hessian:
+            n = step.n
+            found = {name: d.double().sum() / n for name, d in step.layers(self.needs[-1].savefield).items()}
+            return {"": sum(found.values()), **found}
+        traces = step.layers("mean_hessian_trace")
+        draws = torch.stack([t.draws.double() for t in traces.values()]).sum(0)
+        one = Absent("a single draw has no standard error")
+        error = draws.std() / len(draws) ** 0.5 if len(draws) > 1 else one
+        return {"": draws.mean(), ".standard_error": error, **{name: t.value for name, t in traces.items()}}
+
+
+class HessMaxEV(Instrument):
+    """The largest eigenvalue of the loss's Hessian, by Lanczos, and the norm of its residual.
+
+    An eigenvalue lies within "HessMaxEV.residual" of the value. Each step starts from the eigenvector of the last one
+    that was tracked, with a random part, so that a direction which has become the largest is found.
+    """
+
+    def __init__(self, tol: float = 1e-2) -> None:
+        """Choose the residual that is good enough, relative to the Hessian's norm."""
+        self.tol = tol
+        self._vector: dict[Tensor, Tensor] | None = None
+        self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def needs(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (MeanTopEigenvalues(tol=self.tol, start=self._vector, ncv=None if self._vector is None else 5),)
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        found = step.layers("mean_top_eigenvalues")
+        first = next(iter(found.values()))
+        size = sum(e.vectors[0].numel() for e in found.values())
+        self._vector = {
+            step.parameters[name]: e.vectors[0]
+            + 0.1 / size**0.5 * torch.randn(e.vectors[0].shape, generator=self._generator).to(e.vectors)
+            for name, e in found.items()
+        }
+        return {"": first.values[0], ".residual": first.residuals[0]}
+
+
+class _Criterion(Instrument):
+    """Shared by the two forms of Takeuchi's criterion."""
+
+    def __init__(self, curvature: str = "ggn_mc", epsilon: float = 1e-7) -> None:
+        """Choose the curvature, "ggn_mc" or "ggn" (exact), and what is added to it."""
+        self.needs = (px.BatchL2Grad(), px.SumGradSquared(), _diagonal(curvature))
+        self.epsilon = epsilon
+
+    def _pairs(self, step: Step) -> list[tuple[Tensor, Tensor]]:
+        """Mean squared gradient and curvature of each entry, of each parameter."""
+        n, squares = step.n, step.layers("sum_grad_squared")
+        diagonals = step.layers(self.needs[-1].savefield)
+        return [(s.double() / n, diagonals[name].double() / n) for name, s in squares.items()]
+
+
+class TICDiag(_Criterion):
+    """Takeuchi's information criterion with diagonal matrices: sum over entries of s_d / (h_d + epsilon).
+
+    s_d is the mean squared individual gradient, h_d the curvature: an estimate of the generalisation gap near a
+    minimum, times N (Thomas et al. 2020, section 3). The Monte-Carlo diagonal is noisy in each entry, and this divides
+    by it: with `curvature="ggn"` it is exact, for more time.
+    """
+
+    def measure(self, step: Step) -> float:
+        return sum(float((s / (h + self.epsilon)).sum()) for s, h in self._pairs(step))
+
+
+class TICTrace(_Criterion):
+    """Takeuchi's information criterion from traces alone: sum of s_d over (sum of h_d + epsilon), as for `TICDiag`."""
+
+    def measure(self, step: Step) -> float:
+        pairs = self._pairs(step)
+        return sum(float(s.sum()) for s, _ in pairs) / (sum(float(h.sum()) for _, h in pairs) + self.epsilon)

@@ -1,0 +1,251 @@
+"""How much of a gradient is noise: tests of the batch size, noise scale, and signal-to-noise ratios.
+
+All are of the samples' own gradients g_n, with mean g over the N samples of the step. The trace of their covariance is
+tr = (sum |g_n|² - N |g|²) / (N - 1), unbiased; |g|² - tr / N is an unbiased estimate of the squared norm of the true
+gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._step import Absent, Step
+
+
+def _samples(step: Step) -> int:
+    n = step.n
+    if n < 2:
+        raise Absent("one sample: no variance")
+    return n
+
+
+def _traces(step: Step) -> tuple[list[str], Tensor, Tensor, int]:
+    """Names; of each parameter |g|² and the trace of the covariance `[L]`, in float64; N."""
+    n, squares = _samples(step), step.layers("batch_l2")
+    if len(step.passes) == 1:
+        dots = step.layers("grad_dot")
+        mean = torch.stack([dots[k].double().mean() for k in squares])
+    else:
+        gradient = step.pure_gradient
+        mean = torch.stack([gradient[k].double().square().sum() for k in squares])
+    total = torch.stack([v.double().sum() for v in squares.values()])
+    return list(squares), mean, (total - n * mean).clamp(min=0) / (n - 1), n
+
+
+def _no_gradient(square: float) -> None:
+    if not square > 0:
+        raise Absent("the mean gradient is zero, or not a number")
+
+
+class NormTest(Instrument):
+    """Standard error of the gradient in units of its norm: sqrt(tr / N) / |g|.
+
+    Byrd, Chin, Nocedal & Wu (2012). Small is sure; at 1, noise is as large as the gradient.
+    """
+
+    needs = (px.BatchL2Grad(), px.GradDot())
+
+    def measure(self, step: Step) -> float:
+        _, mean, trace, n = _traces(step)
+        _no_gradient(float(mean.sum()))
+        return float((trace.sum() / n / mean.sum()).sqrt())
+
+
+def _along(step: Step) -> tuple[Tensor, float, int]:
+    n, dots = _samples(step), step["grad_dot"].double()
+    square = float(dots.mean())
+    _no_gradient(square)
+    return dots, square, n
+
+
+class InnerTest(Instrument):
+    """Standard error of the gradient's length along itself, in units of it: sqrt(var(g_n·g) / N) / |g|².
+
+    The inner product test of Bollapragada, Byrd & Nocedal (2018).
+    """
+
+    needs = (px.GradDot(),)
+
+    def measure(self, step: Step) -> float:
+        dots, square, n = _along(step)
+        return float((dots.var() / n).sqrt() / square)
+
+
+class OrthoTest(Instrument):
+    """Standard error of the gradient across its own direction, in units of its norm.
+
+    sqrt(sum over n of |g_n - (g_n·g / |g|²) g|² / (N (N - 1))) / |g| (Bollapragada, Byrd & Nocedal 2018). Squared, it
+    and `InnerTest` add up to `NormTest`.
+    """
+
+    needs = (px.BatchL2Grad(), px.GradDot())
+
+    def measure(self, step: Step) -> float:
+        dots, square, n = _along(step)
+        across = (step["batch_l2"].double() - dots.square() / square).clamp(min=0).sum()
+        return float((across / (n * (n - 1) * square)).sqrt())
+
+
+class NoiseScale(Instrument):
+    """The gradient noise scale tr / |G|², whole and of each parameter, in samples.
+
+    The batch size at which noise is as large as the gradient, from unbiased estimates of both (McCandlish, Kaplan &
+    Amodei 2018, appendix A.1: the "simple" noise scale). "NoiseScale.critical_batch" is the same from moving averages
+    of both over tracked steps: the estimate of the critical batch size; one step alone is very noisy, and absent where
+    its estimate of |G|² is not positive. "NoiseScale.trace" and "NoiseScale.signal" are the two estimates.
+    """
+
+    needs = (px.BatchL2Grad(), px.GradDot())
+
+    def __init__(self, decay: float = 0.95) -> None:
+        """Choose the weight that the moving averages keep of the past, per tracked step.
+
+        Raises:
+            ValueError: if it is not at least 0 and less than 1.
+        """
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and less than 1, got {decay!r}.")
+        self.decay, self._trace, self._signal = decay, 0.0, 0.0
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        names, mean, traces, n = _traces(step)
+        signals = mean - traces / n
+        trace, signal = float(traces.sum()), float(signals.sum())
+        if not (trace < float("inf") and signal < float("inf")):
+            raise Absent("not finite: a gradient is NaN or infinite")
+        # Both start at zero, with weights that do not add up to one: alike for both, they drop out of the ratio.
+        self._trace = self.decay * self._trace + (1 - self.decay) * trace
+        self._signal = self.decay * self._signal + (1 - self.decay) * signal
+        found = {"": _ratio(trace, signal), ".critical_batch": _ratio(self._trace, self._signal)}
+        layers = zip(names, traces.tolist(), signals.tolist(), strict=True)
+        return {**found, ".trace": trace, ".signal": signal, **{k: _ratio(t, s) for k, t, s in layers}}
+
+
+def _ratio(trace: float, signal: float) -> float | Absent:
+    return (
+        trace / signal if signal > 0 else Absent("all noise: the estimate of the true gradient's norm is not positive")
+    )
+
+
+class GradSNR(Instrument):
+    """Signal-to-noise ratio of a sample's gradient, whole and of each parameter: (|g|² - tr / N) / tr.
+
+    One over the noise scale, but defined where that is infinite: not positive where no signal is seen.
+    """
+
+    needs = (px.BatchL2Grad(), px.GradDot())
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        names, mean, traces, n = _traces(step)
+        signals = mean - traces / n
+        pairs = [(float(signals.sum()), float(traces.sum())), *zip(signals.tolist(), traces.tolist(), strict=True)]
+        found = zip(["", *names], pairs, strict=True)
+        return {k: s / t if t > 0 else Absent("no variance between samples") for k, (s, t) in found}
+
+
+def _entries(step: Step) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """Mean gradient and unbiased variance of each entry, of each parameter; N."""
+    n, variances, gradient = _samples(step), step.layers("variance"), step.pure_gradient
+    return [(gradient[k].double(), v.double() * (n / (n - 1))) for k, v in variances.items()], n
+
+
+class MeanGSNR(Instrument):
+    """Mean over all entries of the gradient signal-to-noise ratio: true gradient squared over variance.
+
+    (g_d² - v_d / N) / (v_d + epsilon), with v_d the unbiased variance of entry d over the samples (Liu, Bai, Jiang,
+    Chen & Wang 2020, there with the biased g_d²).
+    """
+
+    needs = (px.Variance(), px.GradDot())
+
+    def __init__(self, epsilon: float = 1e-5) -> None:
+        """Choose what is added to each variance, in units of a squared gradient of a sample's own loss."""
+        self.epsilon = epsilon
+
+    def measure(self, step: Step) -> float:
+        entries, n = _entries(step)
+        total = sum(float(((g.square() - v / n) / (v + self.epsilon)).sum()) for g, v in entries)
+        return total / sum(g.numel() for g, _ in entries)
+
+
+class EarlyStopping(Instrument):
+    """Evidence that nothing is left but noise: 1 - N mean over entries of g_d² / (v_d + epsilon). Positive says stop.
+
+    Mahsereci, Balles, Lassner & Hennig (2017), equation 7; v_d is the unbiased variance of entry d over the samples.
+    """
+
+    needs = (px.Variance(), px.GradDot())
+
+    def __init__(self, epsilon: float = 1e-5) -> None:
+        """Choose what is added to each variance, in units of a squared gradient of a sample's own loss."""
+        self.epsilon = epsilon
+
+    def measure(self, step: Step) -> float:
+        entries, n = _entries(step)
+        total = sum(float((g.square() / (v + self.epsilon)).sum()) for g, v in entries)
+        return 1 - n * total / sum(g.numel() for g, _ in entries)
+
+
+class CABS(Instrument):
+    """The batch size that plain gradient descent should have: learning rate times tr over the loss.
+
+    Balles, Romero & Hennig (2017), equation 22. For `torch.optim.SGD` without momentum, and losses that are 0 at best.
+    """
+
+    needs = (px.BatchL2Grad(), px.GradDot())
+
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if type(optimizer) is not torch.optim.SGD:
+            raise ValueError(
+                f"CABS is defined for torch.optim.SGD without momentum, not for {type(optimizer).__name__}."
+            )
+        for group in optimizer.param_groups:
+            extras = [k for k in ("momentum", "weight_decay", "maximize") if group[k]]
+            if extras:
+                raise ValueError(f"CABS is defined for plain SGD; this SGD has {', '.join(extras)}.")
+
+    def measure(self, step: Step) -> float:
+        rates = {float(group["lr"]) for group in step.optimizer.param_groups}
+        if len(rates) > 1:
+            raise Absent(f"the parameters have different learning rates: {sorted(rates)}")
+        if any(group["momentum"] for group in step.optimizer.param_groups):
+            raise Absent("the optimizer has got momentum")
+        if abs(step.factor - 1) > 1e-6:
+            raise Absent(f"`.grad` is {step.factor:.6g} times the mean of the samples' own gradients: no learning rate")
+        _, _, traces, _ = _traces(step)
+        loss = step.loss
+        if not loss > 0:
+            raise Absent("the loss is not positive")
+        return rates.pop() * float(traces.sum()) / loss
+
+
+class SampleNorms(Instrument):
+    """Norms |g_n| of the samples' own gradients: their distribution, and which samples have the largest.
+
+    "SampleNorms.quantiles" has those at 0, 5, 25, 50, 75, 95 and 100 % (`[7]`); "SampleNorms.hardest" the positions in
+    the batch of the largest norms, the largest first, and "SampleNorms.largest" these norms (both `[count]`); over all
+    backward passes of the step, one after the other.
+    """
+
+    needs = (px.BatchL2Grad(),)
+
+    def __init__(self, count: int = 8) -> None:
+        """Choose how many samples to name.
+
+        Raises:
+            ValueError: if that is less than one.
+        """
+        if count < 1:
+            raise ValueError(f"count must be an int of 1 or more, got {count!r}.")
+        self.count = count
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        norms = step["batch_l2"].double().sqrt()
+        at = torch.tensor([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], dtype=norms.dtype, device=norms.device)
+        top = norms.topk(min(self.count, len(norms)))
+        return {"": norms.mean(), ".quantiles": norms.quantile(at), ".hardest": top.indices, ".largest": top.values}

@@ -1,0 +1,644 @@
+"""The monitor: it sees what happens in a step, changes nothing, and says why something is missing."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext import testing
+from packext.diagnostics import (
+    Absent,
+    Alpha,
+    Cockpit,
+    DeadUnits,
+    Distance,
+    GradHist1d,
+    GradNorm,
+    GradSNR,
+    HessMaxEV,
+    HessTrace,
+    InnerTest,
+    Instrument,
+    Loss,
+    NoiseScale,
+    NormTest,
+    SampleNorms,
+    Step,
+    Time,
+    UpdateSize,
+    linear,
+    logarithmic,
+)
+from tests.helpers import batch, double_precision, mlp
+
+LR = 0.1
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.LayerNorm(54), nn.Linear(54, 4)
+    ).float()
+
+
+def images(n: int = 8) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 2, 5, 5, dtype=torch.float32), torch.randint(4, (n,))
+
+
+def pair(*instruments: Any, **options: Any) -> Any:
+    """A monitor of a small model, and the loss."""
+    model = px.extend(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    return Cockpit(model, optimizer, None, instruments=instruments, **options), px.extend(nn.CrossEntropyLoss())
+
+
+def train(monitor: Any, loss: nn.Module, x: Tensor, y: Tensor) -> None:
+    with monitor.step():
+        loss(monitor.model(x), y).backward()
+        monitor.optimizer.step()
+        monitor.optimizer.zero_grad()
+
+
+def traces(model: nn.Module) -> Any:
+    """All that a monitor might leave behind."""
+    return (
+        [dict(p.__dict__) for p in model.parameters()],
+        [p._backward_hooks for p in model.parameters()],
+        [(dict(m._forward_hooks), dict(m._forward_pre_hooks), dict(m.__dict__)) for m in model.modules()],
+        dict(torch.nn.modules.module._global_forward_pre_hooks),
+        dict(torch.nn.modules.module._global_forward_hooks),
+    )
+
+
+# -- nothing is changed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [None, "economy", "business", "full"])
+def test_training_is_the_same_to_the_last_bit(level: str | None) -> None:
+    def run(watched: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        torch.manual_seed(3)
+        model, loss = net(), nn.CrossEntropyLoss()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        monitor = Cockpit(px.extend(model), optimizer, level, every=1) if watched else None
+        if watched:
+            px.extend(loss)
+        for _ in range(50):
+            x, y = images()
+            with nullcontext() if monitor is None else monitor.step():
+                optimizer.zero_grad()
+                loss(model(x), y).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        return [p.detach() for p in model.parameters()], torch.get_rng_state(), grads
+
+    (theta, state, grads), (want, drawn, plain) = run(True), run(False)
+    assert all(torch.equal(p, q) for p, q in zip(theta, want, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(grads, plain, strict=True))
+    assert torch.equal(state, drawn)
+
+
+@pytest.mark.parametrize("fails", [None, "forward", "backward", "after"])
+def test_a_step_leaves_nothing_behind(fails: str | None) -> None:
+    model, loss = px.extend(net()), px.extend(nn.CrossEntropyLoss())
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    monitor = Cockpit(model, optimizer, "full", instruments=[DeadUnits()])
+    x, y = images()
+    train(monitor, loss, x, y)
+    train(monitor, loss, x, y)
+    before, about = traces(model), traces(loss)
+
+    def boom(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    try:
+        with monitor.step():
+            if fails == "forward":
+                model(x, 1)
+            output = model(x)
+            if fails == "backward":
+                output.register_hook(boom)
+            loss(output, y).backward()
+            if fails == "after":
+                boom()
+            optimizer.step()
+            optimizer.zero_grad()
+    except (ZeroDivisionError, TypeError):
+        assert fails is not None
+    else:
+        assert fails is None
+    assert traces(model) == before and traces(loss) == about
+    with px.backpack(px.BatchL2Grad()) as results:
+        loss(model(x), y).backward()
+    assert "0.weight" in results
+    optimizer.zero_grad()
+    for p in model.parameters():
+        del p.batch_l2
+    train(monitor, loss, x, y)
+    assert monitor.steps == 4 and "Loss" in monitor.values
+
+
+def test_attributes_of_an_earlier_context_stay() -> None:
+    monitor, loss = pair(NormTest())
+    x, y = batch()
+    with px.backpack(px.BatchL2Grad()):
+        loss(monitor.model(x), y).backward()
+    held = monitor.model[0].weight.batch_l2
+    train(monitor, loss, x, y)
+    assert monitor.model[0].weight.batch_l2 is held
+
+
+def test_importing_packext_does_not_import_the_monitor() -> None:
+    code = "import sys, packext; assert 'packext.diagnostics' not in sys.modules; packext.diagnostics.Cockpit"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'diagnostic'"):
+        px.diagnostic  # noqa: B018
+
+
+# -- schedules --------------------------------------------------------------------------------------
+
+
+def test_schedules() -> None:
+    assert [s for s in range(10) if linear(3)(s)] == [0, 3, 6, 9]
+    assert [s for s in range(10) if linear(4, 1)(s)] == [1, 5, 9]
+    assert [s for s in range(1001) if logarithmic(2)(s)] == [0, 1, 3, 10, 32, 100, 316, 1000]
+    assert [s for s in range(12) if logarithmic(20)(s)] == list(range(12))
+    for wrong in (lambda: linear(0), lambda: logarithmic(0), lambda: logarithmic(1, 0)):
+        with pytest.raises(ValueError, match="1 or more"):
+            wrong()
+
+
+def test_only_scheduled_steps_are_looked_at() -> None:
+    monitor, loss = pair(Loss(), every=lambda step: step in (1, 4))
+    x, y = batch()
+    seen = []
+    for _ in range(6):
+        monitor.values = {}
+        train(monitor, loss, x, y)
+        seen.append("Loss" in monitor.values)
+    assert seen == [False, True, False, False, True, False]
+
+
+def test_alpha_looks_at_the_step_after() -> None:
+    monitor, loss = pair(Alpha(), every=3)
+    every, _ = pair(Alpha())
+    every.model.load_state_dict(monitor.model.state_dict())
+    x, y = batch()
+    wrote: dict[int, float] = {}
+    monitor.sinks = [Keep(wrote)]
+    every.sinks = [Keep(want := {})]
+    for _ in range(7):
+        train(monitor, loss, x, y)
+        train(every, loss, x, y)
+    assert wrote.keys() == {0, 3} and all(wrote[k] == pytest.approx(want[k]) for k in wrote)
+
+
+class Keep:
+    def __init__(self, into: dict[int, Any], name: str = "Alpha") -> None:
+        self.into, self.name = into, name
+
+    def begin(self, names: list[str]) -> int:
+        return 0
+
+    def write(self, step: int, values: Any, absent: Any) -> None:
+        if self.name in values or self.name in absent:
+            self.into[step] = values.get(self.name, absent.get(self.name))
+
+
+# -- accumulation, closures, scalers, several models --------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [[4, 4], [5, 3]])
+@pytest.mark.parametrize("zero", [False, True])
+def test_accumulated_passes_count_as_one_batch(parts: list[int], zero: bool) -> None:
+    asked = (Loss(), GradNorm(), NormTest(), NoiseScale(), GradSNR(), SampleNorms(), Alpha(), UpdateSize())
+    x, y = batch(8)
+    whole, loss = pair(*asked)
+    model = px.extend(copy.deepcopy(whole.model))
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), LR), None, instruments=copy.deepcopy(asked))
+    monitor.instruments.append(InnerTest())
+    for _ in range(2):
+        train(whole, loss, x, y)
+        with monitor.step():
+            if zero:
+                monitor.optimizer.zero_grad(set_to_none=False)
+            for a, b in zip(x.split(parts), y.split(parts), strict=True):
+                (loss(model(a), b) * len(a) / 8).backward()
+            monitor.optimizer.step()
+            if not zero:
+                monitor.optimizer.zero_grad()
+    assert monitor.values.keys() == whole.values.keys()
+    for name, value in whole.values.items():
+        assert monitor.values[name] == pytest.approx(value, rel=1e-6), name
+    assert "within one backward pass; this step had 2" in monitor.absent["InnerTest"]
+
+
+def test_a_gradient_from_before_the_step_is_not_counted() -> None:
+    monitor, loss = pair(GradNorm())
+    x, y = batch()
+    rows = testing.individual_gradients(monitor.model, loss, x, y)
+    monitor.optimizer.zero_grad()
+    loss(monitor.model(x), y).backward()
+    train(monitor, loss, x, y)
+    want = torch.cat([r.mean(0).flatten() for r in rows.values()]).norm()
+    assert monitor.values["GradNorm"] == pytest.approx(float(want))
+
+
+def test_closures_of_lbfgs() -> None:
+    monitor, loss = pair(Loss(), GradNorm(), NormTest(), Alpha(), UpdateSize(), Distance())
+    monitor.optimizer = torch.optim.LBFGS(monitor.model.parameters(), max_iter=4)
+    x, y = batch()
+    calls = []
+
+    def closure() -> Tensor:
+        monitor.optimizer.zero_grad()
+        value = loss(monitor.model(x), y)
+        value.backward()
+        calls.append(float(value.detach()))
+        return value
+
+    for _ in range(2):
+        start = [p.detach().clone() for p in monitor.model.parameters()]
+        first = len(calls)
+        with monitor.step():
+            monitor.optimizer.step(closure)
+        moved = torch.cat([(p - q).flatten() for p, q in zip(monitor.model.parameters(), start, strict=True)])
+        assert monitor.values["Loss"] == pytest.approx(calls[first]) and len(calls) - first > 2
+        assert monitor.values["UpdateSize"] == pytest.approx(float(moved.detach().norm()))
+        assert "NormTest" in monitor.values
+    assert "Alpha" in monitor.values or "concave" in monitor.absent["Alpha"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**14])
+def test_a_loss_scale_is_divided_out(scale: float) -> None:
+    model = px.extend(net())
+    loss = px.extend(nn.CrossEntropyLoss())
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    asked = [Loss(), GradNorm(), NoiseScale(), SampleNorms(), HessTrace(), GradHist1d(), Alpha()]
+    monitor = Cockpit(model, optimizer, None, instruments=asked)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+    torch.manual_seed(5)
+    x, y = images()
+    for _ in range(2):
+        with monitor.step():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss(model(x), y)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert monitor.values["Loss"] == pytest.approx(float(value.detach()), rel=1e-5)
+        rows = testing.individual_gradients(model, loss, x[:1], y[:1])
+        assert monitor.values["GradNorm"] < 10 * torch.cat([r.flatten() for r in rows.values()]).norm()
+        assert 0 < monitor.values["SampleNorms"] < 100 and 0 < monitor.values["HessTrace"] < 1e4
+        assert monitor.values["GradHist1d.limit"] < 100
+    assert "Alpha" in monitor.values or "concave" in monitor.absent["Alpha"]
+
+
+def test_a_step_that_the_scaler_skips() -> None:
+    monitor, loss = pair(UpdateSize(), Alpha(), GradNorm())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    x, y = batch()
+    x[0, 0] = torch.inf
+    with monitor.step():
+        scaler.scale(loss(monitor.model(x), y)).backward()
+        scaler.step(monitor.optimizer)
+        scaler.update()
+    assert "no update" in monitor.absent["UpdateSize"] and "no update" in monitor.absent["Alpha"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_two_models_under_two_monitors(nested: bool) -> None:
+    """A generator and a discriminator, with the same names of parameters."""
+    torch.manual_seed(0)
+    g, d = nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(4, 1))
+    plain_g, plain_d = copy.deepcopy(g), copy.deepcopy(d)
+    px.extend(g), px.extend(d)
+    loss = px.extend(nn.BCEWithLogitsLoss())
+    optimizers = [torch.optim.SGD(m.parameters(), LR) for m in (g, d)]
+    asked = [Loss(), GradNorm(), NormTest(), InnerTest(), SampleNorms(), Alpha(), GradHist1d()]
+    monitors = [Cockpit(m, o, None, instruments=copy.deepcopy(asked)) for m, o in zip((g, d), optimizers, strict=True)]
+    z, x, one, zero = torch.randn(6, 3), torch.randn(6, 4), torch.ones(6, 1), torch.zeros(6, 1)
+
+    def train_d() -> None:
+        optimizers[1].zero_grad()
+        (loss(d(x), one) + loss(d(g(z).detach()), zero)).backward()
+        optimizers[1].step()
+
+    def train_g() -> None:
+        optimizers[0].zero_grad()
+        loss(d(g(z)), one).backward()
+        optimizers[0].step()
+
+    for _ in range(2):
+        before = copy.deepcopy((g.state_dict(), d.state_dict()))
+        if nested:
+            with monitors[0].step(), monitors[1].step():
+                train_d()
+                train_g()
+        else:
+            with monitors[1].step():
+                train_d()
+            with monitors[0].step():
+                train_g()
+        assert not any(hasattr(p, "batch_l2") for m in (g, d) for p in m.parameters())
+    # The second step's discriminator, by hand.
+    plain_g.load_state_dict(before[0])
+    plain_d.load_state_dict(before[1])
+    rows = []
+    for k in range(6):
+        plain_d.zero_grad()
+        with torch.no_grad():
+            fake = plain_g(z[k : k + 1])
+        value = F.binary_cross_entropy_with_logits(plain_d(x[k : k + 1]), one[:1])
+        value = value + F.binary_cross_entropy_with_logits(plain_d(fake), zero[:1])
+        value.backward()
+        rows.append(torch.cat([p.grad.flatten() for p in plain_d.parameters() if p.grad is not None]))
+    matrix = torch.stack(rows)
+    norms = matrix.norm(dim=1).sort(descending=True).values
+    assert monitors[1].values["GradNorm"] == pytest.approx(float(matrix.mean(0).norm()))
+    assert monitors[1].values["SampleNorms.largest"] == pytest.approx(norms.numpy())
+    assert "NormTest" in monitors[0].values and "Alpha" in {**monitors[0].values, **monitors[0].absent}
+    assert monitors[0].values["GradNorm"] != pytest.approx(monitors[1].values["GradNorm"])
+
+
+# -- where a statistic is undefined --------------------------------------------------------------------
+
+
+def test_batch_norm_in_training_mode() -> None:
+    model = px.extend(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)))
+    loss = px.extend(nn.CrossEntropyLoss())
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    monitor = Cockpit(model, optimizer, "full", instruments=[Trace("hessian")])
+    x, y = batch(8)
+    train(monitor, loss, x, y)
+    for name in ("NormTest", "NoiseScale", "Alpha", "GradHist1d", "TICDiag"):
+        assert "statistics of the batch in 1: samples influence" in monitor.absent[name]
+    for name in ("Loss", "GradNorm", "UpdateSize", "HessMaxEV", "Trace"):
+        assert name in monitor.values, (name, monitor.absent)
+    model.eval()
+    train(monitor, loss, x, y)
+    assert "NormTest" in monitor.values
+
+
+class Trace(HessTrace):
+    """Beside that of the level."""
+
+
+def test_nothing_happens_in_a_step() -> None:
+    monitor, loss = pair(Loss(), NormTest(), UpdateSize(), Time())
+    x, y = batch()
+    with monitor.step():
+        pass
+    assert set(monitor.absent.values()) == {"no backward pass through an extended loss in this step"}
+    with monitor.step():
+        loss(monitor.model(x), y).backward()
+    assert "no update" in monitor.absent["UpdateSize"] and monitor.values["Time"] > monitor.values["Time.step"] > 0
+
+
+def test_parameters_moved_between_two_steps() -> None:
+    monitor, loss = pair(Alpha())
+    x, y = batch()
+    train(monitor, loss, x, y)
+    with torch.no_grad():
+        monitor.model[0].weight.mul_(0.5)
+    train(monitor, loss, x, y)
+    assert "changed between this step and the next" in monitor.absent["Alpha"]
+
+
+def test_terms_of_the_loss_that_pass_by_the_model() -> None:
+    monitor, loss = pair(Alpha(), NormTest(), GradNorm())
+    x, y = batch()
+    with monitor.step():
+        penalty = sum(p.square().sum() for p in monitor.model.parameters())
+        (loss(monitor.model(x), y) + penalty).backward()
+        norm = torch.cat([p.grad.flatten() for p in monitor.model.parameters()]).norm()
+        monitor.optimizer.step()
+    assert "terms of the loss pass by the model" in monitor.absent["Alpha"]
+    assert monitor.values["GradNorm"] == pytest.approx(float(norm)) and "NormTest" in monitor.values
+
+
+def test_another_context_inside_takes_the_pass() -> None:
+    monitor, loss = pair(NormTest(), Loss())
+    x, y = batch()
+    with monitor.step(), px.backpack(px.Variance()):
+        loss(monitor.model(x), y).backward()
+    assert "an inner px.backpack context has taken them" in monitor.absent["NormTest"] and "Loss" in monitor.values
+
+
+def test_not_finite() -> None:
+    monitor, loss = pair(Loss(), Alpha(), NoiseScale(), GradHist1d(), NormTest())
+    x, y = batch()
+    x[0, 0] = torch.nan
+    train(monitor, loss, x, y)
+    assert monitor.values["Loss"] != monitor.values["Loss"]
+    for name in ("NoiseScale", "GradHist1d", "NormTest"):
+        assert "not finite" in monitor.absent[name] or "not a number" in monitor.absent[name]
+
+
+# -- other losses -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none", "given", "number"])
+def test_losses_of_all_kinds_give_the_same(reduction: str) -> None:
+    asked = (Loss(), GradNorm(), NormTest(), SampleNorms(), Alpha(), GradHist1d())
+    x, y = batch(6)
+    mean, loss = pair(*asked)
+    model = px.extend(copy.deepcopy(mean.model))
+    rate = LR / 6 if reduction == "sum" else LR
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), rate), None, instruments=copy.deepcopy(asked))
+    other = px.extend(nn.CrossEntropyLoss(reduction="none" if reduction == "none" else "sum"))
+    for _ in range(2):
+        train(mean, loss, x, y)
+        with monitor.step(scale=6.0 if reduction in ("given", "number") else "sample") as step:
+            if reduction == "given":
+                each = F.cross_entropy(model(x), y, reduction="none")
+                step.losses(each)
+                each.mean().backward()
+            elif reduction == "number":
+                loss(model(x), y).backward()
+            elif reduction == "none":
+                other(model(x), y).mean().backward()
+            else:
+                other(model(x), y).backward()
+            monitor.optimizer.step()
+            monitor.optimizer.zero_grad()
+    assert monitor.values.keys() == mean.values.keys(), monitor.absent
+    for name, value in mean.values.items():
+        assert monitor.values[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_padding_counts_no_sample_twice() -> None:
+    """Tokens whose target is ignored: a sample's own loss is N times its share in the mean."""
+    model = px.extend(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)))
+    loss = px.extend(nn.CrossEntropyLoss(ignore_index=-1))
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), LR), None, instruments=[Loss(), NormTest(), Alpha()])
+    x, y = torch.randint(7, (4, 5)), torch.randint(3, (4, 5))
+    y[0, 1:] = -1
+    for _ in range(2):
+        places = (y >= 0).sum()
+        with px.disable():
+            each = F.cross_entropy(model(x).mT, y, ignore_index=-1, reduction="none").sum(1) * 4 / places
+        with monitor.step() as step:
+            loss(model(x).mT, y).backward()
+            monitor.optimizer.step()
+            monitor.optimizer.zero_grad()
+        assert monitor.values["Loss"] == pytest.approx(float(each.mean().detach()))
+        assert step is not None
+    assert "Alpha" in monitor.values or "concave" in monitor.absent["Alpha"]
+    with monitor.step():
+        loss(model(x).flatten(0, 1), y.flatten()).backward()
+        monitor.optimizer.step()
+    assert "20 rows for 4 samples" in monitor.absent["Alpha"]
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+
+
+def test_refused_at_construction() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    with pytest.raises(px.NotExtendedError, match="Sequential: call model = px.extend"):
+        Cockpit(model, optimizer)
+    px.extend(model)
+    with pytest.raises(ValueError, match="'economy', 'business', 'full' or None, got 'cheap'"):
+        Cockpit(model, optimizer, "cheap")
+    with pytest.raises(ValueError, match="every"):
+        Cockpit(model, optimizer, every=0)
+    with pytest.raises(ValueError, match="two instruments are called 'Loss'"):
+        Cockpit(model, optimizer, instruments=[Loss()])
+    with pytest.raises(ValueError, match="scale"):
+        Cockpit(model, optimizer).step(scale="loss")
+    with pytest.raises(px.PackextError, match="continue at different steps"):
+        sinks = [Keep({}), Keep({})]
+        sinks[0].begin = lambda names: 3  # type: ignore[method-assign]
+        Cockpit(model, optimizer, sinks=sinks)
+
+
+def test_an_error_names_the_instruments_and_the_model() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            return x - x.mean(0)
+
+    model, loss = px.extend(Mixed()), px.extend(nn.CrossEntropyLoss())
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), LR), None, instruments=[Loss(), NormTest()])
+    x, y = batch()
+    with pytest.raises(px.CoupledSamplesError, match="instruments NormTest need what Mixed did not give: .*influence"):
+        with monitor.step():
+            loss(model(x), y).backward()
+    plain = nn.CrossEntropyLoss()
+    monitor, _ = pair(NormTest())
+    with pytest.raises(px.NotExtendedError, match="NormTest need .* loss is not extended"):
+        with monitor.step():
+            plain(monitor.model(x), y).backward()
+    with pytest.raises(px.PackextError, match="does not see the loss"):
+        with monitor.step(scale=4.0):
+            plain(monitor.model(x), y).backward()
+    with pytest.raises(ValueError, match=r"individual losses \[N\]"):
+        with monitor.step(scale=4.0) as step:
+            step.losses(torch.ones(()))
+    with pytest.raises(px.PackextError, match="for losses that are not extended"):
+        extended = px.extend(nn.CrossEntropyLoss(reduction="none"))
+        with monitor.step(scale=4.0) as step:
+            each = extended(monitor.model(x), y)
+            step.losses(each)
+            each.mean().backward()
+
+
+def test_nested_monitors_of_different_scale_are_refused() -> None:
+    (first, loss), (second, _) = pair(NormTest()), pair(NormTest())
+    with pytest.raises(px.PackextError, match="different scales"), first.step(), second.step(scale=2.0):
+        pass
+    x, y = batch()
+    train(first, loss, x, y)
+    assert "NormTest" in first.values
+
+
+def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(px.PackextError, match="2 ranks"):
+        pair(Loss())
+
+
+# -- an instrument of one's own -------------------------------------------------------------------------------
+
+
+class Opposed(Instrument):
+    """Share of the samples whose gradient points against the gradient of the batch."""
+
+    needs = (px.GradDot(),)
+
+    def measure(self, step: Step) -> float:
+        if step.n < 2:
+            raise Absent("one sample agrees with itself")
+        return float((step["grad_dot"] < 0).double().mean())
+
+
+def test_an_instrument_of_ones_own() -> None:
+    monitor, loss = pair(Opposed(), NormTest())
+    x, y = batch(8)
+    rows = testing.individual_gradients(monitor.model, loss, x, y)
+    g = torch.cat([r.flatten(1) for r in rows.values()], 1)
+    train(monitor, loss, x, y)
+    assert monitor.values["Opposed"] == float((g @ g.mean(0) < 0).double().mean())
+    train(monitor, loss, x[:1], y[:1])
+    assert monitor.absent["Opposed"] == "one sample agrees with itself"
+
+    class Wrong(Opposed):
+        def measure(self, step: Step) -> float:
+            return step["variance"]
+
+    other, _ = pair(Wrong())
+    with pytest.raises(KeyError, match="not the savefield of any quantity in `needs`: grad_dot"):
+        train(other, loss, x, y)
+
+
+def test_equal_quantities_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    real = px.backpack
+
+    def spy(*quantities: Any, **options: Any) -> Any:
+        asked.append([(type(q).__name__, q.savefield) for q in quantities])
+        return real(*quantities, **options)
+
+    monkeypatch.setattr(px, "backpack", spy)
+
+    class Again(GradHist1d):
+        pass
+
+    class Wider(GradHist1d):
+        pass
+
+    monitor, loss = pair(
+        GradHist1d(5, 1.0, None), Again(5, 1.0, None), Wider(5, 2.0, None), NormTest(), NoiseScale(), HessMaxEV()
+    )
+    x, y = batch()
+    train(monitor, loss, x, y)
+    fields = [field for _, field in asked[0]]
+    assert [name for name, _ in asked[0]] == [
+        "GradHistogram", "GradHistogram", "BatchL2Grad", "GradDot", "MeanTopEigenvalues",
+    ]  # fmt: skip
+    assert len(set(fields)) == len(fields)
+    assert (monitor.values["GradHist1d"] == monitor.values["Again"]).all()
+    assert not (monitor.values["GradHist1d"] == monitor.values["Wider"]).all()

@@ -637,7 +637,7 @@ def test_equal_quantities_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) ->
     train(monitor, loss, x, y)
     fields = [field for _, field in asked[0]]
     assert [name for name, _ in asked[0]] == [
-        "GradHistogram", "GradHistogram", "BatchL2Grad", "GradDot", "MeanTopEigenvalues",
+        "GradHistogram", "GradHistogram", "BatchL2Grad", "GradDot", "MeanTopEigenvalues", "Count",
     ]  # fmt: skip
     assert len(set(fields)) == len(fields)
     assert (monitor.values["GradHist1d"] == monitor.values["Again"]).all()

@@ -15,7 +15,7 @@ import packext as px
 from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._observe import Observer
 from packext.diagnostics._schedule import linear
-from packext.diagnostics._step import Absent, Step
+from packext.diagnostics._step import Absent, Count, Step
 from packext.diagnostics.instruments import LEVELS
 
 #: Quantities that are made of products with the Hessian and know no samples.
@@ -184,6 +184,8 @@ class Watch:
             if coupled and any(not isinstance(q, HESSIAN) for q in needs):
                 self._missing[k], needs = coupled, ()
             self._needs.append(needs)
+        if any(not isinstance(q, HESSIAN) for needs in self._needs for q in needs):
+            self._needs.append((Count(),))
         wanted = any(i.losses for i, _ in readers)
         try:
             observer = Observer(step, self._needs, self._scale, wanted)

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 import packext as px
-from packext.diagnostics._step import Call, Pass, Step, rescaled
+from packext.diagnostics._step import Call, Count, Pass, Step, rescaled
 
 #: Steps under way, the innermost last. Where monitors are nested, the innermost context asks for all of them.
 _ACTIVE: list[Observer] = []
@@ -198,7 +198,7 @@ class Observer:
             return  # a pass through another model
         p.before = {}
         raw = {held: {k: r[held] for k, r in own.items() if held in r} for part in fields for held in part.values()}
-        p.n = _samples(raw, fields, p)
+        p.n = _samples(raw, p)
         self._scale(p)
         done: dict[str, dict[str, Any]] = {}
         for part in fields:
@@ -261,13 +261,11 @@ class Observer:
                 return
 
 
-def _samples(raw: dict[str, dict[str, Any]], fields: list[dict[str, str]], p: Pass) -> int | None:
-    for part in fields:
-        for field in ("batch_l2", "grad_dot", "slope_dot", "batch_dot"):
-            for value in raw.get(part.get(field, ""), {}).values():
-                return len(value)
-    sizes = {len(c.value) for c, _ in p.calls if c.kind == "losses()"}  # of others, rows may be tokens
-    return sizes.pop() if len(sizes) == 1 else None
+def _samples(raw: dict[str, dict[str, Any]], p: Pass) -> int | None:
+    counts = list(raw.get(Count.savefield, {}).values())
+    # Of other losses than those that were handed over, rows may be tokens.
+    counts += [len(c.value) for c, _ in p.calls if c.kind == "losses()"]
+    return counts[0] if counts else None
 
 
 def _individual(module: nn.Module, args: Any, kwargs: Any) -> Tensor | str:

@@ -35,7 +35,6 @@ def _sum(values: list[Any]) -> Any:
 #: here is defined within one pass only.
 COMBINE: dict[str, Callable[[list[Any]], Any]] = {
     "batch_l2": torch.cat,
-    "slope_dot": torch.cat,
     "subset_grad": torch.cat,
     "sum_grad_squared": _sum,
     "diag_ggn_exact": _sum,
@@ -45,7 +44,7 @@ COMBINE: dict[str, Callable[[list[Any]], Any]] = {
 #: How results grow with a factor on the loss, by savefield: that power of it is divided out.
 POWERS: dict[str, int] = {
     "batch_l2": 2, "grad_dot": 2, "batch_dot": 2, "sum_grad_squared": 2, "variance": 2,
-    "grad_batch": 1, "subset_grad": 1, "slope_dot": 1, "grad_projected": 1,
+    "grad_batch": 1, "subset_grad": 1, "grad_projected": 1,
     "diag_ggn_exact": 1, "diag_ggn_mc": 1, "ggn_gram": 1, "hessian_trace": 1, "mean_hessian_trace": 1,
     "top_eigenvalues": 1, "mean_top_eigenvalues": 1,
 }  # fmt: skip
@@ -115,7 +114,6 @@ class Step:
     _outside: bool = False
     _start: dict[str, Tensor] = field(default_factory=dict)
     _update: dict[str, Tensor] | None = None
-    _shared: dict[str, Any] = field(default_factory=dict)
     _instrument: int = 0
     _needs: tuple[str, ...] = ()
 
@@ -211,12 +209,6 @@ class Step:
         return self._update
 
     @property
-    def direction(self) -> dict[Tensor, Tensor]:
-        """The update by the parameters themselves, as `GradDot` takes directions; the same object at each call."""
-        update = self.update
-        return self._shared.setdefault("direction", {self.parameters[name]: u for name, u in update.items()})
-
-    @property
     def factor(self) -> float:
         """What `.grad` has grown by is this times the mean of the samples' own gradients."""
         self._known_share()
@@ -264,14 +256,22 @@ def rescaled(savefield: str, value: Any, multiplier: float) -> Any:
     return value * factor
 
 
-class SlopeDot(px.GradDot):
-    """Inner products of individual gradients with a direction `[N]`, in `slope_dot`; of parameters that have one."""
+class Count(px.BatchL2Grad):
+    """How many samples there were, in `samples`; costs nothing."""
 
-    savefield = "slope_dot"
+    savefield = "samples"
+
+    def wants(self, form: Any) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
 
     def result(self, ask: Any) -> Any:
-        """The inner products for one parameter."""
-        return super().result(ask) if self.direction is not None and ask.parameter in self.direction else None
+        """The number."""
+        return ask.n
+
+
+#: Samples whose individual gradients are formed, where a few stand for all.
+FEW = 16
 
 
 class SubsetGrad(px.BatchGrad):
@@ -279,8 +279,8 @@ class SubsetGrad(px.BatchGrad):
 
     savefield = "subset_grad"
 
-    def __init__(self, samples: int, seed: int) -> None:
-        """Say how many, and the seed of the draw; all if the batch has no more."""
+    def __init__(self, seed: int, samples: int = FEW) -> None:
+        """Say the seed of the draw, and how many; all if the batch has no more."""
         super().__init__([])
         self.samples, self.seed = samples, seed
 

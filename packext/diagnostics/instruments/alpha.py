@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
-from packext.diagnostics._step import Absent, SlopeDot, Step
+from packext.diagnostics._step import Absent, Step, SubsetGrad
 
 
 @dataclass
@@ -29,7 +30,7 @@ class _Parabola(Instrument):
     L(z) = w0 + w1 z + w2 z². Observed are L and its slope at z = 0 and z = 1, from the batch of the step and from that
     of the next one, each with the variance of a mean over its samples: w is the weighted least-squares fit. The
     variance of individual slopes is measured at z = 1 and serves both ends, since the direction is not known yet while
-    the gradient at z = 0 is computed.
+    the gradient at z = 0 is computed; of a batch of more than 16, on 16 samples drawn at random.
     """
 
     losses = True
@@ -43,24 +44,29 @@ class _Parabola(Instrument):
     def measure(self, step: Step) -> None:
         self._before = self._follow = None
         update, gradient = step.update, step.pure_gradient
-        slope = sum(float((g.double() * update[k].double()).sum()) for k, g in gradient.items())
-        self._before = _end(step, slope)
+        self._before = _end(step, _along(gradient, update))
         self._length = sum(float(u.double().square().sum()) for u in update.values()) ** 0.5
-        self._follow = (SlopeDot(step.direction),)
+        self._update = update
+        self._follow = (SubsetGrad(step.number + 1),)
 
     def follow(self) -> tuple[Any, ...] | None:
         return self._follow
 
     def conclude(self, step: Step) -> Any:
         before = self._before
-        slopes = step["slope_dot"].double()
-        after = _end(step, float(slopes.mean()))
-        assert before is not None
+        rows = step.layers("subset_grad")
+        slopes = sum(r.reshape(len(r), -1).double() @ self._update[k].double().flatten() for k, r in rows.items())
+        after = _end(step, _along(step.gradient, self._update))
+        assert before is not None and isinstance(slopes, Tensor)
         return self.read(parabola(before, after, float(slopes.var())), self._length)
 
     def read(self, fit: np.ndarray, length: float) -> Any:
         """What the instrument shows of w0, w1, w2."""
         raise NotImplementedError
+
+
+def _along(gradient: dict[str, Tensor], update: dict[str, Tensor]) -> float:
+    return sum(float((g.double() * update[k].double()).sum()) for k, g in gradient.items())
 
 
 def _end(step: Step, slope: float) -> _End:

@@ -48,7 +48,7 @@ class HessTrace(Instrument):
     def __init__(self, curvature: str = "ggn_mc", draws: int = 4) -> None:
         """Choose "ggn_mc", "ggn" (exact) or "hessian" (for which BatchNorm is no obstacle), and its draws."""
         self.hessian = curvature == "hessian"
-        self.needs = (px.BatchL2Grad(), _diagonal(curvature)) if not self.hessian else (MeanHessianTrace(draws),)
+        self.needs = (_diagonal(curvature),) if not self.hessian else (MeanHessianTrace(draws),)
 
     def measure(self, step: Step) -> dict[str, Any]:
         if not self.hessian:
@@ -96,7 +96,7 @@ class _Criterion(Instrument):
 
     def __init__(self, curvature: str = "ggn_mc", epsilon: float = 1e-7) -> None:
         """Choose the curvature, "ggn_mc" or "ggn" (exact), and what is added to it."""
-        self.needs = (px.BatchL2Grad(), px.SumGradSquared(), _diagonal(curvature))
+        self.needs = (px.SumGradSquared(), _diagonal(curvature))
         self.epsilon = epsilon
 
     def _pairs(self, step: Step) -> list[tuple[Tensor, Tensor]]:

@@ -159,8 +159,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 is of these.
 
         Raises:
-            ValueError: for a class in place of an instance, an unknown scale, `parameters` that are no tensors, or a hook
-                that reads attributes which are not to be attached.
+            ValueError: for a class in place of an instance, an unknown scale, `parameters` that are no tensors, or a
+                hook that reads attributes which are not to be attached.
         """
         if extension_hook is not None and not attach:
             raise ValueError("extension_hook reads results from the parameters, to which attach=False puts none.")

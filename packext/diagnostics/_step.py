@@ -35,6 +35,7 @@ def _sum(values: list[Any]) -> Any:
 #: here is defined within one pass only.
 COMBINE: dict[str, Callable[[list[Any]], Any]] = {
     "batch_l2": torch.cat,
+    "slope_dot": torch.cat,
     "subset_grad": torch.cat,
     "sum_grad_squared": _sum,
     "diag_ggn_exact": _sum,
@@ -44,7 +45,7 @@ COMBINE: dict[str, Callable[[list[Any]], Any]] = {
 #: How results grow with a factor on the loss, by savefield: that power of it is divided out.
 POWERS: dict[str, int] = {
     "batch_l2": 2, "grad_dot": 2, "batch_dot": 2, "sum_grad_squared": 2, "variance": 2,
-    "grad_batch": 1, "subset_grad": 1, "grad_projected": 1,
+    "grad_batch": 1, "subset_grad": 1, "slope_dot": 1, "grad_projected": 1,
     "diag_ggn_exact": 1, "diag_ggn_mc": 1, "ggn_gram": 1, "hessian_trace": 1, "mean_hessian_trace": 1,
     "top_eigenvalues": 1, "mean_top_eigenvalues": 1,
 }  # fmt: skip
@@ -114,6 +115,7 @@ class Step:
     _outside: bool = False
     _start: dict[str, Tensor] = field(default_factory=dict)
     _update: dict[str, Tensor] | None = None
+    _shared: dict[str, Any] = field(default_factory=dict)
     _instrument: int = 0
     _needs: tuple[str, ...] = ()
 
@@ -209,6 +211,12 @@ class Step:
         return self._update
 
     @property
+    def direction(self) -> dict[Tensor, Tensor]:
+        """The update by the parameters themselves, as `GradDot` takes directions; the same object at each call."""
+        update = self.update
+        return self._shared.setdefault("direction", {self.parameters[name]: u for name, u in update.items()})
+
+    @property
     def factor(self) -> float:
         """What `.grad` has grown by is this times the mean of the samples' own gradients."""
         self._known_share()
@@ -270,22 +278,43 @@ class Count(px.BatchL2Grad):
         return ask.n
 
 
-#: Samples whose individual gradients are formed, where a few stand for all.
-FEW = 16
+def _drawn(n: int, samples: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+
+
+class SlopeDot(px.GradDot):
+    """Inner products of some individual gradients with a direction `[samples]`, drawn anew by seed, in `slope_dot`."""
+
+    savefield = "slope_dot"
+
+    def __init__(self, direction: dict[Tensor, Tensor], seed: int, samples: int = 16) -> None:
+        """Take the direction by parameter, the seed of the draw, and how many; all if the batch has no more."""
+        super().__init__(direction)
+        self.samples, self.seed = samples, seed
+
+    def result(self, ask: Any) -> Any:
+        """The inner products for one parameter; None for one without a direction."""
+        if self.direction is None or ask.parameter not in self.direction:
+            return None
+        order = torch.tensor(_drawn(ask.n, self.samples, self.seed), device=ask.parameter.device)
+        form = ask.statistics.form
+        if getattr(form, "s", 1) == 1:  # without positions to sum over, those of all samples cost least
+            return super().result(ask)[order]
+        rows = form.select(order)
+        return rows.reshape(len(order), -1) @ self.direction[ask.parameter].to(rows).flatten() * ask.factor
 
 
 class SubsetGrad(px.BatchGrad):
-    """Individual gradients `[samples, *p]` of some samples, drawn anew in each step, in `subset_grad`."""
+    """Individual gradients `[samples, *p]` of some samples, drawn anew by seed, in `subset_grad`."""
 
     savefield = "subset_grad"
 
-    def __init__(self, seed: int, samples: int = FEW) -> None:
-        """Say the seed of the draw, and how many; all if the batch has no more."""
+    def __init__(self, seed: int, samples: int) -> None:
+        """Take the seed of the draw, and how many; all if the batch has no more."""
         super().__init__([])
         self.samples, self.seed = samples, seed
 
     def result(self, ask: Any) -> Tensor:
         """The rows for one parameter."""
-        order = torch.randperm(ask.n, generator=torch.Generator().manual_seed(self.seed))
-        self.subsampling = order[: self.samples].tolist()
+        self.subsampling = _drawn(ask.n, self.samples, self.seed)
         return super().result(ask)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
-from packext.diagnostics._step import Absent, Step, SubsetGrad
+from packext.diagnostics._step import Absent, SlopeDot, Step
 
 
 @dataclass
@@ -47,17 +47,16 @@ class _Parabola(Instrument):
         self._before = _end(step, _along(gradient, update))
         self._length = sum(float(u.double().square().sum()) for u in update.values()) ** 0.5
         self._update = update
-        self._follow = (SubsetGrad(step.number + 1),)
+        self._follow = (SlopeDot(step.direction, step.number + 1),)
 
     def follow(self) -> tuple[Any, ...] | None:
         return self._follow
 
     def conclude(self, step: Step) -> Any:
         before = self._before
-        rows = step.layers("subset_grad")
-        slopes = sum(r.reshape(len(r), -1).double() @ self._update[k].double().flatten() for k, r in rows.items())
+        slopes = step["slope_dot"].double()
         after = _end(step, _along(step.gradient, self._update))
-        assert before is not None and isinstance(slopes, Tensor)
+        assert before is not None
         return self.read(parabola(before, after, float(slopes.var())), self._length)
 
     def read(self, fit: np.ndarray, length: float) -> Any:

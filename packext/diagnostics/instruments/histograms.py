@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
-from packext.diagnostics._step import FEW, Absent, Step, SubsetGrad
+from packext.diagnostics._step import Absent, Step, SubsetGrad
 
 
 class _Sampled(Instrument):
@@ -22,11 +22,7 @@ class _Sampled(Instrument):
 
     @property
     def needs(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return (SubsetGrad(self._seed, max(FEW, self.samples)),) if self.samples else (self.exact(),)
-
-    def rows(self, step: Step) -> dict[str, Tensor]:
-        """Individual gradients of as many samples as wanted, by parameter."""
-        return {name: rows[: self.samples] for name, rows in step.layers("subset_grad").items()}
+        return (SubsetGrad(self._seed, self.samples),) if self.samples is not None else (self.exact(),)
 
     def exact(self) -> px.GradHistogram:
         """The quantity for all entries of all samples."""
@@ -82,7 +78,7 @@ class GradHist1d(_Sampled):
             whole = sum(counts.values())
             shares = {name: c / c.sum() for name, c in counts.items()}
             return {"": whole / whole.sum(), ".limit": self.limit, **shares}  # type: ignore[union-attr]
-        rows = self.rows(step)
+        rows = step.layers("subset_grad")
         m, n = len(next(iter(rows.values()))), step.n
         limit = _range(self.limit, list(rows.values()), "gradient")
         offset = torch.arange(m, device=next(iter(rows.values())).device)[:, None] * self.bins
@@ -141,7 +137,7 @@ class GradHist2d(_Sampled):
             limits = {".limit": self.limit, ".param_limit": self.param_limit}
             counts = {name: h.counts.double() for name, h in step.layers("grad_histogram").items()}
         else:
-            rows, start = self.rows(step), step.start
+            rows, start = step.layers("subset_grad"), step.start
             limit = _range(self.limit, list(rows.values()), "gradient")
             param_limit = _range(self.param_limit, [start[name] for name in rows], "parameter")
             limits = {".limit": limit, ".param_limit": param_limit}

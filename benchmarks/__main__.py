@@ -101,9 +101,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = False
     console = Console()
-    whole = all(getattr(options, name) == list(known) for name, known in (("rows", ROWS), ("peers", LIBRARIES)))
-    kept = {"rounds": options.rounds, "device": options.device}
-    kept |= {"memory": not options.no_memory, "whole": whole}
+    complete = options.peers == list(LIBRARIES) and not options.no_memory
+    kept = {"rounds": options.rounds, "device": options.device, "complete": complete}
+    kept |= {"memory": not options.no_memory, "whole": complete and options.rows == list(ROWS)}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -118,7 +118,7 @@ def main() -> None:
             if not options.no_memory:
                 add_memory(key, rows, options, progress)
             report.save(key, rows, about, kept)
-            if kept["whole"]:
+            if complete:
                 report.write_page(options.device)
             report.show(console, key, rows, options.peers)
             failures += [
@@ -126,10 +126,10 @@ def main() -> None:
                 for name, result in rows.items()
                 if "packext" in result.cells and result.cells["packext"].status in ("missing", "wrong", "error")
             ]
-    if kept["whole"]:
+    if complete:
         console.print(f"Tables written to {report.PAGE}.")
     else:
-        console.print("Not all rows, libraries and memory: the page is left as it was.")
+        console.print("Not all libraries and memory: the page is left as it was.")
     if failures:
         console.print("[bold red]packext fails:[/bold red]\n" + "\n".join(failures))
         sys.exit(1)

@@ -325,3 +325,24 @@ def test_samples_are_told_apart_once_per_structure(monkeypatch: pytest.MonkeyPat
         with px.backpack(px.BatchGrad()):
             model(torch.randn(n, 3, 3))[chosen].sum().backward()
         assert len(sent) == passes, (chosen, n)
+
+
+def test_products_keep_their_memory_order() -> None:
+    """Dropout draws in the order of memory: an extended model must keep that of the plain one."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.einsum("st,nsc->ntc", self.mix, x)
+            return F.dropout(self.mix @ y, 0.5)
+
+    model, x = Net(), torch.randn(4, 3, 5)
+    torch.manual_seed(0)
+    plain = model(x)
+    torch.manual_seed(0)
+    extended = px.extend(model)(x)
+    assert plain.stride() == extended.stride()
+    torch.testing.assert_close(extended, plain)

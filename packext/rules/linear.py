@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,7 +106,7 @@ def matmul(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     if tracer.sources(w) and tracer.is_data(x) and w.dim() == 2 and x.dim() >= 2:
         return tracer.owned(LINEAR, func, {"input": x, "weight": w}, {"transposed": True})
     equation = _matmul_equation(x.dim(), w.dim(), x.shape, w.shape)
-    return NotImplemented if equation is None else contraction(tracer, torch.einsum, equation, x, w)
+    return NotImplemented if equation is None else contraction(tracer, func, equation, x, w, torch.matmul)
 
 
 @handles(torch.bmm, Tensor.bmm)
@@ -113,7 +114,7 @@ def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Batched products."""
     if len(args) != 2:
         return NotImplemented
-    return contraction(tracer, torch.einsum, "abc,acd->abd", *args)
+    return contraction(tracer, func, "abc,acd->abd", *args, torch.bmm)
 
 
 @handles(getattr(torch._VF, "einsum"))  # noqa: B009 - not in torch's stubs
@@ -125,7 +126,7 @@ def einsum(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     )
     if len(operands) != 2:
         return NotImplemented
-    return contraction(tracer, torch.einsum, equation, *operands)
+    return contraction(tracer, torch.einsum, equation, *operands, functools.partial(torch.einsum, equation))
 
 
 def _matmul_equation(left: int, right: int, shape: torch.Size, other: torch.Size) -> str | None:
@@ -150,7 +151,8 @@ class Contraction(Rule):
     name = "einsum"
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
-        return torch.einsum(use.consts["equation"], tensors["data"], tensors["weight"])
+        pair = (tensors["data"], tensors["weight"])
+        return use.consts["run"](*(pair if use.consts["data first"] else pair[::-1]))
 
     def factors(
         self,
@@ -198,14 +200,17 @@ class Contraction(Rule):
 CONTRACTION = Contraction()
 
 
-def contraction(tracer: Tracer, func: Any, equation: str, x: Tensor, w: Tensor) -> Any:
-    """Place the tap of an einsum of two operands, one of them made of parameters."""
+def contraction(
+    tracer: Tracer, func: Any, equation: str, x: Tensor, w: Tensor, run: Callable[[Tensor, Tensor], Tensor]
+) -> Any:
+    """Place the tap of an einsum of two operands, one of them made of parameters; `run` is the call as it was made."""
     equation = equation.replace(" ", "")
     if "->" not in equation or "." in equation:
         return NotImplemented
     inputs, result = equation.split("->")
     left, right = inputs.split(",")
-    if tracer.sources(x) and not tracer.sources(w):
+    data_first = bool(tracer.sources(w)) or not tracer.sources(x)
+    if not data_first:
         x, w, left, right = w, x, right, left
     letters_once = all(len(set(part)) == len(part) for part in (left, right, result))
     covered = all(c in left or c in result for c in right) and all(c in left or c in right for c in result)
@@ -213,4 +218,5 @@ def contraction(tracer: Tracer, func: Any, equation: str, x: Tensor, w: Tensor) 
         return NotImplemented
     if any(c in left and x.shape[left.index(c)] != w.shape[right.index(c)] for c in right):
         return NotImplemented
-    return tracer.observed(CONTRACTION, func, {"data": x, "weight": w}, {"equation": f"{left},{right}->{result}"})
+    consts = {"equation": f"{left},{right}->{result}", "run": run, "data first": data_first}
+    return tracer.observed(CONTRACTION, func, {"data": x, "weight": w}, consts)

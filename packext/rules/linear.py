@@ -106,7 +106,7 @@ def matmul(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     if tracer.sources(w) and tracer.is_data(x) and w.dim() == 2 and x.dim() >= 2:
         return tracer.owned(LINEAR, func, {"input": x, "weight": w}, {"transposed": True})
     equation = _matmul_equation(x.dim(), w.dim(), x.shape, w.shape)
-    return NotImplemented if equation is None else contraction(tracer, func, equation, x, w, torch.matmul)
+    return NotImplemented if equation is None else contraction(tracer, func, equation, x, w, run=torch.matmul)
 
 
 @handles(torch.bmm, Tensor.bmm)
@@ -114,7 +114,7 @@ def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Batched products."""
     if len(args) != 2:
         return NotImplemented
-    return contraction(tracer, func, "abc,acd->abd", *args, torch.bmm)
+    return contraction(tracer, func, "abc,acd->abd", *args, run=torch.bmm)
 
 
 @handles(getattr(torch._VF, "einsum"))  # noqa: B009 - not in torch's stubs
@@ -126,7 +126,7 @@ def einsum(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     )
     if len(operands) != 2:
         return NotImplemented
-    return contraction(tracer, torch.einsum, equation, *operands, functools.partial(torch.einsum, equation))
+    return contraction(tracer, torch.einsum, equation, *operands, run=functools.partial(torch.einsum, equation))
 
 
 def _matmul_equation(left: int, right: int, shape: torch.Size, other: torch.Size) -> str | None:

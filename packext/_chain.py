@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._factored import Factored, accumulation_dtype
 from packext._flight import Pass, Sweep, silence
-from packext._layout import Layout
+from packext._layout import Layout, separating
 from packext._taps import Argument, Observed, Owned
 from packext._use import TARGET, Source, Use
 
@@ -89,8 +89,8 @@ class Chain:
             if n > 1 and _shape(edge)[:1] != [n]:
                 raise CoupledSamplesError(_AXIS.format(n, edge.node.name(), _shape(edge)))
         start, meta = self.edges[0], _meta(self.edges[0])
-        for bit in range((n - 1).bit_length()):
-            members = (torch.arange(n) >> bit & 1).bool().to(meta.device)
+        for members in separating(n):
+            members = members.to(meta.device)
             values = torch.rand(meta.shape, generator=generator).to(meta.device, meta.dtype) + 0.5
             cotangent = torch.where(Layout(0, n).spread(members, values), values, 0.0)
             with silence():

@@ -20,7 +20,7 @@ from packext._chain import Chain, Positive, average, kept
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
 from packext._flight import Pass, Sweep, enter, probe_inputs, refuse_static
-from packext._layout import Layout, candidates
+from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
 from packext._residual import residual
@@ -298,8 +298,7 @@ def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
     for layout in options:
         if n == 1:
             return layout
-        for bit in range((n - 1).bit_length()):
-            members = (torch.arange(n) >> bit & 1).bool()
+        for members in separating(n):
             values = torch.rand(output.shape, generator=generator).to(output) + 0.5
             cotangent = torch.where(layout.spread(members.to(output.device), values), values, 0.0)
             grads = probe_inputs(edge, edges, cotangent)

@@ -290,6 +290,8 @@ def enter(record: Record) -> None:
         raise PackextError(f"Per-sample quantities need samples: {reason}. Pass the batch to the extended model.")
     if any((node := ref()) is not None and torch._C._will_engine_execute_node(node) for ref in record.again):
         raise PackextError(_AGAIN)
+    if _sweep is not None and gates <= record.probed:
+        return  # what follows was seen to when the pass around this one, or the first sweep, came here
     flight.context._check(flight, record.n)
     waiting = [q for q in flight.context.curvature if q.root[0] != "empirical"] + [*flight.context.hessian]
     if _sweep is None and waiting and not flight.spread:

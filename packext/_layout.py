@@ -84,6 +84,16 @@ class Layout:
         return True
 
 
+def digits(n: int) -> list[Tensor]:
+    """For each binary digit, the samples `[N]` whose index has it: any two differ in one."""
+    return [(torch.arange(n) >> k & 1).bool() for k in range((n - 1).bit_length())]
+
+
+def separating(n: int) -> list[Tensor]:
+    """Sets of samples `[N]`, for every pair i, j one that holds i without j: with a digit of the index, and without."""
+    return [members for has in digits(n) for members in (has, ~has)]
+
+
 def candidates(shape: torch.Size, n: int, batch_axis: int) -> Iterator[Layout]:
     """Layouts that `shape` allows, the likeliest first."""
     if n == 1:

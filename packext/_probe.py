@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
-from packext._layout import Layout, candidates
+from packext._layout import Layout, candidates, separating
 from packext._use import TARGET, Use
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         )
     generator = torch.Generator().manual_seed(20250101)
     lone = int(torch.randint(n, (1,), generator=generator))
-    cotangents_of = [*_bits(n), torch.arange(n) == lone]
+    cotangents_of = [*separating(n), torch.arange(n) == lone]
     conflict: Use | None = None
     for attempt in range(max(len(start.layouts) for start in starts)):
         chosen = [start.layouts[min(attempt, len(start.layouts) - 1)] for start in starts]
@@ -181,16 +181,6 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     if not record.routed and all(is_settled(use) for use in record.uses):
         layouts = [use.layouts if use.options else None for use in record.uses]
         record.extension.shared.remember(key, (layouts, {start.gate: record.places[start.gate] for start in starts}))
-
-
-def _bits(n: int) -> list[Tensor]:
-    """Sets of samples `[N]`, one for every pair i, j that holds i without j: with a bit of the index, and without."""
-    index = torch.arange(n)
-    sets = []
-    for bit in range((n - 1).bit_length()):
-        has = (index >> bit & 1).bool()
-        sets += [has, ~has]
-    return sets
 
 
 def _adopt(record: Record, plan: tuple[list[tuple[Layout | None, ...] | None], dict[int, Layout]]) -> bool:

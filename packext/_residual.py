@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, UnsupportedUseError
 from packext._flight import Look, Pass, silence
-from packext._layout import Layout
+from packext._layout import Layout, digits
 from packext._taps import Gate, OwnedRule, inputs_first
 from packext._use import Source, Use
 from packext.rules.elementwise import ArgumentRule
@@ -94,8 +94,7 @@ def _masks(
 ) -> Iterator[dict[Any, tuple[Tensor | None, ...]]]:
     """For each binary digit of a sample's index, which entries of the nodes' outputs are of samples that have it."""
     n, generator = layouts[0].n, torch.Generator().manual_seed(20251121)
-    for digit in range((n - 1).bit_length()):
-        members = (torch.arange(n) >> digit & 1).bool()
+    for members in digits(n):
         cotangents = [
             torch.where(layout.spread(members.to(t.device), t), _random(t.shape, t, generator), 0.0)
             for layout, t in zip(layouts, outputs, strict=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from packext._errors import CoupledSamplesError, PackextError
+from packext._layout import digits
 
 #: The most entries of an output per sample for which a loss without a closed form gets its blocks `[N, D, D]`.
 LARGEST = 4096
@@ -432,9 +433,9 @@ def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) ->
 
         # Any two samples differ in a binary digit of their index: each product with the samples whose digit is 1 must
         # leave the others alone.
-        numbers, index = torch.Generator().manual_seed(0), torch.arange(n, device=x.device)
-        for digit in range((n - 1).bit_length()):
-            some = (index >> digit & 1).bool()
+        numbers = torch.Generator().manual_seed(0)
+        for some in digits(n):
+            some = some.to(x.device)
             rows = times(torch.rand(n, d, generator=numbers, dtype=x.dtype).to(x.device) * some[:, None])
             if rows[~some].abs().max() > (1e-6 if x.dtype == torch.float64 else 1e-3) * rows.abs().max():
                 raise CoupledSamplesError(

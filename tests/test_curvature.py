@@ -136,6 +136,19 @@ def test_what_mixes_samples_before_the_loss_is_refused() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("which", range(N))
+def test_one_sample_that_sees_the_others_is_refused(which: int) -> None:
+    """Whichever it is, the first as well, whose index has no binary digit."""
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    loss = px.extend(nn.CrossEntropyLoss())
+    px.extend(model)
+    with pytest.raises(px.CoupledSamplesError, match="influence each other"), px.backpack(px.DiagGGNExact()):
+        z = model(x)
+        rows = torch.arange(N)[:, None] == which
+        loss(torch.where(rows, z.mean(0), z), y).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_multiples_and_sums_of_losses() -> None:
     model, x = mlp(), torch.randn(N, 5)
     y, t = torch.randint(3, (N,)), torch.randn(N, 3)

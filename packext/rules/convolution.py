@@ -68,8 +68,8 @@ class Convolution(OwnedRule):
     def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
         names = ("input", "weight", "bias")
         found = self._backward(use, t, g, [name in wanted for name in names])
-        of_dtype = {name: grad for name, grad in zip(names, found, strict=True) if name in wanted}
-        return {k: v if v.dtype == t[k].dtype else v.to(t[k].dtype) for k, v in of_dtype.items()}
+        some = {name: grad for name, grad in zip(names, found, strict=True) if name in wanted}
+        return {k: v if v.dtype == t[k].dtype else v.to(t[k].dtype) for k, v in some.items()}
 
     def factors(
         self,

@@ -220,6 +220,9 @@ class Keep:
         if self.name in values or self.name in absent:
             self.into[step] = values.get(self.name, absent.get(self.name))
 
+    def say(self, verdict: Any) -> None:
+        pass
+
 
 # -- accumulation, closures, scalers, several models --------------------------------------------------
 

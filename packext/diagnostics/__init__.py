@@ -9,6 +9,9 @@ from packext.diagnostics._schedule import linear as linear
 from packext.diagnostics._schedule import logarithmic as logarithmic
 from packext.diagnostics._step import Absent as Absent
 from packext.diagnostics._step import Step as Step
+from packext.diagnostics._verdict import Finding as Finding
+from packext.diagnostics._verdict import Rule as Rule
+from packext.diagnostics._verdict import Verdict as Verdict
 from packext.diagnostics.instruments import CABS as CABS
 from packext.diagnostics.instruments import LEVELS as LEVELS
 from packext.diagnostics.instruments import ActivationScale as ActivationScale

@@ -16,6 +16,7 @@ from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._observe import Observer
 from packext.diagnostics._schedule import linear
 from packext.diagnostics._step import Absent, Count, Step
+from packext.diagnostics._verdict import Judge, Rule, Verdict
 from packext.diagnostics.instruments import LEVELS
 
 #: Quantities that are made of products with the Hessian and know no samples.
@@ -32,6 +33,10 @@ class Sink(Protocol):
 
     def write(self, step: int, values: Mapping[str, float | np.ndarray], absent: Mapping[str, str]) -> None:
         """Take the values of a step by name, and why others are absent."""
+        ...
+
+    def say(self, verdict: Verdict) -> None:
+        """Take a verdict that is new, that has changed, or that is withdrawn."""
         ...
 
 
@@ -68,6 +73,7 @@ class Cockpit:
         every: int | Callable[[int], bool] = 1,
         sinks: Iterable[Sink] = (),
         instruments: Iterable[Instrument] = (),
+        rules: Iterable[Rule] = (),
     ) -> None:
         """Choose what to look at, when, and where to write it.
 
@@ -80,6 +86,7 @@ class Cockpit:
                 (`linear`, `logarithmic`).
             sinks: such as `Run`.
             instruments: instances, beside those of the level.
+            rules: which come to verdicts.
 
         Raises:
             NotExtendedError: if the model is not extended.
@@ -109,6 +116,7 @@ class Cockpit:
         self.sinks = list(sinks)
         self.values: dict[str, float | np.ndarray] = {}
         self.absent: dict[str, str] = {}
+        self.judge = Judge(rules)
         self.born = perf_counter()
         begun = {sink.begin(names) for sink in self.sinks} or {0}
         if len(begun) > 1:
@@ -135,6 +143,11 @@ class Cockpit:
         if not (scale == "sample" or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
             raise ValueError(f'scale must be "sample" or a number, got {scale!r}.')
         return Watch(self, scale)
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """What is wrong with the run, as far as the rules see."""
+        return list(self.judge.standing.values())
 
     def __repr__(self) -> str:
         return f"Cockpit({', '.join(i.name for i in self.instruments)})"
@@ -232,11 +245,14 @@ class Watch:
                     monitor._following.append((step.number, instrument, needs))
         monitor._left = (step.number, observer.versions())
         monitor.values, monitor.absent = {**late.values, **due.values}, {**late.absent, **due.absent}
-        for sink in monitor.sinks:
-            if self._following:
-                sink.write(self._following[0][0], late.values, late.absent)
-            if self._due:
-                sink.write(step.number, due.values, due.absent)
+        pages = [(self._following[0][0], late)] if self._following else []
+        pages += [(step.number, due)] if self._due else []
+        for number, page in pages:
+            verdicts = monitor.judge.hear(number, page.values)
+            for sink in monitor.sinks:
+                sink.write(number, page.values, page.absent)
+                for verdict in verdicts:
+                    sink.say(verdict)
 
     def _measure(self, page: _Page, k: int, instrument: Instrument, read: Callable[[Step], Any], step: Step) -> bool:
         try:

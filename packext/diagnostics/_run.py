@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import packext as px
+from packext.diagnostics._verdict import Verdict
 
 #: Of the format. A reader opens its own version and all before it.
 VERSION = 1
@@ -22,9 +24,9 @@ class Run:
     """A folder with the record of one training run; a sink of `Cockpit`.
 
     `record.jsonl` has a header and then a line for each step that was tracked: numbers by name, why others are absent,
-    and where in `arrays.bin` its arrays are, each in numpy's own format. Lines are only ever appended, each after the
-    arrays that it names: what a killed process leaves opens, without the step that it was writing. A step may have
-    several lines.
+    and where in `arrays.bin` its arrays are, each in numpy's own format; and a line for each verdict. Lines are only
+    ever appended, each after the arrays that it names: what a killed process leaves opens, without the step that it was
+    writing. A step may have several lines.
 
     Example:
         >>> run = Run.open("runs/first")
@@ -35,6 +37,7 @@ class Run:
         """Record into a folder, which is created; a record in it is continued, with its next step."""
         self.path = Path(path)
         self._lines: list[dict[str, Any]] = []
+        self._said: list[Verdict] = []
         self.header: dict[str, Any] = {}
         self._end = 0
         if (self.path / RECORD).exists():
@@ -69,7 +72,9 @@ class Run:
                 raise px.PackextError(
                     f"{self.path / RECORD}, line {number + 1}, is damaged: delete the line, or restore the file."
                 ) from None
-            if number:
+            if "verdict" in entry:
+                self._said.append(Verdict(**entry["verdict"] | {"where": tuple(entry["verdict"]["where"])}))
+            elif number:
                 self._lines.append(entry)
             else:
                 self.header = entry
@@ -101,7 +106,11 @@ class Run:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             self.header = {"format": "packext run", "version": VERSION, "packext": px.__version__, "began": now}
             self._append(self.header | {"instruments": names})
-        return max(self.steps, default=-1) + 1
+        following = max(self.steps, default=-1) + 1
+        for verdict in self.verdicts():
+            if verdict.until is None:  # rules begin anew: what holds still will be said again
+                self.say(replace(verdict, until=following))
+        return following
 
     def write(self, step: int, values: Mapping[str, float | np.ndarray], absent: Mapping[str, str]) -> None:
         """Append what is known of a step.
@@ -124,6 +133,15 @@ class Run:
         entry |= {"absent": dict(absent)} if absent else {}
         self._lines.append(entry)
         self._append(entry)
+
+    def say(self, verdict: Verdict) -> None:
+        """Append a verdict.
+
+        Args:
+            verdict: new, changed or withdrawn.
+        """
+        self._said.append(verdict)
+        self._append({"verdict": asdict(verdict)})
 
     def _append(self, entry: dict[str, Any]) -> None:
         with (self.path / RECORD).open("ab") as file:
@@ -167,6 +185,11 @@ class Run:
     def absent(self) -> list[tuple[int, str, str]]:
         """Step, name and reason of everything that was absent."""
         return [(line["step"], k, why) for line in self._lines for k, why in line.get("absent", {}).items()]
+
+    def verdicts(self) -> list[Verdict]:
+        """Verdicts by the step at which they were first said, each as it was said last."""
+        last = {(verdict.name, verdict.step): verdict for verdict in self._said}
+        return sorted(last.values(), key=lambda verdict: verdict.step)
 
     def frame(self) -> Any:
         """The numbers as a pandas frame.

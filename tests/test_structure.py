@@ -28,8 +28,11 @@ FLOORS = [
     {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},
-    {"__init__", "demo", "diagnostics", "_cli", "__main__"},
+    {"__init__", "demo", "attacks", "defences", "diagnostics", "_cli", "__main__"},
 ]
+
+#: Packages of the top floor, which use what is public of the engine and of each other.
+CONSUMERS = ("attacks", "defences", "diagnostics")
 
 
 def name_of(file: Path) -> str:
@@ -109,7 +112,7 @@ def test_files_are_of_a_size_that_can_be_read(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 600
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "diagnostics").rglob("*.py")), ids=name_of)
+@pytest.mark.parametrize("file", [f for f in FILES if name_of(f).split(".")[0] in CONSUMERS], ids=name_of)
 def test_a_consumer_uses_what_is_public(file: Path) -> None:
     here = name_of(file).split(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
@@ -119,14 +122,18 @@ def test_a_consumer_uses_what_is_public(file: Path) -> None:
         elif isinstance(node, ast.Import):
             names = [a.name for a in node.names]
         inside = [n for n in names if n.split(".")[0] == "packext" and n != "packext"]
-        assert all(n.split(".")[1] == here for n in inside), f"{name_of(file)} imports {inside}"
+        public = {f"packext.{consumer}" for consumer in CONSUMERS}
+        assert all(n.split(".")[1] == here or n in public for n in inside), f"{name_of(file)} imports {inside}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "px":
             assert not node.attr.startswith("_") or node.attr == "__version__"
 
 
-@pytest.mark.parametrize("name", [n for n, value in vars(px.diagnostics).items() if inspect.isclass(value)])
-def test_public_names_of_diagnostics_are_documented(name: str) -> None:
-    value = getattr(px.diagnostics, name)
+@pytest.mark.parametrize(
+    "name", [f"{c}.{n}" for c in CONSUMERS for n, value in vars(getattr(px, c)).items() if inspect.isclass(value)]
+)
+def test_public_names_of_consumers_are_documented(name: str) -> None:
+    consumer, _, part = name.partition(".")
+    value = getattr(getattr(px, consumer), part)
     assert inspect.getdoc(value), name
     for member, f in vars(value).items():
         if inspect.isfunction(f) and not member.startswith("_"):

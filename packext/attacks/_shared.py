@@ -1,0 +1,161 @@
+"""What a client sends, what is known of an attacker, and which layer tells labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import packext as px
+
+
+@dataclass(frozen=True)
+class Threat:
+    """Who attacks: what they see, what they know beforehand, and what they must be able to do.
+
+    Attributes:
+        sees: what reaches the attacker.
+        knows: what they know besides.
+        server: "honest" if they follow the protocol and look, "malicious" if they choose what clients compute.
+        assumes: what must hold for the attack to work.
+    """
+
+    sees: str
+    knows: str
+    server: str
+    assumes: str
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What leaves a client: the gradient of its loss over a batch, before or after a defence.
+
+    Attributes:
+        gradient: by parameter name, in the parameters' shapes.
+        n: samples in the batch.
+        loss_fn: whose gradient it is.
+    """
+
+    gradient: Mapping[str, Tensor]
+    n: int
+    loss_fn: nn.Module
+
+    @property
+    def summed(self) -> float:
+        """The factor from the gradient as sent to the sum over samples: `n` for a mean, 1 for a sum."""
+        return float(self.n) if self.loss_fn.reduction == "mean" else 1.0
+
+
+def share(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mapping[str, Tensor] | None = None) -> Shared:
+    """The gradient that a client with one batch sends (FedSGD: one local step).
+
+    Model, gradients and buffers stay as they are.
+
+    Args:
+        model: as the client received it, in the mode (`train` or `eval`) in which it is run.
+        loss_fn: with `reduction` "mean" or "sum", called as `loss_fn(model(x), y)`.
+        x: the batch, or a tuple of the model's arguments.
+        y: labels `[N, ...]`.
+        state: parameters and buffers to run the model with instead of its own, by name.
+
+    Returns:
+        The gradient of every parameter that requires it; zeros for one that the loss does not depend on.
+
+    Raises:
+        PackextError: if the loss is no scalar, or depends on no parameter.
+    """
+    own = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    for name, value in (state or {}).items():
+        if name in own:
+            own[name] = value.detach().clone().requires_grad_()
+        else:
+            buffers[name] = value.detach().clone()
+    arguments = x if isinstance(x, tuple) else (x,)
+    loss = loss_fn(torch.func.functional_call(model, {**own, **buffers}, arguments), y)
+    if loss.dim() or not loss.requires_grad:
+        raise px.PackextError(
+            f"A client shares the gradient of a scalar loss that depends on the model: {type(loss_fn).__name__} gave a "
+            f"tensor of shape {list(loss.shape)}" + ("" if loss.requires_grad else " that requires no grad") + ". "
+            'Use reduction="mean" or "sum", and train at least one parameter.'
+        )
+    grads = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
+    return Shared({name: g.detach() for name, g in zip(own, grads, strict=True)}, len(y), loss_fn)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last fully connected layer of a classifier: D features to C logits.
+
+    Attributes:
+        name: of the module in the model.
+        weight: `[C, D]`.
+        bias: `[C]`, or None.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str | None = None) -> Head:
+        """Find it.
+
+        Args:
+            model: the classifier.
+            name: of the layer; by default the last `nn.Linear` among the model's modules.
+
+        Returns:
+            The layer.
+
+        Raises:
+            PackextError: if there is none, or it is no `nn.Linear`.
+        """
+        linear = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)]
+        if name is None and not linear:
+            raise px.PackextError(f"{type(model).__name__} has no nn.Linear whose gradient could tell labels.")
+        name = linear[-1] if name is None else name
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise px.PackextError(f"{name!r} is a {type(layer).__name__}; the last layer must be an nn.Linear.")
+        return cls(name, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+    def weight_gradient(self, shared: Shared) -> Tensor:
+        """Of the layer in what was shared `[C, D]`, float64, for the sum over samples."""
+        return self._part(shared, "weight", self.weight)
+
+    def bias_gradient(self, shared: Shared) -> Tensor:
+        """Of the layer in what was shared `[C]`, float64, for the sum over samples."""
+        if self.bias is None:
+            raise px.PackextError(f"{self.name!r} has no bias, whose gradient this attack reads.")
+        return self._part(shared, "bias", self.bias)
+
+    def _part(self, shared: Shared, part: str, like: Tensor) -> Tensor:
+        name = f"{self.name}.{part}" if self.name else part
+        if name not in shared.gradient:
+            raise px.PackextError(f"{name!r} is not in what was shared: {', '.join(shared.gradient) or 'nothing'}.")
+        g = shared.gradient[name]
+        if g.shape != like.shape or not g.isfinite().all():
+            what = f"shape {list(g.shape)} for {list(like.shape)}" if g.shape != like.shape else "entries not finite"
+            raise px.PackextError(f"The gradient of {name!r} has {what}: nothing can be read off it.")
+        return g.double() * shared.summed
+
+
+def plain_cross_entropy(loss_fn: nn.Module) -> None:
+    """Refuse a loss whose gradient at the logits is not `p - y` for each sample.
+
+    Args:
+        loss_fn: of the client.
+
+    Raises:
+        PackextError: unless it is `nn.CrossEntropyLoss` with nothing but a reduction.
+    """
+    plain = isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.weight is None and loss_fn.label_smoothing == 0.0
+    if not plain or loss_fn.reduction not in ("mean", "sum"):
+        raise px.PackextError(
+            f"Labels are read off gradients of nn.CrossEntropyLoss without class weights and label smoothing, with "
+            f'reduction "mean" or "sum"; got {loss_fn}.'
+        )

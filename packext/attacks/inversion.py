@@ -1,0 +1,421 @@
+"""Gradient inversion: inputs whose gradient is the one that was shared.
+
+The attacker runs the model on inputs of its own and moves them until their gradient matches. Whether it matches the
+attacker sees; whether the inputs are then the client's, not. A search that has not matched says nothing about privacy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import packext as px
+from packext.attacks._shared import Shared, Threat
+
+_SEES = "one client's gradient of all parameters"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an inversion found: the best of its restarts, by what the attacker can see.
+
+    Attributes:
+        inputs: `[N, ...]`; for text, vectors in place of the embeddings.
+        labels: `[N]`, int64.
+        objective: after each outer iteration of the best restart, relative to that of a gradient of zeros.
+        matched: whether the gradient was matched: the last objective is below the attack's `tolerance`.
+        restarts: how many were made.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    objective: tuple[float, ...]
+    matched: bool
+    restarts: int
+
+
+class Matching:
+    """The gradient of a model on inputs that are searched for, as a differentiable function of them."""
+
+    def __init__(
+        self, model: nn.Module, shared: Shared, forward: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ) -> None:
+        """Take the model, what was shared, and how the model is run on what is searched for."""
+        self.model, self.shared = model, shared
+        held = dict(model.named_parameters())
+        unknown = [name for name in shared.gradient if name not in held]
+        if unknown or not shared.gradient:
+            raise px.PackextError(f"{unknown or 'Nothing'} was shared; the model's parameters are {', '.join(held)}.")
+        for name, g in shared.gradient.items():
+            if g.shape != held[name].shape or not g.isfinite().all():
+                raise px.PackextError(
+                    f"The shared gradient of {name!r} has shape {list(g.shape)} for {list(held[name].shape)}, or "
+                    "entries that are not finite."
+                )
+        self.parameters = {name: held[name].detach().requires_grad_() for name in shared.gradient}
+        self.rest = {name: p.detach() for name, p in held.items() if name not in self.parameters}
+        self.rest |= {name: b.clone() for name, b in model.named_buffers()}
+        self.target = [g.detach() for g in shared.gradient.values()]
+        self.forward = forward
+
+    def outputs(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The model's output with given parameters."""
+        values = {**parameters, **{k: v.clone() for k, v in self.rest.items()}}
+        if self.forward is None:
+            return torch.func.functional_call(self.model, values, (x,))
+        return torch.func.functional_call(
+            _Call(self.model, self.forward), {f"model.{k}": v for k, v in values.items()}, (x,)
+        )
+
+    def gradient(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """Of the loss on inputs and labels (of classes, or soft), with a graph back to both."""
+        loss = self.shared.loss_fn(self.outputs(self.parameters, x), y)
+        return list(
+            torch.autograd.grad(
+                loss, list(self.parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        )
+
+
+class _Call(nn.Module):
+    """A model that is run by a function."""
+
+    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.run = model, forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.model, x)
+
+
+def squared_distance(found: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """Squared distance of two gradients, over the squared norm of the second."""
+    scale = sum(t.square().sum() for t in target)
+    return sum((f - t).square().sum() for f, t in zip(found, target, strict=True)) / scale  # type: ignore[return-value]
+
+
+def cosine_distance(found: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """One minus the cosine of two gradients: blind to a factor, such as clipping puts on."""
+    dot = sum((f * t).sum() for f, t in zip(found, target, strict=True))
+    norms = [sum(t.square().sum() for t in side) for side in (found, target)]
+    return 1 - dot / (norms[0] * norms[1]).sqrt().clamp_min(1e-30)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class DeepLeakage:
+    """Deep Leakage from Gradients (Zhu et al., NeurIPS 2019): inputs and soft labels by L-BFGS on the squared distance.
+
+    Needs a model that is twice differentiable; with ReLU and max-pooling the search has little to go by. With labels
+    given it is iDLG (Zhao et al. 2020), and `packext.attacks.IDLG` or another rule gives them.
+
+    Args:
+        iterations: outer ones, of up to 20 steps of L-BFGS.
+        restarts: searches from new random inputs, until one has matched.
+        in_turn: of several samples each outer iteration moves one, as the paper has it, and not all.
+        line_search: strong Wolfe. Without, as in the paper's code, a search may blow up and stay there.
+        tolerance: on the objective (the squared distance over the squared norm of what was shared): matched below.
+        seed: of the random inputs.
+    """
+
+    iterations: int = 100
+    restarts: int = 1
+    in_turn: bool = False
+    line_search: bool = True
+    tolerance: float = 1e-6
+    seed: int = 0
+
+    threat: ClassVar[Threat] = Threat(
+        _SEES, "the model, the batch size, the input's shape", "honest", "one local step; a smooth model; small batches"
+    )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        shared: Shared,
+        shape: tuple[int, ...],
+        classes: int | None = None,
+        labels: Tensor | None = None,
+        forward: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> Reconstruction:
+        """Search.
+
+        Args:
+            model: with the parameters at which the gradient was taken, in the client's mode.
+            shared: what the client sent.
+            shape: of one input.
+            classes: how many there are, where labels are searched for.
+            labels: `[N]`, where they are known.
+            forward: how the model is run on what is searched for; `model(x)` by default.
+            progress: called after each outer iteration with its number and the objective.
+
+        Returns:
+            The best restart.
+
+        Raises:
+            ValueError: unless one of `classes` and `labels` is given.
+        """
+        if (classes is None) == (labels is None):
+            raise ValueError("give classes=<number> to search for labels as well, or labels=<tensor> that are known.")
+        matching = Matching(model, shared, forward)
+        like = next(iter(matching.parameters.values()))
+        best: Reconstruction | None = None
+        for restart in range(self.restarts):
+            generator = torch.Generator().manual_seed(self.seed + restart)
+            x = torch.randn(shared.n, *shape, generator=generator, dtype=torch.float64).to(like)
+            y = labels
+            if y is None:
+                y = torch.randn(shared.n, classes, generator=generator, dtype=torch.float64).to(like)  # type: ignore[arg-type]
+            found = self._search(matching, x, y, restart + 1, progress)
+            if best is None or not best.objective or found.objective[-1] < best.objective[-1]:
+                best = Reconstruction(found.inputs, found.labels, found.objective, found.matched, restart + 1)
+            if best.matched:
+                break
+        assert best is not None
+        return Reconstruction(best.inputs, best.labels, best.objective, best.matched, restart + 1)
+
+    def _search(
+        self, matching: Matching, x: Tensor, y: Tensor, restart: int, progress: Callable[[int, float], None] | None
+    ) -> Reconstruction:
+        soft, size = y.is_floating_point(), 1 if self.in_turn else len(x)
+        rows = [part.clone().requires_grad_() for part in x.split(size)]
+        words = [part.clone().requires_grad_(soft) for part in y.split(size)]
+        n = len(rows)
+        # The default tolerances are absolute: a search would end while images still become sharper.
+        search: dict[str, Any] = dict(max_iter=20, history_size=100, tolerance_grad=0.0, tolerance_change=0.0)
+        search |= {"line_search_fn": "strong_wolfe"} if self.line_search else {}
+        optimizers = [torch.optim.LBFGS([rows[i], *([words[i]] if soft else [])], **search) for i in range(n)]
+
+        def objective() -> Tensor:
+            whole = torch.cat(words)
+            return squared_distance(
+                matching.gradient(torch.cat(rows), whole.softmax(1) if soft else whole), matching.target
+            )
+
+        def closure() -> float:
+            for tensor in [*rows, *words]:
+                tensor.grad = None
+            value = objective()
+            value.backward(inputs=[t for t in [*rows, *words] if t.requires_grad])
+            return float(value.detach())
+
+        seen: list[float] = []
+        best, kept = math.inf, (torch.cat(rows).detach(), torch.cat(words).detach())
+        for i in range(self.iterations):
+            optimizers[i % n].step(closure)
+            value = float(objective().detach())
+            seen.append(value)
+            if progress is not None:
+                progress(i, value)
+            if value < best:
+                best, kept = value, (torch.cat(rows).detach(), torch.cat(words).detach())
+            stuck = len(seen) > 5 * n and min(seen[-5 * n :]) > (1 - 1e-4) * min(seen[: -5 * n])
+            if not math.isfinite(value) or best < 1e-4 * self.tolerance or stuck:
+                break
+        x, y = kept
+        seen[-1] = best if math.isfinite(best) else seen[-1]
+        return Reconstruction(x, y.argmax(1) if soft else y, tuple(seen), best < self.tolerance, restart)
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """What a client of FedAvg did between what it received and what it sent.
+
+    Attributes:
+        steps: of plain SGD, each on the next `batch` samples, from the start again after the last.
+        lr: of them.
+        batch: samples of a step; all by default.
+    """
+
+    steps: int
+    lr: float
+    batch: int | None = None
+
+    def part(self, step: int, n: int) -> slice:
+        """The samples of a step."""
+        size = self.batch or n
+        start = step * size % n
+        return slice(start, min(start + size, n))
+
+
+def share_update(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, local: LocalSteps) -> Shared:
+    """What a client of FedAvg sends after local steps, as a gradient: `(received - sent) / lr`.
+
+    Args:
+        model: as the client received it; stays as it is.
+        loss_fn: with `reduction` "mean" or "sum".
+        x: all samples `[N, ...]`.
+        y: their labels `[N]`.
+        local: what the client does.
+
+    Returns:
+        The sum of the steps' gradients.
+    """
+    matching = Matching(model, Shared({k: p for k, p in model.named_parameters() if p.requires_grad}, len(y), loss_fn))
+    return Shared(
+        {k: g.detach() for k, g in zip(matching.parameters, _unrolled(matching, x, y, local), strict=True)},
+        len(y),
+        loss_fn,
+    )
+
+
+def _unrolled(matching: Matching, x: Tensor, y: Tensor, local: LocalSteps | None) -> list[Tensor]:
+    """The sum of gradients along local steps, with a graph back to the inputs."""
+    if local is None:
+        return matching.gradient(x, y)
+    now, names = dict(matching.parameters), list(matching.parameters)
+    for step in range(local.steps):
+        part = local.part(step, len(y))
+        loss = matching.shared.loss_fn(matching.outputs(now, x[part]), y[part])
+        grads = torch.autograd.grad(
+            loss, list(now.values()), create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        now = {name: now[name] - local.lr * g for name, g in zip(names, grads, strict=True)}
+    return [(matching.parameters[name] - now[name]) / local.lr for name in names]
+
+
+@dataclass(frozen=True)
+class InvertingGradients:
+    """Inverting Gradients (Geiping et al., NeurIPS 2020): cosine distance and total variation, by signed Adam in a box.
+
+    Blind to a factor on the gradient, so that clipping alone does not stop it; labels are to be known. Local steps of
+    FedAvg are unrolled.
+
+    Args:
+        iterations: of Adam, whose rate falls tenfold at 3/8, 5/8 and 7/8 of them.
+        restarts: searches from new random inputs; the best is kept.
+        lr: of Adam.
+        tv: weight of the total variation, for images `[C, H, W]`.
+        low: bound of the inputs.
+        high: bound of the inputs.
+        local: what a client of FedAvg did.
+        tolerance: on the cosine distance: matched below.
+        seed: of the random inputs.
+    """
+
+    iterations: int = 1000
+    restarts: int = 1
+    lr: float = 0.1
+    tv: float = 1e-4
+    low: float = 0.0
+    high: float = 1.0
+    local: LocalSteps | None = None
+    tolerance: float = 1e-5
+    seed: int = 0
+
+    threat: ClassVar[Threat] = Threat(
+        _SEES, "the model, the labels, the input's shape and range", "honest", "small batches; few local steps, known"
+    )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        shared: Shared,
+        shape: tuple[int, ...],
+        labels: Tensor,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> Reconstruction:
+        """Search.
+
+        Args:
+            model: with the parameters at which the gradient was taken, in the client's mode.
+            shared: what the client sent.
+            shape: of one input.
+            labels: `[N]`.
+            progress: called after each iteration with its number and the cosine distance.
+
+        Returns:
+            The best restart.
+        """
+        matching = Matching(model, shared)
+        like = next(iter(matching.parameters.values()))
+        best: Reconstruction | None = None
+        for restart in range(self.restarts):
+            generator = torch.Generator().manual_seed(self.seed + restart)
+            x = torch.rand(shared.n, *shape, generator=generator, dtype=torch.float64).to(like)
+            x = (self.low + (self.high - self.low) * x).requires_grad_()
+            adam = torch.optim.Adam([x], self.lr)
+            at = [int(self.iterations * k / 8) for k in (3, 5, 7)]
+            schedule = torch.optim.lr_scheduler.MultiStepLR(adam, at)
+            seen: list[float] = []
+            for i in range(self.iterations):
+                distance = cosine_distance(_unrolled(matching, x, labels, self.local), matching.target)
+                whole = distance + self.tv * total_variation(x) if self.tv else distance
+                x.grad = torch.autograd.grad(whole, x)[0].sign()
+                adam.step()
+                schedule.step()
+                with torch.no_grad():
+                    x.clamp_(self.low, self.high)
+                seen.append(float(distance.detach()))
+                if progress is not None:
+                    progress(i, seen[-1])
+                if not math.isfinite(seen[-1]):
+                    break
+            last = seen[-1] if math.isfinite(seen[-1]) else math.inf
+            if best is None or last < best.objective[-1]:
+                best = Reconstruction(x.detach().clone(), labels, tuple(seen), last < self.tolerance, self.restarts)
+        assert best is not None
+        return best
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Mean absolute difference of neighbours in the last two axes."""
+    if x.dim() < 4:
+        raise px.PackextError(f"Total variation is of images [N, C, H, W], not of shape {list(x.shape)}: pass tv=0.")
+    return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()
+
+
+def nearest_tokens(vectors: Tensor, table: Tensor) -> Tensor:
+    """Tokens whose embeddings lie nearest, by the cosine.
+
+    Args:
+        vectors: `[..., D]`.
+        table: of embeddings `[V, D]`.
+
+    Returns:
+        Tokens `[...]`, int64.
+    """
+    return (F.normalize(vectors, dim=-1) @ F.normalize(table.to(vectors), dim=-1).T).argmax(-1)
+
+
+def psnr(found: Tensor, true: Tensor, peak: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio of each sample, in dB.
+
+    Args:
+        found: `[N, ...]`.
+        true: `[N, ...]`.
+        peak: range of the values.
+
+    Returns:
+        `[N]`.
+    """
+    return 10 * (peak**2 / (found - true).square().flatten(1).mean(1).clamp_min(1e-30)).log10()
+
+
+def in_order(found: Tensor, true: Tensor) -> Tensor:
+    """Which found sample belongs to which true one, by the least sum of squared errors.
+
+    Args:
+        found: `[N, ...]`, in any order.
+        true: `[N, ...]`.
+
+    Returns:
+        Indices into `found` `[N]`.
+
+    Raises:
+        ImportError: if SciPy is not installed, for more than one sample.
+    """
+    if len(true) == 1:
+        return torch.zeros(1, dtype=torch.int64)
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise ImportError("in_order() needs SciPy: pip install 'packext[attacks]'.") from None
+    cost = torch.cdist(true.flatten(1).double(), found.flatten(1).double()).square()
+    return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])

@@ -1,0 +1,233 @@
+"""Label counts from one gradient: what the last layer tells of a batch's labels.
+
+For cross-entropy the gradient at a sample's logits is `p - y`. Summed over a batch it is the bias's gradient, and
+with the features e behind it the weight's: `db = sum (p_n - y_n)`, `dW = sum (p_n - y_n) e_nᵀ`. Each rule says how many
+samples of each class there are; all read these two alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext.attacks._shared import Head, Shared, Threat, plain_cross_entropy, share
+
+_SEES = "one client's gradient of the last fully connected layer"
+
+
+class LabelRule(ABC):
+    """Base of the rules that read label counts off one gradient."""
+
+    threat: ClassVar[Threat]
+
+    def __call__(self, model: nn.Module, shared: Shared, head: str | None = None) -> Tensor:
+        """Counts of the labels.
+
+        Args:
+            model: with the parameters at which the gradient was taken.
+            shared: what the client sent.
+            head: name of the last fully connected layer; by default the last `nn.Linear` among the modules.
+
+        Returns:
+            Counts `[C]`, int64, that sum to `shared.n`.
+        """
+        plain_cross_entropy(shared.loss_fn)
+        return self.counts(model, shared, Head.of(model, head))
+
+    @abstractmethod
+    def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
+        """Counts `[C]`, int64, once model, loss and layer are known to fit."""
+
+
+@dataclass(frozen=True)
+class IDLG(LabelRule):
+    """The label of one sample: the only class whose bias gradient is negative (Zhao et al. 2020).
+
+    Without a bias, the class whose row of the weight's gradient has a negative inner product with the others, for
+    features that are not negative. Exact for one sample; refused for more.
+    """
+
+    threat = Threat(_SEES, "the model", "honest", "a batch of one sample; without a bias also features >= 0")
+
+    def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
+        """One sample's label."""
+        if shared.n != 1:
+            raise px.PackextError(
+                f"iDLG reads the label of one sample; the gradient is of {shared.n}: use LLG or ILRG."
+            )
+        if head.bias is not None:
+            found = head.bias_gradient(shared).argmin()
+        else:
+            found = head.weight_gradient(shared).sum(1).argmin()
+        return torch.bincount(found[None], minlength=len(head.weight))
+
+
+@dataclass(frozen=True)
+class Yin(LabelRule):
+    """The N classes with the smallest entries in their rows of the weight's gradient (Yin et al. 2021, GradInversion).
+
+    Knows no repeats: exact only where all labels differ, and for features that are not negative.
+    """
+
+    threat = Threat(_SEES, "the model, the batch size", "honest", "no label twice; features >= 0")
+
+    def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
+        """At most one sample of each class."""
+        c = len(head.weight)
+        if shared.n > c:
+            raise px.PackextError(
+                f"Yin's rule knows no repeats; {shared.n} samples of {c} classes repeat: use LLG or ILRG."
+            )
+        order = head.weight_gradient(shared).amin(1).argsort()
+        return torch.bincount(order[: shared.n], minlength=c)
+
+
+@dataclass(frozen=True)
+class LLG(LabelRule):
+    """Label leakage from gradients (Wainakh et al., PoPETs 2022): each sample lowers its class's row sum by an impact.
+
+    The impact is taken to be the same for all samples: the mean of the negative row sums, times (1 + 1/C).
+    """
+
+    threat = Threat(_SEES, "the batch size", "honest", "an untrained model; features >= 0")
+
+    def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
+        """One sample for each negative row sum, then one at a time where the sum is lowest."""
+        sums = head.weight_gradient(shared).sum(1)
+        impact = (1 + 1 / len(sums)) / shared.n * sums[sums < 0].sum()
+        return emitted(sums, impact, torch.zeros_like(sums), shared.n)
+
+
+@dataclass(frozen=True)
+class LLGStar(LabelRule):
+    """LLG*: impact and each class's offset from runs of the model on inputs of noise (Wainakh et al., PoPETs 2022).
+
+    Args:
+        shape: of one input, without the batch axis.
+        runs: batches of noise for each class.
+        seed: of the noise.
+    """
+
+    shape: tuple[int, ...]
+    runs: int = 10
+    seed: int = 0
+
+    threat = Threat(_SEES, "the model, the batch size, the input's shape", "honest", "an untrained model")
+
+    def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
+        """As LLG, with what the model itself says of a sample's impact."""
+        n, c = shared.n, len(head.weight)
+        generator = torch.Generator().manual_seed(self.seed)
+        impact, offset = torch.zeros((), dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
+        for k in range(c):
+            for _ in range(self.runs):
+                x = torch.rand(n, *self.shape, generator=generator).to(head.weight)
+                noise = share(model, shared.loss_fn, x, torch.full((n,), k, device=x.device))
+                sums = head.weight_gradient(noise).sum(1).cpu()
+                impact += sums[k] / n / (c * self.runs)
+                others = torch.arange(c) != k
+                offset[others] += sums[others] / ((c - 1) * self.runs)
+        sums = head.weight_gradient(shared).sum(1)
+        return emitted(sums, impact * (1 + 1 / c), offset.to(sums.device), n)
+
+
+def emitted(sums: Tensor, impact: Any, offset: Tensor, n: int) -> Tensor:
+    """The two stages of LLG.
+
+    Args:
+        sums: row sums of the weight's gradient `[C]`, for the sum over samples.
+        impact: of one sample on its class's sum, negative.
+        offset: of each class's sum without a sample of it `[C]`.
+        n: samples to emit.
+
+    Returns:
+        Counts `[C]`.
+    """
+    left, counts = sums - offset, torch.zeros(len(sums), dtype=torch.int64, device=sums.device)
+    for k in sums.argsort()[: int((sums < 0).sum())][:n].tolist():
+        counts[k] += 1
+        left[k] -= impact
+    while int(counts.sum()) < n:
+        k = int(left.argmin())
+        counts[k] += 1
+        left[k] -= impact
+    return counts
+
+
+@dataclass(frozen=True)
+class ILRG(LabelRule):
+    """Instance-wise batch label restoration (Ma et al., ICLR 2023): a linear system for the counts.
+
+    Row j of the weight's gradient over entry j of the bias's is taken for the features of class j, whose probabilities
+    p_j follow from the layer; then `sum_j c_j (p_j - y_j) = db` and `sum_j c_j = N` by least squares.
+    """
+
+    threat = Threat(
+        _SEES, "the model, the batch size", "honest", "an untrained model; a bias; like features in a class"
+    )
+
+    def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
+        """The rounded solution."""
+        db, dw = head.bias_gradient(shared), head.weight_gradient(shared)
+        c = len(db)
+        features = torch.where(db[:, None] != 0, dw / db[:, None], 0.0)
+        logits = features @ head.weight.double().T + head.bias.double()  # type: ignore[union-attr]
+        system = torch.cat([torch.ones(1, c).to(db), logits.softmax(1).T - torch.eye(c).to(db)])
+        target = torch.cat([torch.tensor([float(shared.n)]).to(db), db])
+        return rounded(torch.linalg.pinv(system) @ target, shared.n)
+
+
+def identity(probabilities: Tensor, bias_gradient: Tensor) -> Tensor:
+    """The counts themselves, from what no attacker has: `c = sum p_n - db`. The bound on all rules.
+
+    Args:
+        probabilities: of the model on the batch `[N, C]`.
+        bias_gradient: of the last layer for the sum over samples `[C]`.
+
+    Returns:
+        Counts `[C]`, not rounded; their distance from whole numbers is rounding of the gradient.
+    """
+    return probabilities.double().sum(0) - bias_gradient.double()
+
+
+def rounded(counts: Tensor, n: int) -> Tensor:
+    """Whole numbers that sum to n, next to given ones: of largest remainders after what is negative was dropped."""
+    left = counts.clamp_min(0)
+    total = left.sum()
+    left = left * (n / total) if total > 0 else torch.full_like(left, n / len(left))
+    found = left.floor().long()
+    missing = n - int(found.sum())
+    found[(left - found).argsort(descending=True)[:missing]] += 1
+    return found
+
+
+def count_accuracy(found: Tensor, labels: Tensor) -> float:
+    """Share of the samples whose label was counted: `1 - |c' - c|_1 / 2N`.
+
+    Args:
+        found: counts `[C]`.
+        labels: the true ones `[N]`.
+
+    Returns:
+        Between 0 and 1.
+    """
+    true = torch.bincount(labels.cpu(), minlength=len(found))
+    return 1 - float((found.cpu() - true).abs().sum()) / (2 * len(labels))
+
+
+def guessed(labels: Tensor, classes: int) -> float:
+    """`count_accuracy` of who knows N alone and guesses that all classes are as frequent: what a rule must beat.
+
+    Args:
+        labels: the true ones `[N]`.
+        classes: their number.
+
+    Returns:
+        Between 0 and 1.
+    """
+    return count_accuracy(rounded(torch.ones(classes, dtype=torch.float64), len(labels)), labels)

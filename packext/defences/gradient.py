@@ -1,0 +1,253 @@
+"""Defences on the gradient that leaves a client: noise, pruning, quantisation, sparsification, clipping.
+
+All but `Clipped` take what would be shared and give what is shared instead; `Compose` chains them. `Clipped` needs
+individual gradients and takes the place of `packext.attacks.share`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext.attacks import Shared
+
+
+def _each(shared: Shared, f: Callable[[str, Tensor], Tensor]) -> Shared:
+    return replace(shared, gradient={name: f(name, g) for name, g in shared.gradient.items()})
+
+
+class Compose:
+    """Defences one after the other."""
+
+    def __init__(self, *defences: Callable[[Shared], Shared]) -> None:
+        """Take them in the order in which they act."""
+        self.defences = defences
+
+    def __call__(self, shared: Shared) -> Shared:
+        """What the last one gives."""
+        for defence in self.defences:
+            shared = defence(shared)
+        return shared
+
+    def __repr__(self) -> str:  # noqa: D105
+        return " + ".join(map(repr, self.defences))
+
+
+@dataclass
+class GaussianNoise:
+    """Adds noise of a standard deviation to every entry, whatever the gradient's size: no privacy by itself.
+
+    Attributes:
+        std: standard deviation, in units of the gradient.
+        seed: of the draws, which go on from call to call.
+    """
+
+    std: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative level."""
+        _not_negative("std", self.std)
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, shared: Shared) -> Shared:
+        """Noise added."""
+        return _each(shared, lambda _, g: g + self.std * _normal(g, self._generator))
+
+
+@dataclass
+class LaplacianNoise:
+    """Adds Laplacian noise to every entry, whatever the gradient's size: no privacy by itself.
+
+    Attributes:
+        scale: mean absolute value of the noise, in units of the gradient.
+        seed: of the draws, which go on from call to call.
+    """
+
+    scale: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative level."""
+        _not_negative("scale", self.scale)
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, shared: Shared) -> Shared:
+        """Noise added."""
+
+        def noisy(_: str, g: Tensor) -> Tensor:
+            u = torch.rand(2, *g.shape, generator=self._generator, dtype=torch.float64).clamp_min(1e-300).log()
+            return g + self.scale * (u[0] - u[1]).to(g)  # the difference of two exponential variables
+
+        return _each(shared, noisy)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Sets the entries of smallest magnitude to zero, in each tensor by itself.
+
+    Attributes:
+        share: of the entries that are set to zero, from 0 to 1.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        _share(self.share)
+
+    def __call__(self, shared: Shared) -> Shared:
+        """The rest."""
+
+        def prune(_: str, g: Tensor) -> Tensor:
+            kept, flat = torch.zeros_like(g).flatten(), g.flatten()
+            order = flat.abs().argsort(descending=True)[: g.numel() - int(self.share * g.numel())]
+            kept[order] = flat[order]
+            return kept.view_as(g)
+
+        return _each(shared, prune)
+
+
+@dataclass
+class Quantisation:
+    """Rounds entries: to a shorter float, or to 256 levels between the tensor's extremes.
+
+    Attributes:
+        kind: "float16", "bfloat16" or "int8".
+        stochastic: for "int8", rounds up with the probability that leaves the mean as it is.
+        seed: of the draws.
+    """
+
+    kind: str
+    stochastic: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse another kind."""
+        if self.kind not in ("float16", "bfloat16", "int8") or (self.stochastic and self.kind != "int8"):
+            raise ValueError(
+                f'kind must be "float16", "bfloat16" or "int8" (which may be stochastic), got {self.kind!r}.'
+            )
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, shared: Shared) -> Shared:
+        """What the receiver decodes."""
+        return _each(shared, self._rounded)
+
+    def _rounded(self, _: str, g: Tensor) -> Tensor:
+        if self.kind != "int8":
+            return g.to(getattr(torch, self.kind)).to(g.dtype)
+        step = g.abs().max() / 127
+        if not step:
+            return g.clone()
+        levels = g / step
+        if self.stochastic:
+            levels = (levels + torch.rand(g.shape, generator=self._generator).to(g)).floor()
+        else:
+            levels = levels.round()
+        return levels * step
+
+
+@dataclass
+class TopK:
+    """Sends the entries of largest magnitude, and adds the others to the next gradient (error feedback).
+
+    What was held back stays with the client; nothing else remembers it, so each client has a `TopK` of its own
+    (Stich et al. 2018, Algorithm 1).
+
+    Attributes:
+        share: of the entries that are sent, from 0 to 1, in each tensor by itself.
+        residual: what was held back, by name.
+    """
+
+    share: float
+    residual: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        _share(self.share)
+
+    def __call__(self, shared: Shared) -> Shared:
+        """What is sent; `residual` is brought up to date."""
+
+        def send(name: str, g: Tensor) -> Tensor:
+            whole = g + self.residual[name] if name in self.residual else g
+            sent = Pruning(1 - self.share)(replace(shared, gradient={name: whole})).gradient[name]
+            self.residual[name] = whole - sent
+            return sent
+
+        return _each(shared, send)
+
+
+@dataclass
+class Clipped:
+    """Gradients of samples, each clipped to a norm, summed with noise: the step of DP-SGD (Abadi et al. 2016).
+
+    Called as `packext.attacks.share` is, in its place. One backward pass; no individual gradient is formed where its
+    norm can be had without.
+
+    Attributes:
+        max_norm: C, of a sample's gradient over all parameters.
+        noise_multiplier: standard deviation of the noise on the sum, over C.
+        seed: of the noise, which goes on from call to call.
+    """
+
+    max_norm: float
+    noise_multiplier: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative level."""
+        _not_negative("noise_multiplier", self.noise_multiplier)
+        self._quantity = px.ClippedGrad(self.max_norm)
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(
+        self, model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mapping[str, Tensor] | None = None
+    ) -> Shared:
+        """What the client shares: as `packext.attacks.share`, of clipped gradients.
+
+        Args:
+            model: as the client received it, in the mode in which it is run.
+            loss_fn: with `reduction` "mean" or "sum".
+            x: the batch, or a tuple of the model's arguments.
+            y: labels `[N, ...]`.
+            state: parameters and buffers in place of the model's, by name.
+
+        Returns:
+            The sum of clipped gradients and noise, over N for a mean. A model whose samples have no gradients of their
+            own, as with BatchNorm in training mode, is refused by the engine.
+        """
+        model, loss_fn = px.extend(copy.deepcopy(model)), px.extend(copy.deepcopy(loss_fn))
+        model.load_state_dict(dict(state or {}), strict=False)
+        arguments = x if isinstance(x, tuple) else (x,)
+        with px.backpack(self._quantity, attach=False) as results:
+            loss_fn(model(*arguments), y).backward()
+        factor = 1 / len(y) if loss_fn.reduction == "mean" else 1.0
+        std = self.noise_multiplier * self.max_norm
+        gradient = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                total = results[name].clipped_grad if name in results else torch.zeros_like(p)
+                gradient[name] = (total + std * _normal(total, self._generator)) * factor
+        return Shared(gradient, len(y), loss_fn)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def _share(value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"share must be between 0 and 1, got {value}.")

@@ -1,0 +1,337 @@
+"""What one gradient gives away: label counts, closed forms, inversion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import packext as px
+from packext import attacks, defences
+from tests.helpers import double_precision
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    x, y = load_digits(return_X_y=True)
+    return torch.tensor(x).double().view(-1, 1, 8, 8) / 16, torch.tensor(y)
+
+
+def some(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    x, y = digits()
+    index = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n]
+    return x[index], y[index]
+
+
+def relu_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(512, 10),
+    )  # fmt: skip
+
+
+def sigmoid_net() -> nn.Module:
+    """The network of Deep Leakage from Gradients, for 16 x 16 digits."""
+    layers: list[nn.Module] = []
+    for c, stride in ((1, 2), (12, 2), (12, 1)):
+        layers += [nn.Conv2d(c, 12, 5, stride, 2), nn.Sigmoid()]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(192, 10))
+    for p in net.parameters():
+        nn.init.uniform_(p, -0.5, 0.5)
+    return net
+
+
+# -- what is shared -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_a_client_shares(train: bool) -> None:
+    """Is what backward() gives, and leaves model, gradients and buffers alone."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)).train(train)
+    model[1].bias.requires_grad_(False)
+    (x, y), loss = some(6), nn.CrossEntropyLoss()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    shared = attacks.share(model, loss, x, y)
+    assert all(p.grad is None for p in model.parameters())
+    assert all((v == before[k]).all() for k, v in model.state_dict().items())
+    loss(model(x), y).backward()
+    own = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+    assert own.keys() == shared.gradient.keys() and shared.n == 6
+    for k, g in own.items():
+        torch.testing.assert_close(shared.gradient[k], g)
+    other = attacks.share(model, loss, x, y, {"4.bias": torch.arange(10.0)})
+    assert not torch.allclose(other.gradient["4.weight"], shared.gradient["4.weight"])
+    with pytest.raises(px.PackextError, match=r"CrossEntropyLoss gave a tensor of shape \[6\]"):
+        attacks.share(model, nn.CrossEntropyLoss(reduction="none"), x, y)
+
+
+# -- label counts -------------------------------------------------------------------------------------
+
+
+def mean_accuracy(rule: attacks.LabelRule, n: int, seeds: int = 3, change: Callable[[Any], Any] = lambda s: s) -> float:
+    found = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model, (x, y) = relu_net(), some(n, seed)
+        shared = change(attacks.share(model, nn.CrossEntropyLoss(), x, y))
+        counts = rule(model, shared)
+        assert counts.dtype == torch.int64 and int(counts.sum()) == n
+        found.append(attacks.count_accuracy(counts, y))
+    return sum(found) / seeds
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_identity_behind_all_rules(reduction: str, trained: bool) -> None:
+    torch.manual_seed(0)
+    model, (x, y), loss = relu_net(), some(64), nn.CrossEntropyLoss(reduction=reduction)
+    if trained:
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(10):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    gradient = attacks.Head.of(model).bias_gradient(attacks.share(model, loss, x, y))
+    counts = attacks.identity(model(x).softmax(1).detach(), gradient)
+    torch.testing.assert_close(counts, torch.bincount(y, minlength=10).double(), rtol=0, atol=1e-10)
+
+
+RULES = [attacks.IDLG(), attacks.Yin(), attacks.LLG(), attacks.LLGStar((1, 8, 8), runs=1), attacks.ILRG()]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
+def test_the_label_of_one_sample(rule: attacks.LabelRule) -> None:
+    assert mean_accuracy(rule, 1, 6) == 1.0
+
+
+def test_a_label_without_a_bias() -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, (x, y) = relu_net(), some(1, seed)
+        model[-1] = nn.Linear(512, 10, bias=False)
+        counts = attacks.IDLG()(model, attacks.share(model, nn.CrossEntropyLoss(), x, y))
+        assert counts.argmax() == y and counts.sum() == 1
+
+
+def test_counts_of_an_untrained_model() -> None:
+    """Better than guessing, by which rule is known from the papers."""
+    guess = sum(attacks.guessed(some(32, seed)[1], 10) for seed in range(3)) / 3
+    star, ilrg, llg = (
+        mean_accuracy(rule, 32) for rule in (attacks.LLGStar((1, 8, 8), 1), attacks.ILRG(), attacks.LLG())
+    )
+    assert star > 0.97 and ilrg > 0.97 and 0.4 < llg < star and guess < 0.85
+
+
+def test_noise_takes_labels_away_and_bfloat16_does_not() -> None:
+    assert mean_accuracy(attacks.ILRG(), 32, change=defences.Quantisation("bfloat16")) > 0.9
+    assert mean_accuracy(attacks.ILRG(), 32, change=defences.GaussianNoise(0.3)) < 0.8
+
+
+def test_counts_that_are_guessed_and_rounded() -> None:
+    assert attacks.guessed(torch.tensor([0, 0, 0, 0]), 4) == 0.25
+    assert attacks.count_accuracy(torch.tensor([3, 0, 1]), torch.tensor([0, 0, 1, 1])) == 0.5
+    assert attacks.labels.rounded(torch.tensor([1.6, -0.4, 2.5]), 4).tolist() == [2, 0, 2]
+    assert attacks.labels.rounded(torch.zeros(3), 2).sum() == 2
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(weight=torch.ones(10)), nn.MultiMarginLoss()]
+)
+def test_rules_are_of_plain_cross_entropy(loss: nn.Module) -> None:
+    model, (x, y) = relu_net(), some(4)
+    loss = loss.double()
+    shared = attacks.share(model, loss, x, y)
+    with pytest.raises(px.PackextError, match="Labels are read off gradients of nn.CrossEntropyLoss"):
+        attacks.ILRG()(model, shared)
+
+
+def test_rules_refuse_what_they_cannot_read() -> None:
+    model, (x, y), loss = relu_net(), some(12), nn.CrossEntropyLoss()
+    shared = attacks.share(model, loss, x, y)
+    with pytest.raises(px.PackextError, match="the gradient is of 12"):
+        attacks.IDLG()(model, shared)
+    with pytest.raises(px.PackextError, match="12 samples of 10 classes"):
+        attacks.Yin()(model, shared)
+    with pytest.raises(px.PackextError, match="'0' is a Conv2d"):
+        attacks.LLG()(model, shared, head="0")
+    with pytest.raises(px.PackextError, match="'5.weight' is not in what was shared"):
+        attacks.LLG()(model, attacks.Shared({"0.weight": torch.zeros(1)}, 12, loss))
+    bad = {k: g * math.nan for k, g in shared.gradient.items()}
+    with pytest.raises(px.PackextError, match="entries not finite"):
+        attacks.ILRG()(model, attacks.Shared(bad, 12, loss))
+    with pytest.raises(px.PackextError, match="has no nn.Linear"):
+        attacks.LLG()(nn.Conv2d(1, 1, 1), shared)
+
+
+# -- closed forms -------------------------------------------------------------------------------------
+
+
+def test_the_input_of_a_fully_connected_layer() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    (x, y), loss = some(1), nn.CrossEntropyLoss()
+    shared = attacks.share(model, loss, x, y)
+    torch.testing.assert_close(attacks.fully_connected_input(shared, "1"), x.flatten(), rtol=0, atol=1e-12)
+    x, y = some(2)
+    with pytest.raises(px.PackextError, match=r"'1' \[16, 64\] is not of one input .* 2 sample"):
+        attacks.fully_connected_input(attacks.share(model, loss, x, y), "1")
+    empty = attacks.Shared({"1.weight": torch.zeros(16, 64), "1.bias": torch.zeros(16)}, 1, loss)
+    with pytest.raises(px.PackextError, match="is zero"):
+        attacks.fully_connected_input(empty, "1")
+
+
+class Text(nn.Module):
+    """A small encoder with embeddings, attention, and a class at the end."""
+
+    def __init__(self, tokens: int = 50, d: int = 32, length: int = 6) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, d)
+        nn.init.normal_(self.embedding.weight, std=0.3)
+        self.position = nn.Parameter(torch.randn(length, d) / 10)
+        self.query, self.key, self.value = (nn.Linear(d, d) for _ in range(3))
+        self.up, self.down, self.head = nn.Linear(d, 2 * d), nn.Linear(2 * d, d), nn.Linear(d, 4)
+
+    def body(self, e: Tensor) -> Tensor:
+        e = e + self.position
+        weight = (self.query(e) @ self.key(e).mT / e.shape[-1] ** 0.5).softmax(-1)
+        e = e + weight @ self.value(e)
+        return self.head((e + self.down(F.gelu(self.up(e)))).mean(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.embedding(x))
+
+
+def test_tokens_and_the_span_of_inputs() -> None:
+    model, x, y = Text(), torch.tensor([[3, 7, 9, 11, 49, 0], [1, 2, 4, 5, 6, 8]]), torch.tensor([1, 2])
+    shared = attacks.share(model, nn.CrossEntropyLoss(), x, y)
+    assert attacks.tokens_present(shared, "embedding.weight").tolist() == sorted(set(x.flatten().tolist()))
+    # 12 different inputs of 32 features: tokens at their position, and none else.
+    assert attacks.rank(shared, "value.weight", 1e-10) == 12
+    for position in range(6):
+        candidates = model.embedding.weight + model.position[position]
+        outside = attacks.spanned(shared, "value.weight", candidates.detach(), 1e-10)
+        assert (outside < 1e-6).nonzero().flatten().tolist() == sorted(set(x[:, position].tolist()))
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    many = attacks.share(wide, nn.CrossEntropyLoss(), *some(40))
+    with pytest.raises(px.PackextError, match=r"'1.weight' \[16, 64\] has rank 16: there were as many inputs"):
+        attacks.spanned(many, "1.weight", torch.randn(2, 64))
+    with pytest.raises(px.PackextError, match="All 10 rows"):
+        attacks.tokens_present(attacks.Shared({"w": torch.ones(10, 2)}, 1, nn.MSELoss()), "w")
+
+
+# -- inversion ----------------------------------------------------------------------------------------
+
+
+def upscaled(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    x, y = some(n, seed)
+    return F.interpolate(x, 16), y
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_deep_leakage_recovers_a_digit(known: bool) -> None:
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model, (x, y) = sigmoid_net(), upscaled(1, seed)
+        shared = attacks.share(model, nn.CrossEntropyLoss(), x, y)
+        given: dict[str, Any] = {"labels": y} if known else {"classes": 10}
+        found = attacks.DeepLeakage(iterations=60, restarts=3)(model, shared, (1, 16, 16), **given)
+        assert found.matched and found.labels.tolist() == y.tolist()
+        assert (found.inputs - x).square().mean() < 1e-4 and found.objective[-1] < 1e-6 < found.objective[0]
+
+
+def test_deep_leakage_of_a_batch() -> None:
+    model, (x, y) = sigmoid_net(), upscaled(2, 1)
+    shared = attacks.share(model, nn.CrossEntropyLoss(), x, y)
+    steps: list[int] = []
+    attack = attacks.DeepLeakage(iterations=40)
+    found = attack(model, shared, (1, 16, 16), classes=10, progress=lambda i, value: steps.append(i))
+    order = attacks.in_order(found.inputs, x)
+    assert found.labels[order].tolist() == y.tolist()
+    assert attacks.psnr(found.inputs[order], x).min() > 30 and steps == [*range(len(found.objective))]
+    turns = attacks.DeepLeakage(iterations=8, in_turn=True)(model, shared, (1, 16, 16), labels=y)
+    assert turns.objective[-1] < 0.3 * turns.objective[0] and not turns.matched
+
+
+def test_a_failed_search_says_so() -> None:
+    model, (x, y) = sigmoid_net(), upscaled(1, 3)
+    shared = attacks.share(model, nn.CrossEntropyLoss(), x, y)
+    found = attacks.DeepLeakage(iterations=2, restarts=2)(model, shared, (1, 16, 16), labels=y)
+    assert not found.matched and found.restarts == 2
+    noisy = attacks.DeepLeakage(iterations=10)(model, defences.GaussianNoise(0.1)(shared), (1, 16, 16), labels=y)
+    assert not noisy.matched and attacks.psnr(noisy.inputs, x) < 15
+
+
+def test_clipping_does_not_stop_the_cosine() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = sigmoid_net(), upscaled(1, 0)
+    shared = defences.Clipped(0.1)(model, nn.CrossEntropyLoss(), x, y)
+    assert sum(g.square().sum() for g in shared.gradient.values()).sqrt() == pytest.approx(0.1)  # type: ignore[union-attr]
+    found = attacks.InvertingGradients(300)(model, shared, (1, 16, 16), y)
+    assert attacks.psnr(found.inputs, x) > 30 and found.matched
+    assert not attacks.DeepLeakage(iterations=20)(model, shared, (1, 16, 16), labels=y).matched
+
+
+def test_local_steps_are_unrolled() -> None:
+    model, (x, y), loss = sigmoid_net(), upscaled(2, 2), nn.CrossEntropyLoss()
+    local = attacks.LocalSteps(steps=3, lr=0.1, batch=1)
+    shared = attacks.share_update(model, loss, x, y, local)
+    twin = sigmoid_net()
+    twin.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1)
+    for i in (0, 1, 0):
+        optimizer.zero_grad()
+        loss(twin(x[i : i + 1]), y[i : i + 1]).backward()
+        optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(shared.gradient[name], ((p - q) / 0.1).detach(), rtol=1e-9, atol=1e-12)
+    found = attacks.InvertingGradients(250, local=local)(model, shared, (1, 16, 16), y)
+    naive = attacks.InvertingGradients(250)(model, shared, (1, 16, 16), y)
+    assert naive.objective[-1] > 3 * found.objective[-1]
+    assert attacks.psnr(found.inputs, x).mean() > 2 + attacks.psnr(naive.inputs, x).mean()
+
+
+def test_text_by_its_embeddings() -> None:
+    torch.manual_seed(1)
+    model, x, y = Text(), torch.tensor([[3, 7, 9, 11, 49, 0]]), torch.tensor([1])
+    shared = attacks.share(model, nn.CrossEntropyLoss(), x, y)
+    seen = {k: g for k, g in shared.gradient.items() if not k.startswith("embedding")}
+    found = attacks.DeepLeakage(iterations=60)(
+        model, attacks.Shared(seen, 1, shared.loss_fn), (6, 32), labels=y, forward=lambda m, e: m.body(e)
+    )
+    tokens = attacks.nearest_tokens(found.inputs, model.embedding.weight.detach())
+    assert found.matched and tokens.tolist() == x.tolist()
+
+
+def test_inversion_refuses_what_does_not_fit() -> None:
+    model, (x, y), loss = sigmoid_net(), upscaled(1, 0), nn.CrossEntropyLoss()
+    shared = attacks.share(model, loss, x, y)
+    with pytest.raises(ValueError, match="give classes=<number> .* or labels="):
+        attacks.DeepLeakage()(model, shared, (1, 16, 16))
+    with pytest.raises(px.PackextError, match=r"\['other'\] was shared"):
+        attacks.DeepLeakage()(model, attacks.Shared({"other": torch.zeros(1)}, 1, loss), (1, 16, 16), classes=10)
+    with pytest.raises(px.PackextError, match=r"'0.bias' has shape \[3\] for \[12\]"):
+        attacks.DeepLeakage()(model, attacks.Shared({"0.bias": torch.zeros(3)}, 1, loss), (1, 16, 16), classes=10)
+    with pytest.raises(px.PackextError, match="pass tv=0"):
+        attacks.InvertingGradients(1)(
+            nn.Linear(3, 2), attacks.share(nn.Linear(3, 2), loss, x[0, 0, :1, :3], y % 2), (3,), y % 2
+        )
+
+
+@pytest.mark.parametrize(
+    "attack", [*RULES, attacks.DeepLeakage(), attacks.InvertingGradients(), attacks.SecureAggregationLabels()]
+)
+def test_every_attack_states_its_threat_model(attack: Any) -> None:
+    threat = attack.threat
+    assert threat.server.split(":")[0] in ("honest", "malicious") and threat.sees and threat.knows and threat.assumes

@@ -1,0 +1,138 @@
+"""Scores of membership, how they are judged, and what canaries say of epsilon."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import packext as px
+from packext import attacks
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss()])
+def test_signals_of_one_pass(loss: nn.Module) -> None:
+    """Against one sample at a time."""
+    torch.manual_seed(0)
+    model, x = net(), torch.randn(7, 6).double()
+    y = torch.randint(3, (7,)) if isinstance(loss, nn.CrossEntropyLoss) else torch.randn(7, 3).double()
+    found = attacks.signals(model, loss, x, y)
+    rows, losses = [], []
+    for i in range(7):
+        total = loss(model(x[i : i + 1]), y[i : i + 1]) * (3 if isinstance(loss, nn.MSELoss) else 1)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))]))
+        losses.append(total.detach())
+    g = torch.stack(rows)
+    torch.testing.assert_close(found.loss, torch.stack(losses))
+    torch.testing.assert_close(found.gradient_norm, g.norm(dim=1))
+    torch.testing.assert_close(found.share, g.norm(dim=1) / g.sum(0).norm())
+    ridge = 1e-2 * g.square().sum(1).mean()
+    projection = g @ torch.linalg.inv(g.T @ g + ridge * torch.eye(g.shape[1]).double()) @ g.T  # in parameter space
+    torch.testing.assert_close(found.leverage, projection.diagonal())
+    assert not px.is_extended(model) and not px.is_extended(loss) and all(p.grad is None for p in model.parameters())
+
+
+def test_leverage_needs_a_ridge() -> None:
+    g = torch.randn(5, 40).double()
+    assert (attacks.leverage(g @ g.T, 1e-12) > 1 - 1e-6).all()  # linearly independent: all 1, which says nothing
+    assert (attacks.leverage(g @ g.T, 1.0) < 0.9).all()
+    with pytest.raises(ValueError, match="all leverages of a batch are 1"):
+        attacks.leverage(g @ g.T, 0.0)
+
+
+def test_what_is_not_finite_is_named() -> None:
+    x = torch.randn(4, 6).double()
+    x[2] = math.inf
+    with pytest.raises(px.PackextError):
+        attacks.signals(net(), nn.CrossEntropyLoss(), x, torch.zeros(4, dtype=torch.int64))
+
+
+def test_judging_scores() -> None:
+    torch.manual_seed(0)
+    m, o = torch.randn(300).round(decimals=1) + 0.5, torch.randn(400).round(decimals=1)
+    judged = attacks.judge(m, o)
+    truth = [1] * 300 + [0] * 400
+    assert judged.auc == pytest.approx(roc_auc_score(truth, torch.cat([m, o]).numpy()))
+    low, high = judged.interval
+    assert low < judged.auc < high and 0.02 < high - low < 0.12
+    limit = o.sort(descending=True).values[4]  # 4 of 400 others lie above it
+    assert judged.tpr == {0.001: None, 0.01: pytest.approx(float((m > limit).double().mean()))}
+    assert attacks.judge(torch.ones(5), torch.zeros(5)).auc == 1.0
+    assert attacks.judge(torch.ones(5), torch.ones(5)).auc == 0.5
+    for bad in (torch.empty(0), torch.tensor([math.nan])):
+        with pytest.raises(ValueError, match="without NaN"):
+            attacks.judge(bad, o)
+
+
+def test_the_largest_advantage_of_a_threshold() -> None:
+    m, o = torch.tensor([0.1, 0.2, 0.3, 0.9]), torch.tensor([0.25, 0.5, 0.6, 0.7])
+    best = max(abs(float((m <= t).double().mean() - (o <= t).double().mean())) for t in torch.cat([m, o]))
+    assert attacks.membership_bound(m, o) == pytest.approx(best) == 0.5
+    assert attacks.membership_bound(m, m) == 0.0 and attacks.membership_bound(m, m + 2) == 1.0
+
+
+class Memory(nn.Module):
+    """Confident where it has seen a sample."""
+
+    def __init__(self, seen: Tensor, seed: int) -> None:
+        super().__init__()
+        self.seen, self.seed = seen, seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        member = torch.isin(x[:, 0], self.seen)
+        hard = x[:, 1]
+        noise = torch.randn(len(x), generator=torch.Generator().manual_seed(self.seed)).double()
+        return torch.stack([torch.zeros(len(x)).double(), hard + 1.5 * member + noise], 1)
+
+
+def test_lira_takes_how_hard_a_sample_is_into_account() -> None:
+    torch.manual_seed(0)
+    n = 400
+    x, y = torch.stack([torch.arange(n).double(), 5 * torch.randn(n).double()], 1), torch.ones(n, dtype=torch.int64)
+    calls: list[int] = []
+
+    def train(inputs: Tensor, labels: Tensor) -> nn.Module:
+        calls.append(len(inputs))
+        return Memory(inputs[:, 0], len(calls))
+
+    target = Memory(x[: n // 2, 0], 999)
+    scores = attacks.LiRA(16)(target, train, x, y)
+    assert calls == [n // 2] * 16
+    # Two normal distributions at distance 1.5 standard deviations, which are told apart with area Phi(1.5 / sqrt 2).
+    ideal = 0.5 * (1 + math.erf(1.5 / 2))
+    assert attacks.judge(scores[: n // 2], scores[n // 2 :]).auc == pytest.approx(ideal, abs=0.05)
+    losses = F.cross_entropy(target(x), y, reduction="none")
+    assert attacks.judge(-losses[: n // 2], -losses[n // 2 :]).auc < 0.65
+    with pytest.raises(ValueError, match="4 shadows or more"):
+        attacks.LiRA(2)(target, train, x, y)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 2.0, 4.0])
+def test_the_lower_bound_on_epsilon_is_below_the_truth_and_not_far(epsilon: float) -> None:
+    """Randomised response is exactly epsilon-private, and its answers are the best guesses."""
+    generator, bounds = torch.Generator().manual_seed(1), []
+    for _ in range(60):
+        right = int((torch.rand(1000, generator=generator) < 1 / (1 + math.exp(-epsilon))).sum())
+        bounds.append(attacks.epsilon_lower_bound(right, 1000, 1000, delta=0.0))
+    assert sum(b > epsilon for b in bounds) <= 8  # 3 are expected of 60 at a confidence of 95 %
+    assert 0.6 * epsilon < sorted(bounds)[30] < epsilon
+
+
+def test_the_lower_bound_pays_for_delta_and_for_choices() -> None:
+    def bound(delta: float = 0.0, confidence: float = 0.95, choices: int = 1) -> float:
+        return attacks.epsilon_lower_bound(95, 100, 500, delta, confidence, choices)
+
+    assert bound() > bound(1e-5) > bound(1e-4) > 0 == bound(0.5)
+    assert bound(1e-5) > bound(1e-5, choices=10) and bound(1e-5) > bound(1e-5, 0.999)
+    assert attacks.epsilon_lower_bound(50, 100, 500, 1e-5) == 0.0
+    for numbers in ((5, 4, 10), (5, 20, 10), (-1, 4, 10)):
+        with pytest.raises(ValueError, match="correct <= guesses <= canaries"):
+            attacks.epsilon_lower_bound(*numbers, delta=0.0)

@@ -1,0 +1,126 @@
+"""Defences on the gradient that leaves a client."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext import attacks, defences
+from packext.attacks import Shared
+
+
+def shared(*tensors: Tensor) -> Shared:
+    return Shared({str(i): t for i, t in enumerate(tensors)}, 1, nn.CrossEntropyLoss())
+
+
+def only(s: Shared) -> Tensor:
+    (g,) = s.gradient.values()
+    return g
+
+
+@pytest.mark.parametrize("kind", [defences.GaussianNoise, defences.LaplacianNoise])
+def test_noise_has_its_scale(kind: Any) -> None:
+    g = torch.ones(200, 500)
+    noisy = kind(0.3)
+    noise = only(noisy(shared(g))) - g
+    want = 0.3 if kind is defences.GaussianNoise else 0.3 * math.sqrt(2)
+    assert float(noise.std()) == pytest.approx(want, rel=0.02) and abs(float(noise.mean())) < 0.01
+    if kind is defences.LaplacianNoise:
+        assert float(noise.abs().mean()) == pytest.approx(0.3, rel=0.02)
+    again = only(noisy(shared(g))) - g
+    assert not torch.equal(noise, again)
+    torch.testing.assert_close(only(kind(0.3)(shared(g))) - g, noise)
+    state = torch.get_rng_state()
+    noisy(shared(g))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_pruning_keeps_the_largest() -> None:
+    g = torch.tensor([[3.0, -1.0, 0.5], [-4.0, 2.0, 0.1]])
+    assert only(defences.Pruning(0.5)(shared(g))).tolist() == [[3.0, 0.0, 0.0], [-4.0, 2.0, 0.0]]
+    assert only(defences.Pruning(0.0)(shared(g))).tolist() == g.tolist()
+    assert not only(defences.Pruning(1.0)(shared(g))).any()
+    ties = only(defences.Pruning(0.5)(shared(torch.ones(10))))
+    assert int(ties.sum()) == 5
+
+
+def test_quantisation() -> None:
+    g = torch.randn(1000)
+    for kind in ("float16", "bfloat16"):
+        assert torch.equal(only(defences.Quantisation(kind)(shared(g))), g.to(getattr(torch, kind)).float())
+    levels = only(defences.Quantisation("int8")(shared(g))) / (g.abs().max() / 127)
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+    assert levels.unique().numel() <= 255 and (levels * (g.abs().max() / 127) - g).abs().max() <= g.abs().max() / 250
+    x = torch.full((40000,), 0.3)
+    x[0] = 1.27
+    rounded = only(defences.Quantisation("int8", stochastic=True)(shared(x + 0.004)))[1:]
+    assert rounded.unique().numel() == 2 and float(rounded.mean()) == pytest.approx(0.304, abs=2e-4)
+    assert not only(defences.Quantisation("int8")(shared(torch.zeros(3)))).any()
+
+
+def test_error_feedback_sends_everything_in_the_end() -> None:
+    torch.manual_seed(0)
+    top, sent, gave = defences.TopK(0.1), torch.zeros(50), torch.zeros(50)
+    for _ in range(30):
+        g = torch.randn(50)
+        part = only(top(shared(g)))
+        assert int((part != 0).sum()) == 5
+        sent, gave = sent + part, gave + g
+    torch.testing.assert_close(sent + top.residual["0"], gave)
+
+
+def test_composition_is_in_order() -> None:
+    g = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    both = defences.Compose(defences.Pruning(0.5), defences.GaussianNoise(1.0))
+    assert (only(both(shared(g))) != 0).all() and repr(both) == "Pruning(share=0.5) + GaussianNoise(std=1.0, seed=0)"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_clipped_gradients(reduction: str) -> None:
+    """Against one sample at a time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    x, y, loss = torch.randn(6, 1, 4, 4).double(), torch.randint(3, (6,)), nn.CrossEntropyLoss(reduction=reduction)
+    model[3].bias.requires_grad_(False)
+    total = {k: torch.zeros_like(p) for k, p in model.named_parameters() if p.requires_grad}
+    norms = []
+    for i in range(6):
+        one = attacks.share(model, nn.CrossEntropyLoss(), x[i : i + 1], y[i : i + 1]).gradient
+        norms.append(float(sum(g.square().sum() for g in one.values())) ** 0.5)
+        for k in total:
+            total[k] += one[k] * min(1.0, 2.0 / norms[-1])
+    assert min(norms) < 2.0 < max(norms)
+    state = copy.deepcopy(model.state_dict())
+    found = defences.Clipped(2.0)(model, loss, x, y)
+    assert found.gradient.keys() == total.keys() and not px.is_extended(model) and not px.is_extended(loss)
+    for k, g in total.items():
+        torch.testing.assert_close(found.gradient[k], g / 6 if reduction == "mean" else g)
+    noisy = defences.Clipped(2.0, 1.0)
+    draws = torch.stack([noisy(model, loss, x, y).gradient["0.weight"] - found.gradient["0.weight"] for _ in range(60)])
+    assert float(draws.std()) == pytest.approx(2.0 / (6 if reduction == "mean" else 1), rel=0.1)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_levels_that_mean_nothing_are_refused() -> None:
+    calls = [
+        lambda: defences.GaussianNoise(-1.0),
+        lambda: defences.LaplacianNoise(float("nan")),
+        lambda: defences.Pruning(1.5),
+        lambda: defences.TopK(-0.1),
+        lambda: defences.Quantisation("int4"),
+        lambda: defences.Quantisation("float16", stochastic=True),
+        lambda: defences.Clipped(0.0),
+        lambda: defences.Clipped(1.0, -1.0),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="must"):
+            call()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with pytest.raises(px.CoupledSamplesError):
+        defences.Clipped(1.0)(model, nn.CrossEntropyLoss(), torch.randn(5, 4), torch.randint(2, (5,)))

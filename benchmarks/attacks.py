@@ -19,6 +19,13 @@ from packext import attacks, defences
 from packext.attacks import DeepLeakage, InvertingGradients, Shared, psnr, share
 
 HERE = Path(__file__).parent
+TITLES = {
+    "labels": "model, batch",
+    "aggregation": "clients",
+    "searches": "search",
+    "grid": "what is shared",
+    "membership": "",
+}
 RESULTS = HERE / "results" / "attacks.json"
 PAGE = HERE.parent / "docs" / "attacks.md"
 
@@ -120,8 +127,126 @@ def grid() -> dict[str, Callable[[], dict]]:
     return rows
 
 
+def relu_net() -> nn.Module:
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(512, 10)).double()
+
+
+def labels(n: int, steps: int, seeds: int = 5) -> dict:
+    """Share of a batch's labels that each rule counts, on a model trained for some steps."""
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model, loss = relu_net(), nn.CrossEntropyLoss()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        for step in range(steps):
+            optimizer.zero_grad()
+            x, y = digits(64, 1000 * seed + step, 8)
+            loss(model(x), y).backward()
+            optimizer.step()
+        x, y = digits(n, seed + 500, 8)
+        shared = share(model, loss, x, y)
+        for rule in (attacks.LLG(), attacks.LLGStar((1, 8, 8), 3), attacks.ILRG()):
+            found.setdefault(type(rule).__name__, []).append(attacks.count_accuracy(rule(model, shared), y))
+        found.setdefault("guess", []).append(attacks.guessed(y, 10))
+        counts = attacks.identity(model(x).softmax(1).detach(), attacks.Head.of(model).bias_gradient(shared))
+        found.setdefault("identity", []).append(attacks.count_accuracy(counts.round().long(), y))
+    return {"cells": {name: spread(values) for name, values in found.items()}}
+
+
+class Block(nn.Module):
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__()
+        self.a, self.n1 = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o)
+        self.b, self.n2 = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
+        self.skip = nn.Identity() if i == o and stride == 1 else nn.Conv2d(i, o, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.n2(self.b(torch.relu(self.n1(self.a(x))))) + self.skip(x))
+
+
+def cifar_nets() -> dict[str, nn.Module]:
+    """Three networks for 3 x 32 x 32 and 100 classes, with 64 features before the last layer."""
+
+    def conv(i: int, o: int) -> list[nn.Module]:
+        return [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
+
+    pool, end = nn.MaxPool2d(2), [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 100)]
+    return {
+        "MLP": nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 100)),
+        "VGG-like": nn.Sequential(*conv(3, 16), pool, *conv(16, 32), pool, *conv(32, 64), *end),
+        "ResNet": nn.Sequential(*conv(3, 16), Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2), *end),
+    }
+
+
+def aggregated(clients: int, seeds: int = 3) -> dict:
+    """Share of the clients all of whose counts are exact, by network."""
+    cells: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        for name, model in cifar_nets().items():
+            batches = []
+            for _ in range(clients):
+                shares = torch.distributions.Dirichlet(torch.full((100,), 0.1)).sample() + 1e-8
+                n = int(2 ** (3 + 5 * torch.rand(())))
+                batches.append((torch.rand(n, 3, 32, 32), shares.multinomial(n, replacement=True)))
+            attack, loss = attacks.SecureAggregationLabels(), nn.CrossEntropyLoss()
+            cohort = attacks.Cohort(model, loss, batches, weighted=True)
+            plan = attack.plan(model, torch.rand(4, 3, 32, 32), clients)
+            counts, _ = attack.counts(plan, cohort.round(plan.states), cohort.sizes, loss, weighted=True)
+            true = torch.stack([torch.bincount(y, minlength=100) for _, y in batches])
+            cells.setdefault(name, []).append(float((counts == true).all(1).double().mean()))
+    return {"cells": {name: spread(values) for name, values in cells.items()}}
+
+
+def membership(seeds: int = 5) -> dict:
+    """Area under the ROC curve of each score, on an MLP trained on 400 digits, a fifth of their labels random."""
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        x, y = digits(800, seed, 8)
+        x, generator = x.flatten(1), torch.Generator().manual_seed(seed)
+        y[::5] = torch.randint(10, (160,), generator=generator)
+        calls = iter(range(100))
+
+        def train(inputs: Tensor, targets: Tensor, calls: Any = calls, seed: int = seed) -> nn.Module:
+            torch.manual_seed(1000 * seed + next(calls))
+            model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).double()
+            optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+            for _ in range(150):
+                rows = torch.randint(len(inputs), (64,))
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs[rows]), targets[rows]).backward()
+                optimizer.step()
+            return model.eval()
+
+        target = train(x[:400], y[:400])
+        seen = attacks.signals(target, nn.CrossEntropyLoss(), x, y)
+        scores = {"loss": -seen.loss, "gradient norm": -seen.gradient_norm, "leverage": -seen.leverage}
+        scores["LiRA, 16 shadow models"] = attacks.LiRA(16)(target, train, x, y)
+        for name, score in scores.items():
+            found.setdefault(name, []).append(attacks.judge(score[:400], score[400:], draws=2).auc)
+    return {"cells": {name: spread(values) for name, values in found.items()}}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    t = torch.tensor(values)
+    return {"mean": float(t.mean()), "low": float(t.min()), "high": float(t.max())}
+
+
+def cells(rows: dict[str, dict], title: str) -> list[str]:
+    """As Markdown: the mean over seeds, and the lowest and highest."""
+    names = list(next(iter(rows.values()))["cells"])
+    lines = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row, value in rows.items():
+        shown = [f"{c['mean']:.2f} ({c['low']:.2f} to {c['high']:.2f})" for c in value["cells"].values()]
+        lines.append(f"| {row} | {' | '.join(shown)} |")
+    return lines
+
+
 def table(rows: dict[str, dict], title: str) -> list[str]:
     """As Markdown."""
+    if "cells" in next(iter(rows.values())):
+        return cells(rows, title)
     lines = [
         f"| {title} | MSE < 1e-3 | MSE < 1e-2 | median PSNR | labels | matched |",
         "|---|---|---|---|---|---|",
@@ -142,7 +267,7 @@ def table(rows: dict[str, dict], title: str) -> list[str]:
 def write(results: dict[str, dict[str, dict]]) -> None:
     """Put the tables between their marks in the page."""
     text = PAGE.read_text()
-    for key, title in (("searches", "search"), ("grid", "what is shared")):
+    for key, title in TITLES.items():
         begin, end = f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
         head, rest = text.split(begin)
         text = "\n".join([head + begin, *table(results[key], title), end + rest.split(end)[1]])
@@ -151,17 +276,28 @@ def write(results: dict[str, dict[str, dict]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__)
-    parser.add_argument("--only", choices=["searches", "grid"], help="measure one of the tables again")
+    parser.add_argument("--only", choices=list(TITLES), nargs="+", default=list(TITLES), help="some of the tables")
     only = parser.parse_args().only
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     console = Console()
-    for key, rows in (("searches", searches()), ("grid", grid())):
-        if only not in (None, key):
+    everything: dict[str, dict[str, Callable[[], dict]]] = {
+        "labels": {
+            f"{name}, {n}": lambda n=n, steps=steps: labels(n, steps)
+            for name, steps in (("untrained", 0), ("trained", 80))
+            for n in (8, 32, 128)
+        },
+        "aggregation": {str(k): lambda k=k: aggregated(k) for k in (8, 32, 65)},
+        "searches": searches(),
+        "grid": grid(),
+        "membership": {"area under the ROC curve": membership},
+    }
+    for key, rows in everything.items():
+        if key not in only:
             continue
         results[key] = {}
         for name, row in track(rows.items(), key, console=console):
             results[key][name] = row()
-            console.print(table({name: results[key][name]}, key)[-1])
+            console.print(table({name: results[key][name]}, key)[-1], highlight=False)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write(results)
 

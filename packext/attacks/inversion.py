@@ -29,7 +29,8 @@ class Reconstruction:
         inputs: `[N, ...]`; for text, vectors in place of the embeddings.
         labels: `[N]`, int64.
         objective: after each outer iteration of the best restart, relative to that of a gradient of zeros.
-        matched: whether the gradient was matched: the last objective is below the attack's `tolerance`.
+        matched: whether the gradient was matched: the last objective is below the attack's `tolerance`. A gradient with
+            noise or without some entries is that of no input, and is not matched even where inputs are recovered.
         restarts: how many were made.
     """
 

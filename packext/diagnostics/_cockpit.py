@@ -26,8 +26,8 @@ HESSIAN = (px.HessianTrace, px.DiagHessianMC, px.TopEigenvalues)
 class Sink(Protocol):
     """Where values go."""
 
-    def begin(self, names: list[str]) -> int:
-        """Take the names of the instruments; return the number of the first step to come."""
+    def begin(self, names: list[str]) -> int | None:
+        """Take the names of the instruments; return the number of the first step to come, or None for any."""
         ...
 
     def write(self, step: int, values: Mapping[str, float | np.ndarray], absent: Mapping[str, str]) -> None:
@@ -78,7 +78,7 @@ class Cockpit:
                 Hessian's largest eigenvalue and two-dimensional histograms), or None for `instruments` alone.
             every: look at every so many steps, or at the steps for which a function of their number is true
                 (`linear`, `logarithmic`).
-            sinks: such as `Run`.
+            sinks: such as `Run`, `TensorBoard` or `WandB`.
             instruments: instances, beside those of the level.
 
         Raises:
@@ -110,7 +110,7 @@ class Cockpit:
         self.values: dict[str, float | np.ndarray] = {}
         self.absent: dict[str, str] = {}
         self.born = perf_counter()
-        begun = {sink.begin(names) for sink in self.sinks} or {0}
+        begun = {first for sink in self.sinks if (first := sink.begin(names)) is not None} or {0}
         if len(begun) > 1:
             raise px.PackextError(f"The sinks continue at different steps, {sorted(begun)}: start all anew, or none.")
         self.steps = begun.pop()

@@ -50,11 +50,13 @@ def test_tensorboard(tmp_path: Path, made: bool) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
-    run = trained(tmp_path, TensorBoard(SummaryWriter(str(tmp_path)) if made else tmp_path))
-    run = trained(tmp_path, TensorBoard(tmp_path), 2)  # beside a record that is continued
+    first, second = TensorBoard(SummaryWriter(str(tmp_path)) if made else tmp_path), TensorBoard(tmp_path)
+    trained(tmp_path, first)
+    run = trained(tmp_path, second, 2)  # beside a record that is continued
     assert run.steps == [0, 1, 2, 3, 4]
     events = EventAccumulator(str(tmp_path))  # all is on the disk, though nobody has closed the writer
     events.Reload()
+    assert first.writer.file_writer is not None and second.writer.file_writer is not None
     assert set(events.Tags()["scalars"]) == set(run.names)
     for name in run.names:
         found = [(e.step, e.value) for e in events.Scalars(name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,6 @@ def test_tensorboard(tmp_path: Path, made: bool) -> None:
     assert run.steps == [0, 1, 2, 3, 4]
     events = EventAccumulator(str(tmp_path))  # all is on the disk, though nobody has closed the writer
     events.Reload()
-    assert first.writer.file_writer is not None and second.writer.file_writer is not None
     assert set(events.Tags()["scalars"]) == set(run.names)
     for name in run.names:
         found = [(e.step, e.value) for e in events.Scalars(name)]
@@ -74,6 +74,26 @@ def test_tensorboard(tmp_path: Path, made: bool) -> None:
             assert (h.sum, h.sum_squares) == pytest.approx(
                 ((centers * shares[e.step]).sum(), (centers**2 * shares[e.step]).sum())
             )
+
+
+def test_what_a_killed_process_has_written_is_on_the_disk(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from packext.diagnostics import TensorBoard
+sink = TensorBoard({str(tmp_path)!r})
+sink.begin([])
+for step in range(50):
+    sink.write(step, {{"A": float(step)}}, {{}})
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.value for e in events.Scalars("A")] == list(range(50))
 
 
 def records(data: bytes) -> Iterator[bytes]:

@@ -575,13 +575,6 @@ def test_nested_monitors_of_different_scale_are_refused() -> None:
     assert "NormTest" in first.values
 
 
-def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(px.PackextError, match="2 ranks"):
-        pair(Loss())
-
-
 # -- an instrument of one's own -------------------------------------------------------------------------------
 
 

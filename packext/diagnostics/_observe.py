@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 import packext as px
-from packext.diagnostics._step import Call, Count, Pass, Step, rescaled
+from packext.diagnostics._step import COMBINE, OUTSIDE, Call, Count, Pass, Step, apart, rescaled
 
 #: Steps under way, the innermost last. Where monitors are nested, the innermost context asks for all of them.
 _ACTIVE: list[Observer] = []
@@ -207,6 +207,10 @@ class Observer:
                     done[held] = {k: rescaled(field, v, p.multiplier) for k, v in raw[held].items()}
         p.results = [{field: done[held] for field, held in part.items()} for part in fields]
         self.step.passes.append(p)
+        if len(self.step.passes) > 1:  # what is defined within one pass only is of no more use
+            for part in (part for q in self.step.passes for part in q.results):
+                for field in part.keys() - COMBINE.keys():
+                    part[field] = {}
         self._add(p, gradient)
         self._compare(p, gradient)
 
@@ -257,7 +261,8 @@ class Observer:
             if any(type(q) is px.GradDot and q.direction is None for q in asked) and part["grad_dot"]:
                 rows = sum(float(v.double().mean()) for v in part["grad_dot"].values())
                 whole = sum(float(g.double().square().sum()) for g in gradient.values()) * p.share**2
-                self.step._outside |= not abs(rows - whole) <= 0.01 * max(rows, whole)
+                if apart(rows, whole):
+                    self.step._outside = OUTSIDE
                 return
 
 

@@ -156,6 +156,13 @@ def uneven(rank: int) -> None:
     steps(model, monitor, px.extend(nn.CrossEntropyLoss()), mine)
     if rank == 0:
         same(found, wanted)
+    # Of sums, all samples count alike.
+    loss, alone, wanted = px.extend(nn.CrossEntropyLoss(reduction="sum")), by_itself(network()), Keep()
+    steps(alone, watched(alone, [wanted], rate=0.01), scaled(loss, 0.5), batches)
+    model, found = WAYS["DDP(extend)"](network()), Keep()
+    steps(model, watched(model, [found], rate=0.01), loss, mine)
+    if rank == 0:
+        same(found, wanted)
     # Curvature is of extended losses alone: the parts by themselves, and what they make together.
     model, top, bottom = WAYS["DDP(extend)"](network()), 0.0, 0.0
     monitor = watched(model, asked=ASKED[-2:])

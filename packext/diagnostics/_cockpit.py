@@ -123,7 +123,9 @@ class Cockpit:
 
         Args:
             scale: as for `px.backpack`: "sample" with an extended loss; a number for any other (the batch size for a
-                mean, 1 for a sum, over the loss scale if there is one), with which losses are to be given, too.
+                mean, 1 for a sum, over the loss scale if there is one), with which losses are to be given, too. "mean"
+                is the number of samples in all passes of the step, counted when it ends: a sample's own loss is that
+                many times its part of what the passes add up to.
 
         Returns:
             The context. `with monitor.step(...) as step:` gives what has `step.losses(each)`.
@@ -131,8 +133,8 @@ class Cockpit:
         Raises:
             ValueError: for another scale.
         """
-        if not (scale == "sample" or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
-            raise ValueError(f'scale must be "sample" or a number, got {scale!r}.')
+        if not (scale in ("sample", "mean") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
+            raise ValueError(f'scale must be "sample", "mean" or a number, got {scale!r}.')
         return Watch(self, scale)
 
     def __repr__(self) -> str:
@@ -161,6 +163,16 @@ class Watch:
         """
         if self._observer is not None:
             self._observer.given(each)
+
+    def loss(self, value: Tensor, each: Callable[[], Tensor | None] = lambda: None) -> None:
+        """Hand over a scalar loss that no extended module has computed, before `backward()`.
+
+        Args:
+            value: the loss.
+            each: gives the samples' parts of it `[N]`, which add up to it; called if an instrument reads them.
+        """
+        if self._observer is not None:
+            self._observer.given_loss(value, each)
 
     def __enter__(self) -> Watch:
         monitor = self._monitor

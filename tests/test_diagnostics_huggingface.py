@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import packext as px
-from packext.diagnostics import Alpha, GradNorm, InnerTest, Loss, NormTest, Run, SampleNorms
+from packext.diagnostics import Alpha, GradNorm, InnerTest, Instrument, Loss, NormTest, Run, SampleNorms, Step
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -76,6 +76,16 @@ class Spy:
         self.lines.append((step, dict(values), dict(absent)))
 
 
+class Each(Instrument):
+    """Individual losses."""
+
+    losses = True
+    needs = (px.BatchL2Grad(),)
+
+    def measure(self, step: Step) -> torch.Tensor:
+        return step.losses
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 @pytest.mark.parametrize("parts", [1, 2])  # of 3 batches to an epoch: with 2, its last step has a single one
 def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: Any) -> None:
@@ -94,7 +104,7 @@ def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: An
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             seen.append((copy.deepcopy({k: p.detach() for k, p in net.named_parameters()}), []))
 
-    asked = [Loss(), GradNorm(), NormTest(), InnerTest(), SampleNorms(), Alpha()]
+    asked = [Loss(), GradNorm(), NormTest(), InnerTest(), SampleNorms(), Alpha(), Each()]
     callback = CockpitCallback(None, sinks=[spy], instruments=asked)
 
     def keep(module: Any, args: Any, kwargs: Any) -> None:
@@ -132,6 +142,8 @@ def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: An
                 losses.append(float(own.detach()))
         g = torch.stack(rows)
         assert values["Loss"] == pytest.approx(sum(losses) / n, rel=1e-4)
+        if kind == "gpt2":
+            assert values["Each"] == pytest.approx(losses, rel=1e-4)
         assert values["GradNorm"] == pytest.approx(float(g.mean(0).norm()), rel=1e-3)
         assert values["SampleNorms"] == pytest.approx(float(g.norm(dim=1).mean()), rel=1e-3)
         trace = (g - g.mean(0)).square().sum() / (n - 1)

@@ -130,10 +130,8 @@ class Ranks:
                 view = step.seen_by(k, (field,))
                 local[key] = field, _attempt(lambda view=view, field=field: view.layers(field))
                 if field == "kept" and len(step.passes) > 1:
-                    local[key] = (
-                        field,
-                        f"grad_dot is defined within one backward pass; this step had {len(step.passes)}",
-                    )
+                    reason = f"grad_dot is defined within one backward pass; this step had {len(step.passes)}"
+                    local[key] = field, reason
                 where[-1][field] = key
         names = [(field, v if isinstance(v, str) else list(v)) for field, v in local.values()]
         mine = {
@@ -142,13 +140,13 @@ class Ranks:
             "square": _attempt(lambda: step.factor**2 * _square(step._gradient)),
             "loss": _attempt(lambda: step.loss), "losses": _attempt(lambda: step.losses.cpu()),
         }  # fmt: skip
-        all_ = self._gather(mine)
-        if not any(r["passes"] for r in all_):
+        everyone = self._gather(mine)
+        if not any(r["passes"] for r in everyone):
             return
-        step._void = _disagreement(all_)
+        step._void = _disagreement(everyone)
         if step._void:
             return
-        factors, counts = [r["factor"] for r in all_], [r["n"] for r in all_]
+        factors, counts = [r["factor"] for r in everyone], [r["n"] for r in everyone]
         mean = factors[0] if len(set(factors)) == 1 else sum(factors) / self.size
         total = None if any(isinstance(n, str) for n in counts) else sum(counts)
         weights = [1.0] * self.size
@@ -160,7 +158,7 @@ class Ranks:
             step._gradient = {k: g * (factors[self.rank] / mean) for k, g in step._gradient.items()}
         done = self._results(local, step, weights)
         merged = Pass(0, {}, n=total, share=1 / mean)
-        merged.calls = [_call(step.passes[0].calls[0][0].kind, all_, factors, weights, mean)]
+        merged.calls = [_call(step.passes[0].calls[0][0].kind, everyone, factors, weights, mean)]
         several = len(step.passes) > 1
         merged.results = [{("grad_dot" if f == "kept" else f): done[key] for f, key in part.items()} for part in where]
         step.passes = [merged]
@@ -193,15 +191,11 @@ class Ranks:
         gathered = self._gather(mine)
         for position, (key, (field, _)) in enumerate(local.items()):
             if position in mine:
-                done[key] = {
-                    name: torch.cat(
-                        [
-                            part[position][name] * w ** SIDE_BY_SIDE[field]
-                            for part, w in zip(gathered, weights, strict=True)
-                        ]
-                    ).to(step.parameters[name].device)
-                    for name in mine[position]
-                }
+                done[key] = {}
+                powers = [w ** SIDE_BY_SIDE[field] for w in weights]
+                for name in mine[position]:
+                    parts = [part[position][name] * w for part, w in zip(gathered, powers, strict=True)]
+                    done[key][name] = torch.cat(parts).to(step.parameters[name].device)
         return done
 
     def _gather(self, mine: Any) -> list[Any]:

@@ -24,9 +24,9 @@ def learner(full: bool) -> nn.Sequential:
 
 def story(full: bool) -> tuple[Figure, dict[str, Any]]:
     """Train with each learning rate; draw the training loss at the end and the median alpha."""
-    where, n, steps = device(full), 256, 1000 if full else 150
+    where, n, steps = device(full), 256, 1000 if full else 120
     pictures, labels = (t.to(where) for t in images(full))
-    rates = np.logspace(-3, 1, 17 if full else 9)
+    rates = np.logspace(-2.5, 0.5, 13 if full else 7)
     losses, alphas = [], []
     for rate in rates:
         model, loss, draw = learner(full).to(where), nn.CrossEntropyLoss(), torch.Generator().manual_seed(0)

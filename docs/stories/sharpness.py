@@ -16,7 +16,7 @@ N, NOISE, START = 200, 0.87, (1.636, 0.611)  # the product is 1, as the data wan
 
 
 def run(batch: int, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss and largest eigenvalue on all data every 10 steps, and the weights there."""
+    """Loss and largest eigenvalue on all data every 20 steps, and the weights there."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(N, 1, generator=draw)
     noise = torch.randn(N, 1, generator=draw)
@@ -32,7 +32,7 @@ def run(batch: int, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     losses, sharpness, path = [], [], []
     for k in range(steps):
-        if k % 10 == 0:
+        if k % 20 == 0:
             with monitor.step():
                 loss(model(x), y).backward()
             losses.append(monitor.values["Loss"])
@@ -55,7 +55,7 @@ def story(full: bool) -> tuple[Figure, dict[str, Any]]:
     plane.plot(along, 1 / along, color="black", lw=0.8, label="all minima")
     for name, batch, color in (("GD", N, BLUE), ("SGD, batches of 20", 20, ORANGE)):
         losses, sharpness, path = run(batch, steps)
-        at = np.arange(len(losses)) * 10
+        at = np.arange(len(losses)) * 20
         curve.plot(at, losses, color=color, label=name)
         sharp.plot(at, sharpness, color=color)
         plane.plot(*path.T, ".", color=color, ms=3 if batch < N else 10)

@@ -235,11 +235,13 @@ def test_accumulated_passes_count_as_one_batch(parts: list[int], zero: bool) -> 
     monitor.instruments.append(InnerTest())
     for _ in range(2):
         train(whole, loss, x, y)
-        with monitor.step():
+        with monitor.step() as step:
             if zero:
                 monitor.optimizer.zero_grad(set_to_none=False)
             for a, b in zip(x.split(parts), y.split(parts), strict=True):
                 (loss(model(a), b) * len(a) / 8).backward()
+            held = [part for p in step._observer.step.passes for part in p.results if part.get("grad_dot")]
+            assert not held, "of no more use"
             monitor.optimizer.step()
             if not zero:
                 monitor.optimizer.zero_grad()

@@ -11,6 +11,7 @@ import torch
 
 import packext as px
 from packext.diagnostics import Alpha, GradNorm, InnerTest, Instrument, Loss, NormTest, Run, SampleNorms, Step
+from packext.diagnostics._observe import _ACTIVE
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -161,6 +162,23 @@ def test_what_is_refused(tmp_path: Any) -> None:
         CockpitCallback("full")
     with pytest.raises(px.PackextError, match="does not work with label_smoothing_factor"):
         fit(model(), tmp_path, CockpitCallback(), label_smoothing_factor=0.1)
+
+
+def test_after_an_error(tmp_path: Any) -> None:
+    net, callback = model(), CockpitCallback()
+
+    def boom(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    handle = net.lm_head.register_forward_hook(boom)
+    with pytest.raises(ZeroDivisionError):
+        fit(net, tmp_path, callback)
+    handle.remove()
+    assert px.is_extended(net)
+    callback.close()
+    assert not px.is_extended(net) and not net._forward_hooks and not _ACTIVE
+    fit(net, tmp_path, callback)
+    assert "NormTest" in callback.monitor.values
 
 
 def test_a_record(tmp_path: Any) -> None:

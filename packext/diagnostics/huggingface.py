@@ -61,7 +61,8 @@ class CockpitCallback(TrainerCallback):
             )
         self._options = {"level": level, "every": every, "sinks": list(sinks), "instruments": list(instruments)}
         self._watch: Watch | None = None
-        self._extended, self._hook = False, None
+        self._extended: Any = None
+        self._hook: Any = None
         self._held: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -85,9 +86,8 @@ class CockpitCallback(TrainerCallback):
             if wrong:
                 raise px.PackextError(f"CockpitCallback does not work with {what}.")
         model = kwargs["model"]
-        self._extended = not px.is_extended(model)
-        if self._extended:
-            px.extend(model)
+        if not px.is_extended(model):
+            self._extended = px.extend(model)
         self._hook = model.register_forward_hook(self._ran, with_kwargs=True)
         optimizer = kwargs["optimizer"]
         self.monitor = Cockpit(model, getattr(optimizer, "optimizer", optimizer), **self._options)
@@ -125,12 +125,21 @@ class CockpitCallback(TrainerCallback):
             args: of the Trainer.
             state: of the Trainer.
             control: of the Trainer.
-            **kwargs: `model` is used.
+            **kwargs: not used.
         """
+        self.close()
+
+    def close(self) -> None:
+        """Leave the model as it was; for you to call after an error in the training, which callbacks are not told."""
+        watch, self._watch = self._watch, None
+        self._held = []
+        if watch is not None:
+            watch.__exit__(StopIteration, None, None)
         if self._hook is not None:
             self._hook.remove()
-        if self._extended:
-            px.unextend(kwargs["model"])
+        if self._extended is not None:
+            px.unextend(self._extended)
+        self._hook = self._extended = None
 
     def _ran(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
         loss = getattr(output, "loss", None)

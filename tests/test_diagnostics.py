@@ -238,11 +238,13 @@ def test_accumulated_passes_count_as_one_batch(parts: list[int], zero: bool) -> 
     monitor.instruments.append(InnerTest())
     for _ in range(2):
         train(whole, loss, x, y)
-        with monitor.step():
+        with monitor.step() as step:
             if zero:
                 monitor.optimizer.zero_grad(set_to_none=False)
             for a, b in zip(x.split(parts), y.split(parts), strict=True):
                 (loss(model(a), b) * len(a) / 8).backward()
+            held = [part for p in step._observer.step.passes for part in p.results if part.get("grad_dot")]
+            assert not held, "of no more use"
             monitor.optimizer.step()
             if not zero:
                 monitor.optimizer.zero_grad()
@@ -458,7 +460,7 @@ def test_not_finite() -> None:
 # -- other losses -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none", "given", "number"])
+@pytest.mark.parametrize("reduction", ["sum", "none", "given", "number", "counted", "scalar"])
 def test_losses_of_all_kinds_give_the_same(reduction: str) -> None:
     asked = (Loss(), GradNorm(), NormTest(), SampleNorms(), Alpha(), GradHist1d())
     x, y = batch(6)
@@ -469,8 +471,14 @@ def test_losses_of_all_kinds_give_the_same(reduction: str) -> None:
     other = px.extend(nn.CrossEntropyLoss(reduction="none" if reduction == "none" else "sum"))
     for _ in range(2):
         train(mean, loss, x, y)
-        with monitor.step(scale=6.0 if reduction in ("given", "number") else "sample") as step:
-            if reduction == "given":
+        scale = {"given": 6.0, "number": 6.0, "counted": "mean", "scalar": "mean"}.get(reduction, "sample")
+        with monitor.step(scale) as step:
+            if reduction == "scalar":
+                each = F.cross_entropy(model(x), y, reduction="none")
+                value = each.mean()
+                step.loss(value, lambda each=each: each.detach() / 6)
+                value.backward()
+            elif reduction in ("given", "counted"):
                 each = F.cross_entropy(model(x), y, reduction="none")
                 step.losses(each)
                 each.mean().backward()
@@ -485,6 +493,39 @@ def test_losses_of_all_kinds_give_the_same(reduction: str) -> None:
     assert monitor.values.keys() == mean.values.keys(), monitor.absent
     for name, value in mean.values.items():
         assert monitor.values[name] == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.mark.parametrize("parts", [[8], [4, 4], [5, 3]])
+def test_a_mean_over_all_samples_of_a_step(parts: list[int]) -> None:
+    """As `transformers` has it: each pass brings the sum of its samples over the number of samples in the step."""
+    asked = (Loss(), GradNorm(), NormTest(), SampleNorms(), GradHist1d(), Alpha())
+    x, y = batch(8)
+    whole, loss = pair(*asked)
+    model = px.extend(copy.deepcopy(whole.model))
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), LR), None, instruments=copy.deepcopy(asked))
+    for _ in range(2):
+        train(whole, loss, x, y)
+        with monitor.step("mean") as step:
+            for a, b in zip(x.split(parts), y.split(parts), strict=True):
+                each = F.cross_entropy(model(a), b, reduction="none") / 8
+                value = each.sum()
+                step.loss(value, lambda each=each: each.detach())
+                value.backward()
+            monitor.optimizer.step()
+            monitor.optimizer.zero_grad()
+        names = [n for n in whole.values if len(parts) == 1 or not n.startswith("GradHist1d")]  # others are drawn
+        for name in names:
+            assert monitor.values[name] == pytest.approx(whole.values[name], rel=1e-6), name
+    assert "NormTest" in names and "Alpha" in {**whole.values, **whole.absent}
+    with monitor.step("mean") as step:
+        value = F.cross_entropy(model(x), y)
+        step.loss(value)
+        value.backward()
+        monitor.optimizer.step()
+    assert monitor.absent["Alpha"] == "the samples' parts of the loss are not known"
+    with pytest.raises(ValueError, match=r"loss\(\) takes the scalar that backward\(\) will go through, got \[8\]"):
+        with monitor.step("mean") as step:
+            step.loss(F.cross_entropy(model(x), y, reduction="none"))
 
 
 def test_padding_counts_no_sample_twice() -> None:
@@ -576,13 +617,6 @@ def test_nested_monitors_of_different_scale_are_refused() -> None:
     x, y = batch()
     train(first, loss, x, y)
     assert "NormTest" in first.values
-
-
-def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(px.PackextError, match="2 ranks"):
-        pair(Loss())
 
 
 # -- an instrument of one's own -------------------------------------------------------------------------------

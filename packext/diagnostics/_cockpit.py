@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import packext as px
 from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._observe import Observer
+from packext.diagnostics._ranks import Ranks, inside
 from packext.diagnostics._schedule import linear
 from packext.diagnostics._step import Absent, Count, Step
 from packext.diagnostics._verdict import Judge, Rule, Verdict
@@ -27,8 +28,8 @@ HESSIAN = (px.HessianTrace, px.DiagHessianMC, px.TopEigenvalues)
 class Sink(Protocol):
     """Where values go."""
 
-    def begin(self, names: list[str]) -> int:
-        """Take the names of the instruments; return the number of the first step to come."""
+    def begin(self, names: list[str]) -> int | None:
+        """Take the names of the instruments; return the number of the first step to come, or None for any."""
         ...
 
     def write(self, step: int, values: Mapping[str, float | np.ndarray], absent: Mapping[str, str]) -> None:
@@ -78,21 +79,22 @@ class Cockpit:
         """Choose what to look at, when, and where to write it.
 
         Args:
-            model: extended by `px.extend`.
+            model: extended by `px.extend`. In several processes the `DistributedDataParallel` that holds it, or that is
+                extended itself; others are refused there.
             optimizer: of the model's parameters.
             level: "economy" (first-order instruments), "business" (and the diagonal of the GGN), "full" (and the
                 Hessian's largest eigenvalue and two-dimensional histograms), or None for `instruments` alone.
             every: look at every so many steps, or at the steps for which a function of their number is true
                 (`linear`, `logarithmic`).
-            sinks: such as `Run`.
+            sinks: such as `Run`, `TensorBoard` or `WandB`.
             instruments: instances, beside those of the level.
             rules: which come to verdicts.
 
         Raises:
             NotExtendedError: if the model is not extended.
-            PackextError: in a process group of several ranks, whose individual gradients do not average to `.grad`.
             ValueError: for an unknown level, or an instrument that does not fit model or optimizer.
         """
+        whole, model = model, inside(model)
         if not isinstance(model, nn.Module) or not px.is_extended(model):
             raise px.NotExtendedError(
                 f"Cockpit needs an extended model, got {type(model).__name__}: call model = px.extend(model) first."
@@ -112,16 +114,13 @@ class Cockpit:
                 raise ValueError(
                     f"two instruments are called {name!r}: give one another name, or choose another level."
                 )
-        _one_process()
-        self.sinks = list(sinks)
+        self.ranks = Ranks(whole)
+        self.sinks = list(sinks) if self.ranks.rank == 0 else []
         self.values: dict[str, float | np.ndarray] = {}
         self.absent: dict[str, str] = {}
         self.judge = Judge(rules)
         self.born = perf_counter()
-        begun = {sink.begin(names) for sink in self.sinks} or {0}
-        if len(begun) > 1:
-            raise px.PackextError(f"The sinks continue at different steps, {sorted(begun)}: start all anew, or none.")
-        self.steps = begun.pop()
+        self.steps = self.ranks.first_step(lambda: _begin(self.sinks, names))
         for instrument in self.instruments:
             instrument.start(self.steps)
         self._left: tuple[int, list[int]] | None = None
@@ -132,7 +131,9 @@ class Cockpit:
 
         Args:
             scale: as for `px.backpack`: "sample" with an extended loss; a number for any other (the batch size for a
-                mean, 1 for a sum, over the loss scale if there is one), with which losses are to be given, too.
+                mean, 1 for a sum, over the loss scale if there is one), with which losses are to be given, too. "mean"
+                is the number of samples in all passes of the step, counted when it ends: a sample's own loss is that
+                many times its part of what the passes add up to.
 
         Returns:
             The context. `with monitor.step(...) as step:` gives what has `step.losses(each)`.
@@ -140,8 +141,8 @@ class Cockpit:
         Raises:
             ValueError: for another scale.
         """
-        if not (scale == "sample" or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
-            raise ValueError(f'scale must be "sample" or a number, got {scale!r}.')
+        if not (scale in ("sample", "mean") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
+            raise ValueError(f'scale must be "sample", "mean" or a number, got {scale!r}.')
         return Watch(self, scale)
 
     @property
@@ -176,6 +177,16 @@ class Watch:
         if self._observer is not None:
             self._observer.given(each)
 
+    def loss(self, value: Tensor, each: Callable[[], Tensor | None] = lambda: None) -> None:
+        """Hand over a scalar loss that no extended module has computed, before `backward()`.
+
+        Args:
+            value: the loss.
+            each: gives the samples' parts of it `[N]`, which add up to it; called if an instrument reads them.
+        """
+        if self._observer is not None:
+            self._observer.given_loss(value, each)
+
     def __enter__(self) -> Watch:
         monitor = self._monitor
         number, monitor.steps = monitor.steps, monitor.steps + 1
@@ -183,20 +194,24 @@ class Watch:
         self._following, monitor._following = monitor._following, []
         if not self._due and not self._following:
             return self
-        _one_process()
+        monitor.ranks.check()
         model = monitor.model
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         step = Step(number, model, monitor.optimizer, parameters, monitor.born)
         coupled = _coupled(model)
         self._missing: dict[int, str] = {}
         self._needs: list[tuple[Any, ...]] = []
+        self._fields: list[tuple[str, ...]] = []
         for instrument in self._due:
             instrument.enter(number, model)
         readers = [(i, tuple(i.needs)) for i in self._due] + [(i, needs) for _, i, needs in self._following]
         for k, (_, needs) in enumerate(readers):
             if coupled and any(not isinstance(q, HESSIAN) for q in needs):
                 self._missing[k], needs = coupled, ()
-            self._needs.append(needs)
+            elif (obstacle := monitor.ranks.obstacle(readers[k][0], needs)) is not None:
+                self._missing[k], needs = obstacle, ()
+            self._needs.append(monitor.ranks.needs(needs))
+            self._fields.append(tuple(q.savefield for q in needs))
         if any(not isinstance(q, HESSIAN) for needs in self._needs for q in needs):
             self._needs.append((Count(),))
         wanted = any(i.losses for i, _ in readers)
@@ -230,6 +245,7 @@ class Watch:
             return
         with torch.no_grad():
             observer.finish()
+            monitor.ranks.merge(observer.step, self._needs)
             self._record(observer)
 
     def _record(self, observer: Observer) -> None:
@@ -258,7 +274,7 @@ class Watch:
         try:
             if k in self._missing:
                 raise Absent(self._missing[k])
-            value = read(step.seen_by(k, tuple(q.savefield for q in self._needs[k])))
+            value = read(step.seen_by(k, self._fields[k]))
         except Absent as reason:
             page.absent[instrument.name] = str(reason)
             return False
@@ -282,13 +298,12 @@ def _plain(value: Any) -> float | np.ndarray:
     return float(array) if array.ndim == 0 else array.copy()
 
 
-def _one_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise px.PackextError(
-            f"Cockpit watches one process, but the process group has {distributed.get_world_size()} ranks: `.grad` is "
-            "averaged over them, and individual gradients are not."
-        )
+def _begin(sinks: list[Sink], names: list[str]) -> int:
+    """Start the sinks; return the number of the first step to come."""
+    begun = {first for sink in sinks if (first := sink.begin(names)) is not None} or {0}
+    if len(begun) > 1:
+        raise px.PackextError(f"The sinks continue at different steps, {sorted(begun)}: start all anew, or none.")
+    return begun.pop()
 
 
 def _coupled(model: nn.Module) -> str | None:

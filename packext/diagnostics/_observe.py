@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 import packext as px
-from packext.diagnostics._step import Call, Count, Pass, Step, rescaled
+from packext.diagnostics._step import COMBINE, OUTSIDE, Call, Count, Pass, Step, apart, rescaled
 
 #: Steps under way, the innermost last. Where monitors are nested, the innermost context asks for all of them.
 _ACTIVE: list[Observer] = []
@@ -55,7 +55,10 @@ class Observer:
 
     def __init__(self, step: Step, asked: Sequence[Sequence[Any]], scale: str | float, losses: bool) -> None:
         """Take the step to fill, each instrument's quantities, the scale, and whether to keep individual losses."""
-        self.step, self.asked, self.scale, self._wanted = step, asked, scale, losses
+        self.step, self.asked, self._wanted = step, asked, losses
+        # The number of samples in the step is known at its end: until then all is of the loss as written.
+        self._counts = scale == "mean"
+        self.scale = 1.0 if self._counts else scale
         self._open: Pass | None = None
         self._fresh: tuple[px.Results, list[dict[str, str]]] | None = None
         self._running: nn.Module | None = None
@@ -109,8 +112,23 @@ class Observer:
         elif all(counts):
             total = sum(n for n in counts if n)
             step._gradient = {name: g / total for name, g in self._sum.items()}
+        if self._counts and all(counts):
+            self._rescale(float(sum(n for n in counts if n)))
         with torch.no_grad():
             step._update = {name: p.detach() - step._start[name] for name, p in step.parameters.items()}
+
+    def _rescale(self, factor: float) -> None:
+        """Multiply individual gradients and losses."""
+        step, done = self.step, {}
+        step._gradient = {name: g * factor for name, g in step._gradient.items()}
+        for p in step.passes:
+            p.share *= factor
+            p.multiplier /= factor  # what cannot be divided by it is absent
+            for part in p.results:
+                for field, found in part.items():
+                    if id(found) not in done:
+                        done[id(found)] = found, {k: rescaled(field, v, 1 / factor) for k, v in found.items()}
+                    part[field] = done[id(found)][1]
 
     def versions(self) -> list[int]:
         """Numbers that grow whenever a parameter is written to."""
@@ -149,6 +167,15 @@ class Observer:
             raise ValueError(f"losses() takes the individual losses [N] that backward() will go through, got {what}.")
         self._listen(Call("losses()", "none", losses.detach(), losses.detach()), losses)
 
+    def given_loss(self, value: Tensor, each: Callable[[], Tensor | None]) -> None:
+        """The user's own loss, a scalar, before the backward pass; and the samples' parts of it, if they are wanted."""
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"loss() takes the scalar that backward() will go through, got {what}.")
+        rows = each() if self._wanted else None
+        unknown = "the samples' parts of the loss are not known"
+        self._listen(Call("loss()", "mean", value.detach(), unknown if rows is None else rows), value)
+
     def _listen(self, call: Call, output: Tensor) -> None:
         output.register_hook(functools.partial(self._reached, call))
 
@@ -168,7 +195,7 @@ class Observer:
             # Queued from a callback, it runs after those that are queued during the pass, such as the context's.
             queue(lambda: queue(functools.partial(self._ended, task)))
         self._open.calls.append((call, g.detach()))
-        if len({c.kind == "losses()" for c, _ in self._open.calls}) > 1:
+        if len({c.kind in ("loss()", "losses()") for c, _ in self._open.calls}) > 1:
             raise px.PackextError(
                 f"losses() was given what an extended {call.kind} has computed as well: it is for losses that are not "
                 "extended modules."
@@ -180,8 +207,8 @@ class Observer:
             if o._open is None and any(p in results for p in o.step.parameters.values()):
                 raise px.PackextError(
                     f"The monitor of {type(o.step.model).__name__} does not see the loss that backward() came from: "
-                    "use loss_fn = px.extend(nn.CrossEntropyLoss()), or hand individual losses [N] to losses() of what "
-                    "`with monitor.step(scale=<number>) as step` gives."
+                    "use loss_fn = px.extend(nn.CrossEntropyLoss()), or hand individual losses [N] to losses() (or a "
+                    "scalar to loss()) of what `with monitor.step(scale=<number>) as step` gives."
                 )
 
     def _ended(self, task: int) -> None:
@@ -207,6 +234,10 @@ class Observer:
                     done[held] = {k: rescaled(field, v, p.multiplier) for k, v in raw[held].items()}
         p.results = [{field: done[held] for field, held in part.items()} for part in fields]
         self.step.passes.append(p)
+        if len(self.step.passes) > 1:  # what is defined within one pass only is of no more use
+            for part in (part for q in self.step.passes for part in q.results):
+                for field in part.keys() - COMBINE.keys():
+                    part[field] = {}
         self._add(p, gradient)
         self._compare(p, gradient)
 
@@ -257,7 +288,8 @@ class Observer:
             if any(type(q) is px.GradDot and q.direction is None for q in asked) and part["grad_dot"]:
                 rows = sum(float(v.double().mean()) for v in part["grad_dot"].values())
                 whole = sum(float(g.double().square().sum()) for g in gradient.values()) * p.share**2
-                self.step._outside |= not abs(rows - whole) <= 0.01 * max(rows, whole)
+                if apart(rows, whole):
+                    self.step._outside = OUTSIDE
                 return
 
 

@@ -25,6 +25,12 @@ NONE = (
     "context has taken them"
 )
 NO_NUMBER = "the number of samples is not known: no quantity of individual gradients was asked for"
+OUTSIDE = "`.grad` is not the mean of the individual gradients: terms of the loss pass by the model"
+
+
+def apart(rows: float, whole: float) -> bool:
+    """Whether squared norms say that the mean of the individual gradients is not `.grad`."""
+    return not abs(rows - whole) <= 0.01 * max(rows, whole)
 
 
 def _sum(values: list[Any]) -> Any:
@@ -48,6 +54,7 @@ POWERS: dict[str, int] = {
     "grad_batch": 1, "subset_grad": 1, "slope_dot": 1, "grad_projected": 1,
     "diag_ggn_exact": 1, "diag_ggn_mc": 1, "ggn_gram": 1, "hessian_trace": 1, "mean_hessian_trace": 1,
     "top_eigenvalues": 1, "mean_top_eigenvalues": 1,
+    "kept": 0,  # divided when it is read
 }  # fmt: skip
 
 
@@ -112,7 +119,8 @@ class Step:
     seconds: float = 0.0
     passes: list[Pass] = field(default_factory=list)
     _gradient: dict[str, Tensor] = field(default_factory=dict)
-    _outside: bool = False
+    _outside: str = ""
+    _void: str = ""
     _start: dict[str, Tensor] = field(default_factory=dict)
     _update: dict[str, Tensor] | None = None
     _shared: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +134,8 @@ class Step:
         return view
 
     def _passed(self) -> list[Pass]:
+        if self._void:
+            raise Absent(self._void)
         if not self.passes:
             raise Absent("no backward pass through an extended loss in this step")
         return self.passes
@@ -193,7 +203,7 @@ class Step:
         """As `gradient`, if it is the mean of the individual gradients (asks for `GradDot` in `needs`)."""
         gradient = self.gradient
         if self._outside:
-            raise Absent("`.grad` is not the mean of the individual gradients: terms of the loss pass by the model")
+            raise Absent(self._outside)
         return gradient
 
     @property
@@ -240,6 +250,8 @@ class Step:
             if any(p.keys() != passes[0].keys() for p in passes):
                 raise Absent("the backward passes of the step have reached different parameters")
             found = {k: COMBINE[savefield]([p[k] for p in passes]) for k in keys}
+        if isinstance(found, str):
+            raise Absent(found)
         if not found:
             raise Absent(NONE)
         for p in self.passes:

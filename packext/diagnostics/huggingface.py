@@ -1,0 +1,161 @@
+"""A monitor as a callback of the Trainer of Hugging Face's transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import packext as px
+from packext.diagnostics._cockpit import Cockpit, Sink, Watch
+from packext.diagnostics._instrument import Instrument
+
+try:
+    from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
+except ImportError:
+    raise ImportError("transformers is not installed: pip install 'packext[transformers]'.") from None
+
+
+class CockpitCallback(TrainerCallback):
+    """Watches the training of a model that computes its own loss, `model(**batch).loss`.
+
+    Example:
+        >>> Trainer(model, args, train_dataset=data, callbacks=[CockpitCallback(sinks=[Run("runs/first")])])
+
+    A sample is a row of the batch: its gradient is the sum over its tokens. Its own loss is its part of the loss of the
+    optimizer's step, times the number of samples in that step, so that the loss is their mean. The part of a sample
+    with many tokens is larger, since the Trainer divides by the number of tokens in the step. A step of the monitor is
+    one of the optimizer, with all its accumulated batches. Instruments that read individual losses (`Alpha`) have them
+    from language models whose loss is transformers' `ForCausalLMLoss`.
+
+    Attributes:
+        monitor: the `Cockpit`, from the start of the training on; its `values` are those of the last step.
+    """
+
+    monitor: Cockpit
+
+    def __init__(
+        self,
+        level: str | None = "economy",
+        every: int | Callable[[int], bool] = 1,
+        sinks: Iterable[Sink] = (),
+        instruments: Iterable[Instrument] = (),
+    ) -> None:
+        """Choose what `Cockpit` is to look at, when, and where to write it.
+
+        Args:
+            level: "economy" or None; curvature needs a loss that is an extended module.
+            every: steps of the optimizer, as for `Cockpit`.
+            sinks: as for `Cockpit`.
+            instruments: as for `Cockpit`.
+
+        Raises:
+            ValueError: for another level.
+        """
+        if level not in ("economy", None):
+            raise ValueError(
+                f'CockpitCallback takes level="economy" or None, got {level!r}: curvature needs a loss that is an '
+                "extended module, and the model computes its own."
+            )
+        self._options = {"level": level, "every": every, "sinks": list(sinks), "instruments": list(instruments)}
+        self._watch: Watch | None = None
+        self._extended: Any = None
+        self._hook: Any = None
+        self._held: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Extend the model and make the monitor.
+
+        Args:
+            args: of the Trainer.
+            state: of the Trainer.
+            control: of the Trainer.
+            **kwargs: `model` and `optimizer` are used.
+
+        Raises:
+            PackextError: for several processes or devices, a loss scale, or a loss that the Trainer computes.
+        """
+        for wrong, what in (
+            (args.world_size > 1 or args.n_gpu > 1, "several processes or devices"),
+            (args.fp16, "fp16, whose loss scale is not known"),
+            (args.label_smoothing_factor, "label_smoothing_factor, with which the loss is not the model's"),
+            (args.torch_compile, "torch_compile, under which no parameter is seen"),
+        ):
+            if wrong:
+                raise px.PackextError(f"CockpitCallback does not work with {what}.")
+        model = kwargs["model"]
+        if not px.is_extended(model):
+            self._extended = px.extend(model)
+        self._hook = model.register_forward_hook(self._ran, with_kwargs=True)
+        optimizer = kwargs["optimizer"]
+        self.monitor = Cockpit(model, getattr(optimizer, "optimizer", optimizer), **self._options)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin a step.
+
+        Args:
+            args: of the Trainer.
+            state: of the Trainer.
+            control: of the Trainer.
+            **kwargs: not used.
+        """
+        self._watch = self.monitor.step("mean")
+        self._watch.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End it.
+
+        Args:
+            args: of the Trainer.
+            state: of the Trainer.
+            control: of the Trainer.
+            **kwargs: not used.
+        """
+        watch, self._watch = self._watch, None
+        self._held = []
+        if watch is not None:
+            watch.__exit__(None, None, None)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model as it was.
+
+        Args:
+            args: of the Trainer.
+            state: of the Trainer.
+            control: of the Trainer.
+            **kwargs: not used.
+        """
+        self.close()
+
+    def close(self) -> None:
+        """Leave the model as it was; for you to call after an error in the training, which callbacks are not told."""
+        watch, self._watch = self._watch, None
+        self._held = []
+        if watch is not None:
+            watch.__exit__(StopIteration, None, None)
+        if self._hook is not None:
+            self._hook.remove()
+        if self._extended is not None:
+            px.unextend(self._extended)
+        self._hook = self._extended = None
+
+    def _ran(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
+        loss = getattr(output, "loss", None)
+        if self._watch is not None and isinstance(loss, Tensor) and loss.requires_grad:
+            # The Trainer drops the outputs beside the loss, in which packext sees which sample is which.
+            self._held = [v.grad_fn for v in output.values() if isinstance(v, Tensor)]
+            self._watch.loss(loss, lambda: _parts(model, kwargs, output))
+
+
+def _parts(model: Any, kwargs: Any, output: Any) -> Tensor | None:
+    """The samples' parts of a language model's loss `[N]`; None where they are not known."""
+    labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss" or labels is None or items is None:
+        return None
+    size, logits = model.config.get_text_config().vocab_size, output.logits.detach()
+    with torch.no_grad():
+        rows = [model.loss_function(a[None], b[None], size, items) for a, b in zip(logits, labels, strict=True)]
+    parts = torch.stack(rows)
+    return parts if torch.allclose(parts.sum(), output.loss.detach().to(parts.dtype), rtol=1e-3) else None

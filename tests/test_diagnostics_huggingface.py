@@ -1,0 +1,186 @@
+"""The callback of transformers' Trainer, against gradients of one sample at a time."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import packext as px
+from packext.diagnostics import Alpha, GradNorm, InnerTest, Instrument, Loss, NormTest, Run, SampleNorms, Step
+from packext.diagnostics._observe import _ACTIVE
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from packext.diagnostics.huggingface import CockpitCallback  # noqa: E402
+
+
+def model(kind: str = "gpt2") -> Any:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=13, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.BertConfig(
+        vocab_size=13, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def data(kind: str = "gpt2", n: int = 12) -> list[dict[str, Any]]:
+    """Sequences of 8 tokens, of which some count as padding."""
+    draw, rows = torch.Generator().manual_seed(1), []
+    for k in range(n):
+        ids = torch.randint(13, (8,), generator=draw)
+        labels = torch.where(torch.arange(8) < 4 + k % 5, ids, -100) if kind == "gpt2" else ids[0] % 3
+        rows.append({"input_ids": ids, "attention_mask": torch.ones(8, dtype=torch.long), "labels": labels})
+    return rows
+
+
+def fit(net: Any, folder: Any, *callbacks: Any, kind: str = "gpt2", **options: Any) -> None:
+    args = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=4, num_train_epochs=2, use_cpu=True, report_to=[], seed=3,
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, learning_rate=1e-2, **options,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on devices
+        transformers.Trainer(net, args, train_dataset=data(kind), callbacks=list(callbacks)).train()
+
+
+@pytest.mark.parametrize(
+    "kind, options", [("gpt2", {}), ("gpt2", {"gradient_accumulation_steps": 2}), ("bert", {})], ids=str
+)
+def test_training_is_the_same_to_the_last_bit(kind: str, options: dict[str, Any], tmp_path: Any) -> None:
+    plain, watched, callback = model(kind), model(kind), CockpitCallback()
+    fit(plain, tmp_path, kind=kind, **options)
+    fit(watched, tmp_path, callback, kind=kind, **options)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert not px.is_extended(watched) and not watched._forward_hooks
+    assert callback.monitor.steps == (4 if "gradient_accumulation_steps" in options else 6)
+    assert {"Loss", "GradNorm", "NormTest", "NoiseScale.trace"} <= callback.monitor.values.keys()
+
+
+class Spy:
+    """A sink, and the batches and parameters of each step."""
+
+    def __init__(self, net: Any) -> None:
+        self.net, self.lines, self.starts, self.batches = net, [], [], []
+
+    def begin(self, names: list[str]) -> None:
+        pass
+
+    def write(self, step: int, values: Any, absent: Any) -> None:
+        self.lines.append((step, dict(values), dict(absent)))
+
+
+class Each(Instrument):
+    """Individual losses."""
+
+    losses = True
+    needs = (px.BatchL2Grad(),)
+
+    def measure(self, step: Step) -> torch.Tensor:
+        return step.losses
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("parts", [1, 2])  # of 3 batches to an epoch: with 2, its last step has a single one
+def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: Any) -> None:
+    net = model(kind)
+    for m in net.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+        for name in ("dropout_prob", "attn_dropout"):
+            if isinstance(getattr(m, name, None), float):
+                setattr(m, name, 0.0)
+    spy = Spy(net)
+    net.config._attn_implementation = "eager"
+    seen: list[Any] = []
+
+    class Watcher(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seen.append((copy.deepcopy({k: p.detach() for k, p in net.named_parameters()}), []))
+
+    asked = [Loss(), GradNorm(), NormTest(), InnerTest(), SampleNorms(), Alpha(), Each()]
+    callback = CockpitCallback(None, sinks=[spy], instruments=asked)
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            seen[-1][1].append({k: v for k, v in kwargs.items() if torch.is_tensor(v)})
+
+    handle = net.register_forward_pre_hook(keep, with_kwargs=True)
+    fit(net, tmp_path, Watcher(), callback, kind=kind, gradient_accumulation_steps=parts)
+    handle.remove()
+    lines = [line for line in spy.lines if "Loss" in line[1]]
+    assert len(lines) == len(seen) == (6 if parts == 1 else 4)
+    alphas = [line for line in spy.lines if "Alpha" in {**line[1], **line[2]}]
+    if kind == "gpt2":
+        assert any("Alpha" in values for _, values, _ in alphas)
+    else:
+        assert all("the samples' parts of the loss are not known" in absent["Alpha"] for _, _, absent in alphas)
+    net.double()
+    for (_, values, _), (start, batches) in zip(lines, seen, strict=True):
+        net.load_state_dict(start, strict=False)
+        rows, losses, n = [], [], sum(len(b["labels"]) for b in batches)
+        total = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches) if kind == "gpt2" else 0
+        for b in batches:
+            for k in range(len(b["labels"])):
+                one = {name: v[k : k + 1] for name, v in b.items() if v.dim()}
+                output = net(input_ids=one["input_ids"], attention_mask=one["attention_mask"], labels=one["labels"])
+                own = output.loss  # a mean over the sample's tokens
+                if kind == "gpt2":
+                    items = b.get("num_items_in_batch", torch.tensor(total))
+                    own = own * (one["labels"][:, 1:] != -100).sum() / items * n
+                else:  # the model ignores the number of items, and the Trainer adds the means of the batches up
+                    own = own * len(batches)
+                net.zero_grad()
+                own.backward()
+                rows.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+                losses.append(float(own.detach()))
+        g = torch.stack(rows)
+        assert values["Loss"] == pytest.approx(sum(losses) / n, rel=1e-4)
+        if kind == "gpt2":
+            assert values["Each"] == pytest.approx(losses, rel=1e-4)
+        assert values["GradNorm"] == pytest.approx(float(g.mean(0).norm()), rel=1e-3)
+        assert values["SampleNorms"] == pytest.approx(float(g.norm(dim=1).mean()), rel=1e-3)
+        trace = (g - g.mean(0)).square().sum() / (n - 1)
+        assert values["NormTest"] == pytest.approx(float((trace / n).sqrt() / g.mean(0).norm()), rel=1e-3)
+        if len(batches) == 1:
+            along = g @ g.mean(0)
+            assert values["InnerTest"] == pytest.approx(
+                float(along.std() / n**0.5 / g.mean(0).square().sum()), rel=1e-3
+            )
+
+
+def test_what_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match='level="economy" or None, got .full.'):
+        CockpitCallback("full")
+    with pytest.raises(px.PackextError, match="does not work with label_smoothing_factor"):
+        fit(model(), tmp_path, CockpitCallback(), label_smoothing_factor=0.1)
+
+
+def test_after_an_error(tmp_path: Any) -> None:
+    net, callback = model(), CockpitCallback()
+
+    def boom(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    handle = net.lm_head.register_forward_hook(boom)
+    with pytest.raises(ZeroDivisionError):
+        fit(net, tmp_path, callback)
+    handle.remove()
+    assert px.is_extended(net)
+    callback.close()
+    assert not px.is_extended(net) and not net._forward_hooks and not _ACTIVE
+    fit(net, tmp_path, callback)
+    assert "NormTest" in callback.monitor.values
+
+
+def test_a_record(tmp_path: Any) -> None:
+    fit(model(), tmp_path, CockpitCallback(every=2, sinks=[Run(tmp_path / "run")]))
+    assert Run.open(tmp_path / "run").steps == [0, 2, 4]

@@ -1,0 +1,147 @@
+"""The callback sees what a monitor in a loop of one's own sees, and changes nothing."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import packext as px
+from packext.diagnostics import Alpha, Cockpit, GradNorm, Loss, NormTest, SampleNorms, UpdateSize
+from tests.test_diagnostics import traces
+
+lightning = pytest.importorskip("lightning")
+
+from packext.diagnostics.lightning import CockpitCallback  # noqa: E402
+
+
+class Net(lightning.LightningModule):
+    def __init__(self, optimizers: int = 1, manual: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+        self.loss = nn.CrossEntropyLoss()
+        self.count, self.automatic_optimization = optimizers, not manual
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return self.loss(self(x), y)
+
+    def configure_optimizers(self) -> Any:
+        made = [torch.optim.SGD(self.parameters(), 0.1, momentum=0.5) for _ in range(self.count)]
+        return made[0] if len(made) == 1 else made
+
+
+class Functional(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+
+def loader() -> DataLoader[Any]:
+    draw = torch.Generator().manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(24, 5, generator=draw), torch.randint(3, (24,), generator=draw)), 4)
+
+
+class Keep:
+    def __init__(self) -> None:
+        self.lines: list[Any] = []
+
+    def begin(self, names: list[str]) -> None:
+        pass
+
+    def write(self, step: int, values: Any, absent: Any) -> None:
+        self.lines.append((step, dict(values), dict(absent)))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def fit(model: Any, *callbacks: Any, epochs: int = 2, **options: Any) -> None:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    torch.manual_seed(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on loaders and devices
+        trainer = lightning.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), **quiet, **options)
+        trainer.fit(model, loader())
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+    {"accumulate_grad_batches": 4},  # the last step of an epoch has two batches
+    {"precision": "bf16-mixed"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_training_is_the_same_to_the_last_bit(options: dict[str, Any]) -> None:
+    plain, watched = Net(), Net()
+    before = traces(watched)
+    fit(plain, **options)
+    callback = CockpitCallback("business" if "precision" in options else "full")
+    fit(watched, callback, **options)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert not px.is_extended(watched) and traces(watched)[1] == before[1]
+    steps = {1: 12, 2: 6, 4: 4}[options.get("accumulate_grad_batches", 1)]
+    assert callback.monitor.steps == steps and {"Loss", "GradNorm", "NormTest"} <= callback.monitor.values.keys()
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+def test_the_same_values_as_in_a_loop_of_ones_own(options: dict[str, Any]) -> None:
+    def asked() -> list[Any]:
+        return [Loss(), GradNorm(), NormTest(), SampleNorms(), UpdateSize(), Alpha()]
+
+    found, wanted = Keep(), Keep()
+    model = Net()
+    fit(model, CockpitCallback(None, sinks=[found], instruments=asked()), **options)
+    model = px.extend(Net())
+    optimizer = model.configure_optimizers()
+    monitor = Cockpit(model, optimizer, None, 1, [wanted], asked())
+    torch.manual_seed(7)
+    parts = options.get("accumulate_grad_batches", 1)
+    for _ in range(2):
+        batches = list(loader())
+        for k in range(0, len(batches), parts):
+            with monitor.step():
+                optimizer.zero_grad()
+                for x, y in batches[k : k + parts]:
+                    (model.loss(model(x), y) / parts).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), options.get("gradient_clip_val", 1e9))
+                optimizer.step()
+    assert len(found.lines) == len(wanted.lines) > 6
+    for (step, values, absent), (number, want, missing) in zip(found.lines, wanted.lines, strict=True):
+        assert step == number and values.keys() == want.keys() and absent == missing
+        for name, value in want.items():
+            assert values[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(px.PackextError, match="automatic optimization, and Net optimizes manually"):
+        fit(Net(manual=True), CockpitCallback())
+    model = Functional()
+    with pytest.raises(px.NotExtendedError, match="The instruments .*NormTest.* loss is not extended"):
+        fit(model, CockpitCallback())
+    assert not px.is_extended(model)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.optimizers = [torch.optim.SGD(Net().parameters(), 0.1)] * 2
+    with pytest.raises(px.PackextError, match="one optimizer, and configure_optimizers of Net gives 2"):
+        CockpitCallback().on_train_start(trainer, Net())
+    trainer.strategy.optimizers.pop()
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    with pytest.raises(px.PackextError, match="one process, and the Trainer has 2"):
+        CockpitCallback().on_train_start(trainer, Net())

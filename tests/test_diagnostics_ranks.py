@@ -1,0 +1,302 @@
+"""Several processes under one monitor each: together they say what one process with all samples says."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import packext as px
+from packext.diagnostics import (
+    Alpha,
+    Cockpit,
+    DeadUnits,
+    Distance,
+    EffectiveRank,
+    GradNorm,
+    GradSNR,
+    HessTrace,
+    InnerTest,
+    Loss,
+    NoiseScale,
+    NormTest,
+    OrthoTest,
+    Run,
+    SampleNorms,
+    TICDiag,
+    UpdateCurvature,
+    UpdateSize,
+)
+
+WORLD = 2
+ASKED: tuple[Callable[[], Any], ...] = (
+    Loss, GradNorm, UpdateSize, Distance, NormTest, InnerTest, OrthoTest, NoiseScale, GradSNR, SampleNorms, Alpha,
+    UpdateCurvature, lambda: HessTrace("ggn"), lambda: TICDiag("ggn"),
+)  # fmt: skip
+ALONE: list[Any] = []
+WAYS: dict[str, Callable[[nn.Module], Any]] = {
+    "DDP(extend)": lambda m: DistributedDataParallel(px.extend(m)),
+    "extend(DDP)": lambda m: px.extend(DistributedDataParallel(m)),
+}
+
+
+def by_itself(model: nn.Module) -> Any:
+    """A model that this process trains alone: under a group with no other process in it."""
+    return DistributedDataParallel(px.extend(model), process_group=ALONE[dist.get_rank()])
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)).double()
+
+
+def images() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(36, 3))
+
+
+def data(n: int = 8, seed: int = 1) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 5, generator=draw, dtype=torch.float64), torch.randint(3, (n,), generator=draw)
+
+
+class Keep:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, Any], dict[str, str]]] = []
+
+    def begin(self, names: list[str]) -> int:
+        return 0
+
+    def write(self, step: int, values: Any, absent: Any) -> None:
+        self.lines.append((step, dict(values), dict(absent)))
+
+
+def watched(model: Any, sinks: Any = (), asked: Any = ASKED, rate: float = 0.1) -> Cockpit:
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    return Cockpit(model, optimizer, None, 1, sinks, [make() for make in asked])
+
+
+def steps(model: nn.Module, monitor: Cockpit, loss: Callable[..., Tensor], batches: Any, parts: int = 1) -> None:
+    for x, y in batches:
+        with monitor.step():
+            monitor.optimizer.zero_grad()
+            for k, (a, b) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+                last = k == parts - 1 or not isinstance(model, DistributedDataParallel)
+                with contextlib.nullcontext() if last else model.no_sync():  # type: ignore[operator]
+                    (loss(model(a), b) / parts).backward()
+            monitor.optimizer.step()
+
+
+def scaled(loss: nn.Module, factor: float) -> Callable[..., Tensor]:
+    return lambda output, y: loss(output, y).mean() * factor
+
+
+def same(found: Keep, wanted: Keep, tolerance: float = 1e-9) -> None:
+    names = [[(s, sorted(v), sorted(a)) for s, v, a in sink.lines] for sink in (found, wanted)]
+    assert names[0] == names[1], [a for _, _, a in found.lines]
+    for (step, values, _), (_, want, _) in zip(found.lines, wanted.lines, strict=True):
+        for name, value in want.items():
+            got, expected = torch.as_tensor(values[name]), torch.as_tensor(value)
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=1e-12, msg=f"step {step}, {name}")
+
+
+# -- what each process runs ---------------------------------------------------------------------------
+
+
+def as_one_process(rank: int) -> None:
+    batches = [data(8, seed) for seed in range(3)]
+    for scale, reduction in ((1.0, "mean"), (256.0, "mean"), (1.0, "sum"), (1.0, "none")):
+        loss = px.extend(nn.CrossEntropyLoss(reduction=reduction))
+        whole = scale / WORLD if reduction == "sum" else scale  # DistributedDataParallel averages sums, too
+
+        alone, wanted = by_itself(network()), Keep()
+        steps(alone, watched(alone, [wanted], rate=0.1 / scale), scaled(loss, whole), batches)
+        for build in WAYS.values():
+            model, found = build(network()), Keep()
+            monitor = watched(model, [found], rate=0.1 / scale)
+            assert monitor.sinks == ([found] if rank == 0 else [])
+            mine = [(x.chunk(WORLD)[rank], y.chunk(WORLD)[rank]) for x, y in batches]
+            steps(model, monitor, scaled(loss, scale), mine)
+            if rank == 0:
+                same(found, wanted)
+            else:
+                assert not found.lines and "NormTest" in monitor.values, (monitor.values, monitor.absent)
+            values = [None] * WORLD
+            dist.all_gather_object(values, monitor.values["NoiseScale.trace"])
+            assert len(set(values)) == 1
+
+
+def uneven(rank: int) -> None:
+    """5 and 3 samples: each process counts alike, so a sample of the smaller batch counts for more."""
+    batches, sizes = [data(8, seed) for seed in range(3)], [5, 3]
+    weights = torch.tensor([8 / (2 * 5)] * 5 + [8 / (2 * 3)] * 3, dtype=torch.float64)
+    alone, wanted, found = by_itself(network()), Keep(), Keep()
+    monitor = watched(alone, [wanted], ASKED[:-2])  # curvature is of extended losses
+    for x, y in batches:
+        with monitor.step(scale=8.0) as step:
+            each = nn.functional.cross_entropy(alone(x), y, reduction="none") * weights
+            step.losses(each)
+            monitor.optimizer.zero_grad()
+            each.mean().backward()
+            monitor.optimizer.step()
+    model = WAYS["DDP(extend)"](network())
+    mine = [(x.split(sizes)[rank], y.split(sizes)[rank]) for x, y in batches]
+    monitor = watched(model, [found], ASKED[:-2])
+    steps(model, monitor, px.extend(nn.CrossEntropyLoss()), mine)
+    if rank == 0:
+        same(found, wanted)
+    # Of sums, all samples count alike.
+    loss, alone, wanted = px.extend(nn.CrossEntropyLoss(reduction="sum")), by_itself(network()), Keep()
+    steps(alone, watched(alone, [wanted], rate=0.01), scaled(loss, 0.5), batches)
+    model, found = WAYS["DDP(extend)"](network()), Keep()
+    steps(model, watched(model, [found], rate=0.01), loss, mine)
+    if rank == 0:
+        same(found, wanted)
+    # Curvature is of extended losses alone: the parts by themselves, and what they make together.
+    model, top, bottom = WAYS["DDP(extend)"](network()), 0.0, 0.0
+    monitor = watched(model, asked=ASKED[-2:])
+    steps(model, monitor, px.extend(nn.CrossEntropyLoss()), mine[:1])
+    x, y = batches[0]
+    for a, b, w in zip(x.split(sizes), y.split(sizes), weights[[0, -1]], strict=True):
+        part, loss = px.extend(network()), px.extend(nn.CrossEntropyLoss())
+        with px.backpack(px.SumGradSquared(), px.DiagGGNExact(), scale="sample") as results:
+            loss(part(a), b).backward()
+        top = top + torch.cat([r.sum_grad_squared.flatten() for _, r in results.items()]) * w**2 / 8
+        bottom = bottom + torch.cat([r.diag_ggn_exact.flatten() for _, r in results.items()]) * w / 8
+    assert monitor.values["HessTrace"] == pytest.approx(float(bottom.sum()))
+    assert monitor.values["TICDiag"] == pytest.approx(float((top / (bottom + 1e-7)).sum()))
+
+
+def accumulated(rank: int) -> None:
+    batches = [data(8, seed) for seed in range(2)]
+    loss, alone, wanted = px.extend(nn.CrossEntropyLoss()), by_itself(network()), Keep()
+    steps(alone, watched(alone, [wanted]), loss, batches, 2)
+    model, found = WAYS["DDP(extend)"](network()), Keep()
+    mine = [(x.chunk(WORLD)[rank], y.chunk(WORLD)[rank]) for x, y in batches]
+    steps(model, watched(model, [found]), loss, mine, 2)
+    if rank == 0:
+        lines = [line for line in wanted.lines if "Loss" in line[1]]  # without those of `Alpha`, which come later
+        assert len(lines) == len(found.lines) == 2
+        for (_, values, absent), (_, want, _) in zip(found.lines, lines, strict=True):
+            for name in ("Loss", "GradNorm", "GradNorm/0.weight", "UpdateSize", "Distance", "SampleNorms", "HessTrace"):
+                assert values[name] == pytest.approx(want[name]), name
+            assert "not checked over several backward passes in several processes" in absent["Alpha"]
+            assert "grad_dot is defined within one backward pass; this step had 2" in absent["NormTest"]
+
+
+def unchanged(rank: int) -> None:
+    """Convolutions and dropout: the same bits with and without a monitor."""
+    ends = []
+    for level in (None, "economy", "full"):
+        loss, model = nn.CrossEntropyLoss(), images()
+        torch.manual_seed(rank)
+        parallel = DistributedDataParallel(px.extend(model) if level else model)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        monitor = Cockpit(parallel, optimizer, level) if level else None
+        if level:
+            px.extend(loss)
+        for _ in range(10):
+            x, y = torch.randn(4, 2, 5, 5), torch.randint(3, (4,))
+            with monitor.step() if monitor else contextlib.nullcontext():
+                optimizer.zero_grad()
+                loss(parallel(x), y).backward()
+                optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+        if monitor and level == "full":
+            assert "NormTest" in monitor.values and "HessTrace" in monitor.values
+            assert "is defined within one process, and there are 2" in monitor.absent["GradHist1d"]
+            assert "MeanTopEigenvalues is defined within one process" in monitor.absent["HessMaxEV"]
+    for end in ends[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(end, ends[0], strict=True))
+
+
+def refused(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model, loss = px.extend(network()), px.extend(nn.CrossEntropyLoss())
+    with pytest.raises(px.PackextError, match="2 ranks needs the DistributedDataParallel .* got Sequential: pass it"):
+        watched(model)
+    with pytest.raises(px.PackextError, match=r"Sharded models \(FSDP\)"):
+        watched(fully_shard(px.extend(network())))
+    with pytest.raises(px.NotExtendedError, match="got Sequential"):
+        watched(DistributedDataParallel(network()))
+    parallel = DistributedDataParallel(model)
+    x, y = data(4, rank)
+
+    class Broken(Keep):
+        def begin(self, names: list[str]) -> int:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):  # in both, which otherwise would wait for each other
+        watched(parallel, [Broken()])
+    gated = px.extend(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double())
+    whole = DistributedDataParallel(gated)
+    monitor = watched(whole, asked=[DeadUnits, EffectiveRank, Loss])
+    steps(whole, monitor, loss, [(x, y)])
+    assert "it looks at modules in one process" in monitor.absent["DeadUnits"]
+    assert "BatchDotGrad is defined within one process, and there are 2" in monitor.absent["EffectiveRank"]
+    assert "Loss" in monitor.values
+    steps(gated, monitor, loss, [(x, y)])
+    assert "`.grad` differs between the processes" in monitor.absent["Loss"]
+    with monitor.step():
+        if rank == 0:
+            loss(gated(x), y).backward()
+    assert "different numbers of backward passes: [1, 0]" in monitor.absent["Loss"]
+    with whole.join(), pytest.raises(px.PackextError, match=r"does not work within DistributedDataParallel.join"):
+        with monitor.step():
+            pass
+
+
+def penalized(rank: int) -> None:
+    """A term of the loss that passes by the model is noticed."""
+    model = WAYS["DDP(extend)"](network())
+    monitor = watched(model, asked=[Alpha, GradNorm])
+    x, y = data(4, rank)
+    loss = px.extend(nn.CrossEntropyLoss())
+    with monitor.step():
+        (loss(model(x), y) + sum(p.square().sum() for p in model.parameters())).backward()
+        monitor.optimizer.step()
+    assert "terms of the loss pass by the model" in monitor.absent["Alpha"] and "GradNorm" in monitor.values
+
+
+def continued(rank: int, path: str) -> None:
+    for k in range(2):
+        model = WAYS["DDP(extend)"](network())
+        monitor = watched(model, [Run(path)], [Loss])
+        assert monitor.steps == 2 * k
+        steps(model, monitor, px.extend(nn.CrossEntropyLoss()), [data(4, rank)] * 2)
+    if rank == 0:
+        assert Run.open(path).steps == [0, 1, 2, 3]
+
+
+TASKS = (as_one_process, uneven, accumulated, unchanged, refused, penalized)
+
+
+def worker(rank: int, port: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    ALONE.extend(dist.new_group([k]) for k in range(WORLD))
+    try:
+        for task in TASKS:
+            task(rank)
+        continued(rank, path)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, (port, str(tmp_path)), nprocs=WORLD)

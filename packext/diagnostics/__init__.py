@@ -39,3 +39,5 @@ from packext.diagnostics.instruments import TICTrace as TICTrace
 from packext.diagnostics.instruments import Time as Time
 from packext.diagnostics.instruments import UpdateCurvature as UpdateCurvature
 from packext.diagnostics.instruments import UpdateSize as UpdateSize
+from packext.diagnostics.view import Server as Server
+from packext.diagnostics.view import write_report as write_report

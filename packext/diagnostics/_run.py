@@ -21,6 +21,10 @@ VERSION = 2
 RECORD, ARRAYS, LAYERS = "record.jsonl", "arrays.bin", "layers.bin"
 
 
+class Replaced(px.PackextError):
+    """Another record has taken the place of the one that was being read."""
+
+
 class Run:
     """A folder with the record of one training run; a sink of `Cockpit`.
 
@@ -36,10 +40,10 @@ class Run:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Record into a folder, which is created; a record in it is continued, with its next step."""
+        """Take the folder; `begin` creates it, or continues the record in it, and `refresh` reads that."""
         self.path = Path(path)
         self.header: dict[str, Any] = {}
-        self._end = self._count = self._file = 0  # bytes and lines that were read, and of which file
+        self.end = self._count = self._file = 0
         self._said: list[Verdict] = []
         self._steps: dict[int, None] = {}
         self._columns: dict[str, tuple[array[int], array[float]]] = {}  # steps and numbers, in the order of lines
@@ -48,8 +52,6 @@ class Run:
         self._arrays: dict[str, tuple[array[int], array[int]]] = {}  # steps and places
         self._stacks: dict[int, tuple[array[int], array[int]]] = {}  # the same, by group
         self._absent: list[tuple[int, str, list[str] | list[int], int]] = []
-        if (self.path / RECORD).exists():
-            self.refresh()
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -65,6 +67,8 @@ class Run:
             FileNotFoundError: if there is no record.
         """
         run = cls(path)
+        if (run.path / RECORD).exists():
+            run.refresh()
         if not run.header:
             raise FileNotFoundError(f"{run.path} has no record of a run ({RECORD}).")
         return run
@@ -79,30 +83,30 @@ class Run:
             Whether there is more.
 
         Raises:
-            PackextError: if a line is damaged, or another record has taken its place.
+            PackextError: if a line is damaged.
+            Replaced: if another record has taken its place.
         """
         record = self.path / RECORD
         with record.open("rb") as file:
             stat = record.stat()
-            if self._end and (stat.st_size < self._end or stat.st_ino != self._file):
-                raise px.PackextError(f"{record} is another file than before: open it anew.")
+            if self.end and (stat.st_size < self.end or stat.st_ino != self._file):
+                raise Replaced(f"{record} is another file than before: open it anew.")
             self._file = stat.st_ino
-            file.seek(self._end)
+            file.seek(self.end)
             data = file.read() if most is None else file.read(most) + file.readline()
         whole = data.rfind(b"\n") + 1  # what follows is a line that was not finished
         for line in data[:whole].splitlines(keepends=True):
-            self._count += 1
             try:
                 entry = json.loads(line)
             except ValueError:
                 raise px.PackextError(
-                    f"{record}, line {self._count}, is damaged: delete the line, or restore the file."
+                    f"{record}, line {self._count + 1}, is damaged: delete the line, or restore the file."
                 ) from None
             if self.header:
                 self._take(entry)
             else:
                 self._begun(entry)
-            self._end += len(line)
+            self.end, self._count = self.end + len(line), self._count + 1
         return most is not None and len(data) >= most
 
     def _begun(self, header: dict[str, Any]) -> None:
@@ -153,15 +157,17 @@ class Run:
         Raises:
             PackextError: if the record has an older version of the format.
         """
+        if (self.path / RECORD).exists():
+            self.refresh()
         if self.header and self.header["version"] < VERSION:
             raise px.PackextError(
-                f"{self.path / RECORD} has version {self.header['version']} of the format, which this packext reads but "
-                f"does not continue: record into another folder."
+                f"{self.path / RECORD} has version {self.header['version']} of the format, which this packext reads "
+                "but does not continue: record into another folder."
             )
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / RECORD).exists():
             with (self.path / RECORD).open("rb+") as file:
-                file.truncate(self._end)
+                file.truncate(self.end)
         if not self.header:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             self.header = {"format": "packext run", "version": VERSION, "packext": px.__version__, "began": now}
@@ -240,7 +246,7 @@ class Run:
         line = json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         with (self.path / RECORD).open("ab") as file:
             file.write(line)
-        self._end, self._count, self._file = self._end + len(line), self._count + 1, (self.path / RECORD).stat().st_ino
+        self.end, self._count, self._file = self.end + len(line), self._count + 1, (self.path / RECORD).stat().st_ino
         if "format" not in entry:
             self._take(entry)
 
@@ -253,7 +259,7 @@ class Run:
     @property
     def names(self) -> list[str]:
         """Of everything that is a number in some step."""
-        return [*self._columns, *dict.fromkeys(name for k in dict.fromkeys(self._rows[1]) for name in self._groups[k])]
+        return [*self._columns, *(self._groups[self._rows[1][-1]] if self._rows[1] else [])]
 
     @property
     def array_names(self) -> list[str]:
@@ -264,17 +270,29 @@ class Run:
         """Values of one name at all of `steps`, float64; NaN where there is none (`absent` says why)."""
         if name not in self._columns and name not in self.names:
             raise KeyError(f"{name!r} is no column of the record: {', '.join(self.names) or 'it is empty'}")
+        if name in self._columns:
+            at, numbers = self.numbers(name)
+        else:
+            at, matrix = self._gathered([name])
+            known = ~np.isnan(matrix[:, 0])  # a later line of a step need not have it
+            at, numbers = at[known], matrix[known, 0]
         steps = np.array(self.steps)
         found = np.full(len(steps), math.nan)
-        if name in self._columns:
-            at, numbers = (np.array(column) for column in self._columns[name])
-            found[np.searchsorted(steps, at)] = numbers
-        else:
-            at, names, matrix = self.layers(name.split("/")[0])
-            numbers = matrix[:, names.index(name)]
-            known = ~np.isnan(numbers)  # a later line of a step need not have it
-            found[np.searchsorted(steps, at[known])] = numbers[known]
+        found[np.searchsorted(steps, at)] = numbers
         return found
+
+    def numbers(self, name: str, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """What was written under the name of a number of the whole model.
+
+        Args:
+            name: without a layer.
+            first: numbers to leave out, which were read before.
+
+        Returns:
+            Steps `[numbers]` in the order of writing, and the numbers `[numbers]`; none for a name that is unknown.
+        """
+        steps, numbers = self._columns.get(name, (array("q"), array("d")))
+        return np.array(steps[first:]), np.array(numbers[first:])
 
     def layers(self, instrument: str, first: int = 0) -> tuple[np.ndarray, list[str], np.ndarray]:
         """What one instrument said of single layers.
@@ -290,20 +308,25 @@ class Run:
             names = [n for n in self._columns if n.startswith(f"{instrument}/")]
             steps = np.array(self.steps)[first:]
             return steps, names, np.array([self.column(n)[first:] for n in names]).T.reshape(len(steps), len(names))
+        every = self._groups[self._rows[1][-1]] if self._rows[1] else []  # the last group has all that were seen
+        names = [n for n in every if n.split("/")[0] == instrument]
+        steps, matrix = self._gathered(names, first)
+        return steps, names, matrix
+
+    def _gathered(self, names: list[str], first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Steps `[rows]` and numbers of layers `[rows, names]`, from a row on."""
         steps, groups, places = (np.array(column[first:]) for column in self._rows)
-        used = list(dict.fromkeys(self._rows[1]))
-        names = [n for n in self._groups[used[-1]] if n.split("/")[0] == instrument] if used else []
         found = np.full((len(steps), len(names)), math.nan)
-        if not len(steps) or not names:
-            return steps, names, found
+        if not found.size:
+            return steps, found
         rows = np.memmap(self.path / LAYERS, "<f8", "r")
-        for group in set(groups.tolist()):
+        for group in np.unique(groups).tolist():
             at = {name: k for k, name in enumerate(self._groups[group])}
             columns = [k for k, name in enumerate(names) if name in at]
             here = np.flatnonzero(groups == group)
             offsets = np.array([at[names[k]] for k in columns], dtype=np.int64)
             found[here[:, None], columns] = rows[places[here][:, None] + offsets]
-        return steps, names, found
+        return steps, found
 
     def arrays(self, name: str) -> Mapping[int, np.ndarray]:
         """Arrays of one name by step, each read from disk when it is asked for."""
@@ -320,11 +343,19 @@ class Run:
 
     def absent(self) -> list[tuple[int, str, str]]:
         """Step, name and reason of everything that was absent."""
-        return [
-            (step, name if isinstance(name, str) else self._groups[group][name], why)
-            for step, why, names, group in self._absent
-            for name in names
-        ]
+        return [(step, name, why) for step, why, names in self.reasons() for name in names]
+
+    def reasons(self, first: int = 0) -> Iterator[tuple[int, str, list[str]]]:
+        """Reasons why something was absent.
+
+        Args:
+            first: reasons to leave out, which were read before.
+
+        Yields:
+            Step, reason, and names of what was absent for it.
+        """
+        for step, why, names, group in self._absent[first:]:
+            yield step, why, [name if isinstance(name, str) else self._groups[group][name] for name in names]
 
     def verdicts(self) -> list[Verdict]:
         """Verdicts by the step at which they were first said, each as it was said last."""

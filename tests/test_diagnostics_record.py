@@ -83,13 +83,16 @@ def test_a_torn_line_is_left_out_and_written_over(tmp_path: Path, cut: int) -> N
     record.write_bytes(data[:-cut])
     with (tmp_path / "arrays.bin").open("ab") as file:
         file.write(b"\x93NUMPY torn")
+    with (tmp_path / "layers.bin").open("ab") as file:
+        file.write(b"torn")
     assert Run.open(tmp_path).steps == [0, 1]
     resumed = monitor(tmp_path)
     assert resumed.steps == 2
     seen = train(resumed, 2)
     run = Run.open(tmp_path)
     assert run.steps == [0, 1, 2, 3]
-    assert run.column("Loss")[2:].tolist() == [values["Loss"] for values, _ in seen]
+    for name in ("Loss", "GradNorm/0.weight"):
+        assert run.column(name)[2:].tolist() == [values[name] for values, _ in seen]
     assert (run.arrays("SampleNorms.largest")[3] == seen[1][0]["SampleNorms.largest"]).all()
     assert "where the parameters started is not in it" in seen[0][1]["Distance"]
     assert len([line for line in record.read_text().splitlines() if "format" in line]) == 1

@@ -178,6 +178,22 @@ def test_layers_are_in_the_order_of_the_model(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values, [[np.nan, 3], [4, 3]])
 
 
+def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.begin([])
+    for step, loss in enumerate([1.0, float("inf"), 2.0, float("nan"), -float("inf")] + [3.0] * 1195):
+        run.write(step, {"Loss": loss, "GradNorm": 1.0, "GradNorm/a": loss}, {})
+    content = Content(tmp_path)
+    while content.update(3000):
+        pass
+    message = json.loads(json.dumps(content.message(), allow_nan=False))
+    line = message["lines"]["Loss"]
+    assert line["odd"] == [3, 1] and message["lines"]["GradNorm"]["odd"] is None
+    assert line["width"] == 2 and line["mean"][:4] == [1.0, 2.0, 3.0, 3.0]
+    values = np.frombuffer(base64.b64decode(message["maps"]["GradNorm"]["values"]), "<f4")
+    assert message["maps"]["GradNorm"]["width"] == 8 and values[:2].tolist() == [2.4000000953674316, 3.0]
+
+
 def test_labels() -> None:
     assert _labels(["model.layers.0.mlp.weight", "model.layers.11.mlp.weight"]) == ["0.mlp.weight", "11.mlp.weight"]
     assert _labels(["weight", "bias"]) == ["weight", "bias"] and _labels(["a.b.weight"]) == ["a.b.weight"]

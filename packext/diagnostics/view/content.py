@@ -28,6 +28,7 @@ class Content:
         run: the record.
         revision: counts the looks that have found something new.
         lines: numbers of the whole model, by name.
+        odd: of which names some are not finite: in how many steps, and the first of them.
         maps: numbers of the layers, by instrument, and the names of the layers.
     """
 
@@ -36,6 +37,7 @@ class Content:
         self.run = Run(path)
         self.revision = 0
         self.lines: dict[str, Bins] = {}
+        self.odd: dict[str, tuple[int, int]] = {}
         self.maps: dict[str, tuple[Bins, list[str]]] = {name: (Bins(MAP), []) for name in HEATS}
         self._read: dict[str, int] = {}
         self._rows = self._gaps = 0
@@ -50,9 +52,9 @@ class Content:
         Returns:
             Whether there is more.
         """
-        before = self.run.end if self.revision else -1
+        end = self.run.end if self.revision else -1
         more = self.run.refresh(most)
-        if self.run.end == before:
+        if self.run.end == end:
             return more
         self.revision += 1
         for name in self.run.names:
@@ -60,13 +62,17 @@ class Content:
                 continue
             steps, numbers = self.run.numbers(name, self._read.get(name, 0))
             self._read[name] = self._read.get(name, 0) + len(steps)
-            self.lines.setdefault(name, Bins(LINE)).add(steps, numbers[:, None], self.revision)
+            self.lines.setdefault(name, Bins(LINE)).add(steps, _finite(numbers[:, None]), self.revision)
+            odd = steps[~np.isfinite(numbers)]
+            if len(odd):
+                before, first = self.odd.get(name, (0, int(odd.min())))
+                self.odd[name] = before + len(odd), min(first, int(odd.min()))
         rows = 0
         for instrument, (bins, _) in self.maps.items():
             steps, names, matrix = self.run.layers(instrument, self._rows)
             rows = len(steps)
             if names:
-                bins.add(steps, matrix, self.revision)
+                bins.add(steps, _finite(matrix), self.revision)
                 self.maps[instrument] = bins, names
         self._rows += rows
         for step, why, names in self.run.reasons(self._gaps):
@@ -106,7 +112,7 @@ class Content:
         for name, bins in self.lines.items():
             at, *columns = bins.since(since)
             numbers = {k: _short(c[:, 0]) for k, c in zip(("mean", "low", "high"), columns, strict=True)}
-            found["lines"][name] = {"width": bins.width, "at": at.tolist(), **numbers}
+            found["lines"][name] = {"width": bins.width, "at": at.tolist(), "odd": self.odd.get(name), **numbers}
         order = {layer: k for k, layer in enumerate(dict.fromkeys(n.split("/", 1)[1] for n in run.names if "/" in n))}
         for name, (bins, names) in self.maps.items():
             if names:
@@ -173,6 +179,11 @@ class Content:
         """Share of the record that was read."""
         size = (self.run.path / RECORD).stat().st_size
         return self.run.end / size if size else 1.0
+
+
+def _finite(numbers: np.ndarray) -> np.ndarray:
+    """Numbers that can be averaged: infinity counts as none."""
+    return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
 def _labels(names: list[str], most: int = 26) -> list[str]:

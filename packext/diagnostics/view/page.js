@@ -19,7 +19,7 @@ const count = (n) => n.toLocaleString("en");
 const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 const number = (x) => (x === null ? "none" : String(Number(x.toPrecision(3))));
 const tint = (colour, share) => colour + Math.round(share * 255).toString(16).padStart(2, "0");
-const short = (name, most) => (name.length > most ? "\u2026" + name.slice(1 - most) : name);
+const short = (name, most) => (name.length > most ? `${name.slice(0, most / 2 - 1)}\u2026${name.slice(-most / 2)}` : name);
 const several = (names, most) => names.slice(0, most).join(", ") + (names.length > most ? ` and ${names.length - most} more` : "");
 const here = () => runs.filter((run) => run.panels);
 const colourOf = (run, k) => COLOURS[here().length > 1 && !columns ? runs.indexOf(run) : k % COLOURS.length];
@@ -75,15 +75,19 @@ function scale(log, values) {
   }
   if (!log || below || high < 0) return { type: "linear", nticks: 6 };
   const decades = Math.log10(high / low);
-  return decades < 1.3 ? { type: "log", nticks: 5 } : { type: "log", dtick: Math.ceil(decades / 6) };
+  if (decades < 0.6) return { type: "log", nticks: 5 };
+  if (decades > 2) return { type: "log", dtick: Math.ceil(decades / 6) };
+  const tickvals = []; // plotly's own have no power of ten on them
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) tickvals.push(...[1, 2, 5].map((digit) => Number(`${digit}e${power}`)));
+  return { type: "log", tickvals, ticktext: tickvals.map(String) };
 }
 // Two runs side by side share the vertical axis; each has a horizontal one, and they move together.
 const sideOf = (run) => (columns && run === here()[1] ? { xaxis: "x2" } : {});
 function sides(layout, first) {
   if (!columns || here().length < 2) return { ...layout, xaxis: first };
   const two = ["xaxis", "xaxis2"].map((key, k) => [key, { ...first, domain: k ? [0.53, 1] : [0, 0.47], ...(k ? { matches: "x" } : {}) }]);
-  const names = here().map((run, k) => ({ text: `<b>${run.name}</b>`, x: k ? 1 : 0.47, xanchor: "right", xref: "paper", y: 1, yanchor: "top", yref: "paper", showarrow: false, bgcolor: "#ffffffcc" }));
-  return { ...layout, ...Object.fromEntries(two), annotations: names };
+  const names = here().map((run, k) => ({ text: `<b>${short(run.name, 24)}</b>`, x: k ? 1 : 0.47, xanchor: "right", xref: "paper", y: 1, yanchor: "top", yref: "paper", showarrow: false, bgcolor: "#ffffffcc" }));
+  return { ...layout, ...Object.fromEntries(two), annotations: names.concat(layout.annotations || []) };
 }
 function drawLines(box, panel) {
   const names = Object.keys(panel.names), traces = [], shown = [], over = here().length > 1 && !columns;
@@ -100,7 +104,7 @@ function drawLines(box, panel) {
       traces.push({ ...band, y: line.low }, { ...band, y: line.high, fill: "tonexty", fillcolor: tint(colour, 0.22) });
     }
     traces.push({
-      x, y: line.mean, name: many ? panel.names[name] : run.name, legendgroup: group, showlegend: many ? !over && run === here()[0] : over,
+      x, y: line.mean, name: many ? panel.names[name] : short(run.name, 24), legendgroup: group, showlegend: many ? !over && run === here()[0] : over,
       mode: x.length < 40 ? "lines+markers" : "lines", line: { color: colour, width: 1.5, dash: over ? DASHES[k] : "solid" },
       marker: { size: 4 }, ...side, hovertemplate: `step %{x}: %{y:.4~g}<extra>${line.width > 1 ? `mean of ${line.width} steps` : ""}</extra>`,
     });
@@ -111,13 +115,22 @@ function drawLines(box, panel) {
   }
   const ticks = scale(panel.log, shown);
   for (const trace of traces) if (ticks.type === "log") trace.y = trace.y.map((y) => (y > 0 ? y : null));
+  const annotations = [], heights = panel.marks.map(([height]) => height), [low, high] = extremes([[shown, heights]]);
+  const crowded = heights.length > 1 && (heights[1] - heights[0]) / (high - low) < 0.12;
   for (const [height, text] of panel.marks) for (const run of columns ? here() : here().slice(0, 1)) {
-    traces.push({
-      ...sideOf(run), x: [0, end], y: [height, height], text: ["", text], mode: "lines+text", textposition: "top left", cliponaxis: false, textfont: { size: 10, color: "#5a5f66" },
-      line: { color: "#8a9097", width: 1, dash: "dot" }, showlegend: false, hoverinfo: "skip",
+    const side = sideOf(run);
+    traces.push({ ...side, x: [0, end], y: [height, height], mode: "lines", line: { color: "#8a9097", width: 1, dash: "dot" }, showlegend: false, hoverinfo: "skip" });
+    if (!crowded) annotations.push({
+      text, x: 1, xref: `${side.xaxis || "x"} domain`, xanchor: "right", y: ticks.type === "log" ? Math.log10(height) : height, yanchor: "bottom",
+      showarrow: false, bgcolor: "#ffffffb0", borderpad: 0, font: { size: 10, color: "#5a5f66" },
     });
   }
-  draw(box.plots[0], traces, sides({ yaxis: axis(panel.axis, ticks) }, stepAxis()));
+  const odd = here().flatMap((run) => names.filter((name) => run.lines[name]?.odd).map((name) => {
+    const { odd: [steps, first] } = run.lines[name];
+    return `${here().length > 1 ? `${short(run.name, 24)}: ` : ""}${many ? `${panel.names[name]} ` : ""}not finite in ${plural(steps, "step")}, first in step ${count(first)}.`;
+  }));
+  box.note.textContent = [panel.says, ...odd].filter(Boolean).join(" ");
+  draw(box.plots[0], traces, sides({ yaxis: axis(panel.axis, ticks), annotations }, stepAxis()));
 }
 
 function drawAlpha(box, panel) {
@@ -125,13 +138,13 @@ function drawAlpha(box, panel) {
   let top = 0;
   for (const run of here()) {
     if (!run.alpha) continue;
-    const middles = run.alpha.edges.slice(1).map((edge, k) => (edge + run.alpha.edges[k]) / 2), side = sideOf(run);
-    const colour = columns ? COLOURS[0] : colourOf(run, 0), who = here().length > 1 ? `${run.name}: ` : "";
+    const { edges } = run.alpha, middles = edges.slice(1).map((edge, k) => (edge + edges[k]) / 2), side = sideOf(run);
+    const colour = columns ? COLOURS[0] : colourOf(run, 0), who = here().length > 1 ? `${short(run.name, 18)}: ` : "";
     for (const [part, text] of [["all", "all steps"], ["end", "last tenth"]]) {
       const { shares, median } = run.alpha[part], all = part === "all";
       top = Math.max(top, ...shares);
       traces.push({
-        x: middles, y: shares, ...side, name: `${who}${text}, median ${number(median)}`, mode: "lines", fill: all ? "tozeroy" : "none",
+        x: [edges[0], ...middles, edges.at(-1)], y: [shares[0], ...shares, shares.at(-1)], ...side, name: `${who}${text}, median ${number(median)}`, mode: "lines", fill: all ? "tozeroy" : "none",
         fillcolor: here().length > 1 && !columns ? tint(colour, 0.2) : "#c9cdd2aa", hovertemplate: "alpha %{x:.2f}: %{y:.1%}<extra></extra>",
         line: { shape: "hvh", color: all ? "#9aa0a6" : colour, width: all ? 1 : 2 },
       });
@@ -141,7 +154,7 @@ function drawAlpha(box, panel) {
   const hidden = { overlaying: "y", visible: false, range: [0, 4.4], fixedrange: true };
   const ticks = { range: [-2.05, 2.05], tickvals: [-2, -1, 0, 1, 2], ticktext: ["\u2264 \u22122", "\u22121", "0", "1", "\u2265 2"] };
   const layout = { yaxis: axis(panel.axis, { tickformat: ".0%", range: [0, top * 1.08], nticks: 5 }), yaxis2: hidden, yaxis3: { ...hidden, anchor: "x2" } };
-  draw(box.plots[0], traces, sides(layout, axis("alpha", ticks)));
+  draw(box.plots[0], traces, sides({ ...layout, height: here().length > 1 ? 270 : 230 }, axis("alpha", ticks)));
 }
 
 // Edges at equal distances, as middles.
@@ -153,12 +166,12 @@ function drawBars(box, panel, found) {
     const { shares, limit, step } = histogram, colour = colourOf(run, 0);
     shown.push(...shares);
     traces.push({
-      x: middles(limit, shares.length), y: shares.map((s) => s || null), ...sideOf(run), mode: "lines", line: { shape: "hvh", color: colour, width: 1.3 },
-      fill: "tozeroy", fillcolor: tint(colour, 0.25), name: `${run.name}, step ${step}`, showlegend: found.length > 1, connectgaps: false,
+      type: "bar", x: middles(limit, shares.length), y: shares.map((s) => s || null), width: (2 * limit) / shares.length, ...sideOf(run),
+      marker: { color: tint(colour, found.length > 1 && !columns ? 0.5 : 1) }, name: `${short(run.name, 24)}, step ${step}`, showlegend: found.length > 1,
       hovertemplate: `%{x:.3~g}: %{y:.3~g}<extra>step ${step}</extra>`,
     });
   }
-  draw(box.plots[0], traces, sides({ yaxis: axis("share of entries", scale(true, shown)) }, axis(panel.axis, { nticks: 6 })));
+  draw(box.plots[0], traces, sides({ barmode: "overlay", yaxis: axis("share of entries", scale(true, shown)) }, axis(panel.axis, { nticks: 6 })));
 }
 
 // Colour by the logarithm of positive numbers; the bar has ticks in the numbers themselves.
@@ -207,10 +220,10 @@ function drawMap(box, heat, name) {
       customdata: layers.map((layer, l) => rows.map((row) => [layer, row[l]])),
       hovertemplate: `%{customdata[0]}<br>${width > 1 ? `mean of ${width} steps about` : "step"} %{x}: %{customdata[1]:.3~g}<extra></extra>`,
     };
-    const title = found.length > 1 ? { title: { text: short(run.name, 24), font: { size: 11 }, y: 0.98 } } : {};
+    const title = found.length > 1 ? { title: { text: short(run.name, 30), font: { size: 11 }, y: 0.98 } } : {};
     draw(box.plots[k], [trace], {
       ...title, height, plot_bgcolor: "#d4d7db", margin: { l: 60, r: 8, t: found.length > 1 ? 24 : 8, b: 34 }, xaxis: stepAxis({ showgrid: false, range }),
-      yaxis: axis("", { autorange: "reversed", tickvals: labelled, ticktext: labelled.map((l) => labels[l]), showgrid: false, zeroline: false, tickfont: { size: 10 } }),
+      yaxis: axis("", { range: [layers.length - 0.5, -0.5], tickvals: labelled, ticktext: labelled.map((l) => labels[l]), showgrid: false, zeroline: false, tickfont: { size: 10 } }),
     });
   });
 }

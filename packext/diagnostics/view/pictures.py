@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from packext.diagnostics.view.content import Content
 from packext.diagnostics.view.panels import COLUMNS
@@ -75,6 +75,10 @@ def _lines(axes: Axes, panel: dict[str, Any], content: Content, message: dict[st
         if line["width"] > 1:
             axes.fill_between(line["at"], low, high, color=colour, alpha=0.22, linewidth=0)
         lowest += low[np.isfinite(low)].tolist()
+        if line["odd"]:
+            steps, first = line["odd"]
+            said = f"not finite in {steps} steps, first in step {first}"
+            axes.text(0.02, 0.02, said, transform=axes.transAxes, fontsize=7, color="#9b1c00")
     if panel["log"] and lowest and min(lowest) >= 0 and max(lowest) > 0:
         _logarithmic(axes)
     for height, text in panel["marks"]:
@@ -93,9 +97,16 @@ def _lines(axes: Axes, panel: dict[str, Any], content: Content, message: dict[st
 def _logarithmic(axes: Axes) -> None:
     """A logarithmic axis whose ticks are numbers, few of them."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    axes.tick_params(which="both", labelsize=8)
+    _readable(axes, 8)
+
+
+def _readable(axes: Axes, size: int) -> None:
+    low, high = np.log10(axes.get_ylim())
+    digits = "25" if high - low > 0.6 else "23456789"
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    few = FuncFormatter(lambda value, _: f"{value:g}" if high - low < 2 and f"{value:e}"[0] in digits else "")
+    axes.yaxis.set_minor_formatter(few)
+    axes.tick_params(which="both", labelsize=size)
 
 
 def _alpha(axes: Axes, panel: dict[str, Any], content: Content, message: dict[str, Any]) -> None:
@@ -157,9 +168,7 @@ def _coloured(axes: Axes, table: np.ndarray, extent: tuple[float, ...], origin: 
     image = axes.imshow(shown, aspect="auto", origin=origin, extent=extent, norm=LogNorm(), interpolation="nearest")  # pyright: ignore[reportArgumentType]
     bar = axes.figure.colorbar(image, ax=axes)
     bar.set_label(label, fontsize=8)
-    bar.ax.yaxis.set_major_formatter(LogFormatter())
-    bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    bar.ax.tick_params(which="both", labelsize=7)
+    _readable(bar.ax, 7)
 
 
 def _map(axes: Axes, heat: dict[str, Any], table: dict[str, Any]) -> None:

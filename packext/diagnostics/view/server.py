@@ -17,7 +17,7 @@ from packext.diagnostics.view.content import Content
 from packext.diagnostics.view.page import page, plotly_source
 
 #: Of a record, how many bytes are read for one answer: a long one appears bit by bit.
-PIECE = 4_000_000
+PIECE = 2_000_000
 
 
 class Watched:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -137,7 +138,8 @@ def main() -> None:
     note = (
         f"{options.steps:,} steps, all of them looked at, {options.layers} layers; {sizes} (histograms every 50 "
         f"steps). Processor time of the server; of the browser, time on the clock. {about['date']}, "
-        f"{about['processor']}, Python {about['python']}: `python -m benchmarks.watch`."
+        f"{about['processor']}, load {about['load']:.0f} on {os.cpu_count()} cores, Python {about['python']}: "
+        "`python -m benchmarks.watch`."
     )
     before, _, rest = PAGE.read_text().partition(BEGIN)
     text = "\n".join([*table.rows, "", note])

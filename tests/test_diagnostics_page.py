@@ -220,6 +220,7 @@ def test_two_runs_are_compared(tmp_path: Path, browser: Any, serve: Any) -> None
 
 def test_a_long_run_of_many_layers(tmp_path: Path, browser: Any, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "PIECE", 20_000)  # bins grow while they are sent
+    monkeypatch.setattr(server_module, "PATIENCE", 0.0)
     layers = tuple(f"transformer.encoder.blocks.{k}.attention.output_projection.weight" for k in range(200))
     run = Run(tmp_path)
     run.begin([])

@@ -136,6 +136,7 @@ def test_what_is_shown_is_what_was_written(tmp_path: Path) -> None:
     assert content.histogram("GradHist1d/9.weight", 7) is None and content.histogram("GradHist1d", 400) is None
     alpha = message["alpha"]
     assert alpha["all"]["median"] == 0 and alpha["all"]["count"] == 40 and alpha["end"]["count"] == 4
+    assert alpha["end"]["median"] == 0.5  # of -1, 0, 1, 2
     assert sum(alpha["all"]["shares"]) == pytest.approx(1, abs=1e-3)
 
 
@@ -298,6 +299,27 @@ def test_a_record_that_comes_late_goes_away_and_comes_back(tmp_path: Path, serve
     assert "line 2, is damaged" in get(server, ask)["error"]
     assert "line 2, is damaged" in get(server, ask)["error"]
     assert all("Traceback" not in text for text in said) and said[-1].endswith("restore the file.")
+
+
+def test_a_record_of_which_files_are_missing(tmp_path: Path, serve: Any) -> None:
+    record(tmp_path)
+    server, said = serve(tmp_path)
+    for name, cut in (("arrays.bin", 40), ("layers.bin", 40), ("arrays.bin", None), ("layers.bin", None)):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        if cut:
+            (tmp_path / name).write_bytes(whole[:cut])
+        server.runs[0].content = None
+        for _ in range(2):
+            answer = get(server, "data?run=0&opened=-1&since=-1")
+            assert (answer["error"] is None) == (name == "arrays.bin") and answer["steps"] == 40
+            assert get(server, "histogram?run=0&name=GradHist1d%2F0.weight&step=30") is None or name != "arrays.bin"
+        told = said[-1] if name == "arrays.bin" else answer["error"]
+        assert name in told and ("copy or restore" in told) == (cut is not None)
+        (tmp_path / name).write_bytes(whole)
+    server.runs[0].content = None
+    again = get(server, "data?run=0&opened=-1&since=-1")
+    assert again["error"] is None and len(again["maps"]["GradNorm"]["at"]) == 40
 
 
 # -- report and command line ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import packext as px
+from packext.diagnostics._arrays import Arrays, lacking
 from packext.diagnostics._verdict import Verdict
 
 #: Of the format. A reader opens its own version and all before it.
@@ -325,10 +326,12 @@ class Run:
             columns = [k for k, name in enumerate(names) if name in at]
             here = np.flatnonzero(groups == group)
             offsets = np.array([at[names[k]] for k in columns], dtype=np.int64)
+            if places[here].max() + len(at) > len(rows):
+                raise lacking(self.path / LAYERS)
             found[here[:, None], columns] = rows[places[here][:, None] + offsets]
         return steps, found
 
-    def arrays(self, name: str) -> Mapping[int, np.ndarray]:
+    def arrays(self, name: str) -> Arrays:
         """Arrays of one name by step, each read from disk when it is asked for."""
         if name not in self.array_names:
             raise KeyError(f"{name!r} is no array of the record: {', '.join(self.array_names) or 'it has none'}")
@@ -339,7 +342,7 @@ class Run:
             if name in self._groups[group]:
                 k = self._groups[group].index(name)
                 places.update((step, (place, k)) for step, place in zip(*columns, strict=True))
-        return _Arrays(self.path / ARRAYS, places)
+        return Arrays(self.path / ARRAYS, places)
 
     def absent(self) -> list[tuple[int, str, str]]:
         """Step, name and reason of everything that was absent."""
@@ -382,33 +385,10 @@ class Run:
         return f"Run({str(self.path)!r}, {len(self._steps)} steps)"
 
 
-class _Arrays(Mapping[int, np.ndarray]):
-    """Arrays on disk by step; of a stack, one of it."""
-
-    def __init__(self, path: Path, places: dict[int, tuple[int, int | None]]) -> None:
-        self._path, self._places = path, places
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        place, k = self._places[step]
-        with self._path.open("rb") as file:
-            file.seek(place)
-            if k is None:
-                return np.load(file, allow_pickle=False)
-            np.lib.format.read_magic(file)
-            (_, *shape), _, dtype = np.lib.format.read_array_header_1_0(file)
-            size = math.prod(shape) * dtype.itemsize
-            file.seek(k * size, 1)
-            return np.frombuffer(file.read(size), dtype).reshape(shape).copy()
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
 def _note(columns: dict[Any, Any], key: Any, kind: str, step: int, value: Any) -> None:
-    steps, values = columns.setdefault(key, (array("q"), array(kind)))
+    if key not in columns:
+        columns[key] = array("q"), array(kind)
+    steps, values = columns[key]
     steps.append(step)
     values.append(value)
 

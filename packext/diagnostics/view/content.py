@@ -40,6 +40,7 @@ class Content:
         self.odd: dict[str, tuple[int, int]] = {}
         self.maps: dict[str, tuple[Bins, list[str]]] = {name: (Bins(MAP), []) for name in HEATS}
         self._read: dict[str, int] = {}
+        self._end = -1
         self._rows = self._gaps = 0
         self._absent: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -52,9 +53,8 @@ class Content:
         Returns:
             Whether there is more.
         """
-        end = self.run.end if self.revision else -1
         more = self.run.refresh(most)
-        if self.run.end == end:
+        if self.run.end == self._end:
             return more
         self.revision += 1
         for name in self.run.names:
@@ -67,24 +67,27 @@ class Content:
             if len(odd):
                 before, first = self.odd.get(name, (0, int(odd.min())))
                 self.odd[name] = before + len(odd), min(first, int(odd.min()))
-        rows = 0
-        for instrument, (bins, _) in self.maps.items():
-            steps, names, matrix = self.run.layers(instrument, self._rows)
-            rows = len(steps)
+        found = {instrument: self.run.layers(instrument, self._rows) for instrument in self.maps}
+        for instrument, (steps, names, matrix) in found.items():
             if names:
-                bins.add(steps, _finite(matrix), self.revision)
-                self.maps[instrument] = bins, names
-        self._rows += rows
+                self.maps[instrument][0].add(steps, _finite(matrix), self.revision)
+                self.maps[instrument] = self.maps[instrument][0], names
+        self._rows += len(next(iter(found.values()))[0])
         for step, why, names in self.run.reasons(self._gaps):
             self._gaps += 1
             for name in names:
-                key = name.split("/")[0], why
-                found = self._absent.setdefault(key, {"count": 0, "first": step, "last": step, "layers": {}, "at": -1})
-                found["count"] += step != found["at"]
-                found["first"], found["last"] = min(step, found["first"]), max(step, found["last"])
-                found["at"] = step
-                if "/" in name:
-                    found["layers"][name.split("/", 1)[1]] = None
+                instrument, _, layer = name.partition("/")
+                row = self._absent.get((instrument, why))
+                if row is None:
+                    row = {"count": 0, "first": step, "last": step, "layers": {}, "at": -1}
+                    self._absent[instrument, why] = row
+                if step != row["at"]:
+                    row["count"] += 1
+                    row["first"], row["last"] = min(step, row["first"]), max(step, row["last"])
+                    row["at"] = step
+                if layer:
+                    row["layers"][layer] = None
+        self._end = self.run.end
         return more
 
     def message(self, since: int = -1) -> dict[str, Any]:

@@ -422,7 +422,7 @@ async function poll(k) {
   }
   run.stale = run.stale || changed;
   // While a long record is read, most of the time is for reading.
-  if (run.stale && !document.hidden && (!run.more || performance.now() - drawn > 2000)) {
+  if (run.stale && !document.hidden && (!run.more || performance.now() - drawn > Math.max(2000, 4 * spent))) {
     run.stale = false;
     const began = performance.now();
     drawAll();

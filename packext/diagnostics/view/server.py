@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
+from time import monotonic
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,8 +17,8 @@ from packext.diagnostics._run import RECORD, Replaced
 from packext.diagnostics.view.content import Content
 from packext.diagnostics.view.page import page, plotly_source
 
-#: Of a record, how many bytes are read for one answer: a long one appears bit by bit.
-PIECE = 2_000_000
+#: A long record appears bit by bit: how many bytes of it are read at once, and for how many seconds for one answer.
+PIECE, PATIENCE = 2_000_000, 1.0
 
 
 class Watched:
@@ -49,13 +50,16 @@ class Watched:
                 except Replaced:
                     self.content = None
                     more = self._content().update(PIECE)
+                end = monotonic() + PATIENCE
+                while more and since >= 0 and monotonic() < end:  # the first answer comes at once
+                    more = self._content().update(PIECE)
                 progress = self._content().progress
-            except FileNotFoundError:
-                gone = self.content is not None and self.content.revision > 0
-                what = f"the record was deleted ({RECORD})" if gone else f"has no record of a run yet ({RECORD})"
-                self.content, error = None, f"{self.path}: {what}. Waiting for it."
             except (px.PackextError, OSError) as problem:
                 error = str(problem)
+                if isinstance(problem, FileNotFoundError) and not (self.path / RECORD).exists():
+                    gone = self.content is not None and self.content.revision > 0
+                    what = f"the record was deleted ({RECORD})" if gone else f"has no record of a run yet ({RECORD})"
+                    self.content, error = None, f"{self.path}: {what}. Waiting for it."
             if self.content is not None and self.content.revision:
                 message = self.content.message(since if opened == self.opened else -1)
             if error != self.error:
@@ -72,7 +76,11 @@ class Watched:
     def histogram(self, name: str, step: int) -> dict[str, Any] | None:
         """The histogram of a step, or None."""
         with self.lock:
-            return self.content.histogram(name, step) if self.content else None
+            try:
+                return self.content.histogram(name, step) if self.content else None
+            except (px.PackextError, OSError) as problem:
+                self.tell(str(problem))
+                return None
 
 
 class Server(ThreadingHTTPServer):

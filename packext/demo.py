@@ -3,11 +3,12 @@
 Some training labels are wrong on purpose. Besides the gradient, every backward pass yields the
 norms of the per-sample gradients g_n and their variance: the norms point out the wrong labels, and
 the variance says, layer by layer, how much of the mean gradient G is noise. The last one also yields
-the curvature of the loss.
+the curvature of the loss. At the end a monitor watches a training like it, and reports.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import packext as px
+from packext.diagnostics import Cockpit, Run, Verdict, write_report
 
 BATCH_SIZE = 64
 WRONG_LABELS = 16
@@ -75,6 +77,19 @@ def average(history: list[Noise]) -> Noise:
     return Noise(*np.array([window.mean(0) for window in windows]).T)
 
 
+def network() -> nn.Module:
+    """Make the network, with new weights."""
+    modules: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(1, 8, 3),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(8, 16, 3, stride=2),
+        relu2=nn.ReLU(),
+        flatten=nn.Flatten(),
+        linear=nn.Linear(64, 10),
+    )
+    return nn.Sequential(modules)
+
+
 def train(model: nn.Module, x: Tensor, y: Tensor, seconds: float) -> tuple[dict[str, Noise], Tensor]:
     """Train; return the noise of each layer, and for each sample its mean gradient norm."""
     model = px.extend(model)
@@ -112,6 +127,23 @@ def train(model: nn.Module, x: Tensor, y: Tensor, seconds: float) -> tuple[dict[
             status = f"step {step:5}   loss {loss.item():.3f}   accuracy {accuracy:4.0%}"
             progress.update(task, completed=perf_counter() - start, description=status)
     return {layer: average(steps) for layer, steps in history.items()}, norms / visits.clamp(min=1)
+
+
+def watch(x: Tensor, y: Tensor, seconds: float, path: Path) -> list[Verdict]:
+    """Train under a monitor, which records what its instruments say of each step; return its verdicts."""
+    shutil.rmtree(path, ignore_errors=True)  # a record that is there would be continued
+    model = px.extend(network())
+    loss_function = px.extend(nn.CrossEntropyLoss())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8, weight_decay=5e-3)
+    monitor = Cockpit(model, optimizer, level="business", sinks=[Run(path)])
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        batch = torch.randperm(len(x))[:BATCH_SIZE]
+        with monitor.step():
+            loss_function(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return monitor.verdicts
 
 
 def curvature(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[float, float]]:
@@ -185,11 +217,11 @@ def draw(layers: dict[str, Noise], images: Tensor, titles: list[str], wrong: Ten
 
 
 def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, Noise]:
-    """Train, print what the gradients said, and draw it in ``packext-demo.png``.
+    """Train, print what the gradients said, draw it in ``packext-demo.png``; train again, watched, and report.
 
     Args:
-        seconds: Training time.
-        out: Folder that receives the figure; it is created if necessary.
+        seconds: Training time; a third of it again for the training that is watched.
+        out: Folder that receives the figure, the record and its report; it is created if necessary.
         seed: Seed of the wrong labels, the initial weights and the batches.
 
     Returns:
@@ -197,15 +229,7 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     """
     torch.manual_seed(seed)
     x, y, truth = load_data()
-    modules: OrderedDict[str, nn.Module] = OrderedDict(
-        conv1=nn.Conv2d(1, 8, 3),
-        relu1=nn.ReLU(),
-        conv2=nn.Conv2d(8, 16, 3, stride=2),
-        relu2=nn.ReLU(),
-        flatten=nn.Flatten(),
-        linear=nn.Linear(64, 10),
-    )
-    model = nn.Sequential(modules)
+    model = network()
     layers, norms = train(model, x, y, seconds)
     curved = curvature(model, x[:BATCH_SIZE], y[:BATCH_SIZE])
     with torch.no_grad():
@@ -222,4 +246,13 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     console.print(layer_table(layers), curvature_table(curved), sample_table(top, columns, wrong))
     console.print(f"{wrong[top].sum()} of the {WRONG_LABELS} wrong labels are in this list (red).")
     console.print(f"Figure: {path}")
+
+    record = out / "packext-demo-run"
+    verdicts = watch(x, y, seconds / 3, record)
+    console.print(
+        *verdicts or ["No verdict stands: no rule that listened to the monitor has found a failure."],
+        sep="\n",
+        markup=False,
+    )
+    console.print(f"Report of that training: {write_report(record)}", soft_wrap=True)
     return layers

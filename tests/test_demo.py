@@ -11,16 +11,21 @@ import packext as px
 from packext import _cli, demo, testing
 
 
-def test_demo_prints_both_tables_and_writes_the_figure(tmp_path, capsys):
+def test_demo_prints_both_tables_and_writes_the_figure_and_the_report(tmp_path, capsys):
+    pytest.importorskip("plotly")
     assert _cli.main(["demo", "--seconds", "1", "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr().out
     for word in ("conv1", "conv2", "linear", "whole model", "noise scale", "largest eigenvalue", "true digit"):
         assert word in printed
     figure = tmp_path / "new" / "packext-demo.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
+    report = tmp_path / "new" / "packext-demo-run" / "report" / "report.html"
+    assert printed.rstrip().endswith(f"Report of that training: {report}")
+    assert "No verdict stands" in printed and report.stat().st_size > 1_000_000
 
 
 def test_demo_returns_finite_statistics_that_add_up(tmp_path):
+    pytest.importorskip("plotly")
     layers = demo.run(seconds=0.5, out=tmp_path)
     assert list(layers) == ["whole model", "conv1", "conv2", "linear"]
     for noise in layers.values():

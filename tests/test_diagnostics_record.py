@@ -83,13 +83,16 @@ def test_a_torn_line_is_left_out_and_written_over(tmp_path: Path, cut: int) -> N
     record.write_bytes(data[:-cut])
     with (tmp_path / "arrays.bin").open("ab") as file:
         file.write(b"\x93NUMPY torn")
+    with (tmp_path / "layers.bin").open("ab") as file:
+        file.write(b"torn")
     assert Run.open(tmp_path).steps == [0, 1]
     resumed = monitor(tmp_path)
     assert resumed.steps == 2
     seen = train(resumed, 2)
     run = Run.open(tmp_path)
     assert run.steps == [0, 1, 2, 3]
-    assert run.column("Loss")[2:].tolist() == [values["Loss"] for values, _ in seen]
+    for name in ("Loss", "GradNorm/0.weight"):
+        assert run.column(name)[2:].tolist() == [values[name] for values, _ in seen]
     assert (run.arrays("SampleNorms.largest")[3] == seen[1][0]["SampleNorms.largest"]).all()
     assert "where the parameters started is not in it" in seen[0][1]["Distance"]
     assert len([line for line in record.read_text().splitlines() if "format" in line]) == 1
@@ -126,8 +129,8 @@ def test_records_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no record of a run"):
         Run.open(tmp_path)
     record = tmp_path / "record.jsonl"
-    record.write_text('{"format": "packext run", "version": 2, "packext": "9.9"}\n')
-    with pytest.raises(px.PackextError, match="version 2 of the format, written by packext 9.9; .* upgrade it"):
+    record.write_text('{"format": "packext run", "version": 3, "packext": "9.9"}\n')
+    with pytest.raises(px.PackextError, match="version 3 of the format, written by packext 9.9; .* upgrade it"):
         Run.open(tmp_path)
     record.write_text('{"step": 3}\n')
     with pytest.raises(px.PackextError, match="is not the record of a run"):
@@ -135,6 +138,86 @@ def test_records_that_cannot_be_read(tmp_path: Path) -> None:
     record.write_text('{"format": "packext run", "version": 1, "packext": "0.1.0"}\n{"step\n{"step": 1}\n')
     with pytest.raises(px.PackextError, match="line 2, is damaged"):
         Run.open(tmp_path)
+
+
+def test_layers_are_written_without_their_names(tmp_path: Path) -> None:
+    names = [f"a.rather.long.name.of.a.module.{k}.weight" for k in range(50)]
+    run, seen = Run(tmp_path), []
+    run.begin(["A"])
+    for step in range(0, 60, 2):
+        values = {f"A/{name}": step + k / 50 for k, name in enumerate(names) if k != step} | {"B/" + names[0]: 7.0}
+        hists = {f"H/{name}": np.full(3, step + k) for k, name in enumerate(names)}
+        seen.append(values)
+        run.write(step, {"A": float(step), **values, **hists}, {f"A/{names[step]}": "no"} if step < 50 else {})
+    assert (tmp_path / "record.jsonl").stat().st_size < 60 * 50 + 20_000
+    for found in (run, Run.open(tmp_path)):
+        assert found.steps == [*range(0, 60, 2)] and set(found.names) == {"A", *seen[0], *seen[1]}
+        for name in (f"A/{names[4]}", f"A/{names[5]}"):
+            np.testing.assert_array_equal(found.column(name), [values.get(name, np.nan) for values in seen])
+        assert found.column(f"B/{names[0]}").tolist() == [7.0] * 30
+        assert found.arrays(f"H/{names[9]}")[4].tolist() == [13] * 3 and len(found.arrays(f"H/{names[9]}")) == 30
+        assert found.absent() == [(step, f"A/{names[step]}", "no") for step in range(0, 50, 2)]
+        steps, layers, matrix = found.layers("A", first=10)
+        assert steps.tolist() == [*range(20, 60, 2)] and matrix.shape == (20, 50)
+        for name, column in zip(layers, matrix.T, strict=True):
+            np.testing.assert_array_equal(column, found.column(name)[10:])
+
+
+def test_layers_that_come_later(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.begin(["A"])
+    run.write(0, {"A/x": 1.0}, {})
+    run.write(1, {"A/y": 2.0, "A/x": float("inf")}, {})
+    run.write(0, {"A/z": 3.0}, {})
+    for found in (run, Run.open(tmp_path)):
+        assert found.column("A/x").tolist() == [1.0, np.inf]
+        np.testing.assert_array_equal(found.column("A/y"), [np.nan, 2.0])
+        np.testing.assert_array_equal(found.column("A/z"), [3.0, np.nan])
+
+
+def test_it_is_read_while_it_is_written(tmp_path: Path) -> None:
+    writer = monitor(tmp_path)
+    run = Run.open(tmp_path)
+    assert run.steps == []
+    for step in range(3):
+        train(writer, 1)
+        assert run.refresh() is False and run.steps == [*range(step + 1)]
+        assert run.column("GradNorm/0.weight")[step] == writer.values["GradNorm/0.weight"]
+    train(writer, 2)
+    calls = 0
+    while run.refresh(most=100):
+        calls += 1
+    assert calls >= 2 and run.steps == [0, 1, 2, 3, 4]
+    again = Run.open(tmp_path)
+    assert all(np.array_equal(run.column(n), again.column(n), equal_nan=True) for n in again.names)
+
+
+def test_a_record_that_is_replaced_or_deleted_while_it_is_read(tmp_path: Path) -> None:
+    train(monitor(tmp_path / "run"), 2)
+    run, record = Run.open(tmp_path / "run"), tmp_path / "run" / "record.jsonl"
+    (tmp_path / "copy").write_bytes(record.read_bytes() + b"more")
+    (tmp_path / "copy").rename(record)
+    with pytest.raises(px.PackextError, match="another file than before"):
+        run.refresh()
+    record.unlink()
+    with pytest.raises(FileNotFoundError):
+        run.refresh()
+
+
+def test_a_record_of_version_1(tmp_path: Path) -> None:
+    with (tmp_path / "arrays.bin").open("wb") as file:
+        np.lib.format.write_array(file, np.arange(3.0))
+    (tmp_path / "record.jsonl").write_text(
+        '{"format":"packext run","version":1,"packext":"0.1.0","began":"2026-01-01","instruments":["A"]}\n'
+        '{"step":0,"values":{"A":1.0,"A/0.weight":2.0},"arrays":{"H/0.weight":0},"absent":{"B":"no"}}\n'
+    )
+    run = Run.open(tmp_path)
+    assert run.names == ["A", "A/0.weight"] and run.column("A/0.weight").tolist() == [2.0]
+    assert run.arrays("H/0.weight")[0].tolist() == [0, 1, 2] and run.absent() == [(0, "B", "no")]
+    steps, names, matrix = run.layers("A")
+    assert (steps.tolist(), names, matrix.tolist()) == ([0], ["A/0.weight"], [[2.0]])
+    with pytest.raises(px.PackextError, match="version 1 of the format, .* another folder"):
+        run.begin(["A"])
 
 
 def test_a_frame(tmp_path: Path) -> None:

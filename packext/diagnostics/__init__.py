@@ -41,3 +41,5 @@ from packext.diagnostics.instruments import UpdateCurvature as UpdateCurvature
 from packext.diagnostics.instruments import UpdateSize as UpdateSize
 from packext.diagnostics.sinks import TensorBoard as TensorBoard
 from packext.diagnostics.sinks import WandB as WandB
+from packext.diagnostics.view import Server as Server
+from packext.diagnostics.view import write_report as write_report

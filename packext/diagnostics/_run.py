@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,20 +14,26 @@ from typing import Any
 import numpy as np
 
 import packext as px
+from packext.diagnostics._arrays import Arrays, lacking
 from packext.diagnostics._verdict import Verdict
 
 #: Of the format. A reader opens its own version and all before it.
-VERSION = 1
-RECORD, ARRAYS = "record.jsonl", "arrays.bin"
+VERSION = 2
+RECORD, ARRAYS, LAYERS = "record.jsonl", "arrays.bin", "layers.bin"
+
+
+class Replaced(px.PackextError):
+    """Another record has taken the place of the one that was being read."""
 
 
 class Run:
     """A folder with the record of one training run; a sink of `Cockpit`.
 
     `record.jsonl` has a header and then a line for each step that was tracked: numbers by name, why others are absent,
-    and where in `arrays.bin` its arrays are, each in numpy's own format; and a line for each verdict. Lines are only
-    ever appended, each after the arrays that it names: what a killed process leaves opens, without the step that it was
-    writing. A step may have several lines.
+    and where its arrays and the numbers of single layers are; a line for each verdict; and lines with names, so that
+    those of layers are written once. `arrays.bin` has arrays in numpy's own format, those of layers with one shape as
+    one; `layers.bin` rows of float64, little-endian. All files are only ever appended to, a line after what it refers
+    to: what a killed process leaves opens, without the step that it was writing. A step may have several lines.
 
     Example:
         >>> run = Run.open("runs/first")
@@ -34,14 +41,18 @@ class Run:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Record into a folder, which is created; a record in it is continued, with its next step."""
+        """Take the folder; `begin` creates it, or continues the record in it, and `refresh` reads that."""
         self.path = Path(path)
-        self._lines: list[dict[str, Any]] = []
-        self._said: list[Verdict] = []
         self.header: dict[str, Any] = {}
-        self._end = 0
-        if (self.path / RECORD).exists():
-            self._read()
+        self.end = self._count = self._file = 0
+        self._said: list[Verdict] = []
+        self._steps: dict[int, None] = {}
+        self._columns: dict[str, tuple[array[int], array[float]]] = {}  # steps and numbers, in the order of lines
+        self._groups: list[list[str]] = []
+        self._rows = (array("q"), array("q"), array("q"))  # step, group, place in `layers.bin`
+        self._arrays: dict[str, tuple[array[int], array[int]]] = {}  # steps and places
+        self._stacks: dict[int, tuple[array[int], array[int]]] = {}  # the same, by group
+        self._absent: list[tuple[int, str, list[str] | list[int], int]] = []
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -57,36 +68,82 @@ class Run:
             FileNotFoundError: if there is no record.
         """
         run = cls(path)
+        if (run.path / RECORD).exists():
+            run.refresh()
         if not run.header:
             raise FileNotFoundError(f"{run.path} has no record of a run ({RECORD}).")
         return run
 
-    def _read(self) -> None:
-        data = (self.path / RECORD).read_bytes()
-        self._end = data.rfind(b"\n") + 1  # what follows is a line that was not finished
-        lines = data[: self._end].splitlines()
-        for number, line in enumerate(lines):
+    def refresh(self, most: int | None = None) -> bool:
+        """Read the lines that were appended since the last look.
+
+        Args:
+            most: of how many bytes, about; all by default.
+
+        Returns:
+            Whether there is more.
+
+        Raises:
+            PackextError: if a line is damaged.
+            Replaced: if another record has taken its place.
+        """
+        record = self.path / RECORD
+        with record.open("rb") as file:
+            stat = record.stat()
+            if self.end and (stat.st_size < self.end or stat.st_ino != self._file):
+                raise Replaced(f"{record} is another file than before: open it anew.")
+            self._file = stat.st_ino
+            file.seek(self.end)
+            data = file.read() if most is None else file.read(most) + file.readline()
+        whole = data.rfind(b"\n") + 1  # what follows is a line that was not finished
+        for line in data[:whole].splitlines(keepends=True):
             try:
                 entry = json.loads(line)
             except ValueError:
                 raise px.PackextError(
-                    f"{self.path / RECORD}, line {number + 1}, is damaged: delete the line, or restore the file."
+                    f"{record}, line {self._count + 1}, is damaged: delete the line, or restore the file."
                 ) from None
-            if "verdict" in entry:
-                self._said.append(Verdict(**entry["verdict"] | {"where": tuple(entry["verdict"]["where"])}))
-            elif number:
-                self._lines.append(entry)
+            if self.header:
+                self._take(entry)
             else:
-                self.header = entry
-        if lines and self.header.get("format") != "packext run":
+                self._begun(entry)
+            self.end, self._count = self.end + len(line), self._count + 1
+        return most is not None and len(data) >= most
+
+    def _begun(self, header: dict[str, Any]) -> None:
+        if header.get("format") != "packext run":
             raise px.PackextError(
                 f"{self.path / RECORD} is not the record of a run: its first line says no such thing."
             )
-        if lines and self.header["version"] > VERSION:
+        if header["version"] > VERSION:
             raise px.PackextError(
-                f"{self.path / RECORD} has version {self.header['version']} of the format, written by packext "
-                f"{self.header['packext']}; this is packext {px.__version__}, which reads up to {VERSION}: upgrade it."
+                f"{self.path / RECORD} has version {header['version']} of the format, written by packext "
+                f"{header['packext']}; this is packext {px.__version__}, which reads up to {VERSION}: upgrade it."
             )
+        self.header = header
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        """Remember what a line says."""
+        if "verdict" in entry:
+            self._said.append(Verdict(**entry["verdict"] | {"where": tuple(entry["verdict"]["where"])}))
+            return
+        if "group" in entry:
+            self._groups.append(entry["group"])
+            return
+        step = entry["step"]
+        self._steps[step] = None
+        for name, value in entry["values"].items():
+            _note(self._columns, name, "d", step, float(value))
+        if "layers" in entry:
+            for column, number in zip(self._rows, (step, *entry["layers"]), strict=True):
+                column.append(number)
+        for name, place in entry.get("arrays", {}).items():
+            _note(self._arrays, name, "q", step, place)
+        for group, place in entry.get("stacks", {}).items():
+            _note(self._stacks, int(group), "q", step, place)
+        self._absent += [(step, why, [name], -1) for name, why in entry.get("absent", {}).items()]
+        for group, why, places in entry.get("absences", ()):
+            self._absent.append((step, why, places, group))
 
     # -- writing -----------------------------------------------------------------------------------
     def begin(self, names: list[str]) -> int:
@@ -97,16 +154,26 @@ class Run:
 
         Returns:
             The number of the next step: one after the last that is recorded.
+
+        Raises:
+            PackextError: if the record has an older version of the format.
         """
+        if (self.path / RECORD).exists():
+            self.refresh()
+        if self.header and self.header["version"] < VERSION:
+            raise px.PackextError(
+                f"{self.path / RECORD} has version {self.header['version']} of the format, which this packext reads "
+                "but does not continue: record into another folder."
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / RECORD).exists():
             with (self.path / RECORD).open("rb+") as file:
-                file.truncate(self._end)
+                file.truncate(self.end)
         if not self.header:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             self.header = {"format": "packext run", "version": VERSION, "packext": px.__version__, "began": now}
             self._append(self.header | {"instruments": names})
-        following = max(self.steps, default=-1) + 1
+        following = max(self._steps, default=-1) + 1
         for verdict in self.verdicts():
             if verdict.until is None:  # rules begin anew: what holds still will be said again
                 self.say(replace(verdict, until=following))
@@ -120,19 +187,53 @@ class Run:
             values: numbers and arrays by name.
             absent: why others are missing.
         """
-        numbers = {k: _written(v) for k, v in values.items() if not isinstance(v, np.ndarray)}
-        given = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
-        arrays = {}
-        if given:
-            with (self.path / ARRAYS).open("ab") as file:
-                for name, array in given.items():
-                    arrays[name] = file.tell()
-                    np.lib.format.write_array(file, array, allow_pickle=False)
-        entry: dict[str, Any] = {"step": step, "values": numbers}
-        entry |= {"arrays": arrays} if arrays else {}
-        entry |= {"absent": dict(absent)} if absent else {}
-        self._lines.append(entry)
+        numbers = {k: float(v) for k, v in values.items() if not isinstance(v, np.ndarray)}
+        layers = {k: numbers.pop(k) for k in list(numbers) if "/" in k}
+        missing: dict[str, list[str]] = {}
+        for name, why in absent.items():
+            if "/" in name:
+                missing.setdefault(why, []).append(name)
+        entry: dict[str, Any] = {"step": step, "values": {k: _written(v) for k, v in numbers.items()}}
+        if layers or missing:
+            group = self._covering([*layers, *(name for names in missing.values() for name in names)])
+            places = {name: k for k, name in enumerate(self._groups[group])}
+            row = np.full(len(places), math.nan, "<f8")
+            row[[places[name] for name in layers]] = list(layers.values())
+            with (self.path / LAYERS).open("ab") as file:
+                file.write(bytes(-file.tell() % 8))  # a row that a killed process left unfinished is made whole
+                entry["layers"] = [group, file.tell() // 8]
+                file.write(row.tobytes())
+            if missing:
+                entry["absences"] = [[group, why, [places[name] for name in names]] for why, names in missing.items()]
+        self._write_arrays(entry, {k: v for k, v in values.items() if isinstance(v, np.ndarray)})
+        if whole := {name: why for name, why in absent.items() if "/" not in name}:
+            entry["absent"] = whole
         self._append(entry)
+
+    def _write_arrays(self, entry: dict[str, Any], given: dict[str, np.ndarray]) -> None:
+        alike: dict[Any, list[str]] = {}
+        for name, value in given.items():
+            alike.setdefault((value.dtype.str, value.shape) if "/" in name else name, []).append(name)
+        groups = {key: self._group(names) for key, names in alike.items() if not isinstance(key, str)}
+        if not given:
+            return
+        with (self.path / ARRAYS).open("ab") as file:
+            for key, names in alike.items():
+                kind, of = ("arrays", key) if isinstance(key, str) else ("stacks", str(groups[key]))
+                entry.setdefault(kind, {})[of] = file.tell()
+                value = given[key] if isinstance(key, str) else np.stack([given[name] for name in names])
+                np.lib.format.write_array(file, value, allow_pickle=False)
+
+    def _group(self, names: list[str]) -> int:
+        """The number of a group of names, which is written down if it is new."""
+        if names not in self._groups:
+            self._append({"group": names})
+        return self._groups.index(names)
+
+    def _covering(self, names: list[str]) -> int:
+        """The group with all names of layers that were seen so far."""
+        known = self._groups[self._rows[1][-1]] if self._rows[1] else []
+        return self._group(list(dict.fromkeys([*known, *names])))
 
     def say(self, verdict: Verdict) -> None:
         """Append a verdict.
@@ -140,51 +241,124 @@ class Run:
         Args:
             verdict: new, changed or withdrawn.
         """
-        self._said.append(verdict)
         self._append({"verdict": asdict(verdict)})
 
     def _append(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         with (self.path / RECORD).open("ab") as file:
-            file.write(json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+            file.write(line)
+        self.end, self._count, self._file = self.end + len(line), self._count + 1, (self.path / RECORD).stat().st_ino
+        if "format" not in entry:
+            self._take(entry)
 
     # -- reading -----------------------------------------------------------------------------------
     @property
     def steps(self) -> list[int]:
         """Numbers of the steps in the record, ascending."""
-        return sorted({line["step"] for line in self._lines})
+        return sorted(self._steps)
 
     @property
     def names(self) -> list[str]:
         """Of everything that is a number in some step."""
-        return list(dict.fromkeys(name for line in self._lines for name in line["values"]))
+        return [*self._columns, *(self._groups[self._rows[1][-1]] if self._rows[1] else [])]
 
     @property
     def array_names(self) -> list[str]:
         """Of everything that is an array in some step."""
-        return list(dict.fromkeys(name for line in self._lines for name in line.get("arrays", {})))
+        return [*self._arrays, *dict.fromkeys(name for k in self._stacks for name in self._groups[k])]
 
     def column(self, name: str) -> np.ndarray:
         """Values of one name at all of `steps`, float64; NaN where there is none (`absent` says why)."""
-        if name not in self.names:
+        if name not in self._columns and name not in self.names:
             raise KeyError(f"{name!r} is no column of the record: {', '.join(self.names) or 'it is empty'}")
-        found = {line["step"]: float(line["values"][name]) for line in self._lines if name in line["values"]}
-        return np.array([found.get(step, math.nan) for step in self.steps])
+        if name in self._columns:
+            at, numbers = self.numbers(name)
+        else:
+            at, matrix = self._gathered([name])
+            known = ~np.isnan(matrix[:, 0])  # a later line of a step need not have it
+            at, numbers = at[known], matrix[known, 0]
+        steps = np.array(self.steps)
+        found = np.full(len(steps), math.nan)
+        found[np.searchsorted(steps, at)] = numbers
+        return found
 
-    def arrays(self, name: str) -> dict[int, np.ndarray]:
-        """Arrays of one name, by step."""
+    def numbers(self, name: str, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """What was written under the name of a number of the whole model.
+
+        Args:
+            name: without a layer.
+            first: numbers to leave out, which were read before.
+
+        Returns:
+            Steps `[numbers]` in the order of writing, and the numbers `[numbers]`; none for a name that is unknown.
+        """
+        steps, numbers = self._columns.get(name, (array("q"), array("d")))
+        return np.array(steps[first:]), np.array(numbers[first:])
+
+    def layers(self, instrument: str, first: int = 0) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """What one instrument said of single layers.
+
+        Args:
+            instrument: its name.
+            first: rows to leave out, which were read before.
+
+        Returns:
+            Steps `[rows]` in the order of writing, names, and numbers `[rows, names]`; NaN where there is none.
+        """
+        if self.header.get("version") == 1:  # which wrote them among all numbers
+            names = [n for n in self._columns if n.startswith(f"{instrument}/")]
+            steps = np.array(self.steps)[first:]
+            return steps, names, np.array([self.column(n)[first:] for n in names]).T.reshape(len(steps), len(names))
+        every = self._groups[self._rows[1][-1]] if self._rows[1] else []  # the last group has all that were seen
+        names = [n for n in every if n.split("/")[0] == instrument]
+        steps, matrix = self._gathered(names, first)
+        return steps, names, matrix
+
+    def _gathered(self, names: list[str], first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Steps `[rows]` and numbers of layers `[rows, names]`, from a row on."""
+        steps, groups, places = (np.array(column[first:]) for column in self._rows)
+        found = np.full((len(steps), len(names)), math.nan)
+        if not found.size:
+            return steps, found
+        rows = np.memmap(self.path / LAYERS, "<f8", "r")
+        for group in np.unique(groups).tolist():
+            at = {name: k for k, name in enumerate(self._groups[group])}
+            columns = [k for k, name in enumerate(names) if name in at]
+            here = np.flatnonzero(groups == group)
+            offsets = np.array([at[names[k]] for k in columns], dtype=np.int64)
+            if places[here].max() + len(at) > len(rows):
+                raise lacking(self.path / LAYERS)
+            found[here[:, None], columns] = rows[places[here][:, None] + offsets]
+        return steps, found
+
+    def arrays(self, name: str) -> Arrays:
+        """Arrays of one name by step, each read from disk when it is asked for."""
         if name not in self.array_names:
             raise KeyError(f"{name!r} is no array of the record: {', '.join(self.array_names) or 'it has none'}")
-        found = {}
-        with (self.path / ARRAYS).open("rb") as file:
-            for line in self._lines:
-                if name in line.get("arrays", {}):
-                    file.seek(line["arrays"][name])
-                    found[line["step"]] = np.load(file, allow_pickle=False)
-        return found
+        places: dict[int, tuple[int, int | None]] = {}
+        if name in self._arrays:
+            places.update((step, (place, None)) for step, place in zip(*self._arrays[name], strict=True))
+        for group, columns in self._stacks.items():
+            if name in self._groups[group]:
+                k = self._groups[group].index(name)
+                places.update((step, (place, k)) for step, place in zip(*columns, strict=True))
+        return Arrays(self.path / ARRAYS, places)
 
     def absent(self) -> list[tuple[int, str, str]]:
         """Step, name and reason of everything that was absent."""
-        return [(line["step"], k, why) for line in self._lines for k, why in line.get("absent", {}).items()]
+        return [(step, name, why) for step, why, names in self.reasons() for name in names]
+
+    def reasons(self, first: int = 0) -> Iterator[tuple[int, str, list[str]]]:
+        """Reasons why something was absent.
+
+        Args:
+            first: reasons to leave out, which were read before.
+
+        Yields:
+            Step, reason, and names of what was absent for it.
+        """
+        for step, why, names, group in self._absent[first:]:
+            yield step, why, [name if isinstance(name, str) else self._groups[group][name] for name in names]
 
     def verdicts(self) -> list[Verdict]:
         """Verdicts by the step at which they were first said, each as it was said last."""
@@ -208,7 +382,15 @@ class Run:
         return pandas.DataFrame({name: self.column(name) for name in self.names}, index=index)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r}, {len(self.steps)} steps)"
+        return f"Run({str(self.path)!r}, {len(self._steps)} steps)"
+
+
+def _note(columns: dict[Any, Any], key: Any, kind: str, step: int, value: Any) -> None:
+    if key not in columns:
+        columns[key] = array("q"), array(kind)
+    steps, values = columns[key]
+    steps.append(step)
+    values.append(value)
 
 
 def _written(value: float) -> float | str:

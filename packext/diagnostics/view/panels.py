@@ -1,0 +1,141 @@
+"""What the instruments look like: one table, which the page and the PNGs of a report both read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+#: The columns of the page, as Cockpit lays them out (Schneider et al. 2021, figure 2), and what else a record has.
+COLUMNS = ("Step size", "Gradients", "Curvature", "Other")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of the page.
+
+    Attributes:
+        title: of the panel.
+        column: one of `COLUMNS`.
+        kind: "lines" over the steps; "alpha", a distribution on a parabola; "bars" and "image", histograms of one step
+            over one and two axes.
+        names: of what it shows in the record, with their labels.
+        axis: what the vertical axis shows (of histograms: the horizontal one), with its unit.
+        log: whether that axis is logarithmic, where all values are positive.
+        marks: heights of reference lines, with labels.
+        says: a sentence on how to read it.
+    """
+
+    title: str
+    column: str
+    names: dict[str, str]
+    axis: str
+    kind: str = "lines"
+    log: bool = True
+    marks: tuple[tuple[float, str], ...] = ()
+    says: str = ""
+
+
+PANELS = (
+    Panel("Loss", "Step size", {"Loss": "loss"}, "loss", says="Mean over the samples of the batch."),
+    Panel(
+        "Alpha", "Step size", {"Alpha": "alpha"}, "share of steps", "alpha", False,
+        says="Where steps end on the parabola of the loss along them: 0 at its minimum, -1 not moved, 1 as far beyond.",
+    ),
+    Panel(
+        "Alpha over steps", "Step size", {"Alpha": "alpha"}, "alpha", log=False,
+        marks=((-1.0, "not moved"), (0.0, "minimum"), (1.0, "as far beyond")),
+    ),
+    Panel(
+        "Distance and update size", "Step size", {"Distance": "distance from the start", "UpdateSize": "update"},
+        "norm over parameters",
+    ),
+    Panel(
+        "Gradient norm", "Gradients", {"GradNorm": "mean gradient", "SampleNorms": "of one sample, on average"},
+        "norm over parameters", says="Before clipping.",
+    ),
+    Panel(
+        "Noise tests", "Gradients", {"NormTest": "norm", "InnerTest": "inner", "OrthoTest": "orthogonal"},
+        "standard error / norm", marks=((1.0, "noise = gradient"),),
+        says="Standard error of the gradient; small is sure.",
+    ),
+    Panel(
+        "Noise scale", "Gradients", {"NoiseScale": "one step", "NoiseScale.critical_batch": "critical batch size"},
+        "samples", says="The batch size at which noise is as large as the gradient.",
+    ),
+    Panel(
+        "Signal to noise", "Gradients", {"GradSNR": "of a sample's gradient"}, "signal / noise", log=False,
+        marks=((0.0, "no signal"),),
+    ),
+    Panel(
+        "Gradient entries", "Gradients", {"GradHist1d": "share of entries"}, "entry of a sample's gradient", "bars",
+        says="Share of the entries of individual gradients in each bin, some samples of one step.",
+    ),
+    Panel(
+        "Gradient entries and parameters", "Gradients", {"GradHist2d": "share of entries"},
+        "entry of a sample's gradient", "image", says="Share of entries by their gradient and their parameter's value.",
+    ),
+    Panel("Mean GSNR", "Gradients", {"MeanGSNR": "mean over entries"}, "signal / noise", log=False),
+    Panel(
+        "Early stopping", "Gradients", {"EarlyStopping": "evidence"}, "evidence", log=False,
+        marks=((0.0, "stop above"),),
+    ),
+    Panel("CABS", "Gradients", {"CABS": "batch size"}, "samples", says="Batch size suggested for plain SGD."),
+    Panel(
+        "Effective rank", "Gradients", {"EffectiveRank": "entropy", "EffectiveRank.participation": "participation"},
+        "directions", log=False,
+    ),
+    Panel("Trace", "Curvature", {"HessTrace": "trace"}, "loss / parameter²"),
+    Panel(
+        "Largest eigenvalue", "Curvature", {"HessMaxEV": "of the Hessian", "HessMaxEV.residual": "residual"},
+        "loss / parameter²", says="An eigenvalue lies within the residual of the value.",
+    ),
+    Panel(
+        "Curvature along the update", "Curvature", {"UpdateCurvature": "second derivative"}, "loss / parameter²",
+        log=False, marks=((0.0, ""),),
+    ),
+    Panel("TIC", "Curvature", {"TICDiag": "diagonal", "TICTrace": "trace"}, "loss × samples"),
+    Panel("Condition of the tangent kernel", "Curvature", {"NTKCondition": "condition"}, "largest / smallest"),
+    Panel("Dead units", "Other", {"DeadUnits": "of all"}, "share of units", log=False),
+    Panel("Time of a step", "Other", {"Time.step": "time"}, "seconds"),
+)  # fmt: skip
+
+#: Parts of instruments that belong to others, or would say nothing as a line.
+HIDDEN = {"Time", "NoiseScale.trace", "NoiseScale.signal", "GradHist1d.limit", "GradHist2d.limit",
+          "GradHist2d.param_limit", "HessTrace.standard_error"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A map of an instrument over layers and steps, in logarithmic colour: its title, and what colour shows."""
+
+    title: str
+    axis: str
+
+
+#: By instrument.
+HEATS = {
+    "GradNorm": Heat("Gradient norm", "norm"),
+    "UpdateSize": Heat("Update size", "norm"),
+    "GradSNR": Heat("Signal to noise", "signal / noise"),
+    "NoiseScale": Heat("Noise scale", "samples"),
+    "HessTrace": Heat("Trace of the curvature", "loss / parameter²"),
+    "ActivationScale": Heat("Activations", "root mean square"),
+    "DeadUnits": Heat("Dead units", "share of units"),
+}
+
+
+def panels_of(names: Iterable[str], arrays: Iterable[str]) -> list[Panel]:
+    """The panels that have something to show.
+
+    Args:
+        names: of numbers in the record.
+        arrays: names of arrays.
+
+    Returns:
+        Panels in the order of the table, and one for each other name of a number of the whole model.
+    """
+    known = {name for panel in PANELS for name in panel.names} | HIDDEN
+    there = {name for name in names if "/" not in name}
+    own = [Panel(name, "Other", {name: name}, name, log=False) for name in names if name in there - known]
+    there |= {name for name in arrays if "/" not in name}
+    return [panel for panel in PANELS if there & panel.names.keys()] + own

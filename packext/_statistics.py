@@ -78,7 +78,8 @@ class Statistics:
             else:
                 self._tiles(wanted, visitors, buffer)
         if "dots" in missing and "dots" not in self.known:
-            self.known["dots"], self.route["dots"] = self.dots(self["total"]), "factors"
+            quick = self.form.dots_with_sum()
+            self.known["dots"], self.route["dots"] = self.dots(self["total"]) if quick is None else quick, "factors"
         release()
 
     def _direct(self, want: str, tiles_run: bool, deliver: bool) -> bool:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import packext as px
 from packext.diagnostics._step import Call, Count, Pass, Step, rescaled
+from packext.diagnostics._tensors import norms
 
 #: Steps under way, the innermost last. Where monitors are nested, the innermost context asks for all of them.
 _ACTIVE: list[Observer] = []
@@ -207,8 +208,8 @@ class Observer:
                     done[held] = {k: rescaled(field, v, p.multiplier) for k, v in raw[held].items()}
         p.results = [{field: done[held] for field, held in part.items()} for part in fields]
         self.step.passes.append(p)
-        self._add(p, gradient)
         self._compare(p, gradient)
+        self._add(p, gradient)
 
     def _increments(self, p: Pass) -> dict[str, Tensor]:
         """What the pass has added to `.grad`, by parameter."""
@@ -245,6 +246,7 @@ class Observer:
         """Add to the mean of the samples' own gradients; with several passes, to their sum."""
         passes = self.step.passes
         if len(passes) == 2:
+            self.step._shared.clear()
             self._sum = {k: g * float(passes[0].n or 0) for k, g in self._sum.items()}
         factor = p.share * (float(p.n or 0) if len(passes) > 1 else 1.0)
         for name, g in gradient.items():
@@ -256,7 +258,10 @@ class Observer:
         for part, asked in zip(p.results, self.asked, strict=bool(p.results)):
             if any(type(q) is px.GradDot and q.direction is None for q in asked) and part["grad_dot"]:
                 rows = sum(float(v.double().mean()) for v in part["grad_dot"].values())
-                whole = sum(float(g.double().square().sum()) for g in gradient.values()) * p.share**2
+                found = norms(gradient)
+                if p.share == 1.0 and len(self.step.passes) == 1:
+                    self.step._shared["gradient norms"] = found
+                whole = float(found[""]) ** 2 * p.share**2
                 self.step._outside |= not abs(rows - whole) <= 0.01 * max(rows, whole)
                 return
 

@@ -241,7 +241,7 @@ class Step:
     def update(self) -> dict[str, Tensor]:
         """What the step has added to the parameters, whoever did it."""
         self._passed()
-        if not self.once("moved", self._moved):
+        if self._update is None or not self.once("moved", self._moved):
             raise Absent("no update: the parameters did not change between the backward pass and the end of the step")
         return self._update
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
+from torch import nn
 
 import packext as px
 from benchmarks import memory, report
@@ -258,7 +258,11 @@ def run_problem(key: str, options: argparse.Namespace, progress: Progress) -> di
             cells[side].memory = None if held is None else held / plain
         found.append({"level": level, "every": every, "cells": {k: dataclasses.asdict(c) for k, c in cells.items()}})
         progress.advance(task)
-    return {"environment": {**environment(options.threads), "clock": options.clock}, "sides": options.sides, "rows": found}
+    return {
+        "environment": {**environment(options.threads), "clock": options.clock},
+        "sides": options.sides,
+        "rows": found,
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -272,7 +276,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of timing per row, at most")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -296,8 +296,8 @@ def eigsh(
     m = min(space.size, max(2 * k + 1, 20) if ncv is None else ncv)
     _check(k < m or m == space.size, f"eigsh: ncv must be larger than k = {k}, got {ncv}.")
     apply, generator, eps = space.operator(matvec), _own(generator), torch.finfo(space.dtype).eps
-    basis = torch.zeros(m, space.size, dtype=space.dtype, device=space.device)
-    images = torch.zeros_like(basis)
+    basis = torch.empty(m, space.size, dtype=space.dtype, device=space.device)
+    images = torch.empty_like(basis)
     filled, used, looking, scale = 0, 0, False, 0.0
     new = None if start is None else space.given(start, "start")
     for cycle in range(maxiter):

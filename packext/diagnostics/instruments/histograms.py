@@ -67,7 +67,7 @@ class GradHist1d(_Sampled):
     these samples differ. In units of the gradient of a sample's own loss.
     """
 
-    def __init__(self, bins: int = 100, limit: float | None = None, samples: int | None = 16) -> None:
+    def __init__(self, bins: int = 100, limit: float | None = None, samples: int | None = 8) -> None:
         """Choose the bins.
 
         Args:
@@ -121,7 +121,7 @@ class GradHist2d(_Sampled):
         param_bins: int = 40,
         limit: float | None = None,
         param_limit: float | None = None,
-        samples: int | None = 16,
+        samples: int | None = 8,
     ) -> None:
         """Choose the bins.
 

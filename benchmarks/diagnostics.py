@@ -31,6 +31,7 @@ from benchmarks.timing import Ratio, ratios, round_robin
 
 LEVELS = ("economy", "business", "full")
 RATE = 0.01
+BATCHES = 5
 UNIT, TWIN, BARE = "plain", "plain, again", "extended"
 MARKS = "<!-- diagnostics:begin -->", "<!-- diagnostics:end -->"
 
@@ -59,13 +60,14 @@ PROBLEMS = {
 
 
 class Training:
-    """A model in training, and what one step of it is; this base class has nobody look on."""
+    """A model in training on a few batches in turn; this base class has nobody look on."""
 
     def __init__(self, problem: Problem, level: str, every: int) -> None:
         """Build model, batch and optimizer, the same for all."""
         torch.manual_seed(FIRST_SEED)
-        self.model, self.inputs = problem.build(), torch.randn(problem.shape)
-        self.targets = torch.randint(10, problem.shape[:1])
+        self.model = problem.build()
+        self.batches = [(torch.randn(problem.shape), torch.randint(10, problem.shape[:1])) for _ in range(BATCHES)]
+        self.number = 0
         self.loss_fn: nn.Module = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), RATE)
         self.level, self.every = level, every
@@ -74,10 +76,16 @@ class Training:
     def prepare(self) -> None:
         """Do what comes before the loop."""
 
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The next batch."""
+        self.number += 1
+        return self.batches[self.number % BATCHES]
+
     def step(self) -> None:
         """Take one step."""
+        x, y = self.batch()
         self.optimizer.zero_grad()
-        self.loss_fn(self.model(self.inputs), self.targets).backward()
+        self.loss_fn(self.model(x), y).backward()
         self.optimizer.step()
 
     def turn(self) -> None:
@@ -121,17 +129,16 @@ class Theirs(Training):
         extend(self.loss_fn)
         self.each = nn.CrossEntropyLoss(reduction="none")
         self.cockpit = Cockpit(self.model.parameters(), configuration(self.level, linear(self.every)))
-        self.number = 0
 
     def step(self) -> None:
+        number, (x, y) = self.number, self.batch()
         self.optimizer.zero_grad()
-        outputs = self.model(self.inputs)
-        loss, losses = self.loss_fn(outputs, self.targets), self.each(outputs, self.targets)
-        info: dict[str, Any] = {"batch_size": len(self.targets), "individual_losses": losses, "loss": loss}
-        with self.cockpit(self.number, info={**info, "optimizer": self.optimizer}):
-            loss.backward(create_graph=self.cockpit.create_graph(self.number))
+        outputs = self.model(x)
+        loss, losses = self.loss_fn(outputs, y), self.each(outputs, y)
+        info = {"batch_size": len(y), "individual_losses": losses, "loss": loss, "optimizer": self.optimizer}
+        with self.cockpit(number, info=info):
+            loss.backward(create_graph=self.cockpit.create_graph(number))
         self.optimizer.step()
-        self.number += 1
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -215,7 +222,8 @@ def table(key: str, found: dict[str, Any]) -> str:
         f"Two plain trainings, timed against each other: {min(twins):.2f} to {max(twins):.2f} over the rows. "
         f"Extended, and nobody looking: {min(bare):.2f} to {max(bare):.2f}.",
         "",
-        f"{about['date']}; {about['processor']}; {about['threads']} threads, {about['clock']} time, Python {about['python']}; {versions}.",
+        f"{about['date']}; {about['processor']}; {about['threads']} threads, {about['clock']} time, "
+        f"Python {about['python']}; {versions}.",
     ]
     return "\n".join(lines) + "\n"
 

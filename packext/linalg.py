@@ -79,7 +79,7 @@ class _Space:
     def given(self, tree: Any, what: str) -> Tensor:
         """Pack an argument."""
         flat = self.pack(tree, what)
-        _check(bool(flat.isfinite().all()), f"{self.name}: {what} has entries that are NaN or infinite.")
+        _check(_finite(flat), f"{self.name}: {what} has entries that are NaN or infinite.")
         return flat
 
     def unpack(self, flat: Tensor) -> Any:
@@ -101,7 +101,7 @@ class _Space:
         def apply(flat: Tensor) -> Tensor:
             self.calls += 1
             out = self.pack(matvec(self.unpack(flat)), f"the result of {what}")
-            if not out.isfinite().all():
+            if not _finite(out):
                 raise PackextError(f"{self.name}: {what} gave entries that are NaN or infinite.")
             return out
 
@@ -112,6 +112,11 @@ class _Space:
         if distribution == "normal":
             return torch.randn(self.size, **kind).to(self.device)
         return torch.randint(2, (self.size,), **kind).to(self.device) * 2 - 1
+
+
+def _finite(flat: Tensor) -> bool:
+    """Whether all entries are; of a sum that is not, one of them may not be."""
+    return math.isfinite(float(flat.sum())) or bool(flat.isfinite().all())
 
 
 def _own(generator: torch.Generator | None) -> torch.Generator:
@@ -196,11 +201,11 @@ def cg(
 
 def _orthonormal(w: Tensor, basis: Tensor, floor: float) -> tuple[Tensor | None, float]:
     """What of `w` is orthogonal to the rows of `basis`, as a unit vector, and its norm; None if at most `floor`."""
-    w = w - (basis @ w) @ basis
+    w = torch.addmv(w, basis.mT, basis @ w, alpha=-1)
     norm = float(w.norm())
     if norm > floor:
         w = w / norm
-        w = w - (basis @ w) @ basis
+        w = torch.addmv(w, basis.mT, basis @ w, alpha=-1)
         again = float(w.norm())
         if again > 0.5:  # else it was rounding
             return w / again, norm * again

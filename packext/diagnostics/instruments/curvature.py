@@ -96,7 +96,8 @@ class HessMaxEV(Instrument):
         size = sum(e.vectors[0].numel() for e in found.values())
         self._vector = {
             step.parameters[name]: e.vectors[0]
-            + torch.empty(e.vectors[0].shape).uniform_(-1, 1, generator=self._generator).to(e.vectors) * (0.2 / size**0.5)
+            + torch.empty(e.vectors[0].shape).uniform_(-1, 1, generator=self._generator).to(e.vectors)
+            * (0.2 / size**0.5)
             for name, e in found.items()
         }
         value, residual = float(first.values[0]), float(first.residuals[0])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
+from torch import Tensor, nn
 
 import packext as px
 from benchmarks import memory, report
@@ -164,8 +164,8 @@ def sides() -> list[str]:
 
 
 def rows_of(intervals: list[int], levels: list[str]) -> list[tuple[str, int]]:
-    """Levels, and how often each looks."""
-    return [(level, every) for level in levels for every in intervals]
+    """Levels, and how often each looks; the dearer ones at every step alone."""
+    return [(level, every) for level in levels for every in intervals if every == 1 or level == LEVELS[0]]
 
 
 def run_row(problem: Problem, level: str, every: int, options: argparse.Namespace) -> dict[str, Ratio]:

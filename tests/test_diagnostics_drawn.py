@@ -10,6 +10,7 @@ from torch import nn
 
 import packext as px
 from packext import testing
+from packext._factored import Outer
 from packext.diagnostics._step import DrawnGrad
 from tests.cases import CASES, Case
 from tests.helpers import double_precision
@@ -50,3 +51,13 @@ def test_every_entry_of_a_row_is_as_likely_to_be_drawn_as_any_other(layer: nn.Mo
         counts, drawn = counts + torch.bincount(positions.flatten(), minlength=size), drawn + positions.numel()
     share = drawn / size
     assert ((counts - share) / share**0.5).abs().max() < 4.5
+
+
+@pytest.mark.parametrize(("groups", "positions"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_entries_of_sums_of_products_in_groups(groups: int, positions: int) -> None:
+    a, g = torch.randn(6, groups, positions, 3), torch.randn(6, groups, 4, positions)
+    form, index = Outer(a, g, (groups * 4, 3)), torch.tensor([4, 1, 5])
+    values, at = form.drawn(index, 5, torch.Generator().manual_seed(0))
+    assert len(values.T) >= 5 and len(at.unique()) > 5
+    torch.testing.assert_close(values, form.rows(0, 6)[index].flatten(1).gather(1, at))
+    torch.testing.assert_close(form.subset(index).rows(0, 3), form.rows(0, 6)[index])

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -273,6 +274,28 @@ def run_problem(key: str, options: argparse.Namespace, progress: Progress) -> di
     }
 
 
+def path_for(key: str) -> Path:
+    """Where a problem's results are kept."""
+    return report.RESULTS / f"diagnostics-{key}-cpu.json"
+
+
+def keep(key: str, found: dict[str, Any]) -> None:
+    """Keep results; of the same machine and versions they take the place of the old, side by side and row by row."""
+    path = path_for(key)
+    rows = {(row["level"], row["every"]): row for row in found["rows"]}
+    known = found["sides"]
+    if path.exists():
+        before = json.loads(path.read_text())
+        about, place = found["environment"], before["environment"]
+        if all(about[k] == place[k] for k in about if k not in ("date", "load")):
+            known = [side for side in SIDES if side in before["sides"] or side in known]
+            for row in before["rows"]:
+                new = rows.setdefault((row["level"], row["every"]), row)
+                new["cells"] = {**row["cells"], **new["cells"]}
+    order = sorted(rows.values(), key=lambda row: (LEVELS.index(row["level"]), row["every"]))
+    path.write_text(json.dumps({**found, "sides": known, "rows": order}, indent=1) + "\n")
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.diagnostics", description=__doc__)
@@ -299,22 +322,16 @@ def main() -> None:
     if options.child:
         print(json.dumps(peak_here(*options.child)))
         return
-    whole = options.levels == list(LEVELS) and options.every == [1, 4, 16] and not options.no_memory
-    whole = whole and options.sides == list(SIDES)[2:]
-    console, sections = Console(), {}
+    console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         for key in options.problems:
             found = run_problem(key, options, progress)
-            path = report.RESULTS / f"diagnostics-{key}-cpu{'' if whole else '-partial'}.json"
-            path.write_text(json.dumps(found, indent=1) + "\n")
-            sections[key] = table(key, found)
-            console.print(sections[key])
-    kept = [report.RESULTS / f"diagnostics-{key}-cpu.json" for key in PROBLEMS]
-    if whole and all(path.exists() for path in kept):
-        tables = [table(key, json.loads(path.read_text())) for key, path in zip(PROBLEMS, kept, strict=True)]
-        report.insert("\n".join(tables), *MARKS)
-        console.print(f"Tables written to {report.PAGE}.")
+            console.print(table(key, found))
+            keep(key, found)
+    kept = {key: path_for(key) for key in PROBLEMS if path_for(key).exists()}
+    report.insert("\n".join(table(key, json.loads(path.read_text())) for key, path in kept.items()), *MARKS)
+    console.print(f"Tables written to {report.PAGE}.")
 
 
 if __name__ == "__main__":

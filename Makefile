@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test fuzz bench lint format clean
+.PHONY: demo test fuzz bench bench-monitors lint format clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/packext demo $(DEMO)
@@ -23,6 +23,9 @@ fuzz: $(VENV)/test.stamp
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks $(BENCH)
+
+bench-monitors: $(VENV)/bench.stamp
+	$(BIN)/python -m benchmarks.diagnostics $(BENCH)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check
@@ -40,11 +43,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # A stamp says that an extra is installed as pyproject.toml and constraints.txt want it. BackPACK, with
-# which tests and benchmarks compare, comes without its dependencies: only its examples use torchvision. So does
-# curvlinops, which depends on BackPACK; tests compare with it where it is there.
+# which tests and benchmarks compare, comes without its dependencies: only its examples use torchvision. So do
+# curvlinops and Cockpit, which depend on BackPACK; tests compare with the first where it is there.
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing packext[$*] into $(VENV)"
 	$(INSTALL) --editable '.[$*]'
 	$(if $(filter test bench,$*),$(INSTALL) --no-deps backpack-for-pytorch)
-	$(if $(filter bench,$*),$(INSTALL) --no-deps curvlinops-for-pytorch)
+	$(if $(filter bench,$*),$(INSTALL) --no-deps curvlinops-for-pytorch cockpit-for-pytorch)
 	@touch $@

@@ -200,8 +200,13 @@ def write_page(device: str) -> None:
             rows, about = found
             known = [key for key in LIBRARIES if all(key in result.cells for result in rows.values())]
             sections.append(markdown(problem, rows, known, about))
-    page = PAGE.read_text() if PAGE.exists() else f"# Benchmarks\n\n{BEGIN}\n{END}\n"
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    insert("\n".join(sections), BEGIN, END)
+
+
+def insert(text: str, begin: str, end: str) -> None:
+    """Put text between two markers of the page, leaving all else alone."""
+    page = PAGE.read_text() if PAGE.exists() else f"# Benchmarks\n\n{begin}\n{end}\n"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(before + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + after)
+    PAGE.write_text(before + begin + "\n\n" + text + "\n" + end + after)

@@ -37,15 +37,15 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def once(step: Step, device: torch.device, repeats: int = 1) -> float:
+def once(step: Step, device: torch.device, repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
     """Time one step in seconds, as the mean of some, with the garbage collector out of the way."""
     gc.disable()
     synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         step()
     synchronise(device)
-    elapsed = time.perf_counter() - start
+    elapsed = clock() - start
     gc.enable()
     return elapsed / repeats
 
@@ -58,6 +58,7 @@ def round_robin(
     warmup: int,
     budget: float = float("inf"),
     tick: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time all steps, interleaved.
 
@@ -68,6 +69,7 @@ def round_robin(
         warmup: Rounds before those, not counted.
         budget: Seconds after which no further round begins, once three have been counted.
         tick: Called after every round.
+        clock: Gives seconds.
 
     Returns:
         Seconds by name, one entry per counted round.
@@ -81,7 +83,7 @@ def round_robin(
         shuffle(order)
         gc.collect()
         for name in order:
-            seconds = once(steps[name], device, repeats[name])
+            seconds = once(steps[name], device, repeats[name], clock)
             if i >= warmup:
                 times[name].append(seconds)
             else:

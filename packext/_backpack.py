@@ -263,9 +263,19 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             with torch.no_grad():
                 spread(flight, [q for q in self.curvature if q.root[0] != "empirical"], seen, edge, g.detach())
 
-    def _emit(self, flight: _flight.Pass, source: Source, use: Use, form: Factored, deliver: bool) -> Tensor | None:
+    def _emit(
+        self,
+        flight: _flight.Pass,
+        source: Source,
+        use: Use,
+        form: Factored,
+        deliver: bool,
+        total: Tensor | None = None,
+    ) -> Tensor | None:
         n = form.n
         statistics = Statistics(form)
+        if total is not None and total.dtype == form.acc:
+            statistics.known["total"] = total.reshape(form.shape)
         ask = Ask(
             statistics, source.name, source.tensor, n, self._factor(flight, n), self.scale,
             lambda: self._factor(flight, n, sample=True), partner=functools.partial(self._partner, source.tensor),

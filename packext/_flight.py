@@ -194,14 +194,27 @@ class Pass:
         self.owners: dict[int, tuple[Any, set[int]]] = {}
         torch.autograd.Variable._execution_engine.queue_callback(self.finish)
 
-    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """A pair arrives; emit what is complete, and return sums of rows that may serve as `.grad`."""
+    def visit(
+        self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A pair arrives; emit what is complete, and return sums of rows that may serve as `.grad`.
+
+        Args:
+            use: of the tap.
+            saved: what the tap kept.
+            gs: gradients at its outputs.
+            sums: gradients of the use's own parameters that are known already, by name.
+
+        Returns:
+            Gradients of the use's own parameters, by name.
+        """
         delivered: dict[str, Tensor] = {}
         for source, forms in self.gathering.add(use, saved, gs, self.records):
             direct = next((k for k, s in use.sources.items() if s == (source,) and len(forms) == 1), None)
             value = dict(zip(use.names, saved, strict=True))[direct] if direct else None
             deliver = value is not None and value.is_leaf and use.rule.delivers and not self.context.exact_grad
-            total = self.context._emit(self, source, use, merge(forms), deliver)
+            known = sums.get(direct) if direct and value is not None and value.is_leaf else None
+            total = self.context._emit(self, source, use, merge(forms), deliver, known)
             if deliver and total is not None and direct is not None:
                 delivered[direct] = total.reshape(source.tensor.shape).to(source.tensor.dtype)
         return delivered
@@ -247,16 +260,25 @@ def deaf() -> bool:
     return _probe is None and _sweep is None and not _listening()
 
 
-def arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """A tap was reached."""
+def exact() -> bool:
+    """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
+    return _probe is None and _sweep is None and _listening() and CONTEXTS[-1].exact_grad
+
+
+def arrive(
+    use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A tap was reached; `sums` are gradients of its parameters that are known already."""
     device = TARGET.device.type if not saved else saved[0].device.type
     if torch.is_autocast_enabled(device):  # backward() was called where the forward pass ran: sums stay in float32
         with torch.autocast(device, enabled=False):
-            return _arrive(use, saved, gs)
-    return _arrive(use, saved, gs)
+            return _arrive(use, saved, gs, sums or {})
+    return _arrive(use, saved, gs, sums or {})
 
 
-def _arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> dict[str, Tensor]:
+def _arrive(
+    use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor]
+) -> dict[str, Tensor]:
     if _probe is not None:
         _probe.visit(use, saved, gs)
         return {}
@@ -266,7 +288,7 @@ def _arrive(use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> d
     flight = _current(use.record)
     if not (flight.context.first_order or flight.context.curvature):
         return {}
-    return flight.visit(use, saved, gs)
+    return flight.visit(use, saved, gs, sums)
 
 
 def enter(record: Record) -> None:

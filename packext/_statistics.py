@@ -61,12 +61,16 @@ class Statistics:
             if deliver:
                 self.known["total"] = rows.sum(0)
         tiled = [w for w in missing if w == "rows" and w not in self.known]
-        for want in missing:
-            if want not in ("rows", "dots") and not self._direct(want, bool(tiled or visitors), deliver):
-                tiled.append(want)
         one_term = isinstance(f, Outer) and f.s == 1
+        # With the sum known, inner products with it need one tile at a time.
+        sums = "dots" in missing and "total" in self.known and not one_term and "rows" not in self.known
+        for want in sorted(missing, key="sq_norms".__eq__):  # last, as they are cheap where tiles are formed
+            if want not in ("rows", "dots") and not self._direct(want, bool(tiled or visitors), deliver, sums):
+                tiled.append(want)
+        if sums and (tiled or visitors):
+            tiled.append("dots")
         blocks = self._blocks() if not (visitors or "rows" in tiled) else 0
-        together = "dots" in missing and not one_term and (blocks > 0 or self._keepable(KEEP))
+        together = "dots" in missing and not sums and not one_term and (blocks > 0 or self._keepable(KEEP))
         if tiled or visitors or (together and deliver):
             if deliver and not one_term:
                 tiled.append("total")
@@ -78,14 +82,15 @@ class Statistics:
             else:
                 self._tiles(wanted, visitors, buffer)
         if "dots" in missing and "dots" not in self.known:
-            self.known["dots"], self.route["dots"] = self.dots(self["total"]), "factors"
+            quick = self.form.dots_with_sum()
+            self.known["dots"], self.route["dots"] = self.dots(self["total"]) if quick is None else quick, "factors"
         release()
 
-    def _direct(self, want: str, tiles_run: bool, deliver: bool) -> bool:
+    def _direct(self, want: str, tiles_run: bool, deliver: bool, dots: bool) -> bool:
         one_term = isinstance(self.form, Outer) and self.form.s == 1
         if want == "total" and tiles_run and not one_term:
             return False
-        if want == "sq_norms" and self._tiles_beat_gram(tiles_run, deliver):
+        if want == "sq_norms" and self._tiles_beat_gram(tiles_run, deliver, dots):
             return False
         if want == "gram" and not (isinstance(self.form, Outer) and self.form.tokens_are_few):
             if self._keepable(2 * KEEP) or self._blocks():
@@ -105,13 +110,15 @@ class Statistics:
         f = self.form
         return f.outputs_at_once() if isinstance(f, Outer) and f.s > 1 and not torch.is_grad_enabled() else 0
 
-    def _tiles_beat_gram(self, tiles_run: bool, deliver: bool) -> bool:
+    def _tiles_beat_gram(self, tiles_run: bool, deliver: bool, dots: bool) -> bool:
         f = self.form
         if not isinstance(f, Outer) or f.s == 1:
             return False
         gram = f.groups * f.s * (f.s * (f.i + f.o) + f.s * ELEMENTWISE)
         product = f.groups * f.s * f.i * f.o
         tiles = ELEMENTWISE * f.groups * f.o * f.i
+        if dots:  # which then come from the tiles, too, and not from a product of their own
+            gram, tiles = gram + product, 2 * tiles
         if isinstance(f.a, Patches):
             unfold = WRITE * f.groups * f.s * f.i
             gram, tiles = gram + unfold, tiles + (0 if tiles_run else unfold)
@@ -157,7 +164,9 @@ class Statistics:
         shifted = centre = zeros("scatter" in wants)
         norms: list[Tensor] = []
         kept: list[Tensor] = []
-        need_rows = any(w in wants for w in ("rows", "gram", "dots"))
+        dots: list[Tensor] = []
+        direction = self.known["total"].reshape(-1) if "dots" in wants and "total" in self.known else None
+        need_rows = "rows" in wants or "gram" in wants or ("dots" in wants and direction is None)
         # In place only where no graph is being recorded (create_graph=True records one).
         recorded = torch.is_grad_enabled()
         out: Tensor | None = None
@@ -179,6 +188,8 @@ class Statistics:
             if "sq_norms" in wants:
                 # The first allocates no tile, the second has a gradient at zero.
                 norms.append(torch.linalg.vecdot(flat, flat) if recorded else torch.linalg.vector_norm(flat, dim=1))
+            if direction is not None:
+                dots.append(flat @ direction)
             if "total" in wants or "scatter" in wants:
                 total = total + rows.sum(0) if recorded else total.add_(rows[0] if len(rows) == 1 else rows.sum(0))
             if "second_moment" in wants:
@@ -208,8 +219,10 @@ class Statistics:
                 found["rows"] = rows
             if "gram" in wants:
                 found["gram"] = flat @ flat.T
-            if "dots" in wants:
-                found["dots"] = flat @ self.known.get("total", total).reshape(-1)
+            if "dots" in wants and direction is None:
+                found["dots"] = flat @ total.reshape(-1)
+        if direction is not None:
+            found["dots"] = torch.cat(dots) if dots else total.new_zeros(0)
         self.known.update(found)
         self.route.update(dict.fromkeys(found, "tiles"))
 

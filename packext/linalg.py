@@ -79,7 +79,7 @@ class _Space:
     def given(self, tree: Any, what: str) -> Tensor:
         """Pack an argument."""
         flat = self.pack(tree, what)
-        _check(bool(flat.isfinite().all()), f"{self.name}: {what} has entries that are NaN or infinite.")
+        _check(_finite(flat), f"{self.name}: {what} has entries that are NaN or infinite.")
         return flat
 
     def unpack(self, flat: Tensor) -> Any:
@@ -101,7 +101,7 @@ class _Space:
         def apply(flat: Tensor) -> Tensor:
             self.calls += 1
             out = self.pack(matvec(self.unpack(flat)), f"the result of {what}")
-            if not out.isfinite().all():
+            if not _finite(out):
                 raise PackextError(f"{self.name}: {what} gave entries that are NaN or infinite.")
             return out
 
@@ -112,6 +112,11 @@ class _Space:
         if distribution == "normal":
             return torch.randn(self.size, **kind).to(self.device)
         return torch.randint(2, (self.size,), **kind).to(self.device) * 2 - 1
+
+
+def _finite(flat: Tensor) -> bool:
+    """Whether all entries are; of a sum that is not, one of them may not be."""
+    return math.isfinite(float(flat.sum())) or bool(flat.isfinite().all())
 
 
 def _own(generator: torch.Generator | None) -> torch.Generator:
@@ -196,11 +201,11 @@ def cg(
 
 def _orthonormal(w: Tensor, basis: Tensor, floor: float) -> tuple[Tensor | None, float]:
     """What of `w` is orthogonal to the rows of `basis`, as a unit vector, and its norm; None if at most `floor`."""
-    w = w - (basis @ w) @ basis
+    w = torch.addmv(w, basis.mT, basis @ w, alpha=-1)
     norm = float(w.norm())
     if norm > floor:
         w = w / norm
-        w = w - (basis @ w) @ basis
+        w = torch.addmv(w, basis.mT, basis @ w, alpha=-1)
         again = float(w.norm())
         if again > 0.5:  # else it was rounding
             return w / again, norm * again
@@ -279,7 +284,8 @@ def eigsh(
         maxiter: cycles, each of up to `ncv` products with A.
         tol: converged are residuals `|A v - value v|` of at most `tol` times the largest norm of an `A v` seen.
         generator: of the first vector.
-        start: the first vector in place of a random one; eigenvectors to which it is orthogonal are not found.
+        start: the first vector in place of a random one; eigenvectors to which it is orthogonal are not found. With
+            k = 1, the products end as soon as they suffice, but not before the third.
 
     Returns:
         Values `[k]` from the wanted end inwards, vectors `[k, *p]` in the structure of `like`, and residuals `[k]`.
@@ -295,9 +301,9 @@ def eigsh(
     m = min(space.size, max(2 * k + 1, 20) if ncv is None else ncv)
     _check(k < m or m == space.size, f"eigsh: ncv must be larger than k = {k}, got {ncv}.")
     apply, generator, eps = space.operator(matvec), _own(generator), torch.finfo(space.dtype).eps
-    basis = torch.zeros(m, space.size, dtype=space.dtype, device=space.device)
-    images = torch.zeros_like(basis)
-    filled, looking, scale = 0, False, 0.0
+    basis = torch.empty(m, space.size, dtype=space.dtype, device=space.device)
+    images = torch.empty_like(basis)
+    filled, used, looking, scale = 0, 0, False, 0.0
     new = None if start is None else space.given(start, "start")
     for cycle in range(maxiter):
         for j in range(filled, m):
@@ -306,22 +312,29 @@ def eigsh(
                 v = _orthonormal(space.random(generator), basis[:j], 0.0)[0]
             basis[j] = v
             images[j] = new = apply(v)
-            scale = max(scale, float(new.norm()))
-        h = basis @ images.mT
+            scale, used = max(scale, float(new.norm())), j + 1
+            if k == 1 and start is not None and 2 <= j < m - 1:
+                h = basis[:used] @ images[:used].mT
+                values, s = torch.linalg.eigh((h + h.mT) / 2)
+                share = s[j, orders[which](values).argmax()]
+                # Of the residual there is only what leads out of the basis.
+                if float((share * (new - h[:, j] @ basis[:used])).norm()) <= tol * scale:
+                    break
+        h = basis[:used] @ images[:used].mT
         if float((h - h.mT).abs().max()) > space.eps**0.5 * scale:
             raise PackextError("eigsh: matvec is not a symmetric operator, or not the same one at each call.")
         values, s = torch.linalg.eigh((h + h.mT) / 2)
         order = orders[which](values).argsort(descending=True)
         values, s = values[order], s.mT[order]  # Ritz values, and the coefficients of their vectors in rows
-        remainders = s[:k] @ images - values[:k, None] * (s[:k] @ basis)
+        remainders = s[:k] @ images[:used] - values[:k, None] * (s[:k] @ basis[:used])
         residuals = remainders.norm(dim=1)
         converged = float(residuals.max()) <= max(tol, m * eps) * scale
         if converged and (k == 1 or looking or m == space.size) or cycle == maxiter - 1:
             break
-        looking, filled = converged, k + (m - k) // 2
+        looking, filled = converged, min(used, k + (m - k) // 2)
         new = None if converged else remainders[residuals.argmax()]
-        basis[:filled], images[:filled] = s[:filled] @ basis, s[:filled] @ images
-    return Eigenpairs(values[:k], space.unpack(s[:k] @ basis), residuals, converged, space.calls)
+        basis[:filled], images[:filled] = s[:filled] @ basis[:used], s[:filled] @ images[:used]
+    return Eigenpairs(values[:k], space.unpack(s[:k] @ basis[:used]), residuals, converged, space.calls)
 
 
 class Estimate(NamedTuple):

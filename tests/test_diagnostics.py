@@ -39,7 +39,7 @@ from packext.diagnostics import (
     linear,
     logarithmic,
 )
-from packext.diagnostics._step import SlopeDot, SubsetGrad
+from packext.diagnostics._step import DrawnGrad, SlopeDot
 from tests.helpers import batch, double_precision, mlp
 
 LR = 0.1
@@ -687,12 +687,13 @@ def test_samples_that_stand_for_all_are_the_same_for_all_parameters() -> None:
     model.eval()
     x, y = images(40)
     u = {p: torch.randn_like(p) for p in model.parameters()}
-    asked = SlopeDot(u, 3), SubsetGrad(3, 16), px.BatchGrad()
+    asked = SlopeDot(u, 3), DrawnGrad(3, 16, 10**6), px.BatchGrad()
     with px.backpack(*asked, scale="sample") as results:
         loss(model(x.double()), y).backward()
     for p in u:
         found = results[p]
         assert found.slope_dot.shape == (16,)
-        torch.testing.assert_close(found.slope_dot, found.subset_grad.flatten(1) @ u[p].flatten())
-        apart = (found.subset_grad[:, None] - found.grad_batch).flatten(2).abs().amax(2)
+        rows = found.drawn_grad.values
+        torch.testing.assert_close(found.slope_dot, rows @ u[p].flatten())
+        apart = (rows[:, None] - found.grad_batch.flatten(1)).abs().amax(2)
         assert len(set(apart.argmin(1).tolist())) == 16 and apart.amin(1).max() < 1e-9

@@ -40,6 +40,7 @@ from packext.diagnostics import (
     UpdateCurvature,
     UpdateSize,
 )
+from packext.diagnostics.instruments.curvature import MeanTopEigenvalues
 from tests.cases import CASES, Case
 from tests.helpers import batch, double_precision, mlp
 from tests.test_curvature import curved
@@ -305,6 +306,35 @@ def test_the_largest_eigenvalue_over_several_steps_is_never_the_smallest() -> No
             with torch.no_grad():
                 for p in model.parameters():
                     p += 0.05 * torch.randn_like(p)
+
+
+class Hasty(HessMaxEV):
+    """Stops after two products, whatever their residual."""
+
+    @property
+    def needs(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (MeanTopEigenvalues(tol=self.tol, start=self._vector, ncv=2, maxiter=1),)
+
+
+def test_a_largest_eigenvalue_that_has_not_converged_is_not_given() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 3))
+    hasty, _, loss = watched(Hasty(), model=model)
+    monitor, _, _ = watched(HessMaxEV(), model=model, loss=loss)
+    refused = 0
+    for _ in range(12):  # a new batch each, from whose eigenvectors the last one is far
+        x, y = 3 * torch.randn(N, 5), torch.randint(3, (N,))
+        top = float(torch.linalg.eigvalsh(hessian(model, loss, x, y))[-1])
+        for one in (monitor, hasty):
+            step_of(one, model, loss, x, y)
+            if "HessMaxEV" in one.absent or "Hasty" in one.absent:
+                assert one is hasty and "has not converged" in one.absent["Hasty"]
+                refused += 1
+                continue
+            name = one.instruments[0].name
+            value, residual = one.values[name], one.values[f"{name}.residual"]
+            assert residual <= 0.1 * value and abs(value - top) < 0.1 * top
+    assert refused > 6
 
 
 def test_trace_of_the_hessian() -> None:

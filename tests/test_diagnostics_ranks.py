@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -294,7 +295,10 @@ def worker(rank: int, port: int, path: str) -> None:
         for task in TASKS:
             task(rank)
         continued(rank, path)
+        dist.barrier()  # who ends first takes the store with it
     finally:
+        ALONE.clear()
+        gc.collect()  # groups that outlive this in a model abort the process at its end
         dist.destroy_process_group()
 
 

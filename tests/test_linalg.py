@@ -688,5 +688,9 @@ def test_eigsh_from_a_vector_that_is_nearly_right() -> None:
     start = cold.vectors[0] + 1e-6 * torch.randn(60)
     warm = linalg.eigsh(lambda v: matrix @ v, like, ncv=8, tol=1e-6, start=start)
     assert warm.converged and warm.matvecs < cold.matvecs and math.isclose(warm.values[0], 61.0, rel_tol=1e-9)
+    rough = linalg.eigsh(lambda v: matrix @ v, like, ncv=8, tol=1e-2, start=start)
+    assert rough.converged and rough.matvecs == 3 and rough.residuals[0] < 0.61
+    far = linalg.eigsh(lambda v: matrix @ v, like, ncv=8, tol=1e-2, start=torch.randn(60))
+    assert far.converged and far.matvecs > 3 and math.isclose(far.values[0], 61.0, rel_tol=1e-2)
     with pytest.raises(ValueError, match="start"):
         linalg.eigsh(lambda v: matrix @ v, like, start=torch.zeros(3))

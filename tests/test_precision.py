@@ -226,3 +226,16 @@ def test_extreme_scales_do_not_under_or_overflow_needlessly(scale: float) -> Non
     variance(model, x, v)
     want = of_pairs(torch.einsum("no,ni->noi", v.double(), x.double()))
     assert ((model.weight.variance - want).abs() / want).max() < 1e-3
+
+
+def test_a_sum_that_torch_has_rounded_is_not_what_inner_products_are_taken_with() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), Pool(), nn.Linear(4, 3)).bfloat16()
+    x, y = torch.randn(N, 6, 5, dtype=torch.bfloat16), torch.randint(3, (N,))
+    model, loss = px.extend(model), px.extend(nn.CrossEntropyLoss())
+    found = []
+    for exact_grad in (False, True):
+        with px.backpack(px.GradDot(), exact_grad=exact_grad) as results:
+            loss(model(x).float(), y).backward()
+        found.append(results["0.weight"].grad_dot)
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)

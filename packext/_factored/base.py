@@ -79,6 +79,28 @@ class Factored:
         picked = [self.rows(i, i + 1) for i in index.tolist()]
         return torch.cat(picked) if picked else self.rows(0, 0)
 
+    def subset(self, index: Tensor) -> Factored:
+        """The form of the samples in `index` alone."""
+        return Dense(self.select(index))
+
+    def drawn(self, index: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random entries of some rows, each entry of a row being as likely as any other.
+
+        Args:
+            index: of the samples, `[m]`.
+            count: how many of each row; all if there are no more.
+            generator: of the draws, on the CPU.
+
+        Returns:
+            Entries `[m, k]` with k of at least `count`, and their positions in the flattened rows `[m, k]`.
+        """
+        if count >= self.numel:
+            rows = self.select(index).reshape(len(index), self.numel)
+            return rows, torch.arange(self.numel, device=self.device).expand_as(rows)
+        at = torch.randint(self.numel, (len(index), count), generator=generator).to(self.device)
+        found = [self.rows(n, n + 1).reshape(-1)[k] for n, k in zip(index.tolist(), at, strict=True)]
+        return torch.stack(found), at
+
     def tile(self) -> int:
         """How many samples make one tile."""
         return max(1, min(self.n, _scratch.TILE // max(1, self.numel)))
@@ -115,6 +137,10 @@ class Factored:
 
     def dots(self, direction: Tensor) -> Tensor | None:
         """Inner products of the rows with `direction`, `[N]`."""
+        return None
+
+    def dots_with_sum(self) -> Tensor | None:
+        """Inner products of the rows with their sum, `[N]`, where there is a cheaper way than by the sum."""
         return None
 
     def kronecker(self, reduce: bool) -> Kronecker | None:

@@ -45,6 +45,9 @@ class Lookup(Factored):
     def select(self, index: Tensor) -> Tensor:
         return self._scatter(self.index[index], self.g[index])
 
+    def subset(self, index: Tensor) -> Lookup:
+        return Lookup(self.index[index], self.g[index], self.shape, self.one_hot)
+
     def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sample `[U]`, id `[U]` and gradient `[U, E]` of each distinct (sample, id)."""
         if self._grouped is None:

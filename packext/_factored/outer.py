@@ -154,6 +154,30 @@ class Outer(Factored):
             return super().select(index)
         return torch.matmul(self.g[index].to(self.acc), self.a[index].to(self.acc)).reshape(len(index), *self.shape)
 
+    def subset(self, index: Tensor) -> Factored:
+        if isinstance(self.a, Patches):
+            return super().subset(index)
+        return Outer(self.a[index], self.g[index], self.shape, stored=self.stored)
+
+    def drawn(self, index: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Where there are positions, all inputs of random outputs: a product with the patches of a sample each."""
+        outputs, m = self.groups * self.o, len(index)
+        if count >= self.numel:
+            return super().drawn(index, count, generator)
+        if self.s == 1 and not isinstance(self.a, Patches):
+            at = torch.randint(self.numel, (m, count), generator=generator).to(self.device)
+            g, a = self.g[index].to(self.acc).flatten(1), self.a[index].to(self.acc).flatten(1)
+            out = at // self.i
+            return g.gather(1, out) * a.gather(1, out // self.o * self.i + at % self.i), at
+        chosen = torch.rand(m, outputs, generator=generator).argsort(1)[:, : -(-count // self.i)].to(self.device)
+        found = []
+        for n, some in zip(index.tolist(), chosen, strict=True):
+            a, g = self.pair(n, n + 1)
+            g = g.reshape(outputs, self.s)[some]
+            found.append(g @ a[0, 0] if self.groups == 1 else torch.bmm(g[:, None], a[0, some // self.o])[:, 0])
+        at = chosen[:, :, None] * self.i + torch.arange(self.i, device=self.device)
+        return torch.stack(found).flatten(1), at.flatten(1)
+
     def weighted(self, weight: Tensor | None) -> Tensor | None:
         if self._weighted is not None:
             return self._weighted(weight).to(self.acc)
@@ -242,7 +266,16 @@ class Outer(Factored):
             return None
         a, g = self.pair(0, self.n)
         d = direction.reshape(self.groups, self.o, self.i).to(self.acc)
+        if self.groups == 1:  # one product for all samples, which reads the direction once
+            return (torch.matmul(a[:, 0], d[0].mT) * g[:, 0].mT).sum((1, 2))
         return (torch.matmul(d, a.mT) * g).sum((1, 2, 3))
+
+    def dots_with_sum(self) -> Tensor | None:
+        """By products of all pairs of samples, `(a aᵀ)(g gᵀ)` summed over one of them."""
+        if self.s != 1 or self.n * (self.i + self.o) >= self.i * self.o:
+            return None
+        a, g = self.pair(0, self.n)
+        return (gram(a[:, :, 0].transpose(0, 1)) * gram(g[..., 0].transpose(0, 1))).sum((0, 1))
 
     def kronecker(self, reduce: bool) -> Kronecker:
         terms = Terms(self.g.sum(3, keepdim=True, dtype=self.acc)) if reduce else self.terms

@@ -162,6 +162,7 @@ class Ranks:
         several = len(step.passes) > 1
         merged.results = [{("grad_dot" if f == "kept" else f): done[key] for f, key in part.items()} for part in where]
         step.passes = [merged]
+        step._shared.clear()  # it holds what this process alone has seen
         if several:
             step._outside = (
                 "whether terms of the loss pass by the model is not checked over several backward passes in several "

@@ -6,12 +6,13 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import packext as px
+from packext.diagnostics._tensors import inner, norms
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def _sum(values: list[Any]) -> Any:
 COMBINE: dict[str, Callable[[list[Any]], Any]] = {
     "batch_l2": torch.cat,
     "slope_dot": torch.cat,
-    "subset_grad": torch.cat,
+    "drawn_grad": lambda parts: Drawn(*map(torch.cat, zip(*parts, strict=True))),
     "sum_grad_squared": _sum,
     "diag_ggn_exact": _sum,
     "diag_ggn_mc": _sum,
@@ -51,7 +52,7 @@ COMBINE: dict[str, Callable[[list[Any]], Any]] = {
 #: How results grow with a factor on the loss, by savefield: that power of it is divided out.
 POWERS: dict[str, int] = {
     "batch_l2": 2, "grad_dot": 2, "batch_dot": 2, "sum_grad_squared": 2, "variance": 2,
-    "grad_batch": 1, "subset_grad": 1, "slope_dot": 1, "grad_projected": 1,
+    "grad_batch": 1, "drawn_grad": 1, "slope_dot": 1, "grad_projected": 1,
     "diag_ggn_exact": 1, "diag_ggn_mc": 1, "ggn_gram": 1, "hessian_trace": 1, "mean_hessian_trace": 1,
     "top_eigenvalues": 1, "mean_top_eigenvalues": 1,
     "kept": 0,  # divided when it is read
@@ -168,6 +169,9 @@ class Step:
     @property
     def losses(self) -> Tensor:
         """The samples' own losses `[N]`; only for instruments with `losses = True`."""
+        return self.once("losses", self._losses)
+
+    def _losses(self) -> Tensor:
         found = []
         self._known_share()
         for p in self._passed():
@@ -212,11 +216,42 @@ class Step:
         self._passed()
         return self._start
 
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives, computed once for all instruments that name it alike."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    @property
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Norms of `gradient`: of the whole under "", and by parameter."""
+        gradient = self.gradient
+        return self.once("gradient norms", lambda: norms(gradient))
+
+    @property
+    def update_norms(self) -> dict[str, Tensor]:
+        """Norms of `update`: of the whole under "", and by parameter."""
+        _ = self.update  # which says why there is none
+        return self._update_norms()
+
+    def along(self, gradient: dict[str, Tensor], direction: dict[str, Tensor]) -> float:
+        """The inner product of the gradient with a direction, by parameter."""
+        total = lambda: sum(inner(g, direction[k].to(g.dtype)) for k, g in gradient.items())  # noqa: E731
+        return self.once(("along", id(direction)), total)
+
+    def _update_norms(self) -> dict[str, Tensor]:
+        return self.once("update norms", lambda: norms(self._update or {}))
+
+    def _moved(self) -> bool:
+        update = self._update or {}
+        # The square of what is very small is zero.
+        return any(bool(self._update_norms()[k]) or bool(u.any()) for k, u in update.items())
+
     @property
     def update(self) -> dict[str, Tensor]:
         """What the step has added to the parameters, whoever did it."""
         self._passed()
-        if self._update is None or not any(bool(u.any()) for u in self._update.values()):
+        if self._update is None or not self.once("moved", self._moved):
             raise Absent("no update: the parameters did not change between the backward pass and the end of the step")
         return self._update
 
@@ -224,7 +259,7 @@ class Step:
     def direction(self) -> dict[Tensor, Tensor]:
         """The update by the parameters themselves, as `GradDot` takes directions; the same object at each call."""
         update = self.update
-        return self._shared.setdefault("direction", {self.parameters[name]: u for name, u in update.items()})
+        return self.once("direction", lambda: {self.parameters[name]: u for name, u in update.items()})
 
     @property
     def factor(self) -> float:
@@ -269,9 +304,9 @@ def rescaled(savefield: str, value: Any, multiplier: float) -> Any:
     if multiplier == 1.0 or not power:
         return value
     factor = multiplier**-power
-    if isinstance(value, tuple):  # estimates and eigenvalues: vectors have no scale
-        vectors = getattr(value, "vectors", None)
-        parts = (v if v is None or v is vectors else v * factor for v in value)
+    if isinstance(value, tuple):  # estimates and eigenvalues: vectors and positions have no scale
+        plain = (getattr(value, "vectors", None), getattr(value, "positions", None))
+        parts = (v if any(v is p for p in plain) else v * factor for v in value)
         return type(value)(*parts)  # type: ignore[arg-type]
     return value * factor
 
@@ -290,8 +325,8 @@ class Count(px.BatchL2Grad):
         return ask.n
 
 
-def _drawn(n: int, samples: int, seed: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+def _drawn(n: int, samples: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(n, generator=generator)[:samples]
 
 
 class SlopeDot(px.GradDot):
@@ -308,25 +343,34 @@ class SlopeDot(px.GradDot):
         """The inner products for one parameter; None for one without a direction."""
         if self.direction is None or ask.parameter not in self.direction:
             return None
-        order = torch.tensor(_drawn(ask.n, self.samples, self.seed), device=ask.parameter.device)
-        form = ask.statistics.form
-        if getattr(form, "s", 1) == 1:  # without positions to sum over, those of all samples cost least
-            return super().result(ask)[order]
-        rows = form.select(order)
-        return rows.reshape(len(order), -1) @ self.direction[ask.parameter].to(rows).flatten() * ask.factor
+        order = _drawn(ask.n, self.samples, torch.Generator().manual_seed(self.seed)).to(ask.parameter.device)
+        form = ask.statistics.form.subset(order)
+        return form.dots(self.direction[ask.parameter].to(form.acc)) * ask.factor
 
 
-class SubsetGrad(px.BatchGrad):
-    """Individual gradients `[samples, *p]` of some samples, drawn anew by seed, in `subset_grad`."""
+class Drawn(NamedTuple):
+    """Entries of individual gradients `[samples, k]`, and their positions in the flattened parameter `[samples, k]`."""
 
-    savefield = "subset_grad"
+    values: Tensor
+    positions: Tensor
 
-    def __init__(self, seed: int, samples: int) -> None:
-        """Take the seed of the draw, and how many; all if the batch has no more."""
-        super().__init__([])
-        self.samples, self.seed = samples, seed
 
-    def result(self, ask: Any) -> Tensor:
-        """The rows for one parameter."""
-        self.subsampling = _drawn(ask.n, self.samples, self.seed)
-        return super().result(ask)
+class DrawnGrad(px.BatchL2Grad):
+    """Random entries of individual gradients of some samples, drawn anew by seed, in `drawn_grad`."""
+
+    savefield = "drawn_grad"
+
+    def __init__(self, seed: int, samples: int, entries: int) -> None:
+        """Take the seed of the draw, how many samples, and how many entries of each; all if there are no more."""
+        self.seed, self.samples, self.entries = seed, samples, entries
+
+    def wants(self, form: Any) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
+    def result(self, ask: Any) -> Drawn:
+        """The entries for one parameter."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = _drawn(ask.n, self.samples, generator).to(ask.parameter.device)
+        values, positions = ask.statistics.form.drawn(order, self.entries, generator)
+        return Drawn(values * ask.factor, positions)

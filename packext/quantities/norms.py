@@ -61,7 +61,7 @@ class GradDot(Quantity):
         self.direction = direction
 
     def wants(self, form: Factored) -> tuple[str, ...]:
-        return ("total", "dots") if self.direction is None else ()
+        return ("dots",) if self.direction is None else ()
 
     def result(self, ask: Ask) -> Tensor:
         if self.direction is not None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
@@ -44,8 +43,8 @@ class _Parabola(Instrument):
     def measure(self, step: Step) -> None:
         self._before = self._follow = None
         update, gradient = step.update, step.pure_gradient
-        self._before = _end(step, _along(gradient, update))
-        self._length = sum(float(u.double().square().sum()) for u in update.values()) ** 0.5
+        self._before = _end(step, step.along(gradient, update))
+        self._length = float(step.update_norms[""])
         self._update = update
         self._follow = (SlopeDot(step.direction, step.number + 1),)
 
@@ -55,17 +54,13 @@ class _Parabola(Instrument):
     def conclude(self, step: Step) -> Any:
         before = self._before
         slopes = step["slope_dot"].double()
-        after = _end(step, _along(step.gradient, self._update))
+        after = _end(step, step.along(step.gradient, self._update))
         assert before is not None
         return self.read(parabola(before, after, float(slopes.var())), self._length)
 
     def read(self, fit: np.ndarray, length: float) -> Any:
         """What the instrument shows of w0, w1, w2."""
         raise NotImplementedError
-
-
-def _along(gradient: dict[str, Tensor], update: dict[str, Tensor]) -> float:
-    return sum(float((g.double() * update[k].double()).sum()) for k, g in gradient.items())
 
 
 def _end(step: Step, slope: float) -> _End:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._step import Absent, Step
+from packext.diagnostics._tensors import norms_apart
 
 
 class Loss(Instrument):
@@ -26,13 +26,6 @@ class Time(Instrument):
         return {"": began + step.seconds, ".step": step.seconds}
 
 
-def norms(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Euclidean norms: of all together under "", and of each."""
-    each = [t.float() if t.itemsize < 4 else t for t in tensors.values()]
-    found = dict(zip(tensors, torch._foreach_norm(each), strict=True))  # pyright: ignore[reportPrivateImportUsage]
-    return {"": torch.stack([v.double().cpu() for v in found.values()]).norm(), **found}
-
-
 class GradNorm(Instrument):
     """Norm of the gradient, whole and of each parameter: the mean of the samples' own gradients, before clipping.
 
@@ -40,14 +33,14 @@ class GradNorm(Instrument):
     """
 
     def measure(self, step: Step) -> dict[str, Any]:
-        return norms(step.gradient)
+        return step.gradient_norms
 
 
 class UpdateSize(Instrument):
     """Norm of what the step has added to the parameters, whole and of each parameter."""
 
     def measure(self, step: Step) -> dict[str, Any]:
-        return norms(step.update)
+        return step.update_norms
 
 
 class Distance(Instrument):
@@ -72,4 +65,4 @@ class Distance(Instrument):
         start = step.start
         if start.keys() != self._first.keys():
             raise Absent("other parameters require grad than in the first step")
-        return norms({name: p - self._first[name] for name, p in start.items()})
+        return norms_apart(start, self._first)

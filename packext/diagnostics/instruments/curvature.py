@@ -10,6 +10,7 @@ from torch import Tensor
 import packext as px
 from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._step import Absent, Step
+from packext.diagnostics._tensors import CHUNK
 
 DIAGONALS = {"ggn_mc": px.DiagGGNMC, "ggn": px.DiagGGNExact}
 
@@ -53,7 +54,7 @@ class HessTrace(Instrument):
     def measure(self, step: Step) -> dict[str, Any]:
         if not self.hessian:
             n = step.n
-            found = {name: d.double().sum() / n for name, d in step.layers(self.needs[-1].savefield).items()}
+            found = {name: d.sum(dtype=torch.double) / n for name, d in step.layers(self.needs[-1].savefield).items()}
             return {"": sum(found.values()), **found}
         traces = step.layers("mean_hessian_trace")
         draws = torch.stack([t.draws.double() for t in traces.values()]).sum(0)
@@ -65,12 +66,22 @@ class HessTrace(Instrument):
 class HessMaxEV(Instrument):
     """The largest eigenvalue of the loss's Hessian, by Lanczos, and the norm of its residual.
 
-    An eigenvalue lies within "HessMaxEV.residual" of the value. Each step starts from the eigenvector of the last one
-    that was tracked, with a random part, so that a direction which has become the largest is found.
+    An eigenvalue lies within "HessMaxEV.residual" of the value, whose own error is of the order of the residual's
+    square over the distance to the next eigenvalue. Each step starts from the eigenvector of the last one that was
+    tracked, with a random part, so that a direction which has become the largest is found; it takes three products
+    with the Hessian, and more until the residual is small enough (20 in the first step, which starts from nothing).
+    Absent where the residual ends above a tenth of the value (or `tol` of it, if that is more): that may be no
+    eigenvalue, let alone the largest. The next step goes on from there.
     """
 
-    def __init__(self, tol: float = 1e-2) -> None:
-        """Choose the residual that is good enough, relative to the Hessian's norm."""
+    def __init__(self, tol: float = 0.1) -> None:
+        """Choose the residual that is small enough, relative to the Hessian's norm.
+
+        Raises:
+            ValueError: if it is not positive.
+        """
+        if not tol > 0:
+            raise ValueError(f"tol must be positive, got {tol!r}.")
         self.tol = tol
         self._vector: dict[Tensor, Tensor] | None = None
         self._generator = torch.Generator().manual_seed(0)
@@ -85,10 +96,14 @@ class HessMaxEV(Instrument):
         size = sum(e.vectors[0].numel() for e in found.values())
         self._vector = {
             step.parameters[name]: e.vectors[0]
-            + 0.1 / size**0.5 * torch.randn(e.vectors[0].shape, generator=self._generator).to(e.vectors)
+            + torch.empty(e.vectors[0].shape).uniform_(-1, 1, generator=self._generator).to(e.vectors)
+            * (0.2 / size**0.5)
             for name, e in found.items()
         }
-        return {"": first.values[0], ".residual": first.residuals[0]}
+        value, residual = float(first.values[0]), float(first.residuals[0])
+        if residual > max(self.tol, 0.1) * abs(value):
+            raise Absent(f"Lanczos has not converged: {value:.6g} has a residual of {residual:.3g}")
+        return {"": value, ".residual": residual}
 
 
 class _Criterion(Instrument):
@@ -100,10 +115,9 @@ class _Criterion(Instrument):
         self.epsilon = epsilon
 
     def _pairs(self, step: Step) -> list[tuple[Tensor, Tensor]]:
-        """Mean squared gradient and curvature of each entry, of each parameter."""
-        n, squares = step.n, step.layers("sum_grad_squared")
-        diagonals = step.layers(self.needs[-1].savefield)
-        return [(s.double() / n, diagonals[name].double() / n) for name, s in squares.items()]
+        """Sums over the samples of squared gradient and curvature of each entry, of each parameter."""
+        squares, diagonals = step.layers("sum_grad_squared"), step.layers(self.needs[-1].savefield)
+        return [(s.reshape(-1), diagonals[name].reshape(-1)) for name, s in squares.items()]
 
 
 class TICDiag(_Criterion):
@@ -115,12 +129,13 @@ class TICDiag(_Criterion):
     """
 
     def measure(self, step: Step) -> float:
-        return sum(float((s / (h + self.epsilon)).sum()) for s, h in self._pairs(step))
+        n, parts = step.n, [zip(s.split(CHUNK), h.split(CHUNK), strict=True) for s, h in self._pairs(step)]
+        return sum(float((s.double() / (h.double() + n * self.epsilon)).sum()) for part in parts for s, h in part)
 
 
 class TICTrace(_Criterion):
     """Takeuchi's information criterion from traces alone: sum of s_d over (sum of h_d + epsilon), as for `TICDiag`."""
 
     def measure(self, step: Step) -> float:
-        pairs = self._pairs(step)
-        return sum(float(s.sum()) for s, _ in pairs) / (sum(float(h.sum()) for _, h in pairs) + self.epsilon)
+        s, h = (sum(float(t.sum(dtype=torch.double)) for t in parts) for parts in zip(*self._pairs(step), strict=True))
+        return s / (h + step.n * self.epsilon)

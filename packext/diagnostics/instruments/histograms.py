@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
-from packext.diagnostics._step import Absent, Step, SubsetGrad
+from packext.diagnostics._step import Absent, Drawn, DrawnGrad, Step
+
+#: Entries of each parameter that are drawn for each sample; both histograms ask for the same.
+ENTRIES = 512
 
 
 class _Sampled(Instrument):
-    """Looks at the individual gradients of a few samples, drawn anew in each step by a generator of its own."""
+    """Looks at random entries of individual gradients of some samples, drawn in each step by a generator of its own."""
 
     samples: int | None
 
@@ -22,7 +25,7 @@ class _Sampled(Instrument):
 
     @property
     def needs(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return (SubsetGrad(self._seed, self.samples),) if self.samples is not None else (self.exact(),)
+        return (DrawnGrad(self._seed, self.samples, ENTRIES),) if self.samples is not None else (self.exact(),)
 
     def exact(self) -> px.GradHistogram:
         """The quantity for all entries of all samples."""
@@ -30,14 +33,21 @@ class _Sampled(Instrument):
 
 
 def _range(given: float | None, values: list[Tensor], what: str) -> float:
-    largest = max(float(v.abs().max()) for v in values)
+    largest = max(float(torch.linalg.vector_norm(v, torch.inf)) for v in values)
     if not largest < float("inf"):
         raise Absent(f"not finite: a {what} is NaN or infinite")
     return given or largest or 1.0
 
 
 def _bins(values: Tensor, bins: int, limit: float) -> Tensor:
-    return ((values + limit) * (bins / (2 * limit))).long().clamp_(0, bins - 1)
+    return values.add(limit).mul_(bins / (2 * limit)).long().clamp_(0, bins - 1)
+
+
+def _whole(step: Step, shares: dict[str, Tensor]) -> Tensor:
+    """Shares among the entries of all parameters, from those among the entries of each."""
+    sizes = torch.tensor([float(step.parameters[name].numel()) for name in shares], dtype=torch.double)
+    each = torch.stack(list(shares.values()))
+    return torch.tensordot((sizes / sizes.sum()).to(each.device), each, 1)
 
 
 def _check(bins: int, limit: float | None, samples: int | None) -> None:
@@ -51,12 +61,13 @@ class GradHist1d(_Sampled):
     """Distribution of the entries of individual gradients over equal bins from -limit to limit.
 
     "GradHist1d" has the share of all entries in each bin (`[bins]`), "GradHist1d/<parameter>" the same for one
-    parameter, "GradHist1d.limit" the limit; entries beyond are in the outermost bins. By default the entries are those
-    of a few random samples; "GradHist1d.standard_error" `[bins]` says how far the whole batch may be from them, from
-    how much the samples differ. In units of the gradient of a sample's own loss.
+    parameter, "GradHist1d.limit" the limit; entries beyond are in the outermost bins. By default it looks at random
+    entries (512 of each parameter, or somewhat more) of some random samples, other entries for each of them;
+    "GradHist1d.standard_error" `[bins]` says how far all entries of the whole batch may be from them, from how much
+    these samples differ. In units of the gradient of a sample's own loss.
     """
 
-    def __init__(self, bins: int = 100, limit: float | None = None, samples: int | None = 4) -> None:
+    def __init__(self, bins: int = 100, limit: float | None = None, samples: int | None = 8) -> None:
         """Choose the bins.
 
         Args:
@@ -78,31 +89,30 @@ class GradHist1d(_Sampled):
             whole = sum(counts.values())
             shares = {name: c / c.sum() for name, c in counts.items()}
             return {"": whole / whole.sum(), ".limit": self.limit, **shares}  # type: ignore[union-attr]
-        rows = step.layers("subset_grad")
-        m, n = len(next(iter(rows.values()))), step.n
-        limit = _range(self.limit, list(rows.values()), "gradient")
-        offset = torch.arange(m, device=next(iter(rows.values())).device)[:, None] * self.bins
-        each = {  # [m, bins] of each parameter
-            name: torch.bincount(
-                (_bins(r.reshape(m, -1), self.bins, limit) + offset).flatten(), minlength=m * self.bins
-            )
-            .view(m, self.bins)
-            .double()
-            for name, r in rows.items()
-        }
-        total = torch.stack(list(each.values())).sum(0)
-        shares = total / total.sum(1, keepdim=True)
-        error = Absent("one sample was drawn") if m < 2 else (shares.var(0) * max(0.0, 1 - m / n) / m).sqrt()
-        layers = {name: c.sum(0) / c.sum() for name, c in each.items()}
+        rows, n = step.layers("drawn_grad"), step.n
+        limit = _range(self.limit, [r.values for r in rows.values()], "gradient")
+        each = {name: self._shares(r.values, limit) for name, r in rows.items()}
+        shares = _whole(step, each)  # [m, bins]
+        m = len(shares)
+        every = all(r.values.shape[1] == step.parameters[name].numel() for name, r in rows.items())
+        left = max(0.0, 1 - m / n) if every else 1.0  # of the variance, where the samples are part of a finite batch
+        error = Absent("one sample was drawn") if m < 2 else (shares.var(0) * left / m).sqrt()
+        layers = {name: c.mean(0) for name, c in each.items()}
         return {"": shares.mean(0), ".standard_error": error, ".limit": limit, **layers}
+
+    def _shares(self, values: Tensor, limit: float) -> Tensor:
+        """Of the entries of each sample `[m, k]` in each bin, `[m, bins]`."""
+        m, k = values.shape
+        index = _bins(values, self.bins, limit).add_(torch.arange(m, device=values.device)[:, None] * self.bins)
+        return torch.bincount(index.flatten(), minlength=m * self.bins).view(m, self.bins).double() / k
 
 
 class GradHist2d(_Sampled):
     """Distribution of the entries of individual gradients against the values of their parameters.
 
     "GradHist2d" has the share of all entries in each bin (`[param_bins, bins]`), "GradHist2d/<parameter>" the same for
-    one parameter; bins are equal, from -limit to limit and from -param_limit to param_limit, recorded as such. The
-    entries are those of a few random samples by default.
+    one parameter; bins are equal, from -limit to limit and from -param_limit to param_limit, recorded as such. By
+    default it looks at the same random entries as `GradHist1d`.
     """
 
     def __init__(
@@ -111,7 +121,7 @@ class GradHist2d(_Sampled):
         param_bins: int = 40,
         limit: float | None = None,
         param_limit: float | None = None,
-        samples: int | None = 4,
+        samples: int | None = 8,
     ) -> None:
         """Choose the bins.
 
@@ -137,15 +147,18 @@ class GradHist2d(_Sampled):
             limits = {".limit": self.limit, ".param_limit": self.param_limit}
             counts = {name: h.counts.double() for name, h in step.layers("grad_histogram").items()}
         else:
-            rows, start = step.layers("subset_grad"), step.start
-            limit = _range(self.limit, list(rows.values()), "gradient")
+            rows, start = step.layers("drawn_grad"), step.start
+            limit = _range(self.limit, [r.values for r in rows.values()], "gradient")
             param_limit = _range(self.param_limit, [start[name] for name in rows], "parameter")
             limits = {".limit": limit, ".param_limit": param_limit}
-            size = self.param_bins * self.bins
-            counts = {}
-            for name, r in rows.items():
-                index = _bins(start[name], self.param_bins, param_limit) * self.bins + _bins(r, self.bins, limit)
-                counted = torch.bincount(index.flatten(), minlength=size)
-                counts[name] = counted.view(self.param_bins, self.bins).double()
+            shares = {name: self._shares(r, start[name], limit, param_limit) for name, r in rows.items()}
+            return {"": _whole(step, shares), **limits, **shares}
         whole = torch.stack(list(counts.values())).sum(0)
         return {"": whole / whole.sum(), **limits, **{name: c / c.sum() for name, c in counts.items()}}
+
+    def _shares(self, drawn: Drawn, parameter: Tensor, limit: float, param_limit: float) -> Tensor:
+        values, positions = drawn
+        rows = _bins(parameter.reshape(-1)[positions], self.param_bins, param_limit)
+        index = rows.mul_(self.bins).add_(_bins(values, self.bins, limit))
+        counted = torch.bincount(index.flatten(), minlength=self.param_bins * self.bins)
+        return counted.view(self.param_bins, self.bins).double() / index.numel()

@@ -26,14 +26,18 @@ def _samples(step: Step) -> int:
 
 def _traces(step: Step) -> tuple[list[str], Tensor, Tensor, int]:
     """Names; of each parameter |g|² and the trace of the covariance `[L]`, in float64; N."""
+    return step.once("traces", lambda: _covariances(step))
+
+
+def _covariances(step: Step) -> tuple[list[str], Tensor, Tensor, int]:
     n, squares = _samples(step), step.layers("batch_l2")
     if len(step.passes) == 1:
         dots = step.layers("grad_dot")
-        mean = torch.stack([dots[k].double().mean() for k in squares])
+        mean = torch.stack([dots[k] for k in squares]).double().mean(1)
     else:
         gradient = step.pure_gradient
         mean = torch.stack([gradient[k].double().square().sum() for k in squares])
-    total = torch.stack([v.double().sum() for v in squares.values()])
+    total = torch.stack(list(squares.values())).double().sum(1)
     return list(squares), mean, (total - n * mean).clamp(min=0) / (n - 1), n
 
 

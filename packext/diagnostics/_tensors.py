@@ -1,0 +1,42 @@
+"""Norms and inner products of tensors as large as the parameters, without copies of them: memory is what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Products that are summed up in the precision of the tensors, before their sums are in float64.
+BLOCK = 1024
+
+#: Entries of a difference that are in memory at once.
+CHUNK = 1 << 16
+
+
+def inner(one: Tensor, other: Tensor) -> float:
+    """The inner product of two tensors of one shape and dtype."""
+    a, b = one.reshape(-1), other.reshape(-1)
+    size = a.numel() // BLOCK * BLOCK
+    blocks = torch.linalg.vecdot(a[:size].view(-1, BLOCK), b[:size].view(-1, BLOCK))
+    return float(blocks.double().sum() + torch.dot(a[size:], b[size:]))
+
+
+def norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Euclidean norms: of all together in float64 under "", and of each."""
+    each = [t.float() if t.itemsize < 4 else t for t in tensors.values()]
+    return _together(tensors, torch._foreach_norm(each))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def norms_apart(ones: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Norms of the differences of tensors of one name, as `norms` gives them."""
+    found = []
+    for name, one in ones.items():
+        pairs = zip(one.reshape(-1).split(CHUNK), others[name].reshape(-1).split(CHUNK), strict=True)
+        parts = [torch.linalg.vector_norm((a - b).float() if a.itemsize < 4 else a - b) for a, b in pairs]
+        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).norm())
+    return _together(ones, found)
+
+
+def _together(names: dict[str, Tensor], each: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {"": torch.stack([v.double().cpu() for v in each]).norm(), **dict(zip(names, each, strict=True))}

@@ -50,6 +50,13 @@ class UpdateSize(Instrument):
         return norms(step.update)
 
 
+class ParamNorm(Instrument):
+    """Norm of the parameters, whole and of each; taken where the gradient is."""
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        return norms(step.start)
+
+
 class Distance(Instrument):
     """Distance of the parameters from where they were at the first step that was tracked, whole and of each.
 

@@ -12,7 +12,8 @@ from packext.diagnostics._verdict import Rule
 
 def by_layer(values: Mapping[str, Any], name: str) -> dict[str, float]:
     """What an instrument says of each parameter, by its name."""
-    return {key[len(name) + 1 :]: value for key, value in values.items() if key.startswith(f"{name}/")}
+    prefix = f"{name}/"
+    return {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
 
 
 class Recent:

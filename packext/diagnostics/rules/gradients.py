@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
@@ -146,11 +147,8 @@ class NaNAhead(_Matrices):
         for name, value in watched.items():
             past = self._past.setdefault(name, Recent(self.looks))
             past.add(value)
-            v = list(past.values)
-            rises = [b - a for a, b in zip(v, v[1:], strict=False)]
-            if past.full and all(b > self.growth * a > 0 for a, b in zip(v, v[1:], strict=False)):
-                if all(b > a for a, b in zip(rises, rises[1:], strict=False)):
-                    grown[name] = (v[-1] / v[0]) ** (1 / (len(v) - 1))
+            if past.full and _exponential(list(past.values), self.growth):
+                grown[name] = (value / past.values[0]) ** (1 / (self.looks - 1))
         if self._first is None or not watched.get("Loss", 0.0) > self._first:
             # Outputs grow fast where learning begins, and gradients for a while at the edge of stability.
             grown = {name: growth for name, growth in grown.items() if "/" in name}
@@ -162,6 +160,13 @@ class NaNAhead(_Matrices):
             f"{name} grows by a factor of {grown[name]:.3g} a step: single precision overflows in {left:.0f} steps.",
             _places(list(grown)),
         )
+
+
+def _exponential(v: list[float], growth: float) -> bool:
+    """Whether each is larger than the one before by that factor, and each rise than the rise before."""
+    if not v[-1] > v[0] > 0 or not all(b > growth * a for a, b in pairwise(v)):
+        return False
+    return all(c - b > b - a for a, b, c in zip(v, v[1:], v[2:], strict=False))
 
 
 def _places(names: list[str]) -> tuple[str, ...]:

@@ -46,7 +46,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--healthy", type=int, default=5, help="healthy runs of each model and optimizer")
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), metavar="NAME", help="some only; writes nothing")
+    parser.add_argument("--tables", action="store_true", help="no runs: write the tables of the last whole run again")
     options = parser.parse_args()
+    if options.tables:
+        report.write(report.load())
+        return
     chosen = [c for c in cases(options.healthy) if not options.faults or c.fault in options.faults]
     console, rows = Console(), []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

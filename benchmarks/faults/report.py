@@ -8,12 +8,13 @@ import platform
 from collections import Counter
 from datetime import date
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from benchmarks.faults.faults import FAULTS
 from benchmarks.faults.problems import PROBLEMS
-from benchmarks.faults.run import HEALTHY_STEPS, WINDOW
+from benchmarks.faults.run import HEALTHY_STEPS, WINDOW, Case
 from benchmarks.faults.score import Row, delay, score
 from packext.diagnostics import RULES
 
@@ -100,6 +101,11 @@ def alarms(healthy: list[Row]) -> str:
     if where:
         words = "; ".join(f"{p} with {o}: {name} ({count})" for (p, o, name), count in where.items())
         lines += ["", f"They were: {words}."]
+    for words, said in (("that were called overfitting", True), ("that were not", False)):
+        rises = [r.valid[-1] / min(r.valid) for r in healthy if ("overfitting" in r.said) is said]
+        if rises:
+            lines += ["", f"Validation loss at the end over its lowest, of healthy runs {words}: "]
+            lines[-1] += f"median {median(rises):.2f}, from {min(rises):.2f} to {max(rises):.2f}."
     return "\n".join(lines) + "\n"
 
 
@@ -113,10 +119,17 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:g}"
 
 
+def load() -> list[Row]:
+    """The rows of the last whole run."""
+    found = json.loads(RESULTS.read_text())
+    return [Row(**{**row, "case": Case(**row["case"]), "named": tuple(row["named"])}) for row in found]
+
+
 def write(rows: list[Row]) -> None:
     """Keep the rows, and put the tables between the page's markers."""
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("[\n" + ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows) + "\n]\n")
+    kept = [dataclasses.asdict(row) | {"valid": [float(f"{v:.5g}") for v in row.valid]} for row in rows]
+    RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(before + BEGIN + "\n\n" + markdown(rows) + "\n\n" + END + after)

@@ -48,9 +48,9 @@ class Untrained(Instrument):
 
     "Untrained/0.weight" is 1 for a parameter that does not require grad, and neither does any before it (as a frozen
     backbone is); 2 for one that does not require grad though one before it does; 3 for one that the optimizer does not
-    hold and that has not moved either; 4 for one whose learning rate is 0; 5 for one that got no gradient (`.grad` is
-    None, or nothing but exact zeros went into all parameters before it and none into it). Parameters that are trained
-    are not listed. "Untrained.share" is their share in the entries of all parameters.
+    hold and that has not moved either; 4 for one whose learning rate is 0; 5 for one that got no gradient (its `.grad`
+    is None). Parameters that are trained are not listed. "Untrained.share" is their share in the entries of all
+    parameters.
     """
 
     def measure(self, step: Step) -> dict[str, Any]:

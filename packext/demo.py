@@ -139,7 +139,7 @@ def watch(x: Tensor, y: Tensor, seconds: float, path: Path) -> list[Verdict]:
     end = perf_counter() + seconds
     while perf_counter() < end:
         batch = torch.randperm(len(x))[:BATCH_SIZE]
-        with monitor.step():
+        with monitor.step(samples=batch):
             loss_function(model(x[batch]), y[batch]).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -5,25 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import BLUE, GREY, ORANGE, tell, tidy, watch
+from common import BLUE, GREY, ORANGE, Said, tell, tidy, watch
 from matplotlib.figure import Figure
 from torch import nn
 
-from packext.diagnostics import Alpha, Loss
+from packext.diagnostics import Alpha, GradNorm, Loss, ParamNorm, UpdateSize
 
 STEEP, FLAT, NOISE = 1.99, 0.01, 0.01  # second derivatives of the loss; with a learning rate of 1, steps multiply by
 STARTS = {"across": (0.7, 0.0), "along": (0.0, 0.7 * (STEEP / FLAT) ** 0.5)}  # 1 - 1.99 and 1 - 0.01
 
 
-def run(start: tuple[float, float], steps: int, seed: int) -> tuple[list[Any], list[float], list[float]]:
-    """Where the parameters were, the losses, and the alphas of all steps but the last."""
+def run(start: tuple[float, float], steps: int, seed: int) -> tuple[list[Any], list[float], list[float], Said]:
+    """Where the parameters were, the losses, the alphas of all steps but the last, and the verdicts."""
     draw = torch.Generator().manual_seed(seed)
     # Half of the samples see each axis: the loss is a quadratic, and noise in y is noise in its gradient.
     x = torch.tensor([[STEEP**0.5, 0.0], [0.0, FLAT**0.5]]).repeat(32, 1)
     model, loss = nn.Linear(2, 1, bias=False), nn.MSELoss()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([start]))
-    monitor, step = watch(model, loss, [Loss(), Alpha()], rate=1.0)
+    said = Said()
+    asked = [Loss(), Alpha(), GradNorm(), UpdateSize(), ParamNorm()]
+    monitor, step = watch(model, loss, asked, rate=1.0, said=said)
     path, losses, alphas = [], [], []
     for _ in range(steps):
         path.append(model.weight[0].tolist())
@@ -31,7 +33,7 @@ def run(start: tuple[float, float], steps: int, seed: int) -> tuple[list[Any], l
         losses.append(monitor.values["Loss"])
         if "Alpha" in monitor.values:  # from the second step on, that of the step before
             alphas.append(monitor.values["Alpha"])
-    return path, losses, alphas
+    return path, losses, alphas, said
 
 
 def story(full: bool) -> tuple[Figure, dict[str, Any]]:
@@ -45,13 +47,14 @@ def story(full: bool) -> tuple[Figure, dict[str, Any]]:
     numbers: dict[str, Any] = {}
     for (name, start), color, line in zip(STARTS.items(), (ORANGE, BLUE), ("-", "--"), strict=True):
         runs = [run(start, steps, seed) for seed in range(seeds)]
-        path, losses, alphas = runs[0]
+        path, losses, alphas, said = runs[0]
         plane.plot(*zip(*path, strict=True), ".-", color=color, lw=0.8, ms=4)
         curve.plot(losses, line, color=color, lw=2)
         angle.plot(alphas, color=color, lw=2, label=f"{name} the valley")
         every = torch.tensor([a for r in runs for a in r[2]])
         numbers[f"{name}: first and last loss"] = f"{losses[0]:.3f}, {losses[-1]:.3f}"
         numbers[f"{name}: mean alpha"] = float(every.mean())
+        numbers[f"verdicts, {name}"] = said
     plane.set(title="where the runs went", xlabel="steep direction", ylabel="flat direction")
     curve.set(title="their losses: the same", xlabel="step", ylim=(0, None))
     angle.set(title="their alphas: opposite", xlabel="step", ylim=(-1.5, 1.5))

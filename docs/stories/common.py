@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
 import packext as px
-from packext.diagnostics import Cockpit, Instrument
+from packext.diagnostics import Cockpit, Instrument, Verdict
 
 BLUE, ORANGE, GREY = "#2a6f97", "#d1661c", "#8a8a8a"
 
@@ -83,13 +83,38 @@ def weights(model: nn.Module) -> dict[str, str]:
     return found
 
 
+class Said:
+    """A sink that keeps the verdicts of a run: what each was called, and where it was first said."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+
+    def begin(self, names: list[str]) -> None:
+        pass
+
+    def write(self, step: int, values: Any, absent: Any) -> None:
+        pass
+
+    def say(self, verdict: Verdict) -> None:
+        self.names.setdefault(verdict.name, verdict.step)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} (step {step})" for name, step in self.names.items()) or "none"
+
+
 def watch(
-    model: nn.Module, loss: nn.Module, instruments: list[Instrument], rate: float = 0.1, every: Any = 1
+    model: nn.Module,
+    loss: nn.Module,
+    instruments: list[Instrument],
+    rate: float = 0.1,
+    every: Any = 1,
+    level: str | None = None,
+    said: Said | None = None,
 ) -> tuple[Cockpit, Callable[[Tensor, Tensor], None]]:
     """A monitor, and a function that takes one step of gradient descent under it."""
     px.extend(model), px.extend(loss)
     optimizer = torch.optim.SGD(model.parameters(), rate)
-    monitor = Cockpit(model, optimizer, None, every, instruments=instruments)
+    monitor = Cockpit(model, optimizer, level, every, [said] if said else [], instruments)
 
     def step(x: Tensor, y: Tensor) -> None:
         with monitor.step():
@@ -98,6 +123,16 @@ def watch(
             optimizer.zero_grad()
 
     return monitor, step
+
+
+def verdicts(model: nn.Module, x: Tensor, y: Tensor, rate: float = 0.1, steps: int = 60, n: int = 64) -> Said:
+    """What the monitor says of a training of some steps, from the level "economy"."""
+    said, draw = Said(), torch.Generator().manual_seed(0)
+    _, step = watch(model, nn.CrossEntropyLoss(), [], rate, 1, "economy", said)
+    for _ in range(steps):
+        batch = torch.randint(len(y), (n,), generator=draw).to(y.device)
+        step(x[batch], y[batch])
+    return said
 
 
 def tidy(axes: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import BLUE, GREY, ORANGE, device, images, network, tell, tidy, watch
+from common import BLUE, GREY, ORANGE, device, images, network, tell, tidy, verdicts, watch
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -57,6 +57,9 @@ def story(full: bool) -> tuple[Figure, dict[str, Any]]:
     right.legend(frameon=False)
     tidy(left), tidy(right)
     numbers: dict[str, Any] = {"best learning rate": float(rates[best]), "its median alpha": alphas[best]}
+    for rate in (rates[0], rates[best], rates[-1]):
+        said = verdicts(learner(full).to(where), pictures, labels, float(rate), steps, n)
+        numbers[f"verdicts, learning rate {rate:.2g}"] = said
     for rate, end, alpha in zip(rates, losses, alphas, strict=True):
         numbers[f"learning rate {rate:.2g}: loss, median alpha"] = f"{end:.3f}, {alpha:.2f}"
     return figure, numbers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from common import BLUE, ORANGE, device, images, network, tell, tidy, watch
+from common import BLUE, ORANGE, device, images, network, tell, tidy, verdicts, watch
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -32,6 +32,8 @@ def story(full: bool) -> tuple[Figure, dict[str, Any]]:
         name = "pixels from 0 to 1" if factor == 1 else "pixels from 0 to 255"
         numbers[f"{name}: share of the entries in the two outermost bins"] = outside
         numbers[f"{name}: mean norm of an individual gradient"] = monitor.values["SampleNorms"]
+        trained = network(full).to(where)
+        numbers[f"verdicts, {name}"] = verdicts(trained, (pictures * factor).to(where), labels.to(where))
         first = x[0].permute(1, 2, 0).numpy()
         picture.imshow(first / (255 if factor == 255 and full else 1), cmap="gray")
         picture.set(xticks=[], yticks=[], title=name)

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import BLUE, ORANGE, tell, tidy, watch
+from common import BLUE, ORANGE, Said, tell, tidy, watch
 from matplotlib.figure import Figure
 from torch import nn
 
-from packext.diagnostics import HessMaxEV, Loss
+from packext.diagnostics import GradNorm, HessMaxEV, LearningRate, Loss, ParamNorm, UpdateSize
 
 N, NOISE, START = 200, 0.87, (1.636, 0.611)  # the product is 1, as the data want it
 
 
-def run(batch: int, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss and largest eigenvalue on all data every 20 steps, and the weights there."""
+def run(batch: int, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Said]:
+    """Loss and largest eigenvalue on all data every 20 steps, the weights there, and the verdicts."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(N, 1, generator=draw)
     noise = torch.randn(N, 1, generator=draw)
@@ -28,7 +28,9 @@ def run(batch: int, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for p, value in zip(model.parameters(), START, strict=True):
             p.fill_(value)
     # All that the monitor sees is a pass over all data without an update, the same for both runs.
-    monitor, _ = watch(model, loss, [Loss(), HessMaxEV()])
+    said = Said()
+    asked = [Loss(), HessMaxEV(), LearningRate(), GradNorm(), UpdateSize(), ParamNorm()]
+    monitor, _ = watch(model, loss, asked, said=said)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     losses, sharpness, path = [], [], []
     for k in range(steps):
@@ -42,7 +44,7 @@ def run(batch: int, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         optimizer.zero_grad()
         loss(model(x[part]), y[part]).backward()
         optimizer.step()
-    return np.array(losses), np.array(sharpness), np.array(path)
+    return np.array(losses), np.array(sharpness), np.array(path), said
 
 
 def story(full: bool) -> tuple[Figure, dict[str, Any]]:
@@ -54,7 +56,7 @@ def story(full: bool) -> tuple[Figure, dict[str, Any]]:
     along = np.linspace(0.55, 1.85, 100)
     plane.plot(along, 1 / along, color="black", lw=0.8, label="all minima")
     for name, batch, color in (("GD", N, BLUE), ("SGD, batches of 20", 20, ORANGE)):
-        losses, sharpness, path = run(batch, steps)
+        losses, sharpness, path, said = run(batch, steps)
         at = np.arange(len(losses)) * 20
         curve.plot(at, losses, color=color, label=name)
         sharp.plot(at, sharpness, color=color)
@@ -63,6 +65,7 @@ def story(full: bool) -> tuple[Figure, dict[str, Any]]:
         numbers[f"{name}: mean loss of the last fifth"] = float(losses[-last:].mean())
         numbers[f"{name}: largest eigenvalue at the start"] = float(sharpness[0])
         numbers[f"{name}: its mean over the last fifth"] = float(sharpness[-last:].mean())
+        numbers[f"verdicts, {name}"] = said
     curve.set(title="loss on all data", xlabel="step", ylim=(0, None))
     curve.legend(frameon=False, loc="lower left")
     sharp.set(title="largest eigenvalue of the Hessian", xlabel="step", ylim=(0, None))

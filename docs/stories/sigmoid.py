@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from common import BLUE, ORANGE, device, images, network, tell, tidy, watch, weights
+from common import BLUE, ORANGE, device, images, network, tell, tidy, verdicts, watch, weights
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -44,6 +44,8 @@ def story(full: bool) -> tuple[Figure, dict[str, Any]]:
                 numbers[f"{kind.__name__}, {layer}: root mean square of the gradient"] = size
                 text = f"{layer}: r.m.s. of the gradient {size:.1e}"
             axes.set_title(text, loc="left", fontsize=9)
+        trained = network(full, kind).to(where)
+        numbers[f"verdicts, {kind.__name__}"] = verdicts(trained, pictures.to(where), labels.to(where))
         parts[0, column].set_title(kind.__name__, fontsize=12, fontweight="bold")
         parts[-1, column].set_xlabel("entry of an individual gradient")
     figure.supylabel("share of the entries", fontsize=10)

@@ -1,5 +1,6 @@
 """Instruments that watch a training run from inside its own backward passes, and the record of what they saw."""
 
+from packext.diagnostics import rules as rules
 from packext.diagnostics._cockpit import Cockpit as Cockpit
 from packext.diagnostics._cockpit import Sink as Sink
 from packext.diagnostics._cockpit import Watch as Watch
@@ -16,6 +17,7 @@ from packext.diagnostics.instruments import CABS as CABS
 from packext.diagnostics.instruments import LEVELS as LEVELS
 from packext.diagnostics.instruments import ActivationScale as ActivationScale
 from packext.diagnostics.instruments import Alpha as Alpha
+from packext.diagnostics.instruments import BatchSize as BatchSize
 from packext.diagnostics.instruments import DeadUnits as DeadUnits
 from packext.diagnostics.instruments import Distance as Distance
 from packext.diagnostics.instruments import EarlyStopping as EarlyStopping
@@ -26,19 +28,28 @@ from packext.diagnostics.instruments import GradNorm as GradNorm
 from packext.diagnostics.instruments import GradSNR as GradSNR
 from packext.diagnostics.instruments import HessMaxEV as HessMaxEV
 from packext.diagnostics.instruments import HessTrace as HessTrace
+from packext.diagnostics.instruments import IdleUnits as IdleUnits
+from packext.diagnostics.instruments import InitialScale as InitialScale
 from packext.diagnostics.instruments import InnerTest as InnerTest
+from packext.diagnostics.instruments import InputScale as InputScale
+from packext.diagnostics.instruments import LearningRate as LearningRate
 from packext.diagnostics.instruments import Loss as Loss
 from packext.diagnostics.instruments import MeanGSNR as MeanGSNR
 from packext.diagnostics.instruments import NoiseScale as NoiseScale
 from packext.diagnostics.instruments import NormTest as NormTest
 from packext.diagnostics.instruments import NTKCondition as NTKCondition
 from packext.diagnostics.instruments import OrthoTest as OrthoTest
+from packext.diagnostics.instruments import OutputScale as OutputScale
+from packext.diagnostics.instruments import ParamNorm as ParamNorm
+from packext.diagnostics.instruments import SampleLosses as SampleLosses
 from packext.diagnostics.instruments import SampleNorms as SampleNorms
 from packext.diagnostics.instruments import TICDiag as TICDiag
 from packext.diagnostics.instruments import TICTrace as TICTrace
 from packext.diagnostics.instruments import Time as Time
+from packext.diagnostics.instruments import Untrained as Untrained
 from packext.diagnostics.instruments import UpdateCurvature as UpdateCurvature
 from packext.diagnostics.instruments import UpdateSize as UpdateSize
+from packext.diagnostics.rules import RULES as RULES
 from packext.diagnostics.sinks import TensorBoard as TensorBoard
 from packext.diagnostics.sinks import WandB as WandB
 from packext.diagnostics.view import Server as Server

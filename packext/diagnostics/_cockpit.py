@@ -19,6 +19,7 @@ from packext.diagnostics._schedule import linear
 from packext.diagnostics._step import Absent, Count, Step
 from packext.diagnostics._verdict import Judge, Rule, Verdict
 from packext.diagnostics.instruments import LEVELS
+from packext.diagnostics.rules import RULES
 
 #: Quantities that are made of products with the Hessian and know no samples.
 HESSIAN = (px.HessianTrace, px.DiagHessianMC, px.TopEigenvalues)
@@ -74,7 +75,7 @@ class Cockpit:
         every: int | Callable[[int], bool] = 1,
         sinks: Iterable[Sink] = (),
         instruments: Iterable[Instrument] = (),
-        rules: Iterable[Rule] = (),
+        rules: Iterable[Rule] | None = None,
     ) -> None:
         """Choose what to look at, when, and where to write it.
 
@@ -88,7 +89,7 @@ class Cockpit:
                 (`linear`, `logarithmic`).
             sinks: such as `Run`, `TensorBoard` or `WandB`.
             instruments: instances, beside those of the level.
-            rules: which come to verdicts.
+            rules: which come to verdicts; by default all of `px.diagnostics.RULES`, and none with [].
 
         Raises:
             NotExtendedError: if the model is not extended.
@@ -118,15 +119,15 @@ class Cockpit:
         self.sinks = list(sinks) if self.ranks.rank == 0 else []
         self.values: dict[str, float | np.ndarray] = {}
         self.absent: dict[str, str] = {}
-        self.judge = Judge(rules)
+        self.judge = Judge([kind() for kind in RULES] if rules is None else rules)
         self.born = perf_counter()
-        self.steps = self.ranks.first_step(lambda: _begin(self.sinks, names))
+        self.steps, self._begun = self.ranks.first_step(lambda: _begin(self.sinks, names)), False
         for instrument in self.instruments:
             instrument.start(self.steps)
         self._left: tuple[int, list[int]] | None = None
         self._following: list[tuple[int, Instrument, tuple[Any, ...]]] = []
 
-    def step(self, scale: str | float = "sample") -> Watch:
+    def step(self, scale: str | float = "sample", samples: Any = None) -> Watch:
         """A context around all that one training step does: forward, backward, update.
 
         Args:
@@ -134,16 +135,54 @@ class Cockpit:
                 mean, 1 for a sum, over the loss scale if there is one), with which losses are to be given, too. "mean"
                 is the number of samples in all passes of the step, counted when it ends: a sample's own loss is that
                 many times its part of what the passes add up to.
+            samples: indices of the step's samples in the data set `[N]`, in the order in which they go through the
+                model (over all backward passes). Samples are then named by them, and not by their place in the batch.
 
         Returns:
             The context. `with monitor.step(...) as step:` gives what has `step.losses(each)`.
 
         Raises:
-            ValueError: for another scale.
+            ValueError: for another scale, or samples that are not a row of integers.
         """
         if not (scale in ("sample", "mean") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
             raise ValueError(f'scale must be "sample", "mean" or a number, got {scale!r}.')
-        return Watch(self, scale)
+        if samples is not None:
+            samples = torch.as_tensor(samples, device="cpu")
+            if samples.dim() != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
+                raise ValueError(
+                    f"samples must be integers [N], one for each sample of the step, got {samples.dtype} "
+                    f"{list(samples.shape)}."
+                )
+        return Watch(self, scale, samples)
+
+    def log(self, **numbers: Any) -> None:
+        """Record numbers of your own, such as `valid_loss`, with the step that was begun last.
+
+        Args:
+            **numbers: by name. `valid_loss` is what the rule of overfitting reads.
+
+        Raises:
+            ValueError: before the first step, for a name of an instrument, or for what is not a number.
+        """
+        if not self._begun:
+            raise ValueError("log() records numbers with the step that was begun last: there was none yet.")
+        names = {instrument.name for instrument in self.instruments}
+        if clash := sorted(names & numbers.keys()):
+            raise ValueError(f"{', '.join(clash)} is the name of an instrument: log the number by another one.")
+        found: dict[str, float | np.ndarray] = {}
+        for name, number in numbers.items():
+            value = _plain(number)
+            if isinstance(value, np.ndarray):
+                raise ValueError(f"log() takes numbers, and {name} has shape {list(value.shape)}.")
+            found[name] = value
+        self._write(self.steps - 1, found, {})
+
+    def _write(self, step: int, values: dict[str, float | np.ndarray], absent: dict[str, str]) -> None:
+        verdicts = self.judge.hear(step, values)
+        for sink in self.sinks:
+            sink.write(step, values, absent)
+            for verdict in verdicts:
+                sink.say(verdict)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -163,9 +202,9 @@ class _Page:
 class Watch:
     """One step under the eyes of a monitor; made by `Cockpit.step`."""
 
-    def __init__(self, monitor: Cockpit, scale: str | float) -> None:
-        """Take the monitor and the scale of its quantities."""
-        self._monitor, self._scale = monitor, scale
+    def __init__(self, monitor: Cockpit, scale: str | float, samples: Tensor | None) -> None:
+        """Take the monitor, the scale of its quantities, and where in the data set the samples are."""
+        self._monitor, self._scale, self._samples = monitor, scale, samples
         self._observer: Observer | None = None
 
     def losses(self, each: Tensor) -> None:
@@ -189,7 +228,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         monitor = self._monitor
-        number, monitor.steps = monitor.steps, monitor.steps + 1
+        number, monitor.steps, monitor._begun = monitor.steps, monitor.steps + 1, True
         self._due = monitor.instruments if monitor.every(number) else []
         self._following, monitor._following = monitor._following, []
         if not self._due and not self._following:
@@ -197,7 +236,7 @@ class Watch:
         monitor.ranks.check()
         model = monitor.model
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        step = Step(number, model, monitor.optimizer, parameters, monitor.born)
+        step = Step(number, model, monitor.optimizer, parameters, monitor.born, samples=self._samples)
         coupled = _coupled(model)
         self._missing: dict[int, str] = {}
         self._needs: list[tuple[Any, ...]] = []
@@ -264,11 +303,7 @@ class Watch:
         pages = [(self._following[0][0], late)] if self._following else []
         pages += [(step.number, due)] if self._due else []
         for number, page in pages:
-            verdicts = monitor.judge.hear(number, page.values)
-            for sink in monitor.sinks:
-                sink.write(number, page.values, page.absent)
-                for verdict in verdicts:
-                    sink.say(verdict)
+            monitor._write(number, page.values, page.absent)
 
     def _measure(self, page: _Page, k: int, instrument: Instrument, read: Callable[[Step], Any], step: Step) -> bool:
         try:

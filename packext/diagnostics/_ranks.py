@@ -139,6 +139,7 @@ class Ranks:
             "n": _attempt(lambda: step.n), "factor": _attempt(lambda: step.factor),
             "square": _attempt(lambda: step.factor**2 * _square(step._gradient)),
             "loss": _attempt(lambda: step.loss), "losses": _attempt(lambda: step.losses.cpu()),
+            "samples": step.samples,
         }  # fmt: skip
         everyone = self._gather(mine)
         if not any(r["passes"] for r in everyone):
@@ -162,6 +163,8 @@ class Ranks:
         several = len(step.passes) > 1
         merged.results = [{("grad_dot" if f == "kept" else f): done[key] for f, key in part.items()} for part in where]
         step.passes = [merged]
+        indices = [r["samples"] for r in everyone]
+        step.samples = None if any(part is None for part in indices) else torch.cat(indices)
         step._shared.clear()  # it holds what this process alone has seen
         if several:
             step._outside = (

@@ -109,6 +109,7 @@ class Step:
         began: when the step began, on that clock.
         seconds: from there to the end of the step.
         passes: the backward passes of the step, made before the parameters changed.
+        samples: indices of the step's samples in the data set `[N]`, where the user has given them.
     """
 
     number: int
@@ -119,6 +120,7 @@ class Step:
     began: float = 0.0
     seconds: float = 0.0
     passes: list[Pass] = field(default_factory=list)
+    samples: Tensor | None = None
     _gradient: dict[str, Tensor] = field(default_factory=dict)
     _outside: str = ""
     _void: str = ""
@@ -148,6 +150,17 @@ class Step:
         if any(n is None for n in counts):
             raise Absent(NONE if self._needs else NO_NUMBER)
         return sum(n for n in counts if n is not None)
+
+    def indices(self, positions: Tensor) -> Tensor | None:
+        """Indices in the data set of the samples at these positions of the step; None if the user has given none."""
+        if self.samples is None:
+            return None
+        if len(self.samples) != self.n:
+            raise px.PackextError(
+                f"step(samples=...) was given {len(self.samples)} indices for a step of {self.n} samples: pass one for "
+                "each sample, in the order in which they go through the model."
+            )
+        return self.samples[positions.cpu()]
 
     def _known_share(self) -> None:
         if any(math.isnan(p.share) for p in self._passed()) or (len(self.passes) > 1 and not self.n):

@@ -51,19 +51,20 @@ class Verdict:
 class Rule:
     """Base of all rules: names one failure from what instruments say.
 
-    A rule is heard at each step that was looked at. Its finding becomes a verdict when it has come `hold` times in a
-    row, and the verdict is withdrawn when it has failed to come `release` times in a row.
+    A rule is asked at each step at which one of the names that it reads has a new value. Its finding becomes a verdict
+    when it has come `hold` times in a row, and the verdict is withdrawn when it has failed to come `release` times in a
+    row.
     """
 
     #: Of the failure.
     failure: ClassVar[str]
     #: What to try.
     advice: ClassVar[str]
-    #: Names of the instruments that it reads; it is heard at steps where one of them has said something.
+    #: Names of the instruments (and of logged numbers) that it reads; it is asked when one of them has said something.
     reads: ClassVar[tuple[str, ...]]
-    #: How many steps in a row it must find the failure.
+    #: How many times in a row it must find the failure.
     hold: ClassVar[int] = 3
-    #: After how many steps in a row without a finding its verdict is withdrawn.
+    #: After how many times in a row without a finding its verdict is withdrawn.
     release: ClassVar[int] = 10
 
     def look(self, step: int, values: Mapping[str, float | np.ndarray]) -> Finding | None:
@@ -71,7 +72,7 @@ class Rule:
 
         Args:
             step: its number.
-            values: what the instruments said, by the names in the record; what is absent is missing.
+            values: all that was said of this step so far, by the names in the record; what is absent is missing.
 
         Returns:
             The finding, or None.
@@ -86,6 +87,7 @@ class Judge:
         """Take the rules, which keep state of their own and are heard by one judge."""
         self.rules = list(rules)
         self.standing: dict[Rule, Verdict] = {}
+        self._page: tuple[int, dict[str, float | np.ndarray]] = (-1, {})  # what was said of a step comes in parts
         self._run: dict[Rule, int] = {}  # findings in a row; while its verdict stands, misses in a row
 
     def hear(self, step: int, values: Mapping[str, float | np.ndarray]) -> list[Verdict]:
@@ -93,17 +95,19 @@ class Judge:
 
         Args:
             step: its number.
-            values: by the names in the record.
+            values: by the names in the record; a step may come several times, with other names.
 
         Returns:
             Verdicts that are new, that hold of other places now, or that are withdrawn.
         """
         said = []
-        heard = {name.split("/")[0].split(".")[0] for name in values}
+        heard = {name.split("/")[0].split(".")[0] for name in values} if self.rules else set()
+        before = self._page[1] if self._page[0] == step else {}
+        self._page = step, {**before, **values}
         for rule in self.rules:
             if heard.isdisjoint(rule.reads):
                 continue
-            finding, verdict = rule.look(step, values), self.standing.get(rule)
+            finding, verdict = rule.look(step, self._page[1]), self.standing.get(rule)
             if verdict is None:
                 self._run[rule] = self._run.get(rule, 0) + 1 if finding else 0
                 if finding and self._run[rule] >= rule.hold:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from packext.diagnostics._instrument import Instrument
-from packext.diagnostics.instruments.activations import ActivationScale, DeadUnits
+from packext.diagnostics.instruments.activations import ActivationScale, DeadUnits, InputScale, OutputScale
 from packext.diagnostics.instruments.alpha import Alpha, UpdateCurvature
-from packext.diagnostics.instruments.basic import Distance, GradNorm, Loss, Time, UpdateSize
+from packext.diagnostics.instruments.basic import Distance, GradNorm, Loss, ParamNorm, Time, UpdateSize
 from packext.diagnostics.instruments.curvature import HessMaxEV, HessTrace, TICDiag, TICTrace
+from packext.diagnostics.instruments.facts import BatchSize, IdleUnits, InitialScale, LearningRate, Untrained
 from packext.diagnostics.instruments.histograms import GradHist1d, GradHist2d
 from packext.diagnostics.instruments.noise import (
     CABS,
@@ -19,11 +20,13 @@ from packext.diagnostics.instruments.noise import (
     OrthoTest,
     SampleNorms,
 )
+from packext.diagnostics.instruments.samples import SampleLosses
 from packext.diagnostics.instruments.spectra import EffectiveRank, NTKCondition
 
 ECONOMY: tuple[type[Instrument], ...] = (
     Loss, Time, GradNorm, Distance, UpdateSize, Alpha, UpdateCurvature, NormTest, InnerTest, OrthoTest, NoiseScale,
-    GradSNR, SampleNorms, GradHist1d,
+    GradSNR, SampleNorms, GradHist1d, BatchSize, LearningRate, ParamNorm, SampleLosses, InputScale, OutputScale,
+    IdleUnits, Untrained, InitialScale,
 )  # fmt: skip
 BUSINESS = (*ECONOMY, HessTrace, TICDiag)
 FULL = (*BUSINESS, HessMaxEV, GradHist2d)
@@ -36,6 +39,7 @@ __all__ = [
     "LEVELS",
     "ActivationScale",
     "Alpha",
+    "BatchSize",
     "DeadUnits",
     "Distance",
     "EarlyStopping",
@@ -46,17 +50,25 @@ __all__ = [
     "GradSNR",
     "HessMaxEV",
     "HessTrace",
+    "IdleUnits",
+    "InitialScale",
     "InnerTest",
+    "InputScale",
+    "LearningRate",
     "Loss",
     "MeanGSNR",
     "NTKCondition",
     "NoiseScale",
     "NormTest",
     "OrthoTest",
+    "OutputScale",
+    "ParamNorm",
+    "SampleLosses",
     "SampleNorms",
     "TICDiag",
     "TICTrace",
     "Time",
+    "Untrained",
     "UpdateCurvature",
     "UpdateSize",
 ]

@@ -1,4 +1,4 @@
-"""What modules put out in the forward pass; hooks of the monitor are on them during a tracked step."""
+"""What goes into the model and what modules put out; hooks of the monitor are on them during a tracked step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._step import Absent, Step
@@ -91,3 +92,77 @@ class ActivationScale(_Hooked):
         if not self._seen:
             raise Absent("no module with parameters has put out a tensor in this step")
         return {k: (s / count) ** 0.5 if count else Absent("no entries") for k, (s, count) in self._seen.items()}
+
+
+class InputScale(_Hooked):
+    """Root mean square of the numbers that the model receives, over all samples of the step.
+
+    "InputScale.mean" is their mean, "InputScale.largest" the largest magnitude, and "InputScale.infinite" the share of
+    those that are NaN or infinite. Integers (such as tokens) have no scale.
+    """
+
+    def enter(self, step: int, model: nn.Module) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if torch.is_grad_enabled():
+                leaves = pytree.tree_leaves((args, kwargs))
+                with torch.no_grad():
+                    self._parts += [_moments(x) for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+        self._parts: list[tuple[float, float, float, int, int]] = []
+        self._handles = [model.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        if not sum(part[-1] for part in self._parts):
+            raise Absent("the model received no floating-point numbers in this step")
+        totals, squares, largest, infinite, counts = zip(*self._parts, strict=True)
+        n = sum(counts)
+        return {
+            "": (sum(squares) / n) ** 0.5,
+            ".mean": sum(totals) / n,
+            ".largest": max(largest),
+            ".infinite": sum(infinite) / n,
+        }
+
+
+def _moments(x: Tensor) -> tuple[float, float, float, int, int]:
+    """Sum, sum of squares, largest magnitude, how many are not finite, how many there are."""
+    x = x.detach().float() if x.itemsize < 4 else x.detach()
+    if not x.numel():
+        return 0.0, 0.0, 0.0, 0, 0
+    square = float(x.norm()) ** 2
+    # The sum of squares is finite unless an entry is not, or overflows: only then is it worth to count.
+    infinite = 0 if square < float("inf") else int((~x.isfinite()).sum())
+    return float(x.mean()) * x.numel(), square, float(x.abs().max()), infinite, x.numel()
+
+
+class OutputScale(_Hooked):
+    """Root mean square of what the model puts out, over all samples of the step.
+
+    "OutputScale.spread" is how much of that differs between samples: the standard deviation over the samples (root mean
+    square over the entries of an output) in units of it. Rows are the samples; of several tensors the first counts.
+    """
+
+    def enter(self, step: int, model: nn.Module) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if torch.is_grad_enabled():
+                tensors = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
+                tensors = [y.detach() for y in tensors if y.dim() > 0 and y.numel()]
+                if tensors:
+                    y = tensors[0].float() if tensors[0].itemsize < 4 else tensors[0]
+                    self._parts.append((len(y), float(y.square().mean()), float(y.var(0, correction=0).mean())))
+
+        self._parts: list[tuple[int, float, float]] = []
+        self._handles = [model.register_forward_hook(hook)]
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        if not self._parts:
+            raise Absent("the model has put out no floating-point numbers in this step")
+        rows = sum(part[0] for part in self._parts)
+        square = sum(n * s for n, s, _ in self._parts) / rows
+        variance = sum(n * v for n, _, v in self._parts) / rows
+        spread: Any = (variance / square) ** 0.5 if square > 0 else Absent("the output is zero")
+        if min(part[0] for part in self._parts) < 2:
+            spread = Absent("one sample does not differ from others")
+        elif all(p.n for p in step.passes) and rows != step.n:
+            spread = Absent(f"the output has {rows} rows for {step.n} samples")
+        return {"": square**0.5, ".spread": spread}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._step import Absent, Step
-from packext.diagnostics._tensors import norms_apart
+from packext.diagnostics._tensors import norms, norms_apart
 
 
 class Loss(Instrument):
@@ -41,6 +41,13 @@ class UpdateSize(Instrument):
 
     def measure(self, step: Step) -> dict[str, Any]:
         return step.update_norms
+
+
+class ParamNorm(Instrument):
+    """Norm of the parameters, whole and of each; taken where the gradient is."""
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        return norms(step.start)
 
 
 class Distance(Instrument):

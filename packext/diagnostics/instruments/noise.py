@@ -231,9 +231,10 @@ class CABS(Instrument):
 class SampleNorms(Instrument):
     """Norms |g_n| of the samples' own gradients: their distribution, and which samples have the largest.
 
-    "SampleNorms.quantiles" has those at 0, 5, 25, 50, 75, 95 and 100 % (`[7]`); "SampleNorms.hardest" the positions in
-    the batch of the largest norms, the largest first, and "SampleNorms.largest" these norms (both `[count]`); over all
-    backward passes of the step, one after the other.
+    "SampleNorms.quantiles" has those at 0, 5, 25, 50, 75, 95 and 100 % (`[7]`); "SampleNorms.hardest" the samples with
+    the largest norms, the largest first, and "SampleNorms.largest" these norms (both `[count]`); over all backward
+    passes of the step, one after the other. Samples are indices in the data set where the step was given them
+    (`monitor.step(samples=...)`), and otherwise positions in the batch.
     """
 
     needs = (px.BatchL2Grad(),)
@@ -250,6 +251,13 @@ class SampleNorms(Instrument):
 
     def measure(self, step: Step) -> dict[str, Any]:
         norms = step["batch_l2"].double().sqrt()
-        at = torch.tensor([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], dtype=norms.dtype, device=norms.device)
         top = norms.topk(min(self.count, len(norms)))
-        return {"": norms.mean(), ".quantiles": norms.quantile(at), ".hardest": top.indices, ".largest": top.values}
+        named = step.indices(top.indices)
+        hardest = top.indices if named is None else named
+        return {"": norms.mean(), ".quantiles": quantiles(norms), ".hardest": hardest, ".largest": top.values}
+
+
+def quantiles(values: Tensor) -> Tensor:
+    """Those at 0, 5, 25, 50, 75, 95 and 100 % `[7]`."""
+    at = torch.tensor([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], dtype=values.dtype, device=values.device)
+    return values.quantile(at)

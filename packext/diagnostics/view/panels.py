@@ -95,13 +95,39 @@ PANELS = (
     ),
     Panel("TIC", "Curvature", {"TICDiag": "diagonal", "TICTrace": "trace"}, "loss × samples"),
     Panel("Condition of the tangent kernel", "Curvature", {"NTKCondition": "condition"}, "largest / smallest"),
+    Panel(
+        "Losses of samples", "Step size", {"SampleLosses": "median over the batch"}, "loss of a sample",
+        says="Beside the mean: few samples of a large loss lift that, not this.",
+    ),
+    Panel(
+        "Learning rate", "Step size", {"LearningRate": "largest of the optimizer"}, "learning rate",
+    ),
+    Panel(
+        "Curvature at the edge", "Curvature",
+        {"LearningRate.edge": "steps of SGD turn unstable", "HessMaxEV": "largest eigenvalue"},
+        "loss / parameter²", says="Above the edge, steps of gradient descent grow along that eigenvector.",
+    ),
+    Panel("Batch size", "Gradients", {"BatchSize": "samples"}, "samples", log=False),
+    Panel("Norm of the parameters", "Other", {"ParamNorm": "all"}, "norm over parameters"),
+    Panel(
+        "Inputs", "Other",
+        {"InputScale": "root mean square", "InputScale.largest": "largest", "InputScale.mean": "mean"}, "input",
+        says="What the model receives.",
+    ),
+    Panel(
+        "Outputs", "Other", {"OutputScale": "root mean square", "OutputScale.spread": "differs between samples"},
+        "output", says="What the model puts out.",
+    ),
+    Panel("Idle units", "Other", {"IdleUnits": "of all"}, "share of units", log=False),
+    Panel("Untrained parameters", "Other", {"Untrained": "how many"}, "tensors", log=False),
     Panel("Dead units", "Other", {"DeadUnits": "of all"}, "share of units", log=False),
     Panel("Time of a step", "Other", {"Time.step": "time"}, "seconds"),
 )  # fmt: skip
 
 #: Parts of instruments that belong to others, or would say nothing as a line.
 HIDDEN = {"Time", "NoiseScale.trace", "NoiseScale.signal", "GradHist1d.limit", "GradHist2d.limit",
-          "GradHist2d.param_limit", "HessTrace.standard_error"}  # fmt: skip
+          "GradHist2d.param_limit", "HessTrace.standard_error", "InputScale.infinite", "Untrained.share",
+          "InitialScale.alike"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,6 +147,8 @@ HEATS = {
     "HessTrace": Heat("Trace of the curvature", "loss / parameter²"),
     "ActivationScale": Heat("Activations", "root mean square"),
     "DeadUnits": Heat("Dead units", "share of units"),
+    "IdleUnits": Heat("Idle units", "share of units"),
+    "ParamNorm": Heat("Norm of the parameters", "norm"),
 }
 
 

@@ -1,0 +1,200 @@
+"""Small training problems: data, models and optimizers at rates that were found on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from sklearn.datasets import load_breast_cancer, load_digits
+from torch import Tensor, nn
+
+BATCH = 64
+OPTIMIZERS = ("sgd", "momentum", "adam")
+
+
+@dataclass
+class Data:
+    """Inputs and targets, split."""
+
+    x: Tensor
+    y: Tensor
+    valid_x: Tensor
+    valid_y: Tensor
+
+
+def _split(x: Tensor, y: Tensor, valid: float = 0.25) -> Data:
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y, cut = x[order], y[order], int(len(x) * valid)
+    return Data(x[cut:], y[cut:], x[:cut], y[:cut])
+
+
+@cache
+def digits(shape: tuple[int, ...]) -> Data:
+    """8 x 8 images of digits, pixels from 0 to 1."""
+    images, labels = load_digits(return_X_y=True)
+    return _split(torch.tensor(images, dtype=torch.float32).view(-1, *shape) / 16, torch.tensor(labels))
+
+
+@cache
+def waves() -> Data:
+    """Regression: a smooth function of eight numbers, with a little noise."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(1600, 8, generator=g)
+    y = torch.sin(x[:, :1] + x[:, 1:2]) + 0.5 * x[:, 2:3] * x[:, 3:4] + 0.3 * x[:, 4:5]
+    return _split(x, y + 0.1 * torch.randn(y.shape, generator=g))
+
+
+@cache
+def cancer() -> Data:
+    """Thirty standardised features, two classes."""
+    x, y = load_breast_cancer(return_X_y=True)
+    x = torch.tensor(x, dtype=torch.float32)
+    return _split((x - x.mean(0)) / x.std(0), torch.tensor(y))
+
+
+def he(model: nn.Sequential) -> nn.Sequential:
+    """Start all layers but the last one as He et al. (2015) do."""
+    for m in list(model.children())[:-1]:
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+    return model
+
+
+def mlp(widths: list[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """A perceptron."""
+    layers: list[nn.Module] = []
+    for a, b in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(a, b), activation()]
+    return he(nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1])))
+
+
+def cnn() -> nn.Sequential:
+    """Three convolutions and two dense layers."""
+    return he(nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10),
+    ))  # fmt: skip
+
+
+class Residual(nn.Module):
+    """Two convolutions with GroupNorm around a skip connection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(4, width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(4, width),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.body(x))
+
+
+def resnet() -> nn.Sequential:
+    """A stem, three residual blocks, and a head."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), Residual(8), Residual(8), Residual(8),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+class Block(nn.Module):
+    """Self-attention and a perceptron, each with LayerNorm before it and a skip around it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm1(x)
+        x = x + self.attention(z, z, z, need_weights=False)[0]
+        return x + self.down(torch.relu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Reads the rows of an image as tokens."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.position = nn.Parameter(0.02 * torch.randn(8, width))
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.embed(x) + self.position)).mean(1))
+
+
+@dataclass
+class Problem:
+    """A family of models on one data set.
+
+    Attributes:
+        make: the model.
+        data: the data.
+        loss: the loss module.
+        middle: path of a layer in the middle.
+        blocks: paths of modules that the gradient passes one after the other.
+        rates: learning rate of each optimizer, from 0.0003, 0.001, ... 1 by the validation loss after 200 steps without
+            a monitor (seeds 0 and 1, models of about this size): the best, or the next lower where the next higher
+            fails.
+        relu: path of a layer whose output goes into a ReLU, if there is one.
+        plain: whether the layers feed each other with no way around them.
+        held_out: whether it was kept from whoever chose the thresholds.
+    """
+
+    make: Callable[[], nn.Module]
+    data: Callable[[], Data]
+    loss: Callable[[], nn.Module]
+    middle: str
+    blocks: tuple[str, ...]
+    rates: dict[str, float]
+    relu: str | None
+    plain: bool
+    held_out: bool = False
+
+    @property
+    def small(self) -> bool:
+        """Whether it is a perceptron, for which products with the Hessian are quick."""
+        return self.plain and self.middle == "2"
+
+
+CE, MSE = nn.CrossEntropyLoss, nn.MSELoss
+PROBLEMS = {
+    "mlp": Problem(
+        lambda: mlp([64, 96, 64, 48, 10], nn.ReLU), lambda: digits((64,)), CE, "2", ("1", "3", "5"),
+        {"sgd": 0.1, "momentum": 0.03, "adam": 3e-3}, "2", True,
+    ),
+    "cnn": Problem(
+        cnn, lambda: digits((1, 8, 8)), CE, "5", ("1", "4", "6", "10"),
+        {"sgd": 0.1, "momentum": 0.03, "adam": 1e-2}, "3", True,
+    ),
+    "resnet": Problem(
+        resnet, lambda: digits((1, 8, 8)), CE, "3.body.0", ("1", "2", "3", "4"),
+        {"sgd": 0.1, "momentum": 0.01, "adam": 3e-3}, "3.body.1", False,
+    ),
+    "regression": Problem(
+        lambda: mlp([8, 48, 48, 48, 1], nn.Tanh), waves, MSE, "2", ("1", "3", "5"),
+        {"sgd": 0.1, "momentum": 0.03, "adam": 1e-2}, None, True,
+    ),
+    "transformer": Problem(
+        Transformer, lambda: digits((8, 8)), CE, "blocks.0.down", ("embed", "blocks.0", "blocks.1"),
+        {"sgd": 0.1, "momentum": 0.03, "adam": 3e-3}, "blocks.0.up", False, held_out=True,
+    ),
+    "tabular": Problem(
+        lambda: mlp([30, 48, 48, 32, 2], nn.ReLU), cancer, CE, "2", ("1", "3", "5"),
+        {"sgd": 0.1, "momentum": 0.01, "adam": 3e-4}, "2", True, held_out=True,
+    ),
+}  # fmt: skip
+
+
+def optimizer(name: str, groups: list[dict], rate: float) -> torch.optim.Optimizer:
+    """SGD, SGD with momentum 0.9, or AdamW."""
+    if name == "adam":
+        return torch.optim.AdamW(groups, rate)
+    return torch.optim.SGD(groups, rate, momentum=0.9 if name == "momentum" else 0.0)

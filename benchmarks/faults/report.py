@@ -1,0 +1,135 @@
+"""The tables of the score, on screen and in the documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.faults.faults import FAULTS
+from benchmarks.faults.problems import PROBLEMS
+from benchmarks.faults.run import HEALTHY_STEPS, WINDOW, Case
+from benchmarks.faults.score import Row, delay, score
+from packext.diagnostics import RULES
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "faults.json"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "verdicts.md"
+BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+
+
+def share(part: int, whole: int) -> str:
+    """`9 / 12`, with a percentage."""
+    return f"{part} / {whole}" + (f" ({100 * part / whole:.0f} %)" if whole else "")
+
+
+def markdown(rows: list[Row]) -> str:
+    """All tables."""
+    healthy = [row for row in rows if not row.case.fault]
+    parts = []
+    if any(row.case.fault for row in rows):
+        parts.append(faults(rows, healthy))
+    if healthy:
+        parts.append(alarms(healthy))
+    about = f"{date.today().isoformat()}; Python {platform.python_version()}, torch {torch.__version__}; CPU."
+    return "\n".join([*parts, about])
+
+
+def faults(rows: list[Row], healthy: list[Row]) -> str:
+    """Detection by fault, and by family of models."""
+    lines = [
+        f"Named within {WINDOW} steps, and the median delay in steps:",
+        "",
+        "| fault | verdict that is looked for | full severity | delay | harm | half | delay | also said (at full) |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, fault in FAULTS.items():
+        full, half = (
+            [r for r in rows if r.case.fault == name and r.case.severity == severity] for severity in ("full", "half")
+        )
+        if not full:
+            continue
+        a, b = score(full, healthy or full), score(half, healthy or full)
+        beside = ", ".join(f"{word} {count}" for word, count in a.beside.most_common(4))
+        lines.append(
+            f"| {fault.what} | {fault.verdict} | {share(a.detected, a.runs)} | {number(a.delay)} | "
+            f"{share(a.harmed, a.runs)} | {share(b.detected, b.runs)} | {number(b.delay)} | {beside or '–'} |"
+        )
+    for severity in ("full", "half"):
+        found = [r for r in rows if r.case.fault and r.case.severity == severity]
+        hits = sum(delay(r) is not None for r in found)
+        lines += ["", f"All faults at {severity} severity: {share(hits, len(found))}."]
+    lines += ["", "| family | full severity | half |", "|---|---:|---:|"]
+    for problem in PROBLEMS:
+        cells = []
+        for severity in ("full", "half"):
+            found = [r for r in rows if (r.case.problem, r.case.severity) == (problem, severity) and r.case.fault]
+            cells.append(share(sum(delay(r) is not None for r in found), len(found)))
+        lines.append(f"| {family(problem)} | {cells[0]} | {cells[1]} |")
+    noisy = [r.named for r in rows if r.case.fault == "wrong labels"]
+    if noisy:
+        named, right = (sum(pair[k] for pair in noisy) for k in (0, 1))
+        lines += ["", f"Samples named in runs with wrong targets: {named}, of which wrong: {share(right, named)}."]
+    return "\n".join(lines) + "\n"
+
+
+def alarms(healthy: list[Row]) -> str:
+    """What was said in healthy runs, by rule."""
+    groups = {
+        "known families": [r for r in healthy if not PROBLEMS[r.case.problem].held_out],
+        "held-out families": [r for r in healthy if PROBLEMS[r.case.problem].held_out],
+    }
+    lines = [
+        f"Verdicts in healthy runs ({HEALTHY_STEPS} steps each), at new seeds:",
+        "",
+        "| verdict | " + " | ".join(groups) + " | all |",
+        "|---|" + "---:|" * (len(groups) + 1),
+    ]
+    for rule in RULES:
+        counts = [sum(rule.failure in r.said for r in rows) for rows in groups.values()]
+        cells = [f"{c} / {len(rows)}" for c, rows in zip(counts, groups.values(), strict=True)]
+        lines.append(f"| {rule.failure} | {' | '.join(cells)} | {share(sum(counts), len(healthy))} |")
+    some = [sum(bool(r.said) for r in rows) for rows in groups.values()]
+    cells = [f"{c} / {len(rows)}" for c, rows in zip(some, groups.values(), strict=True)]
+    lines.append(f"| any | {' | '.join(cells)} | {share(sum(some), len(healthy))} |")
+    where = Counter((r.case.problem, r.case.optimizer, name) for r in healthy for name in r.said)
+    if where:
+        words = "; ".join(f"{p} with {o}: {name} ({count})" for (p, o, name), count in where.items())
+        lines += ["", f"They were: {words}."]
+    for words, said in (("that were called overfitting", True), ("that were not", False)):
+        rises = [r.valid[-1] / min(r.valid) for r in healthy if ("overfitting" in r.said) is said]
+        if rises:
+            lines += ["", f"Validation loss at the end over its lowest, of healthy runs {words}: "]
+            lines[-1] += f"median {median(rises):.2f}, from {min(rises):.2f} to {max(rises):.2f}."
+    return "\n".join(lines) + "\n"
+
+
+def family(problem: str) -> str:
+    """Its name, and whether it was held out."""
+    return f"{problem} (held out)" if PROBLEMS[problem].held_out else problem
+
+
+def number(value: float | None) -> str:
+    """A delay, or a dash."""
+    return "–" if value is None else f"{value:g}"
+
+
+def load() -> list[Row]:
+    """The rows of the last whole run."""
+    found = json.loads(RESULTS.read_text())
+    return [Row(**{**row, "case": Case(**row["case"]), "named": tuple(row["named"])}) for row in found]
+
+
+def write(rows: list[Row]) -> None:
+    """Keep the rows, and put the tables between the page's markers."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    kept = [dataclasses.asdict(row) | {"valid": [float(f"{v:.5g}") for v in row.valid]} for row in rows]
+    RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(before + BEGIN + "\n\n" + markdown(rows) + "\n\n" + END + after)

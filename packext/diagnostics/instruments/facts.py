@@ -1,0 +1,152 @@
+"""Facts about model and optimizer: what is trained at all, how it started, which units get no gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._step import Absent, Count, Step
+
+
+class BatchSize(Instrument):
+    """Number of samples in the step, over all its backward passes."""
+
+    needs = (Count(),)
+
+    def measure(self, step: Step) -> int:
+        return step.n
+
+
+class LearningRate(Instrument):
+    """The optimizer's largest learning rate, as it was at the end of the step.
+
+    "LearningRate.edge" is the curvature (2 + 2 momentum) / learning rate beyond which heavy-ball gradient descent on a
+    quadratic diverges (Cohen, Kaur, Li, Kolter & Talwalkar 2021), for `torch.optim.SGD` with one learning rate.
+    """
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        groups = step.optimizer.param_groups
+        rates = [float(group["lr"]) for group in groups if "lr" in group]
+        if not rates:
+            raise Absent(f"{type(step.optimizer).__name__} has no learning rate")
+        found = {"": max(rates)}
+        plain = type(step.optimizer) is torch.optim.SGD and len({(g["lr"], g["momentum"]) for g in groups}) == 1
+        if plain and rates[0] > 0 and not any(g["nesterov"] or g["dampening"] for g in groups):
+            found[".edge"] = (2 + 2 * float(groups[0]["momentum"])) / rates[0]
+        return found
+
+
+#: What `Untrained` says of a parameter.
+FROZEN_FRONT, FROZEN, NOT_HELD, NO_RATE, NO_GRADIENT = 1.0, 2.0, 3.0, 4.0, 5.0
+
+
+class Untrained(Instrument):
+    """How many parameters are not trained, and of each of these why, by a number.
+
+    "Untrained/0.weight" is 1 for a parameter that does not require grad, and neither does any before it (as a frozen
+    backbone is); 2 for one that does not require grad though one before it does; 3 for one that the optimizer does not
+    hold and that has not moved either; 4 for one whose learning rate is 0; 5 for one that got no gradient (its `.grad`
+    is None). Parameters that are trained are not listed. "Untrained.share" is their share in the entries of all
+    parameters.
+    """
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        gradient, start = step.gradient, step.start
+        try:
+            update: dict[str, Tensor] | None = step.update
+        except Absent:
+            update = None
+        rates = {id(p): group.get("lr") for group in step.optimizer.param_groups for p in group["params"]}
+        found, front, entries, all_entries = {}, True, 0, 0
+        for name, p in step.model.named_parameters():
+            all_entries += p.numel()
+            code = None
+            if not p.requires_grad:
+                code = FROZEN_FRONT if front else FROZEN
+            else:
+                front = False
+                if name not in start:
+                    continue  # it did not require grad when the step began
+                if id(p) not in rates:
+                    code = NOT_HELD if update is not None and not bool(update[name].any()) else None
+                elif rates[id(p)] == 0:
+                    code = NO_RATE
+                elif name not in gradient:
+                    code = NO_GRADIENT
+            if code is not None:
+                found[name] = code
+                entries += p.numel()
+        return {"": len(found), ".share": entries / max(1, all_entries), **found}
+
+
+class InitialScale(Instrument):
+    """How large the matrices were at the start: root mean square of a weight's entries times the root of its fan-in.
+
+    Of each parameter with two axes or more (`[out, in, ...]`, fan-in is the product of all sizes but the first), except
+    embeddings; once, in the first step of a run. PyTorch's default is 0.58, Glorot's (2010) about 1, that of He et al.
+    (2015) 1.41. "InitialScale.alike" is the number of matrices whose rows are all the same (and not zero), so that
+    their units stay copies of each other.
+    """
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        self._late = False
+
+    def start(self, step: int) -> None:
+        self._late = step > 0
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        if self._late:
+            return {}
+        self._late = True
+        looked_up = {
+            id(p)
+            for m in step.model.modules()
+            if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+            for p in m.parameters()
+        }
+        weights = {
+            name: w
+            for name, w in step.start.items()
+            if w.dim() > 1 and len(w) > 1 and id(step.parameters[name]) not in looked_up
+        }
+        alike = [bool((w == w[:1]).all()) and bool(w.any()) for w in weights.values()]
+        gains = {name: w.double().square().mean().sqrt() * w[0].numel() ** 0.5 for name, w in weights.items()}
+        return {".alike": sum(alike), **gains}
+
+
+class IdleUnits(Instrument):
+    """Share of the units that have got no gradient from any sample in the last tracked steps, by layer.
+
+    A unit is an entry of a parameter with one axis (a bias, or the scale of a norm), and "no gradient" an exact zero:
+    what a ReLU that is shut for all samples leaves of the gradient of the bias before it, whether the ReLU is a module
+    or a function. By name of these parameters, from the `steps`-th tracked step on.
+    """
+
+    def __init__(self, steps: int = 10) -> None:
+        """Choose for how many tracked steps in a row.
+
+        Raises:
+            ValueError: if that is less than one.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be an int of 1 or more, got {steps!r}.")
+        self.steps = steps
+        self._idle: dict[str, Tensor] = {}  # tracked steps since the last gradient, by parameter
+        self._seen = 0
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        vectors = {name: g for name, g in step.gradient.items() if g.dim() == 1}
+        if not vectors:
+            raise Absent("no parameter with one axis has got a gradient")
+        self._seen += 1
+        for name, g in vectors.items():
+            before = self._idle.get(name, torch.zeros_like(g))
+            self._idle[name] = torch.where(g == 0, before + 1, 0.0)
+        if self._seen < self.steps:
+            return {}
+        shares = torch.stack([(self._idle[name] >= self.steps).float().mean() for name in vectors]).tolist()
+        return dict(zip(vectors, shares, strict=True))

@@ -1,0 +1,38 @@
+"""The samples' own losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._step import Count, Step
+from packext.diagnostics.instruments.noise import quantiles
+
+
+class SampleLosses(Instrument):
+    """The samples' own losses l_n: their distribution, and which samples have the largest.
+
+    "SampleLosses" is their median, "SampleLosses.quantiles" has those at 0, 5, 25, 50, 75, 95 and 100 % (`[7]`),
+    "SampleLosses.largest" the largest ones, the largest first (`[count]`). "SampleLosses.hardest" names their samples
+    by index in the data set (`[count]`), where the step was given indices (`monitor.step(samples=...)`).
+    """
+
+    losses = True
+    needs = (Count(),)
+
+    def __init__(self, count: int = 16) -> None:
+        """Choose how many samples to name.
+
+        Raises:
+            ValueError: if that is less than one.
+        """
+        if count < 1:
+            raise ValueError(f"count must be an int of 1 or more, got {count!r}.")
+        self.count = count
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        losses = step.losses.double()
+        top = losses.topk(min(self.count, len(losses)))
+        found = {"": losses.median(), ".quantiles": quantiles(losses), ".largest": top.values}
+        named = step.indices(top.indices)
+        return found if named is None else {**found, ".hardest": named}

@@ -1,0 +1,196 @@
+"""What is wrong with the data, or with how it is cut into batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from packext.diagnostics._verdict import Finding
+from packext.diagnostics.rules._history import Recent, SinceStart
+
+
+class LabelNoise(SinceStart):
+    """Some samples' losses stay above where all began, and rise, while those of the others fall.
+
+    A model that has learned something is sure of it, and so is surest to be wrong on a sample whose label is. Samples
+    that are hard but right fall sooner or later. A sample is suspected if its loss in both of its last two visits was
+    above that of its first, 20 looks ago or more, and above 1.2 times the mean loss of the first step. Said when
+    suspects make up 1 in 40 of the batches, over 20 steps, while the median loss is under half of that mean. Needs to
+    know which samples are which (`monitor.step(samples=...)`), and three epochs. Named are the suspects, the largest
+    loss first.
+    """
+
+    failure = "label noise"
+    advice = "Look at the samples that are named and at their labels; train without them, or with a robust loss."
+    reads = ("SampleLosses", "BatchSize", "Loss")
+    hold, release = 5, 20
+    learned, above, share, window, memory = 0.5, 1.2, 0.025, 20, 100_000
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        super().__init__()
+        self._shares = Recent(self.window)
+        self._visits: dict[int, tuple[int, float, float]] = {}  # look and loss of the first one, loss of the last one
+        self._looks = 0
+        self._suspects: dict[int, float] = {}
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        loss, n, samples = (values.get(name) for name in ("Loss", "BatchSize", "SampleLosses.hardest"))
+        if loss is None or not self.begin(step, loss) or self.first is None or n is None or samples is None:
+            return None
+        limit, found = self.above * self.first, 0
+        for sample, own in zip(samples.tolist(), values["SampleLosses.largest"].tolist(), strict=True):
+            since, first, last = self._visits.pop(sample, (self._looks, own, -math.inf))
+            suspect = self._looks - since >= self.window and min(own, last) > max(limit, first)
+            found += suspect
+            self._suspects.pop(sample, None)
+            if suspect:
+                self._suspects[sample] = own
+            self._visits[sample] = since, first, own
+        while len(self._visits) > self.memory:
+            self._suspects.pop(next(iter(self._visits)), None)
+            del self._visits[next(iter(self._visits))]
+        self._looks += 1
+        self._shares.add(found / n)
+        if not self._shares.full or self._shares.mean < self.share:
+            return None
+        if not values["SampleLosses"] < self.learned * self.first:
+            return None
+        worst = sorted(self._suspects, key=lambda sample: -self._suspects[sample])
+        return Finding(
+            f"{100 * self._shares.mean:.2g} % of the samples have losses above {limit:.3g} that have risen since their "
+            f"first visit, while the median is {values['SampleLosses']:.2g}.",
+            tuple(f"sample {sample}" for sample in worst),
+        )
+
+
+class Overfitting(SinceStart):
+    """The logged `valid_loss` rises while the loss falls, or stays far above it.
+
+    Rises: each of its last five values is 10 % above the lowest mean of five in a row, and the loss, averaged over the
+    same time, has fallen by a tenth since then; one value alone may rise by more in the middle of a run that goes well.
+    Far above: over the last five values the loss is less than half of it, and the gap a fifth of the loss of the first
+    step, so that a fifth of what there was to learn is not carried over.
+    """
+
+    failure = "overfitting"
+    advice = "Stop at the lowest valid_loss; more data, augmentation, weight decay or dropout."
+    reads = ("valid_loss", "Loss")
+    hold, release = 1, 1
+    risen, fallen, gap, values = 1.1, 0.9, 0.2, 5
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        super().__init__()
+        self._valid, self._train, self._between = Recent(self.values), Recent(self.values), Recent(1000)
+        self._best: tuple[float, float, int] | None = None
+        self._logged = -1
+        self._finding: Finding | None = None
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        loss, valid = values.get("Loss"), values.get("valid_loss")
+        if loss is not None and valid is None:
+            self.begin(step, loss)
+            self._between.add(loss)
+        if loss is None or valid is None or step == self._logged:
+            return self._finding
+        self._logged, self._finding = step, None
+        self._valid.add(valid)
+        self._train.add(self._between.mean if self._between.values else loss)
+        self._between.values.clear()
+        if self._valid.full:
+            self._finding = self._judge(step, self._valid.mean, self._train.mean)
+        return self._finding
+
+    def _judge(self, step: int, valid: float, train: float) -> Finding | None:
+        if self._best is None or valid < self._best[0]:
+            self._best = valid, train, step
+        best, then, when = self._best
+        if min(self._valid.values) > self.risen * best > 0 and train < self.fallen * then:
+            return Finding(
+                f"valid_loss has risen from {best:.3g} (step {when}) to {valid:.3g}, and the loss fell from {then:.3g} "
+                f"to {train:.3g}."
+            )
+        if self.first is not None and valid - train > self.gap * self.first and train < 0.5 * valid:
+            return Finding(
+                f"valid_loss is {valid:.3g} where the loss is {train:.3g}; it was {self.first:.3g} at first."
+            )
+        return None
+
+
+class _Batch(SinceStart):
+    """Base of the rules of the batch size: the noise scale (McCandlish et al. 2018), from averages over looks.
+
+    Both its parts are averaged before they are divided: one step's estimate is very noisy.
+    """
+
+    reads = ("NoiseScale", "BatchSize", "Loss")
+    least: ClassVar[int]
+    window: ClassVar[int]
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        super().__init__()
+        self._trace, self._signal, self._loss = Recent(self.window), Recent(self.window), Recent(20)
+
+    def averages(self, step: int, values: Mapping[str, Any]) -> tuple[float, float, float] | None:
+        """Batch size, noise scale (infinite if there is no signal), and the loss over that of the first step."""
+        trace, signal = values.get("NoiseScale.trace"), values.get("NoiseScale.signal")
+        n, loss = values.get("BatchSize"), values.get("Loss")
+        if trace is None or signal is None or n is None or loss is None or not self.begin(step, loss):
+            return None
+        assert self.first is not None
+        self._trace.add(trace)
+        self._signal.add(signal)
+        self._loss.add(abs(loss))
+        if len(self._trace.values) < self.least:
+            return None
+        scale = self._trace.mean / self._signal.mean if self._signal.mean > 0 else math.inf
+        return n, scale, self._loss.mean / self.first
+
+
+class BatchTooSmall(_Batch):
+    """The gradient is noise before the model has learned what there is to learn.
+
+    The noise scale is more than 4 times the batch while the loss is above a fifth of where it began. Later that is
+    normal: the signal goes to zero where training ends, and the noise stays.
+    """
+
+    failure = "batch too small"
+    advice = "Use a batch of the order of the noise scale (or accumulate to it), or lower the learning rate."
+    hold, release = 5, 10
+    least, window = 40, 60
+    times, unlearned = 4.0, 0.2
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        found = self.averages(step, values)
+        if found is None:
+            return None
+        n, scale, left = found
+        if scale < self.times * n or left < self.unlearned:
+            return None
+        return Finding(f"The batch has {n:.0f} samples, and noise is as large as the gradient for one of {scale:.3g}.")
+
+
+class BatchTooLarge(_Batch):
+    """The batch is 8 times the noise scale or more, and of 128 samples at least: half of it would do nearly as well.
+
+    With a batch of B and a noise scale of b, a step makes 1 / (1 + b / B) of the progress of one without noise
+    (McCandlish et al. 2018, equation 2.7): 89 % with B = 8 b, and still 80 % with half of it. The noise scale grows
+    while the model learns, so that a batch which is wasted early may be right later.
+    """
+
+    failure = "batch wastefully large"
+    advice = "Use a smaller batch, of a few times the noise scale: steps are about as good, and cheaper."
+    hold, release = 3, 10
+    least, window = 10, 20
+    times, smallest = 8.0, 128
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        found = self.averages(step, values)
+        if found is None or found[0] < max(self.smallest, self.times * found[1]):
+            return None
+        return Finding(
+            f"The batch has {found[0]:.0f} samples, and noise is as large as the gradient for one of {found[1]:.3g}."
+        )

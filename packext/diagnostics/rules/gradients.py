@@ -1,0 +1,173 @@
+"""Gradients that grow or shrink on their way through the layers, or over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from packext.diagnostics._verdict import Finding, Rule
+from packext.diagnostics.rules._history import Recent, by_layer
+
+
+class _Matrices(Rule):
+    """Base of rules that compare layers by their matrices: biases start at zero, and have scales of their own."""
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        self._matrices: set[str] = set()
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether a parameter is one of those that `InitialScale` has named at the start of the run."""
+        return name in self._matrices
+
+    def shares(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Norm of each matrix's gradient times that of the matrix, over the largest of these products.
+
+        That is how much the loss depends on the matrix's relative size: it does not change if a layer's scale is moved
+        to the next.
+
+        Args:
+            values: of the step.
+
+        Returns:
+            Numbers from 0 to 1 by name, in the order of the model; none if there is no gradient.
+        """
+        if named := set(by_layer(values, "InitialScale")):
+            self._matrices = named
+        gradients, sizes = by_layer(values, "GradNorm"), by_layer(values, "ParamNorm")
+        products = {name: g * sizes[name] for name, g in gradients.items() if name in sizes and self.is_matrix(name)}
+        largest = max(products.values(), default=0.0)
+        return {name: p / largest for name, p in products.items()} if 0 < largest < math.inf else {}
+
+
+class VanishingGradients(_Matrices):
+    """Next to nothing of the gradient reaches the first layers.
+
+    All matrices from the first one on, up to some layer, have less than a 200th of the largest share in the gradient
+    (the norm of the gradient times that of the matrix). Layers in the order of the model; a single layer in the middle
+    is another failure.
+    """
+
+    failure = "vanishing gradients"
+    advice = (
+        "Use ReLU or GELU in place of saturating activations, He initialisation, normalisation or skip connections."
+    )
+    reads = ("GradNorm", "ParamNorm", "InitialScale")
+    hold, release = 5, 10
+    small = 5e-3
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        shares = self.shares(values)
+        front: list[str] = []
+        for name, share in shares.items():
+            if share >= self.small:
+                break
+            front.append(name)
+        if not front or len(front) == len(shares) or not any(shares[name] > 0 for name in front):
+            return None
+        least = min(front, key=lambda name: shares[name])
+        top = max(shares, key=lambda name: shares[name])
+        return Finding(f"The share of {least} in the gradient is {shares[least]:.2g} of that of {top}.", tuple(front))
+
+
+class ExplodingGradients(Rule):
+    """The gradient is 20 times what it was, and stays there.
+
+    Compared with the median over the 30 looks before the last 6. Named are the layers whose gradients have grown at
+    least half as much as that of the layer which has grown most.
+    """
+
+    failure = "exploding gradients"
+    advice = "Clip the gradient's norm; normalise between the layers, or lower the scale of their weights."
+    reads = ("GradNorm",)
+    hold, release = 3, 10
+    grown = 20.0
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        self._past: dict[str, Recent] = {}
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        whole = values.get("GradNorm")
+        if whole is None or not whole < math.inf:
+            return None
+        norms = {"": whole, **by_layer(values, "GradNorm")}
+        for name, norm in norms.items():
+            self._past.setdefault(name, Recent(36)).add(norm)
+        usual = self._usual("")
+        if usual is None or whole < self.grown * usual:
+            return None
+        growth = {name: norm / u for name, norm in norms.items() if (u := self._usual(name))}
+        most = max((g for name, g in growth.items() if name), default=0.0)
+        where = tuple(name for name, g in growth.items() if name and g >= 0.5 * most)
+        return Finding(f"The gradient's norm is {whole:.3g}, {whole / usual:.3g} times what it was.", where)
+
+    def _usual(self, name: str) -> float | None:
+        """The median of the norm, without the last six; None if there are too few, or if it is zero."""
+        before = sorted(list(self._past[name].values)[:-6])
+        return before[len(before) // 2] or None if len(before) >= 10 else None
+
+
+class NaNAhead(_Matrices):
+    """A number is not finite, or grows so steadily that it soon will not be.
+
+    Steadily: a matrix, or while the loss is above that of the first step the loss, the gradient or the output, has
+    grown in each of the last 8 looks by 5 % or more, and by more each time than the time before, as only exponential
+    growth does; or an input is not finite already.
+    """
+
+    failure = "NaN about to happen"
+    advice = (
+        "Look at what grows: lower the learning rate, clip the gradient, add an epsilon to divisors and logarithms."
+    )
+    reads = ("Loss", "GradNorm", "OutputScale", "ParamNorm", "InputScale", "InitialScale")
+    hold, release = 1, 20
+    looks, growth = 9, 1.05
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        super().__init__()
+        self._past: dict[str, Recent] = {}
+        self._first: float | None = None
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        self.shares(values)
+        if step == 0:
+            self._first = values.get("Loss", self._first)
+        watched = {k: float(values[k]) for k in ("Loss", "GradNorm", "OutputScale") if k in values}
+        watched |= {f"ParamNorm/{k}": v for k, v in by_layer(values, "ParamNorm").items() if self.is_matrix(k)}
+        broken = [name for name, value in watched.items() if not math.isfinite(value)]
+        if values.get("InputScale.infinite", 0.0) > 0:
+            return Finding(f"{100 * values['InputScale.infinite']:.2g} % of the inputs are NaN or infinite.")
+        if broken:
+            return Finding(f"{broken[0]} is {watched[broken[0]]}.", _places(broken))
+        grown = {}
+        for name, value in watched.items():
+            past = self._past.setdefault(name, Recent(self.looks))
+            past.add(value)
+            if past.full and _exponential(list(past.values), self.growth):
+                grown[name] = (value / past.values[0]) ** (1 / (self.looks - 1))
+        if self._first is None or not watched.get("Loss", 0.0) > self._first:
+            # Outputs grow fast where learning begins, and gradients for a while at the edge of stability.
+            grown = {name: growth for name, growth in grown.items() if "/" in name}
+        if not grown:
+            return None
+        name = max(grown, key=lambda k: grown[k])
+        left = math.log(3e38 / watched[name]) / math.log(grown[name])
+        return Finding(
+            f"{name} grows by a factor of {grown[name]:.3g} a step: single precision overflows in {left:.0f} steps.",
+            _places(list(grown)),
+        )
+
+
+def _exponential(v: list[float], growth: float) -> bool:
+    """Whether each is larger than the one before by that factor, and each rise than the rise before."""
+    if not v[-1] > v[0] > 0 or not all(b > growth * a for a, b in pairwise(v)):
+        return False
+    return all(c - b > b - a for a, b, c in zip(v, v[1:], v[2:], strict=False))
+
+
+def _places(names: list[str]) -> tuple[str, ...]:
+    return tuple(name.partition("/")[2] for name in names if "/" in name)

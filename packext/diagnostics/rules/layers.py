@@ -1,0 +1,112 @@
+"""Units and layers that do not take part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from packext.diagnostics._verdict import Finding, Rule
+from packext.diagnostics.instruments.facts import FROZEN, FROZEN_FRONT, NO_GRADIENT, NO_RATE, NOT_HELD
+from packext.diagnostics.rules._history import by_layer
+from packext.diagnostics.rules.gradients import _Matrices
+
+
+class DeadReLUs(Rule):
+    """Half of the units of a layer have got no gradient for ten looks.
+
+    A unit that is shut for one batch may open for the next, and some are shut in most healthy layers. Says nothing
+    while the last layer's own units get no gradient either, and once the loss has fallen to a fifth of what it was:
+    then few samples carry the gradient, and the model has what it needs.
+    """
+
+    failure = "dead ReLUs"
+    advice = "Lower the learning rate, start with smaller or no negative biases, or use LeakyReLU or GELU."
+    reads = ("IdleUnits", "Loss")
+    hold, release = 3, 10
+    share, learned = 0.5, 0.2
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        self._largest = 0.0
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        loss, idle = values.get("Loss"), by_layer(values, "IdleUnits")
+        if loss is not None:
+            self._largest = max(self._largest, abs(loss))
+        where = tuple(name for name, share in idle.items() if share >= self.share)
+        if not where or list(idle.values())[-1] >= self.share:
+            return None
+        if loss is not None and abs(loss) < self.learned * self._largest:
+            return None
+        worst = max(where, key=lambda name: idle[name])
+        return Finding(f"{100 * idle[worst]:.0f} % of the units of {worst} got no gradient from any sample.", where)
+
+
+class LayerDoesNotLearn(_Matrices):
+    """A layer's matrix moves a hundred times less, compared with its size, than those of the other layers do.
+
+    Compared with the median over the matrices. Layers of healthy networks differ by factors of about ten.
+    """
+
+    failure = "layer does not learn"
+    advice = "Look at the layer's learning rate and weight decay, and at what scales its gradient."
+    reads = ("UpdateSize", "ParamNorm", "InitialScale", "Untrained")
+    hold, release = 10, 10
+    small = 1e-2
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        self.shares(values)
+        updates, sizes, known = (by_layer(values, k) for k in ("UpdateSize", "ParamNorm", "Untrained"))
+        moves = {
+            name: u / sizes[name]
+            for name, u in updates.items()
+            if sizes.get(name) and name not in known and self.is_matrix(name)
+        }
+        if len(moves) < 3:
+            return None
+        usual = sorted(moves.values())[len(moves) // 2]
+        where = tuple(name for name, move in moves.items() if move < self.small * usual)
+        if not where:
+            return None
+        least = min(where, key=lambda name: moves[name])
+        return Finding(
+            f"{least} moves by {100 * moves[least]:.2g} % of its norm in a step, and others by {100 * usual:.2g} %.",
+            where,
+        )
+
+
+#: What `Untrained` means, in words.
+WHY = {
+    FROZEN: "does not require grad, though layers before it do",
+    NOT_HELD: "is not held by the optimizer",
+    NO_RATE: "has a learning rate of 0",
+    NO_GRADIENT: "gets no gradient from the loss",
+}
+
+
+class FrozenByMistake(Rule):
+    """Parameters are not trained though others before them are, or though they require grad.
+
+    Parameters at the front of the model that do not require grad are a frozen backbone, and where nine tenths of all
+    entries do not require it, what trains is an adapter: neither is a mistake.
+    """
+
+    failure = "frozen by mistake"
+    advice = (
+        "Give all parameters to the optimizer, and look for requires_grad, detach() and no_grad() on the way to them."
+    )
+    reads = ("Untrained",)
+    hold, release = 3, 3
+    adapter = 0.9
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        found = by_layer(values, "Untrained")
+        deliberate = {FROZEN_FRONT, FROZEN} if values.get("Untrained.share", 0.0) >= self.adapter else {FROZEN_FRONT}
+        where = tuple(name for name, code in found.items() if code not in deliberate)
+        if not where:
+            return None
+        return Finding(f"{where[0]} {WHY[found[where[0]]]}{_more(len(where))}.", where)
+
+
+def _more(count: int) -> str:
+    return "" if count == 1 else f" (and {count - 1} more are not trained)"

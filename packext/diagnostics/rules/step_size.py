@@ -1,0 +1,118 @@
+"""Steps that are too long or too short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from packext.diagnostics._verdict import Finding, Rule
+from packext.diagnostics.rules._history import Recent, SinceStart
+
+
+class LearningRateTooHigh(SinceStart):
+    """The loss is a fifth above where it began and steps are long, or it does not fall and they are very long.
+
+    Long is a step of more than 2 % of the norm of the parameters, and very long one of 10 %; 0.1 % is usual, and the
+    first steps at the highest rates that train seldom pass 5 %. Either alone is no evidence: long steps may train, and
+    a loss may rise for reasons that no learning rate mends. A diverging run often ends on a plateau without gradients,
+    where nothing of it is seen any more: the longest step of the last ten counts.
+    """
+
+    failure = "learning rate too high"
+    advice = "Divide the learning rate by 10, or clip the gradient; warm it up if only the first steps fail."
+    reads = ("Loss", "UpdateSize", "ParamNorm")
+    hold, release = 3, 10
+    long, above, stuck, patience = 0.02, 1.2, 0.85, 10
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        super().__init__()
+        self._loss, self._length = Recent(5), Recent(10)
+        self._steps = 0
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        loss, update, norm = (values.get(name) for name in self.reads)
+        if loss is None or not self.begin(step, loss) or self.first is None:
+            return None
+        self._steps += 1
+        self._loss.add(loss)
+        if update is not None and norm:
+            self._length.add(update / norm)
+        if not self._length.values or not self._loss.full:
+            return None
+        now, length = self._loss.median, max(self._length.values)
+        high = now > self.above * self.first
+        stays = self._steps > self.patience and now > self.stuck * self.first and length > 5 * self.long
+        if length > self.long and (high or stays):
+            return Finding(
+                f"The loss is {now:.3g}, {now / self.first:.3g} times that of the first step, and a step is up to "
+                f"{length:.2g} times as long as the parameters."
+            )
+        return None
+
+
+class LearningRateTooLow(SinceStart):
+    """After 20 steps nothing has been learned, and steps are so short that it could not be otherwise.
+
+    The norm of the gradient times that of the update bounds what a step can take off the loss to first order. While the
+    loss is where it began, that bound is under 0.5 % of it: hundreds of steps for a factor of e, if all of them went
+    straight down. Steps are short compared with the parameters, too (0.1 % is usual), which tells this from a gradient
+    that has vanished only under optimizers that make up for its size; and they are not growing, as they do while a rate
+    is warmed up.
+    """
+
+    failure = "learning rate too low"
+    advice = "Multiply the learning rate by 10 until the loss falls, or stops falling."
+    reads = ("Loss", "UpdateSize", "ParamNorm", "GradNorm")
+    hold, release = 5, 10
+    bound, short, unlearned = 5e-3, 2e-3, 0.9
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        super().__init__()
+        self._loss, self._update, self._gain = Recent(20), Recent(20), Recent(20)
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        loss, update, norm, gradient = (values.get(name) for name in self.reads)
+        if loss is None or not self.begin(step, loss) or self.first is None:
+            return None
+        if update is None or not norm or gradient is None or not update > 0:
+            return None
+        self._loss.add(abs(loss))
+        self._update.add(update)
+        self._gain.add(gradient * update)
+        if not self._loss.full:
+            return None
+        mean, gain, growing = self._loss.mean, self._gain.mean, self._update.values[-1] > 1.5 * self._update.values[0]
+        if (
+            mean > self.unlearned * self.first
+            and gain < self.bound * mean
+            and update < self.short * norm
+            and not growing
+        ):
+            return Finding(
+                f"A step can take {100 * gain / mean:.2g} % off the loss at best, which is {mean:.3g} and was "
+                f"{self.first:.3g} at first; it moves the parameters by {100 * update / norm:.2g} %."
+            )
+        return None
+
+
+class EdgeOfStability(Rule):
+    """The largest eigenvalue of the Hessian is where gradient descent with this learning rate stops to be stable.
+
+    (2 + 2 momentum) / learning rate (Cohen et al. 2021). Not a failure as such: with full batches it is where training
+    usually ends up, and the loss goes on falling, though not in every step.
+    """
+
+    failure = "edge of stability"
+    advice = "No failure as such: if the loss is unsteady, a lower learning rate leaves the edge."
+    reads = ("HessMaxEV", "LearningRate")
+    hold, release = 5, 10
+    near = 0.9
+
+    def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        sharpness, edge = values.get("HessMaxEV"), values.get("LearningRate.edge")
+        residual = values.get("HessMaxEV.residual", 0.0)
+        if sharpness is None or edge is None or not sharpness - residual > self.near * edge:
+            return None
+        return Finding(f"The largest eigenvalue is {sharpness:.3g}, and steps are stable up to {edge:.3g}.")

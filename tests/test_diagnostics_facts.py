@@ -1,0 +1,257 @@
+"""Instruments of inputs, outputs, samples and of model and optimizer themselves; numbers of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext.diagnostics import (
+    BatchSize,
+    Cockpit,
+    IdleUnits,
+    InitialScale,
+    InputScale,
+    LearningRate,
+    Loss,
+    OutputScale,
+    ParamNorm,
+    Run,
+    SampleLosses,
+    SampleNorms,
+    Untrained,
+)
+from tests.helpers import batch, double_precision, mlp
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def watch(model: nn.Module, *instruments: Any, optimizer: Any = None, **options: Any) -> Cockpit:
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.1)
+    return Cockpit(px.extend(model), optimizer, None, instruments=instruments, **options)
+
+
+def step(monitor: Cockpit, x: Tensor, y: Tensor, **options: Any) -> None:
+    loss = px.extend(nn.CrossEntropyLoss())
+    with monitor.step(**options):
+        loss(monitor.model(x), y).backward()
+        monitor.optimizer.step()
+        monitor.optimizer.zero_grad()
+
+
+def test_scale_of_inputs_and_outputs() -> None:
+    monitor, (x, y) = watch(mlp(), InputScale(), OutputScale(), BatchSize()), batch(6)
+    x = x * 3 + 1
+    with torch.no_grad():
+        out = monitor.model(x)
+    step(monitor, x, y)
+    values = monitor.values
+    assert np.isclose(values["InputScale"], x.square().mean() ** 0.5)
+    assert np.isclose(values["InputScale.mean"], x.mean())
+    assert np.isclose(values["InputScale.largest"], x.abs().max())
+    assert values["InputScale.infinite"] == 0
+    assert np.isclose(values["OutputScale"], out.square().mean() ** 0.5)
+    spread = (out - out.mean(0)).square().mean() ** 0.5 / out.square().mean() ** 0.5
+    assert np.isclose(values["OutputScale.spread"], spread)
+    assert values["BatchSize"] == 6
+    assert not monitor.model._forward_pre_hooks or len(monitor.model._forward_pre_hooks) == 1  # extend's own
+    bad = x.clone()
+    bad[0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    step(monitor, bad, y)
+    assert monitor.values["InputScale.infinite"] == 3 / 30
+
+
+class Keywords(nn.Module):
+    """Takes tokens and features by keyword, and puts out several things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 3), nn.Linear(3, 2)
+
+    def forward(self, tokens: Tensor, *, features: Any = None) -> dict[str, Any]:
+        h = self.table(tokens)
+        return {"none": None, "logits": self.head(h if features is None else h + features[0])}
+
+
+def test_inputs_of_all_kinds() -> None:
+    monitor, loss = watch(Keywords(), InputScale(), OutputScale()), px.extend(nn.CrossEntropyLoss())
+    tokens, features, y = torch.randint(7, (4,)), torch.randn(4, 3), torch.randint(2, (4,))
+    with monitor.step():
+        loss(monitor.model(tokens, features=[features])["logits"], y).backward()
+    assert np.isclose(monitor.values["InputScale"], features.square().mean() ** 0.5)
+    assert 0 < monitor.values["OutputScale.spread"]
+    with monitor.step():
+        loss(monitor.model(tokens)["logits"], y).backward()
+    assert "no floating-point numbers" in monitor.absent["InputScale"]
+
+
+def test_what_the_scale_of_the_output_cannot_be() -> None:
+    monitor, (x, y) = watch(mlp(), OutputScale(), BatchSize()), batch(1)
+    step(monitor, x, y)
+    assert "OutputScale" in monitor.values and "one sample" in monitor.absent["OutputScale.spread"]
+    model = nn.Sequential(nn.Linear(5, 3), nn.Flatten(0, 1))
+    monitor = watch(model, OutputScale())
+    with monitor.step(scale=4.0) as seen:
+        each = monitor.model(torch.randn(4, 2, 5)).view(4, 2, 3).square().sum((1, 2))
+        seen.losses(each)
+        each.mean().backward()
+    assert monitor.absent["OutputScale.spread"] == "the output has 8 rows for 4 samples"
+
+
+def test_parameters_norm_and_learning_rate() -> None:
+    model, (x, y) = mlp(), batch()
+    groups = [{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters()}]
+    norms = {name: p.norm().item() for name, p in model.named_parameters()}
+    monitor = watch(model, ParamNorm(), LearningRate(), optimizer=torch.optim.SGD(groups, 0.1, momentum=0.5))
+    step(monitor, x, y)
+    assert np.isclose(monitor.values["ParamNorm"], sum(v**2 for v in norms.values()) ** 0.5)
+    assert all(np.isclose(monitor.values[f"ParamNorm/{k}"], v) for k, v in norms.items())
+    assert monitor.values["LearningRate"] == 0.2 and "LearningRate.edge" not in monitor.values
+    for options, edge in (({"momentum": 0.5}, 3 / 0.1), ({}, 2 / 0.1), ({"momentum": 0.5, "nesterov": True}, None)):
+        monitor = watch(mlp(), LearningRate(), optimizer=None)
+        monitor.optimizer = torch.optim.SGD(monitor.model.parameters(), 0.1, **options)
+        step(monitor, x, y)
+        assert monitor.values.get("LearningRate.edge") == (None if edge is None else pytest.approx(edge))
+
+
+def test_losses_of_the_samples_by_index() -> None:
+    monitor, (x, y) = watch(mlp(), SampleLosses(3), SampleNorms(3), Loss()), batch(8)
+    each = F.cross_entropy(monitor.model(x), y, reduction="none").detach()
+    index = torch.randperm(100)[:8]
+    step(monitor, x, y, samples=index)
+    order = each.argsort(descending=True)[:3]
+    values = monitor.values
+    assert np.allclose(values["SampleLosses.largest"], each[order])
+    assert values["SampleLosses.hardest"].tolist() == index[order].tolist()
+    assert np.isclose(values["SampleLosses"], each.median())
+    assert np.allclose(values["SampleLosses.quantiles"], np.quantile(each, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]))
+    named = values["SampleNorms.hardest"].tolist()
+    assert set(named) <= set(index.tolist())
+    with monitor.step():  # the same batch, not named: positions, and no losses by index
+        px.extend(nn.CrossEntropyLoss())(monitor.model(x), y).backward()
+    assert "SampleLosses.hardest" not in monitor.values and max(monitor.values["SampleNorms.hardest"]) < 8
+
+
+def test_samples_of_several_passes() -> None:
+    monitor, (x, y) = watch(mlp(), SampleLosses(8)), batch(8)
+    each = F.cross_entropy(monitor.model(x), y, reduction="none").detach()
+    loss = px.extend(nn.CrossEntropyLoss())
+    with monitor.step(samples=range(10, 18)):
+        for part in (slice(0, 3), slice(3, 8)):
+            (loss(monitor.model(x[part]), y[part]) * (len(x[part]) / 8)).backward()
+        monitor.optimizer.step()
+    assert monitor.values["SampleLosses.hardest"].tolist() == (each.argsort(descending=True) + 10).tolist()
+
+
+@pytest.mark.parametrize("samples", [torch.randn(4), [[1, 2], [3, 4]], [True, False, True, False]])
+def test_samples_that_are_no_indices(samples: Any) -> None:
+    with pytest.raises(ValueError, match="samples must be integers"):
+        watch(mlp()).step(samples=samples)
+
+
+def test_as_many_indices_as_samples() -> None:
+    monitor, (x, y) = watch(mlp(), SampleNorms()), batch(4)
+    with pytest.raises(px.PackextError, match="3 indices for a step of 4 samples"):
+        step(monitor, x, y, samples=[1, 2, 3])
+
+
+def test_numbers_of_the_users_own(tmp_path: Path) -> None:
+    monitor, (x, y) = watch(mlp(), Loss(), every=2, sinks=[Run(tmp_path)]), batch()
+    with pytest.raises(ValueError, match="none yet"):
+        monitor.log(valid_loss=1.0)
+    for k in range(3):
+        step(monitor, x, y)
+        monitor.log(valid_loss=torch.tensor(1.0 + k), accuracy=k)
+    run = Run.open(tmp_path)
+    assert run.steps == [0, 1, 2]
+    assert run.column("valid_loss").tolist() == [1, 2, 3] and run.column("accuracy").tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="Loss is the name of an instrument"):
+        monitor.log(Loss=1.0)
+    with pytest.raises(ValueError, match=r"valid_loss has shape \[2\]"):
+        monitor.log(valid_loss=torch.ones(2))
+
+
+def test_what_is_not_trained() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)), batch()
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    groups = [{"params": [model[1].weight]}, {"params": [model[3].weight], "lr": 0.0}]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    monitor = watch(model, Untrained(), optimizer=optimizer)
+    step(monitor, x, y)
+    found = {k: v for k, v in monitor.values.items() if "/" in k}
+    assert found == {
+        "Untrained/0.weight": 1, "Untrained/0.bias": 1, "Untrained/1.bias": 3, "Untrained/2.weight": 2,
+        "Untrained/2.bias": 2, "Untrained/3.weight": 4, "Untrained/3.bias": 3,
+    }  # fmt: skip
+    assert monitor.values["Untrained"] == 7
+    assert np.isclose(monitor.values["Untrained.share"], 1 - 25 / sum(p.numel() for p in model.parameters()))
+
+
+def test_parameters_of_another_optimizer_and_without_gradient() -> None:
+    model, (x, y) = mlp(), batch()
+    other = torch.optim.SGD(model[2].parameters(), 0.1)
+    monitor = watch(model, Untrained(), optimizer=torch.optim.SGD(model[0].parameters(), 0.1))
+    with monitor.step():
+        px.extend(nn.CrossEntropyLoss())(monitor.model(x), y).backward()
+        monitor.optimizer.step()
+        other.step()
+    assert monitor.values == {"Untrained": 0, "Untrained.share": 0}
+    model[0].register_forward_hook(lambda module, args, output: output.detach())
+    monitor = watch(model, Untrained())
+    monitor.optimizer.zero_grad()
+    step(monitor, x, y)
+    assert {k for k, v in monitor.values.items() if v == 5} == {"Untrained/0.weight", "Untrained/0.bias"}
+
+
+def test_how_weights_started() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    nn.init.normal_(model[2].weight, std=2.0)
+    nn.init.constant_(model[3].weight, 0.5)
+    nn.init.zeros_(model[4].weight)
+    want = {"InitialScale.alike": 1.0, "InitialScale/3.weight": 0.5 * 6**0.5, "InitialScale/4.weight": 0.0}
+    want["InitialScale/2.weight"] = float(model[2].weight.detach().norm()) / 48**0.5 * 8**0.5
+    monitor, y = watch(model, InitialScale(), Loss()), torch.randint(3, (4,))
+    step(monitor, torch.randint(9, (4, 2)), y)
+    assert {k: v for k, v in monitor.values.items() if "Initial" in k} == pytest.approx(want)
+    step(monitor, torch.randint(9, (4, 2)), y)
+    assert monitor.values.keys() == {"Loss"}
+
+
+def test_a_continued_run_has_no_start(tmp_path: Path) -> None:
+    (x, y) = batch()
+    for want in (True, False):
+        monitor = watch(mlp(), InitialScale(), Loss(), sinks=[Run(tmp_path)])
+        step(monitor, x, y)
+        assert ("InitialScale/0.weight" in monitor.values) is want
+
+
+def test_units_without_a_gradient() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].bias[:3] = torch.tensor([-100.0, -100.0, 100.0])
+    monitor, (x, y) = watch(model, IdleUnits(3), optimizer=torch.optim.SGD(model.parameters(), 0.0)), batch(8)
+    for k in range(6):
+        if k == 4:
+            with torch.no_grad():
+                model[0].bias[0] = 100.0
+        step(monitor, x, y)
+        assert monitor.values.get("IdleUnits/0.bias") == (None if k < 2 else 0.5 if k < 4 else 0.25)
+        assert monitor.values.get("IdleUnits/2.bias") == (None if k < 2 else 0)
+
+
+@pytest.mark.parametrize("make", [lambda: IdleUnits(0), lambda: SampleLosses(0)])
+def test_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="must be an int of 1 or more"):
+        make()

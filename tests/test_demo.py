@@ -99,9 +99,9 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     readme = Path(__file__).parent.parent / "README.md"
     examples = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     names: dict = {}
     for example in examples:
         exec(example, names)
-    assert names["results"].batch_l2.shape == (16,)
+    assert names["results"].batch_l2.shape == (16,) and names["counts"].sum() == 16
     assert (tmp_path / "model.png").stat().st_size > 0

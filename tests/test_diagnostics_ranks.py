@@ -284,7 +284,20 @@ def continued(rank: int, path: str) -> None:
         assert Run.open(path).steps == [0, 1, 2, 3]
 
 
-TASKS = (as_one_process, uneven, accumulated, unchanged, refused, penalized)
+def named(rank: int) -> None:
+    """Samples are named by their indices in the data set, whichever process has them."""
+    (x, y), index, hardest = data(8, 3), torch.arange(100, 108), []
+    for model in (by_itself(network()), WAYS["DDP(extend)"](network())):
+        monitor = watched(model, asked=[SampleNorms])
+        alone = monitor.ranks.size == 1
+        a, b, samples = (t if alone else t.chunk(WORLD)[rank] for t in (x, y, index))
+        with monitor.step(samples=samples):
+            px.extend(nn.CrossEntropyLoss())(model(a), b).backward()
+        hardest.append(monitor.values["SampleNorms.hardest"].tolist())
+    assert hardest[0] == hardest[1] and min(hardest[0]) >= 100 and set(hardest[0]) - set(samples.tolist())
+
+
+TASKS = (as_one_process, uneven, accumulated, unchanged, refused, penalized, named)
 
 
 def worker(rank: int, port: int, path: str) -> None:

@@ -112,10 +112,10 @@ def test_the_generic_rule_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> No
     emit = px.backpack._emit
     for case in CASES:
 
-        def spy(self: Any, flight: Any, source: Any, use: Any, form: Factored, deliver: bool, case: Case = case) -> Any:
+        def spy(self: Any, flight: Any, source: Any, use: Any, form: Factored, *rest: Any, case: Case = case) -> Any:
             if is_slow(form) and form.n > 1:
                 slow.add(case.name)
-            return emit(self, flight, source, use, form, deliver)
+            return emit(self, flight, source, use, form, *rest)
 
         monkeypatch.setattr(px.backpack, "_emit", spy)
         torch.manual_seed(0)

@@ -12,9 +12,6 @@ from packext.attacks.inversion import DeepLeakage as DeepLeakage
 from packext.attacks.inversion import InvertingGradients as InvertingGradients
 from packext.attacks.inversion import LocalSteps as LocalSteps
 from packext.attacks.inversion import Reconstruction as Reconstruction
-from packext.attacks.inversion import in_order as in_order
-from packext.attacks.inversion import nearest_tokens as nearest_tokens
-from packext.attacks.inversion import psnr as psnr
 from packext.attacks.inversion import share_update as share_update
 from packext.attacks.labels import IDLG as IDLG
 from packext.attacks.labels import ILRG as ILRG
@@ -33,6 +30,9 @@ from packext.attacks.membership import judge as judge
 from packext.attacks.membership import leverage as leverage
 from packext.attacks.membership import membership_bound as membership_bound
 from packext.attacks.membership import signals as signals
+from packext.attacks.metrics import in_order as in_order
+from packext.attacks.metrics import nearest_tokens as nearest_tokens
+from packext.attacks.metrics import psnr as psnr
 from packext.attacks.secure import Cohort as Cohort
 from packext.attacks.secure import SecureAggregationLabels as SecureAggregationLabels
 from packext.attacks.secure import secure_sum as secure_sum

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import packext as px
 from packext.attacks._shared import Shared, Threat
@@ -370,53 +369,3 @@ def total_variation(x: Tensor) -> Tensor:
     if x.dim() < 4:
         raise px.PackextError(f"Total variation is of images [N, C, H, W], not of shape {list(x.shape)}: pass tv=0.")
     return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()
-
-
-def nearest_tokens(vectors: Tensor, table: Tensor) -> Tensor:
-    """Tokens whose embeddings lie nearest, by the cosine.
-
-    Args:
-        vectors: `[..., D]`.
-        table: of embeddings `[V, D]`.
-
-    Returns:
-        Tokens `[...]`, int64.
-    """
-    return (F.normalize(vectors, dim=-1) @ F.normalize(table.to(vectors), dim=-1).T).argmax(-1)
-
-
-def psnr(found: Tensor, true: Tensor, peak: float = 1.0) -> Tensor:
-    """Peak signal-to-noise ratio of each sample, in dB.
-
-    Args:
-        found: `[N, ...]`.
-        true: `[N, ...]`.
-        peak: range of the values.
-
-    Returns:
-        `[N]`.
-    """
-    return 10 * (peak**2 / (found - true).square().flatten(1).mean(1).clamp_min(1e-30)).log10()
-
-
-def in_order(found: Tensor, true: Tensor) -> Tensor:
-    """Which found sample belongs to which true one, by the least sum of squared errors.
-
-    Args:
-        found: `[N, ...]`, in any order.
-        true: `[N, ...]`.
-
-    Returns:
-        Indices into `found` `[N]`.
-
-    Raises:
-        ImportError: if SciPy is not installed, for more than one sample.
-    """
-    if len(true) == 1:
-        return torch.zeros(1, dtype=torch.int64)
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise ImportError("in_order() needs SciPy: pip install 'packext[attacks]'.") from None
-    cost = torch.cdist(true.flatten(1).double(), found.flatten(1).double()).square()
-    return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])

@@ -273,6 +273,15 @@ def test_a_failed_search_says_so() -> None:
     assert not noisy.matched and attacks.psnr(noisy.inputs, x) < 15
 
 
+def test_a_search_that_blows_up_is_the_last_choice() -> None:
+    def one(objective: float) -> attacks.Reconstruction:
+        return attacks.Reconstruction(torch.zeros(1, 2), torch.zeros(1).long(), (1.0, objective), False, 1)
+
+    for order in ([math.nan, 0.3, 0.2], [0.2, math.nan, 0.3], [math.inf, math.nan, 0.2]):
+        best = attacks.inversion._best([one(value) for value in order])
+        assert best.objective == (1.0, 0.2) and best.restarts == 3
+
+
 def test_clipping_does_not_stop_the_cosine() -> None:
     torch.manual_seed(0)
     model, (x, y) = sigmoid_net(), upscaled(1, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,7 @@ class Reconstruction:
     Attributes:
         inputs: `[N, ...]`; for text, vectors in place of the embeddings.
         labels: `[N]`, int64.
-        objective: after each outer iteration of the best restart, relative to that of a gradient of zeros.
+        objective: after each iteration of the best restart; the last is that of `inputs`.
         matched: whether the gradient was matched: the last objective is below the attack's `tolerance`. A gradient with
             noise or without some entries is that of no input, and is not matched even where inputs are recovered.
         restarts: how many were made.
@@ -165,23 +165,18 @@ class DeepLeakage:
             raise ValueError("give classes=<number> to search for labels as well, or labels=<tensor> that are known.")
         matching = Matching(model, shared, forward)
         like = next(iter(matching.parameters.values()))
-        best: Reconstruction | None = None
-        for restart in range(self.restarts):
-            generator = torch.Generator().manual_seed(self.seed + restart)
+        found: list[Reconstruction] = []
+        while len(found) < self.restarts and not (found and found[-1].matched):
+            generator = torch.Generator().manual_seed(self.seed + len(found))
             x = torch.randn(shared.n, *shape, generator=generator, dtype=torch.float64).to(like)
             y = labels
             if y is None:
                 y = torch.randn(shared.n, classes, generator=generator, dtype=torch.float64).to(like)  # type: ignore[arg-type]
-            found = self._search(matching, x, y, restart + 1, progress)
-            if best is None or not best.objective or found.objective[-1] < best.objective[-1]:
-                best = Reconstruction(found.inputs, found.labels, found.objective, found.matched, restart + 1)
-            if best.matched:
-                break
-        assert best is not None
-        return Reconstruction(best.inputs, best.labels, best.objective, best.matched, restart + 1)
+            found.append(self._search(matching, x, y, progress))
+        return _best(found)
 
     def _search(
-        self, matching: Matching, x: Tensor, y: Tensor, restart: int, progress: Callable[[int, float], None] | None
+        self, matching: Matching, x: Tensor, y: Tensor, progress: Callable[[int, float], None] | None
     ) -> Reconstruction:
         soft, size = y.is_floating_point(), 1 if self.in_turn else len(x)
         rows = [part.clone().requires_grad_() for part in x.split(size)]
@@ -220,7 +215,7 @@ class DeepLeakage:
                 break
         x, y = kept
         seen[-1] = best if math.isfinite(best) else seen[-1]
-        return Reconstruction(x, y.argmax(1) if soft else y, tuple(seen), best < self.tolerance, restart)
+        return Reconstruction(x, y.argmax(1) if soft else y, tuple(seen), best < self.tolerance, 1)
 
 
 @dataclass(frozen=True)
@@ -335,7 +330,7 @@ class InvertingGradients:
         """
         matching = Matching(model, shared)
         like = next(iter(matching.parameters.values()))
-        best: Reconstruction | None = None
+        found: list[Reconstruction] = []
         for restart in range(self.restarts):
             generator = torch.Generator().manual_seed(self.seed + restart)
             x = torch.rand(shared.n, *shape, generator=generator, dtype=torch.float64).to(like)
@@ -357,11 +352,14 @@ class InvertingGradients:
                     progress(i, seen[-1])
                 if not math.isfinite(seen[-1]):
                     break
-            last = seen[-1] if math.isfinite(seen[-1]) else math.inf
-            if best is None or last < best.objective[-1]:
-                best = Reconstruction(x.detach().clone(), labels, tuple(seen), last < self.tolerance, self.restarts)
-        assert best is not None
-        return best
+            found.append(Reconstruction(x.detach().clone(), labels, tuple(seen), seen[-1] < self.tolerance, 1))
+        return _best(found)
+
+
+def _best(found: Sequence[Reconstruction]) -> Reconstruction:
+    """The restart with the lowest objective; one that has ended in NaN is the last choice."""
+    best = min(found, key=lambda one: one.objective[-1] if math.isfinite(one.objective[-1]) else math.inf)
+    return replace(best, restarts=len(found))
 
 
 def total_variation(x: Tensor) -> Tensor:

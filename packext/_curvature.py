@@ -19,7 +19,7 @@ from packext import _roots
 from packext._chain import Chain, Positive, average, kept
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Pass, Sweep, enter, probe_inputs, refuse_static
+from packext._flight import Pass, Sweep, enter, probe_inputs, probe_taps, refuse_static
 from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
@@ -29,6 +29,7 @@ from packext._taps import Gate
 from packext._use import Source
 
 if TYPE_CHECKING:
+    from packext._record import Record
     from packext._scale import Seen
 
 #: A generator of our own: observing a run never changes it.
@@ -182,11 +183,11 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
         PackextError: if it does not come from an extended model, or results of several losses cannot be added.
     """
     sources: dict[int, Source] = {}
-    for e in seen.edges:
-        for gate in _gates(e):
-            if gate.record not in flight.records:
-                flight.records.append(gate.record)
-            sources.update({id(s.tensor): s for s in gate.record.parameters()})
+    inside = seen.record()
+    for record in [gate.record for e in seen.edges for gate in _gates(e)] if inside is None else [inside]:
+        if record not in flight.records:
+            flight.records.append(record)
+        sources.update({id(s.tensor): s for s in record.parameters()})
     if not sources:
         raise PackextError(
             f"The input of the extended {seen.name} does not come from an extended model: call model = "
@@ -273,6 +274,9 @@ def _apart(column: Tensor, layout: Layout) -> Iterator[Tensor]:
 
 def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
     """Where the samples are in a tensor of the loss's input."""
+    inside = seen.record()
+    if inside is not None:
+        return _found(seen, edge, output, inside)
     gates = _gates(edge)
     if not gates:
         raise PackextError(
@@ -292,20 +296,37 @@ def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
         places.append(record.places.get(index, Layout(axis if n > 1 else None, n)))
     if len(gates) == 1 and edge.node is gates[0]:
         return places[0]
-    options = list(candidates(output.shape, n, axis))
     edges = [GradientEdge(gate, 0) for gate in gates]
+
+    def agree(cotangent: Tensor, members: Tensor) -> bool:
+        grads = probe_inputs(edge, edges, cotangent)
+        return all(
+            grad is None or place.agrees(grad, members.to(grad.device))
+            for place, grad in zip(places, grads, strict=True)
+        )
+
+    return _search(seen, output, n, axis, agree)
+
+
+def _found(seen: Seen, edge: GradientEdge, output: Tensor, record: Record) -> Layout:
+    """Where the samples are in the input of a loss that the model computed itself."""
+    enter(record)  # the probe tells where the samples are at the taps
+
+    def agree(cotangent: Tensor, members: Tensor) -> bool:
+        return probe_taps(edge, cotangent, members)
+
+    return _search(seen, output, record.n, record.batch_axis, agree)
+
+
+def _search(seen: Seen, output: Tensor, n: int, axis: int, agree: Callable[[Tensor, Tensor], bool]) -> Layout:
+    """The layout of `output` with which cotangents of some samples, sent down from there, meet no others."""
     generator = torch.Generator().manual_seed(20250101)
-    for layout in options:
+    for layout in candidates(output.shape, n, axis):
         if n == 1:
             return layout
         for members in separating(n):
             values = torch.rand(output.shape, generator=generator).to(output) + 0.5
-            cotangent = torch.where(layout.spread(members.to(output.device), values), values, 0.0)
-            grads = probe_inputs(edge, edges, cotangent)
-            if not all(
-                grad is None or place.agrees(grad, members.to(grad.device))
-                for place, grad in zip(places, grads, strict=True)
-            ):
+            if not agree(torch.where(layout.spread(members.to(output.device), values), values, 0.0), members):
                 break
         else:
             return layout

@@ -145,6 +145,7 @@ def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
 
 def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     tracer = LOCAL.tracer
+    record = tracer.record if tracer is not None else None
     replaced = None
     if tracer is not None and tracer.stack and tracer.stack[-1] is module:
         tracer.pop()
@@ -153,5 +154,5 @@ def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             tracer.__exit__(None, None, None)
             replaced = tracer.finish(output)
     if is_loss(module) and isinstance(output, Tensor) and output.requires_grad and not _out_of_reach():
-        replaced = LossMark.mark(module, output, args, kwargs)
+        replaced = LossMark.mark(module, output, args, kwargs, record)
     return replaced

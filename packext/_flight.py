@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Dense, Factored, Pulled, merge
-from packext._probe import Probe, probe
+from packext._probe import Check, Probe, probe
 from packext._record import modules_of
 from packext._use import TARGET, Source, Use, live_nodes
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Contexts, the innermost last. Backward passes of CUDA run on other threads, so this is global.
 CONTEXTS: list[backpack] = []
-_probe: Probe | None = None
+_probe: Probe | Check | None = None
 _sweep: Sweep | None = None
 _silent = False
 #: Passes that have not ended, by the id of autograd's graph task.
@@ -185,6 +185,7 @@ class Pass:
         self.gathering = Gathering(context._wants)
         self.records: list[Record] = []
         self.losses: list[tuple[str, str, Tensor | None]] = []
+        self.inside: set[Any] = set()  # marks of losses that the model computed
         self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
         #: Whether a loss has sent its curvature, and what quantities have summed up, by parameter and quantity.
         self.spread = False
@@ -314,9 +315,11 @@ def enter(record: Record) -> None:
         raise PackextError(_AGAIN)
     if _sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
-    flight.context._check(flight, record.n)
+    flight.inside |= _losses_inside(record, gates)
+    if flight.losses or not flight.inside:
+        flight.context._check(flight, record.n)
     waiting = [q for q in flight.context.curvature if q.root[0] != "empirical"] + [*flight.context.hessian]
-    if _sweep is None and waiting and not flight.spread:
+    if _sweep is None and waiting and not (flight.spread or flight.inside):
         asked = ", ".join(type(q).__name__ for q in waiting)
         raise NotExtendedError(
             f"{asked} asked for, but the backward pass came through no extended loss. Use "
@@ -341,6 +344,34 @@ def enter(record: Record) -> None:
         )
     probe(record, gates, _send_probe)
     record.probed |= gates
+
+
+#: Nodes of autograd that are linear in each of their inputs.
+_LINEAR = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Sum", "Mean", "ToCopy", "View", "Squeeze", "Unsqueeze", "Stack",
+           "Cat", "Select", "Index", "Clone", "Where")  # fmt: skip
+
+
+def _losses_inside(record: Record, gates: frozenset[int]) -> set[Any]:
+    """Marks of losses that the model computed and returned, by themselves or in weighted sums, as scalars."""
+    known = {node for loss in record.losses if (node := loss.node()) is not None}
+
+    def search(node: Any) -> set[Any]:
+        if node is None or node in known:
+            return {node} & known
+        kind = node.name().partition("Backward")[0]
+        if kind not in _LINEAR:
+            return set()
+        found = [search(function) for function, _ in node.next_functions]
+        if kind in ("Mul", "Div"):  # linear in one factor, and in the numerator
+            return found[0] if not any(found[1:]) else found[1] if kind == "Mul" and not found[0] else set()
+        return set().union(*found)
+
+    found: set[Any] = set()
+    for ref, shape, *_ in [record.gates[i] for i in gates] if known else ():
+        node = ref()
+        if node is not None and not shape:
+            found |= search(node.next_functions[0][0])
+    return found
 
 
 def refuse_static(module: Any) -> None:
@@ -416,11 +447,23 @@ _AGAIN = (
 )
 
 
-def loss_seen(name: str, reduction: str, g: Tensor) -> Pass | None:
-    """An extended loss was reached; the pass that did, if a context listens."""
+def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass | None:
+    """An extended loss was reached; the pass that did, if a context listens.
+
+    Args:
+        name: of its class.
+        reduction: of the loss.
+        g: the gradient that arrived.
+        inside: its mark, if the model computed it.
+
+    Returns:
+        The pass; None if nobody listens, or what the model computed is no loss, but a step on the way to one.
+    """
     if _probe is not None or _sweep is not None or not _listening():
         return None
     flight = _current(None)
+    if inside is not None and inside not in flight.inside:
+        return None
     flight.losses.append((name, reduction, g if reduction == "none" else None))
     return flight
 
@@ -474,12 +517,20 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
 
 def probe_inputs(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
     """Gradients at `targets` of a cotangent at `edge`, unseen by taps and contexts."""
-    with _probing(Probe(0, cotangent, None)):
+    with _probing(Probe(0, cotangent, None, False)):
         return _send(edge, cotangent, targets)
 
 
+def probe_taps(edge: Any, cotangent: Tensor, members: Tensor) -> bool:
+    """Whether a cotangent of the samples in `members`, sent from `edge`, meets none but these at all taps."""
+    run = Check(members)
+    with _probing(run):
+        _send(edge, cotangent, [TARGET])
+    return run.agrees
+
+
 @contextmanager
-def _probing(run: Probe) -> Any:
+def _probing(run: Probe | Check) -> Any:
     global _probe
     _probe, before = run, _probe
     try:

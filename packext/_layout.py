@@ -7,7 +7,7 @@ and the probe keeps those that agree with what a cotangent of known samples leav
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Layout:
             return t.unflatten(self.axis, (m, self.n)).movedim(self.axis + 1, 0), 1
         return t.unflatten(self.axis, (self.n, m)).movedim(self.axis, 0), 1
 
+    def at(self, axis: int) -> Layout:
+        """The same samples along another axis."""
+        return replace(self, axis=axis)
+
     def fits(self, t: Tensor, lead: int) -> bool:
         """Whether the samples are among the first `lead` axes of `t`."""
         if self.axis is None:
@@ -50,6 +54,10 @@ class Layout:
         if lead == 1:
             return first[:, None]
         return first if lead == 2 else first.flatten(1, lead - 1)
+
+    def positions(self, t: Tensor, lead: int) -> float | None:
+        """How many positions of `split` are a sample's own on average; None if all are."""
+        return None
 
     def by_sample(self, t: Tensor) -> Tensor:
         """`[N, everything else]`."""
@@ -84,6 +92,57 @@ class Layout:
         return True
 
 
+@dataclass(frozen=True, eq=False)
+class Scattered(Layout):
+    """Samples along `axis` in any order and number, as where rows are picked by what is in them.
+
+    Which sample each row belongs to is found out by `agrees`, from cotangents of all sets of `separating`.
+    """
+
+    inner: bool = True
+    possible: list[Tensor] = field(default_factory=list)
+
+    def agrees(self, g: Tensor, members: Tensor) -> bool:
+        """Whether every row of `g` that is not zero may be one of `members` `[N]`; remembers that it is."""
+        assert self.axis is not None
+        rows = g.movedim(self.axis, 0)[..., None].flatten(1)
+        live = ((rows != 0) & ~rows.isnan()).any(1)
+        left = ~live[:, None] | members
+        self.possible[:] = [left & before for before in self.possible] or [left]
+        return bool(self.possible[0].any(1).all())
+
+    @property
+    def owner(self) -> Tensor:
+        """The sample `[rows]` of each row; any sample for one that no gradient reaches."""
+        return self.possible[0].byte().argmax(1)
+
+    def _sample_first(self, t: Tensor) -> tuple[Tensor, int]:
+        """The rows of a sample where the axis was, with zeros behind those of samples that have fewer."""
+        assert self.axis is not None
+        owner, rows = self.owner, t.movedim(self.axis, 0)
+        order = owner.argsort(stable=True)
+        owner, count = owner[order], owner.bincount(minlength=self.n)
+        place = torch.arange(len(order), device=owner.device) - (count.cumsum(0) - count)[owner]
+        most = max(1, int(count.max()))
+        padded = rows.new_zeros(self.n, most, *rows.shape[1:]).index_put((owner, place), rows[order])
+        return padded.movedim(1, self.axis + 1), 1
+
+    def fits(self, t: Tensor, lead: int) -> bool:
+        """Whether the samples are among the first `lead` axes of `t`."""
+        return self.axis is not None and self.axis < lead
+
+    def positions(self, t: Tensor, lead: int) -> float:
+        """How many positions of `split` are a sample's own on average."""
+        return max(1, t.shape[:lead].numel()) / self.n
+
+    def spread(self, mask: Tensor, t: Tensor) -> Tensor:
+        """A mask `[N]` over samples, shaped to broadcast against `t`."""
+        assert self.axis is not None
+        shape = [1] * t.dim()
+        shape[self.axis] = t.shape[self.axis]
+        return mask[self.owner].reshape(shape)
+
+
 def digits(n: int) -> list[Tensor]:
     """For each binary digit, the samples `[N]` whose index has it: any two differ in one."""
     return [(torch.arange(n) >> k & 1).bool() for k in range((n - 1).bit_length())]
@@ -94,8 +153,8 @@ def separating(n: int) -> list[Tensor]:
     return [members for has in digits(n) for members in (has, ~has)]
 
 
-def candidates(shape: torch.Size, n: int, batch_axis: int) -> Iterator[Layout]:
-    """Layouts that `shape` allows, the likeliest first."""
+def candidates(shape: torch.Size, n: int, batch_axis: int, scattered: bool = False) -> Iterator[Layout]:
+    """Layouts that `shape` allows, the likeliest first; `scattered` ones, if asked for, last."""
     if n == 1:
         yield Layout(None, 1)
         return
@@ -106,3 +165,5 @@ def candidates(shape: torch.Size, n: int, batch_axis: int) -> Iterator[Layout]:
         elif shape[axis] and shape[axis] % n == 0:
             yield Layout(axis, n)
             yield Layout(axis, n, inner=True)
+    if scattered:
+        yield from (Scattered(axis, n) for axis in range(len(shape)))

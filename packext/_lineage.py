@@ -25,6 +25,7 @@ from packext import rules
 from packext._errors import UnsupportedUseError
 from packext._flight import Again
 from packext._record import Record, modules_of, tensors_in
+from packext._scale import FUNCTIONS, LossMark, called, is_loss
 from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule
 from packext._use import Rule, Source, Use
 
@@ -53,6 +54,8 @@ class Tracer(TorchFunctionMode):
         self.table: dict[int, tuple[Source, Tensor]] = {}
         self._marked_inputs: list[Tensor] = []
         self._inputs: set[int] = set()
+        self._grad_inputs = False
+        self._rooted = False
 
     # -- modules ---------------------------------------------------------------------------------
     def push(self, module: nn.Module, path: str) -> None:
@@ -124,6 +127,7 @@ class Tracer(TorchFunctionMode):
         setattr(t, _MARK, (self.record.token, None, None))
         self._marked_inputs.append(t)
         self._inputs.add(id(t))
+        self._grad_inputs |= t.requires_grad
 
     def mark_data(self, t: Tensor) -> None:
         """A tensor that a handler computed from data itself."""
@@ -150,10 +154,15 @@ class Tracer(TorchFunctionMode):
             if found:
                 sources += found
             elif not data:
-                data = self.is_data(t)
+                # A number that data gave chooses among parameters, as a constant would: it meets no sample here.
+                chooses = func is Tensor.__getitem__ and t.dim() == 0 and t is not args[0]
+                data = not chooses and self.is_data(t)
         if not sources:
             out = func(*args, **kwargs)
             if data:
+                if func in FUNCTIONS and out.requires_grad and not is_loss(self.stack[-1]):
+                    found = called(func, args, kwargs)
+                    out = out if found is None else LossMark.mark(found[0], out, found[1], {}, record)
                 if func in _ROUTES and not record.routed:
                     record.routed = self._routes(args)
                 self._mark(out, None)
@@ -167,6 +176,11 @@ class Tracer(TorchFunctionMode):
             base = args[0] if func in _EXPANDS and isinstance(args[0], Tensor) else None
             self._mark(out, tuple(dict.fromkeys(sources)), base)
             return out
+        self._rooted = (
+            bool(record.uses)
+            and not self._grad_inputs
+            and any(t.requires_grad and self.is_data(t) for t in _shallow((*args, *kwargs.values())))
+        )
         handler = rules.HANDLERS.get(func)
         if not torch.is_grad_enabled():
             out = func(*args, **kwargs)
@@ -211,6 +225,7 @@ class Tracer(TorchFunctionMode):
         use.direct = frozenset(k for k, s in sources.items() if s[0].tensor is tensors[k])
         axis = self.record.batch_axis
         use.ties = frozenset(k for k, t in tensors.items() if id(t) in self._inputs and t.dim() > axis)
+        use.rooted = self._rooted
         return use
 
     def owned(

@@ -30,9 +30,9 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
 class Probe:
     """One cotangent on its way: collects what arrives at the taps."""
 
-    def __init__(self, n: int, members: Tensor, compare: int | None) -> None:
+    def __init__(self, n: int, members: Tensor, compare: int | None, scattered: bool) -> None:
         """Send a cotangent of the samples in `members` `[N]`; compare the rows of sample `compare`."""
-        self.n, self.members, self.compare = n, members, compare
+        self.n, self.members, self.compare, self.scattered = n, members, compare, scattered
         self.visited: dict[int, Use] = {}
         self.conflict: Use | None = None
         self.found: dict[int, Tensor] = {}
@@ -49,13 +49,14 @@ class Probe:
         self.visited[id(use)] = use
         if not use.options:
             use.options = [None] * len(use.outputs)
+        scattered = self.scattered and use.rooted
         for i, g in enumerate(gs):
             if g is None:
                 continue
             members = self.members.to(g.device)
             options = use.options[i]
             if options is None:
-                options = candidates(torch.Size(use.outputs[i]), self.n, use.record.batch_axis)
+                options = candidates(torch.Size(use.outputs[i]), self.n, use.record.batch_axis, scattered)
             left = [layout for layout in options if layout.agrees(g, members)]
             if self.n > 1 and use.ties.intersection(use.rule.leads):
                 left = [layout for layout in left if layout == Layout(use.record.batch_axis, self.n)]
@@ -101,11 +102,32 @@ class Probe:
         for name, grad in zip(reads, grads, strict=True):
             if grad is None:
                 continue
-            own = Layout(use.record.batch_axis, self.n)
-            layouts = [own] if name in use.ties else candidates(grad.shape, self.n, 0)
-            if not any(layout.agrees(grad, self.members.to(grad.device)) for layout in layouts):
+            options = use.read_options.get(name)
+            if options is None:
+                scattered = self.scattered and use.rooted
+                own = [Layout(use.record.batch_axis, self.n)]
+                options = own if name in use.ties else candidates(grad.shape, self.n, 0, scattered)
+            members = self.members.to(grad.device)
+            use.read_options[name] = [layout for layout in options if layout.agrees(grad, members)]
+            if not use.read_options[name]:
                 return False
         return True
+
+
+class Check:
+    """A cotangent on its way through a graph whose layouts are known."""
+
+    compare: int | None = None
+
+    def __init__(self, members: Tensor) -> None:
+        """Send one of the samples in `members` `[N]`."""
+        self.members, self.agrees = members, True
+
+    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
+        """A gradient arrives at a tap."""
+        for g, layout in zip(gs, use.layouts or (), strict=False):
+            if g is not None and layout is not None:
+                self.agrees &= layout.agrees(g, self.members.to(g.device))
 
 
 def settle(use: Use) -> None:
@@ -115,8 +137,8 @@ def settle(use: Use) -> None:
 
 
 def is_settled(use: Use) -> bool:
-    """Whether the probe left nothing open."""
-    return all(options is None or len(options) <= 1 for options in use.options)
+    """Whether the probe left nothing open, and found nothing that may differ in the next pass."""
+    return all(options is None or [type(o) for o in options].count(Layout) == 1 for options in use.options)
 
 
 def probe(record: Record, gates: frozenset[int], send: Any) -> None:
@@ -138,8 +160,14 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     n = record.n
     starts = _starts(record, gates)
     if not all(start.layouts for start in starts):
-        # A loss computed inside of the model, beside the outputs that it is computed from.
-        starts = [start for start in _starts(record, frozenset(range(len(record.gates)))) if start.layouts]
+        # A loss computed inside of the model: from what it was computed from, or the outputs beside it.
+        inside = [
+            _Start(-1, edge, list(candidates(meta[0], n, record.batch_axis)), meta)
+            for loss in record.losses
+            for edge, meta in zip(loss.edges, loss.inputs, strict=True)
+        ]
+        starts = starts + inside if inside else _starts(record, frozenset(range(len(record.gates))))
+        starts = [start for start in starts if start.layouts]
     if not starts:
         raise PackextError(
             f"No output of the extended model has an axis of {n} entries (the batch, axis {record.batch_axis} of its "
@@ -150,15 +178,18 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     generator = torch.Generator().manual_seed(20250101)
     lone = int(torch.randint(n, (1,), generator=generator))
     cotangents_of = [*separating(n), torch.arange(n) == lone]
-    conflict: Use | None = None
-    for attempt in range(max(len(start.layouts) for start in starts)):
+    # Rows in any order cost masks of what passes: where data chose none, they are looked for if all else has failed.
+    several = range(max(len(start.layouts) for start in starts))
+    attempts = [(k, scattered) for scattered in ((True,) if record.routed else (False, True)) for k in several]
+    first: Use | None = None
+    for attempt, scattered in attempts:
         chosen = [start.layouts[min(attempt, len(start.layouts) - 1)] for start in starts]
         for use in record.uses:
-            use.options = []
+            use.options, use.read_options = [], {}
         conflict = None
         for members in cotangents_of:
             compare = lone if members is cotangents_of[-1] else None
-            run = Probe(n, members, compare)
+            run = Probe(n, members, compare, scattered)
             cotangents = [
                 _cotangent(start.meta, layout, members, generator) for start, layout in zip(starts, chosen, strict=True)
             ]
@@ -168,19 +199,22 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             conflict = run.conflict
             if conflict is not None:
                 for use in run.visited.values():
-                    use.options = []
+                    use.options, use.read_options = [], {}
                 break
             if compare is not None:
                 _compare(run, record, dict(zip(map(id, parameters), grads[1:], strict=True)))
         if conflict is None:
-            record.places.update({start.gate: layout for start, layout in zip(starts, chosen, strict=True)})
+            record.places.update({s.gate: layout for s, layout in zip(starts, chosen, strict=True) if s.gate >= 0})
             break
-    if conflict is not None:
-        raise CoupledSamplesError(_coupled(record, conflict))
+        first = first or conflict
+    else:
+        assert first is not None
+        raise CoupledSamplesError(_coupled(record, first))
     # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
     if not record.routed and all(is_settled(use) for use in record.uses):
         layouts = [use.layouts if use.options else None for use in record.uses]
-        record.extension.shared.remember(key, (layouts, {start.gate: record.places[start.gate] for start in starts}))
+        places = {start.gate: record.places[start.gate] for start in starts if start.gate >= 0}
+        record.extension.shared.remember(key, (layouts, places))
 
 
 def _adopt(record: Record, plan: tuple[list[tuple[Layout | None, ...] | None], dict[int, Layout]]) -> bool:
@@ -206,7 +240,10 @@ def _adopt(record: Record, plan: tuple[list[tuple[Layout | None, ...] | None], d
 
 
 class _Start(NamedTuple):
-    """A gate: its index, the edge below it, the layouts that its output allows, and shape, dtype and device."""
+    """A gate (its index) or the input of a loss computed inside (-1): the edge below it, its layouts, and its meta.
+
+    Layouts are those that it allows; the meta are shape, dtype and device.
+    """
 
     gate: int
     edge: GradientEdge

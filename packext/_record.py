@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from packext._layout import Layout
 from packext._use import Source, Use
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from packext._extend import Extension
 
 _tokens = iter(range(1, 1 << 62))
+
+
+class Inside(NamedTuple):
+    """A loss that a model computed itself: its mark's node (weak), and what it read."""
+
+    node: Callable[[], Any]
+    edges: list[GradientEdge]
+    inputs: list[tuple[torch.Size, torch.dtype, torch.device]]
 
 
 class Record:
@@ -34,6 +43,7 @@ class Record:
         refused: what was seen and cannot be right, with the parameters behind it.
         probed: which gates the probe has started from.
         places: where the samples are in the outputs, by gate, once it has.
+        losses: losses that were computed inside.
         again: nodes (weak) on gradients of the outputs of which a graph was made.
     """
 
@@ -53,6 +63,7 @@ class Record:
         self.probed: frozenset[int] = frozenset()
         self.places: dict[int, Layout] = {}
         self.again: list[Any] = []
+        self.losses: list[Inside] = []
         self.routed = False
         self.strays: dict[int, str] = {}
         self.batch_statistics: list[str] = []

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from packext import _flight
+from packext._record import Inside, Record
 
 
 def is_loss(module: nn.Module) -> bool:
     """Whether `module` is a loss: it has a reduction and no parameters."""
     reduction = module.__dict__.get("reduction") or getattr(type(module), "reduction", None)
     return isinstance(reduction, str) and next(module.parameters(), None) is None
+
+
+#: Losses that a model may compute inside of its forward by a function.
+FUNCTIONS: dict[Any, type[nn.Module]] = {
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.mse_loss: nn.MSELoss,
+    F.l1_loss: nn.L1Loss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.kl_div: nn.KLDivLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+}
+
+
+def called(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[nn.Module, tuple[Any, ...]] | None:
+    """The module that does what a call of a function in `FUNCTIONS` did, and what to call it with; None without one."""
+    given = inspect.signature(func).bind(*args, **kwargs).arguments
+    options = {k: v for k, v in given.items() if k not in ("input", "target") and v is not None}
+    if not options.keys() <= inspect.signature(FUNCTIONS[func]).parameters.keys():
+        return None
+    return FUNCTIONS[func](**options), (given["input"], given["target"])
 
 
 #: Entries of a loss's input up to which it is kept for curvature, even if no context asks for that (yet).
@@ -36,6 +62,7 @@ class Seen:
         spec: how the leaves are nested.
         args: the other positional arguments.
         kwargs: keyword arguments, without the input.
+        record: gives the forward pass of the model that computed the loss itself.
     """
 
     module: nn.Module
@@ -44,6 +71,7 @@ class Seen:
     spec: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    record: Callable[[], Record | None]
 
     @property
     def name(self) -> str:
@@ -71,14 +99,24 @@ class LossMark(torch.autograd.Function):
     """Sits on the output of an extended loss: tells a backward pass how it reduces, and sends its curvature."""
 
     @staticmethod
-    def mark(module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Put the mark on `output`."""
+    def mark(
+        module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], record: Record | None = None
+    ) -> Tensor:
+        """Put the mark on `output`; `record` is of the forward pass that goes on, if one does."""
         kwargs = dict(kwargs)
         x, *rest = args if args else (kwargs.pop("input", None),)
         leaves, spec = pytree.tree_flatten(x)
-        edges = [get_gradient_edge(t) for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-        seen = Seen(module, edges, _keep(leaves), spec, tuple(rest), kwargs)
-        return LossMark.apply(output, type(module).__name__, module.reduction, seen)
+        live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+        edges = [get_gradient_edge(t) for t in live]
+        seen = Seen(
+            module, edges, _keep(leaves), spec, tuple(rest), kwargs, weakref.ref(record) if record else lambda: None
+        )
+        marked = LossMark.apply(output, type(module).__name__, module.reduction, seen)
+        if record is not None:
+            record.losses.append(
+                Inside(weakref.ref(marked.grad_fn), edges, [(t.shape, t.dtype, t.device) for t in live])
+            )
+        return marked
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, name: str, reduction: str, seen: Seen) -> Tensor:
@@ -87,8 +125,11 @@ class LossMark(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        flight = _flight.loss_seen(ctx.name, ctx.reduction, grads[0])
+        inside = ctx if ctx.seen.record() is not None else None
+        flight = _flight.loss_seen(ctx.name, ctx.reduction, grads[0], inside)
         if flight is not None:
-            edge = GradientEdge(*ctx.next_functions[0])
+            edge, record = GradientEdge(*ctx.next_functions[0]), ctx.seen.record()
+            if record is not None:  # whose gate could not tell yet
+                flight.context._check(flight, record.n)
             flight.context._spread(flight, ctx.seen, edge, grads[0])
         return grads[0], None, None, None

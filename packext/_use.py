@@ -63,8 +63,12 @@ class Use:
     ties: frozenset[str] = frozenset()
     #: Names of the tensors that are parameters as they are, and not values made of them.
     direct: frozenset[str] = frozenset()
+    #: Whether the data that it meets is what uses have made, so that their own samples have been told apart.
+    rooted: bool = False
     #: Of each output, while it is probed: the layouts that are left; None where no gradient arrived.
     options: list[list[Layout] | None] = field(default_factory=list)
+    #: The same of the data that the call reads, by name.
+    read_options: dict[str, list[Layout]] = field(default_factory=dict)
     node: Callable[[], Any] = lambda: None
 
     @property

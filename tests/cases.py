@@ -887,6 +887,61 @@ def _() -> Any:
     return Experts(), torch.randn(N, 5), labels()
 
 
+class Chosen(nn.Module):
+    """One of several matrices, chosen by a number that was computed from the data; a number made an axis again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.w = nn.Linear(5, 4), nn.Parameter(torch.randn(3, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([row.sum()[None] + row for row in self.first(x)])
+        return h.sin() @ self.w[(x[0] > -1e9).sum() % 3]
+
+
+@case("a matrix chosen by data")
+def _() -> Any:
+    return Chosen(), torch.randn(N, 5), labels()
+
+
+class Routed(nn.Module):
+    """Tokens of all samples gathered for the experts that a gate chooses, as in a mixture of experts."""
+
+    def __init__(self, sort: bool) -> None:
+        super().__init__()
+        self.embed, self.gate, self.head = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+        self.sort = sort
+        self.w, self.b = nn.Parameter(torch.randn(3, 5, 5)), nn.Parameter(torch.randn(3, 5))
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 5)) for _ in range(3))
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).flatten(0, 1)
+        weight, chosen = self.gate(h).softmax(-1).topk(2, -1)
+        if self.sort:
+            order = chosen.flatten().argsort(stable=True)
+            counts = chosen.flatten().bincount(minlength=3).tolist()
+            parts = self.norm(h.repeat_interleave(2, 0)[order]).split(counts)
+            done = torch.cat([part @ self.w[k] + self.b[k] for k, part in enumerate(parts)]).relu()
+            out = (done[order.argsort()].unflatten(0, (-1, 2)) * weight[..., None]).sum(1)
+        else:
+            out = torch.zeros_like(h)
+            for k, expert in enumerate(self.experts):
+                token, slot = torch.where(chosen == k)
+                out = out.index_add(0, token, self.norm(expert(h[token])) * weight[token, slot, None])
+        return self.head((h + out).unflatten(0, (len(x), -1)).mean(1))
+
+
+@case("tokens routed to experts")
+def _() -> Any:
+    return Routed(sort=False), torch.randn(N, 3, 4), labels()
+
+
+@case("tokens sorted by expert")
+def _() -> Any:
+    return Routed(sort=True), torch.randn(N, 3, 4), labels()
+
+
 class Buffers(nn.Module):
     """Masks and constants that are buffers, and a low-rank update with a scale."""
 

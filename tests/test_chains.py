@@ -511,3 +511,22 @@ def test_other_hbp_are_refused(options: tuple[str, str, str, int]) -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="clip"):
         px.PCHMP("positive")
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_some_of_the_parameters(layer: int) -> None:
+    """What is asked of one layer is what all layers get; whose bias it is, is asked among those that are wanted."""
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    asked = (px.KFRA(), px.PCHMP(), px.KFAC(fisher="exact", bias="joint"))
+    found = []
+    for options in ({}, {"parameters": list(model[layer].parameters())}):
+        run(model, nn.CrossEntropyLoss(), x, y, *asked, **options)
+        weight, bias = model[layer].weight, model[layer].bias
+        products = [p.pchmp(torch.ones(1, *p.shape)) for p in (weight, bias)]
+        found.append([*weight.kfra, *bias.kfra, *products, *weight.kfac])
+        assert bias.kfac.weight is weight
+        for p in model[2 - layer].parameters() if options else ():
+            assert not any(hasattr(p, q.savefield) for q in asked)
+    torch.testing.assert_close(*found)
+    run(model, nn.CrossEntropyLoss(), x, y, asked[2], parameters=[model[layer].weight])
+    assert [len(f) for f in model[layer].weight.kfac] == [len(model[layer].weight), model[layer].weight.shape[1]]

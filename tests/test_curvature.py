@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import packext as px
 from packext import testing
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, Routed
 from tests.helpers import double_precision, mlp
 
 #: torch's own advice on even kernels, for the plain model as well.
@@ -420,6 +421,33 @@ def test_empirical_factors() -> None:
         torch.testing.assert_close(model[k].bias.kfac[0], bias.T @ bias / N)
         torch.testing.assert_close(model[k].weight.kfac[0], bias.T @ bias / N)
     torch.testing.assert_close(model[0].weight.kfac[1], x.T @ x / N)
+
+
+def test_factors_where_samples_differ_in_their_rows() -> None:
+    """An expert's A is the mean over the rows that it was given, not over what fills up those of other samples."""
+    torch.manual_seed(0)
+    model = px.extend(Routed(sort=False))
+    loss, x, y = px.extend(nn.CrossEntropyLoss()), torch.randn(5, 3, 4), torch.arange(5) % 3
+    seen: dict[str, Tensor] = {}
+    layer = model.experts[1][0]
+
+    def look(_: nn.Module, inputs: Any, output: Tensor) -> None:
+        seen["a"] = inputs[0].detach()
+        output.register_hook(functools.partial(seen.__setitem__, "g"))
+
+    layer.register_forward_hook(look)
+    with px.backpack(px.KFAC(fisher="empirical"), parameters=layer.parameters()):
+        loss(model(x), y).backward()
+    a, g = seen["a"], seen["g"]
+    assert len(a) % 5, "or all could have as many"
+    torch.testing.assert_close(layer.weight.kfac, [5 * g.T @ g, a.T @ a / len(a)])
+    torch.testing.assert_close(layer.bias.kfac, [5 * g.T @ g])
+    for options in ({"approx": "reduce"}, {"bias": "joint"}):
+        with (
+            pytest.raises(px.UnsupportedUseError, match=r"experts\.1\.0.* samples differ in how many positions"),
+            px.backpack(px.KFAC(**options), parameters=layer.parameters()),
+        ):
+            loss(model(x), y).backward()
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])

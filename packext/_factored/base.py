@@ -43,13 +43,13 @@ class Kronecker(NamedTuple):
         outputs: sum of products of the gradients at its outputs, `[G, O, O]`.
         inputs: gives the sum of products of its inputs, `[G, I, I]`; their diagonal `[1, I]` where no product of two
             different inputs is there. None: the parameter is a vector, to which each output is its own.
-        positions: S, how many terms of a sample these sums have.
+        positions: S, how many terms of a sample these sums have, on average over the samples.
         stored: whether the parameter's first axes are the outputs ("OI"), or the inputs ("IO").
     """
 
     outputs: Tensor
     inputs: Callable[[], Tensor] | None
-    positions: int
+    positions: int | float
     stored: str = "OI"
 
 

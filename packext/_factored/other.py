@@ -257,5 +257,6 @@ def merge(parts: Sequence[Factored]) -> Factored:
     outers = [(p.a, p.g, p.stored) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
     if len(outers) == len(parts) and len({(a.shape[1], a.shape[3], g.shape[2], s) for a, g, s in outers}) == 1:
         a, g = torch.cat([a for a, _, _ in outers], 2), torch.cat([g for _, g, _ in outers], 3)
-        return Outer(a, g, parts[0].shape, stored=outers[0][2])
+        positions = sum(p.positions for p in parts if isinstance(p, Outer))
+        return Outer(a, g, parts[0].shape, stored=outers[0][2], positions=positions)
     return Sum(parts)

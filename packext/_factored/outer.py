@@ -68,6 +68,7 @@ class Outer(Factored):
         alone: bool = False,
         terms: Terms | None = None,
         stored: str = "OI",
+        positions: int | float | None = None,
     ) -> None:
         """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
 
@@ -82,11 +83,13 @@ class Outer(Factored):
             alone: whether `native` takes one row at a time.
             apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
             stored: "IO" for a weight of which g holds the inputs, and a the gradients.
+            positions: how many of the S a sample has on average, where those behind are zeros that fill up.
         """
         self.a, self.g = a, g
         self.terms = Terms(g) if terms is None else terms
         self.n, self.groups, self.s, self.i = a.shape
         self.o = g.shape[2]
+        self.positions = self.s if positions is None else positions
         self.shape = torch.Size(shape)
         source = a.source if isinstance(a, Patches) else a
         self.acc = accumulation_dtype(torch.promote_types(source.dtype, g.dtype))
@@ -277,17 +280,21 @@ class Outer(Factored):
         a, g = self.pair(0, self.n)
         return (gram(a[:, :, 0].transpose(0, 1)) * gram(g[..., 0].transpose(0, 1))).sum((0, 1))
 
-    def kronecker(self, reduce: bool) -> Kronecker:
+    def kronecker(self, reduce: bool) -> Kronecker | None:
+        if reduce and self.positions != self.s:
+            return None  # a mean over S would count what fills up
         terms = Terms(self.g.sum(3, keepdim=True, dtype=self.acc)) if reduce else self.terms
         # Of the pair, a is averaged where positions are pooled, and g summed up.
         turn = self.s**2 if reduce else 1
-        positions = 1 if reduce else self.s
+        positions = 1 if reduce else self.positions
         if self.stored == "OI":
             return Kronecker(terms.squared, lambda: self._moments(reduce), positions)
         return Kronecker(self._moments(reduce) * turn, lambda: terms.squared / turn, positions, self.stored)
 
     def with_bias(self) -> Outer | None:
         a, g = self.a, self.g
+        if self.positions != self.s:
+            return None  # the bias is not added to what fills up
         if self.stored == "IO":
             if self.groups > 1 or isinstance(a, Patches):
                 return None

@@ -62,7 +62,10 @@ class _Kronecker(Curvature):
         form, name = ask.statistics.form, type(self).__name__
         text = f"{name} has no Kronecker factors for {ask.name} {list(form.shape)}"
         if self.approx == "reduce" and form.kronecker(False) is not None:
-            return f'{text} with approx="reduce", where the inputs of all positions mix. Use approx="expand".'
+            why = "where the inputs of all positions mix, or samples differ in how many positions they have"
+            return f'{text} with approx="reduce", {why}. Use approx="expand".'
+        if self.bias == "joint" and form.kronecker(False) is not None:
+            return f'{text} with bias="joint", as samples differ in how many positions they have. Use bias="separate".'
         return (
             f"{text}, which is not the weight of a linear map or convolution, a table whose rows data looks up, "
             "nor a vector. Choose the parameters, px.backpack(..., parameters=[...]), or ask for DiagGGNExact or "

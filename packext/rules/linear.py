@@ -60,14 +60,15 @@ class Linear(OwnedRule):
         if not layout.fits(g, lead):
             return None
         gs_ = layout.split(g, lead)  # [N, S, O]
+        own = layout.positions(g, lead)
         forms: dict[str, Factored] = {}
         terms = Terms(gs_.mT[:, None])
         if "weight" in use.sources:
             xs = layout.split(t["input"], lead)  # [N, S, I]
             if use.consts["transposed"]:
-                forms["weight"] = Outer(gs_[:, None], xs.mT[:, None], t["weight"].shape, stored="IO")
+                forms["weight"] = Outer(gs_[:, None], xs.mT[:, None], t["weight"].shape, stored="IO", positions=own)
             else:
-                forms["weight"] = Outer(xs[:, None], terms.g, t["weight"].shape, terms=terms)
+                forms["weight"] = Outer(xs[:, None], terms.g, t["weight"].shape, terms=terms, positions=own)
         if "bias" in use.sources:
             forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
         return forms
@@ -173,8 +174,7 @@ class Contraction(Rule):
         order = shared + groups + writes
         moved = g.permute([result.index(c) for c in order])
         if layout.axis is not None:
-            axis = order.index(result[layout.axis])
-            layout = Layout(axis, layout.n, layout.inner)
+            layout = layout.at(order.index(result[layout.axis]))
         if not layout.fits(moved, lead):
             return None
         size = dict(zip(w, t["weight"].shape, strict=True))
@@ -188,9 +188,10 @@ class Contraction(Rule):
             data = data.sum(tuple(range(data.dim() - len(extra), data.dim())))
         xs = layout.split(data, lead)
         xs = xs.reshape(*xs.shape[:2], many(groups), many(reads)).transpose(1, 2)
+        own = layout.positions(moved, lead)
         if groups + reads + writes == list(w):
-            return {"weight": Outer(gs_.mT, xs.mT, t["weight"].shape, stored="IO")}
-        inner = Outer(xs, gs_, [size[c] for c in groups + writes + reads])
+            return {"weight": Outer(gs_.mT, xs.mT, t["weight"].shape, stored="IO", positions=own)}
+        inner = Outer(xs, gs_, [size[c] for c in groups + writes + reads], positions=own)
         if groups + writes + reads == list(w):
             return {"weight": inner}
         back = [(groups + writes + reads).index(c) + 1 for c in w]

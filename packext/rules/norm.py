@@ -203,7 +203,9 @@ class Bilinear(Rule):
         if "weight" in use.sources:
             first, second = layout.split(t["input1"], lead), layout.split(t["input2"], lead)
             products = (first[..., :, None] * second[..., None, :]).flatten(2)
-            forms["weight"] = Outer(products[:, None], terms.g, t["weight"].shape, terms=terms)
+            forms["weight"] = Outer(
+                products[:, None], terms.g, t["weight"].shape, terms=terms, positions=layout.positions(g, lead)
+            )
         if "bias" in use.sources:
             forms["bias"] = Dense(rows.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
         return forms

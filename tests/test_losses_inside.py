@@ -1,0 +1,163 @@
+"""Losses that a model computes itself: which of its calls are losses, and that they give what one outside gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext import testing
+from tests.helpers import double_precision
+
+N, T, C = 4, 3, 5
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+class Model(nn.Module):
+    """Logits of tokens, with a loss that `compute(hidden, logits, y)` makes of them inside."""
+
+    def __init__(self, compute: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(4, C)
+        self.compute = compute
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        hidden = self.first(x).tanh()
+        logits = self.second(hidden)
+        return {"loss": self.compute(hidden, logits, y), "logits": logits}
+
+
+def entropy(_: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=2)
+
+
+def squares(hidden: Tensor, *_: Tensor) -> Tensor:
+    return F.mse_loss(hidden, torch.zeros_like(hidden), reduction="sum")
+
+
+def curvature() -> list[Any]:
+    return [px.DiagGGNExact(), px.KFLR(), px.SqrtGGNExact(), px.DiagEF()]
+
+
+def values(model: nn.Module) -> dict[str, Any]:
+    found = {}
+    for name, p in model.named_parameters():
+        root = p.sqrt_ggn_exact.flatten(2)
+        found[name] = [p.diag_ggn_exact, *p.kflr, torch.einsum("vnp,vnq->npq", root, root), p.diag_ef]
+    return found
+
+
+def run(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> dict[str, Any]:
+    with px.backpack(*curvature(), **options):
+        loss().backward()
+    return values(model)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    return torch.randn(N, T, 6), torch.randint(C, (N, T))
+
+
+@pytest.mark.parametrize("scale", ["loss", "sample"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_loss_inside_gives_what_one_outside_gives(keep: bool, scale: str) -> None:
+    model, (x, y) = px.extend(Model(entropy)), data()
+    loss_fn = px.extend(nn.CrossEntropyLoss(ignore_index=2))
+    want = run(model, lambda: loss_fn(model(x, y)["logits"].flatten(0, 1), y.flatten()), scale=scale)
+    kept = []
+
+    def inside() -> Tensor:
+        output = model(x, y)
+        if keep:
+            kept.append(output)
+        return output["loss"]
+
+    torch.testing.assert_close(run(model, inside, scale=scale), want)
+
+
+def test_a_module_inside_is_one_loss() -> None:
+    loss = nn.CrossEntropyLoss(ignore_index=2)
+    model, (x, y) = Model(lambda _, logits, y: loss(logits.flatten(0, 1), y.flatten())), data()
+    model.loss = loss
+    px.extend(model)
+    found = run(model, lambda: model(x, y)["loss"])
+    other = px.extend(Model(entropy))
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(found, run(other, lambda: other(x, y)["loss"]))
+
+
+def test_weighted_sums_of_losses_add_up() -> None:
+    parts = []
+    for compute in (entropy, squares, lambda *args: 0.5 * entropy(*args) + squares(*args) / 3):
+        torch.manual_seed(0)
+        model = px.extend(Model(compute))
+        x, y = data()
+        with px.backpack(px.BatchDiagGGNExact(), scale="loss"):
+            model(x, y)["loss"].backward()
+        parts.append([getattr(p, "diag_ggn_exact_batch", torch.zeros(N, *p.shape)) for p in model.parameters()])
+    torch.testing.assert_close(parts[2], [0.5 * a + b / 3 for a, b in zip(*parts[:2], strict=True)])
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda *args: entropy(*args).exp(),
+        lambda *args: entropy(*args) * entropy(*args),
+        lambda *args: 1 / entropy(*args),
+        lambda hidden, logits, _: (logits - hidden.sum()).square().mean(),
+    ],
+)
+def test_what_is_not_linear_in_a_loss_is_no_loss(compute: Any) -> None:
+    model, (x, y) = px.extend(Model(compute)), data()
+    with pytest.raises(px.NotExtendedError, match="no extended loss"), px.backpack(px.DiagGGNExact()):
+        model(x, y)["loss"].backward()
+    with px.backpack(px.BatchGrad()):
+        model(x, y)["logits"].sum().backward()
+
+
+class Distances(nn.Module):
+    """Squared distances to prototypes are logits: a function of a loss's name that is a step on the way."""
+
+    def __init__(self, function: bool, inside: bool) -> None:
+        super().__init__()
+        self.first, self.prototypes = nn.Linear(6, 4), nn.Parameter(torch.randn(C, 4))
+        self.function, self.inside = function, inside
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = self.first(x)[:, None].expand(-1, C, -1), self.prototypes.expand(len(x), -1, -1)
+        logits = -(F.mse_loss(a, b, reduction="none") if self.function else (a - b).square()).sum(-1)
+        return F.cross_entropy(logits, y) if self.inside else logits
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_function_on_the_way_to_a_loss_is_none(inside: bool) -> None:
+    found = []
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    for function in (False, True):
+        torch.manual_seed(0)
+        model = px.extend(Distances(function, inside))
+        x, y = torch.randn(N, 6), torch.randint(C, (N,))
+        with px.backpack(px.DiagGGNExact(), px.BatchGrad(), scale="sample"):
+            output = model(x, y)
+            (output if inside else loss_fn(output, y)).backward()
+        found.append([(p.diag_ggn_exact, p.grad_batch) for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_individual_gradients_where_only_the_loss_is_kept() -> None:
+    model, (x, y) = px.extend(Model(entropy)), data()
+    share = [float((y[n] != 2).sum() / (y != 2).sum()) for n in range(N)]
+    rows = testing.individual_gradients(model, lambda output, _: output["loss"], {"x": x, "y": y}, y, weights=share)
+    with px.backpack(px.BatchGrad()):
+        model(x, y)["loss"].backward()
+    for name, p in model.named_parameters():
+        assert testing.relative_error(p.grad_batch, rows[name]) < 1e-12

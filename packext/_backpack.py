@@ -19,6 +19,7 @@ from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import modules_of
 from packext._scale import Seen
 from packext._statistics import Statistics
+from packext._union import HERE, Elsewhere, Part, Ranks
 from packext._use import Source, Use, live_nodes, partner
 
 
@@ -135,6 +136,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         retain_graph: bool = False,
         scale: str | float = "loss",
         parameters: Iterable[Tensor] | None = None,
+        accumulate: bool = False,
+        group: Any = None,
     ) -> None:
         """Say what is wanted.
 
@@ -152,18 +155,36 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             scale: "loss": individual gradients are those of the loss as written, so that they sum to
                 `.grad` (with a mean over N samples each carries 1/N). "sample": those of the samples' own
                 losses l_n, defined by loss = mean of l_n or sum of l_n, according to the reduction of
-                the extended loss module. A number: individual gradients of the loss as written times
+                the extended loss module, whatever that loss (or all of several) is multiplied with before
+                `backward()` (1/k, a loss scale). A number: individual gradients of the loss as written times
                 that number (N for a mean that packext cannot see; 1/k to undo a loss scale k).
             parameters: of which quantities are wanted, such as `model.head.parameters()`; all that require grad by
                 default. No work is done for others; what is of the whole model (norms, a clipping norm, eigenvalues)
                 is of these.
+            accumulate: whether results are of all backward passes in the context so far, as if their batches had been
+                one whose loss is the sum of theirs: of gradient accumulation, for `(loss / k).backward()`.
+            group: a `torch.distributed` process group (`group.WORLD` for all), of which each rank runs a backward pass
+                on its own part of the batch: results are of the samples of all ranks, in their order, on each of them.
+                Every rank enters and leaves the context, and makes as many passes in it.
 
         Raises:
-            ValueError: for a class in place of an instance, an unknown scale, `parameters` that are no tensors, or a
-                hook that reads attributes which are not to be attached.
+            ValueError: for a class in place of an instance, an unknown scale, `parameters` that are no tensors, a
+                hook that reads attributes which are not to be attached or not complete, a quantity that parts of a
+                batch do not tell, or a `group` with scale "loss" (there is no loss as written of all ranks).
         """
+        if extension_hook is not None and (accumulate or group is not None):
+            raise ValueError("extension_hook is called before results of several passes or ranks are known.")
+        if group is not None and scale == "loss":
+            raise ValueError(
+                'with group=... say what the quantities are of, as no rank knows a loss of all: scale="sample" for '
+                "the samples' own losses, or a number."
+            )
         if extension_hook is not None and not attach:
             raise ValueError("extension_hook reads results from the parameters, to which attach=False puts none.")
+        for extension in extensions if accumulate or group is not None else ():
+            if isinstance(extension, Quantity) and extension.indivisible:
+                why = extension.indivisible
+                raise ValueError(f"{extension!r} of several passes or ranks cannot be had from each by itself: {why}.")
         for extension in extensions:
             if isinstance(extension, type):
                 raise ValueError(
@@ -185,11 +206,15 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self.attach, self.exact_grad = attach, exact_grad
         self.scale = scale
         self.parameters = None if parameters is None else _identified(parameters)
+        self.accumulate, self.ranks = accumulate, None if group is None else Ranks(group)
+        self._before: dict[int, tuple[Source, dict[str, Part]]] = {}  # what passes of the context have found
+        self._count = 0  # of their samples
         self.results = Results(extensions)
         self._passes = 0
         self._inner = 0
 
     def __enter__(self) -> Results:
+        self._before, self._count = {}, 0
         _flight.CONTEXTS.append(self)
         return self.results
 
@@ -198,6 +223,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         if _flight.CONTEXTS:
             _flight.CONTEXTS[-1]._inner += self._passes + self._inner
         _flight.drop()
+        if self.ranks is not None and kind is not Elsewhere:
+            why = "" if kind is None else f"{kind.__name__}: {value}"
+            self.ranks.meet(["the end of the context"], 0, why)
         if kind is None and self.extensions and not (self._passes or self._inner):
             asked = ", ".join(type(e).__name__ for e in self.extensions)
             reached = "" if self.parameters is None else " and reached one of the given parameters"
@@ -222,30 +250,32 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             return 1.0
         if isinstance(self.scale, (int, float)):
             return float(self.scale)
-        factors: dict[str, float] = {}
-        for name, reduction, weights in flight.losses:
-            if weights is not None:
-                low, high = float(weights.min()), float(weights.max())
-                if low != high or low == 0:
-                    raise PackextError(
-                        f"The extended {name} with reduction='none' is weighted unevenly over its entries (from "
-                        f"{low:.4g} to {high:.4g}), so that the scale of a sample is not defined. "
-                        "Pass scale=<number> to backpack."
-                    )
-                factors[name] = 1.0 / low
-            else:
-                factors[name] = float(record_n) if reduction in ("mean", "batchmean") else 1.0
-        if not factors:
+        written: dict[str, float] = {}
+        alone: set[float] = set()
+        for name, reduction, g in flight.losses:
+            low, high = float(g.min()), float(g.max())
+            if reduction == "none" and (low != high or low == 0):
+                raise PackextError(
+                    f"The extended {name} with reduction='none' is weighted unevenly over its entries (from "
+                    f"{low:.4g} to {high:.4g}), so that the scale of a sample is not defined. "
+                    "Pass scale=<number> to backpack."
+                )
+            count = float(record_n) if reduction in ("mean", "batchmean") else 1.0
+            written[name] = count / (low if reduction == "none" else 1.0)
+            alone.add(count / (low or 1.0))
+        if not written:
             raise NotExtendedError(
                 "The scale of a sample's own loss is not known: the loss is not extended. Use "
                 "loss_fn = px.extend(nn.CrossEntropyLoss()) or pass scale=<number> to backpack (the batch size for a "
                 "mean, 1 for a sum)."
             )
-        if len(set(factors.values())) > 1:
+        # Losses of different weights are terms of one; a weight that all have is none of the samples' own losses.
+        factors = alone if len(alone) == 1 else set(written.values())
+        if len(factors) > 1:
             raise PackextError(
-                f"The losses scale samples differently: {factors}. Give them one reduction, or pass scale=<number>."
+                f"The losses scale samples differently: {written}. Give them one reduction, or pass scale=<number>."
             )
-        return next(iter(factors.values()))
+        return factors.pop()
 
     def _check(self, flight: _flight.Pass, n: int) -> None:
         """Everything that can be refused before any gradient is accumulated."""
@@ -291,13 +321,18 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             holders = 1 if id(source.tensor) in self.results._by_parameter else 0
             buffer = next((b for e in self.first_order if (b := e.buffer(ask, holders)) is not None), None)
         statistics.prepare(wants, visitors, deliver, buffer)
-        values = {e.savefield: value for e in self.first_order if (value := e.result(ask)) is not None}
+        values, absorbed = {}, {}
         sums = flight.sums.get(id(source.tensor), (source, {}))[1]
-        for e in self.curvature:
+        for e in self.curvature:  # first, as results of others may leave no more than rows of the factors
             if e.root[0] == "empirical":
-                values[e.savefield] = e.land(e.absorb(ask, None), n, ask.factor * ask.sample_factor())
+                absorbed[e] = e.absorb(ask, None)
+                values[e.savefield] = e.land(absorbed[e], n, ask.factor * ask.sample_factor())
             elif id(e) in sums:
-                values[e.savefield] = e.land(sums.pop(id(e)), n, ask.factor)
+                absorbed[e] = sums.pop(id(e))
+                values[e.savefield] = e.land(absorbed[e], n, ask.factor)
+        values.update({e.savefield: value for e in self.first_order if (value := e.result(ask)) is not None})
+        if self.accumulate or self.ranks is not None:
+            flight.asides[id(source.tensor)] = {e.savefield: e.aside(ask, absorbed.get(e)) for e in self.extensions}
         flight.values[id(source.tensor)] = (source, values)
         for e in self.extensions:
             if e.deferred:
@@ -327,6 +362,36 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     self.extension_hook(module)
                     flight.forget_deleted(module)
 
+    def _unite(self, flight: _flight.Pass) -> None:
+        """Results of all passes so far, and all ranks, in place of those of this pass."""
+        n = flight.records[0].n if flight.records else 0
+        by_field = {e.savefield: e for e in self.extensions}
+        found: dict[int, tuple[Source, dict[str, Part]]] = {}
+        for key, (source, values) in flight.values.items():
+            asides = flight.asides.get(key, {})
+            found[key] = (source, {f: Part(value, n, asides.get(f)) for f, value in values.items()})
+        if self.accumulate:
+            for key, (source, before) in {**found, **self._before}.items():
+                new, old = found.get(key, (source, {}))[1], self._before.get(key, (source, {}))[1]
+                together = {}
+                for field in {**before, **new}:
+                    e = by_field[field]
+                    parts = [new[field] if field in new else e.absent(old[field], n)]
+                    if self._count:
+                        parts.insert(0, old[field] if field in old else e.absent(new[field], self._count))
+                    together[field] = e.unite(parts, HERE)
+                found[key] = (source, together)
+            n += self._count
+            self._before, self._count = dict(found), n
+        if self.ranks is not None:
+            named = sorted((source.name, key) for key, (source, _) in found.items())
+            self.ranks.meet([name for name, _ in named], n)
+            for _, key in named:
+                source, parts_ = found[key]
+                found[key] = (source, {f: by_field[f].unite([parts_[f]], self.ranks) for f in sorted(parts_)})
+        for key, (source, parts_) in found.items():
+            flight.values[key] = (source, {f: part.value for f, part in parts_.items()})
+
     def _land(self, flight: _flight.Pass) -> None:
         for key, (source, found) in flight.measured.items():
             values = flight.values.setdefault(key, (source, {}))[1]
@@ -338,6 +403,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             if extension.deferred:
                 for key, value in extension.finish(flight.asks.get(id(extension), {})).items():
                     flight.values[key][1][extension.savefield] = value
+        if self.accumulate or self.ranks is not None:
+            self._unite(flight)
         if not flight.values:
             return
         fields = [e.savefield for e in self.extensions] if self.attach else []

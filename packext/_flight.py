@@ -184,7 +184,8 @@ class Pass:
         self.replaced: list[tuple[Tensor, str, Any]] = []
         self.gathering = Gathering(context._wants)
         self.records: list[Record] = []
-        self.losses: list[tuple[str, str, Tensor | None]] = []
+        self.losses: list[tuple[str, str, Tensor]] = []
+        self.asides: dict[int, dict[str, Any]] = {}
         self.inside: set[Any] = set()  # marks of losses that the model computed
         self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
         #: Whether a loss has sent its curvature, and what quantities have summed up, by parameter and quantity.
@@ -464,7 +465,7 @@ def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass 
     flight = _current(None)
     if inside is not None and inside not in flight.inside:
         return None
-    flight.losses.append((name, reduction, g if reduction == "none" else None))
+    flight.losses.append((name, reduction, g))
     return flight
 
 

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from packext._errors import UnsupportedUseError
 from packext._factored import Factored
 from packext._statistics import Statistics, Visitor
+from packext._union import Here, Part
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Quantity:
     savefield: ClassVar[str]
     #: Whether the result needs all parameters, and comes from `finish` at the end of the pass.
     deferred: ClassVar[bool] = False
+    #: Why the result for a batch cannot be made from those of its parts; nothing if it can.
+    indivisible: str = "what they find by themselves does not tell it"
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         """Statistics that should be computed together."""
@@ -78,8 +82,59 @@ class Quantity:
         """The result for the whole model from those of its parameters."""
         raise AttributeError(f"{self.savefield} is a quantity of each parameter: use results[name].{self.savefield}.")
 
+    def aside(self, ask: Ask, held: Any) -> Any:
+        """What `unite` needs to know of a part beside its result; `held` is what curvature has absorbed."""
+        return None
+
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        """The result for the whole batch: `parts` of it are here, and the others where `over` fetches them from."""
+        raise NotImplementedError
+
+    def absent(self, part: Part, n: int) -> Part:
+        """What n samples find that did not reach the parameter; `part` is what others have found."""
+        raise UnsupportedUseError(
+            f"{self!r} of several passes needs each parameter to be reached in all of them: ask for it pass by pass."
+        )
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+class Summed:
+    """What quantities share whose results add up over the samples."""
+
+    indivisible = ""
+
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        """The sum."""
+        return Part(over.sum(sum_of([p.value for p in parts])), over.count(sum(p.n for p in parts)))
+
+    def absent(self, part: Part, n: int) -> Part:
+        """Zeros."""
+        return Part(torch.zeros_like(part.value), n)
+
+
+class PerSample:
+    """What quantities share that have an entry for each sample along `axis`."""
+
+    indivisible = ""
+    axis: ClassVar[int] = 0
+
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        """One after the other."""
+        together = torch.cat([p.value for p in parts], self.axis)
+        return Part(over.cat(together, self.axis), over.count(sum(p.n for p in parts)))
+
+    def absent(self, part: Part, n: int) -> Part:
+        """Zeros."""
+        shape = list(part.value.shape)
+        shape[self.axis] = n
+        return Part(part.value.new_zeros(shape), n)
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Of one or several tensors of one shape."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).sum(0)
 
 
 class Curvature(Quantity):
@@ -177,6 +232,10 @@ class Sampled:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(mc_samples={self.mc_samples})"
+
+
+#: Why a quantity of some samples of a batch is not had from its parts.
+SUBSAMPLED = "subsampling counts the samples of one pass"
 
 
 def indices(subsampling: Sequence[int] | None) -> list[int] | None:

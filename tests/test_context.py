@@ -363,7 +363,7 @@ def test_scales(reduction: str) -> None:
             torch.testing.assert_close(p.grad_dot, flat @ flat.mean(0))
 
 
-def test_a_multiple_of_the_loss_shows_in_every_scale() -> None:
+def test_a_multiple_of_the_loss_shows_in_the_loss_as_written_alone() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none"))["0.weight"]
     loss_fn = px.extend(nn.CrossEntropyLoss())
@@ -371,9 +371,13 @@ def test_a_multiple_of_the_loss_shows_in_every_scale() -> None:
         with px.backpack(px.BatchGrad()):
             (k * loss_fn(model(x), y)).backward()
         torch.testing.assert_close(model[0].weight.grad_batch, rows * k / N)
-        with px.backpack(px.BatchGrad(), scale="sample"):
+        with px.backpack(px.BatchGrad(), px.ClippedGrad(1e9), scale="sample"):
             (k * loss_fn(model(x), y)).backward()
-        torch.testing.assert_close(model[0].weight.grad_batch, rows * k)
+        torch.testing.assert_close(model[0].weight.grad_batch, rows)
+        torch.testing.assert_close(model[0].weight.clipped_grad, rows.sum(0))
+        with px.backpack(px.BatchGrad(), scale="sample"):  # terms of one loss, with weights that are its own
+            (k * loss_fn(model(x), y) + loss_fn(model(x), y)).backward()
+        torch.testing.assert_close(model[0].weight.grad_batch, rows * (k + 1))
         with px.backpack(px.BatchGrad(), scale=N / k):
             (k * loss_fn(model(x), y)).backward()
         torch.testing.assert_close(model[0].weight.grad_batch, rows)

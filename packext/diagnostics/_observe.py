@@ -228,12 +228,7 @@ class Observer:
         raw = {held: {k: r[held] for k, r in own.items() if held in r} for part in fields for held in part.values()}
         p.n = _samples(raw, p)
         self._scale(p)
-        done: dict[str, dict[str, Any]] = {}
-        for part in fields:
-            for field, held in part.items():
-                if held not in done:
-                    done[held] = {k: rescaled(field, v, p.multiplier) for k, v in raw[held].items()}
-        p.results = [{field: done[held] for field, held in part.items()} for part in fields]
+        p.results = [{field: raw[held] for field, held in part.items()} for part in fields]
         self.step.passes.append(p)
         if len(self.step.passes) > 1:  # what is defined within one pass only is of no more use
             for part in (part for q in self.step.passes for part in q.results):
@@ -268,10 +263,10 @@ class Observer:
             p.share = 1.0 / (low * n) if n and low else unknown
             return
         factors = {float(g) for _, g in p.calls}
-        if len(factors) == 1 and 0.0 not in factors:  # several losses with different factors are taken as written
-            p.multiplier = factors.pop()
+        # Several losses with different factors are taken as written, by the context as well.
+        multiplier = factors.pop() if len(factors) == 1 and 0.0 not in factors else 1.0
         count = n if reductions == {"sum"} else 1
-        p.share = 1.0 / (p.multiplier * count) if count else unknown
+        p.share = 1.0 / (multiplier * count) if count else unknown
 
     def _add(self, p: Pass, gradient: dict[str, Tensor]) -> None:
         """Add to the mean of the samples' own gradients; with several passes, to their sum."""

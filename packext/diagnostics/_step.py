@@ -69,7 +69,7 @@ class Pass:
         before: `.grad` of each parameter when it began.
         results: of each instrument, by savefield and parameter.
         n: number of samples, if known.
-        multiplier: of the samples' own losses, seen at the loss and to be divided out.
+        multiplier: of the samples' own losses, known when the step has ended; divided out where that can be done.
         share: factor from the loss as written to the mean of the samples' own losses; NaN if that is not known.
     """
 

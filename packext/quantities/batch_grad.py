@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from packext._factored import Factored
-from packext._quantity import Ask, Quantity, indices, rows_of
+from packext._quantity import SUBSAMPLED, Ask, PerSample, Quantity, indices, rows_of
 
 
-class BatchGrad(Quantity):
+class BatchGrad(PerSample, Quantity):
     """Individual gradients `[N, *p]`, in `grad_batch`. They sum to `.grad` (scale "loss").
 
     The memory of the previous result is used again if nobody else refers to it: one that you keep never changes, and
@@ -27,6 +27,8 @@ class BatchGrad(Quantity):
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         """Give all samples, or those in `subsampling`."""
         self.subsampling = indices(subsampling)
+        if self.subsampling is not None:
+            self.indivisible = SUBSAMPLED
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("rows",) if self.subsampling is None else ()

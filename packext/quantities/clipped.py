@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from packext._factored import Dense, Factored, Lookup, Outer
-from packext._quantity import Ask, Quantity
+from packext._quantity import Ask, Quantity, Summed
 
 
-class ClippedGrad(Quantity):
+class ClippedGrad(Summed, Quantity):
     """`sum over n of min(1, C / |g_n|) g_n` `[*p]`, in `clipped_grad` (Abadi et al. 2016, Algorithm 1, before noise).
 
     g_n is the gradient of the samples' own loss l_n (see `backpack`, scale="sample"), whatever the reduction and the

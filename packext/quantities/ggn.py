@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, side_by_side
-from packext._quantity import Ask, Curvature, Sampled, indices, rows_of, summed
+from packext._quantity import SUBSAMPLED, Ask, Curvature, PerSample, Sampled, Summed, indices, rows_of, summed
 from packext._statistics import Statistics
 
 
@@ -30,7 +30,7 @@ class _Sampled(Sampled, Curvature):
         return ("mc", self.mc_samples, self.generator)
 
 
-class Diagonal(Curvature):
+class Diagonal(Summed, Curvature):
     """Sums over columns and samples of squares."""
 
     def wants(self, form: Factored) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ class Diagonal(Curvature):
         return new if held is None else held.add_(new)
 
 
-class BatchDiagonal(Curvature):
+class BatchDiagonal(PerSample, Curvature):
     """Sums over columns of squares."""
 
     def wants(self, form: Factored) -> tuple[str, ...]:
@@ -98,6 +98,7 @@ class GGNGram(_Exact):
     """
 
     savefield = "ggn_gram"
+    indivisible = "pairs of samples of different parts have inner products too"
     compact = False
 
     def absorb(self, ask: Ask, held: Any) -> list[Factored]:
@@ -113,8 +114,9 @@ class GGNGram(_Exact):
         return summed(values)
 
 
-class _Root(Curvature):
+class _Root(PerSample, Curvature):
     compact = False
+    axis = 1
     subsampling: list[int] | None = None
 
     def wants(self, form: Factored) -> tuple[str, ...]:
@@ -142,6 +144,8 @@ class SqrtGGNExact(_Root, _Exact):
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         """Take indices of the samples to keep (with the scale of the whole batch); all by default."""
         self.subsampling = indices(subsampling)
+        if self.subsampling is not None:
+            self.indivisible = SUBSAMPLED
 
 
 class SqrtGGNMC(_Root, _Sampled):
@@ -158,3 +162,5 @@ class SqrtGGNMC(_Root, _Sampled):
         """As for `DiagGGNMC`, and indices of the samples to keep."""
         super().__init__(mc_samples, generator)
         self.subsampling = indices(subsampling)
+        if self.subsampling is not None:
+            self.indivisible = SUBSAMPLED

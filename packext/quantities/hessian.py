@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from packext import linalg
-from packext._quantity import HessianQuantity, Point, Sampled
+from packext._quantity import HessianQuantity, Point, Sampled, sum_of
+from packext._union import Here, Part
 
 
 class Estimate(NamedTuple):
@@ -47,6 +48,7 @@ class DiagHessianMC(_Hutchinson):
     """
 
     savefield = "diag_h_mc"
+    indivisible = ""
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Tensor]:
         # Of each parameter the mean and the sum of squared deviations, updated draw by draw (Welford, 1962).
@@ -65,6 +67,12 @@ class DiagHessianMC(_Hutchinson):
         error = held[1].sqrt().nan_to_num(nan=torch.inf)
         return Estimate(held[0] * factor, error * abs(factor))
 
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        """Errors of passes are independent; ranks may have drawn the same signs, so that theirs are added up."""
+        value = over.sum(sum_of([p.value.value for p in parts]))
+        error = over.sum(sum_of([p.value.standard_error.square() for p in parts]).sqrt())
+        return Part(Estimate(value, error), over.count(sum(p.n for p in parts)))
+
 
 class HessianTrace(_Hutchinson):
     """Hutchinson's estimate of the trace of the Hessian's block of a parameter, in `hessian_trace`.
@@ -74,6 +82,7 @@ class HessianTrace(_Hutchinson):
     """
 
     savefield = "hessian_trace"
+    indivisible = ""
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Tensor]:
         found = [
@@ -84,6 +93,10 @@ class HessianTrace(_Hutchinson):
 
     def land(self, held: Tensor, n: int, factor: float) -> TraceEstimate:
         return TraceEstimate(*_of_draws(held * factor), held * factor)
+
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        draws = over.sum(sum_of([p.value.draws for p in parts]))
+        return Part(TraceEstimate(*_of_draws(draws), draws), over.count(sum(p.n for p in parts)))
 
     def whole(self, values: dict[str, Any]) -> Estimate:
         return _of_draws(torch.stack([v.draws for v in values.values()]).sum(0))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from packext._quantity import Ask, Quantity
+from packext._quantity import Ask, Quantity, sum_of
 from packext._statistics import Visitor
+from packext._union import Here, Part
 
 
 class Histogram(NamedTuple):
@@ -27,6 +29,7 @@ class GradHistogram(Quantity):
     """
 
     savefield = "grad_histogram"
+    indivisible = ""
 
     def __init__(
         self,
@@ -82,6 +85,10 @@ class GradHistogram(Quantity):
             return Histogram(counts, grad_edges)
         param_edges = torch.linspace(*self.param_range, self.param_bins + 1, device=counts.device)
         return Histogram(counts.reshape(self.param_bins, self.bins), grad_edges, param_edges)
+
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        counts = over.sum(sum_of([p.value.counts for p in parts]))
+        return Part(parts[0].value._replace(counts=counts), over.count(sum(p.n for p in parts)))
 
     def whole(self, values: dict[str, Any]) -> Histogram:
         histograms = list(values.values())

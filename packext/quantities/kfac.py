@@ -14,7 +14,7 @@ A lookup is the linear map of one-hot vectors by a table `[V, E]`: A is diagonal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor
 from packext import linalg
 from packext._errors import UnsupportedUseError
 from packext._factored import Factored
-from packext._quantity import Ask, Curvature, Sampled
+from packext._quantity import Ask, Curvature, Sampled, sum_of
 from packext._statistics import Statistics
+from packext._union import Here, Part
 
 
 class _Pair(NamedTuple):
@@ -33,6 +34,7 @@ class _Pair(NamedTuple):
     outputs: Tensor
     inputs: Tensor | None
     stored: str
+    terms: float
 
 
 class _Kronecker(Curvature):
@@ -48,8 +50,9 @@ class _Kronecker(Curvature):
             raise UnsupportedUseError(self._refusal(ask))
         if held is not None:  # not in place: weight and bias may share what came first
             return held._replace(outputs=held.outputs + found.outputs)
-        inputs = None if found.inputs is None else found.inputs() / (ask.n * found.positions)
-        return _Pair(found.outputs, inputs, found.stored)
+        terms = ask.n * found.positions
+        inputs = None if found.inputs is None else found.inputs() / terms
+        return _Pair(found.outputs, inputs, found.stored, terms)
 
     def _form(self, ask: Ask) -> Factored | linalg.Joint | None:
         """What is to be factored; of a bias that is part of its weight's block, where that is."""
@@ -77,6 +80,33 @@ class _Kronecker(Curvature):
             return held
         factors = [held.outputs * factor] if held.inputs is None else [held.outputs * factor, held.inputs]
         return [t[0] if len(t) == 1 else t for t in (factors if held.stored == "OI" else factors[::-1])]
+
+    indivisible = ""
+
+    def aside(self, ask: Ask, held: Any) -> tuple[int, float]:
+        """Where A stands, and how many terms it is the mean of."""
+        return (0, 0.0) if isinstance(held, linalg.Joint) else (int(held.stored == "OI"), float(held.terms))
+
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        """B adds up, and A is the mean over the terms of all."""
+        n = over.count(sum(p.n for p in parts))
+        first = parts[0]
+        if isinstance(first.value, linalg.Joint):
+            return Part(first.value, n, first.aside)
+        factors = [sum_of([p.value[k] for p in parts]) for k in range(len(first.value))]
+        place, terms = first.aside[0], sum(p.aside[1] for p in parts)
+        if len(factors) == 1:
+            return Part([over.sum(factors[0])], n, (place, terms))
+        factors[place] = sum_of([p.value[place] * p.aside[1] for p in parts])
+        factors = [over.sum(f) for f in factors]
+        terms = float(over.sum(torch.tensor(terms, dtype=torch.float64)))
+        factors[place] = factors[place] / terms
+        return Part(factors, n, (place, terms))
+
+    def absent(self, part: Part, n: int) -> Part:
+        if isinstance(part.value, linalg.Joint):
+            return part
+        return Part([torch.zeros_like(f) for f in part.value], n, (part.aside[0], 0.0))
 
 
 class KFAC(Sampled, _Kronecker):
@@ -161,6 +191,23 @@ class EKFAC(KFAC):
         """Take an earlier result for each parameter, by name or by the parameter itself, and what `KFAC` takes."""
         super().__init__(mc_samples, approx, fisher, generator, bias)
         self.basis = basis
+        if basis is None:
+            self.indivisible = "eigenvectors of parts are not those of all (pass a basis)"
+
+    def aside(self, ask: Ask, held: Any) -> None:
+        return None
+
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        """In the basis that is given, eigenvalues add up."""
+        n, first = over.count(sum(p.n for p in parts)), parts[0].value
+        if isinstance(first, linalg.Joint):
+            return Part(first, n)
+        return Part(linalg.KronEigh(first.vectors, over.sum(sum_of([p.value.eigenvalues for p in parts]))), n)
+
+    def absent(self, part: Part, n: int) -> Part:
+        if isinstance(part.value, linalg.Joint):
+            return part
+        return Part(linalg.KronEigh(part.value.vectors, torch.zeros_like(part.value.eigenvalues)), n)
 
     def _basis(self, ask: Ask) -> linalg.KronEigh | linalg.Joint | None:
         if self.basis is None:
@@ -221,6 +268,7 @@ class KFRA(_Kronecker):
     """
 
     savefield = "kfra"
+    indivisible = "the average over the samples is taken at each layer"
 
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:

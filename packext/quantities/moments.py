@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from packext._factored import Factored
-from packext._quantity import Ask, Quantity
+from packext._quantity import Ask, Quantity, Summed, sum_of
+from packext._union import Here, Part
 
 
-class SumGradSquared(Quantity):
+class SumGradSquared(Summed, Quantity):
     """Sum over samples of squared individual gradients, entry by entry `[*p]`, in `sum_grad_squared`."""
 
     savefield = "sum_grad_squared"
@@ -34,3 +39,19 @@ class Variance(Quantity):
 
     def result(self, ask: Ask) -> Tensor:
         return ask.statistics["scatter"] * (ask.factor**2 / ask.n)
+
+    indivisible = ""
+
+    def aside(self, ask: Ask, held: Any) -> Tensor:
+        """The mean."""
+        return ask.statistics["total"] * (ask.factor / ask.n)
+
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        """Deviations from the mean of all are those from the parts' own, and of these (Chan, Golub & LeVeque, 1983)."""
+        n = over.count(sum(p.n for p in parts))
+        mean = over.sum(sum_of([p.aside * p.n for p in parts])) / n
+        scatter = sum_of([(p.value + (p.aside - mean).square()) * p.n for p in parts])
+        return Part(over.sum(scatter) / n, n, mean)
+
+    def absent(self, part: Part, n: int) -> Part:
+        return Part(torch.zeros_like(part.value), n, torch.zeros_like(part.aside))

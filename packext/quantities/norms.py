@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from packext._factored import Factored
-from packext._quantity import Ask, Quantity, summed
+from packext._quantity import Ask, PerSample, Quantity, summed
 
 
-class BatchL2Grad(Quantity):
+class BatchL2Grad(PerSample, Quantity):
     """Squared Euclidean norms of individual gradients `[N]`, in `batch_l2`; summed over parameters in `results`."""
 
     savefield = "batch_l2"
@@ -34,6 +34,7 @@ class BatchDotGrad(Quantity):
     """
 
     savefield = "batch_dot"
+    indivisible = "pairs of samples of different parts have inner products too"
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("gram",)
@@ -45,7 +46,7 @@ class BatchDotGrad(Quantity):
         return summed(values)
 
 
-class GradDot(Quantity):
+class GradDot(PerSample, Quantity):
     """Inner products of individual gradients with a direction `[N]`, in `grad_dot`.
 
     Summed over parameters in `results`.
@@ -59,6 +60,8 @@ class GradDot(Quantity):
     def __init__(self, direction: Mapping[Any, Tensor] | None = None) -> None:
         """Take a direction for each parameter, by name or by the parameter itself."""
         self.direction = direction
+        if direction is None:
+            self.indivisible = "its direction is the gradient of all (pass direction=...)"
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("dots",) if self.direction is None else ()

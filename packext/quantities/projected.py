@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from packext._factored import Factored, two_sided
-from packext._quantity import Ask, Quantity
+from packext._quantity import Ask, PerSample, Quantity
 
 
-class ProjectedGrad(Quantity):
+class ProjectedGrad(PerSample, Quantity):
     """Individual gradients under a seeded random projection, in `grad_projected`.
 
     A gradient seen as a matrix `[p_0, rest]` becomes `L grad Rᵀ` `[N, r, q]` with L `[r, p_0]` and R `[q, rest]`; one

@@ -1,0 +1,104 @@
+"""Results of parts of a batch, of several passes or ranks, made into those of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from packext._errors import PackextError
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a quantity found in a part of the batch.
+
+    Attributes:
+        value: its result.
+        n: number of samples.
+        aside: what else the quantity needs to know of the part.
+    """
+
+    value: Any
+    n: int
+    aside: Any = None
+
+
+class Here:
+    """The parts are all here: nothing is to be fetched."""
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum of `t` over all ranks."""
+        return t
+
+    def cat(self, t: Tensor, axis: int) -> Tensor:
+        """The `t` of all ranks one after the other along `axis`, along which they may differ in size."""
+        return t
+
+    def count(self, n: int) -> int:
+        """Samples of all ranks."""
+        return n
+
+
+HERE = Here()
+
+
+class Ranks(Here):
+    """The parts are those of the ranks of a process group, in their order."""
+
+    def __init__(self, group: Any) -> None:
+        """Take the group, in which every rank makes the same calls."""
+        self.group = group
+        self.counts: list[int] = []
+
+    def meet(self, names: Sequence[str], n: int, failed: str = "") -> None:
+        """Say what this rank has found, and hear what the others have.
+
+        Args:
+            names: of the parameters that have results.
+            n: samples here.
+            failed: what went wrong here, if something did.
+
+        Raises:
+            Elsewhere: if another rank failed, or found something for other parameters.
+        """
+        heard: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(heard, (list(names), n, failed), group=self.group)
+        for rank, (_, _, why) in enumerate(heard):
+            if why and not failed:
+                raise Elsewhere(f"Rank {rank} of the group failed, so that there are no results of all: {why}")
+        for rank, (others, _, _) in enumerate(heard):
+            differing = sorted({*others} ^ {*names})
+            if differing and not failed:
+                raise Elsewhere(
+                    f"The backward passes of rank {rank} and of this one reached different parameters "
+                    f"({', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}): extend the same model on "
+                    "all ranks, and use the same parts of it."
+                )
+        self.counts = [count for _, count, _ in heard]
+
+    def sum(self, t: Tensor) -> Tensor:
+        t = t.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(t, group=self.group)
+        return t
+
+    def cat(self, t: Tensor, axis: int) -> Tensor:
+        own = t.detach().movedim(axis, 0)
+        per = own.shape[0] // max(1, self.counts[dist.get_rank(self.group)])
+        padded = own.new_zeros(max(self.counts) * per, *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in self.counts]
+        dist.all_gather(parts, padded, group=self.group)
+        together = torch.cat([part[: count * per] for part, count in zip(parts, self.counts, strict=True)])
+        return together.movedim(0, axis)
+
+    def count(self, n: int) -> int:
+        return sum(self.counts)
+
+
+class Elsewhere(PackextError):
+    """Another rank failed, and knows of it."""

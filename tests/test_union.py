@@ -1,0 +1,280 @@
+"""Results of several passes, and of several ranks, are those of one pass with all samples."""
+
+from __future__ import annotations
+
+import gc
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import packext as px
+from packext import linalg
+from packext._quantity import Quantity
+from tests.cases import Routed
+from tests.helpers import double_precision
+
+N = 10
+PARTS = (3, 5, 2)
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def asked() -> list[Any]:
+    return [
+        px.BatchGrad(), px.BatchL2Grad(), px.SumGradSquared(), px.Variance(), px.ProjectedGrad((2, 3)),
+        px.ClippedGrad(0.3), px.GradHistogram(range=(-0.5, 0.6)), px.DiagGGNExact(), px.BatchDiagGGNExact(),
+        px.SqrtGGNExact(), px.DiagEF(), px.DiagHessian(), px.BatchDiagHessian(), px.KFLR(),
+        px.KFAC(fisher="empirical", approx="reduce"),
+    ]  # fmt: skip
+
+
+def problem() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 2), nn.Tanh(), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(9, 4), nn.Sigmoid(), nn.Linear(4, 3)
+    )
+    return px.extend(model), px.extend(nn.CrossEntropyLoss()), torch.randn(N, 2, 4), torch.randint(3, (N,))
+
+
+def values(model: nn.Module, quantities: list[Any]) -> dict[str, list[Any]]:
+    return {
+        name: [getattr(p, q.savefield) for q in quantities if hasattr(p, q.savefield)]
+        for name, p in model.named_parameters()
+    }
+
+
+def run(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, **options: Any) -> px.Results:
+    with px.backpack(*asked(), **options) as results:
+        loss(model(x), y).backward()
+    return results
+
+
+def in_parts(share: Callable[[int], float], **options: Any) -> tuple[nn.Module, px.Results]:
+    model, loss, x, y = problem()
+    with px.backpack(*asked(), accumulate=True, **options) as results:
+        for inputs, targets in zip(x.split(PARTS), y.split(PARTS), strict=True):
+            (loss(model(inputs), targets) * share(len(inputs))).backward()
+    return model, results
+
+
+# -- passes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["loss", "sample", 3.0])
+def test_passes_add_up_to_one(scale: Any) -> None:
+    """Each part with its share of the mean: as written, the parts' losses add up to that of all."""
+    whole, loss, x, y = problem()
+    results = run(whole, loss, x, y, scale=scale)
+    parts, united = in_parts(lambda n: n / N, scale=scale)
+    torch.testing.assert_close(values(parts, asked()), values(whole, asked()))
+    torch.testing.assert_close(united.batch_l2, results.batch_l2)
+    for p, q in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_samples_own_losses_know_of_no_weight() -> None:
+    """With scale "sample" it makes no difference what the loss is multiplied with before backward."""
+    whole, loss, x, y = problem()
+    run(whole, loss, x, y, scale="sample")
+    parts, _ = in_parts(lambda n: 1024.0 / 3, scale="sample")
+    torch.testing.assert_close(values(parts, asked()), values(whole, asked()))
+
+
+def test_a_context_begins_anew() -> None:
+    model, loss, x, y = problem()
+    context = px.backpack(px.BatchL2Grad(), accumulate=True)
+    for _ in range(2):
+        with context as results:
+            for half in (slice(0, 4), slice(4, N)):
+                loss(model(x[half]), y[half]).backward()
+        assert results.batch_l2.shape == (N,)
+
+
+def test_parameters_that_some_passes_do_not_reach() -> None:
+    torch.manual_seed(3)
+    model, loss = px.extend(Routed(sort=False)), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(N, 1, 4), torch.randint(3, (N,))
+    quantities = [px.BatchGrad(), px.SumGradSquared(), px.Variance(), px.DiagGGNExact(), px.SqrtGGNExact()]
+    found = []
+    for parts in ((N,), (1, 1, N - 2)):
+        with px.backpack(*quantities, accumulate=True, scale="sample"):
+            for inputs, targets in zip(x.split(parts), y.split(parts), strict=True):
+                loss(model(inputs), targets).backward()
+        found.append(values(model, quantities))
+    torch.testing.assert_close(*found)
+
+
+def test_estimates_of_the_hessian() -> None:
+    model, loss, x, y = problem()
+    exact = [torch.autograd.functional.hessian(lambda v: loss_at(model, loss, v, x, y), flat(model)).trace() * N]
+    with px.backpack(px.HessianTrace(400), px.DiagHessianMC(400), accumulate=True, scale="sample") as results:
+        for inputs, targets in zip(x.split(PARTS), y.split(PARTS), strict=True):
+            loss(model(inputs), targets).backward()
+    value, error = results.hessian_trace
+    assert abs(value - exact[0]) < 5 * error and 0 < error < abs(exact[0])
+    total = sum(p.diag_h_mc.value.sum() for p in model.parameters())
+    bound = sum(p.diag_h_mc.standard_error.square().sum() for p in model.parameters()).sqrt()
+    assert abs(total - exact[0]) < 5 * bound
+
+
+def flat(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def loss_at(model: nn.Module, loss: nn.Module, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    state, start = {}, 0
+    for name, p in model.named_parameters():
+        state[name], start = v[start : start + p.numel()].view_as(p), start + p.numel()
+    with px.disable():
+        return loss(torch.func.functional_call(model, state, (x,)), y)
+
+
+def test_eigenvalues_in_a_basis() -> None:
+    model, loss, x, y = problem()
+    with px.backpack(px.EKFAC(fisher="exact", bias="joint")) as results:
+        loss(model(x), y).backward()
+    basis = {p: p.ekfac for p in model.parameters()}
+    found = []
+    for parts in ((N,), PARTS):
+        with px.backpack(px.EKFAC(basis, fisher="exact", bias="joint"), accumulate=True, scale="sample"):
+            for inputs, targets in zip(x.split(parts), y.split(parts), strict=True):
+                loss(model(inputs), targets).backward()
+        found.append([p.ekfac.eigenvalues for p in model.parameters() if isinstance(p.ekfac, linalg.KronEigh)])
+    torch.testing.assert_close(*found)
+    assert len(results) == len(basis)
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    [
+        px.BatchDotGrad(), px.GradDot(), px.GGNGram(), px.TopEigenvalues(), px.HMP(), px.KFRA(), px.EKFAC(),
+        px.BatchGrad(subsampling=[0]), px.SqrtGGNMC(subsampling=[0]),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_parts_do_not_tell_is_refused(quantity: Quantity) -> None:
+    with pytest.raises(ValueError, match="several passes or ranks cannot be had from each by itself"):
+        px.backpack(quantity, accumulate=True)
+
+
+def test_hooks_would_see_what_is_not_complete() -> None:
+    with pytest.raises(ValueError, match="extension_hook is called before"):
+        px.backpack(px.BatchGrad(), accumulate=True, extension_hook=print)
+
+
+def test_a_pass_that_fails_adds_nothing() -> None:
+    model, loss, x, y = problem()
+    with px.backpack(px.BatchL2Grad(), accumulate=True) as results:
+        loss(model(x), y).backward()
+        before = model[0].weight.batch_l2.clone()
+        model[2].register_full_backward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss(model(x), y).backward()
+        model[2]._backward_hooks.clear()
+        torch.testing.assert_close(model[0].weight.batch_l2, before)
+        loss(model(x), y).backward()
+        assert results.batch_l2.shape == (2 * N,)
+
+
+# -- ranks -----------------------------------------------------------------------------------------------------
+
+
+def _rank(rank: int, world: int, port: int, work: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    try:
+        with double_precision():
+            globals()[work](rank, world)
+    finally:
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def together(work: Callable[[int, int], None], world: int = 2) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(_rank, (world, port, work.__name__), nprocs=world, start_method="fork")
+
+
+def own(t: Tensor, rank: int, world: int) -> Tensor:
+    """Uneven parts of a batch."""
+    return t.split((7, 3) if world == 2 else PARTS)[rank]
+
+
+def _all_quantities(rank: int, world: int) -> None:
+    whole, loss, x, y = problem()
+    results = run(whole, loss, x, y, scale="sample")
+    for wrap in (lambda m: m, DistributedDataParallel):
+        model, loss, x, y = problem()
+        wrapped = wrap(model)
+        mine = own(x, rank, world), own(y, rank, world)
+        united = run(wrapped, loss, *mine, scale="sample", group=dist.group.WORLD)
+        torch.testing.assert_close(values(model, asked()), values(whole, asked()))
+        torch.testing.assert_close(united.batch_l2, results.batch_l2)
+    model, loss, x, y = problem()
+    with px.backpack(px.BatchGrad(), px.Variance(), scale="sample", group=dist.group.WORLD, accumulate=True):
+        for part in own(torch.arange(N), rank, world).tensor_split(2):
+            loss(model(x[part]), y[part]).backward()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.variance, q.variance)
+        torch.testing.assert_close(p.grad_batch.sum(0), q.grad_batch.sum(0))
+    with px.backpack(px.HessianTrace(2), px.DiagHessianMC(2), scale="sample", group=dist.group.WORLD) as both:
+        loss(model(mine[0]), mine[1]).backward()
+    assert both.hessian_trace.value.isfinite()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_with_uneven_batches(world: int) -> None:
+    together(_all_quantities, world)
+
+
+def _fails(rank: int, world: int) -> None:
+    model, loss, x, y = problem()
+    expected = RuntimeError if rank else px.PackextError
+    with (
+        pytest.raises(expected, match="out of patience"),
+        px.backpack(px.BatchGrad(), scale="sample", group=dist.group.WORLD),
+    ):
+        if rank == 1:
+            raise RuntimeError("out of patience")
+        loss(model(x), y).backward()
+    before = [dict(p.__dict__) for p in model.parameters()]
+    assert not any("grad_batch" in fields for fields in before)
+    run(model, loss, x, y, scale="sample", group=dist.group.WORLD)  # and the group is as good as before
+
+
+def test_a_rank_that_fails_ends_the_others() -> None:
+    together(_fails)
+
+
+def _differ(rank: int, world: int) -> None:
+    model, loss, x, y = problem()
+    if rank:
+        model[6].weight.requires_grad_(False)
+    with (
+        pytest.raises(px.PackextError, match=r"reached different parameters \(6\.weight\)"),
+        px.backpack(px.BatchGrad(), scale="sample", group=dist.group.WORLD),
+    ):
+        loss(model(x), y).backward()
+
+
+def test_ranks_of_different_models() -> None:
+    together(_differ)
+
+
+def test_no_rank_knows_the_loss_of_all() -> None:
+    with pytest.raises(ValueError, match='scale="sample"'):
+        px.backpack(px.BatchGrad(), group=object())

@@ -18,6 +18,7 @@ from packext._extend import extend as extend
 from packext._extend import is_extended as is_extended
 from packext._extend import unextend as unextend
 from packext._lineage import disable as disable
+from packext._scale import coupled as coupled
 from packext.quantities import EKFAC as EKFAC
 from packext.quantities import GGNMP as GGNMP
 from packext.quantities import HMP as HMP

@@ -469,6 +469,12 @@ def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass 
     return flight
 
 
+def refuse_coupled(why: str, g: Tensor) -> None:
+    """A value that couples samples was reached."""
+    if _listening():
+        raise CoupledSamplesError(why)
+
+
 def drop() -> None:
     """Forget passes that did not come to their end."""
     while _passes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -133,3 +134,21 @@ class LossMark(torch.autograd.Function):
                 flight.context._check(flight, record.n)
             flight.context._spread(flight, ctx.seen, edge, grads[0])
         return grads[0], None, None, None
+
+
+def coupled(value: Tensor, why: str) -> Tensor:
+    """Mark a loss, or a term of one, that couples the samples of a batch: a contrastive loss, a statistic of the batch.
+
+    What a loss does beside the model's outputs is nothing that the probe can see. A backward pass that reaches a marked
+    value inside of a `backpack` context is refused before any gradient is accumulated; outside, nothing changes.
+
+    Args:
+        value: the value, a scalar in most cases; mark the whole loss, so that nothing else is reached first.
+        why: the error's message: what couples the samples, and what to do.
+
+    Returns:
+        The same tensor. The pass that is refused raises `CoupledSamplesError`.
+    """
+    if value.requires_grad:
+        value.register_hook(functools.partial(_flight.refuse_coupled, why))
+    return value

@@ -7,5 +7,8 @@ from packext.defences.gradient import LaplacianNoise as LaplacianNoise
 from packext.defences.gradient import Pruning as Pruning
 from packext.defences.gradient import Quantisation as Quantisation
 from packext.defences.gradient import TopK as TopK
+from packext.defences.nopeek import NoPeek as NoPeek
+from packext.defences.nopeek import distance_correlation as distance_correlation
+from packext.defences.nopeek import u_distance_correlation_sqr as u_distance_correlation_sqr
 from packext.defences.received import Received as Received
 from packext.defences.received import check_received as check_received

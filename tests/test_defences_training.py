@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import packext as px
-from packext import defences
-from packext.defences import NoPeek, distance_correlation, u_distance_correlation_sqr
+from packext import attacks, defences
+from packext.defences import (
+    NoPeek,
+    Precode,
+    PrecodeLoss,
+    Soteria,
+    Withholding,
+    distance_correlation,
+    u_distance_correlation_sqr,
+)
+from tests.helpers import assert_exact, rows_of
 
 # -- distance correlation ------------------------------------------------------------------------------
 
@@ -121,9 +130,11 @@ def data(n: int = 8) -> tuple[Tensor, Tensor]:
 def test_nopeek_is_the_sum_of_its_terms(extended: str) -> None:
     torch.manual_seed(0)
     model, (x, y) = split(), data()
-    extended == "before" and px.extend(model)
+    if extended == "before":
+        px.extend(model)
     nopeek = NoPeek(model, "2", nn.CrossEntropyLoss(), 0.3)  # what follows writes into its output
-    extended == "after" and px.extend(model)
+    if extended == "after":
+        px.extend(model)
     nopeek(model(x), y).backward()
     found = {k: p.grad for k, p in model.named_parameters()}
     twin = split()
@@ -175,7 +186,8 @@ def test_nopeek_takes_its_hooks_off() -> None:
 def test_nopeek_has_no_individual_gradients(where: str) -> None:
     model, (x, y), task = px.extend(split()), data(), nn.CrossEntropyLoss()
     nopeek = NoPeek(model, "1", px.extend(task) if where == "task" else task, 0.5)
-    where == "loss" and px.extend(nopeek)
+    if where == "loss":
+        px.extend(nopeek)
     for quantity in (px.BatchGrad(), px.Variance(), px.ClippedGrad(1.0)):
         with pytest.raises(px.CoupledSamplesError, match="NoPeek couples samples: .* of '1' is of the whole batch"):
             with px.backpack(quantity):
@@ -251,7 +263,8 @@ def test_nopeek_under_checkpointing() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body, self.head, self.again = split()[:3], nn.Linear(4, 3).double(), False
+            self.body: nn.Module = split()[:3]
+            self.head, self.again = nn.Linear(4, 3).double(), False
 
         def forward(self, x: Tensor) -> Tensor:
             z = checkpoint(self.body, x, use_reentrant=False) if self.again else self.body(x)
@@ -266,3 +279,229 @@ def test_nopeek_under_checkpointing() -> None:
         grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
         net.zero_grad()
     torch.testing.assert_close(grads[0], grads[1])
+
+
+# -- Soteria -------------------------------------------------------------------------------------------
+
+
+def conv(norm: bool = False) -> nn.Sequential:
+    layers = [nn.Conv2d(1, 4, 3, 2, 1), *([nn.BatchNorm2d(4)] if norm else []), nn.ReLU(), nn.Conv2d(4, 5, 3, 2, 1)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)).double()
+
+
+def images(n: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.rand(n, 1, 8, 8).double(), torch.randint(3, (n,))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_soteria_against_a_loop(n: int, reduction: str) -> None:
+    """One sample and one feature at a time."""
+    torch.manual_seed(2)
+    model, (x, y), loss = conv(), images(n), nn.CrossEntropyLoss(reduction=reduction)
+    ratios: list[list[float]] = [[] for _ in range(20)]
+    for one in x:
+        one = one[None].clone().requires_grad_()
+        r = model[:-1](one)[0]
+        for d in range(20):
+            (g,) = torch.autograd.grad(r[d], one, retain_graph=True)
+            if r[d] != 0:
+                ratios[d].append(float(g.norm() / r[d].detach().abs()))
+    scores = [sum(v) / len(v) if v else math.inf for v in ratios]
+    assert math.inf in scores or n > 1  # features that no ReLU lets through
+    dropped = sorted(range(20), key=lambda d: scores[d])[:7]
+    state = copy.deepcopy(model.state_dict())
+    found = Soteria(0.39)(model, loss, x, y).gradient  # int(0.39 * 20) = 7
+    plain = attacks.share(model, loss, x, y).gradient
+    for name, g in plain.items():
+        want = g.clone()
+        if name == "5.weight":
+            want[:, dropped] = 0
+        torch.testing.assert_close(found[name], want, rtol=0, atol=0)
+    assert all(plain["5.weight"][:, d].any() for d in dropped)  # no column is dropped that was zero already
+    found = defences.sensitivity(model, x)[0]
+    for d in range(20):
+        mean = found[:, d][found[:, d].isfinite()].mean()
+        assert not ratios[d] or float(mean) == pytest.approx(scores[d], rel=1e-12)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert not model[5]._forward_pre_hooks and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_soteria_of_a_received_state_and_a_named_layer() -> None:
+    torch.manual_seed(0)
+    model, other, (x, y), loss = conv(True).eval(), conv(True).eval(), images(), nn.CrossEntropyLoss()
+    assert (want := Soteria(0.5)(other, loss, x, y)).n == 5
+    found = Soteria(0.5)(model, loss, x, y, state=other.state_dict())
+    assert all(torch.equal(g, want.gradient[k]) for k, g in found.gradient.items())
+    two = nn.Sequential(conv(), nn.Tanh(), nn.Linear(3, 3).double())
+    g = Soteria(0.5, "0.5")(two, loss, x, y).gradient
+    assert int((~g["0.5.weight"].any(0)).sum()) >= 10 and g["2.weight"].any(0).all()
+    assert torch.equal(
+        Soteria(0.0)(two, loss, x, y).gradient["2.weight"], attacks.share(two, loss, x, y).gradient["2.weight"]
+    )
+    assert not Soteria(1.0)(two, loss, x, y).gradient["2.weight"].any()
+    px.extend(two)
+    with px.disable():
+        assert torch.equal(Soteria(0.5, "0.5")(two, loss, x, y).gradient["0.5.weight"], g["0.5.weight"])
+    assert torch.equal(Soteria(0.5, "0.5")(two, loss, x, y).gradient["0.5.weight"], g["0.5.weight"])
+
+
+class Neighbours(nn.Module):
+    """Sample n sees sample n - 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+
+def test_soteria_refuses() -> None:
+    (x, y), loss = images(), nn.CrossEntropyLoss()
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="share must be between 0 and 1"):
+            Soteria(bad)
+    for model in (conv(norm=True), nn.Sequential(conv()[:-1], Neighbours(), nn.Linear(20, 3).double())):
+        with pytest.raises(px.CoupledSamplesError, match="The input of .* depends on other samples"):
+            Soteria(0.5)(model, loss, x, y)
+    frozen = conv()
+    frozen[5].weight.requires_grad_(False)
+    with pytest.raises(px.PackextError, match="'5.weight' is frozen"):
+        Soteria(0.5)(frozen, loss, x, y)
+    words = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(px.PackextError, match="floating tensor; x is torch.int64"):
+        Soteria(0.5)(words, loss, torch.randint(9, (5, 3)), y)
+    with pytest.raises(px.PackextError, match=r"one vector \[N, D\] .* shapes \[\[5, 1, 8, 8\]\]"):
+        Soteria(0.5)(nn.Sequential(nn.Linear(8, 3), nn.Flatten()).double(), loss, x, y)
+    with pytest.raises(px.PackextError, match=r"'5' \[5, 20\], or its derivative by x, is not finite"):
+        Soteria(0.5)(conv(), loss, x.index_fill(0, torch.tensor([1]), math.nan), y)
+
+
+# -- PRECODE -------------------------------------------------------------------------------------------
+
+
+def precode() -> Precode:
+    return Precode(nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh()), nn.Linear(12, 3), 6).double()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_precode_against_its_formula(training: bool, reduction: str) -> None:
+    torch.manual_seed(0)
+    model, (x, y), loss = precode().train(training), images(4), PrecodeLoss(0.1, reduction)
+    torch.manual_seed(1)
+    found = loss(model(x), y)
+    torch.manual_seed(1)
+    noise = torch.randn(4, 6, dtype=torch.float64)
+    each = []
+    for one, label, e in zip(x, y, noise, strict=True):
+        mean, log_variance = model.encoder(model.features(one[None])[0]).split(6)
+        p = torch.distributions.Normal(mean, log_variance.exp().sqrt())
+        kl = torch.distributions.kl_divergence(p, torch.distributions.Normal(0 * mean, 1 + 0 * mean)).sum()
+        z = mean + p.scale * e if training else mean
+        each.append(nn.CrossEntropyLoss()(model.head(model.decoder(z))[None], label[None]) + 0.1 * kl)
+    want = torch.stack(each)
+    torch.testing.assert_close(found, want.mean() if reduction == "mean" else want.sum())
+    given = PrecodeLoss(0.1, "none")(model(x, noise), y)
+    if training:
+        torch.testing.assert_close(given, want)
+    soft = nn.functional.one_hot(y, 3).double()
+    torch.testing.assert_close(PrecodeLoss(0.1, "none")(model(x, noise), soft), given)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_precode_has_individual_gradients(reduction: str) -> None:
+    """Each sample has a draw of its own: all quantities against the samples' own losses, with the same draws."""
+    torch.manual_seed(0)
+    model, (x, y) = precode(), images(4)
+    each = PrecodeLoss(0.1, "none")
+
+    def drawn(loss: PrecodeLoss) -> Tensor:
+        torch.manual_seed(7)
+        return loss(model(x), y)
+
+    factor = 4 if reduction == "mean" else 1
+    rows = rows_of(model, lambda: drawn(each) / factor)
+    px.extend(model)
+    assert_exact(model, lambda: drawn(px.extend(PrecodeLoss(0.1, reduction))), rows, factor)
+    with px.backpack(px.BatchGrad(), scale="sample", attach=False) as results:
+        drawn(px.extend(PrecodeLoss(0.1, reduction))).backward()
+    torch.testing.assert_close(results["encoder.weight"].grad_batch, factor * rows["encoder.weight"])
+
+
+def test_precode_is_random_in_training_and_refuses_what_it_cannot_hold() -> None:
+    model, (x, y), loss = precode(), images(2), PrecodeLoss()
+    one, other = (attacks.share(model, loss, x, y).gradient["features.1.weight"] for _ in range(2))
+    assert (one - other).norm() > 0.1 * one.norm()
+    model.eval()
+    one, other = (attacks.share(model, loss, x, y).gradient["features.1.weight"] for _ in range(2))
+    assert torch.equal(one, other)
+    assert defences.Clipped(1.0)(model, loss, x, y).gradient.keys() == dict(model.named_parameters()).keys()
+    calls = [
+        lambda: Precode(nn.Flatten(), nn.Conv2d(1, 1, 1), 3),
+        lambda: Precode(nn.Flatten(), nn.Linear(2, 2), 0),
+        lambda: PrecodeLoss(-1.0),
+        lambda: PrecodeLoss(math.nan),
+        lambda: PrecodeLoss(reduction="max"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="must"):
+            call()
+
+
+# -- withholding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_withholding_against_a_loop(reduction: str) -> None:
+    torch.manual_seed(3)
+    model, (x, y), loss = conv(), images(7), nn.CrossEntropyLoss(reduction=reduction)
+    x[4] *= 5
+    rows = []
+    for i in range(7):
+        one = attacks.share(model, nn.CrossEntropyLoss(), x[i : i + 1], y[i : i + 1]).gradient
+        rows.append(torch.cat([g.flatten() for g in one.values()]))
+    g = torch.stack(rows)
+    ridge = 0.01 * g.square().sum(1).mean()  # ridge regression in parameter space, one sample at a time
+    inverse = torch.linalg.inv(g.T @ g + ridge * torch.eye(g.shape[1]))
+    leverages = [float(row @ inverse @ row) for row in g]
+    order = sorted(range(7), key=lambda i: leverages[i])
+    for count in (0, 1, 3):
+        kept = sorted(order[: 7 - count])
+        found = Withholding(count)(model, loss, x, y)
+        want = attacks.share(model, loss, x[kept], y[kept])
+        assert found.n == want.n == 7 - count
+        assert Withholding(count).kept(model, loss, x, y).tolist() == kept
+        for name, value in want.gradient.items():
+            torch.testing.assert_close(found.gradient[name], value, rtol=0, atol=0)
+    other = conv()
+    state = other.state_dict()
+    assert torch.equal(Withholding(3).kept(model, loss, x, y, state), Withholding(3).kept(other, loss, x, y))
+    assert all(p.grad is None for p in model.parameters()) and not px.is_extended(model)
+
+
+def test_withholding_refuses() -> None:
+    (x, y), loss = images(), nn.CrossEntropyLoss()
+    for count, ridge in ((-1, 0.1), (1, 0.0), (1, math.nan)):
+        with pytest.raises(ValueError, match="ridge must be positive, got"):
+            Withholding(count, ridge)
+    with pytest.raises(px.PackextError, match="more samples than it leaves out: count is 5, of 5 samples"):
+        Withholding(5)(conv(), loss, x, y)
+    with pytest.raises(px.PackextError, match="one tensor, .* a tuple"):
+        Withholding(1)(conv(), loss, (x,), y)
+    with pytest.raises(px.CoupledSamplesError):
+        Withholding(1)(conv(norm=True), loss, x, y)
+    with pytest.raises(px.PackextError, match="not finite"):
+        Withholding(1)(conv(), loss, x.index_fill(0, torch.tensor([1]), math.nan), y)
+
+
+# -- attackers who know the defence --------------------------------------------------------------------
+
+
+def test_what_an_attacker_who_knows_looks_at() -> None:
+    model, (x, y) = conv(), images()
+    shared = defences.Pruning(0.5)(attacks.share(model, nn.CrossEntropyLoss(), x, y))
+    assert all(torch.equal(m, shared.gradient[k] != 0) for k, m in attacks.sent(shared).items())
+    rest = attacks.without(shared, "5", "0.bias")
+    assert list(rest.gradient) == ["0.weight", "2.weight", "2.bias"] and rest.n == 5
+    with pytest.raises(px.PackextError, match=r"\['2.b'\] was not shared"):
+        attacks.without(shared, "5", "2.b")
+    with pytest.raises(px.PackextError, match="Nothing would be left"):
+        attacks.without(shared, "0", "2", "5")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,39 @@ def share(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mappin
         )
     grads = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
     return Shared({name: g.detach() for name, g in zip(own, grads, strict=True)}, len(y), loss_fn)
+
+
+def sent(shared: Shared) -> dict[str, Tensor]:
+    """Entries that were sent, for an attacker who knows that others were set to zero (pruning, top-k, Soteria).
+
+    Args:
+        shared: by a client.
+
+    Returns:
+        A mask, true where an entry is not zero, by parameter name.
+    """
+    return {name: g != 0 for name, g in shared.gradient.items()}
+
+
+def without(shared: Shared, *modules: str) -> Shared:
+    """What was shared but for some modules, for an attacker who knows that their gradients mislead.
+
+    Args:
+        shared: by a client.
+        modules: names of modules, or of parameters.
+
+    Returns:
+        The gradients of all other parameters.
+
+    Raises:
+        PackextError: if a module has no gradient in what was shared, or nothing would be left.
+    """
+    of = {m: [name for name in shared.gradient if name == m or name.startswith(f"{m}.")] for m in modules}
+    rest = {name: g for name, g in shared.gradient.items() if not any(name in names for names in of.values())}
+    if not all(of.values()) or not rest:
+        what = "Nothing would be left" if all(of.values()) else f"{[m for m in of if not of[m]]} was not shared"
+        raise px.PackextError(f"{what}; what was shared are gradients of {', '.join(shared.gradient)}.")
+    return replace(shared, gradient=rest)
 
 
 @dataclass(frozen=True)

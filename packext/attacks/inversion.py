@@ -7,7 +7,7 @@ attacker sees; whether the inputs are then the client's, not. A search that has 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -44,9 +44,13 @@ class Matching:
     """The gradient of a model on inputs that are searched for, as a differentiable function of them."""
 
     def __init__(
-        self, model: nn.Module, shared: Shared, forward: Callable[[nn.Module, Tensor], Tensor] | None = None
+        self,
+        model: nn.Module,
+        shared: Shared,
+        forward: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        mask: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Take the model, what was shared, and how the model is run on what is searched for."""
+        """Take the model, what was shared, how the model is run on what is searched for, and what is to be matched."""
         self.model, self.shared = model, shared
         held = dict(model.named_parameters())
         unknown = [name for name in shared.gradient if name not in held]
@@ -58,10 +62,16 @@ class Matching:
                     f"The shared gradient of {name!r} has shape {list(g.shape)} for {list(held[name].shape)}, or "
                     "entries that are not finite."
                 )
+        wrong = {k: list(m.shape) for k, m in (mask or {}).items() if k not in held or m.shape != held[k].shape}
+        if wrong:
+            raise px.PackextError(f"The mask has entries that fit no parameter: {wrong}.")
+        self.mask = (
+            None if mask is None else [mask.get(k, torch.ones_like(g)).to(g) for k, g in shared.gradient.items()]
+        )
         self.parameters = {name: held[name].detach().requires_grad_() for name in shared.gradient}
         self.rest = {name: p.detach() for name, p in held.items() if name not in self.parameters}
         self.rest |= {name: b.clone() for name, b in model.named_buffers()}
-        self.target = [g.detach() for g in shared.gradient.values()]
+        self.target = self.seen([g.detach() for g in shared.gradient.values()])
         self.forward = forward
 
     def outputs(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -72,6 +82,10 @@ class Matching:
         return torch.func.functional_call(
             _Call(self.model, self.forward), {f"model.{k}": v for k, v in values.items()}, (x,)
         )
+
+    def seen(self, gradient: list[Tensor]) -> list[Tensor]:
+        """Of a gradient, what is to be matched; zeros for the rest."""
+        return gradient if self.mask is None else [g * m for g, m in zip(gradient, self.mask, strict=True)]
 
     def gradient(self, x: Tensor, y: Tensor) -> list[Tensor]:
         """Of the loss on inputs and labels (of classes, or soft), with a graph back to both."""
@@ -142,6 +156,7 @@ class DeepLeakage:
         classes: int | None = None,
         labels: Tensor | None = None,
         forward: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        mask: Mapping[str, Tensor] | None = None,
         progress: Callable[[int, float], None] | None = None,
     ) -> Reconstruction:
         """Search.
@@ -153,6 +168,7 @@ class DeepLeakage:
             classes: how many there are, where labels are searched for.
             labels: `[N]`, where they are known.
             forward: how the model is run on what is searched for; `model(x)` by default.
+            mask: entries that are matched, by parameter name, such as `packext.attacks.sent` gives; all by default.
             progress: called after each outer iteration with its number and the objective.
 
         Returns:
@@ -163,7 +179,7 @@ class DeepLeakage:
         """
         if (classes is None) == (labels is None):
             raise ValueError("give classes=<number> to search for labels as well, or labels=<tensor> that are known.")
-        matching = Matching(model, shared, forward)
+        matching = Matching(model, shared, forward, mask)
         like = next(iter(matching.parameters.values()))
         found: list[Reconstruction] = []
         while len(found) < self.restarts and not (found and found[-1].matched):
@@ -190,7 +206,7 @@ class DeepLeakage:
         def objective() -> Tensor:
             whole = torch.cat(words)
             return squared_distance(
-                matching.gradient(torch.cat(rows), whole.softmax(1) if soft else whole), matching.target
+                matching.seen(matching.gradient(torch.cat(rows), whole.softmax(1) if soft else whole)), matching.target
             )
 
         def closure() -> float:
@@ -314,6 +330,7 @@ class InvertingGradients:
         shared: Shared,
         shape: tuple[int, ...],
         labels: Tensor,
+        mask: Mapping[str, Tensor] | None = None,
         progress: Callable[[int, float], None] | None = None,
     ) -> Reconstruction:
         """Search.
@@ -323,12 +340,13 @@ class InvertingGradients:
             shared: what the client sent.
             shape: of one input.
             labels: `[N]`.
+            mask: entries that are matched, by parameter name, such as `packext.attacks.sent` gives; all by default.
             progress: called after each iteration with its number and the cosine distance.
 
         Returns:
             The best restart.
         """
-        matching = Matching(model, shared)
+        matching = Matching(model, shared, mask=mask)
         like = next(iter(matching.parameters.values()))
         found: list[Reconstruction] = []
         for restart in range(self.restarts):
@@ -340,7 +358,7 @@ class InvertingGradients:
             schedule = torch.optim.lr_scheduler.MultiStepLR(adam, at)
             seen: list[float] = []
             for i in range(self.iterations):
-                distance = cosine_distance(_unrolled(matching, x, labels, self.local), matching.target)
+                distance = cosine_distance(matching.seen(_unrolled(matching, x, labels, self.local)), matching.target)
                 whole = distance + self.tv * total_variation(x) if self.tv else distance
                 x.grad = torch.autograd.grad(whole, x)[0].sign()
                 adam.step()

@@ -10,5 +10,10 @@ from packext.defences.gradient import TopK as TopK
 from packext.defences.nopeek import NoPeek as NoPeek
 from packext.defences.nopeek import distance_correlation as distance_correlation
 from packext.defences.nopeek import u_distance_correlation_sqr as u_distance_correlation_sqr
+from packext.defences.precode import Precode as Precode
+from packext.defences.precode import PrecodeLoss as PrecodeLoss
 from packext.defences.received import Received as Received
 from packext.defences.received import check_received as check_received
+from packext.defences.soteria import Soteria as Soteria
+from packext.defences.soteria import sensitivity as sensitivity
+from packext.defences.withholding import Withholding as Withholding

@@ -191,7 +191,7 @@ class NoPeek(nn.Module):
         return px.coupled(
             loss,
             f"NoPeek couples samples: the distance correlation of {self.layer!r} is of the whole batch, and no sample "
-            "has a gradient of its own. Take per-sample quantities of the task's loss alone, in a pass of its own, or run "
+            "has a gradient of its own. Take per-sample quantities of the task's loss in a pass of its own, or run "
             "backward() outside of the context.",
         )
 

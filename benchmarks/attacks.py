@@ -233,12 +233,14 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": float(t.mean()), "low": float(t.min()), "high": float(t.max())}
 
 
-def cells(rows: dict[str, dict], title: str) -> list[str]:
+def cells(rows: dict[str, dict], title: str, digits: int = 2) -> list[str]:
     """As Markdown: the mean over seeds, and the lowest and highest."""
     names = list(next(iter(rows.values()))["cells"])
     lines = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row, value in rows.items():
-        shown = [f"{c['mean']:.2f} ({c['low']:.2f} to {c['high']:.2f})" for c in value["cells"].values()]
+        shown = [
+            f"{c['mean']:.{digits}f} ({c['low']:.{digits}f} to {c['high']:.{digits}f})" for c in value["cells"].values()
+        ]
         lines.append(f"| {row} | {' | '.join(shown)} |")
     return lines
 

@@ -292,6 +292,24 @@ def test_clipping_does_not_stop_the_cosine() -> None:
     assert not attacks.DeepLeakage(iterations=20)(model, shared, (1, 16, 16), labels=y).matched
 
 
+@pytest.mark.parametrize("defence", [defences.Pruning(0.7), defences.Soteria(0.5)])
+def test_who_knows_what_was_not_sent_finds_the_digit(defence: Any) -> None:
+    torch.manual_seed(0)
+    model, (x, y), loss = sigmoid_net(), upscaled(1, 0), nn.CrossEntropyLoss()
+    whole = attacks.share(model, loss, x, y)
+    shared = defence(whole) if isinstance(defence, defences.Pruning) else defence(model, loss, x, y)
+    search = attacks.DeepLeakage(iterations=7)
+    blind = search(model, shared, (1, 16, 16), labels=y)
+    found = search(model, shared, (1, 16, 16), labels=y, mask=attacks.sent(shared))
+    assert attacks.psnr(blind.inputs, x) < 20 and not blind.matched
+    assert attacks.psnr(found.inputs, x) > 30 and found.matched
+    cosine = attacks.InvertingGradients(1)
+    first, other = (cosine(model, s, (1, 16, 16), y, mask=attacks.sent(shared)).objective[0] for s in (shared, whole))
+    assert first == other  # what is masked plays no part on either side
+    with pytest.raises(px.PackextError, match=r"fit no parameter: \{'0.weight': \[3\], 'x': \[2\]\}"):
+        search(model, shared, (1, 16, 16), labels=y, mask={"0.weight": torch.ones(3), "x": torch.ones(2)})
+
+
 def test_local_steps_are_unrolled() -> None:
     model, (x, y), loss = sigmoid_net(), upscaled(2, 2), nn.CrossEntropyLoss()
     local = attacks.LocalSteps(steps=3, lr=0.1, batch=1)

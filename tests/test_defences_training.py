@@ -96,6 +96,9 @@ def test_distance_correlation_has_gradients_where_rows_repeat() -> None:
             flat.requires_grad_()
             value = f(x, flat)
             assert float(value.detach()) == 0.0 and not torch.autograd.grad(value, flat)[0].any()
+    crossed = torch.tensor([[0.0], [1.0], [0.0], [1.0]]).double().requires_grad_()  # R is 0, and has a kink there
+    value = distance_correlation(torch.tensor([[0.0], [0.0], [1.0], [1.0]]).double(), crossed)
+    assert float(value.detach()) == 0.0 and torch.autograd.grad(value, crossed)[0].isfinite().all()
 
 
 def test_distance_correlation_refuses_what_it_is_not_of() -> None:

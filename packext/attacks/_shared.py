@@ -87,7 +87,7 @@ def share(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mappin
 
 
 def sent(shared: Shared) -> dict[str, Tensor]:
-    """Entries that were sent, for an attacker who knows that others were set to zero (pruning, top-k, Soteria).
+    """Entries that were sent, for an attacker who knows that others were set to zero (pruning, Soteria).
 
     Args:
         shared: by a client.

@@ -223,6 +223,10 @@ def test_tokens_and_the_span_of_inputs() -> None:
         candidates = model.embedding.weight + model.position[position]
         outside = attacks.spanned(shared, "value.weight", candidates.detach(), 1e-10)
         assert (outside < 1e-6).nonzero().flatten().tolist() == sorted(set(x[:, position].tolist()))
+    # All positions at once, and the order of one sample's tokens.
+    candidates = (model.embedding.weight + model.position[:, None]).detach()
+    one = attacks.spanned(attacks.share(model, nn.CrossEntropyLoss(), x[:1], y[:1]), "value.weight", candidates, 1e-10)
+    assert one.shape == (6, 50) and one.argmin(1).tolist() == x[0].tolist() and int((one < 1e-6).sum()) == 6
     wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
     many = attacks.share(wide, nn.CrossEntropyLoss(), *some(40))
     with pytest.raises(px.PackextError, match=r"'1.weight' \[16, 64\] has rank 16: there were as many inputs"):

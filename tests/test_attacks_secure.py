@@ -146,6 +146,18 @@ def test_clipping_stops_only_who_does_not_know_it_and_noise_on_top_stops_all() -
     assert (found.counts != true).any(1).all() and found.error.max() > 0.3
 
 
+def test_normalisations_without_a_shift() -> None:
+    """Are seen by the client, and passed over by the server."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*list(mlp(10))[:-1], nn.RMSNorm(D), nn.LayerNorm(D, bias=False), nn.Linear(D, 10))
+    true, found, _ = attacked(model, 10, 5)
+    assert (found.counts == true).all()
+    for name in ("4", "5"):
+        nn.init.zeros_(model.get_submodule(name).weight)  # type: ignore[arg-type]
+    received = defences.check_received(model, nn.CrossEntropyLoss(), torch.randn(8, 3, 8, 8), torch.arange(8))
+    assert received.zero_scales == ("4", "5") and received.suspicious
+
+
 @pytest.mark.parametrize("make", [mlp, vgg, resnet])
 def test_a_client_can_tell(make: Any) -> None:
     torch.manual_seed(0)

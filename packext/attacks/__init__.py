@@ -37,6 +37,7 @@ from packext.attacks.metrics import nearest_tokens as nearest_tokens
 from packext.attacks.metrics import psnr as psnr
 from packext.attacks.property import PropertyClassifier as PropertyClassifier
 from packext.attacks.property import PropertyInference as PropertyInference
+from packext.attacks.secure import NORMS as NORMS
 from packext.attacks.secure import Cohort as Cohort
 from packext.attacks.secure import SecureAggregationLabels as SecureAggregationLabels
 from packext.attacks.secure import secure_sum as secure_sum

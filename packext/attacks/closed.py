@@ -85,11 +85,11 @@ def spanned(shared: Shared, weight: str, candidates: Tensor, tolerance: float = 
     Args:
         shared: by a client.
         weight: name of a parameter `[O, I]`.
-        candidates: possible inputs of the layer `[M, I]`.
+        candidates: possible inputs of the layer `[..., I]`.
         tolerance: of the rank.
 
     Returns:
-        Distances from the span relative to the candidates' norms `[M]`, between 0 and 1.
+        Distances from the span relative to the candidates' norms `[...]`, between 0 and 1.
 
     Raises:
         PackextError: if the gradient was not shared, or has full rank, so that everything is in its span.
@@ -104,7 +104,7 @@ def spanned(shared: Shared, weight: str, candidates: Tensor, tolerance: float = 
         )
     c = candidates.to(g)
     outside = c - (c @ rows[:r].T) @ rows[:r]
-    return outside.norm(dim=1) / c.norm(dim=1).clamp_min(1e-300)
+    return outside.norm(dim=-1) / c.norm(dim=-1).clamp_min(1e-300)
 
 
 def _gradient(shared: Shared, name: str) -> Tensor:

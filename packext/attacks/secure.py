@@ -23,7 +23,14 @@ import packext as px
 from packext.attacks._shared import Head, Shared, Threat, plain_cross_entropy, share
 from packext.attacks.labels import rounded
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+#: Layers that normalise, whose scale and shift may be None.
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
 
 Gradient = Mapping[str, Tensor]
 
@@ -249,7 +256,11 @@ class SecureAggregationLabels:
         if self.norm is not None:
             found = [self.norm]
         else:
-            found = [k for k, m in model.named_modules() if isinstance(m, NORMS) and m.weight is not None]
+            found = [
+                name
+                for name, m in model.named_modules()
+                if isinstance(m, NORMS) and m.weight is not None and getattr(m, "bias", None) is not None
+            ]
         layer = model.get_submodule(found[-1]) if found else None
         if layer is None or getattr(layer, "weight", None) is None or getattr(layer, "bias", None) is None:
             what = f"{found[-1]!r} ({type(layer).__name__})" if found else type(model).__name__

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import packext as px
-from packext.attacks import Head, share
+from packext.attacks import NORMS, Head, share
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
     scales = tuple(
         name
         for name, m in model.named_modules()
-        if isinstance(getattr(m, "weight", None), Tensor) and "Norm" in type(m).__name__ and not m.weight.any()  # type: ignore[union-attr]
+        if isinstance(m, NORMS) and m.weight is not None and not m.weight.any()
     )
     reasons = []
     if variance < VARIANCE:

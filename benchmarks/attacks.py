@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,22 @@ def sigmoid_net(channels: int, size: int, classes: int) -> nn.Module:
     return net
 
 
-def inversion(n: int, size: int, data: Callable[[int], Any], attack: Any, change: Any, seeds: int, known: bool) -> dict:
-    """One row: an attack on several seeds."""
+def packed(x: Tensor) -> str:
+    """Pictures with values in [0, 1] as text, a byte for each pixel."""
+    return base64.b64encode((x.clamp(0, 1) * 255).round().byte().numpy().tobytes()).decode()
+
+
+def inversion(
+    n: int,
+    size: int,
+    data: Callable[[int], Any],
+    attack: Any,
+    change: Any,
+    seeds: int,
+    known: bool,
+    curves: bool = False,
+) -> dict:
+    """One row: an attack on several seeds; with the objective after each iteration and the pictures if asked."""
     rows = []
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -82,6 +98,8 @@ def inversion(n: int, size: int, data: Callable[[int], Any], attack: Any, change
                 "restarts": found.restarts,
             }
         )
+        if curves:
+            rows[-1] |= {"objective": [float(f"{v:.4g}") for v in found.objective], "picture": packed(inputs[order])}
     return {"seeds": rows}
 
 
@@ -107,7 +125,7 @@ def searches() -> dict[str, Callable[[], dict]]:
 
 def grid() -> dict[str, Callable[[], dict]]:
     """Rows of the second table: defences against an attacker who does not know of them."""
-    levels: dict[str, Any] = {}
+    levels: dict[str, Any] = {"the gradient itself": same}
     for level in (1e-4, 1e-3, 1e-2, 1e-1):
         levels[f"Gaussian noise {level:g}"] = defences.GaussianNoise(level)
         levels[f"Laplacian noise {level:g}"] = defences.LaplacianNoise(level)
@@ -115,16 +133,17 @@ def grid() -> dict[str, Callable[[], dict]]:
         levels[kind] = defences.Quantisation(kind)
     for part in (0.01, 0.1, 0.2, 0.3, 0.5, 0.7):
         levels[f"pruning {part:.0%}"] = defences.Pruning(part)
-    one = lambda seed: digits(1, seed)  # noqa: E731
-    rows: dict[str, Callable[[], dict]] = {
-        name: lambda d=defence: inversion(1, 16, one, DeepLeakage(30), d, 5, True) for name, defence in levels.items()
+    clip, noisy = defences.Clipped(0.1), defences.Clipped(0.1, 0.1)
+    searches: dict[str, tuple[Any, Any]] = {name: (DeepLeakage(30), defence) for name, defence in levels.items()}
+    searches["clipping to 0.1"] = DeepLeakage(30), clip
+    searches["clipping to 0.1, cosine"] = InvertingGradients(300), clip
+    searches["clipping to 0.1, noise 0.1, cosine"] = InvertingGradients(300), noisy
+    return {
+        name: lambda attack=attack, defence=defence: inversion(
+            1, 16, lambda seed: digits(1, seed), attack, defence, 5, True, curves=True
+        )
+        for name, (attack, defence) in searches.items()
     }
-    clip = defences.Clipped(0.1)
-    rows["clipping to 0.1"] = lambda: inversion(1, 16, one, DeepLeakage(30), clip, 5, True)
-    rows["clipping to 0.1, cosine"] = lambda: inversion(1, 16, one, InvertingGradients(300), clip, 5, True)
-    noisy = defences.Clipped(0.1, 0.1)
-    rows["clipping to 0.1, noise 0.1, cosine"] = lambda: inversion(1, 16, one, InvertingGradients(300), noisy, 5, True)
-    return rows
 
 
 def relu_net() -> nn.Module:
@@ -132,18 +151,24 @@ def relu_net() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(512, 10)).double()
 
 
+def trained(steps: int, seed: int) -> nn.Module:
+    """A network after some steps of Adam on digits."""
+    torch.manual_seed(seed)
+    model, loss = relu_net(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        x, y = digits(64, 1000 * seed + step, 8)
+        loss(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
 def labels(n: int, steps: int, seeds: int = 5) -> dict:
     """Share of a batch's labels that each rule counts, on a model trained for some steps."""
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
-        torch.manual_seed(seed)
-        model, loss = relu_net(), nn.CrossEntropyLoss()
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-        for step in range(steps):
-            optimizer.zero_grad()
-            x, y = digits(64, 1000 * seed + step, 8)
-            loss(model(x), y).backward()
-            optimizer.step()
+        model, loss = trained(steps, seed), nn.CrossEntropyLoss()
         x, y = digits(n, seed + 500, 8)
         shared = share(model, loss, x, y)
         for rule in (attacks.LLG(), attacks.LLGStar((1, 8, 8), 3), attacks.ILRG()):
@@ -266,14 +291,17 @@ def table(rows: dict[str, dict], title: str) -> list[str]:
     return lines
 
 
-def write(results: dict[str, dict[str, dict]]) -> None:
-    """Put the tables between their marks in the page."""
-    text = PAGE.read_text()
-    for key, title in TITLES.items():
-        begin, end = f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
-        head, rest = text.split(begin)
-        text = "\n".join([head + begin, *table(results[key], title), end + rest.split(end)[1]])
-    PAGE.write_text(text)
+def save(file: Path, results: dict[str, Any]) -> None:
+    """As JSON, with each list of numbers on a line of its own."""
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), json.dumps(results, indent=1))
+    file.write_text(text + "\n")
+
+
+def put(key: str, lines: list[str]) -> None:
+    """Lines between their marks in the page."""
+    begin, end = f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
+    head, rest = PAGE.read_text().split(begin)
+    PAGE.write_text("\n".join([head + begin, *lines, end + rest.split(end)[1]]))
 
 
 def main() -> None:
@@ -300,8 +328,9 @@ def main() -> None:
         for name, row in track(rows.items(), key, console=console):
             results[key][name] = row()
             console.print(table({name: results[key][name]}, key)[-1], highlight=False)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write(results)
+        save(RESULTS, results)
+    for key, title in TITLES.items():
+        put(key, table(results[key], title))
 
 
 if __name__ == "__main__":

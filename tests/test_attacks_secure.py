@@ -152,6 +152,8 @@ def test_normalisations_without_a_shift() -> None:
     model = nn.Sequential(*list(mlp(10))[:-1], nn.RMSNorm(D), nn.LayerNorm(D, bias=False), nn.Linear(D, 10))
     true, found, _ = attacked(model, 10, 5)
     assert (found.counts == true).all()
+    (state,) = attacks.SecureAggregationLabels().plan(model, torch.randn(4, 3, 8, 8), 1).states
+    assert list(state) == ["2.weight", "2.bias"]
     for name in ("4", "5"):
         nn.init.zeros_(model.get_submodule(name).weight)  # type: ignore[arg-type]
     received = defences.check_received(model, nn.CrossEntropyLoss(), torch.randn(8, 3, 8, 8), torch.arange(8))

@@ -26,12 +26,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.attacks import cells, digits, photo, put, sigmoid_net, spread, trained
+from benchmarks.attacks import cells, digits, photo, put, save, sigmoid_net, spread, trained
 from packext import attacks
-from packext.attacks import DeepLeakage, InvertingGradients, Shared, psnr, share
+from packext.attacks import DeepLeakage, Shared, psnr, share
 
 RESULTS = Path(__file__).parent / "results" / "attacks-peers.json"
-TABLES = ["deepleakage", "invertinggradients", "rules"]
+TABLES = ["deepleakage", "rules"]
 RULES = ("iDLG", "analytic", "yin", "wainakh-simple", "bias-corrected")
 
 
@@ -104,31 +104,29 @@ def timed(f: Callable[[], Tensor]) -> tuple[Tensor, float]:
     return found, time.process_time() - start
 
 
-def in_equal_time(name: str, ours: float, default: float, found: Tensor, run: Callable[[Breaching], Tensor]) -> Tensor:
+def in_equal_time(ours: float, default: float, found: Tensor, run: Callable[[Breaching], Tensor]) -> Tensor:
     """The peer's outcome with our CPU seconds: interrupted after them, or with as many restarts as they allow."""
     if default > ours:
         with at_most(ours):
-            return run(Breaching(name))
+            return run(Breaching("deepleakage"))
     trials = int(ours / default)
-    return found if trials == 1 else run(Breaching(name, **{"restarts.num_trials": trials}))
+    return found if trials == 1 else run(Breaching("deepleakage", **{"restarts.num_trials": trials}))
 
 
-def photographs(seed: int, name: str) -> dict[str, dict[str, float]]:
+def photographs(seed: int) -> dict[str, dict[str, float]]:
     """One photograph, our attack and theirs."""
     torch.manual_seed(seed)
     x, y = photo(seed)
     model, shape = sigmoid_net(3, 32, 100), (3, 32, 32)
     shared = share(model, nn.CrossEntropyLoss(), x, y)
-    if name == "deepleakage":
-        ours, ours_time = timed(lambda: DeepLeakage(300)(model, shared, shape, classes=100).inputs)
-        run = lambda attack: attack(model, shared, shape)  # noqa: E731
-    else:
-        ours, ours_time = timed(lambda: InvertingGradients(3000)(model, shared, shape, y).inputs)
-        run = lambda attack: attack(model, shared, shape, y)  # noqa: E731
-    torch.manual_seed(seed)
-    theirs, their_time = timed(lambda: run(Breaching(name)))
-    torch.manual_seed(seed)
-    equal = in_equal_time(name, ours_time, their_time, theirs, run)
+    ours, ours_time = timed(lambda: DeepLeakage(300)(model, shared, shape, classes=100).inputs)
+
+    def run(attack: Breaching) -> Tensor:
+        torch.manual_seed(seed)
+        return attack(model, shared, shape)
+
+    theirs, their_time = timed(lambda: run(Breaching("deepleakage")))
+    equal = in_equal_time(ours_time, their_time, theirs, run)
     outcomes = {"packext": (ours, ours_time), "breaching": (theirs, their_time)}
     outcomes["breaching, our time"] = (equal, ours_time)
     return {
@@ -187,29 +185,26 @@ def beside(rows: list[dict[str, dict[str, float]]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks_peers", description=__doc__)
     parser.add_argument("--only", choices=TABLES, nargs="+", default=TABLES)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5, help="photographs")
     given = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     console = Console()
-    for name in ("deepleakage", "invertinggradients"):
-        if name not in given.only:
-            continue
-        rows = results[name] = []
+    if "deepleakage" in given.only:
+        rows = results["deepleakage"] = []
         for seed in range(given.seeds):
-            rows.append(photographs(seed, name))
-            console.print(name, seed, rows[-1], highlight=False)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            rows.append(photographs(seed))
+            console.print(seed, rows[-1], highlight=False)
+            save(RESULTS, results)
     if "rules" in given.only:
         results["rules"] = {
             f"{name}, {n}": rules(n, steps)
             for name, steps in (("untrained", 0), ("trained", 80))
             for n in (1, 8, 32, 128)
         }
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    for name in ("deepleakage", "invertinggradients"):
-        if name in results:
-            put(f"peers-{name}", beside(results[name]))
+        save(RESULTS, results)
+    if "deepleakage" in results:
+        put("peers-deepleakage", beside(results["deepleakage"]))
     if "rules" in results:
         put("peers-rules", cells(results["rules"], "model, batch"))
 

@@ -132,6 +132,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         pass_hook: Callable[[Results], Any] | None = None,
         attach: bool = True,
         exact_grad: bool = False,
+        grad: bool = True,
         debug: bool = False,
         retain_graph: bool = False,
         scale: str | float = "loss",
@@ -150,6 +151,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             attach: whether results become attributes of the parameters; if not, attributes stay as they are.
             exact_grad: whether `.grad` is that of a backward pass without packext to the last bit. Otherwise sums that
                 a quantity has formed anyway may serve as `.grad`: faster, and equal up to rounding.
+            grad: whether `.grad` is wanted. If not, matrix products and convolutions for `.grad` alone are left out:
+                `.grad` of the parameters that quantities are wanted of is missing or incomplete, and not to be read.
             debug: accepted for code written for BackPACK; `px.explain` shows more.
             retain_graph: accepted for code written for BackPACK; `backward(retain_graph=True)` suffices.
             scale: "loss": individual gradients are those of the loss as written, so that they sum to
@@ -185,6 +188,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             if isinstance(extension, Quantity) and extension.indivisible:
                 why = extension.indivisible
                 raise ValueError(f"{extension!r} of several passes or ranks cannot be had from each by itself: {why}.")
+        if exact_grad and not grad:
+            raise ValueError("exact_grad=True and grad=False contradict each other.")
         for extension in extensions:
             if isinstance(extension, type):
                 raise ValueError(
@@ -203,7 +208,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self.hessian = tuple(e for e in extensions if isinstance(e, HessianQuantity))
         self.first_order = tuple(e for e in extensions if not isinstance(e, (Curvature, HessianQuantity)))
         self.extension_hook, self.pass_hook = extension_hook, pass_hook
-        self.attach, self.exact_grad = attach, exact_grad
+        self.attach, self.exact_grad, self.grad = attach, exact_grad, grad
         self.scale = scale
         self.parameters = None if parameters is None else _identified(parameters)
         self.accumulate, self.ranks = accumulate, None if group is None else Ranks(group)

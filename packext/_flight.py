@@ -214,7 +214,8 @@ class Pass:
         for source, forms in self.gathering.add(use, saved, gs, self.records):
             direct = next((k for k, s in use.sources.items() if s == (source,) and len(forms) == 1), None)
             value = dict(zip(use.names, saved, strict=True))[direct] if direct else None
-            deliver = value is not None and value.is_leaf and use.rule.delivers and not self.context.exact_grad
+            deliver = value is not None and value.is_leaf and use.rule.delivers
+            deliver = deliver and self.context.grad and not self.context.exact_grad
             known = sums.get(direct) if direct and value is not None and value.is_leaf else None
             total = self.context._emit(self, source, use, merge(forms), deliver, known)
             if deliver and total is not None and direct is not None:
@@ -265,6 +266,13 @@ def deaf() -> bool:
 def exact() -> bool:
     """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
     return _probe is None and _sweep is None and _listening() and CONTEXTS[-1].exact_grad
+
+
+def unwanted(use: Use, name: str) -> bool:
+    """Whether nobody reads the gradient of a tensor made of parameters, which a tap would compute for `.grad` alone."""
+    if _probe is not None or _sweep is not None or not _listening() or CONTEXTS[-1].grad:
+        return False
+    return all(CONTEXTS[-1]._wants(source.tensor) for source in use.sources.get(name, ()))
 
 
 def arrive(

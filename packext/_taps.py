@@ -61,6 +61,7 @@ class Owned(torch.autograd.Function):
             for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True)
             if needed and (name == "input" or not _flight.activations_only())
         ]
+        wanted = [name for name in wanted if name == "input" or not _flight.unwanted(use, name)]
         grads_of: dict[str, Tensor] = {}
         if wanted and _flight.exact():  # torch's own, of which quantities of the sum of rows can be made
             grads_of, wanted = rule.gradients(use, t, g, wanted), []

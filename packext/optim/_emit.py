@@ -11,7 +11,10 @@ import packext as px
 
 @runtime_checkable
 class Emitting(Protocol):
-    """An optimizer that reads more than the gradient."""
+    """An optimizer that reads more than the gradient.
+
+    It may have a method `options`, too, which gives keyword arguments of `px.backpack` for its passes.
+    """
 
     def quantities(self) -> Sequence[Any]:
         """What the next backward pass has to emit for the next step; nothing, if the step needs none."""
@@ -28,10 +31,11 @@ def emit(optimizer: Emitting, **options: Any) -> Iterator[px.Results]:
 
     Args:
         optimizer: with a method `quantities`.
-        options: of `px.backpack`, such as `retain_graph`.
+        options: of `px.backpack`, such as `scale`, beside those that the optimizer asks for itself.
 
     Yields:
         The results, as `px.backpack` does.
     """
-    with px.backpack(*optimizer.quantities(), **options) as results:
+    own = getattr(optimizer, "options", dict)()
+    with px.backpack(*optimizer.quantities(), **own, **options) as results:
         yield results

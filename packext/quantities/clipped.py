@@ -51,6 +51,17 @@ class ClippedGrad(Summed, Quantity):
             ask.statistics.form = Dense(ask.statistics["rows"])
         return None
 
+    def weight(self, norms: Tensor) -> Tensor:
+        """What samples are multiplied with; other ways of clipping override it.
+
+        Args:
+            norms: of the samples' own gradients `[N]`, over all parameters, or with `per_layer` over those of a module.
+
+        Returns:
+            `[N]`.
+        """
+        return (self.max_norm / norms).clamp(max=1.0)
+
     def finish(self, asks: dict[int, Ask]) -> dict[int, Tensor]:
         groups: dict[str, list[int]] = {}
         for key, ask in asks.items():
@@ -64,7 +75,7 @@ class ClippedGrad(Summed, Quantity):
                     "ClippedGrad: parameters have seen different batches; use per_layer=True or one batch."
                 )
             norms = torch.stack([s.to(squares[0].dtype) for s in squares]).sum(0).sqrt() * abs(factor)
-            weight = (self.max_norm / norms).clamp(max=1.0) * factor
+            weight = self.weight(norms) * factor
             for key in keys:
                 ask = asks[key]
                 results[key] = ask.statistics.weighted(weight).reshape(ask.parameter.shape).to(ask.parameter.dtype)

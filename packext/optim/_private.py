@@ -1,0 +1,351 @@
+"""What private optimizers share: clipped sums of a step, their noise, and the state that goes with it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import packext as px
+from packext.optim.accounting import Spent
+
+
+@dataclass(frozen=True)
+class AdaptiveClipping:
+    """Moves the clipping norm towards a quantile of the gradients' norms (Andrew et al., NeurIPS 2021, Algorithm 1).
+
+    In each step `C <- C exp(-rate (b - quantile))`, where b is the share of samples within C, from a count with noise.
+    The count's terms are 1/2 and -1/2, so that no batch's size is given away.
+
+    Attributes:
+        quantile: of the norms, where C is to be.
+        rate: learning rate of log C.
+        count_noise: standard deviation of the noise on the count; a twentieth of the expected batch size by default.
+            It takes a part of the step's noise multiplier z: gradients get what is left of it,
+            `(z^-2 - (2 count_noise)^-2)^(-1/2)` (Theorem 1).
+    """
+
+    quantile: float = 0.5
+    rate: float = 0.2
+    count_noise: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        if not (0 <= self.quantile <= 1 and self.rate > 0 and (self.count_noise is None or self.count_noise > 0)):
+            raise ValueError(f"need a quantile from 0 to 1, a positive rate and count noise, got {self}.")
+
+
+class _Clipped(px.ClippedGrad):
+    """Clipped sums, and how many samples more were within the norm than beyond it."""
+
+    balance: Tensor | float = 0.0
+
+    def weight(self, norms: Tensor) -> Tensor:
+        self.balance = (norms <= self.max_norm).sum() - len(norms) / 2
+        return super().weight(norms)
+
+
+class Private(torch.optim.Optimizer):
+    """What private optimizers share: all but the step that follows the gradient."""
+
+    #: GradScaler then calls `step`, which refuses it, and does not decide by gradients without noise.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        max_norm: float,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        per_layer: bool = False,
+        adaptive: AdaptiveClipping | None = None,
+        generator: torch.Generator | None = None,
+        process_group: Any = None,
+        **options: Any,
+    ) -> None:
+        """Say what bounds a sample's part, and how much noise hides it.
+
+        Args:
+            params: parameters, named parameters or groups, as torch takes them. Of float32 or float64.
+            lr: learning rate.
+            max_norm: C, of a sample's gradient over all parameters here.
+            noise_multiplier: z, the noise's standard deviation over the norm that a sample adds to the sum at most. 0
+                for no noise and no privacy.
+            expected_batch_size: B, over all micro-batches and processes of a step.
+            per_layer: whether C bounds the part of each layer (module) by itself. A sample then adds sqrt(L) C at most
+                with L layers, which the noise is scaled to: for the noise of C in all, pass C / sqrt(L). Needs
+                `model.named_parameters()`. Opacus has a norm for each parameter instead of each module.
+            adaptive: whether and how C follows the gradients.
+            generator: of the noise, on the parameters' device; one with an unpredictable seed by default.
+            process_group: of the processes whose samples make a step; torch's default group, if there is one.
+            **options: of torch's optimizer, such as `momentum` or `betas`, and `weight_decay`.
+
+        Raises:
+            ValueError: for a number out of its range, or options that contradict each other.
+        """
+        super().__init__(params, lr, **options)  # type: ignore[arg-type] - of torch's optimizer, which comes next
+        if not (0 < max_norm < math.inf and 0 <= noise_multiplier < math.inf and 0 < expected_batch_size < math.inf):
+            raise ValueError(
+                "max_norm and expected_batch_size must be positive and noise_multiplier not negative, got "
+                f"{max_norm}, {expected_batch_size} and {noise_multiplier}."
+            )
+        if per_layer and adaptive is not None:
+            raise ValueError("Adaptive clipping is of the norm over all parameters: leave per_layer out.")
+        if per_layer and not all("param_names" in group for group in self.param_groups):
+            raise ValueError("per_layer=True needs to know the layers: pass model.named_parameters().")
+        if generator is None:
+            generator = torch.Generator(self.param_groups[0]["params"][0].device)
+            generator.manual_seed(secrets.randbits(63))
+        self.max_norm, self.noise_multiplier = float(max_norm), float(noise_multiplier)
+        self.expected_batch_size = float(expected_batch_size)
+        self.per_layer, self.adaptive, self.generator = per_layer, adaptive, generator
+        self.process_group = process_group
+        self._spent: list[Spent] = []
+        self._noise_of_gradients()  # raises where the count takes all of the noise
+        self._start()
+
+    def _start(self) -> None:
+        self._sums: list[Tensor] = []
+        self._balance: Tensor | float = 0.0
+        self._asked: _Clipped | None = None
+        # A hook and not a method `step`: hooks of torch's own step would run twice, around either of them.
+        self.register_step_pre_hook(before_step)
+
+    def _private_parameters(self) -> list[tuple[str, Tensor]]:
+        """Parameters that get a gradient, with their names as far as they are known."""
+        found = []
+        for k, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {k}"
+                if p.requires_grad:
+                    if p.dtype not in (torch.float32, torch.float64) or type(p.data) is not Tensor:
+                        raise px.PackextError(
+                            f"{name} {list(p.shape)} is a {type(p.data).__name__} of {p.dtype}: the noise is for whole "
+                            "tensors of float32 or float64. Keep parameters so, and compute under torch.autocast."
+                        )
+                    found.append((name, p))
+        return found
+
+    @property
+    def spent(self) -> tuple[Spent, ...]:
+        """Steps that were taken, as `px.optim.epsilon` reads them."""
+        return tuple(self._spent)
+
+    @property
+    def sensitivity(self) -> float:
+        """Norm of what one sample adds to the sum at most: C, or with L layers clipped each by itself sqrt(L) C."""
+        if not self.per_layer:
+            return self.max_norm
+        layers = {name.rpartition(".")[0] for name, _ in self._private_parameters()}
+        return math.sqrt(len(layers)) * self.max_norm
+
+    def quantities(self) -> Sequence[Any]:
+        """Sums of clipped gradients; asked for by `px.optim.emit`."""
+        self._asked = _Clipped(self.max_norm, self.per_layer)
+        return (self._asked,)
+
+    def options(self) -> dict[str, Any]:
+        """How the passes are to run: of the parameters here, without `.grad`, and with the sums handed over."""
+        parameters = [p for _, p in self._private_parameters()]
+        return {"pass_hook": self._collect, "attach": False, "grad": False, "parameters": parameters}
+
+    def _collect(self, results: px.Results) -> None:
+        """A backward pass has ended: its sums are added to those of the step."""
+        named = self._private_parameters()
+        missing = [f"{name} {list(p.shape)}" for name, p in named if p not in results]
+        if missing:
+            raise px.PackextError(
+                f"No gradients of samples reached {', '.join(missing)}: what is not part of the extended model's pass "
+                "cannot be made private. Freeze it (requires_grad_(False)), or leave it out of this optimizer."
+            )
+        if self.per_layer:
+            here, there = ({name.rpartition(".")[0] for name in names} for names in (results, dict(named)))
+            if len(here) != len(there):
+                raise px.PackextError(
+                    f"The model has {len(here)} layers with private parameters, the names given to the optimizer "
+                    f"have {len(there)}: pass the named_parameters() of the extended model itself."
+                )
+        assert self._asked is not None
+        self._add([results[p].clipped_grad for _, p in named], self._asked.balance)
+        for _, p in named:
+            p.grad = None  # incomplete, and not private
+
+    def contribute(self, rows: Sequence[Tensor]) -> None:
+        """Add individual gradients of another origin to the next step, clipped as those of a pass are.
+
+        Args:
+            rows: of each parameter that requires grad, in the optimizer's order, `[K, *p]`.
+
+        Raises:
+            ValueError: if shapes do not fit.
+        """
+        named = self._private_parameters()
+        if [r.shape[1:] for r in rows] != [p.shape for _, p in named] or len({len(r) for r in rows}) != 1:
+            raise ValueError("contribute() needs rows [K, *p] of each parameter that requires grad, in order.")
+        clip = _Clipped(self.max_norm)
+        layers: dict[str, list[int]] = {}
+        for i, (name, _) in enumerate(named):
+            layers.setdefault(name.rpartition(".")[0] if self.per_layer else "", []).append(i)
+        sums: dict[int, Tensor] = {}
+        for indices in layers.values():
+            norms = torch.stack([rows[i].flatten(1).square().sum(1) for i in indices]).sum(0).sqrt()
+            weight = clip.weight(norms)
+            sums |= {i: torch.tensordot(weight, rows[i], 1) for i in indices}
+        self._add([sums[i].to(p.dtype) for i, (_, p) in enumerate(named)], clip.balance)
+
+    def _add(self, sums: list[Tensor], balance: Tensor | float) -> None:
+        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+        self._balance = self._balance + balance
+
+    def _noise_of_gradients(self) -> float:
+        """What is left of the noise multiplier for gradients, beside a noisy count."""
+        if self.adaptive is None or not self.noise_multiplier:
+            return self.noise_multiplier
+        rest = self.noise_multiplier**-2 - (2 * self._count_noise()) ** -2
+        if not rest > 0:
+            raise ValueError(
+                f"noise_multiplier {self.noise_multiplier} must be less than twice the noise of the count "
+                f"({self._count_noise()}): AdaptiveClipping(count_noise=...) is too small."
+            )
+        return rest**-0.5
+
+    def _count_noise(self) -> float:
+        assert self.adaptive is not None
+        given = self.adaptive.count_noise
+        return self.expected_batch_size / 20 if given is None else given
+
+    @torch.no_grad()
+    def _privatise(self) -> None:
+        """Put the private gradient into `.grad`."""
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            self._forget()
+            raise px.PackextError(
+                f"{type(self).__name__} refuses GradScaler, which skips steps by gradients that have no noise yet. Use "
+                "torch.autocast with bfloat16, which needs no scaling."
+            )
+        named = self._private_parameters()
+        if not self._sums:
+            left = [name for name, p in named if p.grad is not None and bool(p.grad.any())]
+            if left:
+                raise px.PackextError(
+                    f"{left[0]} has a gradient that no pass within px.optim.emit(optimizer) has made: run backward() "
+                    "there. For a step of noise alone, after an empty batch, call zero_grad() before."
+                )
+        sums, balance = self._sums or [torch.zeros_like(p) for _, p in named], self._balance
+        self._forget()
+        if [s.shape for s in sums] != [p.shape for _, p in named]:
+            raise px.PackextError("Parameters were frozen or added between the backward pass and the step.")
+        group = self.process_group
+        ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+        # One process draws the noise of all, and the sum over processes has it once.
+        draws = ranks == 1 or dist.get_rank(group) == 0
+        std = self._noise_of_gradients() * self.sensitivity if draws else 0.0
+        gradients = [self._noisy(s, std) for s in sums]
+        count = torch.as_tensor(balance, dtype=torch.float64, device=sums[0].device)
+        if self.adaptive is not None:
+            count = self._noisy(count, self._count_noise() if draws and self.noise_multiplier else 0.0)
+        if ranks > 1:
+            for work in [dist.all_reduce(t, group=group, async_op=True) for t in (*gradients, count)]:
+                assert work is not None
+                work.wait()
+        norms = [torch.linalg.vector_norm(g) for g in gradients]
+        if not bool(torch.stack([n.to(norms[0]) for n in norms]).isfinite().all()):
+            names = ", ".join(name for (name, _), n in zip(named, norms, strict=True) if not bool(n.isfinite()))
+            raise px.PackextError(f"Gradients of samples are not finite in {names}: nothing was changed.")
+        for (_, p), g in zip(named, gradients, strict=True):
+            p.grad = g.div_(self.expected_batch_size)
+        self._count_step()
+        if self.adaptive is not None:
+            share = 0.5 + float(count) / self.expected_batch_size
+            self.max_norm *= math.exp(-self.adaptive.rate * (share - self.adaptive.quantile))
+
+    def _noisy(self, total: Tensor, std: float) -> Tensor:
+        if not std:
+            return total.clone()
+        device = self.generator.device
+        noise = torch.empty(total.shape, dtype=total.dtype, device=device).normal_(0, std, generator=self.generator)
+        return noise.to(total.device).add_(total)
+
+    def _count_step(self) -> None:
+        last = Spent(self.noise_multiplier, self.expected_batch_size, 1)
+        if self._spent and self._spent[-1][:2] == last[:2]:
+            last = last._replace(steps=self._spent.pop().steps + 1)
+        self._spent.append(last)
+
+    def _forget(self) -> None:
+        self._sums, self._balance = [], 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the clipping norm, the noise's generator and the steps taken under "private"."""
+        self._refuse_pending()
+        return {**super().state_dict(), "private": self._own_state()}
+
+    def _refuse_pending(self) -> None:
+        if self._sums:
+            raise px.PackextError("A step is under way, and its sums have no noise yet: save after step().")
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "max_norm": self.max_norm,
+            "noise_multiplier": self.noise_multiplier,
+            "expected_batch_size": self.expected_batch_size,
+            "per_layer": self.per_layer,
+            "adaptive": None if self.adaptive is None else asdict(self.adaptive),
+            "spent": [list(kind) for kind in self._spent],
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with its noise, its norm and its count of steps.
+
+        Args:
+            state_dict: of a private optimizer.
+
+        Raises:
+            PackextError: if it is of another optimizer, whose momentum may hold gradients without noise, or if the
+                noise was drawn on another kind of device.
+        """
+        if "private" not in state_dict:
+            raise px.PackextError("The state is not of a private optimizer: what it holds may not be private.")
+        own = state_dict["private"]
+        drawn, mine = own["generator"].cpu(), self.generator.get_state()
+        if drawn.shape != mine.shape:
+            raise px.PackextError(
+                f"The noise of the state was drawn on another kind of device than {self.generator.device}: pass "
+                "generator=torch.Generator(device) of that kind."
+            )
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "private"})
+        self.generator.set_state(drawn)
+        for name in ("max_norm", "noise_multiplier", "expected_batch_size", "per_layer"):
+            setattr(self, name, own[name])
+        self.adaptive = None if own["adaptive"] is None else AdaptiveClipping(**own["adaptive"])
+        self._spent = [Spent(*kind) for kind in own["spent"]]
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_pending()
+        own = ("max_norm", "noise_multiplier", "expected_batch_size", "per_layer", "adaptive", "generator", "_spent")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*own, "process_group")}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if before_step not in self._optimizer_step_pre_hooks.values():  # torch leaves hooks out of what it copies
+            self._start()
+
+
+def before_step(optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    closure = next((c for c in (*args[1:], *kwargs.values()) if c is not None), None)
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+        args, kwargs = (args[0], lambda: loss), {}
+    optimizer._privatise()
+    return args, kwargs

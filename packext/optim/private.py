@@ -1,0 +1,85 @@
+"""Differentially private SGD and Adam in one backward pass, and batches as their accountants assume them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import torch
+
+from packext.optim._private import Private
+
+
+class DPSGD(Private, torch.optim.SGD):
+    """Differentially private SGD (Abadi et al. 2016, Algorithm 1) in one backward pass.
+
+    The gradient of a step is `(sum over n of min(1, C / |g_n|) g_n + z C N(0, I)) / B`: g_n of the samples' own losses,
+    B the batch size that is expected, since the size of a Poisson-sampled batch must not be known. What follows is
+    `torch.optim.SGD`; `.grad` holds the private gradient from the step on.
+
+    Example:
+        >>> optimizer = DPSGD(model.parameters(), 0.1, max_norm=1.0, noise_multiplier=1.1, expected_batch_size=64)
+        >>> for index in PoissonSampler(len(x), 64 / len(x), steps=1000):
+        ...     optimizer.zero_grad()
+        ...     if index:  # a step on an empty batch is noise alone
+        ...         with px.optim.emit(optimizer):
+        ...             loss_fn(model(x[index]), y[index]).backward()
+        ...     optimizer.step()
+        >>> epsilon(optimizer.spent, len(x), delta=1e-5)
+
+    Several passes before a step add up (micro-batches; the loss is not divided by their number). With
+    `torch.distributed` each process has samples of its own: their sums are added, one process draws the noise. The
+    model need not be wrapped; inside of `DistributedDataParallel` use `no_sync()`.
+
+    Attributes:
+        max_norm: C, which adaptive clipping moves.
+        noise_multiplier: z, of the whole step.
+        generator: of the noise; torch's global one is not touched.
+    """
+
+
+class DPAdam(Private, torch.optim.Adam):
+    """Adam on the private gradients of `DPSGD`, where all else is said.
+
+    Moments are those of private gradients, noise included: no correction is made for it.
+
+    Attributes:
+        max_norm: C, which adaptive clipping moves.
+        noise_multiplier: z, of the whole step.
+        generator: of the noise; torch's global one is not touched.
+    """
+
+
+class PoissonSampler:
+    """Batches of indices to which each sample belongs with probability `rate`, independently of all others.
+
+    What accountants assume. Batches differ in size and may be empty; as `batch_sampler` of a `DataLoader` that needs a
+    `collate_fn` which accepts an empty list. Iterating again draws other batches.
+    """
+
+    def __init__(self, samples: int, rate: float, steps: int, generator: torch.Generator | None = None) -> None:
+        """Say how many batches of how many samples.
+
+        Args:
+            samples: in the data set.
+            rate: expected batch size over `samples`.
+            steps: number of batches.
+            generator: of the draws; one with an unpredictable seed by default.
+
+        Raises:
+            ValueError: if there are no samples, or the rate is no probability.
+        """
+        if not (samples >= 1 and 0 < rate <= 1 and steps >= 0):
+            raise ValueError(f"need samples >= 1, a rate in (0, 1] and steps >= 0, got {samples}, {rate}, {steps}.")
+        self.samples, self.rate, self.steps = samples, rate, steps
+        self.generator = generator or torch.Generator().manual_seed(secrets.randbits(63))
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Indices of each batch."""
+        for _ in range(self.steps):
+            draws = torch.rand(self.samples, generator=self.generator, dtype=torch.float64)
+            yield (draws < self.rate).nonzero().flatten().tolist()

@@ -1,0 +1,647 @@
+"""Private optimizers: clipped sums, their noise, what is counted, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import packext as px
+from packext.optim import DPSGD, AdaptiveClipping, DPAdam, PoissonSampler
+
+#: Of the 7 samples of `data()`, three have a norm below C over all layers; C_LAYER is between those of a layer.
+C, C_LAYER = 5.0, 2.6
+SETTINGS: dict[str, Any] = {"max_norm": C, "noise_multiplier": 0.5, "expected_batch_size": 10.0}
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+    ).double()
+
+
+def data(n: int = 7, seed: int = 1) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 2, 5, 5, generator=draw, dtype=torch.float64), torch.randint(4, (n,), generator=draw)
+
+
+def extended(reduction: str = "mean") -> tuple[nn.Sequential, nn.Module]:
+    return px.extend(network()), px.extend(nn.CrossEntropyLoss(reduction=reduction))
+
+
+def optimizer(model: nn.Module, kind: Any = DPSGD, **options: Any) -> Any:
+    generator = torch.Generator().manual_seed(5)
+    return kind(model.named_parameters(), **{"lr": 0.1, **SETTINGS, "generator": generator, **options})
+
+
+def backward(o: Any, model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> None:
+    with px.optim.emit(o):
+        loss(model(x), y).backward()
+
+
+def rows(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, list[Tensor]]:
+    """Gradients of samples, one at a time."""
+    named = dict(model.named_parameters())
+    found: dict[str, list[Tensor]] = {name: [] for name in named}
+    for i in range(len(y)):
+        with px.disable():
+            loss = nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        for name, g in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
+            found[name].append(g)
+    return found
+
+
+def norms_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Norms of samples' gradients over all parameters."""
+    return torch.stack([torch.stack(g).flatten(1).norm(dim=1) for g in rows(model, x, y).values()]).norm(dim=0)
+
+
+def clipped(model: nn.Module, x: Tensor, y: Tensor, c: float, per_layer: bool = False) -> dict[str, Tensor]:
+    """Sums of clipped gradients by a loop."""
+    each = rows(model, x, y)
+    sums = {name: torch.zeros_like(g[0]) for name, g in each.items()}
+    for i in range(len(y)):
+        for name in sums:
+            layer = name.rpartition(".")[0]
+            part = [k for k in sums if not per_layer or k.rpartition(".")[0] == layer]
+            norm = math.sqrt(sum(float(each[k][i].square().sum()) for k in part))
+            sums[name] += each[name][i] * min(1.0, c / norm)
+    return sums
+
+
+def noises(model: nn.Module, std: float, seed: int = 5) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.empty_like(p).normal_(0, std, generator=draw) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_step_is_that_of_the_algorithm(reduction: str, per_layer: bool) -> None:
+    """Against a loop over samples, with the noise drawn in the same order."""
+    model, loss = extended(reduction)
+    (x, y), start = data(), [p.detach().clone() for p in model.parameters()]
+    c = C_LAYER if per_layer else C
+    sums = clipped(model, x, y, c, per_layer)
+    o = optimizer(model, per_layer=per_layer, max_norm=c)
+    state = torch.get_rng_state()
+    with px.optim.emit(o):
+        loss(model(x), y).sum().backward()
+    assert all(p.grad is None for p in model.parameters())  # what is not private is gone
+    o.step()
+    assert torch.equal(state, torch.get_rng_state())
+    layers = 4 if per_layer else 1
+    assert o.sensitivity == pytest.approx(c * math.sqrt(layers))
+    for p, q, s, noise in zip(
+        model.parameters(), start, sums.values(), noises(model, 0.5 * o.sensitivity), strict=True
+    ):
+        torch.testing.assert_close(p.grad, (s + noise) / 10, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(p.detach(), q - 0.1 * (s + noise) / 10, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [DPSGD, DPAdam])
+def test_what_follows_is_torchs_own_step(kind: Any) -> None:
+    """Groups with rates of their own, a schedule, weight decay: as torch does with the private gradient."""
+    options = {"weight_decay": 0.1, **({"momentum": 0.9} if kind is DPSGD else {})}
+    model, loss = extended()
+    twin = network()
+    groups = [[*m.parameters()] for m in (nn.ModuleList([model[0], model[3]]), nn.ModuleList([model[4], model[5]]))]
+    others = [[*m.parameters()] for m in (nn.ModuleList([twin[0], twin[3]]), nn.ModuleList([twin[4], twin[5]]))]
+    o = kind([{"params": groups[0]}, {"params": groups[1], "lr": 0.02}], 0.1, **SETTINGS, **options)
+    plain = {DPSGD: torch.optim.SGD, DPAdam: torch.optim.Adam}[kind]
+    reference = plain([{"params": others[0]}, {"params": others[1], "lr": 0.02}], 0.1, **options)
+    schedules = [torch.optim.lr_scheduler.StepLR(each, 2, 0.5) for each in (o, reference)]
+    for k in range(5):
+        backward(o, model, loss, *data(seed=k))
+        o.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert p.grad is not None
+            q.grad = p.grad.clone()
+        reference.step()
+        for schedule in schedules:
+            schedule.step()
+    assert o.param_groups[1]["lr"] == 0.005
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+def test_micro_batches_add_up_with_noise_once() -> None:
+    model, loss = extended()
+    x, y = data(9)
+    sums, noise = clipped(model, x, y, C), noises(model, 0.5 * C)
+    o = optimizer(model)
+    backward(o, model, loss, x[:4], y[:4])
+    with px.optim.emit(o):  # several passes in one context, too
+        loss(model(x[4:5]), y[4:5]).backward()
+        loss(model(x[5:]), y[5:]).backward()
+    o.step()
+    for p, s, e in zip(model.parameters(), sums.values(), noise, strict=True):
+        torch.testing.assert_close(p.grad, (s + e) / 10, rtol=1e-9, atol=1e-12)
+    assert [tuple(kind) for kind in o.spent] == [(0.5, 10.0, 1)]
+
+
+def test_an_empty_batch_is_noise_alone() -> None:
+    model, loss = extended()
+    o = optimizer(model)
+    o.step()
+    for p, e in zip(model.parameters(), noises(model, 0.5 * C), strict=True):
+        torch.testing.assert_close(p.grad, e / 10)
+    o.zero_grad()
+    o.step()
+    assert o.spent[0].steps == 2
+    # What no pass here has made is not taken for an empty batch.
+    with pytest.raises(px.PackextError, match=r"0.weight has a gradient that no pass within px.optim.emit"):
+        o.step()
+    o.zero_grad(set_to_none=False)
+    loss(model(data()[0]), data()[1]).backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(px.PackextError, match="run backward\\(\\) there"):
+        o.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert o.spent[0].steps == 2
+
+
+def test_noise_has_its_moments() -> None:
+    model = px.extend(nn.Linear(300, 300))
+    o = DPSGD(model.parameters(), 1.0, max_norm=3.0, noise_multiplier=2.0, expected_batch_size=4.0)
+    draws = []
+    for _ in range(3):
+        o.zero_grad()
+        o.step()
+        draws.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
+    n = len(draws[0])
+    for d in draws:
+        assert float(d.mean()) == pytest.approx(0, abs=5 * 1.5 / math.sqrt(n))
+        assert float(d.std()) == pytest.approx(1.5, rel=5 / math.sqrt(2 * n))
+        assert float((d / 1.5).pow(4).mean()) == pytest.approx(3, abs=5 * math.sqrt(96 / n))
+    assert abs(float((draws[0] * draws[1]).mean())) < 5 * 2.25 / math.sqrt(n)
+    other = DPSGD(model.parameters(), 1.0, max_norm=3.0, noise_multiplier=2.0, expected_batch_size=4.0)
+    assert other.generator.initial_seed() != o.generator.initial_seed()
+
+
+def test_adaptive_clipping() -> None:
+    """The norm after some steps, from counts and their noise drawn by hand."""
+    model, loss = extended()
+    o = optimizer(model, lr=0.0, adaptive=AdaptiveClipping(0.7, 0.3, count_noise=2.0))
+    rest = (0.5**-2 - 4.0**-2) ** -0.5
+    draw, c = torch.Generator().manual_seed(5), C
+    for k in range(4):
+        x, y = data(seed=k)
+        norms, sums = norms_of(model, x, y), clipped(model, x, y, c)
+        if k == 2:  # an empty batch
+            norms, sums = norms[:0], {name: torch.zeros_like(s) for name, s in sums.items()}
+        else:
+            backward(o, model, loss, x[:3], y[:3])
+            backward(o, model, loss, x[3:], y[3:])
+        o.step()
+        for p, s in zip(model.parameters(), sums.values(), strict=True):
+            noise = torch.empty_like(p).normal_(0, rest * c, generator=draw)
+            torch.testing.assert_close(p.grad, (s + noise) / 10, rtol=1e-9, atol=1e-12)
+        count = float(((norms <= c).double() - 0.5).sum())
+        count += float(torch.empty((), dtype=torch.float64).normal_(0, 2.0, generator=draw))
+        c *= math.exp(-0.3 * (0.5 + count / 10 - 0.7))
+        assert o.max_norm == pytest.approx(c)
+        o.zero_grad()
+    assert [tuple(kind) for kind in o.spent] == [(0.5, 10.0, 4)]  # the whole step's, the count included
+    assert optimizer(model, adaptive=AdaptiveClipping())._count_noise() == 0.5
+
+
+def test_adaptive_clipping_finds_the_quantile() -> None:
+    model, loss = extended()
+    x, y = data(200)
+    o = optimizer(model, lr=0.0, noise_multiplier=0.1, expected_batch_size=200.0, adaptive=AdaptiveClipping(0.3))
+    for _ in range(40):
+        backward(o, model, loss, x, y)
+        o.step()
+    norms = norms_of(model, x, y)
+    assert float((norms <= o.max_norm).double().mean()) == pytest.approx(0.3, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", [DPSGD, DPAdam])
+@pytest.mark.parametrize("way", ["state_dict", "torch.save", "pickle", "deepcopy"])
+def test_what_is_saved_goes_on_to_the_last_bit(kind: Any, way: str) -> None:
+    model, loss = extended()
+    options: dict[str, Any] = {"adaptive": AdaptiveClipping()} | ({"momentum": 0.9} if kind is DPSGD else {})
+    o = optimizer(model, kind, **options)
+
+    def train(o: Any, model: Any, first: int) -> None:
+        for k in range(first, first + 3):
+            backward(o, model, loss, *data(seed=k))
+            o.step()
+
+    train(o, model, 0)
+    if way in ("state_dict", "torch.save"):
+        kept = copy.deepcopy((model.state_dict(), o.state_dict()))
+        if way == "torch.save":
+            file = io.BytesIO()
+            torch.save(kept, file)
+            file.seek(0)
+            kept = torch.load(file)
+        twin = px.extend(network(seed=9))
+        other = optimizer(twin, kind, max_norm=7.0, generator=torch.Generator().manual_seed(77), **options)
+        twin.load_state_dict(kept[0])
+        other.load_state_dict(kept[1])
+    else:
+        px.unextend(model)
+        twin, other = pickle.loads(pickle.dumps((model, o))) if way == "pickle" else copy.deepcopy((model, o))
+        px.extend(model), px.extend(twin)
+    train(o, model, 3)
+    train(other, twin, 3)
+    assert other.max_norm == o.max_norm and other.spent == o.spent and o.spent[0].steps == 6
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(px.PackextError, match="not of a private optimizer"):
+        o.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
+    backward(o, model, loss, *data())
+    with pytest.raises(px.PackextError, match="save after step"):
+        o.state_dict()
+    with pytest.raises(px.PackextError, match="save after step"):
+        pickle.dumps(o)
+
+
+def test_hooks_of_the_step_run_once() -> None:
+    """Also where torch has prepared the class that private ones derive from."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
+    model, loss = extended()
+    o, calls = optimizer(model), []
+    o.register_step_pre_hook(lambda *_: calls.append(model[0].weight.grad is not None))
+    o.register_step_post_hook(lambda *_: calls.append("post"))
+    backward(o, model, loss, *data())
+    o.step()
+    assert calls == [True, "post"]
+
+
+def test_closures_run_once() -> None:
+    model, loss = extended()
+    twin = px.extend(network())
+    o, other, calls = optimizer(model), optimizer(twin), []
+
+    def closure() -> Tensor:
+        o.zero_grad()
+        with px.optim.emit(o):
+            value = loss(model(data()[0]), data()[1])
+            value.backward()
+        calls.append(value)
+        return value
+
+    assert o.step(closure) is calls[0] and len(calls) == 1
+    backward(other, twin, loss, *data())
+    other.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_an_infinite_gradient_changes_nothing() -> None:
+    model, loss = extended()
+    o = optimizer(model, momentum=0.9)
+    x, y = data()
+    backward(o, model, loss, x, y)
+    o.step()
+    before = copy.deepcopy((model.state_dict(), o.state_dict()["state"]))
+    bad = x.clone()
+    bad[2] = math.nan
+    with pytest.raises(px.PackextError):
+        backward(o, model, loss, bad, y)
+        o.step()
+    assert str(before) == str((model.state_dict(), o.state_dict()["state"])) and o.spent[0].steps == 1
+    backward(o, model, loss, x, y)
+    o.step()
+    assert all(p.isfinite().all() for p in model.parameters()) and o.spent[0].steps == 2
+
+
+def test_what_has_no_gradients_of_samples_is_named() -> None:
+    model, loss = extended()
+    other = nn.Linear(3, 2).double()
+    o = DPSGD([*model.parameters(), *other.parameters()], 0.1, **SETTINGS)
+    with pytest.raises(px.PackextError, match=r"reached parameter 8 of group 0 \[2, 3\], parameter 9 of group 0 \[2\]"):
+        backward(o, model, loss, *data())
+    o = DPSGD([*model.named_parameters(), ("head.weight", other.weight)], 0.1, **SETTINGS)
+    with pytest.raises(px.PackextError, match=r"reached head.weight \[2, 3\]: .* Freeze it"):
+        backward(o, model, loss, *data())
+    other.requires_grad_(False)
+    backward(o, model, loss, *data())
+    o.step()
+    assert other.weight.grad is None
+    with pytest.raises(px.NotExtendedError):
+        backward(optimizer(network()), network(), loss, *data())
+
+
+def test_some_parameters_of_a_model() -> None:
+    """The norm is of those that the optimizer has; others keep their plain gradient, and frozen ones have none."""
+    model, loss = extended()
+    x, y = data()
+    model[0].weight.requires_grad_(False)
+    loss(model(x), y).backward()
+    plain = model[3].weight.grad.clone()
+    model.zero_grad()
+    o = DPSGD(model[5].parameters(), 0.1, **{**SETTINGS, "noise_multiplier": 0.0, "max_norm": 2.6})
+    backward(o, model, loss, x, y)
+    torch.testing.assert_close(model[3].weight.grad, plain)
+    assert model[0].weight.grad is None and model[5].weight.grad is None
+    o.step()
+    model[0].weight.requires_grad_(True)
+    each = rows(model, x, y)
+    with torch.no_grad():
+        model[5].weight += 0.1 * model[5].weight.grad
+        model[5].bias += 0.1 * model[5].bias.grad
+    each = rows(model, x, y)
+    norms = [
+        math.hypot(float(w.norm()), float(b.norm())) for w, b in zip(each["5.weight"], each["5.bias"], strict=True)
+    ]
+    want = sum(w * min(1.0, 2.6 / n) for w, n in zip(each["5.weight"], norms, strict=True)) / 10
+    torch.testing.assert_close(model[5].weight.grad, want)
+
+
+def test_grad_scaler_is_refused() -> None:
+    model, loss = extended()
+    for early in (False, True):
+        scaler, o = torch.amp.GradScaler("cpu"), optimizer(model)
+        with px.optim.emit(o):
+            scaler.scale(loss(model(data()[0]), data()[1])).backward()
+        if early:
+            scaler.unscale_(o)
+        with pytest.raises(px.PackextError, match="refuses GradScaler"):
+            scaler.step(o)
+        assert not o.spent
+
+
+def test_autocast_keeps_the_norm() -> None:
+    """A sample adds no more than C, whatever the precision that its gradient was computed in."""
+    torch.manual_seed(0)
+    model = px.extend(nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4)))
+    loss = px.extend(nn.CrossEntropyLoss())
+    o = DPSGD(model.parameters(), 0.0, max_norm=1e-2, noise_multiplier=0.0, expected_batch_size=1.0)
+    for seed in range(5):
+        x, y = data(1, seed)
+        with torch.autocast("cpu", dtype=torch.bfloat16), px.optim.emit(o):
+            loss(model(x.float()), y).backward()
+        o.step()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+        assert norm == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_refusals() -> None:
+    model, loss = extended()
+    parameters = [*model.parameters()]
+    for wrong in ({"max_norm": 0.0}, {"noise_multiplier": -1.0}, {"expected_batch_size": 0.0}, {"max_norm": math.inf}):
+        with pytest.raises(ValueError, match="must be positive"):
+            DPSGD(parameters, 0.1, **{**SETTINGS, **wrong})
+    with pytest.raises(ValueError, match="leave per_layer out"):
+        optimizer(model, per_layer=True, adaptive=AdaptiveClipping())
+    with pytest.raises(ValueError, match="named_parameters"):
+        DPSGD(parameters, 0.1, per_layer=True, **SETTINGS)
+    with pytest.raises(ValueError, match="twice the noise of the count"):
+        optimizer(model, adaptive=AdaptiveClipping(count_noise=0.2))
+    with pytest.raises(ValueError, match="quantile"):
+        AdaptiveClipping(1.5)
+    half = nn.Linear(3, 2).to(torch.bfloat16)
+    with pytest.raises(px.PackextError, match="weight .* of torch.bfloat16: .* torch.autocast"):
+        DPSGD(half.named_parameters(), 0.1, **SETTINGS).step()
+    o = DPSGD(
+        [(f"one.{n}", p) for n, p in model.named_parameters() if n.startswith("3")], 0.1, per_layer=True, **SETTINGS
+    )
+    o.add_param_group({"params": [("two", model[5].weight), ("5.bias", model[5].bias)]})
+    with pytest.raises(px.PackextError, match="2 layers with private parameters, the names given .* have 3"):
+        backward(o, model, loss, *data())
+    coupled = px.extend(nn.Sequential(nn.Flatten(), nn.Linear(50, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)).double())
+    with pytest.raises(px.CoupledSamplesError, match="BatchNorm"):
+        backward(optimizer(coupled), coupled, loss, *data())
+    assert all(p.grad is None for p in coupled.parameters())
+    with pytest.raises(px.PackextError, match="batch is empty"):
+        backward(optimizer(model), model, loss, *data(0))
+    o = optimizer(model)
+    backward(o, model, loss, *data())
+    model[0].requires_grad_(False)
+    with pytest.raises(px.PackextError, match="frozen or added"):
+        o.step()
+    with pytest.raises(ValueError, match="contradict"):
+        px.backpack(px.ClippedGrad(1.0), grad=False, exact_grad=True)
+
+
+def test_poisson_batches() -> None:
+    sampler = PoissonSampler(50, 0.1, 4000, torch.Generator().manual_seed(0))
+    assert len(sampler) == 4000
+    batches = list(sampler)
+    inside = torch.zeros(4000, 50)
+    for k, index in enumerate(batches):
+        assert sorted(set(index)) == index
+        inside[k, index] = 1
+    error = math.sqrt(0.09 / 4000)
+    assert (inside.mean(0) - 0.1).abs().max() < 4 * error
+    sizes = inside.sum(1)
+    assert float(sizes.var()) == pytest.approx(4.5, rel=0.12) and float((sizes == 0).float().mean()) > 0.001
+    together = (inside.T @ inside / 4000).fill_diagonal_(0.01)
+    assert (together - 0.01).abs().max() < 6 * math.sqrt(0.0099 / 4000)
+    assert [*sampler][:10] != batches[:10]  # others when iterated again
+    for wrong in ((0, 0.1, 3), (5, 0.0, 3), (5, 1.5, 3)):
+        with pytest.raises(ValueError, match="rate in"):
+            PoissonSampler(*wrong)
+
+
+# -- without `.grad` ----------------------------------------------------------------------------------
+
+
+class Shares(nn.Module):
+    """A weight that is used twice, one that is made of another, and one that is used on its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
+        self.twice = nn.Linear(5, 5)
+        self.table = nn.Embedding(6, 5)
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, i: Tensor) -> Tensor:
+        x = self.twice(torch.tanh(self.first(self.table(i)))) * self.scale
+        return nn.functional.linear(self.twice(torch.tanh(x)), self.table.weight).mean(1)
+
+
+@pytest.mark.parametrize("quantity", [px.ClippedGrad(0.3), px.Variance(), px.BatchGrad(), px.BatchL2Grad()])
+def test_quantities_without_gradients_are_the_same(quantity: Any) -> None:
+    torch.manual_seed(0)
+    model, loss = px.extend(Shares().double()), px.extend(nn.CrossEntropyLoss())
+    i, y = torch.randint(6, (4, 3)), torch.randint(6, (4,))
+    found = []
+    for grad in (True, False):
+        with px.backpack(quantity, grad=grad, attach=False) as results:
+            loss(model(i), y).backward()
+        found.append({name: getattr(r, quantity.savefield) for name, r in results.items()})
+    assert found[0].keys() == found[1].keys() == dict(model.named_parameters()).keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_that_nobody_asked_for_are_not_computed() -> None:
+    model, loss = extended()
+    with px.backpack(px.ClippedGrad(1.0), grad=False, parameters=model[3].parameters()):
+        loss(model(data()[0]), data()[1]).backward()
+    assert model[3].weight.grad is None and model[3].bias.grad is None
+    assert model[0].weight.grad is not None and model[5].weight.grad is not None
+
+
+# -- several processes --------------------------------------------------------------------------------
+
+WAYS: tuple[Callable[[nn.Module], nn.Module], ...] = (
+    lambda m: px.extend(m),
+    lambda m: DistributedDataParallel(px.extend(m)),
+    lambda m: px.extend(DistributedDataParallel(m)),
+)
+
+
+def together(rank: int) -> None:
+    """Both processes end where one with all samples does: the noise is there once, with its own standard deviation."""
+    loss, alone = px.extend(nn.CrossEntropyLoss()), px.extend(network())
+    batches = [data(8, k) for k in range(3)]
+    groups = [dist.new_group([k]) for k in range(2)]
+    options: dict[str, Any] = {"adaptive": AdaptiveClipping(), "momentum": 0.9}
+    reference = optimizer(alone, process_group=groups[rank], **options)
+    for x, y in batches:
+        backward(reference, alone, loss, x, y)
+        reference.step()
+    for build in WAYS:
+        for cut in (4, 6):
+            model = build(network())
+            o = optimizer(model, generator=torch.Generator().manual_seed(5 + rank), **options)
+            for x, y in batches:
+                mine = slice(None, cut) if rank == 0 else slice(cut, None)
+                o.zero_grad()
+                backward(o, model, loss, x[mine], y[mine])
+                o.step()
+            assert o.max_norm == pytest.approx(reference.max_norm) and o.spent == reference.spent
+            for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+            same_everywhere(model)
+
+
+def empty_on_one(rank: int) -> None:
+    """A process without samples takes part in the step; without `no_sync()` the other one would wait for it."""
+    for build in WAYS[:2]:
+        loss, model, twin = px.extend(nn.CrossEntropyLoss()), build(network()), px.extend(network())
+        x, y = data(4)
+        o = optimizer(model)
+        if rank == 0:
+            with model.no_sync() if isinstance(model, DistributedDataParallel) else px.optim.emit(o):
+                backward(o, model, loss, x, y)
+        o.step()
+        sums = clipped(twin, x, y, C)
+        for p, s, e in zip(model.parameters(), sums.values(), noises(twin, 0.5 * C), strict=True):
+            torch.testing.assert_close(p.grad, (s + e) / 10, rtol=1e-9, atol=1e-12)
+
+
+def all_see_what_is_wrong(rank: int) -> None:
+    loss, model = px.extend(nn.CrossEntropyLoss()), px.extend(network())
+    o = optimizer(model)
+    x, y = data(4)
+    backward(o, model, loss, x, y)
+    if rank == 1:
+        o._sums[0][0] = math.nan
+    with pytest.raises(px.PackextError, match="not finite in 0.weight"):
+        o.step()
+    assert not o.spent
+
+
+def same_everywhere(model: nn.Module) -> None:
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(both, flat)
+    assert torch.equal(*both)
+
+
+def worker(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        for task in (together, empty_on_one, all_see_what_is_wrong):
+            task(rank)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, (port,), nprocs=2)
+
+
+# -- what it costs ------------------------------------------------------------------------------------
+
+
+def test_accounting() -> None:
+    """Against values of Opacus and of dp-accounting itself, by hand where there is a formula."""
+    pytest.importorskip("dp_accounting")
+    from packext.optim import Spent, epsilon, noise_multiplier
+
+    spent = [Spent(1.0, 5.12, 2000)]
+    assert epsilon(spent, 1000, 1e-5) == pytest.approx(1.2398, abs=1e-4)
+    assert epsilon(spent, 1000, 1e-5, "rdp") == pytest.approx(1.4863, abs=1e-4)
+    # The Gaussian mechanism (Balle & Wang 2018, Theorem 8): delta of epsilon is known.
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for z, steps in ((2.0, 1), (4.0, 3)):
+        found, mu = epsilon([Spent(z, 50.0, steps)], 50, 1e-5), math.sqrt(steps) / z
+        parts = [normal.cdf(torch.tensor(s * mu / 2 - found / mu, dtype=torch.float64)) for s in (1, -1)]
+        assert float(parts[0] - math.exp(found) * parts[1]) == pytest.approx(1e-5, rel=0.02)
+    # A noisy count beside the gradients: together they have the noise multiplier of the step.
+    rest, count = (0.5**-2 - 4.0**-2) ** -0.5, 2.0
+    parts = [Spent(rest, 50.0, 1), Spent(2 * count, 50.0, 1)]
+    assert epsilon(parts, 50, 1e-5) == pytest.approx(epsilon([Spent(0.5, 50.0, 1)], 50, 1e-5), rel=1e-3)
+    assert epsilon([Spent(1.0, 5.0, 10), Spent(0.0, 5.0, 1)], 50, 1e-5) == math.inf
+    assert epsilon([], 50, 1e-5) == 0.0
+    for method, steps, batch in (("rdp", 500, 20.0), ("pld", 1, 1000.0)):
+        z = noise_multiplier(0.5, 1e-5, steps, batch, 1000, method)
+        assert 0.499 < epsilon([Spent(z, batch, steps)], 1000, 1e-5, method) <= 0.5 + 1e-6
+    for wrong in ((-1.0, 5.0, 1), (1.0, 60.0, 1), (1.0, 5.0, 0)):
+        with pytest.raises(ValueError, match="no number of private steps"):
+            epsilon([Spent(*wrong)], 50, 1e-5)
+    with pytest.raises(ValueError, match="delta"):
+        epsilon(spent, 1000, 0.0)
+    with pytest.raises(ValueError, match="pld"):
+        epsilon(spent, 1000, 1e-5, "gdp")
+    with pytest.raises(ValueError, match="epsilon > 0"):
+        noise_multiplier(0.0, 1e-5, 1, 1.0, 1)
+
+
+def test_accounting_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
+    with pytest.raises(ImportError, match=r"pip install 'packext\[privacy\]'"):
+        px.optim.epsilon([], 10, 1e-5)
+    with pytest.raises(ImportError, match="privacy"):
+        px.optim.noise_multiplier(1.0, 1e-5, 1, 1.0, 10)
+
+
+def contributed(model: nn.Module) -> Sequence[Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return [torch.randn(5, *p.shape, generator=draw, dtype=p.dtype) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_gradients_of_another_origin_are_clipped_alike(per_layer: bool) -> None:
+    model, loss = extended()
+    x, y = data()
+    c = C_LAYER if per_layer else C
+    sums = clipped(model, x, y, c, per_layer)
+    extra = contributed(model)
+    names = [name for name, _ in model.named_parameters()]
+    for name, r in zip(names, extra, strict=True):
+        same = [q for n, q in zip(names, extra, strict=True) if not per_layer or n[0] == name[0]]
+        norms = torch.stack([q.flatten(1).norm(dim=1) for q in same]).norm(dim=0)
+        assert (norms > c).any() or per_layer
+        sums[name] += torch.tensordot((c / norms).clamp(max=1), r, 1)
+    o = optimizer(model, per_layer=per_layer, max_norm=c, noise_multiplier=0.0)
+    backward(o, model, loss, x, y)
+    o.contribute(extra)
+    o.step()
+    for p, s in zip(model.parameters(), sums.values(), strict=True):
+        torch.testing.assert_close(p.grad, s / 10, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="rows"):
+        o.contribute(extra[1:])

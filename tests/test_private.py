@@ -42,8 +42,7 @@ def extended(reduction: str = "mean") -> tuple[nn.Sequential, nn.Module]:
 
 
 def optimizer(model: nn.Module, kind: Any = DPSGD, **options: Any) -> Any:
-    generator = torch.Generator().manual_seed(5)
-    return kind(model.named_parameters(), **{"lr": 0.1, **SETTINGS, "generator": generator, **options})
+    return kind(model.named_parameters(), **{"lr": 0.1, **SETTINGS, "seed": 5, **options})
 
 
 def backward(o: Any, model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -81,9 +80,16 @@ def clipped(model: nn.Module, x: Tensor, y: Tensor, c: float, per_layer: bool = 
     return sums
 
 
-def noises(model: nn.Module, std: float, seed: int = 5) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    return [torch.empty_like(p).normal_(0, std, generator=draw) for p in model.parameters()]
+def streams(seed: int = 5) -> list[torch.Generator]:
+    """The optimizer's generators, four of them."""
+    first = torch.Generator().manual_seed(seed)
+    return [torch.Generator().manual_seed(int(s)) for s in torch.randint(1 << 32, (4,), generator=first)]
+
+
+def noises(model: nn.Module, std: float, draws: list[torch.Generator] | None = None) -> list[Tensor]:
+    """Tensors here are one chunk each, which the generators take in turn."""
+    draws = streams() if draws is None else draws
+    return [torch.empty_like(p).normal_(0, std, generator=draws[k % 4]) for k, p in enumerate(model.parameters())]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -151,6 +157,18 @@ def test_micro_batches_add_up_with_noise_once() -> None:
     assert [tuple(kind) for kind in o.spent] == [(0.5, 10.0, 1)]
 
 
+def test_batches_of_several_sizes() -> None:
+    """Memory for rows is used again, and holds nothing of the pass before."""
+    model, loss = extended()
+    o = optimizer(model, noise_multiplier=0.0, lr=0.0)
+    for n in (3, 7, 2, 1, 5):
+        x, y = data(n, seed=n)
+        backward(o, model, loss, x, y)
+        o.step()
+        for p, s in zip(model.parameters(), clipped(model, x, y, C).values(), strict=True):
+            torch.testing.assert_close(p.grad, s / 10, rtol=1e-9, atol=1e-12)
+
+
 def test_an_empty_batch_is_noise_alone() -> None:
     model, loss = extended()
     o = optimizer(model)
@@ -187,7 +205,25 @@ def test_noise_has_its_moments() -> None:
         assert float((d / 1.5).pow(4).mean()) == pytest.approx(3, abs=5 * math.sqrt(96 / n))
     assert abs(float((draws[0] * draws[1]).mean())) < 5 * 2.25 / math.sqrt(n)
     other = DPSGD(model.parameters(), 1.0, max_norm=3.0, noise_multiplier=2.0, expected_batch_size=4.0)
-    assert other.generator.initial_seed() != o.generator.initial_seed()
+    assert not {g.initial_seed() for g in other.generators} & {g.initial_seed() for g in o.generators}
+
+
+def test_noise_does_not_depend_on_the_number_of_threads() -> None:
+    """Also where a tensor is drawn in several chunks."""
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        model = px.extend(nn.Linear(600, 500))
+        o = DPSGD(model.parameters(), 1.0, max_norm=3.0, noise_multiplier=2.0, expected_batch_size=1.0, seed=3)
+        o.step()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+    parts = found[0][:300000].split(1 << 16)
+    assert all(
+        abs(float((a[: len(b)] * b).mean())) < 5 * 36 / math.sqrt(len(b))
+        for a, b in zip(parts, parts[1:], strict=False)
+    )
 
 
 def test_adaptive_clipping() -> None:
@@ -195,7 +231,7 @@ def test_adaptive_clipping() -> None:
     model, loss = extended()
     o = optimizer(model, lr=0.0, adaptive=AdaptiveClipping(0.7, 0.3, count_noise=2.0))
     rest = (0.5**-2 - 4.0**-2) ** -0.5
-    draw, c = torch.Generator().manual_seed(5), C
+    draws, c = streams(), C
     for k in range(4):
         x, y = data(seed=k)
         norms, sums = norms_of(model, x, y), clipped(model, x, y, c)
@@ -205,11 +241,10 @@ def test_adaptive_clipping() -> None:
             backward(o, model, loss, x[:3], y[:3])
             backward(o, model, loss, x[3:], y[3:])
         o.step()
-        for p, s in zip(model.parameters(), sums.values(), strict=True):
-            noise = torch.empty_like(p).normal_(0, rest * c, generator=draw)
+        for p, s, noise in zip(model.parameters(), sums.values(), noises(model, rest * c, draws), strict=True):
             torch.testing.assert_close(p.grad, (s + noise) / 10, rtol=1e-9, atol=1e-12)
         count = float(((norms <= c).double() - 0.5).sum())
-        count += float(torch.empty((), dtype=torch.float64).normal_(0, 2.0, generator=draw))
+        count += float(torch.empty((), dtype=torch.float64).normal_(0, 2.0, generator=draws[0]))
         c *= math.exp(-0.3 * (0.5 + count / 10 - 0.7))
         assert o.max_norm == pytest.approx(c)
         o.zero_grad()
@@ -249,7 +284,7 @@ def test_what_is_saved_goes_on_to_the_last_bit(kind: Any, way: str) -> None:
             file.seek(0)
             kept = torch.load(file)
         twin = px.extend(network(seed=9))
-        other = optimizer(twin, kind, max_norm=7.0, generator=torch.Generator().manual_seed(77), **options)
+        other = optimizer(twin, kind, max_norm=7.0, seed=77, **options)
         twin.load_state_dict(kept[0])
         other.load_state_dict(kept[1])
     else:
@@ -510,7 +545,7 @@ def together(rank: int) -> None:
     for build in WAYS:
         for cut in (4, 6):
             model = build(network())
-            o = optimizer(model, generator=torch.Generator().manual_seed(5 + rank), **options)
+            o = optimizer(model, seed=5 + rank, **options)
             for x, y in batches:
                 mine = slice(None, cut) if rank == 0 else slice(cut, None)
                 o.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import Tensor
 
 import packext as px
 from packext.optim.accounting import Spent
+
+#: Generators that draw side by side on the CPU, and entries that one draws at a time: parts of the noise's definition,
+#: as seeds are, so that it does not depend on the number of threads.
+STREAMS, CHUNK = 4, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,23 @@ class AdaptiveClipping:
 
 
 class _Clipped(px.ClippedGrad):
-    """Clipped sums, and how many samples more were within the norm than beyond it."""
+    """Clipped sums, and how many samples more were within the norm than beyond it.
+
+    Rows are written to memory that is kept from step to step: on a CPU, fresh pages cost as much as the products do.
+    """
 
     balance: Tensor | float = 0.0
+
+    def __init__(self, max_norm: float, per_layer: bool, memory: dict[int, Tensor]) -> None:
+        super().__init__(max_norm, per_layer)
+        self.memory = memory
+
+    def buffer(self, ask: Any, holders: int) -> Tensor:
+        form = ask.statistics.form
+        size, held = form.n * form.numel, self.memory.get(id(ask.parameter))
+        if held is None or held.numel() < size or (held.dtype, held.device) != (form.acc, form.device):
+            held = self.memory[id(ask.parameter)] = torch.empty(size, dtype=form.acc, device=form.device)
+        return held[:size].view(form.n, *form.shape)
 
     def weight(self, norms: Tensor) -> Tensor:
         self.balance = (norms <= self.max_norm).sum() - len(norms) / 2
@@ -67,7 +86,7 @@ class Private(torch.optim.Optimizer):
         expected_batch_size: float,
         per_layer: bool = False,
         adaptive: AdaptiveClipping | None = None,
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
         process_group: Any = None,
         **options: Any,
     ) -> None:
@@ -84,7 +103,7 @@ class Private(torch.optim.Optimizer):
                 with L layers, which the noise is scaled to: for the noise of C in all, pass C / sqrt(L). Needs
                 `model.named_parameters()`. Opacus has a norm for each parameter instead of each module.
             adaptive: whether and how C follows the gradients.
-            generator: of the noise, on the parameters' device; one with an unpredictable seed by default.
+            seed: of the noise; unpredictable by default. One that is known to others gives the noise away.
             process_group: of the processes whose samples make a step; torch's default group, if there is one.
             **options: of torch's optimizer, such as `momentum` or `betas`, and `weight_decay`.
 
@@ -101,12 +120,15 @@ class Private(torch.optim.Optimizer):
             raise ValueError("Adaptive clipping is of the norm over all parameters: leave per_layer out.")
         if per_layer and not all("param_names" in group for group in self.param_groups):
             raise ValueError("per_layer=True needs to know the layers: pass model.named_parameters().")
-        if generator is None:
-            generator = torch.Generator(self.param_groups[0]["params"][0].device)
-            generator.manual_seed(secrets.randbits(63))
+        device = self.param_groups[0]["params"][0].device
+        seeds = torch.Generator().manual_seed(secrets.randbits(32) if seed is None else seed)
+        count = STREAMS if device.type == "cpu" else 1
+        self.generators = [
+            torch.Generator(device).manual_seed(int(s)) for s in torch.randint(1 << 32, (count,), generator=seeds)
+        ]
         self.max_norm, self.noise_multiplier = float(max_norm), float(noise_multiplier)
         self.expected_batch_size = float(expected_batch_size)
-        self.per_layer, self.adaptive, self.generator = per_layer, adaptive, generator
+        self.per_layer, self.adaptive = per_layer, adaptive
         self.process_group = process_group
         self._spent: list[Spent] = []
         self._noise_of_gradients()  # raises where the count takes all of the noise
@@ -116,6 +138,7 @@ class Private(torch.optim.Optimizer):
         self._sums: list[Tensor] = []
         self._balance: Tensor | float = 0.0
         self._asked: _Clipped | None = None
+        self._memory: dict[int, Tensor] = {}
         # A hook and not a method `step`: hooks of torch's own step would run twice, around either of them.
         self.register_step_pre_hook(before_step)
 
@@ -149,7 +172,7 @@ class Private(torch.optim.Optimizer):
 
     def quantities(self) -> Sequence[Any]:
         """Sums of clipped gradients; asked for by `px.optim.emit`."""
-        self._asked = _Clipped(self.max_norm, self.per_layer)
+        self._asked = _Clipped(self.max_norm, self.per_layer, self._memory)
         return (self._asked,)
 
     def options(self) -> dict[str, Any]:
@@ -190,7 +213,7 @@ class Private(torch.optim.Optimizer):
         named = self._private_parameters()
         if [r.shape[1:] for r in rows] != [p.shape for _, p in named] or len({len(r) for r in rows}) != 1:
             raise ValueError("contribute() needs rows [K, *p] of each parameter that requires grad, in order.")
-        clip = _Clipped(self.max_norm)
+        clip = _Clipped(self.max_norm, self.per_layer, {})
         layers: dict[str, list[int]] = {}
         for i, (name, _) in enumerate(named):
             layers.setdefault(name.rpartition(".")[0] if self.per_layer else "", []).append(i)
@@ -248,10 +271,10 @@ class Private(torch.optim.Optimizer):
         # One process draws the noise of all, and the sum over processes has it once.
         draws = ranks == 1 or dist.get_rank(group) == 0
         std = self._noise_of_gradients() * self.sensitivity if draws else 0.0
-        gradients = [self._noisy(s, std) for s in sums]
+        gradients = self._noisy(sums, std)
         count = torch.as_tensor(balance, dtype=torch.float64, device=sums[0].device)
         if self.adaptive is not None:
-            count = self._noisy(count, self._count_noise() if draws and self.noise_multiplier else 0.0)
+            (count,) = self._noisy([count], self._count_noise() if draws and self.noise_multiplier else 0.0)
         if ranks > 1:
             for work in [dist.all_reduce(t, group=group, async_op=True) for t in (*gradients, count)]:
                 assert work is not None
@@ -267,12 +290,21 @@ class Private(torch.optim.Optimizer):
             share = 0.5 + float(count) / self.expected_batch_size
             self.max_norm *= math.exp(-self.adaptive.rate * (share - self.adaptive.quantile))
 
-    def _noisy(self, total: Tensor, std: float) -> Tensor:
+    def _noisy(self, totals: list[Tensor], std: float) -> list[Tensor]:
+        """Sums with noise, which several generators draw side by side: torch draws in one thread alone."""
         if not std:
-            return total.clone()
-        device = self.generator.device
-        noise = torch.empty(total.shape, dtype=total.dtype, device=device).normal_(0, std, generator=self.generator)
-        return noise.to(total.device).add_(total)
+            return [total.clone() for total in totals]
+        device = self.generators[0].device
+        noises = [torch.empty(total.shape, dtype=total.dtype, device=device) for total in totals]
+        chunks = [chunk for noise in noises for chunk in noise.view(-1).split(CHUNK)]
+
+        def draw(k: int) -> None:
+            for chunk in chunks[k :: len(self.generators)]:
+                chunk.normal_(0, std, generator=self.generators[k])
+
+        with ThreadPoolExecutor(min(len(self.generators), torch.get_num_threads())) as pool:
+            list(pool.map(draw, range(len(self.generators))))
+        return [noise.to(total.device).add_(total) for noise, total in zip(noises, totals, strict=True)]
 
     def _count_step(self) -> None:
         last = Spent(self.noise_multiplier, self.expected_batch_size, 1)
@@ -300,7 +332,7 @@ class Private(torch.optim.Optimizer):
             "per_layer": self.per_layer,
             "adaptive": None if self.adaptive is None else asdict(self.adaptive),
             "spent": [list(kind) for kind in self._spent],
-            "generator": self.generator.get_state(),
+            "generators": [generator.get_state() for generator in self.generators],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -316,14 +348,16 @@ class Private(torch.optim.Optimizer):
         if "private" not in state_dict:
             raise px.PackextError("The state is not of a private optimizer: what it holds may not be private.")
         own = state_dict["private"]
-        drawn, mine = own["generator"].cpu(), self.generator.get_state()
-        if drawn.shape != mine.shape:
+        # Copies: a generator that is handed a view takes the process down.
+        drawn = [state.cpu().clone() for state in own["generators"]]
+        if [state.shape for state in drawn] != [generator.get_state().shape for generator in self.generators]:
             raise px.PackextError(
-                f"The noise of the state was drawn on another kind of device than {self.generator.device}: pass "
-                "generator=torch.Generator(device) of that kind."
+                f"The noise of the state was drawn on another kind of device than {self.generators[0].device}, and "
+                "cannot go on here: move the model there before the optimizer is made."
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "private"})
-        self.generator.set_state(drawn)
+        for generator, state in zip(self.generators, drawn, strict=True):
+            generator.set_state(state)
         for name in ("max_norm", "noise_multiplier", "expected_batch_size", "per_layer"):
             setattr(self, name, own[name])
         self.adaptive = None if own["adaptive"] is None else AdaptiveClipping(**own["adaptive"])
@@ -332,7 +366,7 @@ class Private(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_pending()
-        own = ("max_norm", "noise_multiplier", "expected_batch_size", "per_layer", "adaptive", "generator", "_spent")
+        own = ("max_norm", "noise_multiplier", "expected_batch_size", "per_layer", "adaptive", "generators", "_spent")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in (*own, "process_group")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

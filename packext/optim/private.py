@@ -34,7 +34,7 @@ class DPSGD(Private, torch.optim.SGD):
     Attributes:
         max_norm: C, which adaptive clipping moves.
         noise_multiplier: z, of the whole step.
-        generator: of the noise; torch's global one is not touched.
+        generators: of the noise; torch's global one is not touched.
     """
 
 
@@ -46,7 +46,7 @@ class DPAdam(Private, torch.optim.Adam):
     Attributes:
         max_norm: C, which adaptive clipping moves.
         noise_multiplier: z, of the whole step.
-        generator: of the noise; torch's global one is not touched.
+        generators: of the noise; torch's global one is not touched.
     """
 
 

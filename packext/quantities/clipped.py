@@ -10,6 +10,9 @@ from torch import Tensor
 from packext._factored import Dense, Factored, Lookup, Outer
 from packext._quantity import Ask, Quantity, Summed
 
+#: Positions of an outer sum from which on its product costs more than to keep what it gives.
+MANY = 64
+
 
 class ClippedGrad(Summed, Quantity):
     """`sum over n of min(1, C / |g_n|) g_n` `[*p]`, in `clipped_grad` (Abadi et al. 2016, Algorithm 1, before noise).
@@ -41,9 +44,12 @@ class ClippedGrad(Summed, Quantity):
 
     @staticmethod
     def _lasts(form: Factored) -> bool:
-        """Whether the form outlives the backward pass, and is much smaller than its rows (whose sum is cheaper)."""
+        """Whether the form outlives the backward pass: where it is small beside its rows, whose sum is cheaper."""
         rows = form.n * form.numel * torch.finfo(form.acc).bits // 8
-        return isinstance(form, (Outer, Lookup)) and 2 * form.bytes_held() < rows
+        if isinstance(form, Lookup):  # of which rows are mostly zeros
+            return form.bytes_held() < 4 * rows
+        # With many terms, to form the rows twice takes longer than to write them down.
+        return isinstance(form, Outer) and (4 if form.s > MANY else 2) * form.bytes_held() < rows
 
     def result(self, ask: Ask) -> None:
         ask.sample_factor()

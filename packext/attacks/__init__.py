@@ -6,6 +6,8 @@ from packext.attacks._shared import Threat as Threat
 from packext.attacks._shared import sent as sent
 from packext.attacks._shared import share as share
 from packext.attacks._shared import without as without
+from packext.attacks.canaries import CanaryAudit as CanaryAudit
+from packext.attacks.canaries import GradientCanaries as GradientCanaries
 from packext.attacks.closed import fully_connected_input as fully_connected_input
 from packext.attacks.closed import rank as rank
 from packext.attacks.closed import spanned as spanned

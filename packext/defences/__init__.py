@@ -1,4 +1,7 @@
-"""What stops gradients from telling: what a client does to its own before it leaves, and checks of what it receives."""
+"""What stops gradients from telling: what a client does to its own before it leaves, and checks of what it receives.
+
+`DPSGD`, `DPAdam` and their accounting (`epsilon`, `noise_multiplier`) are those of `packext.optim`.
+"""
 
 from packext.defences.gradient import Clipped as Clipped
 from packext.defences.gradient import Compose as Compose
@@ -17,3 +20,7 @@ from packext.defences.received import check_received as check_received
 from packext.defences.soteria import Soteria as Soteria
 from packext.defences.soteria import sensitivity as sensitivity
 from packext.defences.withholding import Withholding as Withholding
+from packext.optim import DPSGD as DPSGD
+from packext.optim import DPAdam as DPAdam
+from packext.optim import epsilon as epsilon
+from packext.optim import noise_multiplier as noise_multiplier

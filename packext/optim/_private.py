@@ -137,6 +137,7 @@ class Private(torch.optim.Optimizer):
     def _start(self) -> None:
         self._sums: list[Tensor] = []
         self._balance: Tensor | float = 0.0
+        self._passed = False
         self._asked: _Clipped | None = None
         self._memory: dict[int, Tensor] = {}
         # A hook and not a method `step`: hooks of torch's own step would run twice, around either of them.
@@ -198,6 +199,7 @@ class Private(torch.optim.Optimizer):
                 )
         assert self._asked is not None
         self._add([results[p].clipped_grad for _, p in named], self._asked.balance)
+        self._passed = True
         for _, p in named:
             p.grad = None  # incomplete, and not private
 
@@ -255,7 +257,7 @@ class Private(torch.optim.Optimizer):
                 "torch.autocast with bfloat16, which needs no scaling."
             )
         named = self._private_parameters()
-        if not self._sums:
+        if not self._passed:
             left = [name for name, p in named if p.grad is not None and bool(p.grad.any())]
             if left:
                 raise px.PackextError(
@@ -313,7 +315,7 @@ class Private(torch.optim.Optimizer):
         self._spent.append(last)
 
     def _forget(self) -> None:
-        self._sums, self._balance = [], 0.0
+        self._sums, self._balance, self._passed = [], 0.0, False
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the clipping norm, the noise's generator and the steps taken under "private"."""

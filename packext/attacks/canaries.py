@@ -132,8 +132,8 @@ class GradientCanaries:
 
         Args:
             delta: of the claim.
-            guesses: how many canaries to guess about, half of which are said to be included; of several numbers the best
-                one, which is paid for (Bonferroni). By default 5, 10, 20, 50 and 100 % of the canaries.
+            guesses: how many canaries to guess about, half of which are said to be included; of several numbers the
+                best one, which is paid for (Bonferroni). By default 5, 10, 20, 50 and 100 % of the canaries.
             confidence: of the bound.
 
         Returns:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import packext as px
 from packext.attacks import GradientCanaries
@@ -34,19 +34,30 @@ def trained(kind: Any = DPSGD, z: float = 3.0, seed: int = 0, rate: float = 0.5,
 
 
 def test_the_scores_are_those_of_the_definition() -> None:
-    """One step without noise and samples: inner products of directions with the sum of clipped canaries."""
-    model = px.extend(nn.Linear(30, 20).double())
+    """One step without noise: inner products of directions with the sum of clipped canaries."""
+    model, loss = px.extend(nn.Linear(30, 20).double()), px.extend(nn.CrossEntropyLoss())
     optimizer = DPSGD(model.parameters(), 0.1, max_norm=2.0, noise_multiplier=0.0, expected_batch_size=4.0)
     canaries = GradientCanaries(optimizer, 12, entries=400, seed=3)
-    canaries.step()
+    values: list[Tensor] = []
+
+    def closure() -> Tensor:
+        with px.optim.emit(optimizer):
+            values.append(loss(model(torch.randn(4, 30).double()), torch.arange(4)))
+            values[0].backward()
+        samples.extend(s.float().flatten() for s in optimizer.pending)
+        return values[0]
+
+    samples: list[Tensor] = []
+    assert canaries.step(closure) is values[0] and len(values) == 1
     v = torch.zeros(12, 620)
     v[:, canaries._at] = canaries.directions
     assert len(canaries._at.unique()) == 400 and 0 < int(canaries.included.sum()) < 12
     torch.testing.assert_close(v.norm(dim=1), torch.ones(12))
-    sums = 2.0 * v[canaries.included].sum(0) / 4  # ten times as long before they were clipped
+    sums = 2.0 * v[canaries.included].sum(0)  # ten times as long before they were clipped
     torch.testing.assert_close(canaries.scores.float(), v @ sums, rtol=1e-5, atol=1e-6)
     grads = torch.cat([p.grad.flatten().float() for p in model.parameters()])  # type: ignore[union-attr]
-    torch.testing.assert_close(grads, sums, rtol=1e-5, atol=1e-6)
+    assert torch.cat(samples).any()
+    torch.testing.assert_close(grads * 4, sums + torch.cat(samples), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

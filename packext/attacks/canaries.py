@@ -40,9 +40,10 @@ class GradientCanaries:
 
     A canary is a gradient in a random direction, longer than the clipping norm, that the optimizer gets among those of
     samples, clips and hides as it does them. Each is included with probability 1/2, and then sampled in each step as a
-    sample is. The attacker takes the inner products of directions and private gradients, says of the canaries with the
-    highest sums that they were included and of those with the lowest that they were not. Whoever is right too often
-    has found that the training is not as private as it claims: noise that is missing or too small, norms that are not
+    sample is. The attacker knows the gradients of all samples, as the guarantee allows: what is left of the private
+    gradient without them is noise and canaries. They take the inner products with the directions, say of the canaries
+    with the highest sums that they were included and of those with the lowest that they were not. Whoever is right too
+    often has found that the training is not as private as it claims: noise that is missing or too small, norms that are not
     bounded, a scale that is wrong. What a pass makes of samples is not tested: that is what oracles are for.
 
     Example:
@@ -57,7 +58,7 @@ class GradientCanaries:
 
     threat: ClassVar[Threat] = Threat(
         "the private gradient of every step",
-        "the canaries' gradients, and which half of them may be there",
+        "all samples, which of them are in each batch, and the canaries; not which canaries are included",
         "honest",
         "a private optimizer of this package, in one process; canaries cost some accuracy",
     )
@@ -113,6 +114,12 @@ class GradientCanaries:
         Returns:
             What the optimizer's step does.
         """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        known = torch.cat([s.detach().flatten().cpu() for s in self.optimizer.pending])
+        batch = self.optimizer.expected_batch_size
         chosen = self.included & (torch.rand(len(self.included), generator=self._draw) < self.rate)
         total = sum(p.numel() for p in self._parameters)
         for some in chosen.nonzero().flatten().split(max(1, (1 << 24) // total)):
@@ -122,10 +129,10 @@ class GradientCanaries:
             self.optimizer.contribute(
                 [r.view(-1, *p.shape).to(p) for r, p in zip(parts, self._parameters, strict=True)]
             )
-        result = self.optimizer.step(closure)  # type: ignore[arg-type]
-        seen = torch.cat([p.grad.detach().flatten().cpu() for p in self._parameters if p.grad is not None])
-        self.scores += (self.directions @ seen[self._at].float()).double()
-        return result
+        self.optimizer.step()
+        seen = torch.cat([p.grad.detach().flatten().cpu() for p in self._parameters if p.grad is not None]) * batch
+        self.scores += (self.directions @ (seen - known)[self._at].float()).double()
+        return loss
 
     def audit(self, delta: float, guesses: int | Sequence[int] | None = None, confidence: float = 0.95) -> CanaryAudit:
         """The lower bound on epsilon from the steps so far.

@@ -164,6 +164,11 @@ class Private(torch.optim.Optimizer):
         return tuple(self._spent)
 
     @property
+    def pending(self) -> tuple[Tensor, ...]:
+        """Sums of the next step so far, of each parameter that requires grad; without noise, so not for release."""
+        return tuple(self._sums or (torch.zeros_like(p) for _, p in self._private_parameters()))
+
+    @property
     def sensitivity(self) -> float:
         """Norm of what one sample adds to the sum at most: C, or with L layers clipped each by itself sqrt(L) C."""
         if not self.per_layer:

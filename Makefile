@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test fuzz bench bench-monitors lint format clean
+.PHONY: demo test fuzz bench bench-monitors bench-privacy lint format clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/packext demo $(DEMO)
@@ -26,6 +26,9 @@ bench: $(VENV)/bench.stamp
 
 bench-monitors: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.diagnostics $(BENCH)
+
+bench-privacy: $(VENV)/bench.stamp
+	$(BIN)/python -m benchmarks.privacy $(BENCH)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check
@@ -44,10 +47,11 @@ $(VENV)/bin/python:
 
 # A stamp says that an extra is installed as pyproject.toml and constraints.txt want it. BackPACK, with
 # which tests and benchmarks compare, comes without its dependencies: only its examples use torchvision. So do
-# curvlinops and Cockpit, which depend on BackPACK; tests compare with the first where it is there.
+# curvlinops and Cockpit, which depend on BackPACK; tests compare with the first where it is there. Of jax-privacy one
+# file is read, which needs no JAX.
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing packext[$*] into $(VENV)"
 	$(INSTALL) --editable '.[$*]'
 	$(if $(filter test bench,$*),$(INSTALL) --no-deps backpack-for-pytorch)
-	$(if $(filter bench,$*),$(INSTALL) --no-deps curvlinops-for-pytorch cockpit-for-pytorch)
+	$(if $(filter bench,$*),$(INSTALL) --no-deps curvlinops-for-pytorch cockpit-for-pytorch jax-privacy)
 	@touch $@

@@ -137,8 +137,8 @@ def audits(seeds: int = 20) -> dict[str, dict[str, Any]]:
         "all samples, 1 step, noise 0.5": (0.5, 1.0, 1, None),
         "all samples, 10 steps, noise 3": (3.0, 1.0, 10, None),
         "rate 0.1, 100 steps, noise 1": (1.0, 0.1, 100, None),
-        "noise forgotten": (3.0, 1.0, 10, forget_noise),
-        "clipping forgotten": (3.0, 1.0, 10, forget_clipping),
+        "all samples, 10 steps, noise 5, but forgotten": (5.0, 1.0, 10, forget_noise),
+        "all samples, 10 steps, noise 5, no clipping": (5.0, 1.0, 10, forget_clipping),
     }
     found = {}
     for name, (z, rate, steps, defect) in track(rows.items(), "audits"):

@@ -43,8 +43,8 @@ class GradientCanaries:
     sample is. The attacker knows the gradients of all samples, as the guarantee allows: what is left of the private
     gradient without them is noise and canaries. They take the inner products with the directions, say of the canaries
     with the highest sums that they were included and of those with the lowest that they were not. Whoever is right too
-    often has found that the training is not as private as it claims: noise that is missing or too small, norms that are not
-    bounded, a scale that is wrong. What a pass makes of samples is not tested: that is what oracles are for.
+    often has found that the training is not as private as it claims: noise that is missing or too small, norms that are
+    not bounded, a scale that is wrong. What a pass makes of samples is not tested: that is what oracles are for.
 
     Example:
         >>> canaries = GradientCanaries(optimizer, 500, rate=64 / len(x))

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -225,8 +226,9 @@ def gradients(way: type[Plain], instance: Instance) -> Tensor:
     return torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None])
 
 
-def cost(key: str, rounds: int, threads: int) -> dict[str, Any]:
+def cost(key: str, options: argparse.Namespace) -> dict[str, Any]:
     """Whole steps in multiples of the plain one, by turns in this process; and peaks of memory."""
+    threads = options.threads
     torch.set_num_threads(threads)
     instance = instantiate(PROBLEMS[key], torch.device("cpu"))
     want = gradients(Ours, instance)
@@ -236,13 +238,18 @@ def cost(key: str, rounds: int, threads: int) -> dict[str, Any]:
             assert error < 1e-4, (name, error)
     runs = {name: way(instance) for name, way in WAYS.items()}
     times = timing.round_robin(
-        {name: run.step for name, run in runs.items()}, torch.device("cpu"), rounds=rounds, warmup=2
+        {name: run.step for name, run in runs.items()},
+        torch.device("cpu"),
+        rounds=options.rounds,
+        warmup=2,
+        clock=time.process_time if options.processor else time.perf_counter,
     )
     found = {name: {"time": vars(ratio)} for name, ratio in timing.ratios(times, "plain").items()}
-    unit = peak(key, "plain", threads)
-    for name in WAYS:
-        found[name]["memory"] = peak(key, name, threads) / unit
-    return {"threads": threads, "ways": found}
+    if not options.no_memory:
+        unit = peak(key, "plain", threads)
+        for name in WAYS:
+            found[name]["memory"] = peak(key, name, threads) / unit
+    return {"threads": threads, "processor": options.processor, "ways": found}
 
 
 def peak(key: str, way: str, threads: int) -> int:
@@ -272,12 +279,13 @@ def table(name: str, rows: dict[str, Any]) -> list[str]:
     if name == "cost":
         lines = ["| network | way | time | quartiles | peak memory |", "|---|---|---|---|---|"]
         for key, row in rows.items():
+            kind = f"{row['threads']} threads, {'processor' if row['processor'] else 'wall'} time"
             for way, cell in row["ways"].items():
                 t = cell["time"]
                 shown = f"{t['median']:.2f} | {t['lower']:.2f} to {t['upper']:.2f}"
-                lines.append(
-                    f"| {PROBLEMS[key].title}, batch {PROBLEMS[key].batch} | {way} | {shown} | {cell['memory']:.2f} |"
-                )
+                peaks = f"{cell['memory']:.2f}" if "memory" in cell else ""
+                problem = PROBLEMS[key]
+                lines.append(f"| {problem.title}, batch {problem.batch}; {kind} | {way} | {shown} | {peaks} |")
         return lines
     if name == "audits":
         lines = [
@@ -314,6 +322,10 @@ def main() -> None:
     parser.add_argument("--only", choices=parts, nargs="+", default=parts, help="some of the tables")
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--no-memory", action="store_true", help="leave peaks of memory out")
+    parser.add_argument(
+        "--processor", action="store_true", help="processor time of all threads, where others use the machine"
+    )
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # peers warn at every step, which would be part of their time
@@ -328,7 +340,7 @@ def main() -> None:
     console = Console()
     for name in options.only:
         if name == "cost":
-            results[name] = {key: cost(key, options.rounds, options.threads) for key in ("3c3d", "transformer")}
+            results[name] = {key: cost(key, options) for key in ("3c3d", "transformer")}
         else:
             results[name] = {"accountants": accountants, "bounds": bounds, "audits": audits}[name]()
         for line in table(name, results[name]):

@@ -96,7 +96,8 @@ def bounds() -> dict[str, dict[str, float | None]]:
 
 
 def forget_noise(optimizer: Any) -> None:
-    optimizer._noisy = lambda totals, std: [total.clone() for total in totals]
+    noisy = type(optimizer)._noisy
+    optimizer._noisy = lambda totals, std, *divisor: noisy(optimizer, totals, 0.0, *divisor)
 
 
 def forget_clipping(optimizer: Any) -> None:

@@ -79,13 +79,14 @@ def test_the_bound_is_not_idle() -> None:
 
 
 def forgets_noise(o: Any) -> None:
-    o._noisy = lambda totals, std: [t.clone() for t in totals]
+    noisy = type(o)._noisy
+    o._noisy = lambda totals, std, *divisor: noisy(o, totals, 0.0, *divisor)
 
 
 def noise_of_the_mean(o: Any) -> None:
     """Drawn as if the batch's size had been divided by already."""
     noisy = type(o)._noisy
-    o._noisy = lambda totals, std: noisy(o, totals, std / BATCH)
+    o._noisy = lambda totals, std, *divisor: noisy(o, totals, std / BATCH, *divisor)
 
 
 def does_not_clip(o: Any) -> None:

@@ -278,7 +278,7 @@ class Private(torch.optim.Optimizer):
         # One process draws the noise of all, and the sum over processes has it once.
         draws = ranks == 1 or dist.get_rank(group) == 0
         std = self._noise_of_gradients() * self.sensitivity if draws else 0.0
-        gradients = self._noisy(sums, std)
+        gradients = self._noisy(sums, std, self.expected_batch_size)
         count = torch.as_tensor(balance, dtype=torch.float64, device=sums[0].device)
         if self.adaptive is not None:
             (count,) = self._noisy([count], self._count_noise() if draws and self.noise_multiplier else 0.0)
@@ -291,27 +291,28 @@ class Private(torch.optim.Optimizer):
             names = ", ".join(name for (name, _), n in zip(named, norms, strict=True) if not bool(n.isfinite()))
             raise px.PackextError(f"Gradients of samples are not finite in {names}: nothing was changed.")
         for (_, p), g in zip(named, gradients, strict=True):
-            p.grad = g.div_(self.expected_batch_size)
+            p.grad = g
         self._count_step()
         if self.adaptive is not None:
             share = 0.5 + float(count) / self.expected_batch_size
             self.max_norm *= math.exp(-self.adaptive.rate * (share - self.adaptive.quantile))
 
-    def _noisy(self, totals: list[Tensor], std: float) -> list[Tensor]:
-        """Sums with noise, which several generators draw side by side: torch draws in one thread alone."""
-        if not std:
-            return [total.clone() for total in totals]
-        device = self.generators[0].device
-        noises = [torch.empty(total.shape, dtype=total.dtype, device=device) for total in totals]
-        chunks = [chunk for noise in noises for chunk in noise.view(-1).split(CHUNK)]
+    def _noisy(self, totals: list[Tensor], std: float, divisor: float = 1.0) -> list[Tensor]:
+        """Sums with noise, over `divisor`; several generators draw side by side, since torch draws in one thread."""
+        totals = [total.detach().contiguous() for total in totals]
+        chunks = [chunk for total in totals for chunk in total.view(-1).split(CHUNK)]
 
         def draw(k: int) -> None:
-            for chunk in chunks[k :: len(self.generators)]:
-                chunk.normal_(0, std, generator=self.generators[k])
+            generator = self.generators[k]
+            for chunk in chunks[k :: len(self.generators)]:  # of a size that stays in cache
+                if std:
+                    noise = torch.empty(chunk.shape, dtype=chunk.dtype, device=generator.device)
+                    chunk.add_(noise.normal_(0, std, generator=generator).to(chunk.device))
+                chunk.div_(divisor)
 
         with ThreadPoolExecutor(min(len(self.generators), torch.get_num_threads())) as pool:
             list(pool.map(draw, range(len(self.generators))))
-        return [noise.to(total.device).add_(total) for noise, total in zip(noises, totals, strict=True)]
+        return totals
 
     def _count_step(self) -> None:
         last = Spent(self.noise_multiplier, self.expected_batch_size, 1)

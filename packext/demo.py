@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -24,11 +25,15 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import packext as px
+from packext.attacks import Shared, share
+from packext.audit import Audit, Data, Sharing
 from packext.diagnostics import Cockpit, Run, Verdict, write_report
 
 BATCH_SIZE = 64
 WRONG_LABELS = 16
 SHOWN = 20  # samples with the largest gradients that are listed
+SHARED = 8  # samples behind the gradient that a client of an audit sends
+MEMBERS = 697  # of an audit: the other 1100 are held out, which 0.1 % false positives need 1000 of
 
 
 class Noise(NamedTuple):
@@ -256,3 +261,76 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     )
     console.print(f"Report of that training: {write_report(record)}", soft_wrap=True)
     return layers
+
+
+def fit(
+    x: Tensor, y: Tensor, share: Callable[..., Shared] = share, steps: int = 400, size: int = BATCH_SIZE
+) -> nn.Module:
+    """Train a network on what clients share of batches, and return it in evaluation mode.
+
+    Adam does not care about the gradient's scale, which clipping changes.
+
+    Args:
+        x: images.
+        y: labels.
+        share: how a client makes of a model, a loss and a batch what it shares.
+        steps: of the training.
+        size: of the batches.
+
+    Returns:
+        The network.
+    """
+    model, loss_function = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        batch = torch.randint(len(x), (size,))
+        gradient = share(model, loss_function, x[batch], y[batch]).gradient
+        for name, p in model.named_parameters():
+            p.grad = gradient[name]
+        optimizer.step()
+    return model.eval()
+
+
+def audit(budget: str | float, out: Path, seed: int = 0, fresh: bool = False) -> Audit:
+    """Train the network on some of the digits, and audit what the gradients of small batches give away.
+
+    Args:
+        budget: As in `packext.audit.run`.
+        out: Folder for the report.
+        seed: Seed of the split, the wrong labels, the training and the audit.
+        fresh: Starts anew in a folder that holds another audit.
+
+    Returns:
+        The audit.
+    """
+    torch.manual_seed(seed)
+    x, y, _ = load_data()
+    order = torch.randperm(len(x))
+    (x, others_x), (y, others_y) = (t[order].split([MEMBERS, len(t) - MEMBERS]) for t in (x, y))
+
+    def utility(share: Callable[..., Shared]) -> float:
+        torch.manual_seed(seed)  # the same start and batches for all defences
+        model = fit(x, y, share, steps=100, size=SHARED)
+        with torch.no_grad():
+            return (model(others_x).argmax(1) == others_y).float().mean().item()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a network of 2000 parameters is slower on two
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("training", total=1.0)
+            return px.audit.run(
+                fit(x, y),
+                nn.CrossEntropyLoss(),
+                Data((x, y), (others_x, others_y)),
+                Sharing(batch_size=SHARED),
+                budget=budget,
+                train=fit,
+                utility=None if budget == "quick" else utility,
+                out=out,
+                fresh=fresh,
+                seed=seed,
+                progress=lambda name, done: bar.update(task, description=f"{name:10}", completed=done),
+            )
+    finally:
+        torch.set_num_threads(threads)

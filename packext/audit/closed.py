@@ -1,0 +1,232 @@
+"""Closed forms: what can be read off the message without a search."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext.attacks import Shared, Threat, rank, spanned, tokens_present
+from packext.audit.case import Case, Clock
+from packext.audit.section import Interval, Section
+
+SEEN = Threat("the message", "the model", "honest", "inputs of a layer that can be told apart in its gradient")
+
+#: A candidate this near to an input (relative to its norm) is that input.
+NEAR = 1e-2
+
+#: Entries of a weight up to which its singular values are computed, and candidates of a span test.
+LARGEST, CANDIDATES = 4_000_000, 256
+
+
+@dataclass
+class LayerCheck:
+    """A fully connected layer.
+
+    Attributes:
+        name: of the layer.
+        features: of its input.
+        outputs: rows of its weight.
+        is_input: whether its input is the client's input itself.
+        inputs: of the layer in a batch: samples times positions.
+        divided: share of a batch's inputs that a row of the weight's gradient over an entry of the bias's gives, to
+            1 %; None without a bias.
+        alone: the same of messages with one sample.
+        rank: of the weight's gradient, mean over draws.
+        spanned: share of a batch's inputs that lie in the span of the gradient's rows, to 1 %; None if it spans all.
+        false_alarms: the same share of inputs that were not in the batch.
+    """
+
+    name: str
+    features: int
+    outputs: int
+    is_input: bool
+    inputs: int
+    divided: Interval | None = None
+    alone: Interval | None = None
+    rank: float | None = None
+    spanned: Interval | None = None
+    false_alarms: float | None = None
+
+
+@dataclass
+class EmbeddingCheck:
+    """An embedding.
+
+    Attributes:
+        name: of the layer.
+        vocabulary: rows of its table.
+        tokens: different ones in a batch, mean over draws.
+        found: share of the batches whose set of tokens is exactly that of the rows with a gradient.
+    """
+
+    name: str
+    vocabulary: int
+    tokens: float
+    found: Interval
+
+
+@dataclass(kw_only=True)
+class Closed(Section):
+    """What closed forms recover.
+
+    Attributes:
+        layers: fully connected ones.
+        embeddings: lookups of tokens.
+        draws: batches.
+        samples: behind each message.
+    """
+
+    layers: list[LayerCheck] = field(default_factory=list)
+    embeddings: list[EmbeddingCheck] = field(default_factory=list)
+    draws: int = 0
+    samples: int = 0
+
+
+def closed(case: Case, clock: Clock) -> Closed:
+    """Try all closed forms on several batches.
+
+    Args:
+        case: model, data and sharing.
+        clock: of the section.
+
+    Returns:
+        Counts of what they recover.
+    """
+    found = Closed(threats={"closed forms": SEEN}, samples=case.sharing.behind)
+    layers = {k: m for k, m in case.model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    for name in [k for k, m in layers.items() if m.weight.numel() > LARGEST]:
+        found.absent[name] = f"its weight has more than {LARGEST:,} entries"
+        del layers[name]
+    kinds = (("fully connected layers", nn.Linear), ("embeddings", nn.Embedding))
+    for what, kind in kinds:
+        if not any(isinstance(m, kind) for m in layers.values()):
+            found.absent.setdefault(what, "the model has none that could be checked")
+    tried: dict[str, dict[str, list]] = {name: {} for name in layers}
+    sizes: dict[str, tuple[int, bool]] = {}
+    while layers and clock.go_on(found.draws, case.budget.draws):
+        whole = case.draw(found.draws, min(len(case.x), 2 * case.sharing.behind))
+        index, rest = whole[: case.sharing.behind], whole[case.sharing.behind :]
+        one = index[:1]
+        inputs = _inputs(case.model, case.x[index], list(layers))
+        others = _inputs(case.model, case.x[rest], list(layers)) if len(rest) else {}
+        message = case.message(case.x[index], case.y[index])
+        alone = None
+        with found.unless_refused("messages with one sample"):
+            alone = case.client(case.x[one], case.y[one]), _inputs(case.model, case.x[one], list(layers))
+        for name, layer in layers.items():
+            if name not in inputs:
+                found.absent[name] = "the model does not call it with data"
+                continue
+            note = tried[name]
+            if isinstance(layer, nn.Embedding):
+                with found.unless_refused(f"{name}: rows with a gradient"):
+                    true = set(inputs[name].flatten().tolist()) - {layer.padding_idx}
+                    seen = set(tokens_present(message, f"{name}.weight").tolist())
+                    note.setdefault("tokens", []).append(len(true))
+                    note.setdefault("found", []).append(int(seen == true))
+                continue
+            e = inputs[name].flatten(0, -2)
+            sizes[name] = len(e), _same(inputs[name], case.x[index])
+            _try_linear(found, layer, name, message, e, others.get(name), note)
+            if layer.bias is not None and alone is not None and name in alone[1]:
+                with found.unless_refused(f"{name}: bias division, one sample"):
+                    note.setdefault("alone", []).append(divided(alone[0], name, alone[1][name].flatten(0, -2)))
+        found.draws += 1
+    for name, note in tried.items():
+        _conclude(found, layers[name], name, note, sizes.get(name))
+    return found
+
+
+def _try_linear(
+    found: Closed, layer: nn.Linear, name: str, message: Shared, e: Tensor, others: Tensor | None, note: dict[str, list]
+) -> None:
+    """All forms for a fully connected layer and one message."""
+    if layer.bias is not None:
+        with found.unless_refused(f"{name}: bias division"):
+            note.setdefault("divided", []).append(divided(message, name, e))
+    with found.unless_refused(f"{name}: rank"):
+        note.setdefault("rank", []).append(rank(message, f"{name}.weight"))
+    with found.unless_refused(f"{name}: span test"):
+        distances = spanned(message, f"{name}.weight", e[:CANDIDATES])
+        note.setdefault("spanned", []).append(float((distances < NEAR).double().mean()))
+        if others is not None:
+            away = spanned(message, f"{name}.weight", others.flatten(0, -2)[:CANDIDATES])
+            note.setdefault("false", []).append(float((away < NEAR).double().mean()))
+
+
+def _conclude(found: Closed, layer: nn.Module, name: str, note: dict[str, list], size: tuple[int, bool] | None) -> None:
+    if isinstance(layer, nn.Embedding) and note:
+        hits, tokens = note["found"], note["tokens"]
+        found.embeddings.append(
+            EmbeddingCheck(name, layer.num_embeddings, sum(tokens) / len(tokens), Interval.share(sum(hits), len(hits)))
+        )
+    elif isinstance(layer, nn.Linear) and size is not None:
+        check = LayerCheck(name, layer.in_features, layer.out_features, size[1], size[0])
+        check.divided, check.alone, check.spanned = (
+            Interval.mean(note[k]) if note.get(k) else None for k in ("divided", "alone", "spanned")
+        )
+        if note.get("rank"):
+            check.rank = sum(note["rank"]) / len(note["rank"])
+        if note.get("false"):
+            check.false_alarms = sum(note["false"]) / len(note["false"])
+        found.layers.append(check)
+
+
+def divided(shared: Shared, layer: str, inputs: Tensor) -> float:
+    """Share of a layer's inputs that are a row of the weight's gradient over the bias's entry.
+
+    For one input every row is (Geiping et al. 2020, Proposition 3.1); for several, a row whose unit is active for one
+    of them alone, which the attacker finds among as many candidates as there are rows.
+
+    Args:
+        shared: what the attacker sees.
+        layer: name of a fully connected layer with bias.
+        inputs: that the layer had `[M, I]`.
+
+    Returns:
+        Between 0 and 1.
+
+    Raises:
+        PackextError: if the layer's gradient was not shared, or is not finite.
+    """
+    parts = [shared.gradient.get(f"{layer}.{part}") for part in ("weight", "bias")]
+    if any(p is None or not p.isfinite().all() for p in parts):
+        raise px.PackextError(f"The gradient of {layer!r} (weight and bias) was not shared, or is not finite.")
+    weight, bias = (p.double() for p in parts if p is not None)
+    rows = bias != 0
+    if not rows.any():
+        return 0.0
+    candidates, true = weight[rows] / bias[rows, None], inputs.double()
+    # Rows that are rounding error of a gradient that is zero are no candidates for an input of zeros.
+    apart = torch.cdist(true, candidates, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    norms = true.norm(dim=1)
+    return float(((apart < NEAR * norms) & (norms > 0)).double().mean())
+
+
+def _inputs(model: nn.Module, x: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """What layers receive on a batch; of a layer that is called several times, all of it."""
+    twin = copy.deepcopy(model)
+    got: dict[str, list[Tensor]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: got.setdefault(name, []).append(args[0].detach())
+
+    for name in names:
+        twin.get_submodule(name).register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        twin(x)
+    return {
+        name: parts[0] if len(parts) == 1 else torch.cat([p.flatten(0, -2) for p in parts])
+        for name, parts in got.items()
+    }
+
+
+def _same(inputs: Tensor, x: Tensor) -> bool:
+    """Whether a layer receives the client's inputs and nothing else."""
+    return inputs.numel() == x.numel() and len(inputs) == len(x) and bool((inputs.flatten(1) == x.flatten(1)).all())

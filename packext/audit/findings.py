@@ -1,0 +1,367 @@
+"""What the numbers mean, in plain words: each with its evidence and what to do, the most severe first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from packext.audit.inversion import SearchResult
+from packext.audit.section import Interval
+from packext.audit.sweep import Defended
+
+if TYPE_CHECKING:
+    from packext.audit._run import Audit
+
+SEVERITIES = ("high", "medium", "low", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that an audit has found.
+
+    Attributes:
+        severity: "high", "medium", "low" or "note".
+        section: of the report.
+        title: what was found, in one sentence.
+        evidence: the numbers.
+        advice: what to do.
+    """
+
+    severity: str
+    section: str
+    title: str
+    evidence: str
+    advice: str
+
+    def __str__(self) -> str:  # noqa: D105
+        parts = (self.title, self.evidence, f"What to do: {self.advice}")
+        return ("\n" + 8 * " ").join(line for part in parts for line in wrap(part, 100))
+
+
+def findings(audit: Audit) -> list[Finding]:
+    """Read them off the sections.
+
+    Args:
+        audit: all sections.
+
+    Returns:
+        Findings, the most severe first.
+    """
+    parts = (_integrity, _epsilon, _closed, _inversion, _aggregation, _labels, _membership, _records, _sweep)
+    found = [finding for part in parts for finding in part(audit)]
+    return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
+
+
+def _integrity(audit: Audit) -> Iterator[Finding]:
+    s = audit.integrity
+    if s.reasons:
+        yield Finding(
+            "high",
+            "integrity",
+            "The model that clients received bears the traces of a fishing model.",
+            "; ".join(s.reasons).capitalize() + f" ({s.samples} members).",
+            "Send nothing of this model. Compare its hash with that of other clients, and ask who changed it.",
+        )
+
+
+def _epsilon(audit: Audit) -> Iterator[Finding]:
+    s = audit.epsilon
+    if s.measured is not None and s.claimed is not None and s.measured > s.claimed:
+        yield Finding(
+            "high",
+            "epsilon",
+            "The training gives away more than is claimed: its differential privacy has a bug.",
+            f"Epsilon is at least {s.measured:.2f} with {whole(s.confidence)} confidence ({s.correct} of {s.guesses} "
+            f"guesses right, {s.canaries} canaries), and {s.claimed:g} is claimed at delta {s.delta:g}.",
+            "Look at sampling, clipping and noise of the training before anything is released.",
+        )
+    elif s.claimed is None:
+        yield Finding(
+            "note",
+            "epsilon",
+            "Nothing guarantees anything: no differential privacy is claimed.",
+            "What the attacks of this report do not reach, others may.",
+            "If a guarantee is needed, train with clipping and noise, and have an accountant say epsilon.",
+        )
+    elif s.measured is not None:
+        yield Finding(
+            "note",
+            "epsilon",
+            "The measured epsilon does not contradict the claim.",
+            f"At least {s.measured:.2f} ({whole(s.confidence)} confidence), {s.claimed:g} claimed.",
+            "Nothing. A bound below the claim does not prove the claim.",
+        )
+
+
+def _closed(audit: Audit) -> Iterator[Finding]:
+    s = audit.closed
+    protect = "Larger batches mix more samples in a row; noise on clipped gradients hides single ones."
+    for layer in s.layers:
+        what = "the clients' inputs themselves" if layer.is_input else f"the {layer.features} features that it sees"
+        level = "high" if layer.is_input else "medium"
+        if layer.divided is not None and layer.divided.value > 0:
+            yield Finding(
+                level,
+                "closed",
+                f"Layer {layer.name!r} gives {what} away without any search.",
+                f"Rows of its weight's gradient over entries of its bias's are {percent(layer.divided)} of the "
+                f"{layer.inputs} inputs behind a message, to 1 %.",
+                protect,
+            )
+        elif layer.alone is not None and layer.alone.value > 0:
+            yield Finding(
+                "medium" if layer.is_input else "low",
+                "closed",
+                f"Of a message with one sample, layer {layer.name!r} gives {what} away.",
+                f"Exact for {percent(layer.alone)} of them; for none of the {layer.inputs} inputs of a real one.",
+                "Let no client send the gradient of a single sample (the last batch of an epoch is one often).",
+            )
+        if (
+            layer.spanned is not None
+            and layer.false_alarms is not None
+            and layer.spanned.low > layer.false_alarms + 0.1
+        ):
+            yield Finding(
+                "medium",
+                "closed",
+                f"Who has candidates can tell which were in the batch, by the span of {layer.name!r}.",
+                f"{percent(layer.spanned)} of the batch's inputs lie in the span of the gradient's rows, and "
+                f"{whole(layer.false_alarms)} of others (rank {layer.rank:.0f} of {layer.features}).",
+                "Use batches with more samples than the layer has outputs or features.",
+            )
+    for e in s.embeddings:
+        if e.found.value > 0:
+            yield Finding(
+                "high",
+                "closed",
+                f"The gradient of {e.name!r} names the tokens of a batch.",
+                f"Its rows that are not zero are exactly the tokens that occurred, in {percent(e.found)} of the "
+                f"messages (about {e.tokens:.0f} different ones of {e.vocabulary}).",
+                "Freeze the embedding, or share nothing of it.",
+            )
+
+
+def _inversion(audit: Audit) -> Iterator[Finding]:
+    s, behind = audit.inversion, audit.setting.behind
+    best: dict[int, SearchResult] = {}
+    for r in s.searches:
+        if r.samples not in best or _reached(r) > _reached(best[r.samples]):
+            best[r.samples] = r
+    shown, alone = best.get(behind), best.get(1)
+    if shown is not None and _told(shown):
+        yield Finding(
+            "high" if shown.recovered.value > 0 or shown.identified.value > 0.5 else "medium",
+            "inversion",
+            "Inputs can be reconstructed from what is shared." if shown.recovered.value > 0 else RECOGNISED,
+            _evidence(shown) + (" " + _evidence(alone) if alone is not shown else ""),
+            "Look at the pictures. Larger batches, more local steps, noise on clipped gradients; see the sweep.",
+        )
+        return
+    if alone is not None and behind > 1 and _told(alone):
+        yield Finding(
+            "medium",
+            "inversion",
+            "The gradient of a single sample gives its input away; that of a real batch was not inverted.",
+            _evidence(alone) + (" " + _evidence(shown) if shown is not None else ""),
+            "Let no client send the gradient of a single sample. Larger batches were hidden from these searches alone.",
+        )
+        return
+    if s.searches:
+        matched = sum(r.matched for r in s.searches)
+        tried = sum(r.seeds for r in s.searches)
+        if matched:
+            title = "Searches have matched the gradient with inputs that are not the clients'."
+            advice = (
+                "The gradient fits several inputs. A stronger prior, such as a generative model, may tell them apart."
+            )
+        else:
+            title = "No search has inverted the gradient. That is no protection: none has matched it either."
+            advice = "Do not take this for privacy. Try a larger budget (more restarts and iterations)."
+        yield Finding(
+            "note",
+            "inversion",
+            title,
+            f"{matched} of {tried} searches have matched. {_evidence(shown or alone)}",
+            advice,
+        )
+
+
+RECOGNISED = "Reconstructions are blurred, and can be recognised among candidates all the same."
+
+
+def _reached(r: SearchResult) -> float:
+    return r.recovered.value + r.identified.value
+
+
+def _told(r: SearchResult) -> bool:
+    """Whether inputs were recovered, or recognised far more often than by chance."""
+    return r.recovered.value > 0 or r.identified.low > 10 / r.candidates
+
+
+def _evidence(r: SearchResult | None) -> str:
+    if r is None:
+        return ""
+    return (
+        f"{r.search}, {r.samples} sample{'s' * (r.samples > 1)}: {percent(r.recovered)} of the inputs recovered to "
+        f"20 dB (mean {r.psnr:.1f}, best {r.psnr_best:.1f} dB), {percent(r.identified)} recognised among "
+        f"{r.candidates} candidates; {r.matched} of {r.seeds} searches matched."
+    )
+
+
+def _aggregation(audit: Audit) -> Iterator[Finding]:
+    s = audit.labels
+    if s.clients_exact is None or s.clients_exact.value == 0:
+        return
+    malicious = audit.setting.sharing.get("server") == "malicious"
+    yield Finding(
+        "high" if malicious else "medium",
+        "labels",
+        "A server that changes one normalisation layer reads every client's labels"
+        + (" through secure aggregation." if s.cohort > 1 else "."),
+        f"All label counts exact for {percent(s.clients_exact)} of the clients in {s.rounds} simulated rounds of "
+        f"{s.cohort}; it can tell up to {s.capacity} apart in one sum.",
+        "Check received models (packext.defences.check_received), compare their hashes; clip and add noise.",
+    )
+
+
+def _labels(audit: Audit) -> Iterator[Finding]:
+    s = audit.labels
+    if not s.rules:
+        return
+    best = max(s.rules, key=lambda r: r.over_guess.value)
+    evidence = (
+        f"{best.rule} counts {percent(best.accuracy)} of the labels of {s.samples} samples, guessing {whole(s.guess)} "
+        f"({best.draws} messages); all counts were exact in {percent(best.exact)}."
+    )
+    if beyond(best.over_guess, len(s.rules)) > 0:
+        yield Finding(
+            "high" if best.exact.low > 0.5 else "medium",
+            "labels",
+            "The labels of a batch can be counted from what is shared.",
+            evidence,
+            "Treat label counts as public, or do not share the last layer's gradient; noise on clipped gradients.",
+        )
+    else:
+        yield Finding(
+            "note",
+            "labels",
+            "No label rule beats guessing at this batch size and stage of the training.",
+            evidence,
+            "Audit the model of the first rounds too: the rules are at their best on an untrained one.",
+        )
+
+
+def _membership(audit: Audit) -> Iterator[Finding]:
+    s = audit.membership
+    if not s.scores:
+        return
+    best = max(s.scores, key=lambda r: r.auc.value)
+    rates = [
+        f"{percent(v)} of the members at {name} false positives"
+        for name, v in (("0.1 %", best.tpr_001), ("1 %", best.tpr_01))
+        if v is not None
+    ]
+    evidence = (
+        f"{best.score}: area under the ROC curve {best.auc.value:.2f} ({best.auc.low:.2f} to {best.auc.high:.2f})"
+    )
+    evidence += "".join(f", {rate}" for rate in rates) + "."
+    strong = best.tpr_01 is not None and best.tpr_01.low > 0.05
+    if beyond(best.auc, len(s.scores)) > 0.5 or strong:
+        level = "high" if best.auc.value > 0.75 or strong else "medium" if best.auc.value > 0.6 else "low"
+        bound = f" No threshold on the loss has more than {s.bound:.2f} advantage here." if s.bound is not None else ""
+        yield Finding(
+            level,
+            "membership",
+            "Members of the training data can be told from others, better than by guessing.",
+            evidence + bound,
+            "Train for fewer epochs or regularise: the gap between training and test loss is what these attacks read.",
+        )
+    else:
+        yield Finding(
+            "note",
+            "membership",
+            "The scores tried do not tell members from others.",
+            evidence,
+            "Nothing, or LiRA with more shadow models (train=), which is stronger than the loss.",
+        )
+
+
+def _records(audit: Audit) -> Iterator[Finding]:
+    s = audit.records
+    if s.dominating and s.batch > 1:
+        names = ", ".join(str(r.index) for r in s.worst[:5])
+        yield Finding(
+            "low",
+            "records",
+            "Single records make up most of a batch's gradient.",
+            f"{whole(s.dominating)} of the records are more than half of the norm of their batch's gradient "
+            f"({s.batch} samples). Highest leverage: members {names}.",
+            f"Look at these records; clip gradients of samples, to about {s.suggested_clip:.2g} to begin with.",
+        )
+
+
+def _sweep(audit: Audit) -> Iterator[Finding]:
+    rows = [r for r in audit.sweep.rows if r.psnr is not None and r.signal is not None]
+    if len(rows) < 2 or rows[0].psnr is None:
+        return
+    weak = [r.name for r in rows[1:] if r.psnr is not None and r.psnr > rows[0].psnr - 3]
+    strong = [r for r in rows[1:] if not r.recovered and r.name not in weak]
+    if not strong:  # without a defence nothing was found that could be lost
+        return
+    if weak:
+        yield Finding(
+            "note",
+            "sweep",
+            "Some defences change next to nothing.",
+            f"With {', '.join(weak)}, reconstructions of single samples are within 3 dB of those without a defence, or "
+            f"better ({rows[0].seeds} seed{'s' * (rows[0].seeds > 1)}).",
+            "Do not rely on them.",
+        )
+    best = max(strong, key=lambda r: r.accuracy if r.accuracy is not None else r.signal or 0.0)
+    cost = _cost(best)
+    yield Finding(
+        "note",
+        "sweep",
+        f"Of the defences that blur reconstructions, {best.name} costs the least.",
+        f"Best reconstruction {best.psnr_best:.1f} dB, without a defence {rows[0].psnr_best:.1f} dB "
+        f"({best.seeds} seed{'s' * (best.seeds > 1)}); "
+        f"{cost} (without {_cost(rows[0])}).",
+        "These searches are not all. Only noise on clipped gradients, with an accountant, is a guarantee.",
+    )
+
+
+def _cost(row: Defended) -> str:
+    return f"accuracy {whole(row.accuracy)}" if row.accuracy is not None else f"cosine to the gradient {row.signal:.2f}"
+
+
+def beyond(value: Interval, choices: int) -> float:
+    """The lower end of an interval that holds although the highest of several values was chosen (Bonferroni).
+
+    Args:
+        value: the highest.
+        choices: of how many.
+
+    Returns:
+        The end, with the interval's half taken for that of a normal distribution.
+    """
+    return value.value - (value.value - value.low) * NormalDist().inv_cdf(1 - 0.025 / choices) / 1.959964
+
+
+def whole(value: float | None) -> str:
+    """A rate without an interval, such as "80 %"."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def percent(value: Interval) -> str:
+    """A rate with its interval.
+
+    Args:
+        value: between 0 and 1.
+
+    Returns:
+        Such as "80 % (62 to 91)".
+    """
+    return f"{100 * value.value:.0f} % ({100 * value.low:.0f} to {100 * value.high:.0f})"

@@ -1,0 +1,339 @@
+"""Reconstruction: searches for inputs with the gradient that was shared, over seeds and restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import packext as px
+from packext.attacks import (
+    IDLG,
+    DeepLeakage,
+    InvertingGradients,
+    Reconstruction,
+    Shared,
+    Threat,
+    in_order,
+    psnr,
+)
+from packext.audit.case import Case, Clock
+from packext.audit.section import Interval, Section
+
+#: Mean squared error, relative to the squared range of inputs, below which an input counts as recovered: 20 dB.
+RECOVERED = 1e-2
+
+#: Candidates among which a reconstruction is to be recognised, samples of a batch that are shown, and entries of them.
+CANDIDATES, SHOWN, ENTRIES = 1000, 8, 200_000
+
+
+@dataclass
+class SearchResult:
+    """One search at one batch size.
+
+    Attributes:
+        search: its name.
+        samples: behind the message.
+        seeds: batches and messages, each searched by itself.
+        restarts: of each search.
+        iterations: of each restart.
+        recovered: share of the inputs with a mean squared error below 1 % of the squared range (20 dB).
+        identified: share of the reconstructions whose nearest candidate is the client's input.
+        candidates: that there were.
+        mse: relative to the squared range of inputs, mean.
+        mse_best: of all samples.
+        mse_worst: of all samples.
+        psnr: in dB, mean.
+        psnr_best: of all samples: the attacker's best.
+        psnr_worst: of all samples.
+        labels: share of the labels found; None where they were taken as known.
+        matched: searches that have found inputs with the gradient that was shared.
+        objective: at the end, median: squared distance over the squared norm, or one minus the cosine.
+    """
+
+    search: str
+    samples: int
+    seeds: int
+    restarts: int
+    iterations: int
+    recovered: Interval
+    identified: Interval
+    candidates: int
+    mse: float | None
+    mse_best: float | None
+    mse_worst: float | None
+    psnr: float
+    psnr_best: float
+    psnr_worst: float
+    labels: float | None
+    matched: int
+    objective: float | None
+
+
+@dataclass(kw_only=True)
+class Inversion(Section):
+    """What searches recover.
+
+    Attributes:
+        searches: at the real batch size, and of one sample by itself.
+        planned: seeds of each search that the budget has.
+    """
+
+    searches: list[SearchResult] = field(default_factory=list)
+    planned: int = 0
+
+
+@dataclass
+class Attempt:
+    """One search of one message, compared with the truth.
+
+    Attributes:
+        found: what the attacker got, in the order of the true samples.
+        true: inputs.
+        mse: of each sample, relative to the squared range.
+        psnr: of each sample.
+        labels: share found, or None.
+        identified: samples whose nearest candidate is the truth.
+        result: of the search.
+    """
+
+    found: Tensor
+    true: Tensor
+    mse: Tensor
+    psnr: Tensor
+    labels: float | None
+    identified: int
+    result: Reconstruction
+
+
+def inversion(case: Case, clock: Clock) -> Inversion:
+    """Search for inputs: one sample by itself, and the real batch.
+
+    Args:
+        case: model, data and sharing.
+        clock: of the section.
+
+    Returns:
+        Success over seeds, with whether searches have matched.
+    """
+    found = Inversion(planned=case.budget.seeds)
+    with found.unless_refused("reconstruction"):
+        searchable(case)
+        searches = searches_for(case, found.absent)
+        sizes = sorted({1, case.sharing.behind})
+        jobs = [(name, n) for n in sizes for name in searches]
+        for k, (name, n) in enumerate(jobs):
+            part = Clock((clock.left) / (len(jobs) - k), lambda done, k=k: clock.tell((k + done) / len(jobs)))
+            what = f"{name}, {n} sample" + ("s" if n > 1 else "")
+            with found.unless_refused(what):
+                made, attack = _repeat(case, searches[name], n, part)
+                found.searches.append(_summary(name, n, made, attack, case))
+                found.threats[name] = _threat(attack)
+                found.arrays |= _pictures(case, what, made)
+        clock.tell(1.0)
+    return found
+
+
+def searchable(case: Case) -> None:
+    """Refuse inputs that no descent finds.
+
+    Args:
+        case: model, data and sharing.
+
+    Raises:
+        PackextError: for tokens and other whole numbers.
+    """
+    if not case.continuous:
+        raise px.PackextError(
+            f"inputs are {case.x.dtype}, which no descent finds. What closed forms tell of tokens is above; to search "
+            "for vectors in place of embeddings, call packext.attacks.DeepLeakage with forward=."
+        )
+
+
+def searches_for(case: Case, absent: dict[str, str]) -> dict[str, Any]:
+    """Searches that fit what is shared.
+
+    Args:
+        case: model, data and sharing.
+        absent: where reasons go why others do not.
+
+    Returns:
+        Attacks by name, as the budget has them.
+
+    Raises:
+        PackextError: if none fits.
+    """
+    b, local = case.budget, case.sharing.local
+    if local is not None and case.sharing.secure_aggregation:
+        raise px.PackextError("no search here unrolls the local steps of several clients whose sum alone is seen.")
+    low, high = case.bounds()
+    if not high > low:
+        raise px.PackextError("all inputs are the same number.")
+    tv = 1e-4 if case.x.dim() == 4 else 0.0
+    adam = InvertingGradients(10 * b.iterations, b.restarts, 0.1 * (high - low), tv, low, high, local, seed=case.seed)
+    searches: dict[str, Any] = {"Inverting Gradients": adam}
+    try:
+        c = case.classes
+    except px.PackextError as error:
+        absent["Deep Leakage from Gradients"] = f"it searches for classes as well. {error}"
+        return searches
+    if local is not None:
+        absent["Deep Leakage from Gradients"] = "it does not unroll local steps, which Inverting Gradients does"
+        return searches
+    deep = DeepLeakage(b.iterations, b.restarts, seed=case.seed)
+    return {"Deep Leakage from Gradients": (deep, c), **searches}
+
+
+def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor) -> Attempt:
+    """Search once, and compare with the truth.
+
+    Args:
+        case: model, data and sharing.
+        attack: `InvertingGradients`, or `DeepLeakage` with the number of classes, as `searches_for` gives them.
+        message: what the attacker sees.
+        x: the truth.
+        y: its labels, which `InvertingGradients` is told.
+
+    Returns:
+        What was found.
+    """
+    model, dtype = case.precise()
+    sent = replace(message, gradient={k: g.to(dtype) for k, g in message.gradient.items()})
+    shape = tuple(x.shape[1:])
+    known = y.to(dtype) if y.is_floating_point() else y
+    if isinstance(attack, tuple):
+        deep, classes = attack
+        if len(y) == 1:  # iDLG: the label first, which is exact for one sample
+            counts = IDLG()(model, sent)
+            result = deep(model, sent, shape, labels=counts.argmax()[None].to(y.device))
+        else:
+            result = deep(model, sent, shape, classes=classes)
+    else:
+        result = attack(model, sent, shape, known)
+    low, high = case.bounds()
+    true = x.to(dtype)
+    inputs = torch.nan_to_num(result.inputs.detach(), nan=low).clamp(2 * low - high, 2 * high - low)
+    order = in_order(inputs, true).to(inputs.device)
+    inputs = inputs[order]
+    mse = (inputs - true).square().flatten(1).mean(1) / (high - low) ** 2
+    labels = float((result.labels[order] == y).double().mean()) if isinstance(attack, tuple) else None
+    hits = _identified(case, inputs, true)
+    return Attempt(inputs, true, mse, psnr(inputs, true, high - low), labels, hits, result)
+
+
+def _repeat(case: Case, attack: Any, n: int, clock: Clock) -> tuple[list[Attempt], Any]:
+    """Attempts on several batches, with as many iterations as the time allows for a few of them."""
+    attack = affordable(case, attack, n, clock.left / max(1, min(4, case.budget.seeds)))
+    made: list[Attempt] = []
+    while clock.go_on(len(made), case.budget.seeds):
+        k = len(made)
+        index = case.draw(100 + k, n)
+        x, y = case.x[index], case.y[index]
+        message = case.client(x, y) if n == 1 else case.message(x, y)
+        made.append(attempt(case, seeded(attack, case.seed + 1000 * k), message, x, y))
+    return made, attack
+
+
+def affordable(case: Case, attack: Any, n: int, seconds: float) -> Any:
+    """The attack with fewer restarts and iterations, never under a fifth, if one search would take longer.
+
+    Args:
+        case: model, data and sharing.
+        attack: as `searches_for` gives it.
+        n: samples behind a message.
+        seconds: for one search.
+
+    Returns:
+        An attack of the same kind.
+    """
+    deep = isinstance(attack, tuple)
+    bare = attack[0] if deep else attack
+    trial = replace(bare, iterations=2 if deep else 10, restarts=1)
+    index = case.draw(99, n)
+    x, y = case.x[index], case.y[index]
+    message = case.client(x, y) if n == 1 else case.message(x, y)
+    start = perf_counter()
+    attempt(case, (trial, attack[1]) if deep else trial, message, x, y)
+    each = (perf_counter() - start) / trial.iterations
+    most = max(1, int(seconds / each))
+    restarts = max(1, min(bare.restarts, most // bare.iterations))
+    iterations = min(bare.iterations, max(bare.iterations // 5, most // restarts))
+    bare = replace(bare, iterations=iterations, restarts=restarts)
+    return (bare, attack[1]) if deep else bare
+
+
+def seeded(attack: Any, seed: int) -> Any:
+    """The attack from other random inputs."""
+    return (replace(attack[0], seed=seed), attack[1]) if isinstance(attack, tuple) else replace(attack, seed=seed)
+
+
+def _threat(attack: Any) -> Threat:
+    return attack[0].threat if isinstance(attack, tuple) else attack.threat
+
+
+def _identified(case: Case, inputs: Tensor, true: Tensor) -> int:
+    """Reconstructions that are nearer to the truth than to any other candidate."""
+    others = candidates(case).to(true).flatten(1)
+    apart = torch.cdist(inputs.flatten(1), others).amin(1)
+    own = (inputs - true).flatten(1).norm(dim=1)
+    return int((own <= apart * (1 + 1e-9)).sum())
+
+
+def candidates(case: Case) -> Tensor:
+    """Inputs that an attacker may compare with: auxiliary ones, those held out, and members.
+
+    Args:
+        case: model, data and sharing.
+
+    Returns:
+        At most `CANDIDATES` of them.
+    """
+    parts = [case.auxiliary, case.held[0] if case.held else None, case.x]
+    every = torch.cat([p for p in parts if p is not None])
+    generator = torch.Generator().manual_seed(0)
+    return every[torch.randperm(len(every), generator=generator)[:CANDIDATES].to(every.device)]
+
+
+def _summary(name: str, n: int, made: list[Attempt], attack: Any, case: Case) -> SearchResult:
+    mse, ratio = torch.cat([a.mse for a in made]), torch.cat([a.psnr for a in made])
+    words = [a.labels for a in made if a.labels is not None]
+    bare = attack[0] if isinstance(attack, tuple) else attack
+    last = torch.tensor([a.result.objective[-1] for a in made], dtype=torch.float64)
+    return SearchResult(
+        name,
+        n,
+        len(made),
+        bare.restarts,
+        bare.iterations,
+        Interval.share(int((mse < RECOVERED).sum()), len(mse)),
+        Interval.share(sum(a.identified for a in made), len(mse)),
+        len(candidates(case)),
+        float(mse.mean()),
+        float(mse.min()),
+        float(mse.max()),
+        float(ratio.mean()),
+        float(ratio.max()),
+        float(ratio.min()),
+        sum(words) / len(words) if words else None,
+        sum(a.result.matched for a in made),
+        float(last.nanmedian()),
+    )
+
+
+def _pictures(case: Case, what: str, made: list[Attempt]) -> dict[str, Any]:
+    """Originals and reconstructions of the first seeds, for one sample, or of the first batch; with their PSNR."""
+    if not case.images or not made:
+        return {}
+    few = max(1, min(SHOWN, ENTRIES // made[0].true[0].numel()))
+    kept: dict[str, Callable[[Attempt], Tensor]] = {
+        "true": lambda a: a.true,
+        "found": lambda a: a.found,
+        "psnr": lambda a: a.psnr,
+    }
+    low, high = case.bounds()
+    arrays = {f"{what}|{key}": torch.cat([f(a) for a in made])[:few] for key, f in kept.items()}
+    return {k: v.cpu().float().numpy() for k, v in arrays.items()} | {"range": torch.tensor([low, high]).numpy()}

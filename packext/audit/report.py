@@ -1,0 +1,376 @@
+"""The report: `audit.json`, one HTML file that needs no network, and its pictures as PNGs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packext.audit.findings import percent, whole
+from packext.audit.section import Section
+
+try:
+    from packext.audit.pictures import pictures
+except ImportError:
+    raise ImportError("The pictures of an audit are drawn by matplotlib: pip install 'packext[audit]'.") from None
+
+if TYPE_CHECKING:
+    from packext.audit._run import Audit
+
+TITLES = {
+    "setting": "Threat model",
+    "integrity": "Is the model what it should be?",
+    "closed": "Closed forms: what needs no search",
+    "labels": "Labels",
+    "inversion": "Reconstruction of inputs",
+    "records": "Records that stand out",
+    "membership": "Membership",
+    "epsilon": "Differential privacy: claimed and measured",
+    "sweep": "What defences would change",
+}
+
+SAYS = {
+    "setting": "All numbers of this report are of this model, at this stage of its training, with this way of sharing.",
+    "integrity": "A malicious server can send a model whose normalisation fixes the features of every sample. That no "
+    "trace is found proves nothing.",
+    "closed": "Divisions, zero rows and spans of a layer's gradient. They cost nothing and are exact where they hold.",
+    "labels": "How often each class occurs in a batch, read off the last layer's gradient. A rule says something where "
+    "it beats guessing that all classes are as frequent.",
+    "inversion": "Inputs whose gradient is the one that was shared. A search that has not matched the gradient has "
+    "failed as a search, which is no protection; nothing matches a gradient that a defence has changed. An input "
+    "counts as recovered with a mean squared error below 1 % of the squared range (20 dB), and as recognised if it is "
+    "the nearest of the candidates.",
+    "records": "Leverage is how much of a sample's gradient the others' do not span; share, how large its own gradient "
+    "is next to that of its batch. Records that stand out are those that an update says most about.",
+    "membership": "Scores that tell who was trained on from who was not. What counts is the rate of true positives "
+    "where false ones are few, more than the area.",
+    "epsilon": "A lower bound above the claim shows a bug. One below it proves nothing.",
+    "sweep": "The same attacks on defended gradients; reconstruction is of one sample by itself, by the better of the "
+    "searches, of which Inverting Gradients is blind to clipping. Levels fit the gradient at this stage of the "
+    "training. The time is that of one call on this machine; for clipping it includes a copy of the model that is made "
+    "and probed each time, which a training does once.",
+}
+
+
+def write(audit: Audit, out: Path) -> Path:
+    """Write all files.
+
+    Args:
+        audit: all sections.
+        out: folder, which is created.
+
+    Returns:
+        The path of `audit.html`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    figures = {}
+    for name, figure in pictures(audit).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=150, format="png")
+        figures[name] = buffer.getvalue()
+        (out / f"{name}.png").write_bytes(figures[name])
+    (out / "audit.json").write_text(json.dumps(audit.to_json(), indent=1, allow_nan=False) + "\n", "utf-8")
+    file = out / "audit.html"
+    file.write_text(page(audit, figures), "utf-8")
+    return file
+
+
+def page(audit: Audit, figures: dict[str, bytes]) -> str:
+    """Put the page together.
+
+    Args:
+        audit: all sections.
+        figures: PNGs by section.
+
+    Returns:
+        HTML.
+    """
+    css = files("packext.audit").joinpath("audit.css").read_text("utf-8")
+    s = audit.setting
+    cards = "".join(
+        f'<article class="finding {f.severity}"><span class="tag">{f.severity}</span><h3>{escape(f.title)}</h3>'
+        f"<p>{escape(f.evidence)}</p>"
+        f'<p class="advice">{escape(f.advice)} <a href="#{f.section}">Numbers</a></p></article>'
+        for f in audit.findings
+    )
+    sections = "".join(_section(name, audit, figures.get(name)) for name in TITLES)
+    end = [s.date, f"packext {s.versions.get('packext')}", f"torch {s.versions.get('torch')}"]
+    end += [f"model {s.fingerprint[:16]}", f"{sum(getattr(audit, name).seconds for name in TITLES):.0f} s"]
+    title = f"What the gradients of this {escape(s.model)} give away"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} - packext</title>
+<link rel="icon" href="data:,">
+<style>{css}</style>
+</head>
+<body>
+<header>
+<h1>{title}</h1>
+<p>Shared is {escape(s.shared)}. The server is {escape(s.server)}. {escape(_stage(audit))}</p>
+</header>
+<p class="rule">An attack that succeeds proves that this much is given away. One that fails proves nothing: an attacker
+has more time, and other attacks.</p>
+<section id="findings"><h2>Findings</h2>{cards}</section>
+{sections}
+<footer>{escape(" · ".join(end))}</footer>
+</body>
+</html>
+"""
+
+
+def _stage(audit: Audit) -> str:
+    stage = audit.setting.training_stage
+    parts = [f"{k} {100 * v:.1f} %" if k.startswith("accuracy") else f"{k} {v:.3g}" for k, v in stage.items()]
+    return ("Now: " + ", ".join(parts) + ".") if parts else ""
+
+
+def _section(name: str, audit: Audit, png: bytes | None) -> str:
+    section: Section = getattr(audit, name)
+    parts = [f'<section id="{name}"><h2>{TITLES[name]}</h2><p class="says">{SAYS[name]}</p>']
+    if png is not None:
+        parts.append(f'<img alt="{TITLES[name]}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
+    parts.append(TABLES[name](section))
+    if section.absent:
+        items = "".join(
+            f"<li><b>{escape(k)}</b>: not measured, because {escape(_because(v))}</li>"
+            for k, v in section.absent.items()
+        )
+        parts.append(f'<ul class="absent">{items}</ul>')
+    if section.threats:
+        by_threat: dict[Any, list[str]] = {}
+        for attack, threat in section.threats.items():
+            by_threat.setdefault(threat, []).append(attack)
+        rows = [
+            [", ".join(attacks), threat.sees, threat.knows, threat.server, threat.assumes]
+            for threat, attacks in by_threat.items()
+        ]
+        table_ = table(["attack", "sees", "knows", "server", "assumes"], rows)
+        parts.append(f"<details><summary>Who attacks</summary>{table_}</details>")
+    return "".join([*parts, "</section>"])
+
+
+def _because(reason: str) -> str:
+    return reason if not reason[:1].isupper() or reason[1:2].isupper() else reason[0].lower() + reason[1:]
+
+
+def table(head: list[str], rows: Iterable[list[Any]]) -> str:
+    """As HTML; numbers to the right.
+
+    Args:
+        head: names of the columns.
+        rows: of strings, numbers and None.
+
+    Returns:
+        An element.
+    """
+    lines = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    names = "".join(f"<th>{escape(h)}</th>" for h in head)
+    return f'<div class="scroll"><table><tr>{names}</tr>{lines}</table></div>' if lines else ""
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return '<td class="number quiet">–</td>'
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (
+            f'<td class="number">{value:.3g}</td>' if isinstance(value, float) else f'<td class="number">{value}</td>'
+        )
+    return f"<td>{escape(str(value))}</td>"
+
+
+def _rate(value: Any) -> str | None:
+    return None if value is None else percent(value)
+
+
+def _setting(s: Any) -> str:
+    rows = [
+        ["shared", s.shared],
+        ["server", s.server],
+        ["samples behind what it sees", s.behind],
+        ["model", f"{s.model}, {s.parameters} trained parameters, {s.dtype}, mode {s.mode}"],
+        ["BatchNorm", s.batchnorm],
+        ["loss", s.loss_fn],
+        ["stage of the training", ", ".join(f"{k} {v:.4g}" for k, v in s.training_stage.items())],
+        ["data", f"{s.members} members, {s.heldout} held out"],
+        ["SHA-256 of model", s.fingerprint],
+        ["versions", ", ".join(f"{k} {v}" for k, v in s.versions.items())],
+    ]
+    return (
+        table(["", ""], rows) + f"<details><summary>Architecture</summary><pre>{escape(s.architecture)}</pre></details>"
+    )
+
+
+def _integrity(s: Any) -> str:
+    if s.feature_variance is None:
+        return ""
+    verdict = "; ".join(s.reasons) if s.reasons else "no trace"
+    rows = [
+        ["traces of a fishing model", verdict],
+        ["relative variance of the last layer's input", float(s.feature_variance)],
+        ["second singular value of the last layer's gradient, over the first", s.rank_ratio],
+        ["parameters without gradient", ", ".join(s.without_gradient) or "none"],
+        ["normalisations with scale zero", ", ".join(s.zero_scales) or "none"],
+    ]
+    return table(["", f"of {s.samples} members"], rows)
+
+
+def _closed(s: Any) -> str:
+    layers = [
+        [
+            r.name + (" (sees the inputs)" if r.is_input else ""),
+            f"{r.features} → {r.outputs}",
+            r.inputs,
+            _rate(r.divided),
+            _rate(r.alone),
+            r.rank,
+            _rate(r.spanned),
+            None if r.false_alarms is None else f"{whole(r.false_alarms)}",
+        ]
+        for r in s.layers
+    ]
+    head = [
+        "layer",
+        "size",
+        "inputs",
+        "by bias division",
+        "one sample by itself",
+        "rank",
+        "in the span",
+        "others in it",
+    ]
+    tokens = [[e.name, e.vocabulary, e.tokens, _rate(e.found)] for e in s.embeddings]
+    return table(head, layers) + table(
+        ["embedding", "vocabulary", "tokens in a batch", "batches named exactly"], tokens
+    )
+
+
+def _labels(s: Any) -> str:
+    rows = [
+        [r.rule, _rate(r.accuracy), _rate(r.exact), r.draws] for r in sorted(s.rules, key=lambda r: -r.accuracy.value)
+    ]
+    if s.guess is not None:
+        rows.append(["guessing", f"{whole(s.guess)}", None, None])
+    if s.identity is not None:
+        rows.append(["identity (knows the probabilities: the bound)", f"{whole(s.identity)}", None, None])
+    found = table(["rule", "labels counted", "all counts exact", "messages"], rows)
+    if s.clients_exact is not None:
+        found += table(
+            ["a malicious server, one normalisation layer changed", "clients", "can tell apart", "doubt"],
+            [[f"all counts exact for {percent(s.clients_exact)} of the clients", s.cohort, s.capacity, s.doubt]],
+        )
+    return found
+
+
+def _inversion(s: Any) -> str:
+    head = [
+        "search",
+        "samples",
+        "recovered",
+        "recognised",
+        "PSNR mean",
+        "worst",
+        "best",
+        "labels",
+        "matched",
+        "objective",
+        "tried",
+    ]
+    rows = [
+        [
+            r.search,
+            r.samples,
+            _rate(r.recovered),
+            f"{percent(r.identified)} of {r.candidates}",
+            *(f"{v:.1f}" for v in (r.psnr, r.psnr_worst, r.psnr_best)),
+            "known" if r.labels is None else f"{whole(r.labels)}",
+            f"{r.matched} of {r.seeds}",
+            r.objective,
+            f"{r.seeds} × {r.restarts} × {r.iterations}",
+        ]
+        for r in s.searches
+    ]
+    return table(head, rows) + (
+        '<p class="says">PSNR in dB, of all samples. Matched: searches that have found inputs with the gradient that '
+        "was shared. Tried: seeds × restarts × iterations.</p>"
+        if rows
+        else ""
+    )
+
+
+def _records(s: Any) -> str:
+    rows = [
+        [r.index, r.label, r.loss, r.norm, r.leverage, None if r.share is None else f"{whole(r.share)}"]
+        for r in s.worst
+    ]
+    return table(["member", "label", "loss", "norm", "leverage", "share of its batch's gradient"], rows)
+
+
+def _membership(s: Any) -> str:
+    rows = [
+        [
+            r.score,
+            f"{r.auc.value:.3f} ({r.auc.low:.3f} to {r.auc.high:.3f})",
+            _rate(r.tpr_001),
+            _rate(r.tpr_01),
+            r.advantage,
+        ]
+        for r in s.scores
+    ]
+    if s.bound is not None:
+        rows.append(["largest advantage of any threshold on the loss", None, None, None, s.bound])
+        rows.append(["what chance stays below in 95 %", None, None, None, s.bound_by_chance])
+    head = ["score", "area under ROC", "true positives at 0.1 %", "at 1 %", "advantage"]
+    return table(head, rows)
+
+
+def _epsilon(s: Any) -> str:
+    if s.claimed is None and s.measured is None:
+        return ""
+    rows = [["claimed", s.claimed, s.delta, None], ["at least, measured", s.measured, s.delta, None]]
+    if s.measured is not None:
+        rows[1][3] = (
+            f"{s.correct} of {s.guesses} guesses right, {s.canaries} canaries, {whole(s.confidence)} confidence"
+        )
+    return table(["", "epsilon", "delta", ""], rows)
+
+
+def _sweep(s: Any) -> str:
+    head = ["", "defence", "PSNR mean", "best", "recovered", "labels", "by", "guessing", "cosine", "accuracy", "time"]
+    rows = [
+        [
+            str(k),
+            r.name,
+            None if r.psnr is None else f"{r.psnr:.1f}",
+            None if r.psnr_best is None else f"{r.psnr_best:.1f}",
+            f"{r.recovered} of {r.seeds}" if r.seeds else None,
+            None if r.labels is None else f"{whole(r.labels)}",
+            r.rule,
+            None if r.guess is None else f"{whole(r.guess)}",
+            r.signal,
+            None if r.accuracy is None else f"{whole(r.accuracy)}",
+            None if r.time is None else f"× {r.time:.1f}",
+        ]
+        for k, r in enumerate(s.rows)
+    ]
+    return table(head, rows)
+
+
+TABLES = {
+    "setting": _setting,
+    "integrity": _integrity,
+    "closed": _closed,
+    "labels": _labels,
+    "inversion": _inversion,
+    "records": _records,
+    "membership": _membership,
+    "epsilon": _epsilon,
+    "sweep": _sweep,
+}

@@ -1,0 +1,257 @@
+"""What is to be audited: what leaves a client, the data, and how long the audit may take."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+import packext as px
+from packext.attacks import LocalSteps
+from packext.defences import Compose
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What leaves a client, and who sees it.
+
+    Attributes:
+        what: "gradient" (FedSGD), or "update" after local steps (FedAvg).
+        batch_size: samples of one gradient, or of one local step.
+        local_steps: of plain SGD, for an update.
+        lr: learning rate of the local steps.
+        samples: that a client holds for an update, taken `batch_size` at a time; one batch by default.
+        secure_aggregation: whether the server sees the mean over clients alone.
+        clients: in one aggregate.
+        server: "honest" if it follows the protocol and looks, "malicious" if it may send other models than agreed.
+        defence: what a client does before it sends: a callable from what would be shared to what is, as in
+            `packext.defences`; or one that takes the place of `packext.attacks.share`, as `packext.defences.Clipped`
+            does. None for nothing.
+        epsilon: that is claimed for the training, or None.
+        delta: that is claimed with it.
+        canaries: how the claim is measured: numbers `(correct, guesses, canaries)` of a run with canaries, or a
+            callable that makes such a run and returns them.
+    """
+
+    what: Literal["gradient", "update"] = "gradient"
+    batch_size: int = 8
+    local_steps: int = 1
+    lr: float | None = None
+    samples: int | None = None
+    secure_aggregation: bool = False
+    clients: int = 1
+    server: Literal["honest", "malicious"] = "honest"
+    defence: Callable[..., Any] | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    canaries: tuple[int, int, int] | Callable[[], tuple[int, int, int]] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        for name, allowed in (("what", ("gradient", "update")), ("server", ("honest", "malicious"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("batch_size", "local_steps", "clients"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if self.what == "gradient" and (self.local_steps > 1 or self.samples is not None):
+            raise ValueError('local_steps and samples belong to what="update"; a gradient is of one batch.')
+        if self.what == "update" and not (self.lr is not None and 0 < self.lr < math.inf):
+            raise ValueError(f"an update is of local steps with a learning rate: lr must be positive, got {self.lr}.")
+        if self.samples is not None and self.samples < self.batch_size:
+            raise ValueError(f"a client with {self.samples} samples has no batch of {self.batch_size}.")
+        if self.secure_aggregation and self.clients < 2:
+            raise ValueError("secure_aggregation hides a client among others: clients must be 2 or more.")
+        if self.epsilon is not None and (not self.epsilon >= 0 or self.delta is None or not 0 <= self.delta < 1):
+            raise ValueError(
+                f"a claim needs epsilon >= 0 and 0 <= delta < 1, got epsilon={self.epsilon}, delta={self.delta}."
+            )
+        if self.canaries is not None and self.delta is None:
+            raise ValueError("canaries measure epsilon at a delta: pass delta= as well.")
+        if self.defence is not None:
+            in_place(self.defence)
+
+    @property
+    def held(self) -> int:
+        """Samples behind what one client sends."""
+        return self.batch_size if self.samples is None else self.samples
+
+    @property
+    def behind(self) -> int:
+        """Samples behind what the server sees of one round."""
+        return self.held * (self.clients if self.secure_aggregation else 1)
+
+    @property
+    def local(self) -> LocalSteps | None:
+        """Local steps, where there are several: one is a gradient times the learning rate."""
+        if self.what == "gradient" or (self.local_steps == 1 and self.held == self.batch_size):
+            return None
+        return LocalSteps(self.local_steps, float(self.lr or 0.0), self.batch_size)
+
+    def words(self) -> dict[str, Any]:
+        """The settings as they are compared and written."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return named | {"defence": name_of(self.defence), "canaries": name_of(self.canaries)}
+
+
+def in_place(defence: Callable[..., Any]) -> bool:
+    """Whether a defence takes the place of `share` (model, loss, x, y), and not its result.
+
+    Args:
+        defence: of a client.
+
+    Returns:
+        True for one such as `Clipped`, False for one such as `Pruning`.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    needed = -1
+    if callable(defence):
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(defence).parameters.values()
+        needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+    if needed not in (1, 4):
+        raise ValueError(
+            f"a defence is called with what is shared, or with (model, loss_fn, x, y) as packext.attacks.share is; "
+            f"{defence!r} is neither."
+        )
+    return needed == 4
+
+
+def fresh(defence: Any, draw: int) -> Any:
+    """A defence as a client has it that sends for the first time: nothing held back, and noise of its own.
+
+    Args:
+        defence: as given; stays as it is.
+        draw: another one gives other noise.
+
+    Returns:
+        A copy.
+    """
+    if isinstance(defence, Compose):
+        return Compose(*[fresh(d, draw) for d in defence.defences])
+    made = copy.deepcopy(defence)
+    if is_dataclass(made) and any(f.name == "seed" for f in fields(made)):
+        made = replace(made, seed=made.seed + draw)  # type: ignore[attr-defined, type-var]
+    return made
+
+
+def name_of(value: Any) -> Any:
+    """A name that is the same in the next process, which the default repr of a function or an object is not."""
+    if isinstance(value, Compose):
+        return " + ".join(name_of(d) for d in value.defences)
+    if value is None or isinstance(value, tuple) or is_dataclass(value):
+        return repr(value) if value is not None else None
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the audit is made with.
+
+    Attributes:
+        members: inputs `[N, ...]` and labels `[N, ...]` that the model is trained on, and clients send gradients of.
+        heldout: of the same kind, not trained on; None if there are none.
+        auxiliary: inputs `[M, ...]` that an attacker has of the same kind: candidates among which a reconstruction is
+            to be recognised.
+    """
+
+    members: tuple[Tensor, Tensor]
+    heldout: tuple[Tensor, Tensor] | None = None
+    auxiliary: Tensor | None = None
+
+    @classmethod
+    def of(cls, data: Any) -> Data:
+        """Check it, or make it of a pair `(x, y)` of members.
+
+        Args:
+            data: a pair, or a `Data`.
+
+        Returns:
+            Data whose parts fit each other.
+
+        Raises:
+            PackextError: if something is empty, has another shape or length, or is not finite.
+        """
+        made = data if isinstance(data, cls) else cls(data)
+        for name in ("members", "heldout"):
+            pair = getattr(made, name)
+            if pair is None and name == "heldout":
+                continue
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
+                raise px.PackextError(f"{name} must be a pair of tensors (x, y), got {type(pair).__name__}.")
+            x, y = pair
+            if not x.dim() or not y.dim() or len(x) != len(y) or not len(x):
+                raise px.PackextError(
+                    f"{name}: inputs {list(x.shape)} and labels {list(y.shape)} must have the same number of samples."
+                )
+            _finite(x, f"inputs of {name}")
+            _finite(y, f"labels of {name}")
+        x = made.members[0]
+        others = {"heldout": made.heldout[0] if made.heldout else None, "auxiliary": made.auxiliary}
+        for name, other in others.items():
+            if other is not None and (other.shape[1:] != x.shape[1:] or other.dtype != x.dtype or not len(other)):
+                raise px.PackextError(
+                    f"{name} has inputs {list(other.shape)} of {other.dtype}, and members {list(x.shape)} of {x.dtype}."
+                )
+        if made.auxiliary is not None:
+            _finite(made.auxiliary, "auxiliary")
+        return made
+
+
+def _finite(value: Tensor, name: str) -> None:
+    bad = (~value.isfinite()).flatten(1).any(1) if value.dim() > 1 else ~value.isfinite()
+    if bad.any():
+        raise px.PackextError(f"{name}: samples {bad.nonzero().flatten()[:10].tolist()} are not finite.")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much an audit tries. Loops end early when the time is over, and the report says how far they came.
+
+    Attributes:
+        seconds: for all sections; each has a share, and makes one attempt at least.
+        draws: batches for label rules and closed forms.
+        seeds: of reconstructions, each of another batch.
+        restarts: of each search.
+        iterations: of L-BFGS (Adam makes ten times as many).
+        shadows: models of LiRA.
+    """
+
+    seconds: float
+    draws: int = 20
+    seeds: int = 10
+    restarts: int = 2
+    iterations: int = 100
+    shadows: int = 16
+
+    @classmethod
+    def of(cls, budget: str | float | Budget) -> Budget:
+        """By name or seconds.
+
+        Args:
+            budget: "quick" (about 20 seconds on a small model), "full" (up to half an hour), or a number of seconds.
+
+        Returns:
+            The budget.
+
+        Raises:
+            ValueError: if it is none of these.
+        """
+        if isinstance(budget, cls):
+            return budget
+        if budget == "quick":
+            return cls(20.0, draws=8, seeds=4, restarts=1, iterations=30, shadows=4)
+        if budget == "full":
+            return cls(1800.0, draws=50, seeds=20, restarts=4, iterations=300, shadows=32)
+        if isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0 < budget < math.inf:
+            return cls(float(budget))
+        raise ValueError(f'budget must be "quick", "full" or a positive number of seconds, got {budget!r}.')

@@ -1,0 +1,240 @@
+"""What defences would change: leakage, next to what is left of the training, next to time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+
+import packext as px
+from packext.attacks import Shared, count_accuracy, guessed
+from packext.audit.case import Case, Clock, Utility
+from packext.audit.inversion import RECOVERED, affordable, attempt, searchable, searches_for, seeded
+from packext.audit.labels import rules_for
+from packext.audit.section import Section
+from packext.audit.sharing import fresh, in_place, name_of
+from packext.defences import Clipped, GaussianNoise, Pruning, Quantisation
+
+#: Batches for labels and for the direction of the gradient; alternations for its time, within a second or so.
+DRAWS, TURNS = 5, 40
+
+
+@dataclass
+class Defended:
+    """One defence.
+
+    Attributes:
+        name: what the client does.
+        labels: share of the labels that the best rule counts at the real batch size, mean over draws.
+        rule: which one.
+        guess: of the same labels.
+        psnr: in dB, of one sample by itself, the better of the searches, mean over seeds.
+        psnr_best: the attacker's best seed.
+        recovered: seeds whose input was recovered to 20 dB.
+        seeds: searched.
+        signal: cosine of what is shared and the undefended gradient, at the real batch size, mean over draws.
+        accuracy: of a training with the defence; None if no way to train was given.
+        time: that a client takes, over the time without a defence; median of alternations.
+    """
+
+    name: str
+    labels: float | None = None
+    rule: str | None = None
+    guess: float | None = None
+    psnr: float | None = None
+    psnr_best: float | None = None
+    recovered: int = 0
+    seeds: int = 0
+    signal: float | None = None
+    accuracy: float | None = None
+    time: float | None = None
+
+
+@dataclass(kw_only=True)
+class Sweep(Section):
+    """Defences next to each other.
+
+    Attributes:
+        rows: of defences, the first without one.
+        iterations: of the searches, of which the better counts.
+    """
+
+    rows: list[Defended] = field(default_factory=list)
+    iterations: dict[str, int] = field(default_factory=dict)
+
+
+def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
+    """Attack several defences.
+
+    Args:
+        case: model, data and sharing.
+        clock: of the section.
+        utility: trains with a way to share, called as `packext.attacks.share`, and returns the accuracy.
+
+    Returns:
+        A row for each defence.
+    """
+    found = Sweep()
+    if utility is None:
+        found.absent["accuracy"] = "no way to train with a defence was given: pass utility="
+    defences: dict[str, Any] = {}
+    with found.unless_refused("defences"):
+        defences = candidates(case)
+    base: dict[str, Any] = {"nothing": lambda shared: shared}
+    every = base | defences
+    for k, (name, defence) in enumerate(every.items()):
+        clock.tell(k / len(every) / 2)
+        row = Defended(name)
+        with found.unless_refused(f"{name}: signal and time"):
+            row.signal, row.time = _signal(case, defence), _time(case, defence)
+        with found.unless_refused(f"{name}: labels"):
+            _labels(case, defence, row)
+        if utility is not None:
+            with found.unless_refused(f"{name}: accuracy"):
+                row.accuracy = float(utility(local(defence)))
+        found.rows.append(row)
+    with found.unless_refused("reconstruction"):
+        searchable(case)
+        rest = Clock(max(clock.seconds / 2, clock.left), lambda done: clock.tell(0.5 + done / 2))
+        _reconstruct(case, rest, every, found)
+    clock.tell(1.0)
+    return found
+
+
+def candidates(case: Case) -> dict[str, Any]:
+    """Defences at levels that fit the model's own gradient.
+
+    Args:
+        case: model, data and sharing.
+
+    Returns:
+        The audited one, if there is one, and others, by name.
+
+    Raises:
+        PackextError: if the gradient is zero.
+    """
+    index = case.draw(50, case.sharing.held)
+    sent = case.client(case.x[index], case.y[index], defended=False)
+    whole = torch.cat([g.flatten().double() for g in sent.gradient.values()])
+    rms = float(whole.square().mean().sqrt())
+    one = case.draw(51, min(32, len(case.x)))
+    norms = [
+        math.sqrt(
+            sum(
+                float(g.double().square().sum())
+                for g in case.client(case.x[i : i + 1], case.y[i : i + 1], defended=False).gradient.values()
+            )
+        )
+        for i in one.tolist()
+    ]
+    clip = statistics.median(norms)
+    if not rms > 0 or not clip > 0:
+        raise px.PackextError("the gradient is zero: defences have nothing to defend.")
+    found: dict[str, Any] = {}
+    if case.sharing.defence is not None:
+        found[f"as audited: {name_of(case.sharing.defence)}"] = case.sharing.defence
+    found |= {f"noise of {level:g} x RMS": GaussianNoise(level * rms, seed=case.seed) for level in (0.1, 1.0)}
+    found |= {"pruning 90 %": Pruning(0.9), "8 bits": Quantisation("int8")}
+    found |= {
+        f"clip {clip:.2g}" + (f", noise x {noise:g}" if noise else ""): Clipped(clip, noise, seed=case.seed)
+        for noise in (0.0, 0.1, 1.0)
+    }
+    return found
+
+
+def local(defence: Any) -> Callable[..., Shared]:
+    """A way to share, called as `packext.attacks.share`, with a defence that remembers as a client's does.
+
+    Args:
+        defence: of either kind.
+
+    Returns:
+        The way.
+    """
+    from packext.attacks import share
+
+    own = fresh(defence, 0)
+    return own if in_place(defence) else lambda *args: own(share(*args))
+
+
+def _signal(case: Case, defence: Any) -> float:
+    cosines = []
+    for k in range(DRAWS):
+        index = case.draw(60 + k, case.sharing.behind)
+        x, y = case.x[index], case.y[index]
+        pair = case.message(x, y, defence=defence), case.message(x, y, defended=False)
+        a, b = (torch.cat([g.flatten().double() for g in s.gradient.values()]) for s in pair)
+        cosines.append(float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300)))
+    return statistics.mean(cosines)
+
+
+def _time(case: Case, defence: Any) -> float:
+    """Median of ratios of neighbours in time."""
+    index = case.draw(70, case.sharing.held)
+    x, y = case.x[index], case.y[index]
+    ratios: list[float] = []
+    clock = Clock(1.0)
+    while clock.go_on(len(ratios), TURNS) or len(ratios) < 3:
+        seconds = []
+        for how in ({"defended": False}, {"defence": defence}):
+            start = perf_counter()
+            case.client(x, y, **how)
+            seconds.append(perf_counter() - start)
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios[1:])  # the first calls do what is done once
+
+
+def _labels(case: Case, defence: Any, row: Defended) -> None:
+    scores: dict[str, list[float]] = {}
+    guesses = []
+    rules = rules_for(case, {})
+    for k in range(DRAWS):
+        index = case.draw(80 + k, case.sharing.behind)
+        x, y = case.x[index], case.y[index]
+        message = case.as_gradient(case.message(x, y, defence=defence))
+        guesses.append(guessed(y, case.classes))
+        for name, rule in rules.items():
+            try:
+                scores.setdefault(name, []).append(count_accuracy(rule(case.model, message), y))
+            except px.PackextError:
+                scores.pop(name, None)
+    means = {name: statistics.mean(v) for name, v in scores.items() if len(v) == DRAWS}
+    row.rule = max(means, key=lambda name: means[name]) if means else None
+    row.labels = means[row.rule] if row.rule else None
+    row.guess = statistics.mean(guesses)
+
+
+def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) -> None:
+    """Searches on a message of one sample, for each defence in turn, so that all have seen the same seeds.
+
+    Only those that get anywhere without a defence go on, and the one that is blind to a factor, such as clipping is.
+    """
+    planned = min(5, case.budget.seeds)
+    seconds = clock.seconds / (len(every) * min(3, planned))
+    searches = {name: affordable(case, a, 1, seconds) for name, a in searches_for(case, found.absent).items()}
+    x, y = (t[case.draw(100, 1)] for t in (case.x, case.y))
+    plain = case.client(x, y, defended=False)
+    reached = {name: float(attempt(case, seeded(a, case.seed), plain, x, y).psnr) for name, a in searches.items()}
+    kept = {max(reached, key=lambda name: reached[name]), *(n for n, a in searches.items() if not isinstance(a, tuple))}
+    searches = {name: a for name, a in searches.items() if name in kept}
+    found.iterations = {name: (a[0] if isinstance(a, tuple) else a).iterations for name, a in searches.items()}
+    ratios: dict[str, list[float]] = {name: [] for name in every}
+    seed = 0
+    while clock.go_on(seed, planned):
+        x, y = (t[case.draw(100 + seed, 1)] for t in (case.x, case.y))
+        for name, defence in every.items():
+            with found.unless_refused(f"{name}: reconstruction"):
+                message = case.client(x, y, defence=defence)
+                tried = [attempt(case, seeded(a, case.seed + 1000 * seed), message, x, y) for a in searches.values()]
+                ratios[name].append(max(float(one.psnr) for one in tried))
+        seed += 1
+    for row in found.rows:
+        seen = ratios[row.name]
+        if seen:
+            row.psnr, row.psnr_best, row.seeds = statistics.mean(seen), max(seen), len(seen)
+            row.recovered = sum(p > -10 * math.log10(RECOVERED) for p in seen)

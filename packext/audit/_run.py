@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -105,7 +104,7 @@ def run(
     data: Any,
     sharing: Sharing | None = None,
     *,
-    budget: str | float | Budget = "quick",
+    budget: str | float | int | Budget = "quick",
     train: Train | None = None,
     utility: Utility | None = None,
     out: str | Path | None = None,
@@ -157,25 +156,20 @@ def run(
     }
     made: dict[str, Any] = {}
     before, devices = 0.0, [case.x.device] if case.x.device.type == "cuda" else []
-    numbers = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            for name, (kind, share) in SECTIONS.items():
-                torch.manual_seed(seed)
-                done = store.read(name, kind) if store else None
-                if done is None:
-                    tell = _teller(progress, name, before, share)
-                    tell(0.0)
-                    start = perf_counter()
-                    done = makers[name](case, Clock(share * case.budget.seconds, tell))
-                    done.seconds = perf_counter() - start
-                    if store:
-                        store.write(name, done)
-                made[name] = done
-                before += share
-    finally:
-        random.setstate(numbers[0])
-        np.random.set_state(numbers[1])
+    with torch.random.fork_rng(devices):
+        for name, (kind, share) in SECTIONS.items():
+            torch.manual_seed(seed)
+            done = store.read(name, kind) if store else None
+            if done is None:
+                tell = _teller(progress, name, before, share)
+                tell(0.0)
+                start = perf_counter()
+                done = makers[name](case, Clock(share * case.budget.seconds, tell))
+                done.seconds = perf_counter() - start
+                if store:
+                    store.write(name, done)
+            made[name] = done
+            before += share
     audit = Audit(**made)
     audit.findings = findings(audit)
     if progress is not None:

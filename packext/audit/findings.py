@@ -50,7 +50,7 @@ def findings(audit: Audit) -> list[Finding]:
     Returns:
         Findings, the most severe first.
     """
-    parts = (_integrity, _epsilon, _closed, _inversion, _aggregation, _labels, _membership, _records, _sweep)
+    parts = (_integrity, _epsilon, _inversion, _closed, _aggregation, _labels, _membership, _records, _sweep)
     found = [finding for part in parts for finding in part(audit)]
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
 

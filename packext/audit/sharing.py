@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -38,14 +38,14 @@ class Sharing:
             callable that makes such a run and returns them.
     """
 
-    what: Literal["gradient", "update"] = "gradient"
+    what: str = "gradient"
     batch_size: int = 8
     local_steps: int = 1
     lr: float | None = None
     samples: int | None = None
     secure_aggregation: bool = False
     clients: int = 1
-    server: Literal["honest", "malicious"] = "honest"
+    server: str = "honest"
     defence: Callable[..., Any] | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -234,7 +234,7 @@ class Budget:
     shadows: int = 16
 
     @classmethod
-    def of(cls, budget: str | float | Budget) -> Budget:
+    def of(cls, budget: str | float | int | Budget) -> Budget:
         """By name or seconds.
 
         Args:

@@ -20,7 +20,7 @@ from packext.audit.section import Section
 from packext.audit.sharing import fresh, in_place, name_of
 from packext.defences import Clipped, GaussianNoise, Pruning, Quantisation
 
-#: Batches for labels and for the direction of the gradient; alternations for its time, within a second or so.
+#: Batches for labels and for the direction of the gradient; alternations for its time, within 0.25 s or so.
 DRAWS, TURNS = 5, 40
 
 
@@ -82,9 +82,7 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
     found = Sweep()
     if utility is None:
         found.absent["accuracy"] = "no way to train with a defence was given: pass utility="
-    defences: dict[str, Any] = {}
-    with found.unless_refused("defences"):
-        defences = candidates(case)
+    defences = candidates(case, found)
     base: dict[str, Any] = {"nothing": lambda shared: shared}
     every = base | defences
     for k, (name, defence) in enumerate(every.items()):
@@ -106,45 +104,34 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
     return found
 
 
-def candidates(case: Case) -> dict[str, Any]:
+def candidates(case: Case, found: Sweep) -> dict[str, Any]:
     """Defences at levels that fit the model's own gradient.
 
     Args:
         case: model, data and sharing.
+        found: where it is noted why there are none of a kind.
 
     Returns:
         The audited one, if there is one, and others, by name.
-
-    Raises:
-        PackextError: if the gradient is zero.
     """
-    index = case.draw(50, case.sharing.held)
-    sent = case.client(case.x[index], case.y[index], defended=False)
-    whole = torch.cat([g.flatten().double() for g in sent.gradient.values()])
-    rms = float(whole.square().mean().sqrt())
-    one = case.draw(51, min(32, len(case.x)))
-    norms = [
-        math.sqrt(
-            sum(
-                float(g.double().square().sum())
-                for g in case.client(case.x[i : i + 1], case.y[i : i + 1], defended=False).gradient.values()
-            )
-        )
-        for i in one.tolist()
-    ]
-    clip = statistics.median(norms)
-    if not rms > 0 or not clip > 0:
-        raise px.PackextError("the gradient is zero: defences have nothing to defend.")
-    found: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     if case.sharing.defence is not None:
-        found[f"as audited: {name_of(case.sharing.defence)}"] = case.sharing.defence
-    found |= {f"noise of {level:g} x RMS": GaussianNoise(level * rms, seed=case.seed) for level in (0.1, 1.0)}
-    found |= {"pruning 90 %": Pruning(0.9), "8 bits": Quantisation("int8")}
-    found |= {
-        f"clip {clip:.2g}" + (f", noise x {noise:g}" if noise else ""): Clipped(clip, noise, seed=case.seed)
-        for noise in (0.0, 0.1, 1.0)
-    }
-    return found
+        made[f"as audited: {name_of(case.sharing.defence)}"] = case.sharing.defence
+    index = case.draw(50, case.sharing.held)
+    whole = _flat(case.client(case.x[index], case.y[index], defended=False))
+    rms = float(whole.square().mean().sqrt())
+    made |= {f"noise of {level:g} x RMS": GaussianNoise(level * rms, seed=case.seed) for level in (0.1, 1.0)}
+    made |= {"pruning 90 %": Pruning(0.9), "8 bits": Quantisation("int8")}
+    with found.unless_refused("clipping"):
+        each = [case.client(case.x[i, None], case.y[i, None], defended=False) for i in case.draw(51, 32).tolist()]
+        clip = statistics.median(float(_flat(one).norm()) for one in each)
+        for noise in (0.0, 0.1, 1.0):
+            made[f"clip {clip:.2g}" + (f", noise x {noise:g}" if noise else "")] = Clipped(clip, noise, seed=case.seed)
+    return made
+
+
+def _flat(shared: Shared) -> torch.Tensor:
+    return torch.cat([g.flatten().double() for g in shared.gradient.values()])
 
 
 def local(defence: Any) -> Callable[..., Shared]:
@@ -168,7 +155,7 @@ def _signal(case: Case, defence: Any) -> float:
         index = case.draw(60 + k, case.sharing.behind)
         x, y = case.x[index], case.y[index]
         pair = case.message(x, y, defence=defence), case.message(x, y, defended=False)
-        a, b = (torch.cat([g.flatten().double() for g in s.gradient.values()]) for s in pair)
+        a, b = map(_flat, pair)
         cosines.append(float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300)))
     return statistics.mean(cosines)
 
@@ -178,7 +165,7 @@ def _time(case: Case, defence: Any) -> float:
     index = case.draw(70, case.sharing.held)
     x, y = case.x[index], case.y[index]
     ratios: list[float] = []
-    clock = Clock(1.0)
+    clock = Clock(0.25)
     while clock.go_on(len(ratios), TURNS) or len(ratios) < 3:
         seconds = []
         for how in ({"defended": False}, {"defence": defence}):

@@ -1,0 +1,539 @@
+"""The audit: planted leaks are reported, what is undefined is said to be, and nothing is touched."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext import _cli, attacks, defences, demo
+from packext.audit import Budget, Data, Interval, Sharing, run
+from packext.audit.case import Case, Clock
+from packext.audit.closed import divided
+from packext.audit.findings import beyond
+from packext.audit.inversion import inversion
+from packext.audit.labels import labels
+from packext.audit.records import membership, records, roc
+from packext.audit.section import plain, restored
+from packext.audit.setting import integrity
+from packext.audit.sharing import fresh, name_of
+from packext.audit.sweep import sweep
+
+FEW = Budget(1e6, draws=2, seeds=1, restarts=1, iterations=2, shadows=4)
+LOSS = nn.CrossEntropyLoss()
+
+
+def images(n: int = 40, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 1, 4, 4, generator=generator), torch.randint(classes, (n,), generator=generator)
+
+
+def linear(classes: int = 5, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, classes))
+
+
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 12), nn.BatchNorm1d(12),
+        nn.ReLU(), nn.Linear(12, 5),
+    )  # fmt: skip
+
+
+def case(model: nn.Module | None = None, data: Any = None, sharing: Sharing | None = None, loss: Any = LOSS) -> Case:
+    return Case(linear() if model is None else model, loss, data or images(), sharing or Sharing(), FEW)
+
+
+def titles(audit: px.audit.Audit, severity: str) -> str:
+    return " ".join(f.title for f in audit.findings if f.severity == severity)
+
+
+def flat(shared: attacks.Shared) -> Tensor:
+    return torch.cat([g.flatten().double() for g in shared.gradient.values()])
+
+
+@pytest.fixture(autouse=True)
+def short_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer draws for labels and direction, and fewer alternations for time."""
+    monkeypatch.setattr("packext.audit.sweep.DRAWS", 2)
+    monkeypatch.setattr("packext.audit.sweep.TURNS", 3)
+
+
+@pytest.fixture
+def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the longest section."""
+    monkeypatch.setattr("packext.audit._run.sweep", lambda *args: px.audit.Sweep())
+
+
+# The whole
+
+
+@pytest.mark.usefixtures("no_sweep")
+def test_a_biased_layer_and_one_sample_is_reported_as_exact(tmp_path: Path) -> None:
+    audit = run(linear(), LOSS, images(), Sharing(batch_size=1), budget=FEW, out=tmp_path)
+    (layer,) = audit.closed.layers
+    assert layer.is_input and layer.divided is not None and layer.divided.value == 1.0 and layer.rank == 1.0
+    assert audit.findings[0].severity == "high" and "the clients' inputs themselves" in titles(audit, "high")
+    rules = {r.rule: r for r in audit.labels.rules}
+    assert rules["iDLG"].accuracy.value == 1.0 and audit.labels.identity == 1.0
+    page = (tmp_path / "audit.html").read_text()
+    assert "the clients&#x27; inputs themselves" in page and page.count("data:image/png;base64") == 3
+    assert "http" not in page and "<script" not in page  # it opens without a network
+    assert (tmp_path / "inversion.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "audit.json").read_text())
+    assert written == audit.to_json() and written["sections"]["closed"]["layers"][0]["divided"]["value"] == 1.0
+
+
+@pytest.mark.usefixtures("no_sweep")
+def test_a_fishing_model_is_reported() -> None:
+    model, (x, y) = normed().eval(), images(80)
+    assert not integrity(case(model, (x, y)), Clock(1.0)).reasons
+    plan = attacks.SecureAggregationLabels().plan(model, x[:4], 4)
+    model.load_state_dict(plan.states[1], strict=False)
+    audit = run(model, LOSS, (x, y), Sharing(server="malicious"), budget=FEW)
+    assert audit.integrity.reasons and audit.findings[0].section == "integrity"
+    assert "bears the traces of a fishing model" in titles(audit, "high")
+
+
+@pytest.mark.usefixtures("no_sweep")
+def test_an_audit_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str, done: float) -> None:
+        if name == "inversion":
+            raise KeyboardInterrupt
+
+    data = Data(images(), images(seed=1))
+    with pytest.raises(KeyboardInterrupt):
+        run(linear(), LOSS, data, budget=FEW, out=tmp_path, progress=interrupt)
+    kept = {p.name for p in (tmp_path / "audit-sections").glob("*.json")}
+    assert kept == {"key.json", "setting.json", "integrity.json", "closed.json", "labels.json"}
+    whole = run(linear(), LOSS, data, budget=FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr("packext.audit._run.labels", lambda *args: pytest.fail("was done already"))
+        audit = run(linear(), LOSS, data, budget=FEW, out=tmp_path)
+        assert audit.labels.rules == whole.labels.rules and audit.inversion.searches == whole.inversion.searches
+        again = run(linear(), LOSS, data, budget=FEW, out=tmp_path)
+    assert again.to_json() == audit.to_json() and again.inversion.arrays.keys() == audit.inversion.arrays.keys()
+    for changed, what in (
+        ({"model": linear(seed=1)}, "model"),
+        ({"data": images(seed=3)}, "data"),
+        ({"sharing": Sharing(batch_size=4)}, "sharing"),
+        ({"seed": 1}, "seed"),
+    ):
+        arguments: dict[str, Any] = {"model": linear(), "data": data, "sharing": Sharing()} | changed
+        with pytest.raises(px.PackextError, match=f"something else: .*{what}.*fresh=True"):
+            run(loss_fn=LOSS, budget=FEW, out=tmp_path, **arguments)
+    (tmp_path / "mine.txt").write_text("stays")
+    other = run(linear(), LOSS, images(seed=3), budget=FEW, out=tmp_path, fresh=True)
+    assert other.setting.fingerprint == whole.setting.fingerprint and (tmp_path / "mine.txt").exists()
+
+
+def test_names_in_the_json_are_stable() -> None:
+    data = Data(images(), images(seed=1))
+    audit = run(linear(), LOSS, data, budget=FEW, train=lambda x, y: linear(), utility=lambda share: 0.5)
+    found = audit.to_json()
+    assert found["schema"] == px.audit.SCHEMA == 1
+    section = {"threats", "absent", "seconds"}
+    names = {
+        "setting": "shared server sharing behind model architecture fingerprint parameters batchnorm mode dtype "
+        "loss_fn members heldout training_stage versions date",
+        "integrity": "feature_variance rank_ratio without_gradient zero_scales reasons samples",
+        "closed": "layers embeddings draws samples",
+        "labels": "samples classes guess identity rules cohort capacity clients_exact rounds doubt",
+        "inversion": "searches planned",
+        "records": "samples batch worst norm_quantiles share_quantiles dominating suggested_clip norms leverages "
+        "indices",
+        "membership": "members others scores bound bound_by_chance shadows",
+        "epsilon": "claimed delta measured confidence correct guesses canaries",
+        "sweep": "rows iterations",
+    }
+    assert {k: set(v) for k, v in found["sections"].items()} == {k: set(v.split()) | section for k, v in names.items()}
+    rows = {
+        ("closed", "layers"): "name features outputs is_input inputs divided alone rank spanned false_alarms",
+        ("labels", "rules"): "rule accuracy exact over_guess draws",
+        ("inversion", "searches"): "search samples seeds restarts iterations recovered identified candidates mse "
+        "mse_best mse_worst psnr psnr_best psnr_worst labels matched objective",
+        ("records", "worst"): "index label loss norm leverage share",
+        ("membership", "scores"): "score auc tpr_001 tpr_01 advantage",
+        ("sweep", "rows"): "name labels rule guess psnr psnr_best recovered seeds signal accuracy time",
+    }
+    for (name, part), keys in rows.items():
+        assert set(found["sections"][name][part][0]) == set(keys.split()), (name, part)
+    assert set(found["findings"][0]) == {"severity", "section", "title", "evidence", "advice"}
+    order = [px.audit.findings.SEVERITIES.index(f["severity"]) for f in found["findings"]]
+    assert order == sorted(order)
+    for name in names:
+        made = getattr(audit, name)
+        back = restored(type(made), json.loads(json.dumps(plain(made), allow_nan=False)))
+        assert plain(back) == plain(made) and type(back) is type(made)
+    assert audit.membership.shadows == 4 and audit.sweep.rows[0].accuracy == 0.5
+    assert isinstance(audit.membership.scores[0].auc, Interval) and "MEDIUM" in str(audit)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_nothing_is_touched(mode: str) -> None:
+    model = getattr(normed(), mode)()
+    x, y = images()
+    LOSS(model(x), y).backward()
+    model[4].register_forward_hook(lambda module, args, out: None)
+    before = copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
+    state = torch.get_rng_state()
+    noise = defences.GaussianNoise(0.1)
+    held = copy.deepcopy(noise._generator.get_state())
+
+    def utility(share: Any) -> float:
+        torch.manual_seed(5)
+        return float(len(share(model, LOSS, x, y).gradient) > 0)
+
+    audit = run(model, LOSS, Data((x, y), images(seed=1)), Sharing(defence=noise), budget=FEW, utility=utility)
+    assert (
+        audit.sweep.rows[1].name.startswith("as audited: GaussianNoise(std=0.1") and audit.sweep.rows[1].accuracy == 1
+    )
+    assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before[1], strict=True))
+    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(noise._generator.get_state(), held)
+    assert not px.is_extended(model) and not px.is_extended(LOSS)
+    assert audit.setting.batchnorm == ("training" if mode == "train" else "evaluation")
+    if mode == "train":  # samples influence each other: they have no gradients of their own
+        assert "BatchNorm" in audit.records.absent["individual gradients"] and not audit.records.norms
+        assert audit.membership.scores  # of the trained model, in evaluation mode
+        assert any("clip" in k for k in audit.sweep.absent)
+
+
+# What leaves a client
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_mean_over_clients_is_the_gradient_of_all_samples(reduction: str) -> None:
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    seen = case(sharing=Sharing(batch_size=4, secure_aggregation=True, clients=3), loss=loss)
+    x, y = seen.x[:12], seen.y[:12]
+    torch.testing.assert_close(
+        flat(seen.message(x, y)), flat(attacks.share(linear(), loss, x, y)), rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("steps", "samples"), [(3, 4), (2, 8), (4, 8)])
+def test_an_update_is_a_gradient_to_first_order(reduction: str, steps: int, samples: int) -> None:
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    sharing = Sharing("update", batch_size=4, local_steps=steps, lr=1e-7, samples=samples)
+    seen = case(linear().double(), (images()[0].double(), images()[1]), sharing, loss)
+    x, y = seen.x[:samples], seen.y[:samples]
+    want = flat(attacks.share(seen.model, loss, x, y))
+    torch.testing.assert_close(flat(seen.as_gradient(seen.message(x, y))), want, rtol=1e-4, atol=1e-7)
+
+
+def test_a_defence_is_that_of_a_client_which_sends_for_the_first_time() -> None:
+    noise, top = defences.GaussianNoise(0.1, seed=3), defences.TopK(0.5)
+    seen = case(sharing=Sharing(defence=defences.Compose(noise, top)))
+    x, y = seen.x[:8], seen.y[:8]
+    first, second = (flat(seen.message(x, y)) for _ in range(2))
+    assert not torch.equal(first, second) and not top.residual
+    again = case(sharing=Sharing(defence=defences.Compose(noise, top)))
+    assert torch.equal(flat(again.message(x, y)), first)
+    assert torch.equal(flat(seen.message(x, y, defended=False)), flat(attacks.share(seen.model, LOSS, x, y)))
+    clipped = case(sharing=Sharing(defence=defences.Clipped(0.1)))
+    want = defences.Clipped(0.1)(clipped.model, LOSS, x, y)
+    assert torch.equal(flat(clipped.message(x, y)), flat(want))
+    assert fresh(None, 1) is None and name_of(len) == "builtins.len"
+    assert name_of(defences.Compose(noise, top)) == "GaussianNoise(std=0.1, seed=3) + TopK(share=0.5, residual={})"
+
+
+# Sections
+
+
+def test_bias_division_by_hand() -> None:
+    weight = torch.tensor([[2.0, 4.0], [0.0, 0.0], [3.0, 3.03]])
+    shared = attacks.Shared({"l.weight": weight, "l.bias": torch.tensor([2.0, 0.0, 3.0])}, 3, LOSS)
+    inputs = torch.tensor([[1.0, 2.0], [1.0, 1.0], [1.0, 0.5], [0.0, 0.0]])
+    assert divided(shared, "l", inputs) == 0.5  # (1, 2) exactly, (1, 1) to 0.7 %
+    assert divided(shared, "l", torch.tensor([[1.0, 1.05]])) == 0.0
+    zero = attacks.Shared({"l.weight": weight, "l.bias": torch.zeros(3)}, 3, LOSS)
+    assert divided(zero, "l", inputs) == 0.0
+    with pytest.raises(px.PackextError, match="'other' .* was not shared"):
+        divided(shared, "other", inputs)
+
+
+@pytest.mark.usefixtures("no_sweep")
+def test_labels_through_secure_aggregation() -> None:
+    sharing = Sharing(batch_size=8, secure_aggregation=True, clients=4, server="malicious")
+    audit = run(normed().eval(), LOSS, images(80), sharing, budget=FEW)
+    s = audit.labels
+    assert s.clients_exact is not None and s.clients_exact.value == 1.0 and s.capacity == 13 and s.cohort == 4
+    assert "reads every client's labels through secure aggregation" in titles(audit, "high")
+    assert audit.setting.behind == s.samples == 32 and s.identity == 1.0
+    many = labels(case(normed().eval(), images(200), Sharing(secure_aggregation=True, clients=20)), Clock(1.0))
+    assert "20 clients cannot be told apart" in many.absent["labels by a fishing model"] and many.clients_exact is None
+    plain_ = labels(case(sharing=Sharing(secure_aggregation=True, clients=3)), Clock(1.0))
+    assert "no normalisation" in plain_.absent["labels by a fishing model"] and plain_.clients_exact is None
+    clip = Sharing(secure_aggregation=True, clients=3, defence=defences.Clipped(0.05))
+    clipped = labels(case(normed().eval(), images(80), clip), Clock(1.0))
+    assert clipped.clients_exact is not None and clipped.clients_exact.value == 1.0  # the attacker knows the norm
+    update = Sharing("update", local_steps=3, lr=0.1, secure_aggregation=True, clients=3)
+    steps = labels(case(normed().eval(), images(80), update), Clock(1.0))
+    assert "several local steps" in steps.absent["labels by a fishing model"] and steps.identity is None
+
+
+@pytest.mark.usefixtures("no_sweep")
+def test_a_loss_that_tells_no_labels() -> None:
+    x, _ = images()
+    loss = nn.MSELoss()
+    audit = run(linear(2), loss, (x, torch.rand(40, 2)), Sharing(batch_size=2), budget=FEW)
+    assert "Labels are counted for nn.CrossEntropyLoss" in audit.labels.absent["labels"] and not audit.labels.rules
+    assert {s.search for s in audit.inversion.searches} == {"Inverting Gradients"}
+    assert audit.membership.absent["membership"].startswith("no data were held out") and audit.records.norms
+    ignored = images()[1].clone()
+    ignored[3] = -100
+    found = labels(case(data=(x, ignored)), Clock(1.0))
+    assert "Labels lie between -100 and 4" in found.absent["labels"]
+
+
+@pytest.mark.usefixtures("no_sweep")
+def test_tokens() -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed(x).mean(1))
+
+    torch.manual_seed(0)
+    x, y = torch.randint(50, (40, 6)), torch.randint(3, (40,))
+    audit = run(Bag(), LOSS, (x, y), Sharing(batch_size=2), budget=FEW)
+    (embedding,) = audit.closed.embeddings
+    assert embedding.found.value == 1.0 and "'embed' names the tokens" in titles(audit, "high")
+    true = [len(set(x[drawn(k, 2)].flatten().tolist())) for k in range(2)]
+    assert embedding.tokens == pytest.approx(sum(true) / 2)
+    assert "inputs are torch.int64" in audit.inversion.absent["reconstruction"] and not audit.inversion.searches
+    assert "inputs are torch.int64" in audit.labels.absent["LLG*"] and audit.records.norms
+
+
+def drawn(k: int, n: int) -> Tensor:
+    return torch.randperm(40, generator=torch.Generator().manual_seed(k))[:n]
+
+
+@pytest.mark.usefixtures("no_sweep")
+def test_half_precision() -> None:
+    x, y = images()
+    audit = run(
+        linear().bfloat16(),
+        LOSS,
+        Data((x.bfloat16(), y), (x[:20].bfloat16(), y[:20])),
+        Sharing(batch_size=1),
+        budget=FEW,
+    )
+    assert audit.setting.dtype == "bfloat16" and audit.records.norms and audit.membership.scores
+    assert audit.inversion.searches and audit.labels.rules
+    json.dumps(audit.to_json(), allow_nan=False)
+
+
+def test_searches_recover_what_they_should() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(32, 5))
+    for p in model.parameters():
+        nn.init.uniform_(p, -0.5, 0.5)
+    budget = Budget(1e6, seeds=2, restarts=2, iterations=40)
+    seen = Case(model, LOSS, images(60), Sharing(batch_size=1), budget)
+    found = inversion(seen, Clock(1e6))
+    deep = next(s for s in found.searches if s.search.startswith("Deep"))
+    assert deep.recovered.value == deep.identified.value == 1.0 and deep.matched == 2 and deep.labels == 1.0
+    assert deep.mse is not None and deep.mse_worst is not None and deep.mse < 1e-3 and deep.psnr_best > 30
+    true, got = (found.arrays[f"Deep Leakage from Gradients, 1 sample|{k}"] for k in ("true", "found"))
+    error = float(((true - got) ** 2).mean())
+    low, high = seen.bounds()
+    assert error / (high - low) ** 2 == pytest.approx(deep.mse, rel=1e-3, abs=1e-9)
+
+
+def test_the_table_of_records() -> None:
+    seen = case(sharing=Sharing(batch_size=4))
+    found = records(seen, Clock(1e6))
+    want = []
+    for i in found.indices:
+        one = attacks.share(seen.model, LOSS, seen.x[i : i + 1], seen.y[i : i + 1])
+        want.append(float(flat(one).norm()))
+    np.testing.assert_allclose(found.norms, want, rtol=1e-4)
+    assert found.suggested_clip == pytest.approx(float(np.median(want)), rel=1e-4) and sorted(found.indices) == list(
+        range(40)
+    )
+    worst = found.worst[0]
+    place = found.indices.index(worst.index)
+    assert worst.leverage == max(found.leverages) and worst.label == int(seen.y[worst.index])
+    batch = found.indices[place // 4 * 4 : place // 4 * 4 + 4]
+    whole = flat(attacks.share(seen.model, LOSS, seen.x[batch], seen.y[batch])).norm() * 4
+    assert worst.share == pytest.approx(want[place] / float(whole), rel=1e-4)
+    alone = records(case(sharing=Sharing(batch_size=1)), Clock(1.0))
+    assert alone.worst[0].share is None and "a batch of one" in alone.absent["share of the batch gradient"]
+
+
+@pytest.mark.usefixtures("no_sweep")
+def test_membership_of_a_model_that_has_learnt_by_heart() -> None:
+    torch.manual_seed(0)
+    x, y, other = *images(60), images(120, seed=1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 5))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        LOSS(model(x), y).backward()
+        optimizer.step()
+    audit = run(model, LOSS, Data((x, y), other), budget=FEW)
+    s = audit.membership
+    loss = s.scores[0]
+    each = nn.CrossEntropyLoss(reduction="none")
+    inside, outside = -each(model(x), y).detach(), -each(model(other[0]), other[1]).detach()
+    pairs = (inside[:, None] > outside).double().mean() + 0.5 * (inside[:, None] == outside).double().mean()
+    assert loss.score == "loss" and loss.auc.value == pytest.approx(float(pairs), abs=1e-3) and loss.auc.value > 0.8
+    assert s.bound == pytest.approx(loss.advantage) and s.bound_by_chance is not None and s.bound > s.bound_by_chance
+    assert loss.tpr_01 is not None and loss.tpr_01.low <= loss.tpr_01.value <= loss.tpr_01.high
+    assert loss.tpr_01.value == pytest.approx(float((inside > outside.topk(2).values[-1]).double().mean()), abs=0.02)
+    assert loss.tpr_001 is None and "1000 are needed" in s.absent["true positives at 0.1 % false positives"]
+    assert "can be told from others" in titles(audit, "high")
+    assert "pass train=" in membership(case(data=Data((x, y), other)), Clock(1.0)).absent["LiRA"]
+
+
+def test_the_curve_has_the_area() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(0)
+    m, o = (torch.randint(-20, 20, (n,), generator=generator) + s for n, s in ((150, 4), (170, 0)))
+    fpr, tpr = roc(m, o)
+    want = sklearn.roc_auc_score(np.r_[np.ones(150), np.zeros(170)], torch.cat([m, o]).numpy())
+    assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1) and np.trapezoid(tpr, fpr) == pytest.approx(
+        want, abs=1e-6
+    )
+
+
+def test_intervals() -> None:
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    for hits, of in ((0, 10), (3, 10), (10, 10)):
+        want = binomtest(hits, of).proportion_ci(method="wilson")
+        found = Interval.share(hits, of)
+        assert (found.value, found.low, found.high) == pytest.approx((hits / of, want.low, want.high), abs=1e-6)
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    found, half = Interval.mean(values), 1.96 * float(np.std(values)) / 20
+    assert found.value == pytest.approx(np.mean(values))
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.1 * half)
+    assert beyond(found, 1) == pytest.approx(found.low) and beyond(found, 4) < found.low
+    assert beyond(Interval(0.0, -1.0, 1.0), 5) == pytest.approx(-2.5758 / 1.95996, abs=1e-4)
+
+
+@pytest.mark.usefixtures("no_sweep")
+@pytest.mark.parametrize("canaries", [(480, 500, 500), lambda: (480, 500, 500)])
+def test_a_claim_below_what_canaries_show(canaries: Any) -> None:
+    sharing = Sharing(epsilon=1.0, delta=1e-5, canaries=canaries)
+    audit = run(linear(), LOSS, images(), sharing, budget=FEW)
+    want = attacks.epsilon_lower_bound(480, 500, 500, 1e-5)
+    assert audit.epsilon.measured == want > 1.0 and "its differential privacy has a bug" in titles(audit, "high")
+    silent = run(linear(), LOSS, images(), Sharing(epsilon=1.0, delta=1e-5), budget=FEW)
+    assert silent.epsilon.measured is None and "pass Sharing(canaries=)" in silent.epsilon.absent["measured epsilon"]
+
+
+def test_a_sweep() -> None:
+    seen = case(sharing=Sharing(batch_size=4, defence=defences.Pruning(0.5)))
+    found = sweep(seen, Clock(1e6), lambda share: float(len(share(seen.model, LOSS, seen.x[:2], seen.y[:2]).gradient)))
+    rows = {r.name: r for r in found.rows}
+    assert list(rows)[:2] == ["nothing", "as audited: Pruning(share=0.5)"] and len(rows) == 9
+    assert rows["nothing"].signal == pytest.approx(1.0) and all(r.accuracy == 2.0 and r.seeds == 1 for r in found.rows)
+    cosines = []
+    for k in range(2):
+        index = seen.draw(60 + k, 4)
+        g = attacks.share(seen.model, LOSS, seen.x[index], seen.y[index])
+        cosines.append(float(torch.cosine_similarity(flat(g), flat(defences.Pruning(0.5)(g)), dim=0)))
+    assert found.rows[1].signal == pytest.approx(np.mean(cosines))
+    clip = next(r for r in found.rows if r.name.startswith("clip") and "noise" not in r.name)
+    assert clip.psnr == pytest.approx(found.rows[0].psnr, abs=0.5)  # one sample clipped is one sample scaled
+    assert clip.time is not None and clip.time > 1
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"what": "weights"}, "what must be one of"),
+        ({"server": "curious"}, "server must be one of"),
+        ({"batch_size": 0}, "batch_size must be a positive integer"),
+        ({"local_steps": 3}, 'belong to what="update"'),
+        ({"what": "update", "local_steps": 3}, "lr must be positive"),
+        ({"what": "update", "lr": 0.1, "samples": 2}, "has no batch of 8"),
+        ({"secure_aggregation": True}, "clients must be 2 or more"),
+        ({"epsilon": 1.0}, "needs epsilon >= 0 and 0 <= delta < 1"),
+        ({"canaries": (1, 2, 3)}, "pass delta="),
+        ({"defence": lambda a, b: a}, "is neither"),
+    ],
+)
+def test_sharing_that_contradicts_itself_is_refused(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Sharing(**arguments)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    x, y = images()
+    bad = x.clone()
+    bad[3] = float("nan")
+    frozen = linear().requires_grad_(False)
+    for arguments, match in (
+        ({"data": (x, y[:3])}, "same number of samples"),
+        ({"data": (x[:0], y[:0])}, "same number of samples"),
+        ({"data": (bad, y)}, r"inputs of members: samples \[3\] are not finite"),
+        ({"data": Data((x, y), (x[:, :, :2], y))}, "heldout has inputs"),
+        ({"data": Data((x, y), auxiliary=x.double())}, "auxiliary has inputs"),
+        ({"data": (x[:, :, :2], y)}, "do not run on inputs"),
+        ({"data": (x, y + 5)}, "do not run on inputs"),
+        ({"data": (x[:4], y[:4])}, "members are only 4"),
+        ({"loss_fn": nn.CrossEntropyLoss(reduction="none")}, 'reduction "mean" or "sum"'),
+        ({"model": frozen}, "No parameter"),
+    ):
+        with pytest.raises(px.PackextError, match=match):
+            run(**({"model": linear(), "loss_fn": LOSS, "data": (x, y), "out": tmp_path / "new"} | arguments))
+    assert not (tmp_path / "new").exists()
+    for budget in ("slow", 0, float("nan"), True):
+        with pytest.raises(ValueError, match="budget must be"):
+            run(linear(), LOSS, (x, y), budget=budget)
+    assert Budget.of(60).seconds == 60 and Budget.of("quick").seconds < 60 < Budget.of("full").seconds
+
+
+def test_time_bounds_attempts() -> None:
+    clock = Clock(0.0)
+    assert clock.go_on(0, 5) and not clock.go_on(1, 5) and not Clock(1e6).go_on(5, 5) and Clock(1e6).go_on(4, 5)
+    seen = Case(linear(), LOSS, images(), Sharing(batch_size=2), Budget(0.01, seeds=9, iterations=100))
+    found = inversion(seen, Clock(0.01))
+    assert all(s.seeds == 1 and s.iterations <= 200 for s in found.searches) and found.planned == 9
+
+
+# The command line
+
+
+@pytest.mark.usefixtures("no_sweep")
+def test_the_command_audits_the_demo(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Budget(2.0, draws=2, seeds=1, restarts=1, iterations=2, shadows=4)
+    digits = tuple(t[:240] for t in demo.load_data())
+    monkeypatch.setattr(demo, "load_data", lambda: digits)
+    monkeypatch.setattr(demo, "MEMBERS", 120)
+    monkeypatch.setattr(demo, "fit", lambda x, y, *args, fit=demo.fit, **how: fit(x, y, *args, steps=20))
+    monkeypatch.setattr(Budget, "of", classmethod(lambda cls, budget: small))
+    threads = torch.get_num_threads()
+    assert _cli.main(["audit", "--quick", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "What to do:" in printed and printed.rstrip().endswith(f"Report: {tmp_path / 'audit.html'}")
+    assert torch.get_num_threads() == threads and (tmp_path / "labels.png").exists()
+    assert _cli.main(["audit", "--quick", "--seed", "1", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "packext audit: " in error and "--fresh" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--seconds", "nan"], ["--quick", "--seconds", "3"]])
+def test_the_command_refuses(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as left:
+        _cli.main(["audit", *arguments])
+    assert left.value.code == 2 and "packext audit: error" in capsys.readouterr().err

@@ -124,3 +124,19 @@ def test_levels_that_mean_nothing_are_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with pytest.raises(px.CoupledSamplesError):
         defences.Clipped(1.0)(model, nn.CrossEntropyLoss(), torch.randn(5, 4), torch.randint(2, (5,)))
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_two_classes_are_no_trace_of_a_fishing_model(classes: int) -> None:
+    """Their gradient at the last layer has rank one whatever the model; features that do not vary still tell."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, classes))
+    loss = nn.CrossEntropyLoss() if classes == 2 else nn.BCEWithLogitsLoss()
+    x, y = torch.randn(40, 6), torch.randint(2, (40,))
+    y = y if classes == 2 else y[:, None].float()
+    honest = defences.check_received(model, loss, x, y)
+    assert honest.rank_ratio is None and not honest.suspicious
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.fill_(3.0)
+    assert "hardly varies" in defences.check_received(model, loss, x, y).reasons[0]

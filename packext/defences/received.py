@@ -23,14 +23,15 @@ class Received:
 
     Attributes:
         feature_variance: variance of the last layer's input over the batch, relative to its mean square.
-        rank_ratio: second singular value of the last layer's gradient (weight and bias) over the first.
+        rank_ratio: second singular value of the last layer's gradient (weight and bias) over the first; None with fewer
+            than three classes, where the gradient has rank one whatever the model.
         without_gradient: parameters whose gradient is exactly zero.
         zero_scales: normalisation layers whose scale is zero in every channel.
         reasons: what speaks for a fishing model; empty if nothing does.
     """
 
     feature_variance: float
-    rank_ratio: float
+    rank_ratio: float | None
     without_gradient: tuple[str, ...]
     zero_scales: tuple[str, ...]
     reasons: tuple[str, ...]
@@ -77,8 +78,10 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
     g = layer.weight_gradient(shared)
     if layer.bias is not None:
         g = torch.cat([g, layer.bias_gradient(shared)[:, None]], 1)
-    s = torch.linalg.svdvals(g)
-    ratio = float(s[1] / s[0]) if s[0] > 0 else 0.0
+    ratio = None
+    if len(g) > 2:
+        s = torch.linalg.svdvals(g)
+        ratio = float(s[1] / s[0]) if s[0] > 0 else 0.0
     missing = tuple(name for name, value in shared.gradient.items() if not value.any())
     scales = tuple(
         name
@@ -88,7 +91,7 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
     reasons = []
     if variance < VARIANCE:
         reasons.append(f"the input of {layer.name!r} hardly varies over the batch (relative variance {variance:.1e})")
-    if ratio < RATIO:
+    if ratio is not None and ratio < RATIO:
         reasons.append(f"the gradient of {layer.name!r} has rank one (second singular value {ratio:.1e} of the first)")
     if len(missing) > len(shared.gradient) / 4:
         reasons.append(f"{len(missing)} of {len(shared.gradient)} parameters get no gradient, the first {missing[0]!r}")

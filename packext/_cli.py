@@ -112,7 +112,11 @@ def _audit(arguments: argparse.Namespace) -> int:
         return 1
     from packext.demo import audit
 
-    found = audit("quick" if arguments.quick else arguments.seconds, arguments.out, arguments.seed, arguments.fresh)
+    try:
+        found = audit("quick" if arguments.quick else arguments.seconds, arguments.out, arguments.seed, arguments.fresh)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on after the last section that has ended.", file=sys.stderr)
+        return 1
     print(found)
     print(f"\nReport: {arguments.out / 'audit.html'}")
     return 0

@@ -64,13 +64,19 @@ def flat(shared: attacks.Shared) -> Tensor:
 def short_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer draws for labels and direction, and fewer alternations for time."""
     monkeypatch.setattr("packext.audit.sweep.DRAWS", 2)
-    monkeypatch.setattr("packext.audit.sweep.TURNS", 3)
+    monkeypatch.setattr("packext.audit.sweep.TURNS", 6)
 
 
 @pytest.fixture
 def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the longest section."""
     monkeypatch.setattr("packext.audit._run.sweep", lambda *args: px.audit.Sweep())
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, no_sweep: None) -> None:
+    """Without searches either."""
+    monkeypatch.setattr("packext.audit._run.inversion", lambda *args: px.audit.Inversion())
 
 
 # The whole
@@ -92,7 +98,7 @@ def test_a_biased_layer_and_one_sample_is_reported_as_exact(tmp_path: Path) -> N
     assert written == audit.to_json() and written["sections"]["closed"]["layers"][0]["divided"]["value"] == 1.0
 
 
-@pytest.mark.usefixtures("no_sweep")
+@pytest.mark.usefixtures("bare")
 def test_a_fishing_model_is_reported() -> None:
     model, (x, y) = normed().eval(), images(80)
     assert not integrity(case(model, (x, y)), Clock(1.0)).reasons
@@ -162,7 +168,7 @@ def test_names_in_the_json_are_stable() -> None:
         "mse_best mse_worst psnr psnr_best psnr_worst labels matched objective",
         ("records", "worst"): "index label loss norm leverage share",
         ("membership", "scores"): "score auc tpr_001 tpr_01 advantage",
-        ("sweep", "rows"): "name labels rule guess psnr psnr_best recovered seeds signal accuracy time",
+        ("sweep", "rows"): "name adapted labels rule guess psnr psnr_best recovered seeds signal accuracy time",
     }
     for (name, part), keys in rows.items():
         assert set(found["sections"][name][part][0]) == set(keys.split()), (name, part)
@@ -264,7 +270,7 @@ def test_bias_division_by_hand() -> None:
         divided(shared, "other", inputs)
 
 
-@pytest.mark.usefixtures("no_sweep")
+@pytest.mark.usefixtures("bare")
 def test_labels_through_secure_aggregation() -> None:
     sharing = Sharing(batch_size=8, secure_aggregation=True, clients=4, server="malicious")
     audit = run(normed().eval(), LOSS, images(80), sharing, budget=FEW)
@@ -303,17 +309,18 @@ def test_tokens() -> None:
     class Bag(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 3)
+            self.embed, self.head = nn.Embedding(50, 8, padding_idx=0), nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.embed(x).mean(1))
 
     torch.manual_seed(0)
     x, y = torch.randint(50, (40, 6)), torch.randint(3, (40,))
+    x[:, -1] = 0
     audit = run(Bag(), LOSS, (x, y), Sharing(batch_size=2), budget=FEW)
     (embedding,) = audit.closed.embeddings
     assert embedding.found.value == 1.0 and "'embed' names the tokens" in titles(audit, "high")
-    true = [len(set(x[drawn(k, 2)].flatten().tolist())) for k in range(2)]
+    true = [len(set(x[drawn(k, 2)].flatten().tolist()) - {0}) for k in range(2)]
     assert embedding.tokens == pytest.approx(sum(true) / 2)
     assert "inputs are torch.int64" in audit.inversion.absent["reconstruction"] and not audit.inversion.searches
     assert "inputs are torch.int64" in audit.labels.absent["LLG*"] and audit.records.norms
@@ -344,7 +351,8 @@ def test_searches_recover_what_they_should() -> None:
     for p in model.parameters():
         nn.init.uniform_(p, -0.5, 0.5)
     budget = Budget(1e6, seeds=2, restarts=2, iterations=40)
-    seen = Case(model, LOSS, images(60), Sharing(batch_size=1), budget)
+    x, y = images(60)
+    seen = Case(model, LOSS, (3 * x - 1, y), Sharing(batch_size=1), budget)
     found = inversion(seen, Clock(1e6))
     deep = next(s for s in found.searches if s.search.startswith("Deep"))
     assert deep.recovered.value == deep.identified.value == 1.0 and deep.matched == 2 and deep.labels == 1.0
@@ -376,7 +384,7 @@ def test_the_table_of_records() -> None:
     assert alone.worst[0].share is None and "a batch of one" in alone.absent["share of the batch gradient"]
 
 
-@pytest.mark.usefixtures("no_sweep")
+@pytest.mark.usefixtures("bare")
 def test_membership_of_a_model_that_has_learnt_by_heart() -> None:
     torch.manual_seed(0)
     x, y, other = *images(60), images(120, seed=1)
@@ -418,6 +426,7 @@ def test_intervals() -> None:
         want = binomtest(hits, of).proportion_ci(method="wilson")
         found = Interval.share(hits, of)
         assert (found.value, found.low, found.high) == pytest.approx((hits / of, want.low, want.high), abs=1e-6)
+    assert Interval.mean([1.0] * 5) == Interval.share(5, 5)
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
     found, half = Interval.mean(values), 1.96 * float(np.std(values)) / 20
     assert found.value == pytest.approx(np.mean(values))
@@ -426,7 +435,7 @@ def test_intervals() -> None:
     assert beyond(Interval(0.0, -1.0, 1.0), 5) == pytest.approx(-2.5758 / 1.95996, abs=1e-4)
 
 
-@pytest.mark.usefixtures("no_sweep")
+@pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize("canaries", [(480, 500, 500), lambda: (480, 500, 500)])
 def test_a_claim_below_what_canaries_show(canaries: Any) -> None:
     sharing = Sharing(epsilon=1.0, delta=1e-5, canaries=canaries)
@@ -451,7 +460,9 @@ def test_a_sweep() -> None:
     assert found.rows[1].signal == pytest.approx(np.mean(cosines))
     clip = next(r for r in found.rows if r.name.startswith("clip") and "noise" not in r.name)
     assert clip.psnr == pytest.approx(found.rows[0].psnr, abs=0.5)  # one sample clipped is one sample scaled
-    assert clip.time is not None and clip.time > 1
+    assert (
+        clip.time is not None and clip.time > 1 and [r.adapted for r in found.rows] == [True, *5 * [False], *3 * [True]]
+    )
 
 
 # What does not fit
@@ -503,6 +514,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert Budget.of(60).seconds == 60 and Budget.of("quick").seconds < 60 < Budget.of("full").seconds
 
 
+def test_an_update_of_local_steps() -> None:
+    sharing = Sharing("update", batch_size=2, local_steps=2, lr=0.1, samples=4)
+    seen = case(sharing=sharing)
+    found = inversion(seen, Clock(1e6))
+    assert {(s.search, s.samples) for s in found.searches} == {("Inverting Gradients", 1), ("Inverting Gradients", 4)}
+    assert "does not unroll local steps" in found.absent["Deep Leakage from Gradients"]
+    several = Sharing("update", batch_size=2, local_steps=2, lr=0.1, secure_aggregation=True, clients=2)
+    assert "several clients" in inversion(case(sharing=several), Clock(1e6)).absent["reconstruction"]
+    clipped = Sharing("update", batch_size=2, local_steps=2, lr=0.1, defence=defences.Clipped(1.0))
+    assert "takes the place of one gradient" in labels(case(sharing=clipped), Clock(1.0)).absent["message"]
+
+
 def test_time_bounds_attempts() -> None:
     clock = Clock(0.0)
     assert clock.go_on(0, 5) and not clock.go_on(1, 5) and not Clock(1e6).go_on(5, 5) and Clock(1e6).go_on(4, 5)
@@ -523,10 +546,18 @@ def test_the_command_audits_the_demo(tmp_path: Path, capsys: Any, monkeypatch: p
     monkeypatch.setattr(demo, "fit", lambda x, y, *args, fit=demo.fit, **how: fit(x, y, *args, steps=20))
     monkeypatch.setattr(Budget, "of", classmethod(lambda cls, budget: small))
     threads = torch.get_num_threads()
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
     assert _cli.main(["audit", "--quick", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "What to do:" in printed and printed.rstrip().endswith(f"Report: {tmp_path / 'audit.html'}")
     assert torch.get_num_threads() == threads and (tmp_path / "labels.png").exists()
+    monkeypatch.setattr(demo, "fit", interrupt)
+    assert _cli.main(["audit", "--quick", "--out", str(tmp_path)]) == 1
+    assert "The same command goes on" in capsys.readouterr().err and torch.get_num_threads() == threads
+    monkeypatch.setattr(demo, "fit", lambda x, y: demo.network())
     assert _cli.main(["audit", "--quick", "--seed", "1", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "packext audit: " in error and "--fresh" in error and "Traceback" not in error

@@ -138,9 +138,8 @@ def run(
     folder that holds an audit of something else, with a PackextError; and `out` without matplotlib with an ImportError.
     """
     case = Case(model, loss_fn, data, sharing or Sharing(), Budget.of(budget), seed)
-    store = (
-        None if out is None else _Store(Path(out), case.key() | {"train": _has(train), "utility": _has(utility)}, fresh)
-    )
+    made_with = {"packext": px.__version__, "train": train is not None, "utility": utility is not None}
+    store = None if out is None else _Store(Path(out), case.key() | made_with, fresh)
     if out is not None:
         from packext.audit import report  # noqa: F401 - what is missing is said before the work
     makers: dict[str, Callable[[Case, Clock], Section]] = {
@@ -177,10 +176,6 @@ def run(
     if out is not None:
         audit.write(out)
     return audit
-
-
-def _has(function: Any) -> bool:
-    return function is not None
 
 
 def _teller(

@@ -169,12 +169,13 @@ def _sweep(s: Sweep) -> Figure | None:
     panels = [p for p in panels if p[2]]
     if not panels or len(rows) < 2:
         return None
-    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
     for axes, (name, title, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for k, r in enumerate(rows):
             if r in shown:
                 value = r.psnr_best if name == "psnr" else r.labels
-                axes.plot(_left(s, r), value, "o" if k else "D", color=_colour(k), ms=9)
+                label = f"{k}  {r.name}" if name == panels[0][0] else None
+                axes.plot(_left(s, r), value, "o" if k else "D", color=_colour(k), ms=9, ls="", label=label)
                 axes.annotate(
                     str(k),
                     (_left(s, r), value or 0.0),
@@ -195,6 +196,7 @@ def _sweep(s: Sweep) -> Figure | None:
         axes.set_title(title, fontsize=10, loc="left")
         axes.margins(0.12)
         _bare(axes)
+    figure.legend(loc="outside lower center", ncol=4, frameon=False, fontsize=8)
     return figure
 
 

@@ -51,9 +51,9 @@ SAYS = {
     "where false ones are few, more than the area.",
     "epsilon": "A lower bound above the claim shows a bug. One below it proves nothing.",
     "sweep": "The same attacks on defended gradients; reconstruction is of one sample by itself, by the better of the "
-    "searches, of which Inverting Gradients is blind to clipping. Levels fit the gradient at this stage of the "
-    "training. The time is that of one call on this machine; for clipping it includes a copy of the model that is made "
-    "and probed each time, which a training does once.",
+    "searches, of which Inverting Gradients is blind to clipping; no search here knows of the others. Levels fit the "
+    "gradient at this stage of the training. Time is the processor's for one call; for clipping it includes a copy of "
+    "the model that is made and probed each time, which a training does once.",
 }
 
 
@@ -343,11 +343,13 @@ def _epsilon(s: Any) -> str:
 
 
 def _sweep(s: Any) -> str:
-    head = ["", "defence", "PSNR mean", "best", "recovered", "labels", "by", "guessing", "cosine", "accuracy", "time"]
+    head = ["", "defence", "attacker knows", "PSNR", "best", "recovered", "labels", "by", "guessing", "cosine"]
+    head += ["accuracy", "time"]
     rows = [
         [
             str(k),
             r.name,
+            "yes" if r.adapted else "no",
             None if r.psnr is None else f"{r.psnr:.1f}",
             None if r.psnr_best is None else f"{r.psnr_best:.1f}",
             f"{r.recovered} of {r.seeds}" if r.seeds else None,

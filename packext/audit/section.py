@@ -63,7 +63,7 @@ class Interval:
 
     @classmethod
     def mean(cls, values: Sequence[float], draws: int = 2000) -> Interval:
-        """Of a mean, by bootstrap over the values.
+        """Of a mean, by bootstrap over the values; of hits and misses alone by Wilson's interval.
 
         Args:
             values: one for each draw.
@@ -72,6 +72,8 @@ class Interval:
         Returns:
             The mean with its interval.
         """
+        if set(values) <= {0.0, 1.0}:  # if all are the same, a bootstrap's interval is a point
+            return cls.share(round(sum(values)), len(values))
         v = torch.tensor(values, dtype=torch.float64)
         index = torch.randint(len(v), (draws, len(v)), generator=torch.Generator().manual_seed(0))
         low, high = v[index].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Defended:
 
     Attributes:
         name: what the client does.
+        adapted: whether one of the searches knows of the defence: of clipping, to which the cosine is blind.
         labels: share of the labels that the best rule counts at the real batch size, mean over draws.
         rule: which one.
         guess: of the same labels.
@@ -39,10 +40,11 @@ class Defended:
         seeds: searched.
         signal: cosine of what is shared and the undefended gradient, at the real batch size, mean over draws.
         accuracy: of a training with the defence; None if no way to train was given.
-        time: that a client takes, over the time without a defence; median of alternations.
+        time: processor time of a client's call over that without a defence; median of alternations.
     """
 
     name: str
+    adapted: bool = False
     labels: float | None = None
     rule: str | None = None
     guess: float | None = None
@@ -87,7 +89,7 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
     every = base | defences
     for k, (name, defence) in enumerate(every.items()):
         clock.tell(k / len(every) / 2)
-        row = Defended(name)
+        row = Defended(name, adapted=not k or in_place(defence))
         with found.unless_refused(f"{name}: signal and time"):
             row.signal, row.time = _signal(case, defence), _time(case, defence)
         with found.unless_refused(f"{name}: labels"):
@@ -161,18 +163,24 @@ def _signal(case: Case, defence: Any) -> float:
 
 
 def _time(case: Case, defence: Any) -> float:
-    """Median of ratios of neighbours in time."""
+    """Median of ratios of neighbours in time; of processor time, which other processes on the machine disturb less."""
     index = case.draw(70, case.sharing.held)
     x, y = case.x[index], case.y[index]
+
+    def spent(**how: Any) -> float:
+        on_gpu = x.device.type == "cuda"
+        now = perf_counter if on_gpu else process_time
+        start = now()
+        sent = case.client(x, y, **how)
+        if on_gpu:
+            torch.cuda.synchronize(next(iter(sent.gradient.values())).device)
+        return now() - start
+
     ratios: list[float] = []
     clock = Clock(0.25)
-    while clock.go_on(len(ratios), TURNS) or len(ratios) < 3:
-        seconds = []
-        for how in ({"defended": False}, {"defence": defence}):
-            start = perf_counter()
-            case.client(x, y, **how)
-            seconds.append(perf_counter() - start)
-        ratios.append(seconds[1] / seconds[0])
+    while clock.go_on(len(ratios), TURNS) or len(ratios) < 6:
+        plain = spent(defended=False)
+        ratios.append(spent(defence=defence) / max(plain, 1e-9))
     return statistics.median(ratios[1:])  # the first calls do what is done once
 
 

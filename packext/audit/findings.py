@@ -285,7 +285,7 @@ def _membership(audit: Audit) -> Iterator[Finding]:
             "membership",
             "The scores tried do not tell members from others.",
             evidence,
-            "Nothing, or LiRA with more shadow models (train=), which is stronger than the loss.",
+            "Nothing for now. LiRA with more shadow models (train=) is the strongest of these scores.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import packext as px
-from packext.attacks import LiRA, Threat, judge, membership_bound, signals
+from packext.attacks import LiRA, Threat, epsilon_lower_bound, judge, membership_bound, share, signals
 from packext.audit.case import Case, Clock, Train
 from packext.audit.section import Interval, Section
 
@@ -89,22 +90,22 @@ def records(case: Case, clock: Clock) -> Records:
         at = torch.tensor([0.0, 0.1, 0.5, 0.9, 0.99, 1.0], dtype=torch.float64, device=index.device)
         found.norm_quantiles = seen.gradient_norm.quantile(at).tolist()
         found.suggested_clip = found.norm_quantiles[2] or None
-        shares = _shares(case, found, index, clock)
+        shares = _shares(case, found, index, seen.gradient_norm, clock)
         if shares.numel():
             found.share_quantiles = shares.quantile(at).tolist()
             found.dominating = float((shares > 0.5).double().mean())
         plain = case.y.dim() == 1 and not case.y.is_floating_point()
         for k in seen.leverage.argsort(descending=True)[:WORST].tolist():
             i = int(index[k])
-            share = float(shares[k]) if k < len(shares) else None
+            part = float(shares[k]) if k < len(shares) else None
             loss, norm, leverage = (float(v[k]) for v in (seen.loss, seen.gradient_norm, seen.leverage))
-            found.worst.append(Record(i, int(case.y[i]) if plain else None, loss, norm, leverage, share))
+            found.worst.append(Record(i, int(case.y[i]) if plain else None, loss, norm, leverage, part))
         if case.images:
             found.arrays["worst"] = case.x[[r.index for r in found.worst]].cpu().float().numpy()
     return found
 
 
-def _shares(case: Case, found: Records, index: Tensor, clock: Clock) -> Tensor:
+def _shares(case: Case, found: Records, index: Tensor, norms: Tensor, clock: Clock) -> Tensor:
     """Each sample's share of the gradient of a batch of the real size; of whole batches, while there is time."""
     n = found.batch
     if n == 1:
@@ -115,11 +116,15 @@ def _shares(case: Case, found: Records, index: Tensor, clock: Clock) -> Tensor:
         found.absent["share of the batch gradient"] = f"the table has {len(index)} samples, and a batch {n}"
         return torch.zeros(0)
     model, wide = case.readable(evaluating=False)
-    made: list[Tensor] = []
-    while clock.go_on(len(made), len(batches)):
-        part = batches[len(made)]
-        made.append(signals(model, case.loss_fn, wide(case.x[part]), case.y[part]).share)
-    return torch.cat(made)
+    summed = copy.deepcopy(case.loss_fn)
+    setattr(summed, "reduction", "sum")  # noqa: B010 - torch declares attributes of modules as tensors
+    totals: list[float] = []
+    while clock.go_on(len(totals), len(batches)):
+        part = batches[len(totals)]
+        whole = share(model, summed, wide(case.x[part]), case.y[part])
+        totals.append(math.sqrt(sum(float(g.double().square().sum()) for g in whole.gradient.values())))
+    each = torch.tensor(totals, dtype=torch.float64, device=norms.device).repeat_interleave(n)
+    return norms[: len(each)] / each.clamp_min(1e-300)
 
 
 @dataclass
@@ -302,8 +307,6 @@ def epsilon(case: Case, clock: Clock) -> Epsilon:
     Returns:
         Claim and lower bound, where there are any.
     """
-    from packext.attacks import epsilon_lower_bound
-
     s = case.sharing
     found = Epsilon(claimed=s.epsilon, delta=s.delta)
     if s.epsilon is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import packext as px
-from packext.attacks import Shared, count_accuracy, guessed
+from packext.attacks import Shared, count_accuracy, guessed, share
 from packext.audit.case import Case, Clock, Utility
 from packext.audit.inversion import RECOVERED, affordable, attempt, searchable, searches_for, seeded
 from packext.audit.labels import rules_for
@@ -145,8 +145,6 @@ def local(defence: Any) -> Callable[..., Shared]:
     Returns:
         The way.
     """
-    from packext.attacks import share
-
     own = fresh(defence, 0)
     return own if in_place(defence) else lambda *args: own(share(*args))
 

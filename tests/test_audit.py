@@ -503,6 +503,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"data": (x[:, :, :2], y)}, "do not run on inputs"),
         ({"data": (x, y + 5)}, "do not run on inputs"),
         ({"data": (x[:4], y[:4])}, "members are only 4"),
+        ({"data": (x, torch.cat([y[:30], y[30:] + 5]))}, "Labels of members lie between 0 and 9; the model tells 5"),
+        ({"data": Data((x, y), (x, y - 1))}, "Labels of heldout lie between -1 and 3; the model tells 5"),
         ({"loss_fn": nn.CrossEntropyLoss(reduction="none")}, 'reduction "mean" or "sum"'),
         ({"model": frozen}, "No parameter"),
     ):

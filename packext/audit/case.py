@@ -55,6 +55,8 @@ class Case:
                 f"An audit is of a torch.nn.Module and a loss that is one (nn.CrossEntropyLoss()), got "
                 f"{type(model).__name__} and {type(loss_fn).__name__}."
             )
+        if not isinstance(sharing, Sharing):
+            raise px.PackextError(f"sharing must be a px.audit.Sharing, got {type(sharing).__name__}.")
         if getattr(loss_fn, "reduction", None) not in ("mean", "sum"):
             raise px.PackextError(
                 f'The loss must have reduction "mean" or "sum", which says what a gradient is a sum of; got {loss_fn}.'
@@ -95,6 +97,14 @@ class Case:
                 "An audit is of a model that gives one tensor, and a loss that makes one number of it; "
                 f"{type(self.model).__name__} gives {type(self.output).__name__}."
             )
+        if isinstance(self.loss_fn, nn.CrossEntropyLoss):
+            for name, y in (("members", self.y), ("heldout", self.held[1] if self.held else self.y)):
+                outside = (y < 0) | (y >= self.output.shape[1])
+                if not y.is_floating_point() and bool((outside & (y != self.loss_fn.ignore_index)).any()):
+                    raise px.PackextError(
+                        f"Labels of {name} lie between {int(y.min())} and {int(y.max())}; the model tells "
+                        f"{self.output.shape[1]} classes apart."
+                    )
         if not value.isfinite():
             raise px.PackextError(f"The loss of the first {n} members is {float(value)}: there is nothing to audit.")
         if not any(p.requires_grad for p in self.model.parameters()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -464,6 +465,23 @@ def test_a_sweep() -> None:
     assert (
         clip.time is not None and clip.time > 1 and [r.adapted for r in found.rows] == [True, *5 * [False], *3 * [True]]
     )
+
+
+def test_the_better_search_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(case: Case, attack: Any, *args: Any) -> Any:
+        return SimpleNamespace(psnr=torch.tensor([30.0 if isinstance(attack, tuple) else 10.0]))
+
+    monkeypatch.setattr("packext.audit.sweep.attempt", fake)
+    monkeypatch.setattr("packext.audit.sweep.candidates", lambda case, found: {"8 bits": defences.Quantisation("int8")})
+    found = sweep(case(sharing=Sharing(batch_size=2)), Clock(1e6))
+    assert len(found.iterations) == 2 and [r.psnr for r in found.rows] == [30.0, 30.0]
+    assert [(r.recovered, r.seeds) for r in found.rows] == [(1, 1), (1, 1)]
+
+
+def test_an_extended_model_stays_extended() -> None:
+    model, loss = px.extend(linear()), px.extend(nn.CrossEntropyLoss())
+    seen = case(model, loss=loss)
+    assert px.is_extended(model) and px.is_extended(loss) and not px.is_extended(seen.model)
 
 
 # What does not fit

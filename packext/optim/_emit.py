@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import packext as px
@@ -29,13 +29,30 @@ def emit(optimizer: Emitting, **options: Any) -> Iterator[px.Results]:
     are extended (`px.extend`). What is needed is asked of the optimizer when the context is entered, so that it is
     entered anew for each step. Contexts nest: several optimizers have one each.
 
+    Results become attributes of the parameters, which the optimizer reads. A `px.optim.Optimizer` is handed them at the
+    end of each backward pass instead, leaves nothing on the parameters, and asks for those of its own groups alone: so
+    several passes before a step add up, as `.grad` does.
+
     Args:
         optimizer: with a method `quantities`.
         options: of `px.backpack`, such as `scale`, beside those that the optimizer asks for itself.
 
     Yields:
         The results, as `px.backpack` does.
+
+    Raises:
+        UnsupportedUseError: where a parameter has no such quantity.
     """
     own = getattr(optimizer, "options", dict)()
-    with px.backpack(*optimizer.quantities(), **own, **options) as results:
-        yield results
+    receiving = getattr(optimizer, "receiving", nullcontext)
+    with receiving() as wanted:
+        try:
+            with px.backpack(*optimizer.quantities(), **{**own, **(wanted or {}), **options}) as results:
+                yield results
+        except px.UnsupportedUseError as error:
+            if wanted is None:
+                raise
+            raise px.UnsupportedUseError(
+                f"{error} With {type(optimizer).__name__}: put such parameters into a group of their own, "
+                '{"params": [...], "fallback": True, "lr": ...}, which AdamW trains.'
+            ) from error

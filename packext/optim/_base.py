@@ -1,0 +1,325 @@
+"""What all optimizers share: reading quantities, refusing, skipping steps that are not finite, and composing parts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import packext as px
+from packext.optim import _lists as lists
+from packext.optim._emit import emit
+from packext.optim._merge import Factors, Ranks, joined, received
+from packext.optim._parts import Adam, DecoupledDecay, Descend
+from packext.optim._work import Part, Work
+
+#: What a group with `fallback=True` gets where it does not say otherwise.
+FALLBACK = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+
+class SkippedStep(RuntimeWarning):
+    """A step was not taken, as something was NaN or infinite; parameters and state are as before."""
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A `torch.optim` optimizer made of parts, that reads more of the backward pass than the gradient.
+
+    Example:
+        >>> optimizer = px.optim.Optimizer(
+        ...     model.parameters(), [px.optim.Diagonal("diag_ggn_mc", damping=0.1), px.optim.Descend(lr=0.1)]
+        ... )
+        >>> with px.optim.emit(optimizer):
+        ...     loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+
+    A group with `fallback=True` (and a learning rate of its own) is trained by AdamW: for parameters that have no such
+    quantity. Gradients may be accumulated over several passes, each within `emit`; quantities then are those of the sum
+    of the losses. Under `DistributedDataParallel` they are those of the mean of the processes' losses. A gradient that
+    is clipped or changed by hand between backward pass and step is taken as it is; curvature stays that of the loss.
+
+    A step whose gradients, quantities or updates are not finite is skipped with a `SkippedStep` warning, and leaves
+    parameters and state as they were. So does a step that raises.
+
+    Attributes:
+        skipped: how many steps were skipped since the optimizer was made or loaded.
+        ranks: the processes.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        parts: Sequence[Part],
+        seed: int = 0,
+        process_group: Any = None,
+    ) -> None:
+        """Compose.
+
+        Args:
+            params: as for any optimizer of torch: tensors, groups, or pairs of names and tensors.
+            parts: run one after the other; the last is `Descend`, or another that makes the updates.
+            seed: of random draws in the backward pass. They are a function of the seed, the number of steps and the
+                rank; torch's random numbers are left alone.
+            process_group: over which gradients are averaged; that of all processes by default.
+
+        Raises:
+            ValueError: for hyperparameters out of range, or two parts that want the same one.
+        """
+        defaults: dict[str, Any] = {"fallback": False, "steps": 0, "seed": seed}
+        for part in parts:
+            twice = defaults.keys() & part.defaults.keys()
+            if twice:
+                raise ValueError(f"two parts have a hyperparameter {sorted(twice)[0]!r}: {type(part).__name__} is one.")
+            defaults.update(part.defaults)
+        self.parts = list(parts)
+        self._last = [Adam(), DecoupledDecay(), Descend()]
+        self.generator = torch.Generator()
+        self.ranks = Ranks(process_group)
+        self.skipped = 0
+        self._received: dict[Tensor, dict[str, Any]] = {}
+        self._open = False
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with hyperparameters checked.
+
+        Raises:
+            ValueError: for a negative learning rate, damping or the like, or parameters that are not real.
+        """
+        if isinstance(param_group, dict) and param_group.get("fallback"):
+            if "lr" not in param_group:
+                raise ValueError("a group with fallback=True is trained by AdamW and needs a learning rate of its own.")
+            param_group = {**FALLBACK, **param_group}
+        if self.param_groups:
+            param_group = {**param_group, "steps": self.steps}
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name, value in group.items():
+            _check(type(self).__name__, name, value)
+        if any(p.is_complex() for p in group["params"]):
+            self.param_groups.pop()
+            raise ValueError(f"{type(self).__name__} takes real parameters, got complex ones.")
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken."""
+        return self.param_groups[0]["steps"]
+
+    def preconditioned(self) -> list[Tensor]:
+        """Parameters that the parts are for: all that require grad, but those of groups with `fallback=True`."""
+        return [p for g in self.param_groups if not g["fallback"] for p in g["params"] if p.requires_grad]
+
+    def quantities(self) -> Sequence[Any]:
+        """What the backward passes before the next step have to emit."""
+        return [q for part in self.parts for q in part.quantities(self)] if self.preconditioned() else []
+
+    # -- between backward pass and step ------------------------------------------------------------
+    @contextmanager
+    def receiving(self) -> Iterator[dict[str, Any]]:
+        """While results come to this optimizer: the options of `px.backpack` with which they do; `emit` enters it.
+
+        Yields:
+            The options.
+
+        Raises:
+            PackextError: if one is open already.
+        """
+        if self._open:
+            raise px.PackextError(
+                f"px.optim.emit({type(self).__name__}) within itself: a backward pass would count twice. step(closure) "
+                "enters the context by itself; leave it out of the closure."
+            )
+        wanted = self.preconditioned()
+        if all(p.grad is None for p in wanted):
+            self._received = {}
+        if not self._received:
+            key = (self.param_groups[0]["seed"], self.steps, self.ranks.rank)
+            self.generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+        self._open = True
+        try:
+            yield {"attach": False, "pass_hook": self._receive, **({"parameters": wanted} if wanted else {})}
+        finally:
+            self._open = False
+
+    def _receive(self, results: px.Results) -> None:
+        for p in self.preconditioned():
+            if p in results:
+                found = {k: received(k, v) for k, v in vars(results[p]).items() if not k.startswith("_")}
+                held = self._received.get(p)
+                if held is not None:
+                    found = {k: joined(k, held[k], v) if k in held else v for k, v in found.items()}
+                self._received[p] = found
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was emitted for those gradients is forgotten with them."""
+        self._received = {}
+        super().zero_grad(set_to_none)
+
+    # -- the step ----------------------------------------------------------------------------------
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take a step.
+
+        Args:
+            closure: computes the loss anew, calls `zero_grad` and `backward` and returns the loss. It is called once,
+                within `emit`.
+
+        Returns:
+            What the closure returned, if there is one.
+
+        A parameter with a gradient but not the quantity that this step needs, and a singular curvature, are refused by
+        a `PackextError`; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(), emit(self):
+                loss = closure()
+        try:
+            with torch.no_grad():
+                self._step()
+        finally:
+            self._received = {}
+        return loss
+
+    def _step(self) -> None:
+        main, rest = [], []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    (rest if group["fallback"] else main).append((p, group))
+        for p, _ in main + rest:
+            if p.grad.layout != torch.strided:
+                raise px.PackextError(f"{type(self).__name__}: the gradient of {self.name_of(p)} is sparse; use dense.")
+        values = self._merged([p for p, _ in main])
+        works = [
+            Work(self, [(p, group, found) for (p, group), found in zip(main, values, strict=True)]),
+            Work(self, [(p, group, {}) for p, group in rest]),
+        ]
+        if not finite(
+            [t for w in works for t in (*w.grads, *_tensors([v for each in w.values for v in each.values()]))]
+        ):
+            return self._skip(next(self._infinite(work) for work in works if self._infinite(work)))
+        for work, parts in zip(works, (self.parts, self._last), strict=True):
+            for part in parts if work.params else ():
+                part(work)
+            if not finite(work.updates):
+                bad = next(p for p, u in zip(work.params, work.updates, strict=True) if not finite([u]))
+                return self._skip(f"the update of {self.name_of(bad)}")
+        self._settle(works[0])
+        for work in works:
+            if work.params:
+                lists.add_(work.params, work.updates)
+            for p, new in zip(work.params, work.new, strict=True):
+                self.state[p].update(new)
+        for group in self.param_groups:
+            group["steps"] += 1
+
+    def _settle(self, work: Work) -> None:
+        """Called when a step is sure to be taken, before it is."""
+
+    def _infinite(self, work: Work) -> str:
+        for p, grad, values in zip(work.params, work.grads, work.values, strict=True):
+            for what, tensors in (("gradient", [grad]), *((field, _tensors([v])) for field, v in values.items())):
+                if not finite(tensors):
+                    return f"the {what} of {self.name_of(p)}"
+        return ""
+
+    def _skip(self, what: str) -> None:
+        self.skipped += 1
+        warnings.warn(f"{type(self).__name__} skipped a step: {what} is NaN or infinite.", SkippedStep, stacklevel=5)
+
+    def _merged(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """Of each parameter what was emitted, in all processes."""
+        fields = [q.savefield for q in self.quantities()]
+        if not fields:
+            return [{} for _ in params]
+        found, problem = [], None
+        for p in params:
+            held = self._received.get(p, {})
+            missing = [field for field in fields if field not in held]
+            if missing and problem is None:
+                problem = self._missing(p, missing[0])
+            found.append({field: held[field] for field in fields if field in held})
+        return self.ranks.merge(found, problem)
+
+    def _missing(self, p: Tensor, field: str) -> str:
+        name, text = type(self).__name__, f"{self.name_of(p)} has a gradient, but no {field}"
+        if not self._received:
+            return f"{name}: {text}. Run the backward passes in `with px.optim.emit(optimizer):`, before each step."
+        return (
+            f"{name}: {text}: no extended model (px.extend) has used it in the backward pass. Put it into a group with "
+            '"fallback": True, which AdamW trains, or extend that model.'
+        )
+
+    def name_of(self, p: Tensor) -> str:
+        """The name of a parameter, where names were given, or its place; and its shape."""
+        for k, group in enumerate(self.param_groups):
+            for j, each in enumerate(group["params"]):
+                if each is p:
+                    names = group.get("param_names")
+                    where = names[j] if names else f"parameter {j} of group {k}"
+                    return f"{where}, shape {list(p.shape)}"
+        return f"a parameter of shape {list(p.shape)}"
+
+    # -- saving ------------------------------------------------------------------------------------
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every tensor keeps the dtype that it was saved with."""
+        super().load_state_dict(state_dict)
+        ids = [k for group in state_dict["param_groups"] for k in group["params"]]
+        mine = [p for group in self.param_groups for p in group["params"]]
+        for k, p in zip(ids, mine, strict=True):
+            if k in state_dict["state"]:
+                self.state[p] = {name: _moved(v, p.device) for name, v in state_dict["state"][k].items()}
+        self._received, self.skipped = {}, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what torch keeps, and the parts."""
+        kept = ("parts", "_last", "ranks", "skipped")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make what is not kept anew."""
+        super().__setstate__(state)
+        self.generator, self._received, self._open = torch.Generator(), {}, False
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all entries are; of squares that overflow, one looks at the entries."""
+    return math.isfinite(lists.norm(tensors)) or all(bool(t.isfinite().all()) for t in tensors)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """What of emitted values may be NaN."""
+    found = []
+    for value in values:
+        if isinstance(value, Factors):
+            found += [value.outputs, value.inputs]
+        else:
+            found.append(value.eigenvalues if isinstance(value, px.linalg.KronEigh) else value)
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(v, device) for v in value)
+    return value
+
+
+#: Hyperparameters that are at least zero, and those that are averages' weights.
+NOT_NEGATIVE = ("lr", "damping", "weight_decay", "eps", "kl_clip", "max_norm", "rho", "precondition_lr")
+FRACTIONS = ("momentum", "decay", "curvature_decay", "betas")
+
+
+def _check(name: str, what: str, value: Any) -> None:
+    if what in NOT_NEGATIVE and not (value is None or (math.isfinite(value) and value >= 0)):
+        raise ValueError(f"{name}: {what} must be finite and not negative, got {value}.")
+    if what in FRACTIONS:
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not 0 <= each < 1:
+                raise ValueError(f"{name}: {what} must be at least 0 and less than 1, got {value}.")

@@ -1,0 +1,227 @@
+"""What several backward passes and several processes give together: quantities of the loss that `.grad` is of.
+
+Passes before a step add their losses up, as `.grad` adds their gradients; `DistributedDataParallel` takes the mean of
+the processes' losses. With n samples each, second moments of inputs are means over the samples of all; whatever carries
+the scale of the loss is summed over passes, and averaged over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import packext as px
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Kronecker factors that can be merged.
+
+    Attributes:
+        outputs: B, of the gradients at the outputs, `[O, O]` or `[G, O, O]`, with the scale of the loss.
+        inputs: A, mean over the samples, `[I, I]`, `[G, I, I]`, or its diagonal `[I]`; None for a vector.
+        n: the number of samples.
+        stored: "OI", or "IO" for a weight whose first axis is that of the inputs.
+    """
+
+    outputs: Tensor
+    inputs: Tensor | None
+    n: int
+    stored: str
+
+    def matrices(self) -> list[Tensor]:
+        """In the order of the parameter's axes, as `px.linalg` takes them."""
+        if self.inputs is None:
+            return [self.outputs]
+        return [self.outputs, self.inputs] if self.stored == "OI" else [self.inputs, self.outputs]
+
+
+class _Counted:
+    """Of a quantity of Kronecker factors: keeps the number of samples, and which factor is which."""
+
+    def land(self, held: Any, n: int, factor: float) -> Any:
+        """The factors, of a Hessian times `factor`."""
+        if isinstance(held, px.linalg.Joint):
+            return held
+        sides = [None if t is None else t[0] if len(t) == 1 else t for t in (held.outputs, held.inputs)]
+        assert sides[0] is not None
+        return Factors(sides[0] * factor, sides[1], n, held.stored)
+
+
+class CountedKFAC(_Counted, px.KFAC):
+    """`px.KFAC`, with results that can be merged over passes and processes: `Factors`, in `kfac`."""
+
+
+class CountedKFLR(_Counted, px.KFLR):
+    """`px.KFLR`, with results that can be merged over passes and processes: `Factors`, in `kflr`."""
+
+
+class CountedKFRA(_Counted, px.KFRA):
+    """`px.KFRA`, with results that can be merged over passes and processes: `Factors`, in `kfra`."""
+
+
+class Count(px.BatchL2Grad):
+    """How many samples there were, in `samples`; costs nothing."""
+
+    savefield = "samples"
+
+    def wants(self, form: Any) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
+    def result(self, ask: Any) -> Any:
+        """The number."""
+        return ask.n
+
+
+#: Results with the samples along this axis.
+ROWS = {"grad_batch": 0, "sqrt_ggn_exact": 1, "sqrt_ggn_mc": 1}
+#: Tensors that sum over samples, and the power in which the scale of the loss is in them.
+SUMS = {"sum_grad_squared": 2, "diag_ggn_exact": 1, "diag_ggn_mc": 1, "diag_ef": 1, "diag_h": 1, "diag_h_mc": 1}
+
+
+def received(field: str, value: Any) -> Any:
+    """What of a result is kept, in a form that can be merged."""
+    return value.value if field == "diag_h_mc" else value
+
+
+def joined(field: str, one: Any, other: Any) -> Any:
+    """The results of two passes as one.
+
+    Returns:
+        The result of the sum of their losses.
+
+    Raises:
+        PackextError: for results that have no sum.
+    """
+    if isinstance(one, px.linalg.Joint):
+        return one
+    if isinstance(one, Factors):
+        n = one.n + other.n
+        inputs = None if one.inputs is None else (one.inputs * one.n + other.inputs * other.n) / n
+        return Factors(one.outputs + other.outputs, inputs, n, one.stored)
+    if isinstance(one, px.linalg.KronEigh):
+        return px.linalg.KronEigh(one.vectors, one.eigenvalues + other.eigenvalues)
+    if field in ROWS:
+        return torch.cat([one, other], ROWS[field])
+    if field in SUMS or isinstance(one, int):
+        return one + other
+    raise px.PackextError(f"{field} of several backward passes is not defined: take a step after each of them.")
+
+
+def _count(value: Any) -> int:
+    return value.n if isinstance(value, Factors) else value if isinstance(value, int) else 0
+
+
+def _summands(field: str, value: Any, size: int) -> list[Tensor]:
+    """Tensors whose sums over the processes `_merged` makes a result of."""
+    if isinstance(value, (int, px.linalg.Joint)):
+        return []
+    if isinstance(value, Factors):
+        return [value.outputs / size, *([] if value.inputs is None else [value.inputs * value.n])]
+    if isinstance(value, px.linalg.KronEigh):
+        return [value.eigenvalues / size]
+    if field in SUMS:
+        return [value / size ** SUMS[field]]
+    raise px.PackextError(f"{field} is defined within one process, and there are {size}.")
+
+
+def _merged(value: Any, sums: list[Tensor], n: int) -> Any:
+    if isinstance(value, px.linalg.Joint):
+        return value
+    if isinstance(value, Factors):
+        return Factors(sums[0], None if value.inputs is None else sums[1] / n, n, value.stored)
+    if isinstance(value, px.linalg.KronEigh):
+        return px.linalg.KronEigh(value.vectors, sums[0])
+    return n if isinstance(value, int) else sums[0]
+
+
+class Ranks:
+    """The processes that share one training.
+
+    Attributes:
+        size: their number.
+        rank: of this one among them.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        """Take the process group over which gradients are averaged; by default that of all processes, if any."""
+        self._group = group
+        several = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size(group) if several else 1
+        self.rank = dist.get_rank(group) if several else 0
+
+    def agree(self, problem: str | None) -> None:
+        """Raise in all processes what is wrong in one, so that none waits for another.
+
+        Raises:
+            PackextError: if there is a problem in any.
+        """
+        found: list[str | None] = [problem]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, problem, group=self._group)
+        wrong = [f"rank {k}: {text}" if self.size > 1 else text for k, text in enumerate(found) if text]
+        if wrong:
+            raise px.PackextError("; ".join(wrong))
+
+    def merge(self, values: Sequence[dict[str, Any]], problem: str | None) -> list[dict[str, Any]]:
+        """Results of all processes together.
+
+        Args:
+            values: results of this process, for each parameter by savefield.
+            problem: what hinders this process, if anything: all raise it then.
+
+        Returns:
+            The same for all processes.
+        """
+        if self.size == 1:
+            self.agree(problem)
+            return list(values)
+        entries = [(field, value) for found in values for field, value in found.items()]
+        parts: list[list[Tensor]] = []
+        try:
+            parts = [_summands(field, value, self.size) for field, value in entries]
+        except px.PackextError as error:
+            problem = problem or str(error)
+        everyone: list[Any] = [None] * self.size
+        shapes = [[list(t.shape) for t in part] for part in parts]
+        dist.all_gather_object(everyone, (shapes, [_count(value) for _, value in entries]), group=self._group)
+        if problem is None and any(other != shapes for other, _ in everyone):
+            problem = "the processes have results for different parameters, or of different shapes"
+        self.agree(problem)
+        sums = iter(self._summed([t for part in parts for t in part]))
+        counts = [sum(each) for each in zip(*(counts for _, counts in everyone), strict=True)]
+        merged = iter(
+            [_merged(v, [next(sums) for _ in p], n) for (_, v), p, n in zip(entries, parts, counts, strict=True)]
+        )
+        return [{field: next(merged) for field in found} for found in values]
+
+    def _summed(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Sums over the processes, in one message for each dtype and device."""
+        out = list(tensors)
+        for kind in sorted({(str(t.dtype), str(t.device)) for t in tensors}):
+            where = [k for k, t in enumerate(tensors) if (str(t.dtype), str(t.device)) == kind]
+            flat = torch.cat([tensors[k].reshape(-1) for k in where])
+            dist.all_reduce(flat, group=self._group)
+            for k, part in zip(where, flat.split([tensors[k].numel() for k in where]), strict=True):
+                out[k] = part.view(tensors[k].shape)
+        return out
+
+    def spread(self, tensors: list[Tensor], owner: int) -> None:
+        """Send what one process has computed to all others, which have room for it."""
+        for t in tensors:
+            dist.broadcast(t, owner if self._group is None else dist.get_global_rank(self._group, owner), self._group)
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over the processes."""
+        if self.size == 1:
+            return value
+        held = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(held, group=self._group)
+        return float(held) / self.size

@@ -1,0 +1,227 @@
+"""Parts that divide the gradient by a curvature: its diagonal, or Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import packext as px
+from packext.optim import _lists as lists
+from packext.optim._base import Optimizer
+from packext.optim._merge import CountedKFAC, CountedKFLR, CountedKFRA, Factors
+from packext.optim._work import Part, Work
+
+
+def the_first_and_every(n: int) -> Callable[[int], bool]:
+    """Whether something is due after so many steps: the first three times, and then every n-th."""
+    return lambda steps: steps < 3 or steps % n == 0
+
+
+def _weights(work: Work, decay: float | None) -> list[float]:
+    """Of what is new in an average: of all steps alike (decay None), or exponential after a while."""
+    counts = work.old("batches", 0)
+    work.set("batches", [c + 1 for c in counts])
+    # Martens & Grosse (2015), section 5: the old estimate keeps min(1 - 1/k, decay).
+    return [1 / (c + 1) if decay is None else 1 - min(1 - 1 / (c + 1), decay) for c in counts]
+
+
+class Diagonal(Part):
+    """`u / (c + damping + weight_decay)`, with c the average of a diagonal of the curvature."""
+
+    def __init__(
+        self, curvature: str = "diag_ggn_mc", damping: float = 1e-2, decay: float | None = None, mc_samples: int = 1
+    ) -> None:
+        """Choose.
+
+        Args:
+            curvature: "diag_ggn_exact", "diag_ggn_mc" or "diag_ef".
+            damping: added to it.
+            decay: of the exponential average over steps; None: all steps count alike.
+            mc_samples: draws for each sample, with "diag_ggn_mc".
+        """
+        known(curvature, ("diag_ggn_exact", "diag_ggn_mc", "diag_ef"))
+        super().__init__(damping=damping)
+        self.curvature, self.decay, self.mc_samples = curvature, decay, mc_samples
+
+    def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
+        """The diagonal, at each step."""
+        if self.curvature == "diag_ggn_mc":
+            return [px.DiagGGNMC(self.mc_samples, optimizer.generator)]
+        return [px.DiagGGNExact() if self.curvature == "diag_ggn_exact" else px.DiagEF()]
+
+    def __call__(self, work: Work) -> None:
+        """Average and divide."""
+        new = work.emitted(self.curvature)
+        old = [n if o is None else o for o, n in zip(work.old("diagonal"), new, strict=True)]
+        mean = lists.lerp(old, new, _weights(work, self.decay))
+        work.set("diagonal", mean)
+        work.updates = lists.div(work.updates, lists.add(mean, damping_of(work)))
+
+
+class Kronecker(Part):
+    """`(B + damping)⁻¹ u (A + damping)⁻¹`, with the factors' averages and Martens and Grosse's split of the damping.
+
+    A parameter with one factor gets all of the damping, each of two its root, balanced by the factors' mean eigenvalues
+    (`px.linalg.kron_inv`). With `bias="joint"`, weight and bias are one matrix and belong into one group.
+    """
+
+    def __init__(
+        self,
+        curvature: str = "kfac",
+        damping: float = 1e-2,
+        decay: float | None = None,
+        every: int = 1,
+        inverses: Callable[[int], bool] = lambda steps: True,
+        **options: Any,
+    ) -> None:
+        """Choose.
+
+        Args:
+            curvature: "kfac", "kflr" or "kfra".
+            damping: of the whole block of a parameter; weight decay is added to it.
+            decay: of the exponential average of the factors; None: all batches count alike.
+            every: how many steps there are from one batch of factors to the next; none is emitted between.
+            inverses: whether new inverses are due, by the number of steps taken; looked at where factors are new.
+            options: of `px.KFAC`: mc_samples, approx, fisher, bias.
+
+        Raises:
+            ValueError: for an unknown curvature, or an interval that is no positive int.
+        """
+        known(curvature, ("kfac", "kflr", "kfra"))
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be an int of 1 or more, got {every!r}.")
+        super().__init__(damping=damping)
+        self.curvature, self.decay, self.every, self.inverses, self.options = curvature, decay, every, inverses, options
+        self._make(None)  # refuses what is unknown
+
+    def _make(self, generator: torch.Generator | None) -> Any:
+        if self.curvature == "kfac":
+            return CountedKFAC(generator=generator, **self.options)
+        return CountedKFLR(**self.options) if self.curvature == "kflr" else CountedKFRA(**self.options)
+
+    def due(self, optimizer: Optimizer) -> bool:
+        """Whether the coming step needs new factors: every so many steps, or as long as a parameter has none."""
+        return optimizer.steps % self.every == 0 or any(
+            "batches" not in optimizer.state.get(p, {}) for p in optimizer.preconditioned()
+        )
+
+    def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
+        """The factors, on steps that need them."""
+        return [self._make(optimizer.generator)] if self.due(optimizer) else []
+
+    def __call__(self, work: Work) -> None:
+        """Average, invert, and multiply."""
+        inverses = work.old("inverses")
+        if self.due(work.optimizer):
+            factors = averaged(work, work.emitted(self.curvature), self.decay)
+            if self.inverses(work.optimizer.steps) or None in inverses:
+                inverses = inverted(work, factors)
+            work.set("inverses", inverses)
+        work.updates = multiply(work, work.updates, lambda k, matrix: apply(inverses[k], matrix))
+
+
+def averaged(work: Work, new: list[Any], decay: float | None) -> list[Any]:
+    """Averages of Kronecker factors with those of the state, which gets them; a bias without factors has its place."""
+    mixed: list[Any] = []
+    for held, found, weight in zip(work.old("factors"), new, _weights(work, decay), strict=True):
+        if isinstance(found, px.linalg.Joint):
+            mixed.append([])
+            continue
+        matrices = found.matrices() if isinstance(found, Factors) else found
+        mixed.append([torch.lerp(o, n, weight) for o, n in zip(held or matrices, matrices, strict=True)])
+    work.set("factors", mixed)
+    where = {p: k for k, p in enumerate(q for g in work.optimizer.param_groups for q in g["params"])}
+    partners = []
+    for p, group, found in zip(work.params, work.groups, new, strict=True):
+        if isinstance(found, px.linalg.Joint):
+            if all(found.weight is not each for each in group["params"]):
+                raise px.PackextError(
+                    f"{type(work.optimizer).__name__}: {work.optimizer.name_of(p)} has one block with its weight, "
+                    f'{work.optimizer.name_of(found.weight)}, in another group: put them into one, or bias="separate".'
+                )
+            partners.append((where[found.weight], found.axis))
+        else:
+            partners.append(None)
+    work.set("partner", partners)
+    return mixed
+
+
+def damping_of(work: Work) -> list[float]:
+    """Damping plus weight decay, for each parameter."""
+    return [g["damping"] + g.get("weight_decay", 0.0) for g in work.groups]
+
+
+def inverted(work: Work, factors: list[Any]) -> list[Any]:
+    """Inverses of damped factors; each process makes a share of them, and sends it to the others."""
+    ranks, damping = work.optimizer.ranks, damping_of(work)
+    owners = shares([sum(m.shape[-1] ** 3 for m in f if m.dim() > 1) for f in factors], ranks.size)
+    made: list[Any] = [_room(f) for f in factors]
+    problem = None
+    for k, p in enumerate(work.params):
+        if owners[k] == ranks.rank and factors[k]:
+            try:
+                inverse = px.linalg.kron_inv(factors[k], damping[k])
+                made[k] = [m if m.dim() == 1 else m.contiguous() for m in inverse]
+            except (px.PackextError, ValueError) as error:
+                problem = problem or f"{type(work.optimizer).__name__}, {work.optimizer.name_of(p)}: {error}"
+    if ranks.size > 1 or problem:
+        ranks.agree(problem)
+    if ranks.size > 1:
+        for k, owner in enumerate(owners):
+            ranks.spread(made[k], owner)
+    return made
+
+
+def _room(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in the shapes that `px.linalg.kron_inv` gives: all have groups where one has."""
+    groups = max((len(m) for m in factors if m.dim() == 3), default=1)
+    return [m.new_empty(groups, *m.shape[-2:]) if groups > 1 else torch.empty_like(m) for m in factors]
+
+
+def shares(costs: Sequence[int], size: int) -> list[int]:
+    """Who of so many does which: the costliest first, each to whom has least so far."""
+    owners, load = [0] * len(costs), [0] * size
+    for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        owners[k] = min(range(size), key=load.__getitem__)
+        load[owners[k]] += costs[k]
+    return owners
+
+
+def multiply(work: Work, vectors: list[Tensor], by: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+    """Of a vector for each parameter `by(k, vector)`; of a weight and its bias with one block, as one matrix."""
+    params = [p for g in work.optimizer.param_groups for p in g["params"]]
+    partners = [new.get("partner", old) for new, old in zip(work.new, work.old("partner"), strict=True)]
+    biases = {params[found[0]]: (k, found[1]) for k, found in enumerate(partners) if found is not None}
+    out = list(vectors)
+    for k, p in enumerate(work.params):
+        if p in biases:
+            j, axis = biases.pop(p)
+            joint = px.linalg.Joint(p, axis)
+            out[k], out[j] = joint.split(by(k, joint.join(vectors[k], vectors[j])))
+        elif partners[k] is None:
+            out[k] = by(k, vectors[k])
+    for j, _ in biases.values():
+        raise px.PackextError(
+            f"{type(work.optimizer).__name__}: {work.optimizer.name_of(work.params[j])} has one block with its weight, "
+            'which has no gradient. Take bias="separate".'
+        )
+    return out
+
+
+def apply(matrices: Sequence[Tensor], x: Tensor) -> Tensor:
+    """As `px.linalg.kron_matvec` of one vector; two plain matrices by two products."""
+    if len(matrices) == 2 and all(m.dim() == 2 for m in matrices):
+        left, right = matrices
+        matrix = x.reshape(left.shape[-1], -1)
+        if matrix.shape[1] == right.shape[-1]:
+            return (left @ (matrix.to(right.dtype) @ right.mT)).reshape(x.shape)
+    return px.linalg.kron_matvec(matrices, x)
+
+
+def known(curvature: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError for a choice that is none."""
+    if curvature not in choices:
+        raise ValueError(f"curvature must be one of {', '.join(choices)}, got {curvature!r}.")

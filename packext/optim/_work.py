@@ -1,0 +1,94 @@
+"""What a step under way is, and what a part of an optimizer is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import packext as px
+
+if TYPE_CHECKING:
+    from packext.optim._base import Optimizer
+
+
+class Part:
+    """One of the things that an optimizer does to a step; `Optimizer` runs its parts one after the other.
+
+    A part holds what it is made with and nothing of the run: hyperparameters are in the groups, where schedulers find
+    them, and what a parameter's past matters for is in the optimizer's state.
+
+    Attributes:
+        defaults: hyperparameters that it wants in each group.
+    """
+
+    def __init__(self, **defaults: Any) -> None:
+        """Take hyperparameters by name."""
+        self.defaults = defaults
+
+    def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
+        """What the backward passes before the coming step have to emit; nothing by default."""
+        return ()
+
+    def __call__(self, work: Work) -> None:
+        """Turn `work.updates` into others, and put what the next step needs into `work.new`."""
+        raise NotImplementedError
+
+
+class Work:
+    """A step under way, of some of an optimizer's parameters. Nothing is written before all of it is finite.
+
+    Attributes:
+        optimizer: whose step it is.
+        params: the parameters that have a gradient.
+        groups: the group of each.
+        grads: the gradient of each, in float32 or better, not to be written to.
+        updates: what each is to be changed by, once `Descend` has given it its sign; the gradients at first.
+        values: of each what the backward passes have emitted, by savefield.
+        new: entries of each parameter's state that the step is to set.
+    """
+
+    def __init__(self, optimizer: Optimizer, items: list[tuple[Tensor, dict[str, Any], dict[str, Any]]]) -> None:
+        """Take parameters with their groups and what was emitted for them."""
+        self.optimizer = optimizer
+        self.params = [p for p, _, _ in items]
+        self.groups = [group for _, group, _ in items]
+        self.values = [values for _, _, values in items]
+        self.grads = [at_least_float32(p.grad) for p in self.params if p.grad is not None]
+        self.updates = list(self.grads)
+        self.new: list[dict[str, Any]] = [{} for _ in items]
+
+    def of(self, name: str) -> list[Any]:
+        """A hyperparameter, for each parameter."""
+        return [group[name] for group in self.groups]
+
+    def old(self, name: str, default: Any = None) -> list[Any]:
+        """An entry of the state, for each parameter; `default` before its first step."""
+        states = [self.optimizer.state.get(p, {}) for p in self.params]
+        return [state.get(name, default) for state in states]
+
+    def set(self, name: str, values: Iterable[Any]) -> None:
+        """Set an entry of the state, for each parameter, if the step is taken."""
+        for new, value in zip(self.new, values, strict=True):
+            new[name] = value
+
+    def emitted(self, field: str) -> list[Any]:
+        """What the backward passes have emitted under a name.
+
+        Returns:
+            The result for each parameter.
+
+        Raises:
+            PackextError: if a parameter has a gradient and no such quantity.
+        """
+        for p, values in zip(self.params, self.values, strict=True):
+            if field not in values:
+                raise px.PackextError(self.optimizer._missing(p, field))
+        return [values[field] for values in self.values]
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """In float32, or float64."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))

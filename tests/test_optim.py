@@ -1,0 +1,419 @@
+"""One contract for all optimizers."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext import optim
+from tests import optim_oracles as oracles
+
+
+@dataclass
+class Case:
+    """An optimizer, and its slow re-implementation.
+
+    Attributes:
+        make: from parameters.
+        slow: from nothing: a function that takes parameters by name and a batch, and gives new parameters.
+        of_draws: whether its curvature is drawn.
+    """
+
+    make: Callable[..., optim.Optimizer]
+    slow: Callable[[], oracles.Step] | None
+    of_draws: bool = False
+
+
+def rule(curvature: str, decay: float | None = None) -> Callable[..., optim.Optimizer]:
+    return lambda params, **more: optim.Preconditioned(
+        params, curvature, **{"lr": 0.1, "damping": 0.1, "weight_decay": 0.01, "decay": decay, **more}
+    )
+
+
+CASES: dict[str, Case] = {
+    "DiagGGN": Case(rule("diag_ggn_exact"), lambda: oracles.preconditioned("diagonal", 0.1, 0.1, 0.01, None)),
+    "DiagGGN, decay": Case(
+        rule("diag_ggn_exact", 0.6), lambda: oracles.preconditioned("diagonal", 0.1, 0.1, 0.01, 0.6)
+    ),
+    "DiagGGN-MC": Case(rule("diag_ggn_mc"), None, True),
+    "KFLR": Case(rule("kflr"), lambda: oracles.preconditioned("kronecker", 0.1, 0.1, 0.01, None)),
+    "KFAC (paper)": Case(rule("kfac"), None, True),
+    "KFRA": Case(rule("kfra"), None),
+}
+NAMES = list(CASES)
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return px.extend(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+
+
+def data(seed: int = 1, n: int = 12) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=draw)
+    return x, (x[:, :3] + 0.3 * torch.randn(n, 3, generator=draw)).argmax(1)
+
+
+LOSS = px.extend(nn.CrossEntropyLoss())
+
+
+def step(model: nn.Module, optimizer: Any, batch: tuple[Tensor, Tensor], loss: Any = LOSS) -> float:
+    optimizer.zero_grad()
+    with optim.emit(optimizer):
+        value = loss(model(batch[0]), batch[1])
+        value.backward()
+    optimizer.step()
+    return value.item()
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> Any:
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decreases_the_loss(name: str) -> None:
+    model = network()
+    optimizer = CASES[name].make(model.parameters())
+    batch = data(n=40)
+    losses = [step(model, optimizer, batch) for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert all(not hasattr(p, q) for p in model.parameters() for q in ("kfac", "diag_ggn_mc"))  # nothing is left
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if CASES[n].slow])
+def test_is_its_slow_re_implementation(name: str) -> None:
+    model, slow = network(), CASES[name].slow
+    assert slow is not None
+    optimizer, again = CASES[name].make(model.parameters()), slow()
+    theta = {k: p.detach().clone() for k, p in model.named_parameters()}
+    for seed in range(5):
+        batch = data(seed)
+        step(model, optimizer, batch)
+        theta = again(theta, *batch)
+        for k, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), theta[k], rtol=1e-9, atol=1e-11, msg=f"{k}, step {seed}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_goes_on_from_a_saved_state_to_the_last_bit(name: str) -> None:
+    model = network()
+    optimizer = CASES[name].make(model.parameters())
+    for seed in range(3):
+        step(model, optimizer, data(seed))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = network(7)
+    other.load_state_dict(saved["model"])
+    resumed = CASES[name].make(other.parameters())
+    resumed.load_state_dict(saved["optimizer"])
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    for seed in range(3, 6):
+        for m, o in ((model, optimizer), (other, resumed), (copied_model, copied)):
+            step(m, o, data(seed))
+        assert same(values(model), values(other)) and same(values(model), values(copied_model))
+    assert same(state_of(optimizer), state_of(resumed))
+
+
+def test_half_precision_keeps_its_state_in_single() -> None:
+    model = network().bfloat16()
+    optimizer = optim.Preconditioned(model.parameters(), "diag_ggn_exact", lr=0.1)
+    x, y = data()
+    step(model, optimizer, (x.bfloat16(), y))
+    again = optim.Preconditioned(model.parameters(), "diag_ggn_exact", lr=0.1)
+    again.load_state_dict(optimizer.state_dict())
+    assert same(state_of(optimizer), state_of(again))
+    assert {s["diagonal"].dtype for s in optimizer.state.values()} == {torch.float32}
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_that_is_not_finite_is_skipped_and_reported(name: str) -> None:
+    model = network()
+    optimizer = CASES[name].make(model.named_parameters())
+    step(model, optimizer, data())
+    before, state = values(model), state_of(optimizer)
+    x, y = data(2)
+    optimizer.zero_grad()
+    with optim.emit(optimizer):
+        loss = LOSS(model(x), y)
+        loss.backward()
+    model[0].weight.grad[1, 2] = float("nan")
+    with pytest.warns(optim.SkippedStep, match=r"skipped a step: the gradient of 0.weight, shape \[5, 4\] is NaN"):
+        optimizer.step()
+    assert same(before, values(model)) and same(state, state_of(optimizer)) and optimizer.skipped == 1
+    twin = copy.deepcopy(optimizer.state_dict())
+    step(model, optimizer, (x, y))  # as if nothing had been
+    assert not same(before, values(model)) and not same(twin, state_of(optimizer))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchs_random_numbers_are_left_alone_and_a_seed_gives_the_same_run(name: str) -> None:
+    ends = []
+    for start, seed in ((0, 0), (5, 0), (5, 1)):
+        model = network()
+        optimizer = CASES[name].make(model.parameters(), seed=seed)
+        torch.manual_seed(start)
+        before = torch.get_rng_state()
+        for k in range(3):
+            step(model, optimizer, data(k))
+        assert torch.equal(before, torch.get_rng_state())
+        ends.append(values(model))
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2]) == (not CASES[name].of_draws)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scheduler_sets_the_rate(name: str) -> None:
+    model = network()
+    optimizer = CASES[name].make(model.parameters())
+    first = optimizer.param_groups[0]["lr"]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.0 if k == 1 else 1.0)
+    step(model, optimizer, data())
+    scheduler.step()
+    before = values(model)
+    step(model, optimizer, data(2))
+    assert same(before, values(model)) and optimizer.steps == 2
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == first
+    step(model, optimizer, data(3))
+    assert not same(before, values(model))
+    moving = any(k in optimizer.param_groups[0] for k in ("momentum", "betas"))
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10, cycle_momentum=moving)
+    step(model, optimizer, data(4))
+    cycle.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_and_unused_parameters_stay(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.idle, self.last = nn.Linear(4, 5), nn.Linear(2, 2), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x)))
+
+    model = px.extend(Net())
+    model.first.requires_grad_(False)
+    optimizer = CASES[name].make(model.parameters())
+    kept = [p.clone() for p in (*model.first.parameters(), *model.idle.parameters())]
+    for k in range(3):
+        step(model, optimizer, data(k))
+    assert same(kept, [p.detach() for p in (*model.first.parameters(), *model.idle.parameters())])
+    assert {id(p) for p in optimizer.state} == {id(p) for p in model.last.parameters()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_without_its_quantity_is_named(name: str) -> None:
+    model = network()
+    optimizer = CASES[name].make(model.named_parameters())
+    before = values(model)
+    LOSS(model(data()[0]), data()[1]).backward()
+    with pytest.raises(px.PackextError, match=r"0.weight, shape \[5, 4\] has a gradient, but no .* Run the backward"):
+        optimizer.step()
+    other = px.extend(nn.Linear(4, 3))
+    apart = nn.Linear(4, 3)
+    optimizer = CASES[name].make([*other.parameters(), *apart.parameters()])
+    with optim.emit(optimizer):
+        LOSS(other(data()[0]) + apart(data()[0]), data()[1]).backward()
+    with pytest.raises(px.PackextError, match=r"parameter 2 of group 0, shape \[3, 4\] has a gradient, but no"):
+        optimizer.step()
+    assert same(before, values(model)) and not optimizer.state and optimizer.steps == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refuses_what_is_out_of_range(name: str) -> None:
+    group = CASES[name].make(network().parameters()).param_groups[0]
+    for what in ("lr", "damping", "weight_decay"):
+        for bad in (-0.1, float("nan"), float("inf")):
+            if what in group:
+                with pytest.raises(ValueError, match=f"{what} must be finite and not negative, got {bad}"):
+                    CASES[name].make([{"params": list(network().parameters()), what: bad}])
+    with pytest.raises(ValueError, match="empty parameter list"):
+        CASES[name].make([])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_closures(name: str) -> None:
+    ends = []
+    for with_closure in (False, True):
+        model = network()
+        optimizer = CASES[name].make(model.parameters())
+        for k in range(3):
+            x, y = data(k)
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()  # noqa: B023
+                loss = LOSS(model(x), y)  # noqa: B023
+                loss.backward()
+                return loss
+
+            if with_closure:
+                assert float(optimizer.step(closure).detach()) > 0
+            else:
+                step(model, optimizer, (x, y))
+        ends.append(values(model))
+    assert same(*ends)
+
+    def within() -> None:
+        with optim.emit(optimizer):
+            pass
+
+    with pytest.raises(px.PackextError, match="within itself"):
+        optimizer.step(within)
+
+
+def test_parts_make_an_optimizer() -> None:
+    """A part of one's own, with a hyperparameter, a quantity and a state."""
+
+    class Damped(optim.Part):
+        def quantities(self, optimizer: optim.Optimizer) -> list[Any]:
+            return [px.DiagGGNExact()]
+
+        def __call__(self, work: optim.Work) -> None:
+            diagonals = work.emitted("diag_ggn_exact")
+            work.updates = [u / (d + c) for u, d, c in zip(work.updates, diagonals, work.of("shift"), strict=True)]
+            work.set("seen", [1 + n for n in work.old("seen", 0)])
+
+    model, batch = network(), data()
+    parts = [Damped(shift=0.5), optim.ClipNorm(0.1), optim.Momentum(0.5), optim.Descend(0.2)]
+    optimizer = optim.Optimizer(model.parameters(), parts)
+    theta = {k: p.detach().clone() for k, p in model.named_parameters()}
+    velocity = {k: torch.zeros_like(p) for k, p in theta.items()}
+    for _ in range(3):
+        step(model, optimizer, batch)
+        g, blocks = oracles.gradient(theta, *batch), oracles.ggn_blocks(theta, batch[0])
+        u = {k: g[k] / (blocks[k].diagonal().view(g[k].shape) + 0.5) for k in g}
+        shrink = min(1.0, 0.1 / float(torch.cat([each.flatten() for each in u.values()]).norm()))
+        velocity = {k: 0.5 * velocity[k] + shrink * u[k] for k in u}
+        theta = {k: p - 0.2 * velocity[k] for k, p in theta.items()}
+    for k, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), theta[k], rtol=1e-9, atol=1e-11)
+    assert all(s["seen"] == 3 for s in optimizer.state.values())
+    with pytest.raises(ValueError, match="two parts have a hyperparameter 'lr'"):
+        optim.Optimizer(model.parameters(), [optim.Descend(), optim.Descend()])
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not CASES[n].of_draws and n != "KFRA"])
+def test_accumulated_passes_are_one_batch(name: str) -> None:
+    """Of 5 and 7 samples, with the shares of the mean that they have."""
+    ends = []
+    for sizes in ([12], [5, 7]):
+        model = network()
+        optimizer = CASES[name].make(model.parameters())
+        for seed in range(3):
+            x, y = data(seed)
+            optimizer.zero_grad()
+            for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
+                with optim.emit(optimizer):
+                    (LOSS(model(a), b) * (len(a) / 12)).backward()
+            optimizer.step()
+        ends.append(values(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("forget", ["optimizer", "model"])
+def test_what_was_emitted_is_forgotten_with_its_gradient(forget: str) -> None:
+    ends = []
+    for again in (False, True):
+        model = network()
+        optimizer = CASES["KFLR"].make(model.parameters())
+        if again:
+            with optim.emit(optimizer):
+                (1e3 * LOSS(model(data(5)[0]), data(5)[1])).backward()
+            (optimizer if forget == "optimizer" else model).zero_grad()
+        with optim.emit(optimizer):
+            LOSS(model(data()[0]), data()[1]).backward()
+        optimizer.step()
+        ends.append(values(model))
+    assert same(*ends)
+
+
+def test_a_grad_scaler_changes_nothing_and_skips() -> None:
+    ends = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)):
+        model = network()
+        optimizer = CASES["KFLR"].make(model.parameters())
+        for k in range(3):
+            x, y = data(k)
+            optimizer.zero_grad()
+            with optim.emit(optimizer, **({} if scaler is None else {"scale": 1 / scaler.get_scale()})):
+                loss = LOSS(model(x), y)
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            if scaler is None:
+                optimizer.step()
+                continue
+            if k == 1:  # an overflow: the scaler takes no step, and neither does the twin
+                model[0].weight.grad.fill_(float("inf"))
+            scaler.step(optimizer)
+            scaler.update()
+            assert optimizer.steps == (k + 1 if k < 1 else k)
+        ends.append((values(model), optimizer))
+    model = network()
+    optimizer = CASES["KFLR"].make(model.parameters())
+    for k in (0, 2):
+        step(model, optimizer, data(k))
+    torch.testing.assert_close(ends[1][0], values(model), rtol=1e-9, atol=1e-11)
+
+
+def test_a_fallback_is_adamw_and_named_where_it_is_needed() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(4, 3)
+            self.table = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.table.sum(0)
+
+    model = px.extend(Net())
+    x, y = data()
+    optimizer = CASES["KFLR"].make(model.named_parameters())
+    with pytest.raises(px.UnsupportedUseError, match=r'for table \[2, 3\].* "fallback": True, "lr": ...}, which AdamW'):
+        step(model, optimizer, (x, y))
+    with pytest.raises(ValueError, match="needs a learning rate of its own"):
+        CASES["KFLR"].make([{"params": [model.table], "fallback": True}])
+    twin = copy.deepcopy(model)
+    rest = {"params": [("table", model.table)], "fallback": True, "lr": 0.01, "weight_decay": 0.1}
+    optimizer = CASES["KFLR"].make([{"params": list(model.layer.named_parameters())}, rest])
+    adamw = torch.optim.AdamW([twin.table], lr=0.01, weight_decay=0.1)
+    for k in range(4):
+        twin.zero_grad()
+        twin.layer.load_state_dict(model.layer.state_dict())
+        LOSS(twin(data(k)[0]), data(k)[1]).backward()
+        step(model, optimizer, data(k))
+        adamw.step()
+        torch.testing.assert_close(model.table, twin.table, rtol=1e-9, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,15 @@ def rule(curvature: str, decay: float | None = None) -> Callable[..., optim.Opti
     )
 
 
+def of(kind: Any, **options: Any) -> Callable[..., optim.Optimizer]:
+    def make(params: Any, **more: Any) -> optim.Optimizer:
+        if "seed" in more and "seed" not in inspect.signature(kind).parameters:
+            del more["seed"]
+        return kind(params, **{**options, **more})
+
+    return make
+
+
 CASES: dict[str, Case] = {
     "DiagGGN": Case(rule("diag_ggn_exact"), lambda: oracles.preconditioned("diagonal", 0.1, 0.1, 0.01, None)),
     "DiagGGN, decay": Case(
@@ -47,6 +57,58 @@ CASES: dict[str, Case] = {
     "KFLR": Case(rule("kflr"), lambda: oracles.preconditioned("kronecker", 0.1, 0.1, 0.01, None)),
     "KFAC (paper)": Case(rule("kfac"), None, True),
     "KFRA": Case(rule("kfra"), None),
+    "KFAC": Case(
+        of(optim.KFAC, lr=0.1, damping=0.01, weight_decay=0.01, decay=0.6, factors_every=2, inverses_every=2),
+        None,
+        True,
+    ),
+    "KFAC, exact": Case(
+        of(optim.KFAC, fisher="exact", lr=0.1, damping=0.01, weight_decay=0.01, decay=0.6, factors_every=1),
+        lambda: oracles.kfac(0.1, 0.01, 0.9, 0.01, 0.6, 1, 100, 1e-3),
+    ),
+    "KFAC, exact, every second": Case(
+        of(
+            optim.KFAC,
+            fisher="exact",
+            bias="separate",
+            lr=0.1,
+            damping=0.01,
+            factors_every=2,
+            inverses_every=4,
+            kl_clip=None,
+            momentum=0.5,
+        ),  # fmt: skip
+        lambda: oracles.kfac(0.1, 0.01, 0.5, 0.0, 0.95, 2, 4, None, False),
+    ),
+    "EKFAC": Case(of(optim.EKFAC, lr=0.05, scales_every=1, basis_every=2), None, True),
+    "EKFAC, exact": Case(
+        of(
+            optim.EKFAC,
+            fisher="exact",
+            lr=0.05,
+            damping=0.01,
+            weight_decay=0.01,
+            decay=0.6,
+            scales_every=1,
+            basis_every=4,
+        ),  # fmt: skip
+        lambda: oracles.kfac(0.05, 0.01, 0.9, 0.01, 0.6, 1, 4, 1e-3, eigen=True),
+    ),
+    "SINGD": Case(of(optim.SINGD, lr=0.02, every=2), None, True),
+    "SINGD, exact": Case(
+        of(optim.SINGD, fisher="exact", lr=0.1, weight_decay=0.01, every=2, precondition_lr=0.2),
+        lambda: oracles.singd(0.1, 1e-3, 0.9, 0.01, 2, 0.2, 0.5),
+    ),
+    "Sophia": Case(of(optim.Sophia, lr=0.02, every=2, rho=10.0), None, True),
+    "Sophia, exact": Case(
+        of(optim.Sophia, lr=0.02, every=2, rho=10.0, curvature="diag_ggn_exact"),
+        lambda: oracles.sophia(0.02, (0.965, 0.99), 10.0, 0.1, 2),
+    ),
+    "AdaHessian": Case(of(optim.AdaHessian, lr=0.05), None, True),
+    "M-SVAG": Case(of(optim.MSVAG, weight_decay=0.01), lambda: oracles.msvag(0.1, 0.9, 0.01)),
+    "SVAG": Case(of(optim.MSVAG, momentum=0.0), lambda: oracles.msvag(0.1, 0.0, 0.0)),
+    "SPRING": Case(of(optim.SPRING, lr=0.3, damping=0.01, momentum=0.9), lambda: oracles.spring(0.3, 0.01, 0.9, 1e-3)),
+    "ENGD-W": Case(of(optim.ENGDW, lr=0.3, damping=0.1), lambda: oracles.spring(0.3, 0.1, 0.0, None)),
 }
 NAMES = list(CASES)
 

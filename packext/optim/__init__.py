@@ -22,4 +22,12 @@ from packext.optim._precondition import Diagonal as Diagonal
 from packext.optim._precondition import Kronecker as Kronecker
 from packext.optim._work import Part as Part
 from packext.optim._work import Work as Work
+from packext.optim.ekfac import EKFAC as EKFAC
+from packext.optim.elementwise import MSVAG as MSVAG
+from packext.optim.elementwise import AdaHessian as AdaHessian
+from packext.optim.elementwise import Sophia as Sophia
+from packext.optim.kfac import KFAC as KFAC
 from packext.optim.preconditioned import Preconditioned as Preconditioned
+from packext.optim.sample_space import ENGDW as ENGDW
+from packext.optim.sample_space import SPRING as SPRING
+from packext.optim.singd import SINGD as SINGD

@@ -17,14 +17,20 @@ from packext.optim import _lists as lists
 from packext.optim._emit import emit
 from packext.optim._merge import Factors, Ranks, joined, received
 from packext.optim._parts import Adam, DecoupledDecay, Descend
-from packext.optim._work import Part, Work
+from packext.optim._work import Part, Skip, Work
 
 #: What a group with `fallback=True` gets where it does not say otherwise.
 FALLBACK = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
+EMPIRICAL = (
+    "squares of gradients do not scale as the loss does, so that a share of a sum of losses, or a scaled loss, is not "
+    "known from them; drawn targets (mc) have no such limit."
+)
+
+
 class SkippedStep(RuntimeWarning):
-    """A step was not taken, as something was NaN or infinite; parameters and state are as before."""
+    """A step was not taken, as it says why; parameters and state are as before."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -48,6 +54,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         skipped: how many steps were skipped since the optimizer was made or loaded.
+        lacking: whether the last step was skipped, as a parameter had no curvature yet.
         ranks: the processes.
     """
 
@@ -80,8 +87,9 @@ class Optimizer(torch.optim.Optimizer):
         self._last = [Adam(), DecoupledDecay(), Descend()]
         self.generator = torch.Generator()
         self.ranks = Ranks(process_group)
-        self.skipped = 0
+        self.skipped, self.lacking = 0, False
         self._received: dict[Tensor, dict[str, Any]] = {}
+        self._passes = 0
         self._open = False
         super().__init__(params, defaults)
 
@@ -120,15 +128,27 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- between backward pass and step ------------------------------------------------------------
     @contextmanager
-    def receiving(self) -> Iterator[dict[str, Any]]:
-        """While results come to this optimizer: the options of `px.backpack` with which they do; `emit` enters it.
+    def receiving(self, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """While results come to this optimizer; `emit` enters it.
+
+        Args:
+            options: of `px.backpack` that the user gave.
 
         Yields:
-            The options.
+            All options of `px.backpack` with which results come.
 
         Raises:
             PackextError: if one is open already.
+            ValueError: for options with which results would be others, or come to nobody.
         """
+        taken = [name for name in ("attach", "pass_hook", "parameters") if name in options]
+        if taken or options.get("scale") == "sample":
+            raise ValueError(
+                f"px.optim.emit({type(self).__name__}, {taken[0] if taken else 'scale'}=...): the optimizer chooses "
+                "that itself. With a GradScaler pass scale=1 / scaler.get_scale()."
+            )
+        if not isinstance(options.get("scale", "loss"), str) and self._empirical():
+            raise ValueError(f"{type(self).__name__} with the empirical Fisher: {EMPIRICAL} Leave scale out.")
         if self._open:
             raise px.PackextError(
                 f"px.optim.emit({type(self).__name__}) within itself: a backward pass would count twice. step(closure) "
@@ -136,17 +156,22 @@ class Optimizer(torch.optim.Optimizer):
             )
         wanted = self.preconditioned()
         if all(p.grad is None for p in wanted):
-            self._received = {}
-        if not self._received:
+            self._forget()
+        if not self._passes:
             key = (self.param_groups[0]["seed"], self.steps, self.ranks.rank)
             self.generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
         self._open = True
         try:
-            yield {"attach": False, "pass_hook": self._receive, **({"parameters": wanted} if wanted else {})}
+            only = {"parameters": wanted} if wanted else {}
+            yield {"attach": False, "pass_hook": self._receive, **only, **options}
         finally:
             self._open = False
 
+    def _empirical(self) -> bool:
+        return any(getattr(q, "root", ("",))[0] == "empirical" for q in self.quantities())
+
     def _receive(self, results: px.Results) -> None:
+        self._passes += 1
         for p in self.preconditioned():
             if p in results:
                 found = {k: received(k, v) for k, v in vars(results[p]).items() if not k.startswith("_")}
@@ -157,8 +182,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was emitted for those gradients is forgotten with them."""
-        self._received = {}
+        self._forget()
         super().zero_grad(set_to_none)
+
+    def _forget(self) -> None:
+        self._received, self._passes = {}, 0
 
     # -- the step ----------------------------------------------------------------------------------
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -182,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 self._step()
         finally:
-            self._received = {}
+            self._forget()
         return loss
 
     def _step(self) -> None:
@@ -202,14 +230,19 @@ class Optimizer(torch.optim.Optimizer):
         if not finite(
             [t for w in works for t in (*w.grads, *_tensors([v for each in w.values for v in each.values()]))]
         ):
-            return self._skip(next(self._infinite(work) for work in works if self._infinite(work)))
+            return self._skip(f"{next(filter(None, map(self._infinite, works)))} is NaN or infinite")
         for work, parts in zip(works, (self.parts, self._last), strict=True):
-            for part in parts if work.params else ():
-                part(work)
+            try:
+                for part in parts if work.params else ():
+                    part(work)
+                if work is works[0]:
+                    self._settle(work)
+            except Skip as reason:
+                return self._skip(str(reason))
             if not finite(work.updates):
                 bad = next(p for p, u in zip(work.params, work.updates, strict=True) if not finite([u]))
-                return self._skip(f"the update of {self.name_of(bad)}")
-        self._settle(works[0])
+                return self._skip(f"the update of {self.name_of(bad)} is NaN or infinite")
+        self.lacking = False
         for work in works:
             if work.params:
                 lists.add_(work.params, work.updates)
@@ -219,7 +252,7 @@ class Optimizer(torch.optim.Optimizer):
             group["steps"] += 1
 
     def _settle(self, work: Work) -> None:
-        """Called when a step is sure to be taken, before it is."""
+        """Called when all parts have run; the last word on the updates."""
 
     def _infinite(self, work: Work) -> str:
         for p, grad, values in zip(work.params, work.grads, work.values, strict=True):
@@ -230,7 +263,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _skip(self, what: str) -> None:
         self.skipped += 1
-        warnings.warn(f"{type(self).__name__} skipped a step: {what} is NaN or infinite.", SkippedStep, stacklevel=5)
+        warnings.warn(f"{type(self).__name__} skipped a step: {what}.", SkippedStep, stacklevel=5)
 
     def _merged(self, params: list[Tensor]) -> list[dict[str, Any]]:
         """Of each parameter what was emitted, in all processes."""
@@ -244,7 +277,10 @@ class Optimizer(torch.optim.Optimizer):
             if missing and problem is None:
                 problem = self._missing(p, missing[0])
             found.append({field: held[field] for field in fields if field in held})
-        return self.ranks.merge(found, problem)
+        empirical = self._empirical()
+        if problem is None and empirical and self._passes > 1:
+            problem = f"{type(self).__name__} with the empirical Fisher: {EMPIRICAL} Take a step after each pass."
+        return self.ranks.merge(found, problem, empirical)
 
     def _missing(self, p: Tensor, field: str) -> str:
         name, text = type(self).__name__, f"{self.name_of(p)} has a gradient, but no {field}"
@@ -274,17 +310,19 @@ class Optimizer(torch.optim.Optimizer):
         for k, p in zip(ids, mine, strict=True):
             if k in state_dict["state"]:
                 self.state[p] = {name: _moved(v, p.device) for name, v in state_dict["state"][k].items()}
-        self._received, self.skipped = {}, 0
+        self._forget()
+        self.skipped = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what torch keeps, and the parts."""
-        kept = ("parts", "_last", "ranks", "skipped")
+        kept = ("parts", "_last", "ranks", "skipped", "lacking")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make what is not kept anew."""
         super().__setstate__(state)
-        self.generator, self._received, self._open = torch.Generator(), {}, False
+        self.generator, self._open = torch.Generator(), False
+        self._forget()
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:

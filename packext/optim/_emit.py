@@ -43,14 +43,14 @@ def emit(optimizer: Emitting, **options: Any) -> Iterator[px.Results]:
     Raises:
         UnsupportedUseError: where a parameter has no such quantity.
     """
-    own = getattr(optimizer, "options", dict)()
-    receiving = getattr(optimizer, "receiving", nullcontext)
-    with receiving() as wanted:
+    own = {**getattr(optimizer, "options", dict)(), **options}
+    receiving = getattr(optimizer, "receiving", None)
+    with nullcontext(own) if receiving is None else receiving(own) as all_options:
         try:
-            with px.backpack(*optimizer.quantities(), **{**own, **(wanted or {}), **options}) as results:
+            with px.backpack(*optimizer.quantities(), **all_options) as results:
                 yield results
         except px.UnsupportedUseError as error:
-            if wanted is None:
+            if receiving is None:
                 raise
             raise px.UnsupportedUseError(
                 f"{error} With {type(optimizer).__name__}: put such parameters into a group of their own, "

@@ -170,12 +170,13 @@ class Ranks:
         if wrong:
             raise px.PackextError("; ".join(wrong))
 
-    def merge(self, values: Sequence[dict[str, Any]], problem: str | None) -> list[dict[str, Any]]:
+    def merge(self, values: Sequence[dict[str, Any]], problem: str | None, even: bool = False) -> list[dict[str, Any]]:
         """Results of all processes together.
 
         Args:
             values: results of this process, for each parameter by savefield.
             problem: what hinders this process, if anything: all raise it then.
+            even: whether all processes need equally many samples.
 
         Returns:
             The same for all processes.
@@ -194,6 +195,9 @@ class Ranks:
         dist.all_gather_object(everyone, (shapes, [_count(value) for _, value in entries]), group=self._group)
         if problem is None and any(other != shapes for other, _ in everyone):
             problem = "the processes have results for different parameters, or of different shapes"
+        sizes = {max(counts, default=0) for _, counts in everyone}
+        if problem is None and even and (len(sizes) > 1 or 0 in sizes):
+            problem = "the empirical Fisher of several processes needs Kronecker factors, and batches of one size"
         self.agree(problem)
         sums = iter(self._summed([t for part in parts for t in part]))
         counts = [sum(each) for each in zip(*(counts for _, counts in everyone), strict=True)]

@@ -11,13 +11,8 @@ from torch import Tensor
 import packext as px
 from packext.optim import _lists as lists
 from packext.optim._base import Optimizer
-from packext.optim._merge import CountedKFAC, CountedKFLR, CountedKFRA, Factors
-from packext.optim._work import Part, Work
-
-
-def the_first_and_every(n: int) -> Callable[[int], bool]:
-    """Whether something is due after so many steps: the first three times, and then every n-th."""
-    return lambda steps: steps < 3 or steps % n == 0
+from packext.optim._merge import CountedKFAC, CountedKFLR, CountedKFRA
+from packext.optim._work import Part, Skip, Work
 
 
 def _weights(work: Work, decay: float | None) -> list[float]:
@@ -74,7 +69,7 @@ class Kronecker(Part):
         damping: float = 1e-2,
         decay: float | None = None,
         every: int = 1,
-        inverses: Callable[[int], bool] = lambda steps: True,
+        inverses_every: int = 1,
         **options: Any,
     ) -> None:
         """Choose.
@@ -84,17 +79,13 @@ class Kronecker(Part):
             damping: of the whole block of a parameter; weight decay is added to it.
             decay: of the exponential average of the factors; None: all batches count alike.
             every: how many steps there are from one batch of factors to the next; none is emitted between.
-            inverses: whether new inverses are due, by the number of steps taken; looked at where factors are new.
+            inverses_every: how many steps there are from one inversion to the next, after the first three batches.
             options: of `px.KFAC`: mc_samples, approx, fisher, bias.
-
-        Raises:
-            ValueError: for an unknown curvature, or an interval that is no positive int.
         """
         known(curvature, ("kfac", "kflr", "kfra"))
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an int of 1 or more, got {every!r}.")
         super().__init__(damping=damping)
-        self.curvature, self.decay, self.every, self.inverses, self.options = curvature, decay, every, inverses, options
+        self.curvature, self.decay, self.options = curvature, decay, options
+        self.every, self.inverses_every = interval(every), interval(inverses_every)
         self._make(None)  # refuses what is unknown
 
     def _make(self, generator: torch.Generator | None) -> Any:
@@ -103,10 +94,13 @@ class Kronecker(Part):
         return CountedKFLR(**self.options) if self.curvature == "kflr" else CountedKFRA(**self.options)
 
     def due(self, optimizer: Optimizer) -> bool:
-        """Whether the coming step needs new factors: every so many steps, or as long as a parameter has none."""
-        return optimizer.steps % self.every == 0 or any(
-            "batches" not in optimizer.state.get(p, {}) for p in optimizer.preconditioned()
-        )
+        """Whether the coming step needs new factors."""
+        return optimizer.steps % self.every == 0 or optimizer.lacking
+
+    def inverting(self, optimizer: Optimizer) -> bool:
+        """Whether a step with new factors inverts them: with the first three batches, and every so many steps."""
+        batches = max((optimizer.state.get(p, {}).get("batches", 0) for p in optimizer.preconditioned()), default=0)
+        return optimizer.steps % self.inverses_every == 0 or batches < 3 or optimizer.lacking
 
     def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
         """The factors, on steps that need them."""
@@ -117,35 +111,57 @@ class Kronecker(Part):
         inverses = work.old("inverses")
         if self.due(work.optimizer):
             factors = averaged(work, work.emitted(self.curvature), self.decay)
-            if self.inverses(work.optimizer.steps) or None in inverses:
+            if self.inverting(work.optimizer):
                 inverses = inverted(work, factors)
             work.set("inverses", inverses)
+        has_all(work, inverses)
         work.updates = multiply(work, work.updates, lambda k, matrix: apply(inverses[k], matrix))
 
 
-def averaged(work: Work, new: list[Any], decay: float | None) -> list[Any]:
-    """Averages of Kronecker factors with those of the state, which gets them; a bias without factors has its place."""
-    mixed: list[Any] = []
-    for held, found, weight in zip(work.old("factors"), new, _weights(work, decay), strict=True):
-        if isinstance(found, px.linalg.Joint):
-            mixed.append([])
-            continue
-        matrices = found.matrices() if isinstance(found, Factors) else found
-        mixed.append([torch.lerp(o, n, weight) for o, n in zip(held or matrices, matrices, strict=True)])
-    work.set("factors", mixed)
+def has_all(work: Work, held: list[Any]) -> None:
+    """Put the step off where a parameter has its first gradient between two batches of factors.
+
+    Raises:
+        Skip: that names it.
+    """
+    for p, each in zip(work.params, held, strict=True):
+        if each is None:
+            work.optimizer.lacking = True
+            raise Skip(
+                f"{work.optimizer.name_of(p)} has its first gradient between two batches of curvature; "
+                "the next step has one"
+            )
+
+
+def matrices_of(work: Work, emitted: list[Any]) -> list[list[Tensor]]:
+    """The Kronecker factors of each parameter; none for a bias that has one block with its weight, which is noted."""
     where = {p: k for k, p in enumerate(q for g in work.optimizer.param_groups for q in g["params"])}
-    partners = []
-    for p, group, found in zip(work.params, work.groups, new, strict=True):
-        if isinstance(found, px.linalg.Joint):
-            if all(found.weight is not each for each in group["params"]):
-                raise px.PackextError(
-                    f"{type(work.optimizer).__name__}: {work.optimizer.name_of(p)} has one block with its weight, "
-                    f'{work.optimizer.name_of(found.weight)}, in another group: put them into one, or bias="separate".'
-                )
-            partners.append((where[found.weight], found.axis))
-        else:
+    partners, found = [], []
+    for p, group, each in zip(work.params, work.groups, emitted, strict=True):
+        if not isinstance(each, px.linalg.Joint):
             partners.append(None)
+            found.append(each.matrices())
+            continue
+        if all(each.weight is not other for other in group["params"]):
+            raise px.PackextError(
+                f"{type(work.optimizer).__name__}: {work.optimizer.name_of(p)} has one block with its weight, "
+                f'{work.optimizer.name_of(each.weight)}, in another group: put them into one, or bias="separate".'
+            )
+        partners.append((where[each.weight], each.axis))
+        found.append([])
     work.set("partner", partners)
+    return found
+
+
+def averaged(work: Work, emitted: list[Any], decay: float | None) -> list[list[Tensor]]:
+    """Averages of Kronecker factors with those of the state, which gets them."""
+    mixed = [
+        [torch.lerp(o, n, weight) for o, n in zip(held or new, new, strict=True)]
+        for held, new, weight in zip(
+            work.old("factors"), matrices_of(work, emitted), _weights(work, decay), strict=True
+        )
+    ]
+    work.set("factors", mixed)
     return mixed
 
 
@@ -155,23 +171,41 @@ def damping_of(work: Work) -> list[float]:
 
 
 def inverted(work: Work, factors: list[Any]) -> list[Any]:
-    """Inverses of damped factors; each process makes a share of them, and sends it to the others."""
-    ranks, damping = work.optimizer.ranks, damping_of(work)
+    """Inverses of damped factors."""
+    damping = damping_of(work)
+
+    def invert(k: int) -> list[Tensor]:
+        return [m.contiguous() for m in px.linalg.kron_inv(factors[k], damping[k])]
+
+    return shared(work, factors, invert, lambda k: _room(factors[k]))
+
+
+def shared(
+    work: Work, factors: list[Any], do: Callable[[int], list[Tensor]], room: Callable[[int], list[Tensor]]
+) -> list[Any]:
+    """Of each parameter with factors what `do` makes of them: each process a share, which it sends to the others.
+
+    Args:
+        work: the step.
+        factors: of each parameter.
+        do: gives tensors, from a parameter's index.
+        room: gives tensors of the same shapes, to receive them.
+
+    Returns:
+        The tensors of each parameter; none for one without factors.
+    """
+    ranks, problem = work.optimizer.ranks, None
     owners = shares([sum(m.shape[-1] ** 3 for m in f if m.dim() > 1) for f in factors], ranks.size)
-    made: list[Any] = [_room(f) for f in factors]
-    problem = None
+    made: list[Any] = [room(k) if f else [] for k, f in enumerate(factors)] if ranks.size > 1 else [[] for _ in factors]
     for k, p in enumerate(work.params):
         if owners[k] == ranks.rank and factors[k]:
             try:
-                inverse = px.linalg.kron_inv(factors[k], damping[k])
-                made[k] = [m if m.dim() == 1 else m.contiguous() for m in inverse]
+                made[k] = do(k)
             except (px.PackextError, ValueError) as error:
                 problem = problem or f"{type(work.optimizer).__name__}, {work.optimizer.name_of(p)}: {error}"
-    if ranks.size > 1 or problem:
-        ranks.agree(problem)
-    if ranks.size > 1:
-        for k, owner in enumerate(owners):
-            ranks.spread(made[k], owner)
+    ranks.agree(problem)
+    for k, owner in enumerate(owners if ranks.size > 1 else ()):
+        ranks.spread(made[k], owner)
     return made
 
 
@@ -225,3 +259,17 @@ def known(curvature: str, choices: tuple[str, ...]) -> None:
     """Raise a ValueError for a choice that is none."""
     if curvature not in choices:
         raise ValueError(f"curvature must be one of {', '.join(choices)}, got {curvature!r}.")
+
+
+def interval(every: int) -> int:
+    """The number of steps that is given.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: if it is no int of 1 or more.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"an interval must be an int of 1 or more steps, got {every!r}.")
+    return every

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from packext.optim._base import Optimizer
 
 
+class Skip(Exception):
+    """Raised by a part that cannot take this step: it is skipped, and reported with the text."""
+
+
 class Part:
     """One of the things that an optimizer does to a step; `Optimizer` runs its parts one after the other.
 

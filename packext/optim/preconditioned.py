@@ -6,7 +6,7 @@ from typing import Any
 
 from packext.optim._base import Optimizer
 from packext.optim._parts import L2, Descend
-from packext.optim._precondition import Diagonal, Kronecker, the_first_and_every
+from packext.optim._precondition import Diagonal, Kronecker
 
 
 class Preconditioned(Optimizer):
@@ -54,5 +54,5 @@ class Preconditioned(Optimizer):
             part: Any = Diagonal(curvature, damping, decay, mc_samples)
         else:
             options = {"mc_samples": mc_samples} if curvature == "kfac" else {}
-            part = Kronecker(curvature, damping, decay, inverses=the_first_and_every(20), **options)
+            part = Kronecker(curvature, damping, decay, inverses_every=20, **options)
         super().__init__(params, [L2(weight_decay), part, Descend(lr)], seed, process_group)

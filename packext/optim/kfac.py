@@ -1,0 +1,150 @@
+"""K-FAC to train with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+import packext as px
+from packext.optim._base import Optimizer
+from packext.optim._parts import L2, Descend, KLClip, Momentum
+from packext.optim._precondition import Kronecker, apply, damping_of, multiply
+from packext.optim._work import Work
+
+
+class KFAC(Optimizer):
+    """K-FAC with averaged factors (Martens & Grosse, 2015, "Optimizing Neural Networks with Kronecker-factored ...").
+
+    Of a layer's weight, with its bias as one more column, and gradient g (plus weight decay):
+
+        A <- ε A + (1 - ε) mean of a aᵀ,  B <- ε B + (1 - ε) mean of b bᵀ,   ε = min(1 - 1/k, decay)
+        u = (B + sqrt(λ)/π I)⁻¹ g (A + π sqrt(λ) I)⁻¹                         λ = damping + weight_decay
+        u <- min(1, sqrt(kl_clip / (lr² Σ g u))) u,  v <- momentum v + u,  θ <- θ - lr v
+
+    k counts batches of factors. They are emitted every `factors_every` steps, and steps between ask nothing of the
+    backward pass; inverses are made anew with the first three batches, and then every `inverses_every` steps. Under
+    `DistributedDataParallel` factors are merged over the processes, each of which inverts a share of the layers.
+
+    Parameters that are no weights of linear maps, convolutions or look-ups, nor vectors, are refused by the backward
+    pass, by name; a group with `fallback=True` has them trained by AdamW. That is also the better place for large
+    embeddings, the weights of normalisations, and the last layer of a language model, whose factor is of the
+    size of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.05,
+        damping: float = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        decay: float = 0.95,
+        factors_every: int = 10,
+        inverses_every: int = 100,
+        kl_clip: float | None = 1e-3,
+        approx: str = "expand",
+        fisher: str = "mc",
+        bias: str = "joint",
+        mc_samples: int = 1,
+        adapt_every: int = 0,
+        seed: int = 0,
+        process_group: Any = None,
+    ) -> None:
+        """Choose.
+
+        Args:
+            params: as for any optimizer of torch. Weight and bias of a layer belong into one group.
+            lr: learning rate.
+            damping: λ without the weight decay, at first.
+            momentum: of the heavy ball.
+            weight_decay: η of a regulariser `η / 2 |θ|²`: added to the damping and, times θ, to the gradient.
+            decay: of the averages of factors.
+            factors_every: steps from one batch of factors to the next.
+            inverses_every: steps between new inverses, a multiple of `factors_every`.
+            kl_clip: bound of the step's change of predictions; None for no bound.
+            approx: "expand" or "reduce", what positions share (see `px.KFAC`).
+            fisher: "mc": from drawn targets; "exact", which takes an inner pass for each output; "empirical".
+            bias: "joint", or "separate" for blocks of their own.
+            mc_samples: draws for each sample.
+            adapt_every: after how many steps the damping is adapted to how well the quadratic model of the loss
+                predicts the step; never by default. The training loop then calls `adapt`.
+            seed: of the draws.
+            process_group: over which gradients are averaged; that of all processes by default.
+
+        Raises:
+            ValueError: for choices that do not fit each other.
+        """
+        if isinstance(adapt_every, bool) or not isinstance(adapt_every, int) or adapt_every < 0:
+            raise ValueError(f"adapt_every must be an int of 0 or more, got {adapt_every!r}.")
+        options = {"mc_samples": mc_samples, "approx": approx, "fisher": fisher, "bias": bias}
+        kronecker = Kronecker("kfac", damping, decay, factors_every, inverses_every, **options)
+        if inverses_every % factors_every:
+            raise ValueError(
+                f"inverses_every must be a multiple of factors_every, got {inverses_every} and {factors_every}."
+            )
+        parts = [L2(weight_decay), kronecker, KLClip(kl_clip), Momentum(momentum), Descend(lr)]
+        super().__init__(params, parts, seed, process_group)
+        self.adapt_every = adapt_every
+        self._predicted: tuple[float, float] | None = None
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the step just taken is one after which `adapt` is to be called."""
+        return self._predicted is not None
+
+    def adapt(self, before: Any, after: Any) -> float:
+        """Adapt the damping to the step just taken, by the Levenberg-Marquardt rule of Martens & Grosse, section 6.5.
+
+        ρ is the change of the loss over the change that the model `gᵀδ + ½ δᵀ (C + λ I) δ` predicted, with C the
+        Kronecker factors (there: the exact Fisher). Damping is multiplied by `ω = (19/20) ** adapt_every` if ρ > 3/4,
+        and divided by it if ρ < 1/4 or the loss after the step is not finite. Where the model predicted that the step,
+        with its momentum, makes the loss larger, ρ means nothing, and the damping stays.
+
+        Args:
+            before: the loss of the step, without weight decay.
+            after: the loss of the same batch after it: `with torch.no_grad(): loss_fn(model(x), y)`.
+
+        Returns:
+            ρ.
+
+        Raises:
+            PackextError: if the step just taken is not one of those every `adapt_every`.
+        """
+        if self._predicted is None:
+            raise px.PackextError(
+                f"KFAC.adapt: the step just taken is none of those every adapt_every={self.adapt_every}; "
+                "ask `if optimizer.adapts:`."
+            )
+        (predicted, decay), self._predicted = self._predicted, None
+        change = self.ranks.mean(float(torch.as_tensor(after).detach()) - float(torch.as_tensor(before).detach()))
+        ratio = (change + decay) / predicted
+        if predicted >= 0 and math.isfinite(change):
+            return math.nan
+        omega = 0.95**self.adapt_every
+        factor = 1 / omega if not ratio >= 0.25 else omega if ratio > 0.75 else 1.0
+        for group in self.param_groups:
+            group["damping"] *= factor
+        return ratio
+
+    def step(self, closure: Any = None) -> Any:
+        """As `Optimizer.step`."""
+        self._predicted = None
+        return super().step(closure)
+
+    def _settle(self, work: Work) -> None:
+        if not self.adapt_every or (self.steps + 1) % self.adapt_every or not work.params:
+            return
+        factors = [new.get("factors", old) for new, old in zip(work.new, work.old("factors"), strict=True)]
+        curved = multiply(work, work.updates, lambda k, delta: apply(factors[k], delta))
+        groups = zip(damping_of(work), work.of("weight_decay"), strict=True)
+        predicted = decay = 0.0
+        for p, g, d, c, (damping, eta) in zip(work.params, work.grads, work.updates, curved, groups, strict=True):
+            predicted += float((g * d).sum() + 0.5 * (d * (c + damping * d)).sum())
+            decay += float(eta * ((p * d).sum() + 0.5 * (d * d).sum()))
+        self._predicted = predicted, decay
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As for `Optimizer`."""
+        return {**super().__getstate__(), "adapt_every": self.adapt_every, "_predicted": None}

@@ -1,0 +1,184 @@
+"""The natural gradient, solved for in the space of samples: ENGD-W and SPRING."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import packext as px
+from packext.optim._base import Optimizer
+from packext.optim._parts import Descend
+from packext.optim._work import Part, Skip, Work
+
+
+class SPRING(Optimizer):
+    """Natural gradient with memory of the last direction (Goldshlager, Abrahamsen & Lin, 2024, "SPRING").
+
+    With S `[V N, P]` a root of the GGN of the loss, `Sᵀ S`, and ρ such that the gradient is `Sᵀ ρ` (for a squared error
+    they are the Jacobian and the residuals, both times the same number),
+
+        d <- momentum d + Sᵀ (S Sᵀ + damping I)⁻¹ (ρ - momentum S d),   θ <- θ - lr d
+
+    with `|lr d|² <= max_step`. This minimises `|S d - ρ|² + damping |d - momentum d_before|²`. It takes the whole GGN
+    of this batch, and not blocks of it; a system of V N equations is solved in float64, or where the parameters
+    are fewer, the same of P equations. V is the number of a sample's outputs. Memory is that of the individual
+    gradients, times V + 1.
+
+    Everything is one system: there is one group, and one process. The losses are the extended ones, such as
+    `nn.MSELoss`. Passes before a step add their samples (those inside a domain and those on its boundary).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 5e-2,
+        damping: float = 1e-3,
+        momentum: float = 0.99,
+        max_step: float | None = 1e-3,
+    ) -> None:
+        """Choose.
+
+        Args:
+            params: as for any optimizer of torch, in one group.
+            lr: learning rate; with `evaluate`, the longest that is tried.
+            damping: λ, in units of the GGN of the mean loss.
+            momentum: μ; 0 is ENGD-W (MinSR, in variational Monte Carlo).
+            max_step: bound of the squared norm of the change; None for no bound.
+
+        Raises:
+            ValueError: if `max_step` is not positive.
+        """
+        if max_step is not None and not max_step > 0:
+            raise ValueError(f"max_step must be positive, or None, got {max_step}.")
+        parts = [SampleSpace(damping, momentum), Descend(lr)]
+        super().__init__(params, parts)
+        self.max_step = max_step
+        self._evaluate: Callable[[], Any] | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for `Optimizer`, once.
+
+        Raises:
+            ValueError: for a second group.
+        """
+        if self.param_groups and not (param_group.get("fallback") or self.param_groups[0]["fallback"]):
+            raise ValueError(f"{type(self).__name__} solves one system for all parameters: give it one group.")
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None, evaluate: Callable[[], Any] | None = None) -> Any:
+        """Take a step.
+
+        Args:
+            closure: as for `Optimizer`.
+            evaluate: gives the loss at the parameters as they are when it is called, without a backward pass. Of the
+                steps `lr 2^-k`, k = 0 to 30, the one with the least loss is taken, and none if that is no less than
+                without a step, which is reported as a skipped step.
+
+        Returns:
+            What the closure returned, if there is one.
+        """
+        self._evaluate = evaluate
+        try:
+            return super().step(closure)
+        finally:
+            self._evaluate = None
+
+    def _settle(self, work: Work) -> None:
+        length = float(torch.stack([u.double().square().sum() for u in work.updates]).sum()) if work.params else 0.0
+        if self.max_step is not None and length > self.max_step:
+            work.updates = [u * (self.max_step / length) ** 0.5 for u in work.updates]
+        if self._evaluate is None or not work.params:
+            return
+        kept = [p.clone() for p in work.params]
+        try:
+            losses = []
+            for factor in [0.0, *(2.0**-k for k in range(31))]:
+                for p, q, u in zip(work.params, kept, work.updates, strict=True):
+                    p.copy_(q + factor * u)
+                losses.append((float(self._evaluate()), factor))
+        finally:
+            for p, q in zip(work.params, kept, strict=True):
+                p.copy_(q)
+        best, factor = min((each for each in losses if each[0] == each[0]), default=(0.0, 0.0))
+        if factor == 0.0 or best >= losses[0][0]:
+            raise Skip("no step of the line search makes the loss smaller")
+        work.updates = [factor * u for u in work.updates]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As for `Optimizer`."""
+        return {**super().__getstate__(), "max_step": self.max_step, "_evaluate": None}
+
+
+class ENGDW(SPRING):
+    """Energy natural gradient by the Woodbury identity: `SPRING` without memory and without a bound.
+
+    `d = Sᵀ (S Sᵀ + damping I)⁻¹ ρ`, which is `(GGN + damping I)⁻¹ g` (Müller & Zeinhofer, 2023, "Achieving High
+    Accuracy with PINNs via Energy Natural Gradients", whose line search is `step(evaluate=...)`; Guzmán-Cordero et
+    al., 2025, for the form in the space of samples).
+    """
+
+    def __init__(self, params: Any, lr: float = 1.0, damping: float = 1e-6) -> None:
+        """As for `SPRING`.
+
+        Args:
+            params: as for any optimizer of torch, in one group.
+            lr: learning rate; with `evaluate`, the longest that is tried.
+            damping: in units of the GGN of the mean loss.
+        """
+        super().__init__(params, lr, damping, momentum=0.0, max_step=None)
+
+
+class SampleSpace(Part):
+    """The direction of `SPRING`."""
+
+    def __init__(self, damping: float, momentum: float) -> None:
+        """Take λ and μ."""
+        super().__init__(damping=damping, momentum=momentum)
+
+    def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
+        """A root of the GGN, and individual gradients."""
+        return [px.SqrtGGNExact(), px.BatchGrad()]
+
+    def __call__(self, work: Work) -> None:
+        """Solve; where rounding has made the matrix indefinite, by its pseudo-inverse."""
+        group = work.groups[0]
+        roots, rows = work.emitted("sqrt_ggn_exact"), work.emitted("grad_batch")
+        root = torch.cat([s.flatten(2).double() for s in roots], 2)  # [V, N, P]
+        s = root.flatten(0, 1)
+        memory = [torch.zeros_like(g) if d is None else d for g, d in zip(work.grads, work.old("d"), strict=True)]
+        before = group["momentum"] * _flat(memory)
+        if s.shape[0] <= s.shape[1]:
+            rho = _residuals(root, torch.cat([g.flatten(1).double() for g in rows], 1))
+            d = before + s.mT @ _solved(s @ s.mT, rho - s @ before, group["damping"])
+        else:
+            d = before + _solved(s.mT @ s, _flat(work.grads) - s.mT @ (s @ before), group["damping"])
+        parts = d.split([g.numel() for g in work.grads])
+        work.updates = [part.view(g.shape).to(g.dtype) for part, g in zip(parts, work.grads, strict=True)]
+        work.set("d", work.updates)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten().double() for t in tensors])
+
+
+def _residuals(root: Tensor, rows: Tensor) -> Tensor:
+    """ρ `[V N]`, with each sample's gradient `[N, P]` as `Σ_v ρ_vn S_vn`; root is `[V, N, P]`."""
+    by_sample = root.transpose(0, 1)
+    right = torch.einsum("nvp,np->nv", by_sample, rows)
+    rho = torch.linalg.pinv(by_sample @ by_sample.mT, hermitian=True) @ right[..., None]
+    return rho[..., 0].T.flatten()
+
+
+def _solved(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
+    """`(matrix + damping I)⁻¹ right`, of a matrix that is positive semi-definite but for rounding."""
+    damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if not info:
+        return torch.cholesky_solve(right[:, None], lower)[:, 0]
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp(min=0) + damping
+    small = values <= len(values) * torch.finfo(values.dtype).eps * values.max()
+    return vectors @ (torch.where(small, 0.0, 1 / values) * (vectors.mT @ right))

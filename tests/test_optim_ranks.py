@@ -1,0 +1,162 @@
+"""Optimizers in several processes: together they take the step that one process with all samples takes."""
+
+from __future__ import annotations
+
+import gc
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import packext as px
+from packext import optim
+
+WORLD = 2
+SIZES = [5, 3]
+ALONE: list[Any] = []
+LOSS = px.extend(nn.CrossEntropyLoss())
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 2, groups=2), nn.Flatten(), nn.LayerNorm(16)]
+    return nn.Sequential(*layers, nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 3, bias=False)).double()
+
+
+def data(seed: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 1, 5, 5, generator=draw, dtype=torch.float64), torch.randint(3, (8,), generator=draw)
+
+
+MAKE: dict[str, Callable[..., optim.Optimizer]] = {
+    "rule": lambda p, **more: optim.Preconditioned(p, "kflr", lr=0.05, damping=0.1, **more),
+    "diagonal": lambda p, **more: optim.Preconditioned(p, "diag_ggn_exact", lr=0.05, damping=0.1, **more),
+    "kfac": lambda p, **more: optim.KFAC(
+        p, fisher="exact", factors_every=2, inverses_every=2, adapt_every=3, damping=0.01, **more
+    ),
+    "ekfac": lambda p, **more: optim.EKFAC(p, fisher="exact", scales_every=1, basis_every=4, damping=0.01, **more),
+    "singd": lambda p, **more: optim.SINGD(p, fisher="exact", lr=0.05, every=2, precondition_lr=0.1, **more),
+    "sophia": lambda p, **more: optim.Sophia(p, lr=0.02, every=2, rho=1.0, curvature="diag_ggn_exact", **more),
+    "msvag": lambda p, **more: optim.MSVAG(p, **more),
+}
+
+
+def train(model: nn.Module, optimizer: optim.Optimizer, mine: Callable[[Tensor], Tensor], factor: float) -> None:
+    for seed in range(5):
+        x, y = (mine(t) for t in data(seed))
+        optimizer.zero_grad()
+        with optim.emit(optimizer):
+            loss = LOSS(model(x), y) * factor
+            loss.backward()
+        optimizer.step()
+        if isinstance(optimizer, optim.KFAC) and optimizer.adapts:
+            with torch.no_grad():
+                optimizer.adapt(loss, LOSS(model(x), y) * factor)
+
+
+# -- what each process runs ---------------------------------------------------------------------------
+
+
+def as_one_process(rank: int) -> None:
+    """5 and 3 samples, each loss with its share of the mean over all."""
+    for name, make in MAKE.items():
+        alone = px.extend(network())
+        train(alone, make(alone.parameters(), process_group=ALONE[rank]), lambda t: t, 1.0)
+        model = px.extend(network())
+        parallel, optimizer = DistributedDataParallel(model), make(model.parameters())
+        assert optimizer.ranks.size == WORLD
+        train(parallel, optimizer, lambda t: t.split(SIZES)[rank], SIZES[rank] * WORLD / 8)
+        for (k, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10, msg=f"{name}, {k}")
+            everyone = [torch.empty_like(p) for _ in range(WORLD)]
+            dist.all_gather(everyone, p.detach())
+            assert torch.equal(*everyone), (name, k)
+
+
+def draws_differ(rank: int) -> None:
+    model = px.extend(network())
+    optimizer = optim.KFAC(model.parameters())
+    x, y = data(0)
+    with optim.emit(optimizer) as results:
+        LOSS(model(x), y).backward()
+    mine = results["7.weight"].kfac.outputs
+    everyone = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(everyone, mine)
+    assert not torch.equal(*everyone)
+
+
+def skipped_and_refused(rank: int) -> None:
+    """What goes wrong in one process, all know."""
+    x, y = data(0)
+
+    def passed(optimizer: optim.Optimizer, model: nn.Module, n: int = 8, emit: bool = True) -> None:
+        if emit:
+            with optim.emit(optimizer):
+                LOSS(model(x[:n]), y[:n]).backward()
+        else:
+            LOSS(model(x[:n]), y[:n]).backward()
+
+    model = px.extend(network())
+    optimizer = MAKE["kfac"](model.parameters())
+    passed(optimizer, model, emit=rank == 0)
+    with pytest.raises(px.PackextError, match="rank 1: KFAC: parameter 0 of group 0, .* has a gradient, but no kfac"):
+        optimizer.step()
+    before = [p.clone() for p in model.parameters()]
+    passed(optimizer, model)
+    if rank == 1:
+        factors = optimizer._received[model[5].weight]["kfac"]
+        factors.outputs[0, 0] = float("nan")
+    with pytest.warns(optim.SkippedStep, match="the kfac of parameter 6 of group 0"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)) and not optimizer.state
+
+    weight, bias = model[5].weight, model[5].bias  # a factor that one process inverts, and cannot
+    singular = optim.KFAC([weight, bias], fisher="exact", damping=0.0)
+    passed(singular, model)
+    with pytest.raises(px.PackextError, match=r"rank \d: KFAC, parameter 0 of group 0, .* not positive definite"):
+        singular.step()
+    assert not singular.state
+
+    optimizer = optim.SPRING(model.parameters())
+    passed(optimizer, model)
+    with pytest.raises(px.PackextError, match="rank 0: sqrt_ggn_exact is defined within one process.*; rank 1"):
+        optimizer.step()
+    for n, text in ((8 - rank, "batches of one size"), (8, None)):
+        model.zero_grad()
+        optimizer = optim.KFAC(model.parameters(), fisher="empirical")
+        passed(optimizer, model, n)
+        if text:
+            with pytest.raises(px.PackextError, match=text):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+TASKS = (as_one_process, draws_differ, skipped_and_refused)
+
+
+def worker(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    ALONE.extend(dist.new_group([k]) for k in range(WORLD))
+    try:
+        for task in TASKS:
+            task(rank)
+        dist.barrier()  # who ends first takes the store with it
+    finally:
+        ALONE.clear()
+        gc.collect()  # groups that outlive this in a model abort the process at its end
+        dist.destroy_process_group()
+
+
+def test_two_processes() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, (port,), nprocs=WORLD)

@@ -1,0 +1,417 @@
+"""What one optimizer does and others do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import packext as px
+from packext import optim
+from tests import optim_oracles as oracles
+
+LOSS = px.extend(nn.CrossEntropyLoss())
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return px.extend(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+
+
+def data(n: int = 12, seed: int = 1) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=draw), torch.randint(3, (n,), generator=draw)
+
+
+def passed(model: nn.Module, optimizer: Any, batch: tuple[Tensor, Tensor], loss: Any = LOSS) -> Tensor:
+    optimizer.zero_grad()
+    with optim.emit(optimizer):
+        value = loss(model(batch[0]), batch[1])
+        value.backward()
+    return value.detach()
+
+
+def theta(model: nn.Module) -> dict[str, Tensor]:
+    return {k: p.detach().clone() for k, p in model.named_parameters()}
+
+
+# -- emit -----------------------------------------------------------------------------------------------
+
+
+def test_any_object_with_quantities_gets_them_as_attributes() -> None:
+    class Own:
+        def quantities(self) -> list[Any]:
+            return [px.BatchL2Grad()]
+
+    model, (x, y) = network(), data()
+    with optim.emit(Own()) as results:
+        LOSS(model(x), y).backward()
+    assert isinstance(Own(), optim.Emitting)
+    torch.testing.assert_close(results.batch_l2, sum(p.batch_l2 for p in model.parameters()))
+
+
+def test_emit_refuses_what_the_optimizer_chooses() -> None:
+    model = network()
+    optimizer = optim.KFAC(model.parameters())
+    for options in ({"scale": "sample"}, {"attach": True}, {"parameters": []}, {"pass_hook": print}):
+        text = rf"emit\(KFAC, {next(iter(options))}=...\)"
+        with pytest.raises(ValueError, match=text), optim.emit(optimizer, **options):
+            pass
+    empirical = optim.KFAC(model.parameters(), fisher="empirical")
+    with pytest.raises(ValueError, match="squares of gradients do not scale"), optim.emit(empirical, scale=0.5):
+        pass
+    for _ in range(2):
+        with optim.emit(empirical):
+            LOSS(model(data()[0]), data()[1]).backward()
+    with pytest.raises(px.PackextError, match="Take a step after each pass"):
+        empirical.step()
+
+
+# -- Kronecker factors ----------------------------------------------------------------------------------
+
+
+def test_steps_between_two_batches_of_factors_ask_nothing() -> None:
+    model = network()
+    optimizer = optim.KFAC(model.parameters(), factors_every=3, inverses_every=6)
+    asked = []
+    for _ in range(7):
+        asked.append(len(optimizer.quantities()))
+        passed(model, optimizer, data())
+        optimizer.step()
+    assert asked == [1, 0, 0, 1, 0, 0, 1]
+    assert optimizer.state[model[0].weight]["batches"] == 3
+
+
+def test_a_first_gradient_between_two_batches_is_reported_and_waits_one_step() -> None:
+    model = network()
+    model[2].requires_grad_(False)
+    optimizer = optim.KFAC(model.named_parameters(), factors_every=4, inverses_every=4)
+    passed(model, optimizer, data())
+    optimizer.step()
+    model[2].requires_grad_(True)
+    before = theta(model)
+    passed(model, optimizer, data())
+    with pytest.warns(optim.SkippedStep, match=r"2.weight, shape \[3, 5\] has its first gradient between two batches"):
+        optimizer.step()
+    assert all(torch.equal(p, before[k]) for k, p in model.named_parameters()) and optimizer.steps == 1
+    passed(model, optimizer, data())
+    optimizer.step()
+    assert optimizer.steps == 2 and optimizer.quantities() == []
+    assert all(not torch.equal(p, before[k]) for k, p in model.named_parameters())
+
+
+def test_a_singular_factor_is_refused_by_name() -> None:
+    model = network()
+    optimizer = optim.Preconditioned(model.named_parameters(), "kflr", damping=0.0)
+    passed(model, optimizer, data())
+    with pytest.raises(px.PackextError, match=r"Preconditioned, .*\.(weight|bias), .* not positive definite.* More"):
+        optimizer.step()
+    assert not optimizer.state and optimizer.steps == 0
+
+
+def test_a_bias_without_its_weight_is_refused() -> None:
+    model = network()
+    groups = [{"params": [model[0].weight, *model[2].parameters()]}, {"params": [model[0].bias]}]
+    optimizer = optim.KFAC(groups)
+    passed(model, optimizer, data())
+    text = r'parameter 0 of group 1.*with its weight, parameter 0 of group 0.*"separate"'
+    with pytest.raises(px.PackextError, match=text):
+        optimizer.step()
+    optimizer = optim.KFAC(groups, bias="separate")
+    passed(model, optimizer, data())
+    optimizer.step()
+
+
+def test_the_balance_of_the_damping_does_not_depend_on_the_factors_scales() -> None:
+    model = network()
+    ends = []
+    for c in (1.0, 64.0):
+        optimizer = optim.Preconditioned(model.parameters(), "kflr", lr=0.1, damping=0.1)
+        passed(model, optimizer, data())
+        for held in optimizer._received.values():
+            factors = held["kflr"]
+            if factors.inputs is not None:
+                held["kflr"] = type(factors)(factors.outputs / c, factors.inputs * c, factors.n, factors.stored)
+        before = theta(model)
+        optimizer.step()
+        ends.append(theta(model))
+        model.load_state_dict(before)
+    for k in ends[0]:
+        torch.testing.assert_close(ends[0][k], ends[1][k], rtol=1e-12, atol=1e-14)
+
+
+def test_the_factors_of_one_sample_of_softmax_regression_are_the_ggn() -> None:
+    model, (x, y) = px.extend(nn.Sequential(nn.Linear(4, 3))), data(1)
+    optimizer = optim.Preconditioned(model.parameters(), "kflr", lr=0.0)
+    passed(model, optimizer, (x, y))
+    optimizer.step()
+    p = torch.softmax(model(x)[0].detach(), 0)
+    h = torch.diag(p) - torch.outer(p, p)
+    ggn = torch.kron(h, torch.outer(x[0], x[0]))
+    torch.testing.assert_close(px.linalg.kron(optimizer.state[model[0].weight]["factors"]), ggn, rtol=1e-12, atol=1e-14)
+
+
+class Mixed(nn.Module):
+    """Weights of many kinds: a table, a transposed and a grouped convolution, a weight stored [I, O] with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(7, 4)
+        self.up = nn.ConvTranspose1d(4, 4, 2)
+        self.groups = nn.Conv1d(4, 4, 2, groups=2)
+        self.norm = nn.LayerNorm(4)
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.groups(torch.tanh(self.up(self.table(ids).mT))).mean(2)
+        return self.norm(x) @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+@pytest.mark.parametrize("kind", [optim.KFAC, optim.EKFAC, optim.SINGD])
+def test_weights_of_all_kinds_are_multiplied_along_their_own_axes(kind: Any, bias: str) -> None:
+    model = px.extend(Mixed())
+    ids, y = torch.randint(7, (9, 5)), torch.randint(3, (9,))
+    damping, lr = 0.02, 0.5
+    options = {"momentum": 0.0, "fisher": "exact", "bias": bias, "lr": lr, "damping": damping}
+    optimizer = kind(model.parameters(), **options, **({} if kind is optim.SINGD else {"kl_clip": None}))
+    with px.backpack(px.KFAC(fisher="exact", bias=bias), attach=False) as results:
+        LOSS(model(ids), y).backward()
+    before, found = theta(model), {k: r.kfac for k, r in results.items()}
+    passed(model, optimizer, (ids, y))
+    grads = {k: p.grad.clone() for k, p in model.named_parameters()}
+    optimizer.step()
+    joints = {k: f for k, f in found.items() if isinstance(f, px.linalg.Joint)}
+    assert len(joints) == (0 if bias == "separate" else 1)
+    changed = 0
+    for name, factors in found.items():
+        if isinstance(factors, px.linalg.Joint):
+            continue
+        partner = next((k for k, j in joints.items() if j.weight is model.get_parameter(name)), None)
+
+        def whole(values: dict[str, Tensor], name: str = name, partner: str | None = partner) -> Tensor:
+            return values[name] if partner is None else joints[partner].join(values[name], values[partner])
+
+        g, change = whole(grads).flatten(), whole(before).flatten() - whole(theta(model)).flatten()
+        if kind is optim.SINGD:
+            ones = [[torch.eye(f.shape[-1])] if f.dim() < 3 else [torch.eye(f.shape[-1])] * len(f) for f in factors]
+            blocks = [dense(each, roots) for each, roots in zip(split(factors), split_list(ones), strict=True)]
+            expected = torch.block_diag(*blocks) @ g
+        elif kind is optim.EKFAC:
+            expected = torch.linalg.solve(px.linalg.kron(factors) + damping * torch.eye(len(g)), g)
+        else:
+            inverses = [oracles.split_inverse([diagonal(f) for f in each], damping) for each in split(factors)]
+            expected = torch.block_diag(*inverses) @ g
+        torch.testing.assert_close(change, lr * expected, rtol=1e-8, atol=1e-11, msg=name)
+        changed += 1
+    assert changed == 9 - len(joints)
+
+
+def diagonal(f: Tensor) -> Tensor:
+    return torch.diag(f) if f.dim() == 1 else f
+
+
+def split(factors: list[Tensor]) -> list[list[Tensor]]:
+    """By groups."""
+    groups = max((len(f) for f in factors if f.dim() == 3), default=1)
+    return [[f[g] if f.dim() == 3 else f for f in factors] for g in range(groups)]
+
+
+def split_list(ones: list[list[Tensor]]) -> list[list[Tensor]]:
+    groups = max(len(each) for each in ones)
+    return [[each[g % len(each)] for each in ones] for g in range(groups)]
+
+
+def dense(factors: list[Tensor], roots: list[Tensor], beta: float = 1e-2, damping: float = 0.02) -> Tensor:
+    """SINGD's preconditioner after its first step, from the identity."""
+    factors = [diagonal(f) for f in factors]
+    out = torch.ones(1, 1)
+    for k, f in enumerate(factors):
+        other = factors[1 - k].trace() / len(factors[1 - k]) if len(factors) == 2 else 1.0
+        m = 0.5 * (other * f + (damping - 1) * roots[k])
+        root = roots[k] - beta * m
+        out = torch.kron(out, root @ root.T)
+    return out
+
+
+def test_damping_follows_the_reduction_ratio() -> None:
+    model, (x, y) = network(), data()
+    optimizer = optim.KFAC(
+        model.parameters(), fisher="exact", factors_every=1, inverses_every=1, adapt_every=2, lr=0.5, damping=0.3,
+        weight_decay=0.1, decay=0.0,
+    )  # fmt: skip
+    for k in range(4):
+        before = theta(model)
+        value = passed(model, optimizer, (x, y))
+        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        assert optimizer.adapts == (k % 2 == 1)
+        if k % 2 == 0:
+            with pytest.raises(px.PackextError, match="none of those every adapt_every=2"):
+                optimizer.adapt(value, value)
+            continue
+        after, damping = theta(model), optimizer.param_groups[0]["damping"]
+        predicted = change = 0.0
+        for block in oracles.parts_of(before, True):
+            d = oracles.matrix({n: after[n] - before[n] for n in block}, block).flatten()
+            g = oracles.matrix({n: grads[n] + 0.1 * before[n] for n in block}, block).flatten()
+            b, a = oracles.factors(before, x, True)[block[0]]
+            c = torch.kron(b.contiguous(), a.contiguous())
+            predicted += float(g @ d + 0.5 * d @ (c @ d) + 0.5 * (damping + 0.1) * d @ d)
+        change = float(oracles.loss(after, x, y)) - float(value)
+        change += 0.05 * sum(float(after[n].square().sum() - before[n].square().sum()) for n in after)
+        ratio = optimizer.adapt(value, oracles.loss(after, x, y))
+        assert ratio == pytest.approx(change / predicted, rel=1e-9) and ratio > 0.75
+        assert optimizer.param_groups[0]["damping"] == pytest.approx(damping * 0.95**2)
+    for after, factor in ((value, 1 / 0.95**2), (math.inf, 1 / 0.95**2)):  # no progress, and a loss that blows up
+        for _ in range(2):
+            passed(model, optimizer, (x, y))
+            optimizer.step()
+        damping = optimizer.param_groups[0]["damping"]
+        optimizer.adapt(value, after)
+        assert optimizer.param_groups[0]["damping"] == pytest.approx(damping * factor)
+
+
+def test_intervals_that_do_not_fit_are_refused() -> None:
+    params = list(network().parameters())
+    for make, text in (
+        (lambda: optim.KFAC(params, factors_every=10, inverses_every=15), "multiple of factors_every, got 15 and 10"),
+        (lambda: optim.EKFAC(params, scales_every=10, basis_every=15), "multiple of scales_every, got 15 and 10"),
+        (lambda: optim.KFAC(params, factors_every=0), "int of 1 or more steps, got 0"),
+        (lambda: optim.KFAC(params, adapt_every=-1), "adapt_every must be an int of 0 or more, got -1"),
+        (lambda: optim.Preconditioned(params, "hessian"), "curvature must be one of kfac, kflr, kfra, got 'hessian'"),
+        (lambda: optim.KFAC(params, fisher="true"), "fisher must be one of mc, exact, empirical"),
+        (lambda: optim.KFAC(params, momentum=1.0), "momentum must be at least 0 and less than 1, got 1.0"),
+        (lambda: optim.Sophia(params, betas=(0.9, 1.0)), "betas must be at least 0 and less than 1"),
+        (lambda: optim.AdaHessian(params, power=2.0), "power must be between 0 and 1, got 2.0"),
+        (lambda: optim.SPRING(params, max_step=0.0), "max_step must be positive, or None, got 0.0"),
+        (lambda: optim.SPRING([{"params": params[:2]}, {"params": params[2:]}]), "give it one group"),
+        (lambda: optim.KFAC([nn.Parameter(torch.zeros(2, dtype=torch.cfloat))]), "takes real parameters, got complex"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make()
+
+
+# -- entry by entry -------------------------------------------------------------------------------------
+
+
+def test_adahessian_with_the_same_signs() -> None:
+    """A convolution among the layers: its estimate is the mean over the kernel."""
+    torch.manual_seed(0)
+    model = px.extend(nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)))
+    optimizer = optim.AdaHessian(model.parameters(), lr=0.1, power=0.7, weight_decay=0.01)
+    names, moments = list(dict(model.named_parameters())), {}
+    draw = torch.Generator()
+    for t in range(1, 6):
+        x, y = torch.randn(6, 1, 3, 3), torch.randint(3, (6,))
+        values = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
+        draw.manual_seed(int(np.random.SeedSequence((0, t - 1, 0)).generate_state(1, np.uint64)[0]))
+        z = [torch.randint(2, v.shape, generator=draw).to(v) * 2 - 1 for v in values.values()]
+        with px.disable():
+            loss = nn.functional.cross_entropy(functional_call(model, values, (x,)), y)
+            g = torch.autograd.grad(loss, list(values.values()), create_graph=True)
+            hz = torch.autograd.grad(sum((a * b).sum() for a, b in zip(g, z, strict=True)), list(values.values()))
+        passed(model, optimizer, (x, y))
+        optimizer.step()
+        for k, name in enumerate(names):
+            d = z[k] * hz[k]
+            if d.dim() == 4:
+                d = d.mean((2, 3), keepdim=True).expand_as(d)
+            m, v = moments.get(name, (0.0, 0.0))
+            m, v = 0.9 * m + 0.1 * g[k].detach(), 0.999 * v + 0.001 * d**2
+            moments[name] = (m, v)
+            root = (v / (1 - 0.999**t)) ** 0.35 + 1e-4
+            p = values[name].detach()
+            expected = p - 0.1 * 0.01 * p - 0.1 * (m / (1 - 0.9**t)) / root
+            torch.testing.assert_close(model.get_parameter(name).detach(), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_sophia_says_how_much_is_not_clipped() -> None:
+    for rho, share in ((1e-9, 0.0), (1e9, 1.0)):
+        model = network()
+        optimizer = optim.Sophia(model.parameters(), rho=rho, curvature="diag_ggn_exact")
+        passed(model, optimizer, data())
+        optimizer.step()
+        assert optimizer.unclipped == share
+
+
+def test_the_variance_of_one_sample_is_refused() -> None:
+    model = network()
+    optimizer = optim.MSVAG(model.named_parameters())
+    passed(model, optimizer, data(1))
+    with pytest.raises(px.PackextError, match=r"0.weight, shape \[5, 4\] has seen a batch of one"):
+        optimizer.step()
+
+
+# -- in the space of samples ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [6, 40])
+@pytest.mark.parametrize("squared", [False, True])
+def test_either_side_of_the_system_gives_the_direction(n: int, squared: bool) -> None:
+    """With 43 parameters, and 2 columns for each of the samples (3 for a squared error)."""
+    model, (x, y) = network(), data(n)
+    target = nn.functional.one_hot(y, 3).double() if squared else y
+    loss = px.extend(nn.MSELoss()) if squared else LOSS
+    optimizer = optim.SPRING(model.parameters(), lr=0.3, damping=1e-3, momentum=0.5, max_step=None)
+    memory = torch.zeros(43)
+    for _ in range(3):
+        before = theta(model)
+        j = torch.cat(list(oracles.jacobians(before, x).values()), 2)
+        h = 2 / 3 * torch.eye(3).expand(n, 3, 3) if squared else oracles.hessians(before, x)
+        ggn = torch.einsum("nci,ncd,ndj->ij", j, h, j) / n
+        passed(model, optimizer, (x, target), loss)
+        g = torch.cat([p.grad.flatten() for p in model.parameters()])
+        optimizer.step()
+        memory = torch.linalg.solve(ggn + 1e-3 * torch.eye(43), g + 1e-3 * 0.5 * memory)
+        change = torch.cat([(before[k] - p.detach()).flatten() for k, p in model.named_parameters()])
+        torch.testing.assert_close(change, 0.3 * memory, rtol=1e-8, atol=1e-11)
+
+
+def test_the_line_search_takes_the_best_of_the_grid_or_none() -> None:
+    model, (x, y) = network(), data()
+    optimizer = optim.ENGDW(model.parameters(), lr=4.0, damping=1e-3)
+    passed(model, optimizer, (x, y))
+    before = theta(model)
+    with px.disable():
+        optimizer.step(evaluate=lambda: LOSS(model(x), y))
+    change = {k: p.detach() - before[k] for k, p in model.named_parameters()}
+    taken = float(oracles.loss(theta(model), x, y))
+    for factor in (0.5, 2.0, 0.25, 4.0):
+        other = {k: before[k] + factor * change[k] for k in before}
+        assert taken < float(oracles.loss(other, x, y))
+    before = theta(model)
+    passed(model, optimizer, (x, y))
+    with pytest.warns(optim.SkippedStep, match="no step of the line search makes the loss smaller"):
+        optimizer.step(evaluate=lambda: 1.0)
+    assert all(torch.equal(p, before[k]) for k, p in model.named_parameters())
+    passed(model, optimizer, (x, y))
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(evaluate=lambda: 1 / 0)
+    assert all(torch.equal(p, before[k]) for k, p in model.named_parameters())
+
+
+def test_the_step_of_spring_is_bounded() -> None:
+    model = network()
+    optimizer = optim.SPRING(model.parameters(), lr=10.0, max_step=1e-4)
+    before = theta(model)
+    passed(model, optimizer, data())
+    optimizer.step()
+    change = sum(float((p.detach() - before[k]).square().sum()) for k, p in model.named_parameters())
+    assert change == pytest.approx(1e-4)

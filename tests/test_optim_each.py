@@ -415,3 +415,34 @@ def test_the_step_of_spring_is_bounded() -> None:
     optimizer.step()
     change = sum(float((p.detach() - before[k]).square().sum()) for k, p in model.named_parameters())
     assert change == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+def test_a_pass_that_misses_a_parameter_has_rows_of_zeros_for_it(order: tuple[bool, bool]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight, self.shift = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(1))
+
+        def forward(self, x: Tensor, shifted: bool) -> Tensor:
+            y = torch.tanh(nn.functional.linear(x, self.weight))
+            return y + self.shift if shifted else y
+
+    model, loss = px.extend(Net()), px.extend(nn.MSELoss())
+    optimizer = optim.ENGDW(model.parameters(), lr=1.0, damping=0.01)
+    w, b = model.weight.detach().clone(), model.shift.detach().clone()
+    rows, residuals = [], []
+    for k, shifted in enumerate(order):
+        x, y = data(3 + k, k)[0], torch.randn(3 + k, 1)
+        with optim.emit(optimizer):
+            loss(model(x, shifted), y).backward()
+        out = torch.tanh(x @ w.T)
+        jacobian = torch.cat([(1 - out**2) * x, torch.ones_like(out) * shifted], 1)
+        rows.append(jacobian * (2 / len(x)) ** 0.5)
+        residuals.append((out + b * shifted - y) * (2 / len(x)) ** 0.5)
+    s, r = torch.cat(rows), torch.cat(residuals)
+    optimizer.step()
+    d = torch.linalg.solve(s.T @ s + 0.01 * torch.eye(5), s.T @ r)[:, 0]
+    change = torch.cat([(w - model.weight.detach()).flatten(), b - model.shift.detach()])
+    torch.testing.assert_close(change, d, rtol=1e-9, atol=1e-11)

@@ -15,7 +15,7 @@ from torch import Tensor
 import packext as px
 from packext.optim import _lists as lists
 from packext.optim._emit import emit
-from packext.optim._merge import Factors, Ranks, joined, received
+from packext.optim._merge import Factors, Ranks, absent, joined, received
 from packext.optim._parts import Adam, DecoupledDecay, Descend
 from packext.optim._work import Part, Skip, Work
 
@@ -172,13 +172,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _receive(self, results: px.Results) -> None:
         self._passes += 1
+        new: dict[Tensor, dict[str, Any]] = {}
         for p in self.preconditioned():
             if p in results:
-                found = {k: received(k, v) for k, v in vars(results[p]).items() if not k.startswith("_")}
-                held = self._received.get(p)
-                if held is not None:
-                    found = {k: joined(k, held[k], v) if k in held else v for k, v in found.items()}
-                self._received[p] = found
+                new[p] = {k: received(k, v) for k, v in vars(results[p]).items() if not k.startswith("_")}
+        held, self._received = self._received, {}
+        for p in {**held, **new}:
+            fields = {**held.get(p, {}), **new.get(p, {})}
+            one, other = (
+                {k: d[p][k] if p in d else absent(k, fields[k], d.values()) for k in fields} for d in (held, new)
+            )
+            self._received[p] = {k: joined(k, one[k], other[k]) for k in fields}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was emitted for those gradients is forgotten with them."""

@@ -7,7 +7,7 @@ the scale of the loss is summed over passes, and averaged over processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,15 +90,26 @@ def received(field: str, value: Any) -> Any:
     return value.value if field == "diag_h_mc" else value
 
 
+def absent(field: str, like: Any, others: Iterable[dict[str, Any]]) -> Any:
+    """What a parameter has of passes that did not reach it, but `others`: rows of zeros, or nothing."""
+    rows = next((values[field] for values in others if field in values), None) if field in ROWS else None
+    if rows is None:
+        return None
+    axis = ROWS[field]
+    return like.new_zeros(*rows.shape[: axis + 1], *like.shape[axis + 1 :])
+
+
 def joined(field: str, one: Any, other: Any) -> Any:
     """The results of two passes as one.
 
     Returns:
-        The result of the sum of their losses.
+        The result of the sum of their losses; where one of them has none, the other.
 
     Raises:
         PackextError: for results that have no sum.
     """
+    if one is None or other is None:
+        return other if one is None else one
     if isinstance(one, px.linalg.Joint):
         return one
     if isinstance(one, Factors):

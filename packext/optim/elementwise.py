@@ -109,7 +109,7 @@ class AdaHessian(Optimizer):
         m <- β1 m + (1 - β1) g,   v <- β2 v + (1 - β2) D²
         θ <- θ - lr weight_decay θ - lr m̂ / (v̂^(power / 2) + eps)
 
-    with m̂ and v̂ corrected for their start. Each step is a double backward pass: about the cost of two more of it.
+    with m̂ and v̂ corrected for their start. Each step differentiates the gradient once more.
     """
 
     def __init__(

@@ -446,3 +446,20 @@ def test_a_pass_that_misses_a_parameter_has_rows_of_zeros_for_it(order: tuple[bo
     d = torch.linalg.solve(s.T @ s + 0.01 * torch.eye(5), s.T @ r)[:, 0]
     change = torch.cat([(w - model.weight.detach()).flatten(), b - model.shift.detach()])
     torch.testing.assert_close(change, d, rtol=1e-9, atol=1e-11)
+
+
+def test_an_update_that_overflows_and_a_loss_that_is_nan_are_skipped() -> None:
+    model, (x, y) = network(), data()
+    optimizer = optim.Preconditioned(model.named_parameters(), "diag_ggn_exact", damping=0.0)
+    before = theta(model)
+    x[:, 0] = 0.0  # neither gradient nor curvature: 0 / 0
+    passed(model, optimizer, (x, y))
+    with pytest.warns(optim.SkippedStep, match=r"the update of 0.weight, shape \[5, 4\] is NaN or infinite"):
+        optimizer.step()
+    x[3, 1] = float("nan")
+    for other in (optimizer, optim.KFAC(model.named_parameters()), optim.AdaHessian(model.named_parameters())):
+        passed(model, other, (x, y))
+        with pytest.warns(optim.SkippedStep, match="the gradient of 0.weight"):
+            other.step()
+        assert not other.state and other.steps == 0 and other.skipped >= 1
+    assert all(torch.equal(p, before[k]) for k, p in model.named_parameters())

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Dense, Factored, Pulled, merge
 from packext._probe import Check, Probe, probe
-from packext._record import modules_of
+from packext._record import losses_inside, modules_of
 from packext._use import TARGET, Source, Use, live_nodes
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ def enter(record: Record) -> None:
         raise PackextError(_AGAIN)
     if _sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
-    flight.inside |= _losses_inside(record, gates)
+    flight.inside |= losses_inside(record, gates)
     if flight.losses or not flight.inside:
         flight.context._check(flight, record.n)
     waiting = [q for q in flight.context.curvature if q.root[0] != "empirical"] + [*flight.context.hessian]
@@ -353,34 +353,6 @@ def enter(record: Record) -> None:
         )
     probe(record, gates, _send_probe)
     record.probed |= gates
-
-
-#: Nodes of autograd that are linear in each of their inputs.
-_LINEAR = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Sum", "Mean", "ToCopy", "View", "Squeeze", "Unsqueeze", "Stack",
-           "Cat", "Select", "Index", "Clone", "Where")  # fmt: skip
-
-
-def _losses_inside(record: Record, gates: frozenset[int]) -> set[Any]:
-    """Marks of losses that the model computed and returned, by themselves or in weighted sums, as scalars."""
-    known = {node for loss in record.losses if (node := loss.node()) is not None}
-
-    def search(node: Any) -> set[Any]:
-        if node is None or node in known:
-            return {node} & known
-        kind = node.name().partition("Backward")[0]
-        if kind not in _LINEAR:
-            return set()
-        found = [search(function) for function, _ in node.next_functions]
-        if kind in ("Mul", "Div"):  # linear in one factor, and in the numerator
-            return found[0] if not any(found[1:]) else found[1] if kind == "Mul" and not found[0] else set()
-        return set().union(*found)
-
-    found: set[Any] = set()
-    for ref, shape, *_ in [record.gates[i] for i in gates] if known else ():
-        node = ref()
-        if node is not None and not shape:
-            found |= search(node.next_functions[0][0])
-    return found
 
 
 def refuse_static(module: Any) -> None:

@@ -136,3 +136,31 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
             found[id(module)] = module
             todo += [child for child in reversed(module._modules.values()) if child is not None]
     return list(found.values())
+
+
+#: Nodes of autograd that are linear in each of their inputs.
+_LINEAR = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Sum", "Mean", "ToCopy", "View", "Squeeze", "Unsqueeze", "Stack",
+           "Cat", "Select", "Index", "Clone", "Where")  # fmt: skip
+
+
+def losses_inside(record: Record, gates: frozenset[int]) -> set[Any]:
+    """Marks of losses that the model computed and returned, by themselves or in weighted sums, as scalars."""
+    known = {node for loss in record.losses if (node := loss.node()) is not None}
+
+    def search(node: Any) -> set[Any]:
+        if node is None or node in known:
+            return {node} & known
+        kind = node.name().partition("Backward")[0]
+        if kind not in _LINEAR:
+            return set()
+        found = [search(function) for function, _ in node.next_functions]
+        if kind in ("Mul", "Div"):  # linear in one factor, and in the numerator
+            return found[0] if not any(found[1:]) else found[1] if kind == "Mul" and not found[0] else set()
+        return set().union(*found)
+
+    found: set[Any] = set()
+    for ref, shape, *_ in [record.gates[i] for i in gates] if known else ():
+        node = ref()
+        if node is not None and not shape:
+            found |= search(node.next_functions[0][0])
+    return found

@@ -475,9 +475,11 @@ def test_a_sweep() -> None:
     assert found.rows[1].signal == pytest.approx(np.mean(cosines))
     clip = next(r for r in found.rows if r.name.startswith("clip") and "noise" not in r.name)
     assert clip.psnr == pytest.approx(found.rows[0].psnr, abs=0.5)  # one sample clipped is one sample scaled
-    assert (
-        clip.time is not None and clip.time > 1 and [r.adapted for r in found.rows] == [True, *5 * [False], *3 * [True]]
-    )
+    assert clip.time is not None and clip.time > 1
+    known = {"nothing", "as audited: Pruning(share=0.5)", "pruning 90 %"}
+    assert all(r.adapted == (r.name in known or r.name.startswith("clip")) for r in found.rows)
+    # Who knows what was set to zero matches the rest, and loses little by it.
+    assert rows["as audited: Pruning(share=0.5)"].psnr > rows["noise of 1 x RMS"].psnr
 
 
 def test_the_better_search_counts(monkeypatch: pytest.MonkeyPatch) -> None:

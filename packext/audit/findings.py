@@ -326,7 +326,8 @@ def _sweep(audit: Audit) -> Iterator[Finding]:
             "note",
             "sweep",
             "Some defences stop only who does not know of them, as far as was tried.",
-            f"{', '.join(unknown)}: 3 dB less than without, or worse, by searches that know of clipping alone.",
+            f"{', '.join(unknown)}: 3 dB less than without, or worse, by searches that know of clipping and of entries "
+            "set to zero alone.",
             "Do not credit them before an attack that knows of them has failed.",
         )
     adapted = [r for r in strong if r.adapted]

@@ -188,7 +188,7 @@ def searches_for(case: Case, absent: dict[str, str]) -> dict[str, Any]:
     return {"Deep Leakage from Gradients": (deep, c), **searches}
 
 
-def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor) -> Attempt:
+def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor, mask: Any = None) -> Attempt:
     """Search once, and compare with the truth.
 
     Args:
@@ -197,6 +197,7 @@ def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor) -> A
         message: what the attacker sees.
         x: the truth.
         y: its labels, which `InvertingGradients` is told.
+        mask: entries that are matched, by parameter name; all by default.
 
     Returns:
         What was found.
@@ -209,11 +210,11 @@ def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor) -> A
         deep, classes = attack
         if len(y) == 1:  # iDLG: the label first, which is exact for one sample
             counts = IDLG()(model, sent)
-            result = deep(model, sent, shape, labels=counts.argmax()[None].to(y.device))
+            result = deep(model, sent, shape, labels=counts.argmax()[None].to(y.device), mask=mask)
         else:
-            result = deep(model, sent, shape, classes=classes)
+            result = deep(model, sent, shape, classes=classes, mask=mask)
     else:
-        result = attack(model, sent, shape, known)
+        result = attack(model, sent, shape, known, mask=mask)
     low, high = case.bounds()
     true = x.to(dtype)
     inputs = torch.nan_to_num(result.inputs.detach(), nan=low).clamp(2 * low - high, 2 * high - low)

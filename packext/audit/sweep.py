@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter, process_time
 from typing import Any
@@ -12,16 +12,19 @@ from typing import Any
 import torch
 
 import packext as px
-from packext.attacks import Shared, count_accuracy, guessed, share
+from packext.attacks import Shared, count_accuracy, guessed, sent, share
 from packext.audit.case import Case, Clock, Utility
 from packext.audit.inversion import RECOVERED, affordable, attempt, searchable, searches_for, seeded
 from packext.audit.labels import rules_for
 from packext.audit.section import Section
 from packext.audit.sharing import fresh, in_place, name_of
-from packext.defences import Clipped, GaussianNoise, Pruning, Quantisation
+from packext.defences import Clipped, Compose, GaussianNoise, Pruning, Quantisation, Soteria, TopK
 
 #: Batches for labels and for the direction of the gradient; alternations for its time, within 0.25 s or so.
 DRAWS, TURNS = 5, 40
+
+#: Defences that set entries to zero: who knows of them does not match these.
+ZEROS = (Pruning, TopK, Soteria)
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Defended:
 
     Attributes:
         name: what the client does.
-        adapted: whether one of the searches knows of the defence: of clipping, to which the cosine is blind.
+        adapted: whether one of the searches knows of the defence, see `known`.
         labels: share of the labels that the best rule counts at the real batch size, mean over draws.
         rule: which one.
         guess: of the same labels.
@@ -89,7 +92,7 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
     every = base | defences
     for k, (name, defence) in enumerate(every.items()):
         clock.tell(k / len(every) / 2)
-        row = Defended(name, adapted=not k or in_place(defence))
+        row = Defended(name, adapted=not k or known(defence))
         with found.unless_refused(f"{name}: signal and time"):
             row.signal, row.time = _signal(case, defence), _time(case, defence)
         with found.unless_refused(f"{name}: labels"):
@@ -104,6 +107,22 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
         _reconstruct(case, rest, every, found)
     clock.tell(1.0)
     return found
+
+
+def known(defence: Any) -> bool:
+    """Whether the searches know of a defence: of clipping, to which the cosine is blind, and of entries set to zero.
+
+    Args:
+        defence: of a client, or several by `Compose`.
+
+    Returns:
+        True if there is nothing to it that they do not know.
+    """
+    return all(isinstance(part, (Clipped, *ZEROS)) for part in _parts(defence))
+
+
+def _parts(defence: Any) -> Sequence[Any]:
+    return defence.defences if isinstance(defence, Compose) else (defence,)
 
 
 def candidates(case: Case, found: Sweep) -> dict[str, Any]:
@@ -223,7 +242,9 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
         for name, defence in every.items():
             with found.unless_refused(f"{name}: reconstruction"):
                 message = case.client(x, y, defence=defence)
-                tried = [attempt(case, seeded(a, case.seed + 1000 * seed), message, x, y) for a in searches.values()]
+                mask = sent(message) if any(isinstance(part, ZEROS) for part in _parts(defence)) else None
+                begun = [seeded(a, case.seed + 1000 * seed) for a in searches.values()]
+                tried = [attempt(case, a, message, x, y, mask) for a in begun]
                 ratios[name].append(max(float(one.psnr) for one in tried))
         seed += 1
     for row in found.rows:

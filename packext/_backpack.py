@@ -175,7 +175,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 hook that reads attributes which are not to be attached or not complete, a quantity that parts of a
                 batch do not tell, or a `group` with scale "loss" (there is no loss as written of all ranks).
         """
-        if extension_hook is not None and (accumulate or group is not None):
+        self._unites = accumulate or group is not None
+        if extension_hook is not None and self._unites:
             raise ValueError("extension_hook is called before results of several passes or ranks are known.")
         if group is not None and scale == "loss":
             raise ValueError(
@@ -184,7 +185,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             )
         if extension_hook is not None and not attach:
             raise ValueError("extension_hook reads results from the parameters, to which attach=False puts none.")
-        for extension in extensions if accumulate or group is not None else ():
+        for extension in extensions if self._unites else ():
             if isinstance(extension, Quantity) and extension.indivisible:
                 why = extension.indivisible
                 raise ValueError(f"{extension!r} of several passes or ranks cannot be had from each by itself: {why}.")
@@ -255,6 +256,13 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             return 1.0
         if isinstance(self.scale, (int, float)):
             return float(self.scale)
+        key = (record_n, len(flight.losses))
+        if key not in flight.factors:  # each parameter asks, and numbers are read from tensors once
+            flight.factors[key] = self._sample_factor(flight, record_n)
+        return flight.factors[key]
+
+    def _sample_factor(self, flight: _flight.Pass, record_n: int) -> float:
+        """The factor from the loss as written to the samples' own, by the losses that the pass came through."""
         written: dict[str, float] = {}
         alone: set[float] = set()
         for name, reduction, g in flight.losses:
@@ -336,7 +344,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 absorbed[e] = sums.pop(id(e))
                 values[e.savefield] = e.land(absorbed[e], n, ask.factor)
         values.update({e.savefield: value for e in self.first_order if (value := e.result(ask)) is not None})
-        if self.accumulate or self.ranks is not None:
+        if self._unites:
             flight.asides[id(source.tensor)] = {e.savefield: e.aside(ask, absorbed.get(e)) for e in self.extensions}
         flight.values[id(source.tensor)] = (source, values)
         for e in self.extensions:
@@ -408,7 +416,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             if extension.deferred:
                 for key, value in extension.finish(flight.asks.get(id(extension), {})).items():
                     flight.values[key][1][extension.savefield] = value
-        if self.accumulate or self.ranks is not None:
+        if self._unites:
             self._unite(flight)
         if not flight.values:
             return

@@ -185,6 +185,7 @@ class Pass:
         self.gathering = Gathering(context._wants)
         self.records: list[Record] = []
         self.losses: list[tuple[str, str, Tensor]] = []
+        self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
         self.asides: dict[int, dict[str, Any]] = {}
         self.inside: set[Any] = set()  # marks of losses that the model computed
         self.values: dict[int, tuple[Source, dict[str, Any]]] = {}

@@ -39,11 +39,14 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
 }
 
 
+_signature = functools.cache(inspect.signature)
+
+
 def called(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[nn.Module, tuple[Any, ...]] | None:
     """The module that does what a call of a function in `FUNCTIONS` did, and what to call it with; None without one."""
-    given = inspect.signature(func).bind(*args, **kwargs).arguments
+    given = _signature(func).bind(*args, **kwargs).arguments
     options = {k: v for k, v in given.items() if k not in ("input", "target") and v is not None}
-    if not options.keys() <= inspect.signature(FUNCTIONS[func]).parameters.keys():
+    if not options.keys() <= _signature(FUNCTIONS[func]).parameters.keys():
         return None
     return FUNCTIONS[func](**options), (given["input"], given["target"])
 

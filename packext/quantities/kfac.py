@@ -99,7 +99,8 @@ class _Kronecker(Curvature):
             return Part([over.sum(factors[0])], n, (place, terms))
         factors[place] = sum_of([p.value[place] * p.aside[1] for p in parts])
         factors = [over.sum(f) for f in factors]
-        terms = float(over.sum(torch.tensor(terms, dtype=torch.float64)))
+        device = factors[place].device  # that of the group's collectives
+        terms = float(over.sum(torch.tensor(terms, dtype=torch.float64, device=device)))
         factors[place] = factors[place] / terms
         return Part(factors, n, (place, terms))
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from packext import _flight
+from packext import _compiler, _flight
 from packext._curvature import measure, spread
 from packext._errors import NotExtendedError, PackextError
 from packext._factored import Factored
+from packext._layout import Tokens
 from packext._lineage import LOCAL
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
-from packext._record import modules_of
+from packext._record import Record, modules_of
 from packext._scale import Seen
 from packext._statistics import Statistics
 from packext._union import HERE, Elsewhere, Part, Ranks
@@ -139,6 +140,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         parameters: Iterable[Tensor] | None = None,
         accumulate: bool = False,
         group: Any = None,
+        per: str = "sample",
+        mask: Tensor | None = None,
     ) -> None:
         """Say what is wanted.
 
@@ -169,11 +172,20 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             group: a `torch.distributed` process group (`group.WORLD` for all), of which each rank runs a backward pass
                 on its own part of the batch: results are of the samples of all ranks, in their order, on each of them.
                 Every rank enters and leaves the context, and makes as many passes in it.
+            per: "token": tokens take the place of samples, in first-order quantities. A token's gradient is what its
+                position contributes to that of a parameter, the sum over a use's positions g aᵀ being left open; those
+                of all tokens sum to `.grad`. (It is not the gradient of the token's own loss, which reaches other
+                positions as well.) Results have a row for each token, those of the first sample first; with scale
+                "sample" they are of the tokens' own losses, of which the loss is the mean (or sum).
+            mask: of the tokens that count, `[N, T]` bool, true where they do: rows are in the order of `x[mask]`. All
+                others must have no gradient. By default all count, and T is the size of the first input's second axis
+                (of its first, with a batch axis of 1).
 
         Raises:
             ValueError: for a class in place of an instance, an unknown scale, `parameters` that are no tensors, a
                 hook that reads attributes which are not to be attached or not complete, a quantity that parts of a
-                batch do not tell, or a `group` with scale "loss" (there is no loss as written of all ranks).
+                batch do not tell, a `group` with scale "loss" (there is no loss as written of all ranks), curvature
+                per token (it is not a sum over tokens), or a mask that is none.
         """
         self._unites = accumulate or group is not None
         if extension_hook is not None and self._unites:
@@ -212,20 +224,39 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self.attach, self.exact_grad, self.grad = attach, exact_grad, grad
         self.scale = scale
         self.parameters = None if parameters is None else _identified(parameters)
+        if per not in ("sample", "token"):
+            raise ValueError(f'per must be "sample" or "token", got {per!r}.')
+        if mask is not None and (per == "sample" or mask.dim() != 2 or mask.dtype != torch.bool):
+            raise ValueError(
+                f'mask goes with per="token", and is bool [N, T]; got {mask.dtype} {list(mask.shape)} with per={per!r}.'
+            )
+        if per == "token" and (self.curvature or self.hessian):
+            asked = ", ".join(type(e).__name__ for e in (*self.curvature, *self.hessian))
+            raise ValueError(f'{asked}: curvature is no sum over tokens, so that it cannot be had with per="token".')
+        self.per, self.mask = per, mask
         self.accumulate, self.ranks = accumulate, None if group is None else Ranks(group)
         self._before: dict[int, tuple[Source, dict[str, Part]]] = {}  # what passes of the context have found
         self._count = 0  # of their samples
         self.results = Results(extensions)
         self._passes = 0
         self._inner = 0
+        self._restore: list[Callable[[], None]] = []
 
     def __enter__(self) -> Results:
+        restore = _compiler.eager()
+        if restore is None:
+            raise PackextError(
+                "backpack(...) inside of a function that is compiled: compile the model, and not the step that "
+                "computes its gradient."
+            )
+        self._restore.append(restore)
         self._before, self._count = {}, 0
         _flight.CONTEXTS.append(self)
         return self.results
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         _flight.CONTEXTS.remove(self)
+        self._restore.pop()()
         if _flight.CONTEXTS:
             _flight.CONTEXTS[-1]._inner += self._passes + self._inner
         _flight.drop()
@@ -237,11 +268,29 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             reached = "" if self.parameters is None else " and reached one of the given parameters"
             raise NotExtendedError(
                 f"{asked} asked for, but no backward pass through an extended model ended in this context{reached}. "
-                "Call model = px.extend(model) before the forward pass, and backward() inside the context."
+                "Call model = px.extend(model) before the forward pass, and backward() inside the context. If "
+                "torch.compile is to run the model, its forward pass has to be inside, too."
             )
 
     def _wants(self, parameter: Tensor) -> bool:
         return self.parameters is None or id(parameter) in self.parameters
+
+    def _tokens(self, record: Record) -> Tokens | None:
+        """The tokens of a forward pass, if they are what results are per."""
+        if self.per == "sample":
+            return None
+        n, length = record.n, record.lengths[0] if record.lengths else 1
+        kept = None
+        if self.mask is not None:
+            if self.mask.shape[0] != n:
+                raise PackextError(f"mask is {list(self.mask.shape)}, of {self.mask.shape[0]} samples; there are {n}.")
+            length, kept = self.mask.shape[1], self.mask.flatten().nonzero()[:, 0]
+        if length < 2 or kept is not None and not len(kept):
+            raise PackextError(
+                f"per='token' needs samples of at least two tokens, of which some count: these have {length}"
+                f"{'' if kept is None else f', and {len(kept)} count in all'}."
+            )
+        return Tokens(None, n * length if kept is None else len(kept), False, n, length, kept)
 
     def _partner(self, parameter: Tensor) -> tuple[Tensor, int] | None:
         found = partner(parameter)
@@ -315,7 +364,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         deliver: bool,
         total: Tensor | None = None,
     ) -> Tensor | None:
-        n = form.n
+        flight.n = n = form.n
         statistics = Statistics(form)
         if total is not None and total.dtype == form.acc:
             statistics.known["total"] = total.reshape(form.shape)
@@ -377,7 +426,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     def _unite(self, flight: _flight.Pass) -> None:
         """Results of all passes so far, and all ranks, in place of those of this pass."""
-        n = flight.records[0].n if flight.records else 0
+        n = flight.n or (flight.records[0].n if flight.records else 0)
         by_field = {e.savefield: e for e in self.extensions}
         found: dict[int, tuple[Source, dict[str, Part]]] = {}
         for key, (source, values) in flight.values.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
+from packext import _compiler, _flight
 from packext._lineage import LOCAL, Tracer
 from packext._record import Record
 from packext._scale import LossMark, is_loss
@@ -55,7 +56,8 @@ def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter
 
     Args:
         module: the model, or the loss module (which tells mean from sum). Changed in place: it gets
-            hooks on its submodules and nothing else; parameters, buffers and `state_dict` stay.
+            hooks on its submodules and nothing else; parameters, buffers and `state_dict` stay. May be compiled
+            (`torch.compile`): it runs as compiled outside of contexts, and as it was written inside.
         batch_axis: the axis of the samples in the model's inputs and outputs.
         debug: accepted for code written for BackPACK; has no effect.
         use_converter: accepted for code written for BackPACK; no conversion is needed here.
@@ -74,9 +76,10 @@ def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter
         raise ValueError(f"batch_axis must be an int of 0 or more, got {batch_axis!r}.")
     unextend(module)
     shared = Shared(batch_axis)
-    for path, m in module.named_modules():
+    root = _compiler.original(module)
+    for path, m in root.named_modules():
         m.__dict__["_packext"] = Extension(path, shared)
-        if m is not module and _meets_no_parameter(m):
+        if m is not root and _meets_no_parameter(m):
             continue
         m.register_forward_pre_hook(_before, with_kwargs=True)
         m.register_forward_hook(_after, with_kwargs=True, always_call=True)
@@ -132,18 +135,25 @@ def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
     tracer = LOCAL.tracer
     extension: Extension = module.__dict__["_packext"]
     if tracer is None:
-        if not torch.is_grad_enabled() or is_loss(module) or _out_of_reach():
+        if LOCAL.unseen is not None or not torch.is_grad_enabled() or is_loss(module) or _out_of_reach():
+            return
+        restore = None if not _flight.CONTEXTS and _compiler.compiled(module) else _compiler.eager()
+        if restore is None:
+            LOCAL.unseen = module  # taps would have its parts run uncompiled, for nobody
             return
         tracer = Tracer(Record(module, extension))
         tracer.push(module, extension.path)
         tracer.begin(args, kwargs)
         LOCAL.tracer = tracer
+        tracer.restore = restore
         tracer.__enter__()
         return
     tracer.push(module, extension.path)
 
 
 def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    if LOCAL.unseen is module:
+        LOCAL.unseen = None
     tracer = LOCAL.tracer
     record = tracer.record if tracer is not None else None
     replaced = None
@@ -152,6 +162,7 @@ def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not tracer.stack:
             LOCAL.tracer = None
             tracer.__exit__(None, None, None)
+            tracer.restore()
             replaced = tracer.finish(output)
     if is_loss(module) and isinstance(output, Tensor) and output.requires_grad and not _out_of_reach():
         replaced = LossMark.mark(module, output, args, kwargs, record)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Dense, Factored, Pulled, merge
+from packext._layout import Tokens
 from packext._probe import Check, Probe, probe
 from packext._record import losses_inside, modules_of
 from packext._use import TARGET, Source, Use, live_nodes
@@ -37,9 +38,16 @@ _MISSING = object()
 class Gathering:
     """The forms that arrive at taps, until those of a parameter are complete."""
 
-    def __init__(self, wants: Callable[[Tensor], bool]) -> None:
-        """Start empty; `wants` tells of which parameters forms are wanted."""
-        self.wants = wants
+    def __init__(
+        self, wants: Callable[[Tensor], bool], tokens: Callable[[Record], Tokens | None] = lambda record: None
+    ) -> None:
+        """Start empty.
+
+        Args:
+            wants: tells of which parameters forms are wanted.
+            tokens: those of a forward pass, if they are to take the place of its samples.
+        """
+        self.wants, self.tokens = wants, functools.cache(tokens)
         self.fired: set[int] = set()
         self.held: dict[int, list[Factored]] = {}
         self.seen: dict[int, tuple[Source, Use]] = {}
@@ -73,7 +81,7 @@ class Gathering:
                 "apart. The model's path must not depend on anything but its inputs' shapes: please report it."
             )
         touched: dict[int, Source] = {}
-        for source, form in use.factors(saved, gs):
+        for source, form in use.factors(saved, gs, self.tokens(use.record)):
             if not self.wants(source.tensor):
                 continue
             key = id(source.tensor)
@@ -182,8 +190,9 @@ class Pass:
         self.context = context
         self.task = torch._C._current_graph_task_id()
         self.replaced: list[tuple[Tensor, str, Any]] = []
-        self.gathering = Gathering(context._wants)
+        self.gathering = Gathering(context._wants, context._tokens)
         self.records: list[Record] = []
+        self.n = 0  # samples, or tokens, once a form has arrived
         self.losses: list[tuple[str, str, Tensor]] = []
         self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
         self.asides: dict[int, dict[str, Any]] = {}

@@ -6,7 +6,7 @@ and the probe keeps those that agree with what a cotangent of known samples leav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,6 +40,10 @@ class Layout:
     def at(self, axis: int) -> Layout:
         """The same samples along another axis."""
         return replace(self, axis=axis)
+
+    def occupied(self, t: Tensor) -> tuple[int, ...]:
+        """The axes of `t` along which samples are told apart."""
+        return () if self.axis is None else (self.axis,)
 
     def fits(self, t: Tensor, lead: int) -> bool:
         """Whether the samples are among the first `lead` axes of `t`."""
@@ -141,6 +145,76 @@ class Scattered(Layout):
         shape = [1] * t.dim()
         shape[self.axis] = t.shape[self.axis]
         return mask[self.owner].reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens(Layout):
+    """Tokens in the place of samples: `n` of the `samples` times `length` that there are, sample by sample.
+
+    A tensor in which no axis, or more than one, is as long as a sample has tokens does not tell them apart.
+    """
+
+    samples: int = 1
+    length: int = 1
+    #: Of the `samples * length` tokens, those that count `[n]`; None: all.
+    kept: Tensor | None = None
+
+    @property
+    def _base(self) -> Layout:
+        return Layout(self.axis, self.samples, self.inner)
+
+    def _folded(self, shape: Sequence[int]) -> bool:
+        """Whether the tokens are in the axis of the samples."""
+        return self.axis is not None and self.samples > 1 and shape[self.axis] == self.samples * self.length != 1
+
+    def _where(self, shape: Sequence[int]) -> int | None:
+        """The one axis of tokens in an unfolded tensor."""
+        if self.axis is not None and shape[self.axis] != self.samples:
+            return None
+        found = [axis for axis, size in enumerate(shape) if size == self.length and axis != self.axis]
+        return found[0] if len(found) == 1 and len(shape) > 1 else None
+
+    def tells(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape has its tokens in a place that is beyond doubt."""
+        return self._folded(shape) or self._where(shape) is not None
+
+    def occupied(self, t: Tensor) -> tuple[int, ...]:
+        """The axes of samples and of tokens."""
+        token = None if self._folded(t.shape) else self._where(t.shape)
+        return tuple(axis for axis in (self.axis, token) if axis is not None)
+
+    def fits(self, t: Tensor, lead: int) -> bool:
+        """Whether the first `lead` axes of `t` are those of samples and tokens."""
+        base = self._base
+        return base.fits(t, lead) and t.shape[:lead].numel() == self.samples * self.length
+
+    def split(self, t: Tensor, lead: int) -> Tensor:
+        """`[*lead axes, *features]` as `[n, 1, *features]`."""
+        rows = self._base.split(t, lead).flatten(0, 1)
+        return (rows if self.kept is None else rows[self.kept])[:, None]
+
+    def _sample_first(self, t: Tensor) -> tuple[Tensor, int]:
+        """The tokens in front, and no axis gained."""
+        rows = t.movedim(self.occupied(t), tuple(range(len(self.occupied(t)))))
+        if self._folded(t.shape):
+            rows = rows.unflatten(0, (self.length, self.samples)).transpose(0, 1) if self.inner else rows[None]
+        elif self.axis is None:
+            rows = rows[None]
+        rows = rows.flatten(0, 1)
+        return rows if self.kept is None else rows[self.kept], 0
+
+    def spread(self, mask: Tensor, t: Tensor) -> Tensor:
+        """A mask `[n]` over tokens, shaped to broadcast against `t`; False for those that do not count."""
+        entries = mask
+        if self.kept is not None:
+            entries = mask.new_zeros(self.samples * self.length).index_put((self.kept,), mask)
+        entries = entries.reshape(self.samples, self.length)
+        shape = [1] * t.dim()
+        for axis in self.occupied(t):
+            shape[axis] = t.shape[axis]
+        token = None if self._folded(t.shape) else self._where(t.shape)
+        turned = self.inner if token is None else self.axis is not None and token < self.axis
+        return (entries.T if turned else entries).reshape(shape)
 
 
 def digits(n: int) -> list[Tensor]:

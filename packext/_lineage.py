@@ -36,6 +36,7 @@ _MARK = "_packext_lineage"
 
 class _Local(threading.local):
     tracer: Tracer | None = None
+    unseen: nn.Module | None = None  # what runs without a tracer, and its parts with it
     disabled: bool = False
 
 
@@ -56,6 +57,7 @@ class Tracer(TorchFunctionMode):
         self._inputs: set[int] = set()
         self._grad_inputs = False
         self._rooted = False
+        self.restore: Callable[[], None] = lambda: None  # what was changed for the time of the forward pass
 
     # -- modules ---------------------------------------------------------------------------------
     def push(self, module: nn.Module, path: str) -> None:
@@ -308,6 +310,8 @@ class Tracer(TorchFunctionMode):
             self.mark_input(t)
             if t.dim() > axis:
                 self.record.sizes.append(t.shape[axis])
+            if t.dim() > max(axis, 1):
+                self.record.lengths.append(t.shape[1 if axis == 0 else 0])
         self.record.n = self.record.sizes[0] if self.record.sizes else 0
 
     def finish(self, output: Any) -> Any:

@@ -34,6 +34,7 @@ class Record:
         token: marks this forward's tensors.
         n: number of samples; 0 where no input has a batch axis.
         sizes: entries of the inputs along the batch axis.
+        lengths: entries of the inputs along the axis of tokens, the other one of the first two.
         uses: in the order of the forward pass.
         gates: autograd nodes at the model's outputs (weak), with shape, dtype and device.
         routed: whether data chose which rows of an activation went on, so that layouts may differ in every pass.
@@ -54,6 +55,7 @@ class Record:
         self.token = next(_tokens)
         self.n = 0
         self.sizes: list[int] = []
+        self.lengths: list[int] = []
         self.batch_axis = extension.batch_axis
         self.uses: list[Use] = []
         self.gates: list[tuple[Any, torch.Size, torch.dtype, torch.device]] = []

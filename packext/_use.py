@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from packext._errors import PackextError
+from packext._errors import PackextError, UnsupportedUseError
 from packext._factored import Factored, Masked, Pulled
-from packext._layout import Layout
+from packext._layout import Layout, Tokens
 
 if TYPE_CHECKING:
     from packext._record import Record
@@ -116,21 +116,32 @@ class Use:
             for source in group:
                 _remember(source.tensor, self.node)
 
-    def factors(self, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> list[tuple[Source, Factored]]:
+    def factors(
+        self, saved: Sequence[Tensor], gs: Sequence[Tensor | None], tokens: Tokens | None = None
+    ) -> list[tuple[Source, Factored]]:
         """Per-sample gradients of every parameter behind this use.
 
         Args:
             saved: the tensors that the tap kept, in the order of `names`.
             gs: gradients at the outputs; None where none arrived.
+            tokens: what there is of each sample, if tokens are to take the place of samples.
 
         Returns:
             Parameters and forms; a parameter may occur more than once.
+
+        Raises:
+            UnsupportedUseError: if tokens are wanted that are not told apart here.
         """
         tensors = dict(zip(self.names, saved, strict=True))
         assert self.layouts is not None
-        forms = self.rule.factors(self, tensors, gs, self.layouts)
+        layouts: Sequence[Layout | None] = self.layouts
+        if tokens is not None:
+            layouts = [None if g is None else self._of_tokens(tokens, at, g) for at, g in zip(layouts, gs, strict=True)]
+        forms = self.rule.factors(self, tensors, gs, layouts)
+        if forms is None and tokens is not None:
+            raise UnsupportedUseError(self._no_tokens(tokens))
         if forms is None:
-            forms = masked(self, tensors, gs, self.layouts)
+            forms = masked(self, tensors, gs, layouts)
         result: list[tuple[Source, Factored]] = []
         for name, form in forms.items():
             value = tensors[name]
@@ -141,6 +152,37 @@ class Use:
                     result.append((source, Pulled(form, source.tensor, _pull(value, source.tensor))))
         return result
 
+    def _of_tokens(self, tokens: Tokens, at: Layout | None, g: Tensor) -> Tokens:
+        """Where the tokens are in g.
+
+        Returns:
+            Their layout.
+
+        Raises:
+            UnsupportedUseError: if they are not told apart here.
+            PackextError: if others than those that count have a gradient.
+        """
+        assert at is not None
+        here = replace(tokens, axis=at.axis, inner=at.inner)
+        if not self.rule.positionwise or type(at) is not Layout or not here.tells(g.shape):
+            raise UnsupportedUseError(self._no_tokens(tokens))
+        if here.kept is not None:
+            counts = here.spread(torch.ones(here.n, dtype=torch.bool, device=g.device), g)
+            if bool((g.masked_fill(counts, 0) != 0).any()):
+                raise PackextError(
+                    f"Tokens that the mask leaves out have a gradient in {self.describe()}: the loss, or other tokens, "
+                    "depend on them. Leave them out of both, or leave them in the mask."
+                )
+        return here
+
+    def _no_tokens(self, tokens: Tokens) -> str:
+        return (
+            f"{self.describe()} does not tell the {tokens.length} tokens of a sample apart: it acts on several of them "
+            f"at once, or none or several of the axes of its output {list(self.outputs[0])} have {tokens.length} "
+            "entries. Leave its parameters out (parameters=...), pad the batch by a token if sizes coincide, pass "
+            "mask=... of as many tokens as the layers have, or ask for per='sample'."
+        )
+
 
 class Rule:
     """How one torch function turns (inputs, g) into factored per-sample gradients."""
@@ -150,6 +192,8 @@ class Rule:
     reads: tuple[str, ...] = ("input", "input1", "input2", "data")
     #: Names of integer tensors whose axes lead those of the output.
     leads: tuple[str, ...] = ()
+    #: Whether a position of the output comes of the same position of the input alone, where sizes do not show else.
+    positionwise = False
     #: Whether the tap computes `.grad` itself, so that a sum of rows can serve as it.
     delivers = False
 

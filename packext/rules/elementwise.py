@@ -26,6 +26,7 @@ class ArgumentRule(Rule):
     """A value broadcast to the shape of g: rows are g, summed over the axes that were stretched."""
 
     name = "elementwise"
+    positionwise = True
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         return tensors["value"].expand(use.outputs[0])
@@ -42,17 +43,18 @@ class ArgumentRule(Rule):
         g = g.to(accumulation_dtype(g.dtype))
         missing = g.dim() - value.dim()
         extent = [1] * missing + list(value.shape)
-        if layout.axis is None:
+        own = layout.occupied(g)
+        if not own:
             return {"value": Dense(g.sum_to_size(value.shape)[None])}
-        if extent[layout.axis] != 1:
+        if any(extent[axis] != 1 for axis in own):
             # The value has entries along the samples' axis: each belongs to one sample.
             rows = lambda i: layout.only(g, i).sum_to_size(value.shape)  # noqa: E731
             return {"value": Masked(layout.n, value, rows, g.numel() * g.element_size())}
         first, gained = layout._sample_first(g)
-        rest = [size for axis, size in enumerate(extent) if axis != layout.axis]
+        rest = [size for axis, size in enumerate(extent) if axis not in own]
         if gained:
             # (N, m) or (m, N): the m is left where the axis was, and stretched as it was.
-            rest.insert(layout.axis, 1)
+            rest.insert(own[0], 1)
         stretched = [axis + 1 for axis, size in enumerate(rest) if size == 1 and first.shape[axis + 1] != 1]
         rows_ = first.sum(stretched) if stretched else first
         return {"value": Dense(rows_.reshape(layout.n, *value.shape))}

@@ -23,6 +23,7 @@ class Embedding(Rule):
 
     name = "lookup"
     leads = ("indices",)
+    positionwise = True
 
     def factors(
         self,

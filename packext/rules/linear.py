@@ -24,6 +24,7 @@ class Linear(OwnedRule):
     """`y[..., O] = x[..., I] weight[O, I]ᵀ + bias`; the weight may be stored transposed."""
 
     name = "linear"
+    positionwise = True
 
     def bias_axis(self, use: Use) -> int | None:
         return 0 if use.consts["transposed"] else 1
@@ -150,6 +151,7 @@ class Contraction(Rule):
     """
 
     name = "einsum"
+    positionwise = True
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         pair = (tensors["data"], tensors["weight"])

@@ -35,6 +35,7 @@ class Norm(Rule):
     """`normalised(x) * weight + bias`; the normalised input is computed again in the backward pass."""
 
     name = "norm"
+    positionwise = True
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         c = use.consts
@@ -147,6 +148,7 @@ class PReLU(Rule):
     """`x` where positive, `weight x` elsewhere; one weight for all, or one per channel (axis 1)."""
 
     name = "prelu"
+    positionwise = True
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         return torch.prelu(tensors["input"], tensors["weight"])
@@ -184,6 +186,7 @@ class Bilinear(Rule):
     """`y_o = x1ᵀ weight_o x2 + bias_o`: linear in the products of the two inputs' entries."""
 
     name = "bilinear"
+    positionwise = True
 
     def factors(
         self,

@@ -1,0 +1,51 @@
+"""torch.compile: taps are placed in models as they were written, so what is compiled runs uncompiled meanwhile."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def _loaded() -> Any:
+    """The part of torch that compiles, if anything may have been compiled yet: to import it takes a second."""
+    return sys.modules.get("torch._dynamo.eval_frame")
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, or the one that is no result of it."""
+    dynamo = _loaded()
+    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        return original(module.__dict__["_modules"]["_orig_mod"])
+    return module
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether a part of `module` is compiled; functions that it calls are not known."""
+    if _loaded() is None:
+        return False
+    return any(m._compiled_call_impl is not None or original(m) is not m for m in module.modules())
+
+
+def eager() -> Callable[[], None] | None:
+    """From now on compiled code runs as it was written.
+
+    Returns:
+        What ends that; None inside of code that is compiled, where it cannot be had.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if _loaded() is None:
+        return _nothing
+    try:
+        stance = torch.compiler.set_stance("force_eager")
+    except RuntimeError:
+        return None
+    return lambda: stance.__exit__(None, None, None)
+
+
+def _nothing() -> None:
+    pass

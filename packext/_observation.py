@@ -117,8 +117,10 @@ def observe(model: nn.Module, args: Any, kwargs: Any, asked: Sequence[Quantity])
     return run
 
 
-def _factors(run: Observation, index: int, use: Use, saved: Any, gs: Any) -> list[tuple[Source, Factored]]:
-    forms = Use.factors(use, saved, gs)
+def _factors(
+    run: Observation, index: int, use: Use, saved: Any, gs: Any, tokens: Any = None
+) -> list[tuple[Source, Factored]]:
+    forms = Use.factors(use, saved, gs, tokens)
     size = float(sum(math.prod(shape) for shape in use.outputs))
     for source, form in forms:
         run.seen[index, id(source.tensor)] = _describe(form, size)

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 #: Floors, from the ground up; a module may import from its own floor and those below it.
 FLOORS = [
-    {"_errors", "_layout", "_scratch", "_kronecker", "linalg", "_union"},
+    {"_errors", "_layout", "_scratch", "_kronecker", "_compiler", "linalg", "_union"},
     {"_factored", "_statistics", "_roots"},
     {"_use", "_quantity"},
     {"_taps", "_record", "_probe", "_flight"},

@@ -3,7 +3,7 @@
 Some training labels are wrong on purpose. Besides the gradient, every backward pass yields the
 norms of the per-sample gradients g_n and their variance: the norms point out the wrong labels, and
 the variance says, layer by layer, how much of the mean gradient G is noise. The last one also yields
-the curvature of the loss. At the end a monitor watches a training like it, and reports.
+the curvature of the loss. Then SGD and K-FAC train for the same time, and a monitor watches a training, and reports.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -151,6 +153,42 @@ def watch(x: Tensor, y: Tensor, seconds: float, path: Path) -> list[Verdict]:
     return monitor.verdicts
 
 
+def race(x: Tensor, y: Tensor, seconds: float) -> dict[str, tuple[int, float]]:
+    """Train two networks for half of the time each, from the same weights and on the same batches.
+
+    Returns:
+        For each optimizer the steps that it took, and the loss over all samples at the end.
+    """
+    found: dict[str, tuple[int, float]] = {}
+    for name in ("SGD", "K-FAC"):
+        torch.manual_seed(0)
+        model, loss_function = px.extend(network()), px.extend(nn.CrossEntropyLoss())
+        if name == "SGD":
+            optimizer, emitting = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.8), nullcontext
+        else:
+            optimizer = px.optim.KFAC(model.parameters(), damping=0.1, kl_clip=1e-2, inverses_every=20)
+            emitting = partial(px.optim.emit, optimizer)
+        end, steps = perf_counter() + seconds / 2, 0
+        while perf_counter() < end:
+            batch = torch.randperm(len(x))[:BATCH_SIZE]
+            optimizer.zero_grad()
+            with emitting():
+                loss_function(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+            steps += 1
+        with torch.no_grad():
+            found[name] = steps, loss_function(model(x), y).item()
+    return found
+
+
+def race_table(found: dict[str, tuple[int, float]], seconds: float) -> Table:
+    """Show how far an optimizer that reads curvature comes in the time of one that does not."""
+    table = Table("optimizer", "steps", "training loss", title=f"The same network, {seconds / 2:.2g} s each")
+    for name, (steps, loss) in found.items():
+        table.add_row(name, str(steps), f"{loss:.4f}")
+    return table
+
+
 def curvature(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[float, float]]:
     """Return for each layer the trace of its block of the GGN, and the largest eigenvalue of that block."""
     loss_function = px.extend(nn.CrossEntropyLoss())
@@ -225,7 +263,7 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     """Train, print what the gradients said, draw it in ``packext-demo.png``; train again, watched, and report.
 
     Args:
-        seconds: Training time; a third of it again for the training that is watched.
+        seconds: Training time; a third of it again for the race of two optimizers, and for the watched training.
         out: Folder that receives the figure, the record and its report; it is created if necessary.
         seed: Seed of the wrong labels, the initial weights and the batches.
 
@@ -252,6 +290,7 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     console.print(f"{wrong[top].sum()} of the {WRONG_LABELS} wrong labels are in this list (red).")
     console.print(f"Figure: {path}")
 
+    console.print(race_table(race(x, y, seconds / 3), seconds / 3))
     record = out / "packext-demo-run"
     verdicts = watch(x, y, seconds / 3, record)
     console.print(

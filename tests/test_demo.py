@@ -15,7 +15,7 @@ def test_demo_prints_both_tables_and_writes_the_figure_and_the_report(tmp_path, 
     pytest.importorskip("plotly")
     assert _cli.main(["demo", "--seconds", "1", "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr().out
-    for word in ("conv1", "conv2", "linear", "whole model", "noise scale", "largest eigenvalue", "true digit"):
+    for word in ("conv1", "conv2", "linear", "whole model", "noise scale", "largest eigenvalue", "true digit", "K-FAC"):
         assert word in printed
     figure = tmp_path / "new" / "packext-demo.png"
     assert figure.read_bytes().startswith(b"\x89PNG")

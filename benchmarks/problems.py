@@ -232,6 +232,16 @@ PROBLEMS: dict[str, Problem] = {
             attention=True,
         ),
         Problem(
+            "gpt",
+            "Transformer, 4 layers, width 256, 256 tokens",
+            8,
+            lambda: Transformer(1000, 256, 256, 4, 4),
+            3_738_088,
+            vocabulary=1000,
+            length=256,
+            attention=True,
+        ),
+        Problem(
             "lstm",
             "LSTM, width 128, 64 tokens",
             16,

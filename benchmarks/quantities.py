@@ -81,7 +81,7 @@ def rows_of(problem: Problem) -> list[str]:
     """
     if problem.tail:
         return ["gradient", "diag_ggn_exact", "diag_hessian"]
-    left = {"diag_h", *(EXACT if problem.length else ()), *(KRONECKER if problem.key == "transformer" else ())}
+    left = {"diag_h", *(EXACT if problem.length else ()), *(KRONECKER if problem.attention else ())}
     return [key for key, row in ROWS.items() if not left & set(row.quantities)]
 
 

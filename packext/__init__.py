@@ -5,7 +5,6 @@ from typing import Any as _Any
 
 from packext import extensions as extensions
 from packext import linalg as linalg
-from packext._backpack import Results as Results
 from packext._backpack import backpack as backpack
 from packext._errors import CoupledSamplesError as CoupledSamplesError
 from packext._errors import NotExtendedError as NotExtendedError
@@ -18,6 +17,7 @@ from packext._extend import extend as extend
 from packext._extend import is_extended as is_extended
 from packext._extend import unextend as unextend
 from packext._lineage import disable as disable
+from packext._results import Results as Results
 from packext._scale import coupled as coupled
 from packext.quantities import EKFAC as EKFAC
 from packext.quantities import GGNMP as GGNMP

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
-from packext._factored import Dense, Factored, Pulled, merge
-from packext._layout import Tokens
+from packext._factored import Factored, merge
+from packext._gathering import Gathering
 from packext._probe import Check, Probe, probe
 from packext._record import losses_inside, modules_of
-from packext._use import TARGET, Source, Use, live_nodes
+from packext._refusals import AGAIN, refuse_static, unseen, will_accumulate
+from packext._use import TARGET, Source, Use
 
 if TYPE_CHECKING:
     from packext._backpack import backpack
@@ -33,91 +33,6 @@ _passes: dict[int, Pass] = {}
 
 
 _MISSING = object()
-
-
-class Gathering:
-    """The forms that arrive at taps, until those of a parameter are complete."""
-
-    def __init__(
-        self, wants: Callable[[Tensor], bool], tokens: Callable[[Record], Tokens | None] = lambda record: None
-    ) -> None:
-        """Start empty.
-
-        Args:
-            wants: tells of which parameters forms are wanted.
-            tokens: those of a forward pass, if they are to take the place of its samples.
-        """
-        self.wants, self.tokens = wants, functools.cache(tokens)
-        self.fired: set[int] = set()
-        self.held: dict[int, list[Factored]] = {}
-        self.seen: dict[int, tuple[Source, Use]] = {}
-        self.emitted: set[int] = set()
-
-    def add(
-        self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], records: Sequence[Record]
-    ) -> list[tuple[Source, list[Factored]]]:
-        """A pair arrives at a tap.
-
-        Args:
-            use: of the tap.
-            saved: what the tap kept.
-            gs: gradients at its outputs.
-            records: of the forwards that the backward pass has entered.
-
-        Returns:
-            Parameters that wait for no other of their uses, each with its forms, one per use.
-
-        Raises:
-            PackextError: if it came another way than the samples were told apart on, or of two batches.
-        """
-        self.fired.add(id(use))
-        if not any(self.wants(source.tensor) for group in use.sources.values() for source in group):
-            return []
-        if use.layouts is None or use.record not in records:
-            raise PackextError(use.bypassed())
-        if any(g is not None and layout is None for g, layout in zip(gs, use.layouts, strict=True)):
-            raise PackextError(
-                f"A gradient reached an output of {use.describe()} at which none arrived when the samples were told "
-                "apart. The model's path must not depend on anything but its inputs' shapes: please report it."
-            )
-        touched: dict[int, Source] = {}
-        for source, form in use.factors(saved, gs, self.tokens(use.record)):
-            if not self.wants(source.tensor):
-                continue
-            key = id(source.tensor)
-            done = self.held.setdefault(key, [])
-            if key in self.emitted:
-                raise PackextError(
-                    f"{source.name} is used inside and outside of a region under reentrant checkpointing "
-                    f"({use.describe()}). Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
-                )
-            if done and done[0].n != form.n:
-                raise PackextError(
-                    f"{source.name} meets {done[0].n} samples in one use and {form.n} in another ({use.describe()}). "
-                    "Run one backward pass per batch."
-                )
-            done.append(form)
-            touched[key] = source
-            self.seen[key] = (source, use)
-        complete = []
-        for key, source in touched.items():
-            if self._awaited(source.tensor):
-                # By the time the others arrive, autograd has freed the way back from a value to its parameters.
-                self.held[key] = [Dense(f.rows(0, f.n)) if isinstance(f, Pulled) else f for f in self.held[key]]
-                continue
-            self.emitted.add(key)
-            complete.append((source, self.held.pop(key)))
-        return complete
-
-    def _awaited(self, parameter: Tensor) -> bool:
-        return any(
-            id(node.use) not in self.fired and torch._C._will_engine_execute_node(node)
-            for node in live_nodes(parameter)
-        )
-
-    def rest(self) -> list[tuple[Source, Use, list[Factored]]]:
-        """Parameters with uses that were waited for, and got no gradient after all."""
-        return [(*self.seen[key], forms) for key, forms in self.held.items()]
 
 
 class Sweep:
@@ -331,7 +246,7 @@ def enter(record: Record) -> None:
         reason = "the batch is empty" if record.sizes else f"no input tensor has an axis {record.batch_axis}"
         raise PackextError(f"Per-sample quantities need samples: {reason}. Pass the batch to the extended model.")
     if any((node := ref()) is not None and torch._C._will_engine_execute_node(node) for ref in record.again):
-        raise PackextError(_AGAIN)
+        raise PackextError(AGAIN)
     if _sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
     flight.inside |= losses_inside(record, gates)
@@ -345,11 +260,11 @@ def enter(record: Record) -> None:
             "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
         )
     for why, sources in record.refused:
-        if any(flight.context._wants(source.tensor) and _will_accumulate(source.tensor) for source in sources):
+        if any(flight.context._wants(source.tensor) and will_accumulate(source.tensor) for source in sources):
             raise UnsupportedUseError(why)
     root = record.root()
     modules = [] if root is None else modules_of(root)
-    _unseen(record, modules, flight.context._wants)
+    unseen(record, modules, flight.context._wants)
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             refuse_static(module)
@@ -363,79 +278,6 @@ def enter(record: Record) -> None:
         )
     probe(record, gates, _send_probe)
     record.probed |= gates
-
-
-def refuse_static(module: Any) -> None:
-    """Refuse DistributedDataParallel that would take an inner pass for the end of a backward pass.
-
-    Raises:
-        UnsupportedUseError: if it was told that its graph is static.
-    """
-    if module.static_graph:
-        raise UnsupportedUseError(
-            "DistributedDataParallel(..., static_graph=True) starts to reduce gradients when a pass first reaches it, "
-            "which here is one that looks at samples or carries curvature: gradients would never be reduced. Pass "
-            "static_graph=False."
-        )
-
-
-def _unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], bool]) -> None:
-    """Refuse parameters that the gradient will reach although no use of them was seen."""
-    known = {id(s.tensor) for s in record.parameters()}
-    missed = {
-        id(p)
-        for module in modules
-        for p in module._parameters.values()
-        if p is not None and p.requires_grad and id(p) not in known and not live_nodes(p)
-        if wants(p) and _will_accumulate(p)
-    }
-    if missed:
-        names = ", ".join(name for name, p in modules[0].named_parameters() if id(p) in missed)
-        raise UnsupportedUseError(
-            f"A gradient will reach {names}, but packext saw no use of it: it was combined with other "
-            "values before the extended model ran, or outside of it. Do so inside of forward."
-        )
-
-
-def _will_accumulate(parameter: Tensor) -> bool:
-    node = torch.autograd.graph.get_gradient_edge(parameter).node
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf whose gradient autograd.grad returns: it is executed
-        return True
-
-
-class Again(torch.autograd.Function):
-    """Sits on the gradient that enters a model, where a graph of it is made (create_graph=True).
-
-    A later pass that differentiates this gradient reaches parameters through it, past the taps. All
-    parameters are inputs here, so that every such pass that has one of them for its aim is known by this node.
-    """
-
-    @staticmethod
-    def watch(record: Record, grad_inputs: Any, grad_outputs: Any) -> Any:
-        """Hook of a gate."""
-        if not torch.is_grad_enabled():
-            return None
-        parameters = [source.tensor for source in record.parameters()]
-        marked = tuple(None if g is None else Again.apply(g, *parameters) for g in grad_inputs)
-        record.again += [weakref.ref(g.grad_fn) for g in marked if g is not None and g.grad_fn is not None]
-        return marked
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.count = len(parameters)
-        return g.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return (grads[0], *(None for _ in range(ctx.count)))
-
-
-_AGAIN = (
-    "A pass through a gradient of the model (made with create_graph=True, as in a gradient penalty or a Hessian-vector "
-    "product) has no individual gradients: run it outside of the context, or inside of `with px.disable():`."
-)
 
 
 def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass | None:

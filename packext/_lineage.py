@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 
 from packext import rules
 from packext._errors import UnsupportedUseError
-from packext._flight import Again
 from packext._record import Record, modules_of, tensors_in
+from packext._refusals import Again
 from packext._scale import FUNCTIONS, LossMark, called, is_loss
 from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule
 from packext._use import Rule, Source, Use

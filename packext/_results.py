@@ -1,0 +1,99 @@
+"""What a context hands out: results by parameter, by name, and of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from packext._quantity import Quantity
+
+
+class ParameterResults:
+    """Results for one parameter, as attributes named by the quantities' savefields."""
+
+    def __init__(self, name: str, values: dict[str, Any]) -> None:
+        """Take the parameter's name and its results by savefield."""
+        self.__dict__.update(values)
+        self._name = name
+
+    def __getattr__(self, field: str) -> Any:
+        have = ", ".join(k for k in self.__dict__ if not k.startswith("_")) or "nothing"
+        raise AttributeError(f"no {field!r} for parameter {self._name}: the context asked for {have}.")
+
+    def __repr__(self) -> str:
+        fields = ", ".join(
+            f"{k}={list(v.shape)}" if isinstance(v, Tensor) else k for k, v in vars(self).items() if k != "_name"
+        )
+        return f"ParameterResults({self._name}: {fields})"
+
+
+class Results:
+    """What the last backward pass inside a context gave.
+
+    `results["conv1.weight"].variance` is the result for a parameter, by any of its names or by the parameter itself;
+    `results.batch_l2` the one for the whole model, where the quantity has one.
+    """
+
+    def __init__(self, quantities: tuple[Quantity, ...]) -> None:
+        """Start empty."""
+        self._quantities = quantities
+        self._by_parameter: dict[int, tuple[str, dict[str, Any]]] = {}
+        self._names: dict[str, int] = {}
+        self._ambiguous: set[str] = set()
+        self._keep: list[Tensor] = []  # so that no other tensor takes the id of a parameter
+
+    def _key(self, name: object) -> int | None:
+        return id(name) if isinstance(name, Tensor) else self._names.get(name)  # type: ignore[arg-type]
+
+    def _entry(self, name: str | Tensor) -> tuple[str, dict[str, Any]]:
+        key = self._key(name)
+        if isinstance(name, Tensor):
+            name = f"a parameter of shape {list(name.shape)}"
+        elif name in self._ambiguous:
+            raise KeyError(
+                f"{name!r} is a parameter of several models that were extended one by one: extend an nn.ModuleDict "
+                "of them, whose names differ, or ask by the parameter itself"
+            )
+        if key is None or key not in self._by_parameter:
+            if not self._by_parameter:
+                raise KeyError(f"{name!r}: no backward pass through an extended model has ended in this context yet")
+            raise KeyError(f"{name!r}: the last backward pass reached {', '.join(self)}")
+        return self._by_parameter[key]
+
+    def __getitem__(self, name: str | Tensor) -> ParameterResults:
+        return ParameterResults(*self._entry(name))
+
+    def __contains__(self, name: object) -> bool:
+        return self._key(name) in self._by_parameter
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._by_parameter.values())
+
+    def __len__(self) -> int:
+        return len(self._by_parameter)
+
+    def keys(self) -> list[str]:
+        """Names of the parameters that have results."""
+        return list(self)
+
+    def items(self) -> Iterator[tuple[str, ParameterResults]]:
+        """Names and results."""
+        return ((name, self[name]) for name in self)
+
+    def __getattr__(self, field: str) -> Any:
+        if field.startswith("_"):
+            raise AttributeError(field)
+        for quantity in self._quantities:
+            if quantity.savefield == field:
+                if not self._by_parameter:
+                    raise AttributeError(
+                        f"no {field!r} yet: no backward pass through an extended model has ended in this context"
+                    )
+                return quantity.whole(
+                    {name: values[field] for name, values in self._by_parameter.values() if field in values}
+                )
+        raise AttributeError(
+            f"no {field!r}: the context asked for {', '.join(q.savefield for q in self._quantities) or 'nothing'}"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import packext as px
 from packext import testing
@@ -152,3 +153,24 @@ def test_what_is_refused(tmp_path: Any) -> None:
             px.extend(torch.nn.Linear(2, 2))(torch.ones(2, 2)), torch.ones(2).long()
         ).backward()
     assert len(results) == 2
+
+
+class Own(torch.nn.Module):
+    """A classifier with a loss that is no function of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = torch.nn.Embedding(13, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        logits = self.head(self.words(input_ids).mean(1))
+        chosen = logits.softmax(1).gather(1, labels[:, None])
+        return hugging.transformers.modeling_outputs.SequenceClassifierOutput(loss=(1 - chosen).mean(), logits=logits)
+
+
+def test_a_loss_of_the_models_own(tmp_path: Any) -> None:
+    net = Own()
+    keep = Keep(net)
+    hugging.fit(net, tmp_path, ForTransformers(px.BatchL2Grad(), receive=keep), kind="bert")
+    assert [len(n) for n in keep.norms] == [4] * 6 and all((n > 0).all() for n in keep.norms)

@@ -219,6 +219,10 @@ def test_what_is_refused_leaves_no_trace() -> None:
     loss_fn = px.extend(nn.CrossEntropyLoss())
     with pytest.raises(TypeError, match="got a SGD"), emit(torch.optim.SGD(model.parameters(), lr=0.1)):
         pass
+    other = private("DPOptimizer", model)
+    other.__class__ = type("DistributedDPOptimizer", (optimizers.DPOptimizer,), {})
+    with pytest.raises(TypeError, match="got a DistributedDPOptimizer"), emit(other):
+        pass
     ghost = private("DPOptimizerFastGradientClipping", model)
     for optimizer, scale in ((ghost, 6.0), (ghost, "loss"), (private("DPOptimizer", model), "loss")):
         with pytest.raises(ValueError, match="samples' own losses"), emit(optimizer, scale=scale):

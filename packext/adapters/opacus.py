@@ -21,8 +21,8 @@ except ImportError:
 
 #: What is filled for each: Opacus's optimizers that clip read all individual gradients, those of its ghost clipping
 #: the sum of clipped ones.
-KEEPING = ("DPOptimizer", "DPPerLayerOptimizer", "AdaClipDPOptimizer", "DistributedDPOptimizer")
-GHOST = ("DPOptimizerFastGradientClipping", "DistributedDPOptimizerFastGradientClipping")
+KEEPING = ("DPOptimizer", "DPPerLayerOptimizer", "AdaClipDPOptimizer")
+GHOST = ("DPOptimizerFastGradientClipping",)
 
 
 class _Clipped(px.ClippedGrad):
@@ -62,7 +62,7 @@ def emit(optimizer: Any, scale: str | float = "sample") -> Iterator[px.Results]:
         The results, as `px.backpack` does.
 
     Raises:
-        TypeError: for an optimizer that is not Opacus's, or one of its for sharded parameters.
+        TypeError: for an optimizer that is not Opacus's, or one of its for several processes.
         ValueError: for a scale of "loss", ghost clipping with a number, or a parameter that is there twice.
     """
     kind = type(optimizer).__name__

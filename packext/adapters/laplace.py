@@ -36,8 +36,11 @@ class _Kron(px.KFAC):
 class _Passes(CurvatureInterface):
     """What both backends have in common."""
 
-    #: What KFAC calls the gradients that B is made of.
+    #: What KFAC calls the gradients that B is made of, and how many targets it draws where it does.
     fisher: str = "exact"
+    num_samples = 1
+    #: Of `factor`, in the curvature: squares of gradients have its square.
+    power = 1
     lossfunc: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -147,12 +150,40 @@ class _Passes(CurvatureInterface):
         loss, found = self._pass(x, y, px.BatchGrad())
         return self._flat(found, len(y)), loss
 
-    def _kron(self, x: Any, y: Tensor, N: int, approx: str, factor: float, mc_samples: int = 1) -> tuple[Tensor, Kron]:
-        quantity = _Kron(mc_samples, approx, self.fisher)
+    def _diagonal(self) -> Any:
+        raise NotImplementedError
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The diagonal.
+
+        Args:
+            x: input of the model.
+            y: targets.
+            **kwargs: not used.
+
+        Returns:
+            The loss, and `[P]`.
+        """
+        loss, found = self._pass(x, y, self._diagonal())
+        return self.factor * loss, self.factor**self.power * self._flat(found)
+
+    def kron(self, x: Any, y: Tensor, N: int, kfac_approx: str = "expand") -> tuple[Tensor, Kron]:
+        """Kronecker factors.
+
+        Args:
+            x: input of the model.
+            y: targets.
+            N: samples of the whole data set.
+            kfac_approx: "expand" or "reduce", as for `px.KFAC`.
+
+        Returns:
+            The loss, and a `Kron` with factors for each parameter.
+        """
+        quantity = _Kron(self.num_samples, kfac_approx, self.fisher)
         quantity.share = len(y) / N
         loss, found = self._pass(x, y, quantity)
         factors: list[Any] = [_factors(p, f) for p, f in zip(self.params, found, strict=True)]
-        return self.factor * loss, Kron(factors) * factor
+        return self.factor * loss, Kron(factors) * self.factor**self.power
 
 
 def _factors(p: Tensor, found: list[Tensor] | None) -> list[Tensor]:
@@ -212,33 +243,8 @@ class PackextGGN(_Passes, GGNInterface):
         root = self._flat(found, columns, len(y)).flatten(0, 1)
         return self.factor * loss, self.factor * root.mT @ root
 
-    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The diagonal of the GGN.
-
-        Args:
-            x: input of the model.
-            y: targets.
-            **kwargs: not used.
-
-        Returns:
-            The loss, and `[P]`.
-        """
-        loss, found = self._pass(x, y, px.DiagGGNMC(self.num_samples) if self.stochastic else px.DiagGGNExact())
-        return self.factor * loss, self.factor * self._flat(found)
-
-    def kron(self, x: Any, y: Tensor, N: int, kfac_approx: str = "expand") -> tuple[Tensor, Kron]:
-        """Kronecker factors.
-
-        Args:
-            x: input of the model.
-            y: targets.
-            N: samples of the whole data set.
-            kfac_approx: "expand" or "reduce", as for `px.KFAC`.
-
-        Returns:
-            The loss, and a `Kron` with factors for each parameter.
-        """
-        return self._kron(x, y, N, kfac_approx, self.factor, self.num_samples)
+    def _diagonal(self) -> Any:
+        return px.DiagGGNMC(self.num_samples) if self.stochastic else px.DiagGGNExact()
 
 
 class PackextEF(_Passes, EFInterface):
@@ -248,7 +254,7 @@ class PackextEF(_Passes, EFInterface):
     `MSELoss`, which are twice those of -log p, by 1/2 and not by 1/4. Otherwise as `PackextGGN`.
     """
 
-    fisher = "empirical"
+    fisher, power = "empirical", 2
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The sum of outer products of the gradients.
@@ -264,30 +270,5 @@ class PackextEF(_Passes, EFInterface):
         rows, loss = self.gradients(x, y)
         return self.factor * loss, self.factor**2 * rows.mT @ rows
 
-    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The sum of squares of the gradients.
-
-        Args:
-            x: input of the model.
-            y: targets.
-            **kwargs: not used.
-
-        Returns:
-            The loss, and `[P]`.
-        """
-        loss, found = self._pass(x, y, px.SumGradSquared())
-        return self.factor * loss, self.factor**2 * self._flat(found)
-
-    def kron(self, x: Any, y: Tensor, N: int, kfac_approx: str = "expand") -> tuple[Tensor, Kron]:
-        """Kronecker factors.
-
-        Args:
-            x: input of the model.
-            y: targets.
-            N: samples of the whole data set.
-            kfac_approx: "expand" or "reduce", as for `px.KFAC`.
-
-        Returns:
-            The loss, and a `Kron` with factors for each parameter.
-        """
-        return self._kron(x, y, N, kfac_approx, self.factor**2)
+    def _diagonal(self) -> Any:
+        return px.SumGradSquared()

@@ -50,8 +50,7 @@ def dense(model: nn.Module, data: tuple[Tensor, Tensor], project: px.ProjectedGr
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("dim", [(2, 3), 4, None])
-@pytest.mark.parametrize("damping", [0.1, 3.0])
+@pytest.mark.parametrize("dim, damping", [((2, 3), 0.1), (4, 3.0), (None, 0.1)])
 def test_scores_are_those_of_dense_gradients(reduction: str, dim: Any, damping: float) -> None:
     model, train, queries = network(), signals(N), signals(Q)
     project = None if dim is None else px.ProjectedGrad(dim, seed=4)

@@ -62,7 +62,7 @@ def private(kind: str, model: nn.Module, **options: Any) -> Any:
 
 
 def steps(optimizer: Any, backward: Callable[[Tensor, Tensor], None], x: Tensor, y: Tensor) -> list[Tensor]:
-    for k in range(3):
+    for k in range(2):
         optimizer.zero_grad()
         backward(x.roll(k, 0), y)
         optimizer.step()
@@ -74,8 +74,10 @@ HOOKS = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
 @HOOKS
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("kind", ["DPOptimizer", "AdaClipDPOptimizer", "DPPerLayerOptimizer"])
+@pytest.mark.parametrize(
+    "kind, reduction",
+    [("DPOptimizer", "mean"), ("DPOptimizer", "sum"), ("AdaClipDPOptimizer", "sum"), ("DPPerLayerOptimizer", "mean")],
+)
 @pytest.mark.parametrize("make", [words, pictures])
 def test_steps_are_those_from_opacus_own_gradients(make: Any, kind: str, reduction: str) -> None:
     model, x, y = make()

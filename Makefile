@@ -47,11 +47,12 @@ $(VENV)/bin/python:
 
 # A stamp says that an extra is installed as pyproject.toml and constraints.txt want it. BackPACK, with
 # which tests and benchmarks compare, comes without its dependencies: only its examples use torchvision. So do
-# curvlinops and Cockpit, which depend on BackPACK; tests compare with the first where it is there. Of jax-privacy one
-# file is read, which needs no JAX.
+# curvlinops, laplace-torch and Cockpit, which depend on BackPACK; asdfghjkl is what laplace-torch imports. Of
+# jax-privacy one file is read, which needs no JAX.
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing packext[$*] into $(VENV)"
 	$(INSTALL) --editable '.[$*]'
-	$(if $(filter test bench,$*),$(INSTALL) --no-deps backpack-for-pytorch)
-	$(if $(filter bench,$*),$(INSTALL) --no-deps curvlinops-for-pytorch cockpit-for-pytorch jax-privacy)
+	$(if $(filter test bench,$*),$(INSTALL) --no-deps backpack-for-pytorch curvlinops-for-pytorch)
+	$(if $(filter test,$*),$(INSTALL) --no-deps laplace-torch asdfghjkl)
+	$(if $(filter bench,$*),$(INSTALL) --no-deps cockpit-for-pytorch jax-privacy)
 	@touch $@

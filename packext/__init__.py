@@ -54,6 +54,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> _Any:
-    if name in ("attacks", "audit", "defences", "diagnostics", "optim"):  # consumers: imported when first used
+    # consumers: imported when first used
+    if name in ("adapters", "attacks", "audit", "defences", "diagnostics", "optim"):
         return _import_module(f"packext.{name}")
     raise AttributeError(f"module 'packext' has no attribute {name!r}")

@@ -1,0 +1,65 @@
+"""What the callbacks of two Trainers share: a context that is open from a step's first backward pass to its last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+import packext as px
+
+#: Called with the number of the step and its results; gives numbers to log, or nothing.
+Receive = Callable[[int, px.Results], Mapping[str, float] | None]
+
+
+class Emission:
+    """Quantities of every few steps of a training."""
+
+    def __init__(self, quantities: tuple[Any, ...], receive: Receive, every: int, scale: str | float) -> None:
+        """Take what the callbacks were given.
+
+        Raises:
+            ValueError: without quantities, or for an `every` of less than 1.
+        """
+        if not quantities or every < 1:
+            raise ValueError(f"EmitCallback needs quantities, and every of 1 or more; got {quantities} and {every}.")
+        self._quantities, self._receive, self._every, self._scale = quantities, receive, every, scale
+        self._stack, self._results = ExitStack(), None
+        self._extended: nn.Module | None = None
+        self._context()  # what it refuses, it refuses now
+
+    def _context(self) -> px.backpack:
+        return px.backpack(*self._quantities, scale=self._scale, accumulate=True, attach=False, exact_grad=True)
+
+    def extend(self, model: nn.Module) -> None:
+        """Extend the model, if it is not, until `close`."""
+        if not px.is_extended(model):
+            self._extended = px.extend(model)
+
+    def open(self, step: int) -> None:
+        """The first backward pass of a step comes, or another one."""
+        if self._results is None and step % self._every == 0:
+            self._results = self._stack.enter_context(self._context())
+
+    def land(self, step: int) -> dict[str, float]:
+        """The step's passes are over: hand on their results.
+
+        Returns:
+            What is to be logged.
+        """
+        results, self._results = self._results, None
+        if results is None:
+            return {}
+        self._stack.close()
+        return {name: float(value) for name, value in (self._receive(step, results) or {}).items()}
+
+    def close(self) -> None:
+        """The training is over, or has failed: leave the model as it was."""
+        if self._results is not None:
+            self._stack.__exit__(StopIteration, StopIteration(), None)
+            self._results = None
+        if self._extended is not None:
+            px.unextend(self._extended)
+            self._extended = None

@@ -1,0 +1,176 @@
+"""Callbacks hand on the quantities of each step, and the training is as it was without them."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import packext as px
+from packext import testing
+from tests import test_diagnostics_huggingface as hugging
+from tests import test_diagnostics_lightning as lightning
+from tests.test_diagnostics import traces
+
+from packext.adapters.huggingface import EmitCallback as ForTransformers  # isort: skip
+from packext.adapters.lightning import EmitCallback as ForLightning  # isort: skip
+
+
+class Keep:
+    """Receives, and logs the largest norm."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.steps, self.norms, self.parameters = model, [], [], []
+
+    def __call__(self, step: int, results: px.Results) -> dict[str, Any]:
+        self.steps.append(step)
+        self.norms.append(results.batch_l2)
+        self.parameters.append(copy.deepcopy(self.model.state_dict()))
+        return {"largest": results.batch_l2.max().sqrt()}
+
+
+@pytest.mark.parametrize(
+    "options, every", [({"accumulate_grad_batches": 4}, 1), ({}, 5), ({"precision": "bf16-mixed"}, 1)], ids=str
+)
+def test_lightning(options: dict[str, Any], every: int) -> None:
+    plain, model = lightning.Net(), lightning.Net()
+    before = traces(model)
+    lightning.fit(plain, **options)
+    keep = Keep(model)
+    lightning.fit(model, ForLightning(px.BatchL2Grad(), px.Variance(), receive=keep, every=every), **options)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
+    assert not px.is_extended(model) and traces(model)[1] == before[1]
+    parts = options.get("accumulate_grad_batches", 1)
+    steps = {1: 12, 4: 4}[parts]  # of 6 batches in each of 2 epochs
+    assert keep.steps == list(range(0, steps, every))
+    assert [len(n) for n in keep.norms] == ([4] * len(keep.steps) if parts == 1 else [16, 8, 16, 8])
+
+
+def test_lightning_values() -> None:
+    """Of a network without dropout, against gradients of one sample at a time."""
+    model = lightning.Net().double()
+    model.net[2] = torch.nn.Identity()
+    keep, logged = Keep(model), {}
+    model.log_dict = lambda values: logged.setdefault(len(keep.steps) - 1, values)
+    x, y = lightning.loader().dataset.tensors
+    data = lightning.DataLoader(lightning.TensorDataset(x.double(), y), 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lightning, "loader", lambda: data)
+        lightning.fit(model, ForLightning(px.BatchL2Grad(), receive=keep, scale="sample"), epochs=1)
+    assert len(keep.steps) == len(data) == 6
+    for k, (x, y) in enumerate(data):
+        model.load_state_dict(keep.parameters[k])
+        rows = testing.individual_gradients(model, model.loss, x, y)
+        want = torch.cat([r.flatten(1) for r in rows.values()], 1).square().sum(1)
+        torch.testing.assert_close(keep.norms[k], want)
+        assert logged[k] == {"largest": pytest.approx(float(want.max().sqrt()))}
+
+
+@pytest.mark.parametrize("parts, every", [(2, 1), (1, 4)])
+def test_transformers(parts: int, every: int, tmp_path: Any) -> None:
+    options: dict[str, Any] = {"gradient_accumulation_steps": parts, "kind": "bert"}
+    plain, net = hugging.model("bert"), hugging.model("bert")
+    hugging.fit(plain, tmp_path, **options)
+    keep = Keep(net)
+    callback = ForTransformers(px.BatchL2Grad(), receive=keep, every=every)
+    history: list[Any] = []
+
+    class End(hugging.transformers.TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            history.extend(line for line in state.log_history if "largest" in line)
+
+    hugging.fit(net, tmp_path, callback, End(), **options)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), net.parameters(), strict=True))
+    assert not px.is_extended(net) and not net._forward_hooks
+    assert keep.steps == list(range(0, 6 if parts == 1 else 4, every))
+    assert [len(n) for n in keep.norms] == ([4] * len(keep.steps) if parts == 1 else [8, 4, 8, 4])
+    assert [line["step"] for line in history] == keep.steps
+    assert [line["largest"] for line in history] == [float(n.max().sqrt()) for n in keep.norms]
+
+
+def test_transformers_values(tmp_path: Any) -> None:
+    """Samples of all accumulated batches, each with its share of the loss."""
+    net = hugging.model("gpt2").double().eval()
+    net.train = lambda mode=True: net  # without dropout
+    keep, batches = Keep(net), []
+    handle = net.register_forward_pre_hook(lambda m, a, k: batches.append(k), with_kwargs=True)
+    hugging.fit(net, tmp_path, ForTransformers(px.BatchL2Grad(), receive=keep), gradient_accumulation_steps=3)
+    handle.remove()
+    assert keep.steps == [0, 1] and len(batches) == 6
+    for k, norms in enumerate(keep.norms):
+        net.load_state_dict(keep.parameters[k])
+        mine, want = batches[3 * k : 3 * k + 3], []
+        items = float(mine[0]["num_items_in_batch"])
+        for b in mine:
+            each = {n: v for n, v in b.items() if torch.is_tensor(v) and v.dim() == 2}
+            rows = testing.individual_gradients(
+                net, lambda out, labels: torch.nn.functional.cross_entropy(
+                    out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+                ), {n: v for n, v in each.items() if n != "labels"}, each["labels"],
+            )  # fmt: skip
+            want.append(torch.cat([r.flatten(1) for r in rows.values()], 1).square().sum(1) / items**2)
+        torch.testing.assert_close(norms, torch.cat(want), rtol=1e-5, atol=0.0)
+
+
+def test_what_is_refused(tmp_path: Any) -> None:
+    def receive(step: int, results: px.Results) -> None:
+        raise ArithmeticError("enough")
+
+    for kind in (ForLightning, ForTransformers):
+        with pytest.raises(ValueError, match="needs quantities"):
+            kind(receive=receive)
+        with pytest.raises(ValueError, match="every of 1"):
+            kind(px.Variance(), receive=receive, every=0)
+        with pytest.raises(ValueError, match="several passes"):
+            kind(px.BatchDotGrad(), receive=receive)
+    model = lightning.Net(manual=True)
+    with pytest.raises(px.PackextError, match="manual optimization"):
+        lightning.fit(model, ForLightning(px.Variance(), receive=receive))
+    assert not px.is_extended(model)
+    for options, what in (({"fp16": True}, "fp16"), ({"torch_compile": True}, "torch_compile")):
+        args = SimpleNamespace(**{"world_size": 1, "n_gpu": 0, "fp16": False, "torch_compile": False} | options)
+        with pytest.raises(px.PackextError, match=what):
+            ForTransformers(px.Variance(), receive=receive).on_train_begin(args, None, None, model=model)
+    model = lightning.Net()
+    with pytest.raises(ArithmeticError, match="enough"):
+        lightning.fit(model, ForLightning(px.Variance(), receive=receive))
+    assert not px.is_extended(model)
+    model = lightning.Functional()
+    with pytest.raises(px.NotExtendedError, match="scale"):
+        lightning.fit(model, ForLightning(px.Variance(), receive=receive, scale="sample"))
+    assert not px.is_extended(model)
+    net, callback = hugging.model("bert"), ForTransformers(px.Variance(), receive=receive)
+    with pytest.raises(ArithmeticError, match="enough"):
+        hugging.fit(net, tmp_path, callback, kind="bert")
+    callback.close()
+    assert not px.is_extended(net) and not net._forward_hooks
+    with px.backpack(px.Variance()) as results:  # and no context of theirs is open
+        torch.nn.functional.cross_entropy(
+            px.extend(torch.nn.Linear(2, 2))(torch.ones(2, 2)), torch.ones(2).long()
+        ).backward()
+    assert len(results) == 2
+
+
+class Own(torch.nn.Module):
+    """A classifier with a loss that is no function of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = torch.nn.Embedding(13, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        logits = self.head(self.words(input_ids).mean(1))
+        chosen = logits.softmax(1).gather(1, labels[:, None])
+        return hugging.transformers.modeling_outputs.SequenceClassifierOutput(loss=(1 - chosen).mean(), logits=logits)
+
+
+def test_a_loss_of_the_models_own(tmp_path: Any) -> None:
+    net = Own()
+    keep = Keep(net)
+    hugging.fit(net, tmp_path, ForTransformers(px.BatchL2Grad(), receive=keep), kind="bert")
+    assert [len(n) for n in keep.norms] == [4] * 6 and all((n > 0).all() for n in keep.norms)

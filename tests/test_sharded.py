@@ -1,0 +1,81 @@
+"""Under FSDP2, with parameters in shards, quantities of all ranks' samples are those of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import packext as px
+from tests import test_union
+from tests.test_union import N, problem, together
+
+#: Which modules are sharded by themselves; what is left is sharded with the model.
+LEAVES = (0, 2, 4, 6)
+
+
+def sharded(extend_first: bool) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    model, loss, x, y = problem()
+    if not extend_first:
+        px.unextend(model)
+    for k in LEAVES:
+        fully_shard(model[k])
+    fully_shard(model)
+    return model if extend_first else px.extend(model), loss, x, y
+
+
+def asked() -> list[Any]:
+    return [
+        px.BatchGrad(), px.BatchL2Grad(), px.Variance(), px.ProjectedGrad((2, 3)), px.ClippedGrad(0.3),
+        px.DiagGGNExact(), px.KFLR(),
+    ]  # fmt: skip
+
+
+def _all(rank: int, world: int) -> None:
+    whole, loss, x, y = problem()
+    with px.backpack(*asked(), scale="sample") as plain:
+        loss(whole(x), y).backward()
+    mine = slice(0, N // 2) if rank == 0 else slice(N // 2, N)
+    for extend_first in (True, False):
+        model, loss, x, y = sharded(extend_first)
+        for _ in range(2 if extend_first else 1):  # with the probe, and without
+            with px.backpack(*asked(), scale="sample", group=dist.group.WORLD) as united:
+                loss(model(x[mine]), y[mine]).backward()
+        assert set(united) == set(plain)
+        for name in plain:
+            for q in asked():
+                got, want = getattr(united[name], q.savefield), getattr(plain[name], q.savefield)
+                torch.testing.assert_close(got, want, msg=lambda text, n=name, q=q: f"{n} {q.savefield}: {text}")
+        torch.testing.assert_close(united.batch_l2, plain.batch_l2)
+        if not extend_first:
+            continue
+        halves = (slice(0, 2), slice(2, N // 2)), (slice(N // 2, N // 2 + 2), slice(N // 2 + 2, N))
+        with px.backpack(px.BatchL2Grad(), px.Variance(), scale="sample", group=dist.group.WORLD, accumulate=True) as r:
+            for part in halves[rank]:
+                loss(model(x[part]), y[part]).backward()
+        order = torch.cat([torch.arange(N)[part] for rows in halves for part in rows])
+        torch.testing.assert_close(r.batch_l2, plain.batch_l2[order])
+        for name in plain:
+            torch.testing.assert_close(r[name].variance, plain[name].variance)
+
+
+def _refused(rank: int, world: int) -> None:
+    """FSDP2 hooks the gradient between modules by a function that torch differentiates once: no Hessian's diagonal."""
+    model, loss, x, y = sharded(True)
+    with (
+        pytest.raises(px.UnsupportedUseError, match="RegisterPostBackwardFunctionBackward"),
+        px.backpack(px.DiagHessian(), scale="sample", group=dist.group.WORLD),
+    ):
+        loss(model(x[:5]), y[:5]).backward()
+    for p in model.parameters():
+        assert not hasattr(p, "diag_h") and p.grad is None
+
+
+@pytest.mark.parametrize("work", [_all, _refused])
+def test_sharded_parameters(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_union, work.__name__, work, raising=False)  # which forked processes look up there
+    together(work)

@@ -1,0 +1,7 @@
+"""Training over slow networks, and with processes that come and go, on `torch.distributed`."""
+
+from packext.optim.distributed.compression import Compression as Compression
+from packext.optim.distributed.compression import compression_hook as compression_hook
+from packext.optim.distributed.compressors import DGC as DGC
+from packext.optim.distributed.compressors import GaussianK as GaussianK
+from packext.optim.distributed.compressors import TopK as TopK

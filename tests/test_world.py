@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
 import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,30 +13,57 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests import world_compression
+import packext as px
+from packext.optim import distributed as pd
+from tests import world_compression, world_training
 
-TASKS: tuple[Callable[[int, int], None], ...] = (*world_compression.TASKS,)
+EVERYTHING = (*world_compression.TASKS, *world_training.TASKS)
+#: Two processes, where halves are exact, for what an odd number cannot show.
+PAIR = (
+    world_compression.ratio_one_is_plain,
+    world_compression.conserved,
+    world_training.delayed_as_simulated,
+    world_training.gathered,
+)
 
 
-def worker(rank: int, world: int, port: int, tasks: Any) -> None:
+def worker(rank: int, world: int, port: int, tasks: Any, last: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    try:
-        for task in tasks:
-            task(rank, world)
-        dist.barrier()  # who ends first takes the store with it
-    finally:
-        gc.collect()  # groups that outlive this in a model abort the process at its end
-        dist.destroy_process_group()
+    for task in tasks:
+        task(rank, world)
+    dist.barrier()
+    if last is not None:
+        last(rank, world)
+        os._exit(0)  # one process has died: there is no way to leave the group together
+    gc.collect()  # groups that outlive this in a model abort the process at its end
+    dist.destroy_process_group()
 
 
-def together(world: int, tasks: Any) -> None:
+def together(world: int, tasks: Any, last: Any = None) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(worker, (world, port, tasks), nprocs=world)
+    # One server imports torch, and forks the processes.
+    multiprocessing.set_forkserver_preload([world_training.__name__])
+    mp.start_processes(worker, (world, port, tasks, last), nprocs=world, start_method="forkserver")
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes(world: int) -> None:
-    together(world, TASKS)
+@pytest.mark.parametrize(("world", "tasks"), [(2, PAIR), (3, EVERYTHING)])
+def test_processes(world: int, tasks: Any) -> None:
+    together(world, tasks, None if world == 2 else world_training.late)
+
+
+def test_without_a_process_group() -> None:
+    model = torch.nn.Linear(2, 2)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    for make in (
+        lambda: pd.TopK(model.named_parameters(), 0.1),
+        lambda: pd.DGC(model.named_parameters(), sgd),
+        lambda: pd.DSSGD(sgd),
+        lambda: pd.AdaptiveAverager(),
+        lambda: pd.TargetBatch(model.parameters(), 4),
+        lambda: pd.catch_up(0, model=model),
+    ):
+        with pytest.raises(px.PackextError, match=r"There is no process group: call torch\.distributed\.init_process"):
+            make()

@@ -10,3 +10,4 @@ from packext.optim.distributed.compressors import DGC as DGC
 from packext.optim.distributed.compressors import GaussianK as GaussianK
 from packext.optim.distributed.compressors import TopK as TopK
 from packext.optim.distributed.delayed import DSSGD as DSSGD
+from packext.optim.distributed.swarm import Swarm as Swarm

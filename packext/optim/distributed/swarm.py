@@ -47,7 +47,7 @@ class Swarm:
             ImportError: without hivemind.
         """
         try:
-            from hivemind.averaging import DecentralizedAverager
+            from hivemind.averaging import DecentralizedAverager  # pyright: ignore
         except ImportError as error:
             raise ImportError("Swarm needs hivemind: pip install 'packext[hivemind]'") from error
         self._shapes = {key: (t.shape, t.dtype) for key, t in sorted(like.items())}
@@ -72,8 +72,8 @@ class Swarm:
             timeout: how long to look for peers and to wait for them, in seconds.
 
         Returns:
-            Sums in the dtypes of `like`, but with the precision of float32, in which hivemind adds; `shares` in the order
-            of the peers' names.
+            Sums in the dtypes of `like`, with the precision of float32, in which hivemind adds; `shares` in the
+            order of the peers' names.
 
         Raises:
             ValueError: for no samples, or sums with other names or shapes.

@@ -300,6 +300,10 @@ def saved_and_refused(rank: int, world: int) -> None:
     strange.register_comm_hook(pd.TopK(network().named_parameters(), 0.1), pd.compression_hook)
     with pytest.raises(RuntimeError, match=r"TopK does not know a parameter of shape \(3,\)|of shape"):
         LOSS(strange(x), y).backward()
+    table = DDP(nn.Embedding(9, 4, sparse=True))
+    table.register_comm_hook(pd.TopK(table.module.named_parameters(), 0.1), pd.compression_hook)
+    with pytest.raises(RuntimeError, match="TopK: the gradient of weight is sparse already"):
+        table(torch.tensor([1, 2])).sum().backward()
     for bad in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"ratios are in \(0, 1\]"):
             pd.TopK(model.named_parameters(), bad)

@@ -115,6 +115,7 @@ def no_drift(rank: int, world: int) -> None:
         with torch.no_grad():
             model[0].weight.mul_(2)  # the first process's count
     optimizer = pd.DSSGD(torch.optim.Adam(model.parameters(), 0.01), 3, 2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
     for step in range(41):
         local_steps(model, optimizer, rank, range(step, step + 1))
         if step % 10 == 0:

@@ -57,11 +57,13 @@ class TargetBatch:
     Example:
         >>> gathered = TargetBatch(model.parameters(), target=4096)
         >>> steps = catch_up(steps, model=model, optimizer=optimizer)
-        >>> for x, y in parts:
+        >>> while steps < 1000:
+        ...     x, y = next(parts)
         ...     loss_fn(model(x), y).backward()  # reduction="sum"
         ...     if gathered.add(len(x)):
         ...         optimizer.step()
         ...         optimizer.zero_grad()
+        ...         steps += 1
 
     Attributes:
         batches: that were completed.
@@ -134,6 +136,8 @@ class TargetBatch:
         used = [g is not None for g in grads]
         shapes = {name: (tuple(t.shape), t.dtype) for name, t in sorted(held.items())}
         everyone = self._exchange((own, used, shapes, finite))
+        if self.rank == 0:  # all have left this batch's count behind
+            self._store.delete_key(str(self.batches - 1))
         problems = [
             f"rank {k}: " + ("a gradient or sum is not finite" if not good else f"sums {theirs}, and here {shapes}")
             for k, (n, _, theirs, good) in enumerate(everyone)

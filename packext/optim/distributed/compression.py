@@ -178,6 +178,11 @@ class Compression(ABC):
         self._passes, self.payload = state["passes"], state["payload"]
 
     def _compress(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        if bucket.buffer().layout != torch.strided:
+            raise px.PackextError(
+                f"{type(self).__name__}: the gradient of {self._names.get(bucket.parameters()[0])} is sparse already: "
+                "use sparse=False in its embedding, or leave the model without this hook."
+            )
         if bucket.index() == 0:
             self._settle()
             self._pass = _Pass(self.ratio)

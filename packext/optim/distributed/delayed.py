@@ -173,7 +173,6 @@ class DSSGD(torch.optim.Optimizer):
         if self._since:
             self._send(self.steps)
         self._take_over(self.steps + self.delay)
-        self._write(self._shared)
 
     @torch.no_grad()
     def _send(self, due: int) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import packext as px
+from benchmarks.world_simulation import Schedule, ring, simulate
 from packext.optim import distributed as pd
 from tests import world_compression, world_training
 
@@ -67,3 +68,20 @@ def test_without_a_process_group() -> None:
     ):
         with pytest.raises(px.PackextError, match=r"There is no process group: call torch\.distributed\.init_process"):
             make()
+
+
+@pytest.mark.parametrize(
+    ("delay", "every", "channels", "seconds"),
+    [
+        (0, 1, 2, 1 + 7),  # waits for each
+        (0, 4, 2, 1 + 7 / 4),
+        (7, 1, 8, 1),  # hidden, if as many may be under way as there are
+        (7, 1, 1, 7),  # one after the other
+        (4, 4, 2, 11 / 8),  # a block is sent 4 seconds after the mean of the last but one was there: 7 + 4 for two
+        (8, 4, 2, 1),
+    ],
+)
+def test_the_simulation_of_the_benchmark_by_hand(delay: int, every: int, channels: int, seconds: float) -> None:
+    found = simulate(3, Schedule(delay, every), 1.0, 7.0, 48, 24, channels=channels)
+    assert found == pytest.approx(seconds)
+    assert ring(4, 0.5, 12, 2.0) == 6 + 9  # 12 latencies, and 1.5 times the bytes

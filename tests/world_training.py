@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
 from packext.optim import distributed as pd
@@ -369,7 +370,7 @@ class Partial(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.used, self.sometimes, self.never = (nn.Parameter(torch.zeros(k)) for k in (2, 3, 4))
+        self.used, self.never, self.sometimes = (nn.Parameter(torch.zeros(k)) for k in (2, 4, 3))
 
     def forward(self, more: bool) -> Tensor:
         return self.used.sum() + (2 * self.sometimes.sum() if more else 0)
@@ -397,6 +398,10 @@ def late(rank: int, world: int) -> None:
     torch.set_default_dtype(torch.float64)
     model = network()
     optimizer = pd.DSSGD(torch.optim.SGD(model.parameters(), 0.1), timeout=timedelta(seconds=0.5))
+    target = pd.TargetBatch(model.parameters(), 1)
+    hooked = DistributedDataParallel(network())
+    hooked.register_comm_hook(pd.TopK(hooked.named_parameters(), 0.1), pd.compression_hook)
+    x, y = data(0, rank)
     dist.barrier()
     begin = time.monotonic()
     if rank == world - 1:
@@ -408,6 +413,10 @@ def late(rank: int, world: int) -> None:
     other = pd.AdaptiveAverager(1, calibration=1)
     with pytest.raises(px.PackextError, match="AdaptiveAverager, step 1: another process has died"):
         other.average_parameters(optimizer.param_groups)
+    with pytest.raises(px.PackextError, match="TargetBatch: another process has died"):
+        target.add(6)
+    with pytest.raises(RuntimeError):  # torch's own, out of the backward pass
+        LOSS(hooked(x), y).backward()
     assert time.monotonic() - begin < 20
 
 

@@ -80,9 +80,9 @@ def pace(method: str, widths: list[int], compute: float, warm: int, steps: int) 
         time.sleep(max(0.0, rest))
         loss.backward()
         training.optimizer.step()
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin if steps else 0.0
     training.flush()
-    return {"seconds": seconds / steps, "late": late}
+    return {"seconds": seconds / max(1, steps), "late": late}
 
 
 def train(method: str, lr: float, seed: int, steps: int) -> dict[str, Any]:

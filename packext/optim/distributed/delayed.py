@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -94,7 +94,8 @@ class DSSGD(torch.optim.Optimizer):
         self.optimizer, self.delay, self.every = optimizer, delay, every
         self.process_group, self.timeout = process_group, timeout
         self.size, self.rank = world(process_group)
-        kinds = {(p.dtype, p.device) for p in self._parameters()}
+        self._parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        kinds = {(p.dtype, p.device) for p in self._parameters}
         if len(kinds) != 1 or next(iter(kinds))[0] not in (torch.float32, torch.float64):
             raise px.PackextError(
                 "DSSGD needs parameters of one dtype, float32 or float64, on one device, and has "
@@ -210,14 +211,11 @@ class DSSGD(torch.optim.Optimizer):
             block.work = None
         return block.total
 
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
-
     def _source(self) -> int:
         return 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
 
     def _flat(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1) for p in self._parameters()])
+        return torch.cat([p.detach().reshape(-1) for p in self._parameters])
 
     def _base(self) -> Tensor:
         """Parameters as after the last step that was sent: what is shared, and what is under way."""
@@ -228,8 +226,8 @@ class DSSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _write(self, flat: Tensor) -> None:
-        parameters = list(self._parameters())
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        sizes = [p.numel() for p in self._parameters]
+        for p, part in zip(self._parameters, flat.split(sizes), strict=True):
             p.copy_(part.view_as(p))
 
     # -- saving ----------------------------------------------------------------------------------------------

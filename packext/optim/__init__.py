@@ -1,5 +1,6 @@
 """Optimizers on what the extended backward pass gives: each is a `torch.optim.Optimizer`, fed within `emit`."""
 
+from packext.optim import distributed as distributed
 from packext.optim._base import Optimizer as Optimizer
 from packext.optim._base import SkippedStep as SkippedStep
 from packext.optim._emit import Emitting as Emitting

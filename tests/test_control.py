@@ -103,7 +103,8 @@ def test_goes_on_from_a_saved_state(name: str) -> None:
     for seed in range(3):
         step(name, control, model, optimizer, data(seed))
     file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict(), control.state_dict()], file)
+    kept = control.state_dict()
+    torch.save([model.state_dict(), optimizer.state_dict(), kept], file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     others = network(7)
@@ -114,7 +115,8 @@ def test_goes_on_from_a_saved_state(name: str) -> None:
     for seed in range(3, 6):
         step(name, control, model, optimizer, data(seed))
         step(name, other, others, other_optimizer, data(seed))
-    assert plain(control.state_dict()) == plain(other.state_dict())
+    assert plain(control.state_dict()) == plain(other.state_dict()) != plain(kept)
+    assert plain(kept) == plain(saved[2])
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), others.parameters(), strict=True))
     with pytest.raises(ValueError, match=f"{name}.* has the state .*, got wrong: it is of another controller"):
         control.load_state_dict({"wrong": 1})

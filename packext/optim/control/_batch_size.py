@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Sampler
 
 import packext as px
-from packext.optim.control._base import Controller, count
+from packext.optim.control._base import Controller, count, fraction
 from packext.optim.control._quantities import OwnNorms, OwnSum
 
 
@@ -57,6 +57,37 @@ class BatchSizeController(Controller):
         """
         limit = min(2 * self.batch_size, self.max_batch_size)
         return limit if wanted > limit else math.ceil(wanted)
+
+
+class NoiseAndSignal(BatchSizeController):
+    """Base of what compares moving averages of tr, the covariance's trace, and of |G|², both unbiased.
+
+    Attributes:
+        batch_size: of the next batch.
+    """
+
+    saved = ("batch_size", "_trace", "_signal")
+
+    def __init__(self, batch_size: int, max_batch_size: int, decay: float) -> None:
+        """Take the bounds, and the weight that the averages keep of the past."""
+        super().__init__(batch_size, max_batch_size)
+        fraction(self, decay=decay)
+        self.decay, self._trace, self._signal = decay, 0.0, 0.0
+
+    def step(self) -> None:
+        """Choose the next batch size.
+
+        A PackextError refuses a step without a pass, and a batch of one.
+        """
+        seen = self._take()
+        if self._finite({"trace of the covariance": seen["trace"], "norm of the gradient": seen["signal"]}):
+            # Both start at zero, with weights that do not add up to one: alike for both, they drop out of the ratio.
+            self._trace = self.decay * self._trace + (1 - self.decay) * seen["trace"]
+            self._signal = self.decay * self._signal + (1 - self.decay) * seen["signal"]
+            self._choose()
+
+    def _choose(self) -> None:
+        raise NotImplementedError
 
 
 class AdaptiveBatchSampler(Sampler[list[int]]):

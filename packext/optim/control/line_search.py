@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import packext as px
@@ -96,8 +97,14 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
 
         Raises:
             ValueError: for a trial step that is not positive, or several groups.
+            PackextError: in one of several processes.
         """
         positive(self, lr=lr)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise px.PackextError(
+                f"ProbabilisticLineSearch is for one process, and this is one of {dist.get_world_size()}: each would "
+                "take steps of its own."
+            )
         super().__init__(params, {"lr": lr, "average": lr})
         if len(self.param_groups) > 1:
             raise ValueError("ProbabilisticLineSearch takes one group: there is one step for all.")

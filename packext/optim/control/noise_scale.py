@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from packext.optim.control._base import fraction
-from packext.optim.control._batch_size import BatchSizeController
+from packext.optim.control._batch_size import NoiseAndSignal
 
 
-class NoiseScale(BatchSizeController):
+class NoiseScale(NoiseAndSignal):
     """Batch size that follows the gradient noise scale tr / |G|².
 
     Where a batch is as large, its noise is as large as the gradient: below, twice the batch is worth nearly two steps;
@@ -30,8 +29,6 @@ class NoiseScale(BatchSizeController):
         batch_size: of the next batch.
     """
 
-    saved = ("batch_size", "_trace", "_signal")
-
     def __init__(self, batch_size: int = 16, max_batch_size: int = 2048, decay: float = 0.95) -> None:
         """Take the bounds.
 
@@ -42,9 +39,8 @@ class NoiseScale(BatchSizeController):
 
         A ValueError refuses numbers out of their range.
         """
-        super().__init__(batch_size, max_batch_size)
-        fraction(self, decay=decay)
-        self.min_batch_size, self.decay, self._trace, self._signal = batch_size, decay, 0.0, 0.0
+        super().__init__(batch_size, max_batch_size, decay)
+        self.min_batch_size = batch_size
 
     @property
     def noise_scale(self) -> float:
@@ -53,16 +49,6 @@ class NoiseScale(BatchSizeController):
             return self._trace / self._signal
         return math.inf if self._trace > 0 else math.nan
 
-    def step(self) -> None:
-        """Choose the next batch size.
-
-        A PackextError refuses a step without a pass, and a batch of one.
-        """
-        seen = self._take()
-        if not self._finite({"trace of the covariance": seen["trace"], "norm of the gradient": seen["signal"]}):
-            return
-        self._trace = self.decay * self._trace + (1 - self.decay) * seen["trace"]
-        self._signal = self.decay * self._signal + (1 - self.decay) * seen["signal"]
-        wanted = self.noise_scale
-        if not math.isnan(wanted):  # no gradient at all: nothing is known
-            self.batch_size = max(self.min_batch_size, self._grow_to(wanted))
+    def _choose(self) -> None:
+        if not math.isnan(self.noise_scale):  # no gradient at all: nothing is known
+            self.batch_size = max(self.min_batch_size, self._grow_to(self.noise_scale))

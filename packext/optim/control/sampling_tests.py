@@ -7,11 +7,11 @@ from typing import Any
 
 import packext as px
 from packext.optim.control._base import fraction, positive
-from packext.optim.control._batch_size import BatchSizeController
+from packext.optim.control._batch_size import BatchSizeController, NoiseAndSignal
 from packext.optim.control._quantities import OwnGram
 
 
-class NormTest(BatchSizeController):
+class NormTest(NoiseAndSignal):
     """Grows the batch until the gradient's error is a fraction of its norm: `tr / B <= theta² |G|²`.
 
     tr is the trace of the covariance of the samples' own gradients, G the true gradient (Byrd, Chin, Nocedal & Wu
@@ -31,8 +31,6 @@ class NormTest(BatchSizeController):
         batch_size: of the next batch.
     """
 
-    saved = ("batch_size", "_trace", "_signal")
-
     def __init__(
         self, batch_size: int = 16, max_batch_size: int = 2048, theta: float = 0.9, decay: float = 0.9
     ) -> None:
@@ -46,21 +44,11 @@ class NormTest(BatchSizeController):
 
         A ValueError refuses numbers out of their range.
         """
-        super().__init__(batch_size, max_batch_size)
-        fraction(self, decay=decay)
+        super().__init__(batch_size, max_batch_size, decay)
         positive(self, theta=theta)
-        self.theta, self.decay, self._trace, self._signal = theta, decay, 0.0, 0.0
+        self.theta = theta
 
-    def step(self) -> None:
-        """Choose the next batch size.
-
-        A PackextError refuses a step without a pass, and a batch of one.
-        """
-        seen = self._take()
-        if not self._finite({"trace of the covariance": seen["trace"], "norm of the gradient": seen["signal"]}):
-            return
-        self._trace = self.decay * self._trace + (1 - self.decay) * seen["trace"]
-        self._signal = self.decay * self._signal + (1 - self.decay) * seen["signal"]
+    def _choose(self) -> None:
         self.batch_size = max(self.batch_size, self._grow_to(_needed(self._trace, self.theta**2 * self._signal)))
 
 

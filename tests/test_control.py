@@ -104,6 +104,7 @@ def test_goes_on_from_a_saved_state(name: str) -> None:
         step(name, control, model, optimizer, data(seed))
     file = io.BytesIO()
     kept = control.state_dict()
+    then = plain(kept)
     torch.save([model.state_dict(), optimizer.state_dict(), kept], file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
@@ -116,7 +117,7 @@ def test_goes_on_from_a_saved_state(name: str) -> None:
         step(name, control, model, optimizer, data(seed))
         step(name, other, others, other_optimizer, data(seed))
     assert plain(control.state_dict()) == plain(other.state_dict()) != plain(kept)
-    assert plain(kept) == plain(saved[2])
+    assert plain(kept) == plain(saved[2]) == then
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), others.parameters(), strict=True))
     with pytest.raises(ValueError, match=f"{name}.* has the state .*, got wrong: it is of another controller"):
         control.load_state_dict({"wrong": 1})
@@ -156,9 +157,9 @@ def test_passes_that_are_missing_or_too_many_are_refused(name: str) -> None:
     with pytest.raises(px.PackextError, match=f"{name}: no {field}.* since the last step"):
         control.step(*CASES[name][1](each))
     if name != "ImportanceSampler":
-        for _ in range(2):
+        for options in ({}, {} if name == "InnerProductTest" else {"accumulate": True}):
             optimizer.zero_grad()
-            each = give(name, control, model, data())
+            each = give(name, control, model, data(), **options)
         with pytest.raises(px.PackextError, match=f"{name}: 2 backward passes since the last step"):
             control.step(*CASES[name][1](each))
         optimizer.zero_grad()
@@ -240,6 +241,37 @@ def test_scales_of_the_loss_change_nothing_but_what_the_learning_rate_means() ->
                 controls[3].step(loss)
     for values in found.values():
         assert values == pytest.approx(found["mean", 1.0], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_and_unused_parameters_count_for_nothing(name: str) -> None:
+    """A model with a frozen layer and an unused one goes as one whose layer is no parameter."""
+    states = []
+    for bare in (True, False):
+        model = network()
+        first, last = model[0], model[2]
+        if bare:
+            weight, bias = first.weight.detach().clone(), first.bias.detach().clone()
+            fixed = nn.Module()
+            fixed.forward = lambda x, w=weight, b=bias: x @ w.T + b
+            model = px.extend(nn.Sequential(fixed, nn.Tanh(), last))
+        else:
+            first.requires_grad_(False)
+            model.register_module("spare", nn.Linear(2, 2))
+            model.forward = lambda x, m=(first, model[1], last): m[2](m[1](m[0](x)))
+            px.extend(model)
+        optimizer = sgd(model)
+        control = CASES[name][0](optimizer)
+        for seed in range(3):
+            step(name, control, model, optimizer, data(seed))
+        state = control.state_dict()
+        if name == "Alpha":
+            del state["_before"]  # of all parameters that may move
+        states.append(plain(state))
+    assert str(states[0]) == str(states[1])
+    with pytest.raises(px.PackextError, match="the batch is empty"):
+        with optim.emit(control):
+            LOSS(model(torch.ones(0, 4)), torch.ones(0, dtype=torch.long)).backward()
 
 
 # -- in one context with others -----------------------------------------------------------------------------
@@ -387,16 +419,16 @@ def test_batch_sizes_of_a_quadratic_with_known_noise() -> None:
     """tr = 2 s² = 8, |G|² = 0.25, loss (0.25 + 8) / 2."""
     at, s = [0.3, 0.4], 2.0
     scale = optim.NoiseScale(2, decay=0.99)
-    scale._trace, scale._signal = 8.0, 0.25  # averages that have settled
+    scale._steps, scale._averages = 1000, [8.0, 0.25]  # averages that have settled
     watched(scale, at, s, 60, 64)
     assert scale.noise_scale == pytest.approx(8 / 0.25, rel=0.2) and scale.batch_size == math.ceil(scale.noise_scale)
     norm = optim.NormTest(2, theta=2.0, decay=0.99)
-    norm._trace, norm._signal = 8.0, 0.25
+    norm._steps, norm._averages = 1000, [8.0, 0.25]
     watched(norm, at, s, 60, 64)
     assert norm.batch_size == pytest.approx(8 / (4 * 0.25), rel=0.2)
     for theta, nu, expected in ((0.5, 5.84, 4 / (0.25 * 0.25)), (9.0, 0.5, 4 / (0.25 * 0.25)), (9.0, 9.0, 4)):
         inner = optim.InnerProductTest(4, theta=theta, nu=nu, decay=0.99)
-        inner._averages = [8.0, 0.25, 4 * 0.25, 0.0625]
+        inner._steps, inner._averages = 1000, [8.0, 0.25, 4 * 0.25, 0.0625]
         watched(inner, at, s, 40, 64)
         assert inner.batch_size == pytest.approx(expected, rel=0.25), (theta, nu)
 
@@ -423,6 +455,8 @@ def test_where_nothing_but_noise_is_left_batches_grow_to_the_largest() -> None:
             control.step()
             sizes.append(control.batch_size)
             assert control.batch_size <= 2 * before
+            waits = len(sizes) < round(1 / (1 - control.decay))
+            assert control.batch_size == 16 or not waits
         assert sizes[-1] == 256, type(control).__name__
 
 
@@ -439,7 +473,7 @@ def test_statistics_of_the_tests_are_unbiased() -> None:
         seen = control.observe(Given(own_gram=gram))
         rows.append([v for k, v in seen.items() if k != "samples"])
         again = Given(own_norms=gram.diagonal(), own_sum=gram.sum())
-        norms.append([other.observe(again)[k] for k in ("trace", "signal")])
+        norms.append([other.observe(again)[k] for k in ("trace of the covariance", "norm of the gradient")])
     for found in (torch.tensor(rows), torch.tensor(norms)):
         z = (found.mean(0) - truth[: found.shape[1]]) / (found.std(0) / len(found) ** 0.5)
         assert z.abs().max() < 4, z
@@ -464,7 +498,7 @@ def test_statistics_are_those_of_gradients_one_by_one(name: str) -> None:
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
         g = torch.stack(rows)
         trace = g.var(0).sum()
-        now = {"_trace": trace, "_signal": g.mean(0).square().sum() - trace / len(g)}
+        now = {"_trace": trace}
         now["_loss"] = nn.functional.cross_entropy(model(x), y).detach()
         pairs = [(i, j) for i in range(12) for j in range(12) if i != j]
         now["_averages"] = torch.stack([trace, torch.stack([g[i] @ g[j] for i, j in pairs]).mean()])
@@ -474,7 +508,7 @@ def test_statistics_are_those_of_gradients_one_by_one(name: str) -> None:
     for key, value in control.state_dict().items():
         if key == "_averages":
             value = value[:2]
-        if key != "batch_size":
+        if key not in ("batch_size", "_steps"):
             torch.testing.assert_close(torch.tensor(value), expected[key])
 
 

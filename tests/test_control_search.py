@@ -104,6 +104,8 @@ def test_without_noise_the_conditions_are_wolfes() -> None:
     posterior = Posterior(where, [(t * t / 2 - t, t - 1) for t in where], tiny)
     found = [posterior.wolfe(t, 0.05, 0.5) for t in where[1:]]
     assert [round(p) for p in found] == [0, 0, 1, 1, 1, 0, 0]
+    for value, met in ((-0.02, 0), (-0.08, 1)):  # flat at 1, where a decrease of c1 is asked for
+        assert round(Posterior([0.0, 1.0], [(0.0, -1.0), (value, 0.0)], tiny[:2]).wolfe(1.0, 0.05, 0.5)) == met
 
 
 def test_expected_improvement_is_an_integral() -> None:
@@ -168,6 +170,9 @@ def test_noise_is_that_of_the_mean_and_exact_along_the_line() -> None:
     mean, along = rows.mean(0), rows @ torch.cat([d.flatten() for d in direction.values()])
     expected = [losses.mean(), losses.var() / 9, along.mean(), along.var() / 9, mean @ mean, (rows @ mean).var() / 9]
     torch.testing.assert_close(torch.tensor(seen[:-1]), torch.stack(expected).detach())
+    for p in params:  # what happens to `.grad` afterwards is nobody's business
+        assert p.grad is not None
+        p.grad.zero_()
     torch.testing.assert_close(torch.cat([g.flatten() for g in seen.gradients]), mean)
 
 
@@ -189,9 +194,15 @@ def test_goes_on_from_a_saved_state_to_the_last_bit() -> None:
         assert one == two and optimizer.evaluations == other.evaluations
     assert torch.equal(model.theta, others.theta)
     with torch.no_grad():
-        model.theta.add_(1.0)  # what was seen is no longer where the search starts
-    optimizer.step(closure)
-    assert optimizer.evaluations >= 2
+        model.theta.add_(1.0)  # what was seen is no longer where the search starts, so that it looks there first
+    start, seen = model.theta.detach().clone(), []
+
+    def looking() -> Tensor:
+        seen.append(model.theta.detach().clone())
+        return closure()
+
+    optimizer.step(looking)
+    assert torch.equal(seen[0], start) and len(seen) >= 2
 
 
 def test_what_is_not_finite_is_not_believed() -> None:

@@ -78,17 +78,18 @@ class Controller:
             raise ValueError(
                 f"px.optim.emit({type(self).__name__}, {taken[0]}=...): the controller chooses that itself."
             )
-        self._united = bool(options.get("accumulate"))
+        self._united, self._begun = bool(options.get("accumulate")), False
         yield {"attach": False, "pass_hook": self._receive, **options}
 
     def _receive(self, results: px.Results) -> None:
-        self._passes += 0 if self._united and self._seen is not None else 1
+        self._passes += 0 if self._united and self._begun else 1  # one batch in parts
+        self._begun = True
         with torch.no_grad():
             self._seen = self.observe(results)
 
     def _forget(self) -> None:
         self._seen: dict[str, Any] | None = None
-        self._passes, self._united = 0, False
+        self._passes, self._united, self._begun = 0, False, False
 
     def _take(self) -> dict[str, Any]:
         """What the pass since the last step has shown."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils.data import Sampler
 
@@ -40,8 +40,8 @@ class BatchSizeController(Controller):
             return {"samples": n}
         return {
             "samples": n,
-            "trace": (total - square / n) / (n - 1),
-            "signal": (square - total) / (n * (n - 1)),
+            "trace of the covariance": (total - square / n) / (n - 1),
+            "norm of the gradient": (square - total) / (n * (n - 1)),
         }
 
     def _grow_to(self, wanted: float) -> int:
@@ -59,34 +59,42 @@ class BatchSizeController(Controller):
         return limit if wanted > limit else math.ceil(wanted)
 
 
-class NoiseAndSignal(BatchSizeController):
-    """Base of what compares moving averages of tr, the covariance's trace, and of |G|², both unbiased.
+class AveragingController(BatchSizeController):
+    """Base of what compares moving averages of unbiased estimates, once they are of enough steps.
 
     Attributes:
         batch_size: of the next batch.
     """
 
-    saved = ("batch_size", "_trace", "_signal")
+    saved = ("batch_size", "_steps", "_averages")
+    #: How many estimates `observe` gives beside the number of samples.
+    estimates: ClassVar[int] = 2
 
     def __init__(self, batch_size: int, max_batch_size: int, decay: float) -> None:
         """Take the bounds, and the weight that the averages keep of the past."""
         super().__init__(batch_size, max_batch_size)
         fraction(self, decay=decay)
-        self.decay, self._trace, self._signal = decay, 0.0, 0.0
+        self.decay, self._steps, self._averages = decay, 0, [0.0] * self.estimates
 
     def step(self) -> None:
-        """Choose the next batch size.
+        """Choose the next batch size; the first `1 / (1 - decay)` steps leave it as it is.
 
-        A PackextError refuses a step without a pass, and a batch of one.
+        A PackextError refuses a step without a pass, and a batch that is too small.
         """
         seen = self._take()
-        if self._finite({"trace of the covariance": seen["trace"], "norm of the gradient": seen["signal"]}):
-            # Both start at zero, with weights that do not add up to one: alike for both, they drop out of the ratio.
-            self._trace = self.decay * self._trace + (1 - self.decay) * seen["trace"]
-            self._signal = self.decay * self._signal + (1 - self.decay) * seen["signal"]
-            self._choose()
+        del seen["samples"]
+        if not self._finite(seen):
+            return
+        # They start at zero, with weights that do not add up to one: alike for all, they drop out of ratios.
+        self._averages = [
+            self.decay * a + (1 - self.decay) * b for a, b in zip(self._averages, seen.values(), strict=True)
+        ]
+        self._steps += 1
+        if self._steps * (1 - self.decay) >= 1 - 1e-9:
+            share = 1 - self.decay**self._steps
+            self.batch_size = self._choose(*(a / share for a in self._averages))
 
-    def _choose(self) -> None:
+    def _choose(self, *averages: float) -> int:
         raise NotImplementedError
 
 

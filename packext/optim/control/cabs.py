@@ -102,9 +102,10 @@ class CABS(BatchSizeController):
                 and for a batch of one as well.
         """
         seen, rate, value = self._take(), self._rate(), _number(loss)
+        trace = seen["trace of the covariance"]
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = sum(float(g.double().square().sum()) for g in grads) ** 0.5
-        if not self._finite({"loss": value, "trace of the covariance": seen["trace"], "gradient": norm}):
+        if not self._finite({"loss": value, "trace of the covariance": trace, "gradient": norm}):
             return
         if value <= 0:
             raise px.PackextError(f"CABS is for losses that are positive, and this one is {value:.4g}.")
@@ -114,7 +115,7 @@ class CABS(BatchSizeController):
                 "the learning rate is not one of that mean. Use a loss with reduction='mean' and no clipping, call "
                 "step(loss) before zero_grad(), and in several processes emit(control, group=..., scale='sample')."
             )
-        self._trace = self.decay * self._trace + (1 - self.decay) * seen["trace"]
+        self._trace = self.decay * self._trace + (1 - self.decay) * trace
         self._loss = self.decay * self._loss + (1 - self.decay) * value
         wanted = round(rate * self._trace / self._loss)
         self.batch_size = min(max(wanted, self.min_batch_size), self.max_batch_size)

@@ -6,19 +6,20 @@ import math
 from typing import Any
 
 import packext as px
-from packext.optim.control._base import fraction, positive
-from packext.optim.control._batch_size import BatchSizeController, NoiseAndSignal
+from packext.optim.control._base import positive
+from packext.optim.control._batch_size import AveragingController
 from packext.optim.control._quantities import OwnGram
 
 
-class NormTest(NoiseAndSignal):
+class NormTest(AveragingController):
     """Grows the batch until the gradient's error is a fraction of its norm: `tr / B <= theta² |G|²`.
 
     tr is the trace of the covariance of the samples' own gradients, G the true gradient (Byrd, Chin, Nocedal & Wu
     2012). If the test fails, the next batch has `tr / (theta² |G|²)` samples; batches never shrink. |G|² is not the
     squared norm of the batch's gradient, which noise inflates by tr / B, so that the plain test passes where there is
     nothing but noise: both sides are unbiased estimates, and moving averages of them. From one step to the next the
-    size at most doubles, and does so while the average of |G|² is not positive.
+    size at most doubles, and does so while the average of |G|² is not positive; in the first `1 / (1 - decay)` steps it
+    stays as it is.
 
     Example:
         >>> control = px.optim.NormTest(batch_size=16, max_batch_size=1024)
@@ -48,20 +49,22 @@ class NormTest(NoiseAndSignal):
         positive(self, theta=theta)
         self.theta = theta
 
-    def _choose(self) -> None:
-        self.batch_size = max(self.batch_size, self._grow_to(_needed(self._trace, self.theta**2 * self._signal)))
+    def _choose(self, *averages: float) -> int:
+        trace, signal = averages
+        return max(self.batch_size, self._grow_to(_needed(trace, self.theta**2 * signal)))
 
 
-class InnerProductTest(BatchSizeController):
+class InnerProductTest(AveragingController):
     """Grows the batch until the gradient points downhill with a given certainty (augmented inner product test).
 
     `var(g_n·G) / B <= theta² |G|⁴`, and across that direction `var(g_n - (g_n·G / |G|²) G) / B <= nu² |G|²`, with g_n
     the samples' own gradients and G the true one (Bollapragada, Byrd & Nocedal 2018, sections 2.1 and 3). If one fails,
     the next batch has as many samples as the larger of the two needs; batches never shrink. The authors put the
     gradient of the same batch in the place of G, which passes where there is nothing but noise, and average ten
-    gradients to notice. Here tr, |G|², `var(g_n·G) = G' Cov G` and |G|⁴ are U-statistics of the inner products
-    of all pairs of samples: unbiased, with moving averages of them compared. From one step to the next the size at most
-    doubles, and does so while the average of |G|² or |G|⁴ is not positive.
+    gradients to notice. Here tr, |G|², `var(g_n·G) = G' Cov G` and |G|⁴ are U-statistics of the inner products of all
+    pairs of samples: unbiased, with moving averages of them compared. From one step to the next the size at most
+    doubles, and does so while the average of |G|² or |G|⁴ is not positive; in the first `1 / (1 - decay)` steps it
+    stays as it is.
 
     The inner products of all pairs are of one pass in one process: `accumulate` and `group` are refused.
 
@@ -76,8 +79,8 @@ class InnerProductTest(BatchSizeController):
         batch_size: of the next batch.
     """
 
-    saved = ("batch_size", "_averages")
     least = 4
+    estimates = 4
 
     def __init__(
         self,
@@ -98,11 +101,9 @@ class InnerProductTest(BatchSizeController):
 
         A ValueError refuses numbers out of their range.
         """
-        super().__init__(batch_size, max_batch_size)
-        fraction(self, decay=decay)
+        super().__init__(batch_size, max_batch_size, decay)
         positive(self, theta=theta, nu=nu)
-        self.theta, self.nu, self.decay = theta, nu, decay
-        self._averages = [0.0, 0.0, 0.0, 0.0]  # of tr, |G|², G' Cov G, |G|⁴
+        self.theta, self.nu = theta, nu
 
     def quantities(self) -> list[Any]:
         """Inner products of all pairs of individual gradients."""
@@ -129,23 +130,12 @@ class InnerProductTest(BatchSizeController):
             "fourth power of its norm": fourth,
         }
 
-    def step(self) -> None:
-        """Choose the next batch size.
-
-        A PackextError refuses a step without a pass, and a batch of fewer than four.
-        """
-        seen = self._take()
-        del seen["samples"]
-        if not self._finite(seen):
-            return
-        self._averages = [
-            self.decay * a + (1 - self.decay) * b for a, b in zip(self._averages, seen.values(), strict=True)
-        ]
-        trace, signal, along, fourth = self._averages
+    def _choose(self, *averages: float) -> int:
+        trace, signal, along, fourth = averages
         needed = [_needed(along, self.theta**2 * fourth)]
         across = trace - along / signal if signal > 0 else math.inf
         needed.append(_needed(across, self.nu**2 * signal))
-        self.batch_size = max(self.batch_size, self._grow_to(max(needed)))
+        return max(self.batch_size, self._grow_to(max(needed)))
 
 
 def _needed(noise: float, allowed: float) -> float:

@@ -385,8 +385,10 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
                 cells.append(middle([r["loss"] for r in runs], ".2g"))
                 if kind != "SGD":
                     cells.append(f"{statistics.median(r['last'] for r in runs):.2g}")
+                if kind == "line search":
+                    cells.append(f"{statistics.median(r['calls'] for r in runs):.2f}")
             rows.append([rate, *cells])
-        head = ["first rate", "SGD", "line search", "its last step", "Alpha", "its last rate"]
+        head = ["first rate", "SGD", "line search", "its last step", "passes a step", "Alpha", "its last rate"]
         out["rates"] = _table(head, rows)
     if "slopes" in found:
         rows = [[step, middle(values, ".1f")] for step, values in found["slopes"].items()]

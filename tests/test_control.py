@@ -420,16 +420,16 @@ def test_batch_sizes_of_a_quadratic_with_known_noise() -> None:
     at, s = [0.3, 0.4], 2.0
     scale = optim.NoiseScale(2, decay=0.99)
     scale._steps, scale._averages = 1000, [8.0, 0.25]  # averages that have settled
-    watched(scale, at, s, 60, 64)
+    watched(scale, at, s, 40, 64)
     assert scale.noise_scale == pytest.approx(8 / 0.25, rel=0.2) and scale.batch_size == math.ceil(scale.noise_scale)
     norm = optim.NormTest(2, theta=2.0, decay=0.99)
     norm._steps, norm._averages = 1000, [8.0, 0.25]
-    watched(norm, at, s, 60, 64)
+    watched(norm, at, s, 40, 64)
     assert norm.batch_size == pytest.approx(8 / (4 * 0.25), rel=0.2)
     for theta, nu, expected in ((0.5, 5.84, 4 / (0.25 * 0.25)), (9.0, 0.5, 4 / (0.25 * 0.25)), (9.0, 9.0, 4)):
         inner = optim.InnerProductTest(4, theta=theta, nu=nu, decay=0.99)
         inner._steps, inner._averages = 1000, [8.0, 0.25, 4 * 0.25, 0.0625]
-        watched(inner, at, s, 40, 64)
+        watched(inner, at, s, 25, 64)
         assert inner.batch_size == pytest.approx(expected, rel=0.25), (theta, nu)
 
     def cabs(model: Shift) -> optim.CABS:
@@ -437,7 +437,7 @@ def test_batch_sizes_of_a_quadratic_with_known_noise() -> None:
         return made[0]
 
     made: list[optim.CABS] = []
-    watched(cabs, at, s, 100, 64, lambda loss: (loss,))
+    watched(cabs, at, s, 60, 64, lambda loss: (loss,))
     assert made[0].batch_size == pytest.approx(8 * 8 / 4.125, abs=1)
 
 
@@ -446,7 +446,7 @@ def test_where_nothing_but_noise_is_left_batches_grow_to_the_largest() -> None:
     for control in (optim.NoiseScale(16, 256), optim.NormTest(16, 256), optim.InnerProductTest(16, 256)):
         model = px.extend(Shift([0.0, 0.0]))
         sizes = []
-        for seed in range(40):
+        for seed in range(28):
             x = noise(16, 1.0, seed)
             x = x - x.mean(0) * (seed % 2)  # half of the batches balanced: signals below 0
             with optim.emit(control):
@@ -461,11 +461,11 @@ def test_where_nothing_but_noise_is_left_batches_grow_to_the_largest() -> None:
 
 
 def test_statistics_of_the_tests_are_unbiased() -> None:
-    """Over 8,000 batches of 5; with the batch's own gradient in place of the true one they are far off."""
+    """Over 3,000 batches of 5; with the batch's own gradient in place of the true one they are far off."""
     draw, n = torch.Generator().manual_seed(0), 5
     root = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.8, 0.0], [0.0, -0.3, 0.5]])
     mean, covariance = torch.tensor([0.4, -0.2, 0.1]), root @ root.T
-    g = mean + torch.randn(8_000, n, 3, generator=draw) @ root.T
+    g = mean + torch.randn(3_000, n, 3, generator=draw) @ root.T
     truth = torch.stack([covariance.trace(), mean @ mean, mean @ covariance @ mean, (mean @ mean) ** 2])
     control, other = optim.InnerProductTest(4), optim.NormTest(4)
     rows, norms = [], []
@@ -481,7 +481,7 @@ def test_statistics_of_the_tests_are_unbiased() -> None:
     dots = torch.einsum("kni,ki->kn", g, mine)
     naive = torch.stack([mine.square().sum(1), dots.var(1), mine.square().sum(1).square()], 1)
     z = (naive.mean(0) - truth[1:]) / (naive.std(0) / len(naive) ** 0.5)
-    assert z.min() > 20, z
+    assert z.min() > 12, z
 
 
 @pytest.mark.parametrize("name", ["CABS", "NoiseScale", "NormTest", "InnerProductTest"])
@@ -548,8 +548,8 @@ def test_alpha_moves_the_learning_rate_to_one_over_the_curvature(rate: float) ->
     """Batches of small noise, so that steps are seen; θ is put back so that there is a way to go."""
     model = px.extend(Shift([3.0, -4.0]))
     optimizer = torch.optim.SGD(model.parameters(), rate)
-    control = optim.Alpha(optimizer)
-    for seed in range(150):
+    control = optim.Alpha(optimizer, kappa=0.3, decay=0.5)
+    for seed in range(50):
         for k in range(2):
             optimizer.zero_grad()
             x = noise(64, 0.05, 2 * seed + k)
@@ -573,7 +573,7 @@ def test_evidence_by_hand_and_under_pure_noise() -> None:
     g = model.theta.detach() - noise(6, 1.0, 0)
     assert control.evidence == pytest.approx(float(1 - 6 * (g.mean(0).square() / g.var(0)).mean()))
     found = []
-    for seed in range(20_000 // 50):  # 50 parameters of pure noise, batches of 16: the mean of t² is 15 / 13
+    for seed in range(200):  # 50 parameters of pure noise, batches of 16: the mean of t² is 15 / 13
         z = torch.randn(16, 50, generator=torch.Generator().manual_seed(seed))
         fields = SimpleNamespace(own_sum=z.sum(0), own_variance=z.var(0, correction=0))
         fake = Given(own_samples=16, items=lambda f=fields: [("p", f)])
@@ -644,7 +644,7 @@ def test_importance_sampling_is_unbiased_and_scores_are_the_norms() -> None:
     second = (rows.square().sum(1) / p).sum() / 10 / rows.square().sum()
     assert sampler.ratio == pytest.approx(float(second)) and sampler.ratio < 1
     estimates = []
-    for _ in range(2000):
+    for _ in range(600):
         for batch in sampler:
             index = torch.tensor(batch)
             weights = sampler.loss(torch.ones(5, requires_grad=True), index)  # the mean weight

@@ -71,10 +71,10 @@ def test_the_posterior_is_conditioning() -> None:
 
 def test_minima_are_those_that_a_fine_grid_has() -> None:
     posterior = Posterior(AT, Y, NOISE)
-    grid = np.linspace(0, 2.5, 20001)
+    grid = np.linspace(0, 2.5, 4001)
     values = np.array([posterior.mean(t)[0] for t in grid])
     inside = (values[1:-1] < values[:-2]) & (values[1:-1] < values[2:])
-    np.testing.assert_allclose(posterior.minima(), grid[1:-1][inside], atol=2e-4)
+    np.testing.assert_allclose(posterior.minima(), grid[1:-1][inside], atol=1e-3)
     assert len(posterior.minima()) >= 1
 
 
@@ -143,7 +143,7 @@ def test_a_quadratic_without_noise_from_any_first_step(rate: float, h: float) ->
     """Once the trial step has come near 1 / h, each search ends within the Wolfe conditions: between 0.5 and 1.5."""
     model, optimizer, closure = searching(rate, h, 0.0)
     steps, counts = [], []
-    for _ in range(12):
+    for _ in range(10):
         before = model.theta.detach().clone()
         if float(before.norm()) < 1e-6:
             break

@@ -17,11 +17,12 @@ class EvidenceStopping(Controller):
     where gradients are smaller than those of N samples of a distribution with mean 0 would be. Training is to stop when
     it has been positive `patience` times in a row. Entries that are 0 for all samples say nothing and are left out.
 
-    It is early: a lower bound on when to stop rather than an optimum. On digits and on breast cancer data (logistic
-    regression, full batch) it said stop after 2 to 60 % of the steps that were best on test data, as
-    docs/controllers.md measures; where the model does not overfit, training on is better. A mini-batch of N samples is
-    noise much sooner than all data: the smaller the batch, the earlier. For all data in parts, use
-    `px.optim.emit(controller, accumulate=True)`. Under pure noise the evidence is -2 / (N - 3) on average, not 0.
+    It is early: take it for a lower bound on when to stop rather than an optimum. On logistic regression with wrong labels
+    (all data in each pass) it said stop after a fifth to two thirds of the steps that were best on test data, in the median
+    of five runs (docs/controllers.md). Where the model does not overfit, training on is better. It is meant for a pass
+    over all data; in parts, use `px.optim.emit(controller, accumulate=True)`. The evidence of a mini-batch goes up and
+    down around 0 when there is little but noise, so that it is seldom positive many times in a row. Under pure
+    noise it is -2 / (N - 3) on average, not 0.
 
     Example:
         >>> stopping = px.optim.EvidenceStopping(patience=5)

@@ -156,7 +156,8 @@ def controllers_agree(rank: int) -> None:
             for control in controls:
                 control.step(*([1.5] if isinstance(control, optim.CABS) else []))
             sgd.step()
-        states.append(torch.tensor([float(v) for control in controls for v in control.state_dict().values()]))
+        found = [v for control in controls for v in control.state_dict().values()]
+        states.append(torch.cat([torch.as_tensor(v).double().flatten() for v in found]))
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
     local = optim.CABS(torch.optim.SGD(parallel.parameters(), 0.1), 2)
     parallel.zero_grad()

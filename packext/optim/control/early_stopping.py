@@ -17,12 +17,11 @@ class EvidenceStopping(Controller):
     where gradients are smaller than those of N samples of a distribution with mean 0 would be. Training is to stop when
     it has been positive `patience` times in a row. Entries that are 0 for all samples say nothing and are left out.
 
-    It is early: take it for a lower bound on when to stop rather than an optimum. On logistic regression with wrong labels
-    (all data in each pass) it said stop after a fifth to two thirds of the steps that were best on test data, in the median
-    of five runs (docs/controllers.md). Where the model does not overfit, training on is better. It is meant for a pass
-    over all data; in parts, use `px.optim.emit(controller, accumulate=True)`. The evidence of a mini-batch goes up and
-    down around 0 when there is little but noise, so that it is seldom positive many times in a row. Under pure
-    noise it is -2 / (N - 3) on average, not 0.
+    It is early: take it for a lower bound on when to stop rather than an optimum. On logistic regression with wrong
+    labels (all data in each pass) it said stop after a quarter to two thirds of the steps that were best on test data,
+    in the median of five runs (docs/controllers.md). Where the model does not overfit, training on is better. It is
+    meant for passes over all data; in parts, use `px.optim.emit(controller, accumulate=True)`. With batches of 256 out
+    of 1,000 it never said stop in 4,000 steps there. Under pure noise it is -2 / (N - 3) on average, not 0.
 
     Example:
         >>> stopping = px.optim.EvidenceStopping(patience=5)

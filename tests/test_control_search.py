@@ -20,6 +20,7 @@ from packext import optim
 from packext.optim.control import line_search
 from packext.optim.control._gaussian import OFFSET, Posterior, kernel, quadrant
 from packext.optim.control.line_search import ProbabilisticLineSearch
+from tests.control_cases import Shift
 
 
 @pytest.fixture(autouse=True)
@@ -117,17 +118,6 @@ def test_expected_improvement_is_an_integral() -> None:
 
 
 # -- the search -----------------------------------------------------------------------------------------------
-
-
-class Shift(nn.Module):
-    """Losses `h |θ - x|² / 2`: curvature h."""
-
-    def __init__(self, at: list[float]) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.tensor(at))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.theta - x
 
 
 def searching(rate: float, h: float, s: float, n: int = 16) -> tuple[Any, Any, Any]:

@@ -337,7 +337,7 @@ def estimators(say: Callable[[str], None]) -> dict[str, Any]:
 # -- the page -------------------------------------------------------------------------------------------
 
 
-def _middle(values: list[float], form: str) -> str:
+def middle(values: list[float], form: str) -> str:
     return f"{format(statistics.median(values), form)} ({format(min(values), form)} to {format(max(values), form)})"
 
 
@@ -353,8 +353,8 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
             reached = [r["reached"] for r in runs]
             steps = f"{statistics.median(reached):.0f}" if max(reached) < math.inf else "not in all runs"
             lines.append(
-                f"| {name} | {pair} | {_middle([r['loss'] for r in runs], '.1e')} | "
-                f"{_middle([r['accuracy'] for r in runs], '.3f')} | {steps} | {row['step']['median']:.1f} |"
+                f"| {name} | {pair} | {middle([r['loss'] for r in runs], '.1e')} | "
+                f"{middle([r['accuracy'] for r in runs], '.3f')} | {steps} | {row['step']['median']:.1f} |"
             )
         out["table"] = "\n".join(lines)
     if "cost" in found:
@@ -366,7 +366,7 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
         for name, row in found["poisson"].items():
             runs = row["runs"]
             lines.append(
-                f"| {name} | {row['setting']:g} | {row['steps']} | {_middle([r['error'] for r in runs], '.1e')} | "
+                f"| {name} | {row['setting']:g} | {row['steps']} | {middle([r['error'] for r in runs], '.1e')} | "
                 f"{statistics.median(r['seconds'] for r in runs):.1f} |"
             )
         out["poisson"] = "\n".join(lines)
@@ -378,14 +378,15 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     return out
 
 
-def write(found: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    page = PAGE.read_text()
-    for name, text in tables(found).items():
+def write(found: dict[str, Any], results: Path, page: Path, texts: dict[str, str]) -> None:
+    """Keep what was found, and put the tables between their marks on a page."""
+    results.write_text(json.dumps(found, indent=1) + "\n")
+    whole = page.read_text()
+    for name, text in texts.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(page)
+        before, rest = whole.split(begin)
+        whole = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+    page.write_text(whole)
 
 
 def main() -> None:
@@ -397,7 +398,8 @@ def main() -> None:
     for name in chosen:
         result = parts[name](lambda text: print(text, flush=True))
         found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        write({**found, name: result})
+        found[name] = result
+        write(found, RESULTS, PAGE, tables(found))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,38 @@ def skipped_and_refused(rank: int) -> None:
             optimizer.step()
 
 
-TASKS = (as_one_process, draws_differ, skipped_and_refused)
+def controllers_agree(rank: int) -> None:
+    """Statistics of 5 and 3 samples in one group are those of 8."""
+    alone, model = px.extend(network()), px.extend(network())
+    parallel, states = DistributedDataParallel(model), []
+    for net, mine, options in (
+        (alone, lambda t: t, {}),
+        (parallel, lambda t: t.split(SIZES)[rank], {"group": dist.group.WORLD, "scale": "sample"}),
+    ):
+        sgd = torch.optim.SGD(net.parameters(), 0.1)
+        controls = [optim.CABS(sgd, 2), optim.NoiseScale(2), optim.NormTest(2), optim.EvidenceStopping()]
+        for seed in range(2):
+            x, y = (mine(t) for t in data(seed))
+            sgd.zero_grad()
+            with optim.emit(*controls, **options):
+                (LOSS(net(x), y) * (1 if net is alone else SIZES[rank] * WORLD / 8)).backward()
+            for control in controls:
+                control.step(*([1.5] if isinstance(control, optim.CABS) else []))
+            sgd.step()
+        found = [v for control in controls for v in control.state_dict().values()]
+        states.append(torch.cat([torch.as_tensor(v).double().flatten() for v in found]))
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
+    local = optim.CABS(torch.optim.SGD(parallel.parameters(), 0.1), 2)
+    parallel.zero_grad()
+    with optim.emit(local):
+        LOSS(parallel(data(0)[0][: 5 - 2 * rank]), data(0)[1][: 5 - 2 * rank]).backward()
+    with pytest.raises(px.PackextError, match="CABS: `.grad` has the norm"):
+        local.step(1.5)
+    with pytest.raises(px.PackextError, match="ProbabilisticLineSearch is for one process, and this is one of 2"):
+        optim.ProbabilisticLineSearch(alone.parameters())
+
+
+TASKS = (as_one_process, draws_differ, skipped_and_refused, controllers_agree)
 
 
 def worker(rank: int, port: int) -> None:

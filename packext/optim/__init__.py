@@ -1,4 +1,4 @@
-"""Optimizers on what the extended backward pass gives: each is a `torch.optim.Optimizer`, fed within `emit`."""
+"""Optimizers and controllers on what the extended backward pass gives, fed within `emit`."""
 
 from packext.optim import distributed as distributed
 from packext.optim._base import Optimizer as Optimizer
@@ -20,6 +20,17 @@ from packext.optim._work import Work as Work
 from packext.optim.accounting import Spent as Spent
 from packext.optim.accounting import epsilon as epsilon
 from packext.optim.accounting import noise_multiplier as noise_multiplier
+from packext.optim.control import CABS as CABS
+from packext.optim.control import AdaptiveBatchSampler as AdaptiveBatchSampler
+from packext.optim.control import Alpha as Alpha
+from packext.optim.control import BatchSizeController as BatchSizeController
+from packext.optim.control import Controller as Controller
+from packext.optim.control import EvidenceStopping as EvidenceStopping
+from packext.optim.control import ImportanceSampler as ImportanceSampler
+from packext.optim.control import InnerProductTest as InnerProductTest
+from packext.optim.control import NoiseScale as NoiseScale
+from packext.optim.control import NormTest as NormTest
+from packext.optim.control import ProbabilisticLineSearch as ProbabilisticLineSearch
 from packext.optim.ekfac import EKFAC as EKFAC
 from packext.optim.elementwise import MSVAG as MSVAG
 from packext.optim.elementwise import AdaHessian as AdaHessian

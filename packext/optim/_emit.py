@@ -1,17 +1,19 @@
-"""What an optimizer asks of the backward pass."""
+"""What optimizers and controllers ask of the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 import packext as px
 
 
 @runtime_checkable
 class Emitting(Protocol):
-    """An optimizer that reads more than the gradient.
+    """An optimizer or controller that reads more than the gradient.
 
     It may have a method `options`, too, which gives keyword arguments of `px.backpack` for its passes.
     """
@@ -22,37 +24,104 @@ class Emitting(Protocol):
 
 
 @contextmanager
-def emit(optimizer: Emitting, **options: Any) -> Iterator[px.Results]:
-    """Have the backward passes inside emit what this optimizer needs for its next step.
+def emit(*emitting: Emitting, **options: Any) -> Iterator[px.Results]:
+    """Have the backward passes inside emit what an optimizer, or controllers, need for their next step.
 
     `with px.optim.emit(optimizer): loss_fn(model(x), y).backward()`, then `optimizer.step()` as ever. Model and loss
     are extended (`px.extend`). What is needed is asked of the optimizer when the context is entered, so that it is
-    entered anew for each step. Contexts nest: several optimizers have one each.
+    entered anew for each step. Contexts nest, and the innermost one hears a pass: where one pass is for several, give
+    them all to one context, `px.optim.emit(optimizer, controller)`; what they have in common is computed once.
 
     Results become attributes of the parameters, which the optimizer reads. A `px.optim.Optimizer` is handed them at the
     end of each backward pass instead, leaves nothing on the parameters, and asks for those of its own groups alone: so
-    several passes before a step add up, as `.grad` does.
+    several passes before a step add up, as `.grad` does. A controller is handed them as well, and takes one pass a step
+    (or those of one context with `accumulate=True`).
 
     Args:
-        optimizer: with a method `quantities`.
-        options: of `px.backpack`, such as `scale`, beside those that the optimizer asks for itself.
+        *emitting: each with a method `quantities`. Of several, all are optimizers or controllers of `px.optim`.
+            Controllers' statistics are then of the optimizers' parameters.
+        **options: of `px.backpack`, such as `scale`, beside those that the optimizer asks for itself. An optimizer and
+            a controller together take none, as they read them differently.
 
     Yields:
         The results, as `px.backpack` does.
 
     Raises:
         UnsupportedUseError: where a parameter has no such quantity.
+        ValueError: for several that cannot share one pass.
     """
-    own = {**getattr(optimizer, "options", dict)(), **options}
-    receiving = getattr(optimizer, "receiving", None)
-    with nullcontext(own) if receiving is None else receiving(own) as all_options:
+    if not emitting:
+        raise ValueError("px.optim.emit() needs an optimizer or a controller.")
+    with ExitStack() as stack:
+        if len(emitting) == 1:
+            optimizer = emitting[0]
+            own = {**getattr(optimizer, "options", dict)(), **options}
+            receiving = getattr(optimizer, "receiving", None)
+            own = stack.enter_context(nullcontext(own) if receiving is None else receiving(own))
+            asked = list(optimizer.quantities())
+        else:
+            own, asked = _together(stack, emitting, options)
         try:
-            with px.backpack(*optimizer.quantities(), **all_options) as results:
+            with px.backpack(*asked, **own) as results:
                 yield results
         except px.UnsupportedUseError as error:
-            if receiving is None:
+            optimizer = next((e for e in emitting if hasattr(e, "preconditioned")), None)
+            if optimizer is None:
                 raise
             raise px.UnsupportedUseError(
                 f"{error} With {type(optimizer).__name__}: put such parameters into a group of their own, "
                 '{"params": [...], "fallback": True, "lr": ...}, which AdamW trains.'
             ) from error
+
+
+def _together(
+    stack: ExitStack, emitting: Sequence[Emitting], options: dict[str, Any]
+) -> tuple[dict[str, Any], list[Any]]:
+    """Options and quantities of one pass for several."""
+    names = ", ".join(type(e).__name__ for e in emitting)
+    for e in emitting:
+        if not hasattr(e, "receiving"):
+            raise ValueError(
+                f"px.optim.emit({names}): {type(e).__name__} takes a pass of its own; use one context for it alone."
+            )
+        if hasattr(e, "preconditioned") and options:
+            raise ValueError(
+                f"px.optim.emit({names}, {next(iter(options))}=...): optimizers and controllers read options of the "
+                "pass differently. Leave it out, or have a pass for each."
+            )
+    hooks: list[Callable[[px.Results], Any]] = []
+    own, asked = dict(options), dict[str, Any]()
+    parameters: list[Tensor] | None = None
+    for e in emitting:
+        found = stack.enter_context(getattr(e, "receiving")(dict(options)))  # noqa: B009 - not of the protocol
+        hooks.append(found.pop("pass_hook"))
+        mine = found.pop("parameters", None)
+        if mine is not None and "parameters" not in options:
+            groups = [p for g in getattr(e, "param_groups", ()) for p in g["params"] if p.requires_grad]
+            if len(mine) < len(groups) or (parameters is not None and {*map(id, mine)} != {*map(id, parameters)}):
+                raise ValueError(
+                    f"px.optim.emit({names}): not all are for the same parameters ({type(e).__name__} leaves out some, "
+                    "as those of a group with fallback=True). Have a pass for each."
+                )
+            parameters = mine
+        own |= found
+        for quantity in e.quantities():
+            held = asked.setdefault(quantity.savefield, quantity)
+            if _key(held) != _key(quantity):
+                raise ValueError(
+                    f"px.optim.emit({names}): two of them ask for {quantity.savefield} in different ways. Have a pass "
+                    "for each."
+                )
+    if parameters is not None:
+        own["parameters"] = parameters
+
+    def hear(results: px.Results) -> None:
+        for hook in hooks:
+            hook(results)
+
+    return {**own, "pass_hook": hear}, list(asked.values())
+
+
+def _key(quantity: Any) -> Any:
+    plain = (bool, int, float, str, tuple, type(None))
+    return type(quantity), {k: v if isinstance(v, plain) else id(v) for k, v in vars(quantity).items()}

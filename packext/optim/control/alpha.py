@@ -1,0 +1,186 @@
+"""A learning rate that is steered by where on the loss's parabola the last step has ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import packext as px
+from packext.optim.control._base import Controller, fraction, heard, individual, positive
+from packext.optim.control._quantities import Samples, WrittenSlopes, WrittenSum
+
+
+class Alpha(Controller):
+    """Multiplies the learning rate by `exp(-kappa alpha)`, with alpha the moving average of how far steps have gone.
+
+    For one step, alpha is -1 if it went no way at all towards the minimum of the loss along it, 0 if it ended there,
+    and 1 if as far beyond: `alpha = 1 / z* - 1`, z* the minimum of a parabola w0 + w1 z + w2 z² over z in [0, 1] along
+    the update that really happened, fitted by weighted least squares to losses and slopes of the batches at both ends
+    (Schneider, Dangel & Hennig 2021, section 3.1; the controller is ours). Each observation weighs by the variance of
+    its mean over the batch: exact variances of the individual losses and of the individual gradients along the update;
+    those of slopes at z = 1 serve both ends, as the update is not known yet when the gradients at z = 0 are. Values
+    beyond -1 and 1 count as these; a parabola without a minimum ahead counts as -1 if it falls at z = 0, and as 1
+    if it rises.
+
+    Example:
+        >>> control = px.optim.Alpha(optimizer)
+        >>> loss_fn = nn.CrossEntropyLoss(reduction="none")
+        >>> for x, y in loader:
+        ...     optimizer.zero_grad()
+        ...     with px.optim.emit(control):
+        ...         control.loss(loss_fn(model(x), y)).backward()
+        ...     optimizer.step()
+        ...     control.step()
+
+    It is greedy: it seeks the best single step, which for many steps in a narrow valley is too short. Where noise is
+    much larger than the gradient, alpha is near 0 for small steps, and the rate stays as it was. It needs memory for
+    three copies of the parameters.
+
+    Attributes:
+        alpha: of the last step that was completed; None before that.
+        average: of alpha, which moves the learning rate.
+    """
+
+    saved = ("alpha", "average", "_before")
+
+    def __init__(self, optimizer: torch.optim.Optimizer, kappa: float = 0.1, decay: float = 0.9) -> None:
+        """Take the optimizer whose learning rates are to be moved.
+
+        Args:
+            optimizer: any; all of its groups' `lr` are multiplied.
+            kappa: how fast.
+            decay: weight that the moving average of alpha keeps of the past, per step.
+
+        A ValueError refuses numbers out of their range.
+        """
+        super().__init__()
+        positive(self, kappa=kappa)
+        fraction(self, decay=decay)
+        self.optimizer, self.kappa, self.decay = optimizer, kappa, decay
+        self.alpha: float | None = None
+        self.average = 0.0
+        self._before: dict[str, Any] | None = None
+        self._losses: tuple[Tensor, list[Tensor]] | None = None  # and what has reached them
+        self._update: dict[Tensor, Tensor] = {}
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    @contextmanager
+    def receiving(self, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """As that of any controller; the update since the last pass is what the pass is to be projected on."""
+        params = self._params()
+        self._start = [p.detach().clone() for p in params]
+        self._update = {}
+        if self._before is not None:
+            olds = self._before["start"]
+            if [o.shape for o in olds] != [p.shape for p in params]:
+                raise px.PackextError("Alpha: parameters were frozen, added or exchanged since the last step.")
+            update = [p.detach() - old.to(p) for p, old in zip(params, olds, strict=True)]
+            if any(bool(u.any()) for u in update):
+                self._update = dict(zip(params, update, strict=True))
+        with super().receiving(options) as own:
+            yield {"parameters": params, **own}
+
+    def loss(self, losses: Tensor) -> Tensor:
+        """The mean loss of a batch.
+
+        Args:
+            losses: individual losses `[N]`, one for each sample.
+
+        Returns:
+            Their mean, to call `backward()` on; what else multiplies it (a loss scale) does not matter.
+
+        A ValueError refuses losses of another shape.
+        """
+        self._losses = individual(self, losses), heard(losses)
+        return losses.mean()
+
+    def quantities(self) -> list[Any]:
+        """The mean gradient, and projections on the last update once there is one."""
+        return [WrittenSum(), Samples(), *([WrittenSlopes(self._update)] if self._update else [])]
+
+    def observe(self, results: px.Results) -> dict[str, Any]:
+        """Number of samples, mean gradient, and the individual slopes along the update."""
+        n = results.own_samples
+        if (
+            self._losses is None
+            or len(self._losses[1]) != 1
+            or len(self._losses[0]) != n
+            or not self._losses[1][0].any()
+        ):
+            return {"samples": n, "losses": None}
+        losses, (reached,) = self._losses
+        factor = 1 / float(reached[0])  # from the loss as written to the samples' own
+        mean = [results[p].written_sum * (factor / n) if p in results else torch.zeros_like(p) for p in self._params()]
+        slopes = results.slopes.double() * factor if self._update else None
+        start, update = self._start, [*self._update.values()]
+        losses = losses.detach().double()
+        return {"samples": n, "losses": losses, "mean": mean, "slopes": slopes, "start": start, "update": update}
+
+    def step(self) -> None:
+        """Complete alpha of the last update, and move the learning rates.
+
+        Raises:
+            PackextError: without a pass through the loss that `loss` gave, and for a batch of one.
+        """
+        seen, self._losses = self._take(), None
+        if seen["losses"] is None:
+            raise px.PackextError(
+                "Alpha: the backward pass did not go through control.loss(losses), with one loss for each of its "
+                f"{seen['samples']} samples, once: the losses are not known."
+            )
+        each, n, update, slopes = seen["losses"], seen["samples"], seen["update"], seen["slopes"]
+        norm = math.sqrt(sum(float(m.double().square().sum()) for m in seen["mean"]))
+        here = {"loss": float(each.mean()), "loss_variance": float(each.var()) / n, "samples": n}
+        numbers = {"loss": here["loss"], "gradient": norm}
+        if slopes is not None and self._before is not None:
+            numbers["slope along the last update"] = float(slopes.mean())
+            numbers["variance of slopes"] = float(slopes.var())
+            along = zip(self._before["mean"], update, strict=True)
+            numbers["slope before it"] = sum(float((m.to(u) * u).sum(dtype=torch.float64)) for m, u in along)
+        if not self._finite({**numbers, "variance of losses": here["loss_variance"]}):
+            return
+        if slopes is not None and self._before is not None:
+            slope, variance, before = (
+                numbers["slope along the last update"],
+                numbers["variance of slopes"],
+                numbers["slope before it"],
+            )
+            old = self._before
+            y = [old["loss"], here["loss"], before, slope]
+            variances = [old["loss_variance"], here["loss_variance"], variance / old["samples"], variance / n]
+            self.alpha = alpha_of(*parabola(y, variances)[1:])
+            self.average = self.decay * self.average + (1 - self.decay) * self.alpha
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["lr"] * math.exp(-self.kappa * self.average)
+        self._before = {**here, "mean": seen["mean"], "start": seen["start"]}
+
+
+def parabola(y: list[float], variances: list[float]) -> np.ndarray:
+    """Weighted least-squares fit of w0 + w1 z + w2 z² to losses and slopes at z = 0 and z = 1.
+
+    Args:
+        y: loss at 0, loss at 1, slope at 0, slope at 1.
+        variances: of each. Zeros count as far smaller than the others, and alike among themselves.
+
+    Returns:
+        w0, w1, w2.
+    """
+    largest = max(variances)
+    weights = 1 / np.sqrt(np.maximum(variances, 1e-12 * largest)) if largest > 0 else np.ones(4)
+    rows = np.array([[1.0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 1, 2]])
+    return np.linalg.lstsq(rows * weights[:, None], np.array(y) * weights, rcond=None)[0]
+
+
+def alpha_of(w1: float, w2: float) -> float:
+    """Where between -1 and 1 a step has ended, by the parabola along it."""
+    if w1 >= 0:  # downhill was behind the step; a flat start is the minimum itself, if there is one
+        return 1.0 if w1 > 0 or w2 > 0 else -1.0
+    return -1.0 if w2 <= 0 else float(min(max(-2 * w2 / w1 - 1, -1.0), 1.0))

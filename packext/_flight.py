@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
-from packext._probe import Check, Probe, probe
+from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside, modules_of
-from packext._refusals import AGAIN, refuse_static, unseen, will_accumulate
+from packext._refusals import AGAIN, refuse_static, sharding, unseen, will_accumulate
 from packext._use import TARGET, Source, Use
 
 if TYPE_CHECKING:
@@ -240,6 +241,8 @@ def enter(record: Record) -> None:
     flight = _current(record) if _sweep is None else _sweep.flight
     if record not in flight.records:
         flight.records.append(record)
+        if _sweep is None:
+            _agree(record, gates)
     if not (flight.context.first_order or flight.context.curvature) and flight.spread:
         return
     if record.n == 0:
@@ -278,6 +281,26 @@ def enter(record: Record) -> None:
         )
     probe(record, gates, _send_probe)
     record.probed |= gates
+
+
+def _agree(record: Record, gates: frozenset[int]) -> None:
+    """Where parameters are sharded, each inner pass gathers them: all ranks probe, or none, and with as many passes."""
+    root = record.root()
+    group = None if root is None else sharding(modules_of(root))
+    if group is None:
+        return
+    heard: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(heard, (record.n, known(record, gates)), group=group)
+    if all(seen for _, seen in heard):
+        return
+    counts = [n for n, _ in heard]
+    if len(set(counts)) > 1:
+        raise PackextError(
+            f"The ranks that share this model's parameters (FSDP2) have {counts} samples, and this structure of the "
+            "model is probed now, which takes more passes for more samples. Begin with as many samples on each rank; "
+            "later passes may differ."
+        )
+    forget(record, gates)
 
 
 def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass | None:

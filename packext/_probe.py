@@ -141,6 +141,16 @@ def is_settled(use: Use) -> bool:
     return all(options is None or [type(o) for o in options].count(Layout) == 1 for options in use.options)
 
 
+def known(record: Record, gates: frozenset[int]) -> bool:
+    """Whether a pass through these gates has been probed before."""
+    return not record.routed and (record.structure(), gates) in record.extension.shared.plans
+
+
+def forget(record: Record, gates: frozenset[int]) -> None:
+    """Have a pass through these gates probed again."""
+    record.extension.shared.plans.pop((record.structure(), gates), None)
+
+
 def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     """Find the layouts of those of `record`'s uses that a backward pass will reach, and check the rules.
 

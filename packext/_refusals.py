@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,20 @@ def refuse_static(module: Any) -> None:
             "which here is one that looks at samples or carries curvature: gradients would never be reduced. Pass "
             "static_graph=False."
         )
+
+
+def sharding(modules: list[nn.Module]) -> Any:
+    """The process group over which FSDP2 shards the parameters of one of `modules`; None if it does of none."""
+    if "torch.distributed.fsdp" not in sys.modules:  # which torch does not import, and takes a while
+        return None
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                return group.mesh_info.shard_process_group
+    return None
 
 
 def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], bool]) -> None:

@@ -75,7 +75,28 @@ def _refused(rank: int, world: int) -> None:
         assert not hasattr(p, "diag_h") and p.grad is None
 
 
-@pytest.mark.parametrize("work", [_all, _refused])
+def _uneven(rank: int, world: int) -> None:
+    """The first pass of a structure wants equally many samples, and says so on all ranks; later ones do not."""
+    whole, loss, x, y = problem()
+    with px.backpack(px.BatchGrad(), px.Variance(), scale="sample") as plain:
+        loss(whole(x), y).backward()
+    model, loss, x, y = sharded(True)
+    mine = slice(0, 8) if rank == 0 else slice(8, N)
+    with pytest.raises(px.PackextError, match=rf"have \[8, {N - 8}\] samples"):
+        with px.backpack(px.BatchGrad(), scale="sample"):
+            loss(model(x[mine]), y[mine]).backward()
+    model, loss, x, y = sharded(True)
+    for _ in range(2):  # FSDP2's own first forward pass runs other functions than those after it
+        with px.backpack(px.BatchL2Grad(), scale="sample"):
+            loss(model(x[:5]), y[:5]).backward()
+    with px.backpack(px.BatchGrad(), px.Variance(), scale="sample", group=dist.group.WORLD) as united:
+        loss(model(x[mine]), y[mine]).backward()
+    for name in plain:
+        torch.testing.assert_close(united[name].grad_batch, plain[name].grad_batch)
+        torch.testing.assert_close(united[name].variance, plain[name].variance)
+
+
+@pytest.mark.parametrize("work", [_all, _refused, _uneven])
 def test_sharded_parameters(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_union, work.__name__, work, raising=False)  # which forked processes look up there
     together(work)

@@ -211,7 +211,7 @@ class Problem:
             raise px.PackextError(f"SynFlow sends ones through the model, in place of x of {self.x.dtype}.")
         model(torch.ones_like(self.x[:1])).sum().backward()
         shares = {
-            name: (p * torch.zeros_like(p) if p.grad is None else p.detach() * p.grad)
+            name: torch.zeros_like(p) if p.grad is None else p.detach() * p.grad
             for name, p in model.named_parameters()
             if p.requires_grad and p.dim() > 1
         }

@@ -23,7 +23,7 @@ class LatencyTable:
     between the edges is the same for all paths and left out.
 
     Attributes:
-        seconds: median time of a forward pass, by edge and operation.
+        seconds: time of a forward pass, by edge and operation.
         about: of the measurement: shape of the input and dtype by edge, device, threads, version of torch.
     """
 
@@ -40,15 +40,17 @@ class LatencyTable:
         self.seconds, self.about = seconds, about
 
     @classmethod
-    def measure(cls, net: nn.Module, x: Tensor, min_time: float = 0.2) -> LatencyTable:
+    def measure(cls, net: nn.Module, x: Tensor, min_time: float = 0.005, turns: int = 30) -> LatencyTable:
         """Time every operation by itself with `torch.utils.benchmark`, in evaluation mode and without gradients.
 
+        Of the turns' medians the least counts: what else runs on the machine comes and goes, and adds time.
         Training flags, paths and torch's number of threads stay as they are.
 
         Args:
             net: with mixed operations. Edges' inputs are those of a path of first operations that are alive.
             x: inputs of the network, of the batch size that counts.
-            min_time: seconds for which each operation is repeated, at least.
+            min_time: seconds for which each operation is repeated in each of its turns, at least.
+            turns: how often all operations are timed, one after the other.
 
         Returns:
             The table.
@@ -74,7 +76,7 @@ class LatencyTable:
                 for edge in edges:
                     if edge not in inputs:
                         raise px.PackextError(f"The edge {edge!r} did not run: its latency depends on the path.")
-                seconds = {edge: _times(m, inputs[edge], min_time) for edge, m in edges.items()}
+                turned = [{e: _times(m, inputs[e], min_time) for e, m in edges.items()} for _ in range(turns)]
         finally:
             for handle in handles:
                 handle.remove()
@@ -82,6 +84,7 @@ class LatencyTable:
                 m.training = flag
             for edge, m in edges.items():
                 m.active, m.inactive = before[edge]
+        seconds = {e: {op: min(turn[e][op] for turn in turned) for op in m.names} for e, m in edges.items()}
         shapes = {edge: [list(i.shape), str(i.dtype)] for edge, i in inputs.items()}
         threads = torch.get_num_threads()
         return cls(seconds, {"inputs": shapes, "device": str(x.device), "threads": threads, "torch": torch.__version__})

@@ -277,6 +277,8 @@ class ProxylessNAS:
         )
 
     def _move(self, moves: list[_Move], found: list[ArchitectureGradient]) -> None:
+        if not moves:
+            return
         self._optimizer.zero_grad()
         before = []
         for move, value in zip(moves, found, strict=True):

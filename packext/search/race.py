@@ -41,9 +41,9 @@ class Race:
     Steps differ by more than their samples: weights and other edges' paths change. So of each kind the variance of the
     mean over T steps is `max(W, S) / T`: W is the mean of the steps' own `var(d) / N`, S the variance of the steps'
     means (the moment estimate of a random effect; Cochran 1954, Hedges & Olkin 1985). Quantiles are Student's, with
-    T - 1 degrees of freedom where S is the larger, by Welch and Satterthwaite for the two kinds. The level of the
-    t-th look at a pair is `level / (pairs t (t + 1))`, so that all looks together err with at most `level`, if
-    differences stay as they are and means are normal.
+    T - 1 degrees of freedom where S is the larger, by Welch and Satterthwaite for the two kinds. Either end of the
+    t-th interval of a pair is missed with probability `level / (K (K - 1) t (t + 1))`, so that all looks at all pairs
+    together err with at most `level`, if differences stay as they are and means are normal.
 
     Attributes:
         level: probability that an operation is said to have lost to another that is not better, over all looks.
@@ -106,8 +106,8 @@ class Race:
         total, looks = sum(parts), int(self.steps[a, b] + self.steps[b, a])
         if total == 0:
             return None
-        pairs = len(self.steps) * (len(self.steps) - 1) / 2
-        tail = self.level / (pairs * looks * (looks + 1))
+        k = len(self.steps)
+        tail = self.level / (k * (k - 1) * looks * (looks + 1))
         centre = (float(self._mean[a, b]) - float(self._mean[b, a])) / 2
         half = student(tail, total**2 / weighted) * math.sqrt(total) / 2
         return centre - half, centre + half

@@ -1,0 +1,143 @@
+"""Architecture search on digits: ``python -m benchmarks.search [proxies] [paths]``.
+
+Writes benchmarks/results/search.json and the tables of docs/search.md; without names, all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+
+from benchmarks import cells
+from benchmarks.search_paths import costs_table, paths, paths_table
+from packext.search import PROXIES, scores
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "search.json"
+PAGE = HERE.parent / "docs" / "search.md"
+CELLS, SEEDS, STEPS, SAMPLES = 60, 3, 100, 60
+
+# -- proxies: does a score before training tell the accuracy after it? -----------------------------------
+
+
+def proxies(say: Callable[[str], None]) -> dict[str, Any]:
+    """Of each cell the accuracies of trained networks, and the scores of untrained ones, of other seeds."""
+    (x, y), (choose_x, choose_y), _ = cells.digits()
+    rows: list[dict[str, Any]] = []
+    seconds: dict[str, list[float]] = {}
+    for genotype in cells.genotypes(CELLS):
+        row: dict[str, Any] = {"cell": genotype, "accuracy": [], "scores": []}
+        for seed in range(SEEDS):
+            model = cells.network(genotype, seed)
+            begin = time.perf_counter()
+            cells.train(model, x, y, STEPS, seed)
+            seconds.setdefault("training", []).append(time.perf_counter() - begin)
+            row["accuracy"].append(cells.accuracy(model, choose_x, choose_y))
+            model = cells.network(genotype, 100 + seed)
+            part = slice(seed * SAMPLES, (seed + 1) * SAMPLES)
+            begin = time.perf_counter()
+            row["scores"].append(scores(model, nn.CrossEntropyLoss(), x[part], y[part]))
+            seconds.setdefault("scores", []).append(time.perf_counter() - begin)
+        rows.append(row)
+        say(f"{len(rows)}: {genotype} {statistics.mean(row['accuracy']):.3f}")
+    ratio = statistics.median(a / b for a, b in zip(seconds["training"], seconds["scores"], strict=True))
+    return {"cells": rows, "training": ratio, "correlations": correlations(rows)}
+
+
+def columns(rows: list[dict[str, Any]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Mean accuracies, and of each score the median over seeds, its sign such that more is better."""
+    accuracy = np.array([statistics.mean(row["accuracy"]) for row in rows])
+    found = {
+        name: PROXIES[name].sign * np.array([statistics.median(s[name] for s in row["scores"]) for row in rows])
+        for name in PROXIES
+    }
+    found["grad_sign / parameters"] = found["grad_sign"] / found["parameters"]
+    return accuracy, found
+
+
+def correlations(rows: list[dict[str, Any]], draws: int = 2000) -> dict[str, Any]:
+    """Rank correlations, and what they are above that of the number of parameters, with 95% bootstrap intervals."""
+    accuracy, found = columns(rows)
+    picks = np.random.default_rng(0).integers(len(rows), size=(draws, len(rows)))
+    tau = {name: lambda i, v=v: stats.kendalltau(accuracy[i], v[i]).statistic for name, v in found.items()}
+    rho = {name: lambda i, v=v: stats.spearmanr(accuracy[i], v[i]).statistic for name, v in found.items()}
+    everything = np.arange(len(rows))
+    baseline = np.array([tau["parameters"](i) for i in picks])
+    table = {}
+    for name in found:
+        taus, rhos = (np.array([f[name](i) for i in picks]) for f in (tau, rho))
+        table[name] = {
+            "tau": [float(tau[name](everything)), *interval(taus)],
+            "rho": [float(rho[name](everything)), *interval(rhos)],
+            "above": [float(tau[name](everything) - tau["parameters"](everything)), *interval(taus - baseline)],
+        }
+    return table
+
+
+def interval(values: np.ndarray) -> list[float]:
+    return [float(v) for v in np.quantile(values, [0.025, 0.975])]
+
+
+def proxies_table(results: dict[str, Any]) -> list[str]:
+    lines = ["| score | Kendall's tau | Spearman's rho | tau above that of parameters |", "|---|---|---|---|"]
+    rows = results["correlations"]
+    for name in sorted(rows, key=lambda name: -rows[name]["tau"][0]):
+        shown = [
+            f"{a:.2f} ({low:.2f} to {high:.2f})" for a, low, high in (rows[name][k] for k in ("tau", "rho", "above"))
+        ]
+        lines.append(f"| `{name}` | " + " | ".join(shown[:2] + ([""] if name == "parameters" else shown[2:])) + " |")
+    return lines
+
+
+# -- writing --------------------------------------------------------------------------------------------
+
+
+def save(results: dict[str, Any]) -> None:
+    """As JSON, with what has no lists in it on a line of its own."""
+    text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda found: " ".join(found.group().split()), json.dumps(results, indent=1))
+    RESULTS.write_text(text + "\n")
+
+
+def put(key: str, lines: list[str]) -> None:
+    """Lines between their marks in the page."""
+    begin, end = f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
+    head, rest = PAGE.read_text().split(begin)
+    PAGE.write_text("\n".join([head + begin, "", *lines, "", end + rest.split(end)[1]]))
+
+
+PARTS: dict[str, Callable[[Callable[[str], None]], dict[str, Any]]] = {"proxies": proxies, "paths": paths}
+#: Of each mark in the page, the part and what makes its table.
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "proxies": ("proxies", proxies_table),
+    "paths": ("paths", paths_table),
+    "costs": ("paths", costs_table),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="some of the parts")
+    parts = parser.parse_args().parts or list(PARTS)
+    torch.set_num_threads(1)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in parts:
+        results[part] = PARTS[part](print)
+        save(results)
+    for key, (part, table) in TABLES.items():
+        if part in results:
+            put(key, table(results[part]))
+
+
+if __name__ == "__main__":
+    main()

@@ -206,6 +206,9 @@ def test_nothing_is_left_behind() -> None:
     assert not any("grad_batch" in vars(p) for p in model.parameters())
     assert torch.equal(state, torch.get_rng_state()) and x.grad is None and not x.requires_grad
     assert px.is_extended(model) and px.is_extended(loss_fn)
+    plain, bare = px.unextend(model), nn.CrossEntropyLoss()
+    scores(plain, bare, x, y, ["grad_sign"])
+    assert not px.is_extended(plain) and not px.is_extended(bare)
 
 
 def test_frozen_parameters_do_not_count() -> None:

@@ -279,14 +279,17 @@ def orders() -> dict[str, Any]:
 
 def paths_table(results: dict[str, Any]) -> list[str]:
     lines = [
-        "| found by | objective | test accuracy | latency | passes | pruned |",
-        "|---|---|---|---|---|---|",
+        "| found by | objective | test accuracy | latency | passes | pruned | certain gradients |",
+        "|---" * 7 + "|",
     ]
     for name, runs in results["runs"].items():
         shown = [spread([run[key] for run in runs]) for key in ("objective", "accuracy", "latency")]
         passes = f"{statistics.mean(run['passes'] for run in runs):.0f}"
-        pruned = f"{statistics.mean(run['pruned'] for run in runs):.1f} of 20" if "pruned" in runs[0] else ""
-        lines.append(f"| {name} | {' | '.join(shown)} | {passes} | {pruned} |")
+        pruned = certain = ""
+        if "pruned" in runs[0]:
+            pruned = f"{statistics.mean(run['pruned'] for run in runs):.1f} of 20"
+            certain = f"{statistics.mean(run['certain'] for run in runs):.0%}"
+        lines.append(f"| {name} | {' | '.join(shown)} | {passes} | {pruned} | {certain} |")
     return lines
 
 
@@ -300,3 +303,17 @@ def costs_table(results: dict[str, Any]) -> list[str]:
     for (name, size), ratio in zip(kept.items(), times.values(), strict=True):
         lines.append(f"| {name} | {size / 1e6:.2f} MB | {ratio:.1f} |")
     return lines
+
+
+def orders_table(results: dict[str, Any]) -> list[str]:
+    o = results["orders"]
+    lines = ["| difference of two operations' losses, by gates | mean error, in mean differences | sign is right |"]
+    lines.append("|---|---|---|")
+    for name, key in (("with one of the two active", "one"), ("mean of both orders", "both")):
+        lines.append(f"| {name} | {o[key]:.2f} | {o[f'sign, {key}']:.0%} |")
+    return lines
+
+
+def added_table(results: dict[str, Any]) -> list[str]:
+    a = results["added"]
+    return ["| correlation | slope |", "|---|---|", f"| {a['pearson']:.3f} | {a['slope']:.2f} |"]

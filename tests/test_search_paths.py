@@ -242,7 +242,7 @@ def test_latencies_are_measured_and_kept(tmp_path: Any) -> None:
     net, (x, _) = network(channels=16), batch(64)
     net[2].eval()
     net[1].active = 2
-    table = LatencyTable.measure(net, x, turns=3)
+    table = LatencyTable.measure(net, x, turns=5)
     assert net[0].training and not net[2].training and net[1].active == 2 and net[3].active is None
     assert not net[1]._forward_pre_hooks
     for edge in ("1", "3"):
@@ -371,6 +371,9 @@ def test_a_search_goes_on_where_it_was_saved() -> None:
     for each in (search, resumed):
         runs.append([each.step(x, y) for _ in range(3)] + [each.sample()])
     assert runs[0] == runs[1] and search.steps == resumed.steps == 7
+    for edge in ("1", "3"):
+        assert torch.equal(search._races[edge].steps, resumed._races[edge].steps)
+        assert int(search._races[edge].steps.sum()) == 7
     with pytest.raises(px.PackextError, match="edges"):
         resumed.load_state_dict({"races": {}})
 
@@ -452,8 +455,11 @@ def test_bad_input_is_refused() -> None:
             search.step(bad, target)
     with pytest.raises(px.PackextError, match="scalar"):
         ProxylessNAS(net, nn.CrossEntropyLoss(reduction="none")).step(x, y)
+    failing = ProxylessNAS(net, nn.MSELoss())
+    drawn = failing.state_dict()["generator"]
     with pytest.raises(px.PackextError, match="is nan: it must be finite"):
-        ProxylessNAS(net, nn.MSELoss()).step(x, torch.full((8, 3), torch.nan))
+        failing.step(x, torch.full((8, 3), torch.nan))
+    assert torch.equal(failing.state_dict()["generator"], drawn) and failing.steps == 0
     assert torch.equal(search.state_dict()["generator"], state[1]["generator"])
     assert all(torch.equal(v, state[0][k]) for k, v in net.state_dict().items())
     for wrong in ({"lr": 0.0}, {"level": 1.0}, {"tradeoff": -1.0}):

@@ -40,16 +40,16 @@ class LatencyTable:
         self.seconds, self.about = seconds, about
 
     @classmethod
-    def measure(cls, net: nn.Module, x: Tensor, min_time: float = 0.005, turns: int = 30) -> LatencyTable:
+    def measure(cls, net: nn.Module, x: Tensor, turns: int = 100) -> LatencyTable:
         """Time every operation by itself with `torch.utils.benchmark`, in evaluation mode and without gradients.
 
-        Of the turns' medians the least counts: what else runs on the machine comes and goes, and adds time.
+        Of the turns, of three runs each, the least counts: what else runs on the machine adds to most of them. They are
+        short, since a longer one would seldom pass without being interrupted.
         Training flags, paths and torch's number of threads stay as they are.
 
         Args:
             net: with mixed operations. Edges' inputs are those of a path of first operations that are alive.
             x: inputs of the network, of the batch size that counts.
-            min_time: seconds for which each operation is repeated in each of its turns, at least.
             turns: how often all operations are timed, one after the other.
 
         Returns:
@@ -76,7 +76,7 @@ class LatencyTable:
                 for edge in edges:
                     if edge not in inputs:
                         raise px.PackextError(f"The edge {edge!r} did not run: its latency depends on the path.")
-                turned = [{e: _times(m, inputs[e], min_time) for e, m in edges.items()} for _ in range(turns)]
+                turned = [{e: _times(m, inputs[e]) for e, m in edges.items()} for _ in range(turns)]
         finally:
             for handle in handles:
                 handle.remove()
@@ -144,9 +144,8 @@ class LatencyTable:
         return torch.stack([m.probabilities() @ self.of(edge, m) for edge, m in mixed_ops(net).items()]).sum()
 
 
-def _times(edge: MixedOp, x: Tensor, min_time: float) -> dict[str, float]:
-    def median(op: nn.Module) -> float:
-        timer = Timer("op(x)", globals={"op": op, "x": x}, num_threads=torch.get_num_threads())
-        return float(timer.blocked_autorange(min_run_time=min_time).median)
+def _times(edge: MixedOp, x: Tensor) -> dict[str, float]:
+    def mean(op: nn.Module) -> float:
+        return Timer("op(x)", globals={"op": op, "x": x}, num_threads=torch.get_num_threads()).timeit(3).mean
 
-    return {name: median(op) for name, op in edge.ops.items()}
+    return {name: mean(op) for name, op in edge.ops.items()}

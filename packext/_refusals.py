@@ -39,7 +39,7 @@ def sharding(modules: list[nn.Module]) -> Any:
 
     for module in modules:
         if isinstance(module, FSDPModule):
-            group = module._get_fsdp_state()._fsdp_param_group
+            group: Any = module._get_fsdp_state()._fsdp_param_group
             if group is not None:
                 return group.mesh_info.shard_process_group
     return None

@@ -28,11 +28,11 @@ FLOORS = [
     {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},
-    {"__init__", "demo", "adapters", "attacks", "audit", "defences", "diagnostics", "optim", "_cli", "__main__"},
+    {"__init__", "demo", "adapters", "attacks", "audit", "defences", "diagnostics", "optim", "search", "_cli", "__main__"},
 ]
 
 #: Packages of the top floor, which use what is public of the engine and of each other.
-CONSUMERS = ("adapters", "attacks", "audit", "defences", "diagnostics", "optim")
+CONSUMERS = ("adapters", "attacks", "audit", "defences", "diagnostics", "optim", "search")
 
 
 def name_of(file: Path) -> str:

@@ -1,0 +1,137 @@
+"""The scripts of the gallery run, and do what they claim; its page says what they say."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a script at its small size; give its numbers back."""
+    monkeypatch.syspath_prepend(str(GALLERY))
+
+    def run(name: str) -> dict[str, Any]:
+        with torch.random.fork_rng():
+            figure, numbers = runpy.run_path(str(GALLERY / f"{name}.py"))["show"](small=True)
+        assert figure.axes
+        return numbers
+
+    return run
+
+
+def test_all_in_one(shown: Any) -> None:
+    found = shown("all_in_one")
+    assert found["all within rounding of it, in float64"] is True
+    assert found["quantities and parameters compared with the slow computation"] >= 16
+    assert found["largest difference of diag_h and diag_ggn_exact, relative; the model is linear"] < 1e-5
+    assert found["grad_batch"] == "[32, 10, 64]" and found["ggn_gram"] == "[10, 32, 10, 32]"
+
+
+def test_batched_jacobians(shown: Any) -> None:
+    found = shown("batched_jacobians")
+    assert found["largest difference to torch.func"] < 1e-12
+    (inside, across), (later_inside, later_across) = (
+        found[f"{when}: mean cosine in a class, and across classes"] for when in ("before training", "after 100 steps")
+    )
+    assert later_inside - later_across > 2 * (inside - across)
+
+
+def test_cg_newton(shown: Any) -> None:
+    found = shown("cg_newton")
+    for kind in ("HMP", "GGNMP", "PCHMP"):
+        first, last = found[f"loss at first and last, {kind}"]
+        assert first > 2.2 and last < 0.75 * first
+
+
+def test_custom_module(shown: Any) -> None:
+    found = shown("custom_module")
+    assert found["first-order quantities of parameters compared"] == 50
+    assert found["their largest relative error"] < 1e-10 and found["the same of the GGN's diagonal"] < 1e-10
+    assert found["with the mean over the batch"].startswith("Samples influence each other")
+
+
+def test_diag_ggn_optimizer(shown: Any) -> None:
+    first, last = shown("diag_ggn_optimizer")["divided by the GGN's diagonal: loss of the first and the last 10 steps"]
+    assert last < 0.4 * first
+
+
+def test_differential_privacy(shown: Any) -> None:
+    pytest.importorskip("dp_accounting")
+    found = shown("differential_privacy")
+    epsilon, accuracy = found["noise 1: epsilon and accuracy on held-out digits"]
+    assert 3 < epsilon < 5 and accuracy > 0.7
+    before, clipped, mistaken = found["largest norm: before, clipped, by the mistake"]
+    assert clipped <= 1 + 1e-6 < before == mistaken
+
+
+def test_extension_hook(shown: Any) -> None:
+    found = shown("extension_hook")
+    assert found.pop("diagonals that are left") == 0
+    assert len(found) == 3
+    assert all(abs(exact - estimate) < 3 * error < 3 * exact for exact, estimate, error in found.values())
+
+
+def test_gradient_of_variance(shown: Any) -> None:
+    found = shown("gradient_of_variance")
+    assert found["largest difference of the gradient to that of the loop"] < 1e-12
+    (loss, variance), (other_loss, less) = (
+        found[f"weight {w:g}: loss and variance, means of the last 20 steps"] for w in (0, 0.05)
+    )
+    assert less < 0.8 * variance and other_loss < 1.2 * loss
+
+
+def test_retain_graph(shown: Any) -> None:
+    found = shown("retain_graph")
+    assert found["sum over the pixels"] == pytest.approx(found["trace of the GGN, whole loss"], rel=1e-12)
+
+
+def test_subsampling(shown: Any) -> None:
+    found = shown("subsampling")
+    assert (found["shape of all gradients"], found["shape of these"]) == ("[256, 10, 64]", "[8, 10, 64]")
+    assert found["largest difference of these to the same of all"] == 0
+    assert int(found["of these, digits that are taken for another"].split()[0]) >= 6
+
+
+def test_trace_estimation(shown: Any) -> None:
+    found = shown("trace_estimation")
+    errors = [value for what, value in found.items() if "estimates" in what]
+    assert errors[-1][0] < 0.5 * errors[0][0]
+    assert all(0.4 < stated / measured < 2.5 for measured, stated in errors)
+
+
+def test_importance_sampling(shown: Any) -> None:
+    found = shown("importance_sampling")
+    assert found["at the end: noise by the norms in that of uniform draws"] < 0.7
+    assert found["largest relative difference of a measured noise to the formula"] < 0.15
+
+
+def test_mislabelled(shown: Any) -> None:
+    found = shown("mislabelled")
+    assert found["wrong among the first 89 by norm"] > 10 * found["wrong among 89 at random, on average"]
+
+
+def test_the_page_is_made_of_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(GALLERY))
+    page = runpy.run_path(str(GALLERY / "page.py"))
+    assert page["PAGE"].read_text() == page["page"](), "run docs/gallery/page.py"
+    scripts = {file.stem for file in GALLERY.glob("*.py")} - {"frame", "page"}
+    assert scripts == set(page["NAMES"]) == {file.stem for file in GALLERY.glob("*.png")}
+
+
+def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.syspath_prepend(str(GALLERY))
+    monkeypatch.setattr(sys, "argv", ["subsampling", "--small", "--out", str(tmp_path)])
+    runpy.run_path(str(GALLERY / "subsampling.py"), run_name="__main__")
+    assert (tmp_path / "subsampling.png").stat().st_size > 5000
+    assert "shape of these: [8, 10, 64]\n" in capsys.readouterr().out

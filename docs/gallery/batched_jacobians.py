@@ -7,8 +7,10 @@ apart. torch.func takes less time on a network as small as this.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from frame import Shown, digits, perceptron, picture, ratio, run
+from frame import Shown, digits, fit, perceptron, picture, ratio, run
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
@@ -56,7 +58,7 @@ def show(small: bool) -> Shown:
     model = px.extend(perceptron(64, 16 if small else 32, 10, activation=nn.Tanh).double())
     rows, want = jacobians(model, x), by_torch_func(model, x)
     difference = max((rows[k] - w.transpose(0, 1)).abs().max() / w.abs().max() for k, w in want.items())
-    numbers = {"shapes": ", ".join(str(list(j.shape)) for j in rows.values())}
+    numbers: dict[str, Any] = {"shapes": ", ".join(str(list(j.shape)) for j in rows.values())}
     numbers["largest difference to torch.func"] = difference.item()
     if not small:
         one = lambda: jacobians(model, x)  # noqa: E731
@@ -66,16 +68,12 @@ def show(small: bool) -> Shown:
     same = y[:, None] == y
     figure = Figure((8, 4), layout="constrained")
     parts = figure.subplots(1, 2)
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for axes, when in zip(parts, ("before training", "after 100 steps"), strict=True):
         cosine = kernel(model, x)
         inside, across = cosine[same].mean().item(), cosine[~same].mean().item()
         numbers[f"{when}: mean cosine in a class, and across classes"] = inside, across
         picture(axes, cosine, f"{when}: {inside:.2f} in a class, {across:.2f} across", limits=(0, 1))
-        for _ in range(100):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+        fit(model, x, y, 100)
     return figure, numbers
 
 

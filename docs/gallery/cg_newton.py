@@ -1,8 +1,8 @@
 """CG-Newton: Newton steps by conjugate gradients, with products of three curvatures, on a network of sigmoids.
 
 Each parameter's block of the Hessian (`HMP`), the GGN (`GGNMP`) or the positive-curvature Hessian (`PCHMP`) is a
-function, and is never formed. Beside it gradient descent with momentum; of each the best of three settings. Fewer
-steps, and none of them cheap.
+function, and is never formed. Beside it gradient descent with momentum; of each the best of three settings. With the
+two Hessians steps are fewer; none of them is cheap.
 """
 
 from __future__ import annotations

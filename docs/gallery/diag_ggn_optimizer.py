@@ -54,7 +54,7 @@ def train(make: Callable[[nn.Module], torch.optim.Optimizer], steps: int) -> lis
 
 
 def show(small: bool) -> Shown:
-    steps = 40 if small else 80
+    steps = 30 if small else 80
     settings: dict[str, list[Any]] = {
         "divided by the GGN's diagonal": [(0.01, 0.1), (0.03, 0.03), (0.01, 0.03), (0.03, 0.1), (0.1, 0.1), (0.1, 0.3)],
         "gradient descent, momentum 0.9": [0.03, 0.06, 0.1, 0.15, 0.2, 0.4],

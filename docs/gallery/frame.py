@@ -65,6 +65,25 @@ def perceptron(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, seed:
     return nn.Sequential(*layers[:-1])
 
 
+def fit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    rate: float = 0.01,
+    size: int | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+) -> None:
+    """Train a classifier by Adam on all samples, or on random batches of a size, with a penalty or without."""
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    for _ in range(steps):
+        batch = slice(None) if size is None else torch.randint(len(y), (size,))
+        loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+        optimizer.zero_grad()
+        (loss if penalty is None else loss + penalty()).backward()
+        optimizer.step()
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """The share of samples whose largest output is the right one."""

@@ -66,7 +66,7 @@ def show(small: bool) -> Shown:
     figure = Figure((9, 3.4), layout="constrained")
     parts = figure.subplots(1, 2)
     for weight, color in ((0.0, BLUE), (WEIGHT, ORANGE)):
-        losses, variances, model = train(weight, 200 if small else 400)
+        losses, variances, model = train(weight, 60 if small else 400)
         last = sum(losses[-20:]) / 20, sum(variances[-20:]) / 20
         numbers[f"weight {weight:g}: loss and variance, means of the last 20 steps"] = last
         right = accuracy(model, x[TRAINING:].float(), y[TRAINING:])

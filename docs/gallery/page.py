@@ -28,7 +28,8 @@ This page is made of the scripts by `docs/gallery/page.py`.
 #: The order of the page: BackPACK's tutorials first, then what else individual gradients and curvature are good for.
 NAMES = (
     "all_in_one", "batched_jacobians", "cg_newton", "custom_module", "diag_ggn_optimizer", "differential_privacy",
-    "extension_hook", "gradient_of_variance", "retain_graph", "subsampling", "trace_estimation",
+    "extension_hook", "resnet", "gradient_of_variance", "retain_graph", "rnn", "save_memory_convolutions",
+    "subsampling", "trace_estimation", "influence", "pruning", "elastic_weights", "laplace", "noise_scale", "ntk",
     "importance_sampling", "mislabelled",
 )  # fmt: skip
 

@@ -7,8 +7,7 @@ the class that it was taken for.
 
 from __future__ import annotations
 
-import torch
-from frame import Shown, digits, perceptron, picture, run
+from frame import Shown, digits, fit, perceptron, picture, run
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -19,11 +18,7 @@ def show(small: bool) -> Shown:
     n, few, training = 256 if small else 512, 8, 1000
     x, y = digits()
     model, loss_fn = px.extend(perceptron(64, 10)), px.extend(nn.CrossEntropyLoss())
-    optimizer = torch.optim.Adam(model.parameters(), 0.05)
-    for _ in range(100):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[:training]), y[:training]).backward()
-        optimizer.step()
+    fit(model, x[:training], y[:training], 100, rate=0.05)
 
     x, y = x[training : training + n], y[training : training + n]
     output = model(x)

@@ -5,6 +5,8 @@ Hutchinson's estimate for the whole network, its standard error, and the exact v
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from frame import BLUE, ORANGE, Shown, digits, perceptron, ratio, run, tidy
 from matplotlib.figure import Figure
@@ -18,7 +20,7 @@ def show(small: bool) -> Shown:
     model = px.extend(perceptron(64, 24, 10, activation=nn.Sigmoid).double())
     loss_fn = px.extend(nn.CrossEntropyLoss())
 
-    def measure(quantity: object) -> px.Results:
+    def measure(quantity: Any) -> px.Results:
         with px.backpack(quantity, attach=False) as results:
             loss_fn(model(x), y).backward()
         return results

@@ -6,9 +6,11 @@ all are compared with a slow computation, one sample at a time.
 
 from __future__ import annotations
 
+from typing import Any
+
 from frame import Shown, digits, perceptron, picture, run
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Generator, nn
 
 import packext as px
 from packext import testing
@@ -20,16 +22,16 @@ def show(small: bool) -> Shown:
     model, loss_fn = px.extend(perceptron(64, 10)), px.extend(nn.CrossEntropyLoss())
     model[0].weight.data.mul_(10)  # a softmax that has an opinion, so that the quantities differ
 
-    quantities = px.SumGradSquared(), px.Variance(), px.DiagGGNExact(), px.DiagGGNMC(), px.DiagHessian(), px.DiagEF()
-    with px.backpack(
-        *quantities, px.BatchGrad(), px.BatchL2Grad(), px.BatchDotGrad(), px.KFAC(), px.GGNGram()
-    ) as found:
+    drawn = px.DiagGGNMC(1, Generator().manual_seed(0))
+    quantities = px.SumGradSquared(), px.Variance(), px.DiagGGNExact(), drawn, px.DiagHessian(), px.DiagEF()
+    others = px.BatchGrad(), px.BatchL2Grad(), px.BatchDotGrad(), px.KFAC(), px.GGNGram()
+    with px.backpack(*quantities, *others) as found:
         loss_fn(model(x), y).backward()
     weight = model[0].weight
     pictures = {"mean digit": x[y == shown_class].mean(0), "grad": weight.grad[shown_class]}
     pictures |= {q.savefield: getattr(weight, q.savefield)[shown_class] for q in quantities}
 
-    numbers = {
+    numbers: dict[str, Any] = {
         name: str(list(getattr(found["0.weight"], name).shape)) for name in ("grad_batch", "batch_l2", "batch_dot")
     }
     numbers["kfac"] = " and ".join(str(list(factor.shape)) for factor in weight.kfac)

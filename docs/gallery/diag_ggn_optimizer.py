@@ -7,6 +7,7 @@ descent and Adam, of each the best of the same number of settings.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from torch.optim import SGD, Adam
 
 import packext as px
 
+DRAWS = torch.Generator().manual_seed(0)
+
 
 class DiagonalNewton(px.optim.Part):
     """Divide the update by the diagonal of the GGN of this batch, and a constant."""
 
     def quantities(self, optimizer: Any) -> list[Any]:
-        return [px.DiagGGNMC()]
+        return [px.DiagGGNMC(generator=DRAWS)]
 
     def __call__(self, work: Any) -> None:
         diagonals, dampings = work.emitted("diag_ggn_mc"), work.of("damping")
@@ -39,13 +42,16 @@ def train(make: Callable[[nn.Module], torch.optim.Optimizer], steps: int) -> lis
     """Losses of batches of 128."""
     torch.manual_seed(0)
     layers = nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()
-    model, loss_fn = px.extend(nn.Sequential(*layers, nn.Linear(128, 10))), px.extend(nn.CrossEntropyLoss())
+    model, loss_fn = nn.Sequential(*layers, nn.Linear(128, 10)), nn.CrossEntropyLoss()
     optimizer, losses = make(model), []
+    emits = isinstance(optimizer, px.optim.Optimizer)
+    if emits:
+        px.extend(model), px.extend(loss_fn)
     x, y = digits()
     for _ in range(steps):
         batch = torch.randint(len(y), (128,))
         optimizer.zero_grad()
-        with px.optim.emit(optimizer) if isinstance(optimizer, px.optim.Optimizer) else px.disable():
+        with px.optim.emit(optimizer) if emits else nullcontext():
             loss = loss_fn(model(x[batch]), y[batch])
             loss.backward()
         optimizer.step()

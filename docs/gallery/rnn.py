@@ -48,7 +48,7 @@ def show(small: bool) -> Shown:
         for length in lengths:
             tokens = torch.stack([body[s : s + length + 1] for s in starts.tolist()])
             x, y = tokens[:, :-1], tokens[:, -1]
-            with px.backpack(px.BatchGrad(), px.DiagGGNMC(), scale="sample", attach=False) as results:
+            with px.backpack(px.BatchGrad(), scale="sample", attach=False) as results:
                 loss_fn(model(x), y).backward()
             first.append(results["embedding.weight"].grad_batch[:, letters:].flatten(1).norm(dim=1))
             recurrent.append(results["cell.weight_hh_l0"].grad_batch.flatten(1).norm(dim=1).mean().item())

@@ -152,11 +152,15 @@ def test_influence(shown: Any) -> None:
 
 def test_pruning(shown: Any) -> None:
     found = shown("pruning")
+    correlations = found["correlation with the curvature of the loss along single weights: Hessian, GGN"]
+    assert min(correlations) > 0.9
     for share in ("50%", "70%"):
         loss = {
             k: found[f"{k}: loss and accuracy without {share}"][0] for k in ("Hessian", "GGN", "magnitude", "random")
         }
         assert max(loss["Hessian"], loss["GGN"]) < 0.8 * loss["magnitude"] < loss["random"]
+    nearly_all = {k: found[f"{k}: loss and accuracy without 90%"][0] for k in ("Hessian", "GGN", "magnitude")}
+    assert nearly_all["magnitude"] < min(nearly_all["Hessian"], nearly_all["GGN"])
 
 
 def test_elastic_weights(shown: Any) -> None:

@@ -71,7 +71,7 @@ def show(small: bool) -> Shown:
     torch.manual_seed(0)
     x, y = digits()
     model, end = Transformer(), TRAINING + CHOOSING
-    fit(model, x[:TRAINING], y[:TRAINING], 150 if small else 500, 0.003, 64)
+    fit(model, x[:TRAINING], y[:TRAINING], 200 if small else 500, 0.003, 64)
     laplace = posterior(px.extend(model), x[:TRAINING], y[:TRAINING])
     tempered = lambda x, t: (model(x).detach().double() / t).softmax(1)  # noqa: E731
     some, known, grid = x[TRAINING:end], y[TRAINING:end], torch.logspace(-1, 3, 25).tolist()

@@ -18,7 +18,7 @@ PAGE, RESULTS = HERE.parent / "gallery.md", HERE / "results.json"
 HEAD = """# Gallery
 
 One script for each thing to do with packext: `python docs/gallery/NAME.py` draws the figure and prints what stands
-below it, in seconds on one core (matplotlib and scikit-learn: `pip install 'packext[demo]'`). The data are
+below it, in seconds on one core (with `pip install 'packext[demo,privacy]'`). The data are
 scikit-learn's handwritten digits and Python's own help texts. The tests run all of them, smaller, and hold what they
 claim. A time is processor time as a multiple of the script's own way, a median of runs by turns.
 

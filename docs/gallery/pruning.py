@@ -32,6 +32,20 @@ def pruned(model: nn.Module, saliencies: list[Tensor], share: float, x: Tensor, 
     return loss, right
 
 
+def agreement(model: nn.Module, p: Tensor, diagonals: list[Tensor], x: Tensor, y: Tensor) -> tuple[float, ...]:
+    """Correlations of `h w² / 2` and what the loss gains, beyond its slope, when one of the 50 largest weights goes."""
+    loss, gains = nn.functional.cross_entropy(model(x), y), []
+    slope, flat = torch.autograd.grad(loss, p)[0].flatten(), p.data.view(-1)
+    largest = flat.abs().argsort(descending=True)[:50]
+    weights = flat[largest].clone()
+    for k, w in zip(largest, weights, strict=True):
+        flat[k] = 0
+        gains.append(nn.functional.cross_entropy(model(x), y).detach() - loss.detach() + slope[k] * w)
+        flat[k] = w
+    said = [d.flatten()[largest] * weights**2 / 2 for d in diagonals]
+    return tuple(torch.corrcoef(torch.stack([one, torch.stack(gains)]))[0, 1].item() for one in said)
+
+
 def show(small: bool) -> Shown:
     x, y = digits()
     known, new = slice(400 if small else TRAINING), slice(TRAINING, None)
@@ -48,6 +62,10 @@ def show(small: bool) -> Shown:
         "random": ([torch.rand_like(p) for p in parameters], GREY),
     }
     numbers: dict[str, Any] = {"weights and biases": sum(p.numel() for p in parameters)}
+    diagonals = [results[parameters[0]].diag_h, results[parameters[0]].diag_ggn_exact]
+    numbers["correlation with the curvature of the loss along single weights: Hessian, GGN"] = agreement(
+        model, parameters[0], diagonals, x[known], y[known]
+    )
     numbers["accuracy on held-out digits, nothing pruned"] = accuracy(model, x[new], y[new])
     figure = Figure((9, 3.5), layout="constrained")
     parts = figure.subplots(1, 2)

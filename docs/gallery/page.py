@@ -18,9 +18,9 @@ PAGE, RESULTS = HERE.parent / "gallery.md", HERE / "results.json"
 HEAD = """# Gallery
 
 One script for each thing to do with packext: `python docs/gallery/NAME.py` draws the figure and prints what stands
-below it, in seconds on one core (with `pip install 'packext[demo,privacy]'`). The data are
-scikit-learn's handwritten digits and Python's own help texts. The tests run all of them, smaller, and hold what they
-claim. A time is processor time as a multiple of the script's own way, a median of runs by turns.
+below it, in seconds on one core (with `pip install 'packext[demo,privacy]'`). The data are scikit-learn's handwritten
+digits and Python's own help texts. The tests run all of them, smaller, and hold what they claim. Times are of the
+processor, medians of ratios of runs by turns.
 
 This page is made of the scripts by `docs/gallery/page.py`.
 """

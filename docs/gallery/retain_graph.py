@@ -47,8 +47,10 @@ def show(small: bool) -> Shown:
     numbers["relative difference"] = abs(sum(pixels) - total) / total
     if not small:
         once = lambda: by_pixel(again=False)  # noqa: E731
-        numbers["time with a forward pass for each pixel"] = ratio(lambda: by_pixel(again=True), once, 3)
-        numbers["time of the whole loss at once"] = ratio(whole, once, 3)
+        numbers["time of the pixels with a forward pass for each, in that with one"] = ratio(
+            lambda: by_pixel(again=True), once, 3
+        )
+        numbers["time of the whole loss, in that of the pixels"] = ratio(whole, once, 3)
     errors = (model(x) - x).square().mean(0).detach()
     maps = {"mean digit": x.mean(0), "mean squared error": errors, "share of the trace": torch.tensor(pixels) / total}
     figure = Figure((8, 3), layout="constrained")

@@ -56,7 +56,9 @@ def show(small: bool) -> Shown:
         axes.plot(sizes, [p / 2**20 for p in peaks], "o-", ms=4, color=color, label=name)
         numbers[f"{name}: peak of memory at {sizes[-1]} samples, in that of the plain gradient"] = peaks[-1] / plain[-1]
         if quantities and not small:
-            numbers[f"{name}: time at 64 samples"] = ratio(a_pass(64, *quantities), a_pass(64))
+            numbers[f"{name}: time at 64 samples, in that of the plain gradient"] = ratio(
+                a_pass(64, *quantities), a_pass(64)
+            )
     axes.set(xlabel="samples", ylabel="peak of memory in MiB", ylim=(0, None))
     axes.legend(frameon=False)
     tidy(axes)

@@ -28,21 +28,15 @@ from packext.optim.learned.policy import bounds
 SHIPPED = Path(packext.__file__).parent / "optim" / "learned" / "policies.json"
 COMPARED = Path(__file__).parent / "results" / "learned-policies.json"
 DISCOUNT = 0.9
-#: Of torch.optim, with the hyperparameters that the policies are for.
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "rmsprop": {"class": "RMSprop", "alpha": 0.9, "eps": 1e-6},
-    "momentum": {"class": "SGD", "momentum": 0.9},
-}
+#: Of torch.optim, with the hyperparameters that the policies are for; those of the paper.
+OPTIMIZER: dict[str, Any] = {"class": "RMSprop", "alpha": 0.9, "eps": 1e-6}
 #: The search: tasks for each policy in an iteration, and where it starts.
 ITERATIONS, SAMPLES, TASKS, EPSILON = 30, 40, 3, 0.3
 START, DEVIATION = [0.0, 0.0, 0.0, 0.0, math.log(0.01)], [0.15, 0.15, 0.1, 0.1, 2.0]
 SHALLOW, DEEP = (1, 2), (1, 2, 3, 4, 5, 6, 7, 8)
 #: Numbers of hidden layers in the tasks of each policy, and whether it sees no features. Those with a suffix are for
 #: comparison.
-TRAINED = {
-    "rmsprop": (DEEP, False), "rmsprop-shallow": (SHALLOW, False), "rmsprop-bias": (DEEP, True),
-    "momentum": (DEEP, False), "momentum-bias": (DEEP, True),
-}  # fmt: skip
+TRAINED = {"rmsprop": (DEEP, False), "rmsprop-shallow": (SHALLOW, False), "rmsprop-bias": (DEEP, True)}
 
 
 @dataclass(frozen=True)
@@ -98,23 +92,7 @@ def split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (inputs[:1437], labels[:1437]), (inputs[1437:], labels[1437:])
 
 
-class Direction:
-    """What an optimizer of torch makes of gradients before the rate, for tensors `[K, ...]`."""
-
-    def __init__(self, kind: dict[str, Any]) -> None:
-        self.kind = kind
-        self.state: dict[int, Tensor] = {}
-
-    def __call__(self, k: int, g: Tensor) -> Tensor:
-        kind = self.kind
-        one = self.state.setdefault(k, torch.zeros_like(g))
-        if kind["class"] == "SGD":
-            return one.mul_(kind["momentum"]).add_(g)
-        one.mul_(kind["alpha"]).addcmul_(g, g, value=1 - kind["alpha"])
-        return g / one.sqrt().add_(kind["eps"])
-
-
-def run(weights: Tensor, kind: dict[str, Any], t: Task, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run(weights: Tensor, t: Task, fixed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Train a network with each of K policies `[K, 5]`; where `fixed` `[steps, K]` is not NaN, with that rate.
 
     Returns:
@@ -122,7 +100,8 @@ def run(weights: Tensor, kind: dict[str, Any], t: Task, fixed: Tensor | None = N
     """
     k, dtype = len(weights), t.layers[0][0].dtype
     params = [(w.expand(k, *w.shape).clone(), b.expand(k, 1, len(b)).clone()) for w, b in t.layers]
-    direction, averages = Direction(kind), Averages(DISCOUNT)
+    squares = [tuple(torch.zeros_like(p) for p in pair) for pair in params]
+    averages = Averages(DISCOUNT)
     rate = torch.as_tensor(t.rate, dtype=torch.float64).expand(k)
     rates = []
     before = evaluate(params, t)
@@ -136,7 +115,13 @@ def run(weights: Tensor, kind: dict[str, Any], t: Task, fixed: Tensor | None = N
             grads.insert(0, (delta.mT @ a / n, delta.sum(1, keepdim=True) / n))
             delta = (delta @ w) * (a > 0)
         last = rate.to(dtype)[:, None, None]
-        updates = [tuple(direction(2 * j + i, g) * -last for i, g in enumerate(pair)) for j, pair in enumerate(grads)]
+        updates = []
+        for pair, averaged in zip(grads, squares, strict=True):
+            for g, v in zip(pair, averaged, strict=True):
+                v.mul_(OPTIMIZER["alpha"]).addcmul_(g, g, value=1 - OPTIMIZER["alpha"])
+            updates.append(
+                tuple(-last * g / v.sqrt().add_(OPTIMIZER["eps"]) for g, v in zip(pair, averaged, strict=True))
+            )
         changes = sum(((a @ u.mT + v) * d).sum(2) for (u, v), a, d in zip(updates, inputs, deltas, strict=True))
         assert isinstance(changes, Tensor)
         rate = log_rate(weights, averages.update(observation(changes, losses))).exp()
@@ -166,36 +151,35 @@ def evaluate(params: Any, t: Task) -> Tensor:
     return forward(params, t.x.to(t.layers[0][0].dtype), t.y)[1].double().mean(1)
 
 
-def reward(weights: Tensor, kind: dict[str, Any], tasks: list[Task]) -> Tensor:
+def reward(weights: Tensor, tasks: list[Task]) -> Tensor:
     """Decrease of the training loss's logarithm, as a share of the best policy's, in the mean over the tasks.
 
     0 for a run that has learned nothing, or crashed. As shares, since a deep network's loss falls by less.
     """
     total = torch.zeros(len(weights), dtype=torch.float64)
     for t in tasks:
-        before, after = run(weights, kind, t)[0]
+        before, after = run(weights, t)[0]
         fall = (before.log() - after.clamp(min=1e-12).log()).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
         total += fall / fall.max().clamp(min=1e-12)
     return total / len(tasks)
 
 
-def train(name: str, depths: tuple[int, ...], bias_only: bool = False, seed: int = 0) -> dict[str, Any]:
+def train(depths: tuple[int, ...], bias_only: bool, seed: int = 0) -> dict[str, Any]:
     """Search for one policy. `bias_only` leaves the rate constant: what is left when no feature is seen."""
-    kind = OPTIMIZERS[name]
     deviation, iterations = torch.tensor(DEVIATION), ITERATIONS
     if bias_only:  # one number is found sooner
-        deviation[:4], iterations = 0, ITERATIONS // 2
+        deviation[:4], iterations = 0, ITERATIONS // 4
 
     def of(weights: Tensor, k: int) -> Tensor:
         first = (seed * ITERATIONS + k) * TASKS
-        return reward(weights, kind, [task(10_000 + first + j, depths) for j in range(TASKS)])
+        return reward(weights, [task(10_000 + first + j, depths) for j in range(TASKS)])
 
     begin = time.perf_counter()
     found = reps(of, torch.tensor(START), deviation, iterations, SAMPLES, EPSILON, bounds=bounds(DISCOUNT), seed=seed)
     return {
         "weights": [round(float(w), 6) for w in found.mean],
         "discount": DISCOUNT,
-        "optimizer": kind,
+        "optimizer": OPTIMIZER,
         "depths": list(depths),
         "deviations": [round(float(v), 6) for v in found.covariance.diagonal().sqrt()],
         "rewards": [round(r, 6) for r in found.rewards],
@@ -208,7 +192,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"{', '.join(TRAINED)}; all by default")
     torch.set_num_threads(1)
     for name in parser.parse_args().names or TRAINED:
-        entry = train(name.split("-")[0], *TRAINED[name])
+        entry = train(*TRAINED[name])
         print(name, entry["weights"], f"{entry['rewards'][-1]:.4f}", f"{entry['seconds']:.0f} s", flush=True)
         path = COMPARED if "-" in name else SHIPPED
         entries = json.loads(path.read_text()) if path.exists() else {}

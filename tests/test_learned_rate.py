@@ -192,7 +192,7 @@ def test_first_rate_is_forgotten() -> None:
     for first in (1e-4, 1.0):
         torch.manual_seed(0)
         net, optimizer, controller = setup(first, learned.Policy((0.2, 0.0, 0.0, 0.0, -3.0), 0.5))
-        for _ in range(60):
+        for _ in range(40):
             optimizer.zero_grad()
             with torch.no_grad():  # always from the same place, so that the loop alone is seen
                 torch.manual_seed(0)
@@ -202,8 +202,8 @@ def test_first_rate_is_forgotten() -> None:
             one_pass(net, controller, *data(8))
             optimizer.step()
             rates.append(controller.get_last_lr()[0])
-    assert abs(math.log(rates[0] / rates[60])) > 1
-    assert rates[59] == pytest.approx(rates[119], rel=1e-7)
+    assert abs(math.log(rates[0] / rates[40])) > 1
+    assert rates[39] == pytest.approx(rates[79], rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.7, -9.51, -20.0])
@@ -355,6 +355,12 @@ def test_refused_steps() -> None:
 
     refused("the rate of the first group has become 0", zero)
 
+    def sparse(n: Any, o: Any, c: Any) -> None:
+        one_pass(n, c, x, y)
+        n[0].weight.grad = n[0].weight.grad.to_sparse()
+
+    refused("the gradient of parameter 0 of group 0, .* is sparse", sparse)
+
     def infinite(n: Any, o: Any, c: Any) -> None:
         one_pass(n, c, x, y)
         n[0].weight.grad[0, 0] = math.inf
@@ -434,11 +440,10 @@ def test_refused_at_once() -> None:
 # -- what comes with packext ------------------------------------------------------------------------------
 
 
-def test_shipped_policies_are_found_by_their_optimizer() -> None:
+def test_a_shipped_policy_is_found_by_its_optimizer() -> None:
     p = [nn.Parameter(torch.ones(2))]
-    made = {"rmsprop": torch.optim.RMSprop(p, alpha=0.9, eps=1e-6)}
-    for name, optimizer in made.items():
-        assert optim.LearnedRate(optimizer).policy == learned.trained(name)
+    assert optim.LearnedRate(torch.optim.RMSprop(p, alpha=0.9, eps=1e-6)).policy == learned.trained("rmsprop")
+    assert optim.LearnedRate(torch.optim.SGD(p, 0.1), "rmsprop").policy == learned.trained("rmsprop")
 
 
 # -- how it was trained -----------------------------------------------------------------------------------
@@ -489,23 +494,22 @@ def test_reps_finds_the_top_of_a_hill_within_bounds() -> None:
         learned.reps(reward, torch.ones(3), torch.ones(3), bounds=(-1.0, 0.4))
 
 
-@pytest.mark.parametrize("name", ["rmsprop", "momentum"])
-def test_many_runs_side_by_side_are_those_of_the_controller(name: str) -> None:
+def test_many_runs_side_by_side_are_those_of_the_controller() -> None:
     """What the policies were trained in is what they are used in: a run of each, step by step."""
     train = pytest.importorskip("benchmarks.learned_train")
     t = train.task(3, (2,))
     layers = [(w.double(), b.double()) for w, b in t.layers]
-    t = train.Task(t.x.double(), t.y, layers, t.batches[:12], 1e-3)
+    t = train.Task(t.x.double(), t.y, layers, t.batches[:8], 1e-3)
     chosen = torch.tensor([list(WEIGHTS), [0.2, 0.05, -0.01, 0.02, -3.0]])
-    (before, after), rates = train.run(chosen, train.OPTIMIZERS[name], t)
+    (before, after), rates = train.run(chosen, t)
+    options = {k: v for k, v in train.OPTIMIZER.items() if k != "class"}
     for k in range(2):
         net = nn.Sequential(*[m for w, _ in layers for m in (nn.Linear(*reversed(w.shape)), nn.ReLU())][:-1])
         with torch.no_grad():
-            for p, q in zip(net.parameters(), (t_ for pair in layers for t_ in pair), strict=True):
+            for p, q in zip(net.parameters(), (each for pair in layers for each in pair), strict=True):
                 p.copy_(q)
         px.extend(net)
-        options = {k: v for k, v in train.OPTIMIZERS[name].items() if k != "class"}
-        optimizer = getattr(torch.optim, train.OPTIMIZERS[name]["class"])(net.parameters(), lr=1e-3, **options)
+        optimizer = getattr(torch.optim, train.OPTIMIZER["class"])(net.parameters(), lr=1e-3, **options)
         controller = optim.LearnedRate(optimizer, learned.Policy(chosen[k].tolist()))
         assert float(F.cross_entropy(net(t.x), t.y).detach()) == pytest.approx(float(before[k]))
         for step, index in enumerate(t.batches):
@@ -514,3 +518,35 @@ def test_many_runs_side_by_side_are_those_of_the_controller(name: str) -> None:
             optimizer.step()
             assert controller.get_last_lr()[0] == pytest.approx(float(rates[step, k]), rel=1e-6), step
         assert float(F.cross_entropy(net(t.x), t.y).detach()) == pytest.approx(float(after[k]), rel=1e-6)
+
+
+def test_rates_that_are_given_are_taken() -> None:
+    """Of many runs side by side, those that follow no policy: a constant rate is that of torch's optimizer."""
+    train = pytest.importorskip("benchmarks.learned_train")
+    t = train.task(3, (1,))
+    layers = [(w.double(), b.double()) for w, b in t.layers]
+    t = train.Task(t.x.double(), t.y, layers, t.batches[:12], torch.tensor([1.0, 1e-3]))
+    weights = torch.tensor([[0.0] * 5, list(WEIGHTS)])
+    (_, after), rates = train.run(weights, t, torch.tensor([[0.003, math.nan]] * 12))
+    alone = train.run(weights[1:], train.Task(t.x, t.y, layers, t.batches, 1e-3))
+    torch.testing.assert_close(rates[:, 1], alone[1][:, 0])
+    (w, b), (v, c) = [(w.clone().requires_grad_(), b.clone().requires_grad_()) for w, b in layers]
+    options = {k: v for k, v in train.OPTIMIZER.items() if k != "class"}
+    optimizer = getattr(torch.optim, train.OPTIMIZER["class"])([w, b, v, c], lr=0.003, **options)
+    for index in t.batches:
+        optimizer.zero_grad()
+        F.cross_entropy(F.linear(F.linear(t.x[index], w, b).relu(), v, c), t.y[index]).backward()
+        optimizer.step()
+    torch.testing.assert_close(F.cross_entropy(F.linear(F.linear(t.x, w, b).relu(), v, c), t.y).detach(), after[0])
+
+
+def test_the_first_rate_hardly_matters_to_the_trained_policy() -> None:
+    """On a task that it has not seen: over six decades the final loss stays within a factor of 10, and is low."""
+    bench = pytest.importorskip("benchmarks.learned_rate")
+    torch.set_default_dtype(torch.float32)
+    kinds = [bench.Variant("learned", 10.0**k) for k in (-6, -4, -2, 0)]
+    *found, constant = torch.tensor(
+        bench.losses("breast cancer, 30-32-2", [*kinds, bench.Variant("static", 1e-4)], 0)
+    ).log()
+    assert max(found) - min(found) < math.log(10)
+    assert max(found) < constant - 2

@@ -137,7 +137,7 @@ def trained(name: str) -> Policy:
     """A policy that comes with packext; `benchmarks/learned_train.py` has made it, and docs/learned-rate.md tests it.
 
     Args:
-        name: "rmsprop" or "momentum".
+        name: "rmsprop".
 
     Returns:
         The policy.

@@ -378,14 +378,19 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     return out
 
 
-def write(found: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    page = PAGE.read_text()
-    for name, text in tables(found).items():
+def fill(path: Path, texts: dict[str, str]) -> None:
+    """Put each text between the marks of its name."""
+    page = path.read_text()
+    for name, text in texts.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, rest = page.split(begin)
         page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(page)
+    path.write_text(page)
+
+
+def write(found: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    fill(PAGE, tables(found))
 
 
 def main() -> None:

@@ -148,5 +148,5 @@ PROBLEMS = {
     ),
     "digits, 8 hidden layers of 64": Problem(split, lambda: perceptron(64, *[64] * 8, 10), classes, 64, 400),
     "digits, CNN": Problem(split, cnn, classes, 64, 200),
-    "characters, transformer": Problem(characters, lambda: LanguageModel(32, 1), tokens, 16, 200),
+    "characters, transformer": Problem(characters, lambda: LanguageModel(32, 1), tokens, 16, 150),
 }

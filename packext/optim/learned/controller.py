@@ -263,7 +263,7 @@ class LearnedRate:
         self._start = []
         self._forget()
         updates: dict[Tensor, Tensor] = {}
-        for p, before in start:  # back to where the gradients were taken: factors may be views of parameters
+        for p, before in start:  # back, to stay there if the update is refused
             after = p.detach().clone()
             p.copy_(before)
             updates[p] = before.neg_().add_(after)

@@ -163,7 +163,7 @@ def trained_for(optimizer: torch.optim.Optimizer) -> Policy:
     group = optimizer.param_groups[0]
     for policy in _shipped().values():
         wanted = {k: v for k, v in policy.optimizer.items() if k != "class"}
-        if type(optimizer).__name__ == policy.optimizer["class"] and all(group[k] == v for k, v in wanted.items()):
+        if type(optimizer).__name__ == policy.optimizer["class"] and all(group.get(k) == v for k, v in wanted.items()):
             return policy
     known = "; ".join(
         f"{p.name}: {p.optimizer['class']}({', '.join(f'{k}={v}' for k, v in p.optimizer.items() if k != 'class')})"

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +156,7 @@ def runs(problem: str, found: dict[str, list[float]]) -> tuple[dict[str, float],
 
 
 def cost() -> dict[str, Any]:
-    """Time of a step with the controller, as a multiple of one without, in turns in one process."""
+    """Time of a step with the controller, as a multiple of one without, in turns: the processor's, in one thread."""
     out = {}
     for problem, p in PROBLEMS.items():
         x, y = (t[: p.batch] for t in p.data()[0])
@@ -165,7 +166,7 @@ def cost() -> dict[str, Any]:
             model = p.model()
             step = stepper(p, model, made(model, USUAL), policy("learned") if kind == "learned" else None)
             steps[kind] = lambda step=step: step(x, y)  # noqa: B023
-        out[problem] = alternately(steps, "plain", 30, 2, warmup=3)["learned"]
+        out[problem] = alternately(steps, "plain", 30, 3, warmup=3, clock=time.process_time)["learned"]
     return out
 
 
@@ -211,7 +212,7 @@ def draw(found: dict[str, dict[str, list[float]]]) -> None:
         ax.set(xscale="log", yscale="log", xticks=[1e-6, 1e-4, 1e-2, 1])
         ax.set_title(problem, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
+        ax.tick_params(which="both", labelsize=8)
     for ax in axes[1]:
         ax.set_xlabel("rate at the start", fontsize=9)
     for ax in axes[:, 0]:

@@ -120,7 +120,7 @@ def run(weights: Tensor, t: Task, fixed: Tensor | None = None) -> tuple[Tensor, 
             for g, v in zip(pair, averaged, strict=True):
                 v.mul_(OPTIMIZER["alpha"]).addcmul_(g, g, value=1 - OPTIMIZER["alpha"])
             updates.append(
-                tuple(-last * g / v.sqrt().add_(OPTIMIZER["eps"]) for g, v in zip(pair, averaged, strict=True))
+                tuple(g / v.sqrt().add_(OPTIMIZER["eps"]) * -last for g, v in zip(pair, averaged, strict=True))
             )
         changes = sum(((a @ u.mT + v) * d).sum(2) for (u, v), a, d in zip(updates, inputs, deltas, strict=True))
         assert isinstance(changes, Tensor)

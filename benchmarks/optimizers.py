@@ -156,17 +156,22 @@ def one_step(model: Any, loss_fn: Any, optimizer: Any, x: Tensor, y: Tensor) -> 
 
 
 def alternately(
-    steps: dict[str, Callable[[], None]], unit: str, rounds: int, block: int, warmup: int = 1
+    steps: dict[str, Callable[[], None]],
+    unit: str,
+    rounds: int,
+    block: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Blocks of steps of each in turn: the median over the rounds of their time over that of `unit`, and quartiles."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for k in range(warmup + rounds):
         for name, step in steps.items():
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(block):
                 step()
             if k >= warmup:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
     out = {}
     for name in steps:
         ratios = [a / b for a, b in zip(times[name], times[unit], strict=True)]

@@ -36,7 +36,7 @@ GRID = [10 ** (k / 2) for k in range(-10, -1)]
 FIRST = [1e-6, 1e-4, 1e-2, 1.0]
 USUAL = 1e-3
 #: Rates are chosen with seed 0 and run with others. Perceptrons run side by side, others one after the other.
-SEEDS = range(1, 4)
+SEEDS, FEW = range(1, 10), range(1, 4)
 SIDE_BY_SIDE = ("digits, 64-128-128-10", "breast cancer, 30-32-2", "digits, 8 hidden layers of 64")
 NAMES = {
     "static": "best static", "cosine": "best cosine", "learned": "learned",
@@ -151,7 +151,7 @@ def runs(problem: str, found: dict[str, list[float]]) -> tuple[dict[str, float],
     chosen = {kind: GRID[found[kind].index(min(found[kind]))] for kind in ("static", "cosine")}
     chosen |= {"learned": USUAL, "shallow": USUAL, "bias": math.exp(policy("bias").weights[4])}
     variants = [Variant(kind, rate) for kind, rate in chosen.items()]
-    each = [losses(problem, variants, seed) for seed in SEEDS]
+    each = [losses(problem, variants, seed) for seed in (SEEDS if problem in SIDE_BY_SIDE else FEW)]
     return chosen, {kind: [row[k] for row in each] for k, kind in enumerate(chosen)}
 
 

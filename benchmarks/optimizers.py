@@ -156,17 +156,22 @@ def one_step(model: Any, loss_fn: Any, optimizer: Any, x: Tensor, y: Tensor) -> 
 
 
 def alternately(
-    steps: dict[str, Callable[[], None]], unit: str, rounds: int, block: int, warmup: int = 1
+    steps: dict[str, Callable[[], None]],
+    unit: str,
+    rounds: int,
+    block: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Blocks of steps of each in turn: the median over the rounds of their time over that of `unit`, and quartiles."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for k in range(warmup + rounds):
         for name, step in steps.items():
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(block):
                 step()
             if k >= warmup:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
     out = {}
     for name in steps:
         ratios = [a / b for a, b in zip(times[name], times[unit], strict=True)]
@@ -378,15 +383,20 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     return out
 
 
+def fill(path: Path, texts: dict[str, str]) -> None:
+    """Put each text between the marks of its name."""
+    page = path.read_text()
+    for name, text in texts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+    path.write_text(page)
+
+
 def write(found: dict[str, Any], results: Path, page: Path, texts: dict[str, str]) -> None:
     """Keep what was found, and put the tables between their marks on a page."""
     results.write_text(json.dumps(found, indent=1) + "\n")
-    whole = page.read_text()
-    for name, text in texts.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = whole.split(begin)
-        whole = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
-    page.write_text(whole)
+    fill(page, texts)
 
 
 def main() -> None:

@@ -169,7 +169,37 @@ def controllers_agree(rank: int) -> None:
         optim.ProbabilisticLineSearch(alone.parameters())
 
 
-TASKS = (as_one_process, draws_differ, skipped_and_refused, controllers_agree)
+def learned_rate(rank: int) -> None:
+    """A rate from the samples of both processes; what goes wrong in one, both know."""
+
+    def steps(model: nn.Module, group: Any, mine: Callable[[Tensor], Tensor], factor: float) -> Any:
+        policy = optim.learned.Policy((0.12, -0.05, 0.03, -0.02, -2.0))
+        controller = optim.LearnedRate(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), policy, group)
+        for seed in range(4):
+            x, y = (mine(t) for t in data(seed))
+            controller.optimizer.zero_grad()
+            with optim.emit(controller):
+                losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+                (controller.watch(losses).mean() * factor).backward()
+            controller.optimizer.step()
+        return controller
+
+    alone, model = px.extend(network()), px.extend(network())
+    one = steps(alone, ALONE[rank], lambda t: t, 1.0)
+    parallel = DistributedDataParallel(model)
+    both = steps(parallel, None, lambda t: t.split(SIZES)[rank], SIZES[rank] * WORLD / 8)
+    torch.testing.assert_close(one.features, both.features, rtol=1e-9, atol=1e-9)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+    x, y = data(0)
+    with optim.emit(both):
+        losses = nn.functional.cross_entropy(parallel(x), y, reduction="none")
+        (both.watch(losses) if rank else losses).mean().backward()
+    with pytest.raises(px.PackextError, match="LearnedRate: rank 0: 1 backward passes and 0 batches of losses"):
+        both.optimizer.step()
+
+
+TASKS = (as_one_process, draws_differ, skipped_and_refused, controllers_agree, learned_rate)
 
 
 def worker(rank: int, port: int) -> None:

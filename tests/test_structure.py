@@ -17,6 +17,9 @@ ROOT = Path(px.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 #: Floors, from the ground up; a module may import from its own floor and those below it.
+#: Packages of the top floor, which use what is public of the engine and of each other.
+CONSUMERS = ("adapters", "attacks", "audit", "defences", "diagnostics", "optim", "search")
+
 FLOORS = [
     {"_errors", "_layout", "_scratch", "_kronecker", "_compiler", "linalg", "_union"},
     {"_factored", "_statistics", "_roots"},
@@ -28,11 +31,8 @@ FLOORS = [
     {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},
-    {"__init__", "demo", "adapters", "attacks", "audit", "defences", "diagnostics", "optim", "search", "_cli", "__main__"},
+    {*CONSUMERS, "__init__", "demo", "_cli", "__main__"},
 ]
-
-#: Packages of the top floor, which use what is public of the engine and of each other.
-CONSUMERS = ("adapters", "attacks", "audit", "defences", "diagnostics", "optim", "search")
 
 
 def name_of(file: Path) -> str:

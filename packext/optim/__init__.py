@@ -36,6 +36,7 @@ from packext.optim.elementwise import MSVAG as MSVAG
 from packext.optim.elementwise import AdaHessian as AdaHessian
 from packext.optim.elementwise import Sophia as Sophia
 from packext.optim.kfac import KFAC as KFAC
+from packext.optim.learned import LearnedRate as LearnedRate
 from packext.optim.preconditioned import Preconditioned as Preconditioned
 from packext.optim.private import DPSGD as DPSGD
 from packext.optim.private import DPAdam as DPAdam

@@ -17,7 +17,7 @@ from packext.optim import _lists as lists
 from packext.optim._emit import emit
 from packext.optim._merge import Factors, Ranks, absent, joined, received
 from packext.optim._parts import Adam, DecoupledDecay, Descend
-from packext.optim._work import Part, Skip, Work
+from packext.optim._work import Part, Skip, Work, name_of
 
 #: What a group with `fallback=True` gets where it does not say otherwise.
 FALLBACK = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -297,13 +297,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def name_of(self, p: Tensor) -> str:
         """The name of a parameter, where names were given, or its place; and its shape."""
-        for k, group in enumerate(self.param_groups):
-            for j, each in enumerate(group["params"]):
-                if each is p:
-                    names = group.get("param_names")
-                    where = names[j] if names else f"parameter {j} of group {k}"
-                    return f"{where}, shape {list(p.shape)}"
-        return f"a parameter of shape {list(p.shape)}"
+        return name_of(self, p)
 
     # -- saving ------------------------------------------------------------------------------------
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -96,3 +96,14 @@ class Work:
 def at_least_float32(t: Tensor) -> Tensor:
     """In float32, or float64."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def name_of(optimizer: torch.optim.Optimizer, p: Tensor) -> str:
+    """The name of a parameter, where names were given, or its place; and its shape."""
+    for k, group in enumerate(optimizer.param_groups):
+        for j, each in enumerate(group["params"]):
+            if each is p:
+                names = group.get("param_names")
+                where = names[j] if names else f"parameter {j} of group {k}"
+                return f"{where}, shape {list(p.shape)}"
+    return f"a parameter of shape {list(p.shape)}"

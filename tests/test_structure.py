@@ -16,10 +16,10 @@ from packext._quantity import Curvature, HessianQuantity, Quantity
 ROOT = Path(px.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-#: Floors, from the ground up; a module may import from its own floor and those below it.
 #: Packages of the top floor, which use what is public of the engine and of each other.
 CONSUMERS = ("adapters", "attacks", "audit", "defences", "diagnostics", "optim", "search")
 
+#: Floors, from the ground up; a module may import from its own floor and those below it.
 FLOORS = [
     {"_errors", "_layout", "_scratch", "_kronecker", "_compiler", "linalg", "_union"},
     {"_factored", "_statistics", "_roots"},

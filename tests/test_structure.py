@@ -28,7 +28,7 @@ FLOORS = [
     {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},
-    {"__init__", "demo", "attacks", "audit", "defences", "diagnostics", "optim", "_cli", "__main__"},
+    {"__init__", "demo", "_subject", "_check", "_bench", "_tables", "attacks", "audit", "defences", "diagnostics", "optim", "_cli", "__main__"},
 ]
 
 #: Packages of the top floor, which use what is public of the engine and of each other.

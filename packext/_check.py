@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import packext as px
-from packext import PackextError, testing
+from packext import testing
 from packext._subject import Mistake, Subject
 
 #: Entries of a sample's output up to which the oracle of the GGN, a pass for each of them, is tried.
@@ -58,7 +58,7 @@ def outcomes(subject: Subject) -> Iterator[Outcome]:
         try:
             _results(subject, quantity)
             report = testing.check(subject.model, subject.loss_fn, subject.inputs, subject.targets, [quantity])
-        except PackextError as error:
+        except px.PackextError as error:
             yield Outcome(_name(quantity), "refused", why=str(error))
             continue
         except Exception as error:  # of the model's own code
@@ -112,7 +112,7 @@ def _curvature(subject: Subject, tolerance: float) -> Iterator[Outcome]:
         try:
             got = _results(twin, quantity)
             rows = known[oracle] = known.get(oracle) or oracle()
-        except PackextError as error:
+        except px.PackextError as error:
             yield Outcome(_name(quantity), "refused", why=str(error))
             continue
         except Exception as error:
@@ -123,7 +123,7 @@ def _curvature(subject: Subject, tolerance: float) -> Iterator[Outcome]:
     try:
         _results(twin, px.KFAC())
         yield Outcome("KFAC", "given", why="there is no oracle for an approximation")
-    except PackextError as error:
+    except px.PackextError as error:
         yield Outcome("KFAC", "refused", why=str(error))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import re
 import warnings
 from pathlib import Path
@@ -14,7 +15,10 @@ import torch
 from torch import nn
 
 import packext as px
+from benchmarks import models, summary
 from packext._quantity import Quantity
+from tests.cases import CASES
+from tests.helpers import double_precision
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -84,7 +88,7 @@ def test_every_quantity_is_described() -> None:
 MADE = {
     "ProjectedGrad": lambda: px.ProjectedGrad((2, 4)),
     "ClippedGrad": lambda: px.ClippedGrad(0.5),
-    "TopEigenvalues": lambda: px.TopEigenvalues(2),
+    "TopEigenvalues": lambda: px.TopEigenvalues(2, tol=1e-12, generator=torch.Generator().manual_seed(3)),
 }
 
 
@@ -167,3 +171,25 @@ def test_scales_of_quantities(name: str) -> None:
 
 def test_the_default_direction_has_no_factor_of_a_number() -> None:
     assert torch.allclose(found("GradDot", 4.0), found("GradDot", "loss") * 4.0**2 / 4)
+
+
+# -- tables that are made of results -----------------------------------------------------------------
+def test_tables_of_measured_results_are_up_to_date() -> None:
+    for page, text in summary.pages().items():
+        assert page.read_text() == text, f"{page.name}: run python -m benchmarks.summary"
+
+
+def test_the_table_of_models_is_up_to_date() -> None:
+    results = json.loads(models.RESULTS.read_text())
+    assert list(results) == [case.name for case in CASES], "run python -m benchmarks.models"
+    for page, text in models.pages(results).items():
+        assert page.read_text() == text, f"{page.name}: run python -m benchmarks.models"
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_models_are_given_what_the_table_says() -> None:
+    results = json.loads(models.RESULTS.read_text())
+    names = ("mlp", "one linear called twice", "weight norm")
+    assert {tuple(results[name].values())[1:] for name in names} >= {(True,) * 4}  # and some are refused
+    with double_precision():
+        assert models.tried(c for c in CASES if c.name in names) == {name: results[name] for name in names}

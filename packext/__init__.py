@@ -54,6 +54,6 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> _Any:
-    if name in ("attacks", "audit", "defences", "diagnostics", "optim"):  # consumers: imported when first used
+    if name in ("attacks", "audit", "defences", "diagnostics", "optim", "testing"):  # imported when first used
         return _import_module(f"packext.{name}")
     raise AttributeError(f"module 'packext' has no attribute {name!r}")

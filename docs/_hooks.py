@@ -98,7 +98,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, path, content=text))
     named = {page for section in config.nav for part in section.values() for page in part}
     loose = [f.src_uri for f in files.documentation_pages() if f.src_uri not in named and f.src_uri not in pages]
-    config.nav += [{"More": sorted(loose)}, {"API": [{path[4:-3]: path} for path in pages]}]
+    config.nav += [{"More": sorted(loose)}] if loose else []
+    config.nav += [{"API": [{path[4:-3]: path} for path in pages]}]
     return files
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -277,12 +275,3 @@ def test_the_tables_need_rich(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setattr(_cli, "find_spec", lambda name: None)
     status, _, err = run(capsys, "bench")
     assert status == 1 and "pip install 'packext[cli]'" in err
-
-
-def test_as_a_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "packext", "check", "net_of_mine:Nat", "--input", "3"],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(px.__file__).parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("packext check: net_of_mine has no 'Nat'.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import importlib.metadata
 import os
 import re
@@ -73,21 +74,23 @@ print(seconds, *(name for name in sys.argv[1:] if name in new))
 """
 
 
-def test_importing_is_quick_and_light(tmp_path: Path) -> None:
-    # Compiled files are kept: those of an installed package are there. The quickest of some, as others may be at work.
+def test_importing_is_quick_and_light(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "pycache_prefix", str(tmp_path)
+    )  # compiled files are there, as those of an installed package
+    compileall.compile_dir(ROOT / "packext", quiet=1)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     times = []
-    for _ in range(3):
+    for _ in range(3):  # the quickest of some, as others may be at work
         done = subprocess.run(
             [sys.executable, "-c", IMPORT, *HEAVY], env=environment, capture_output=True, text=True, check=True
         )
         seconds, *heavy = done.stdout.split()
         assert not heavy
         times.append(float(seconds))
-        if min(times) < 0.1 and len(times) > 1:
-            break
-    assert min(times) < 0.1, times
+        if times[-1] < 0.1:
+            return
+    raise AssertionError(f"importing took {times} s of the processor")
 
 
 PERMISSIVE = re.compile(r"MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|Mozilla|HPND|Zlib|Unlicense|0BSD", re.I)

@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test fuzz bench bench-monitors bench-privacy lint format clean
+.PHONY: demo test fuzz bench bench-monitors bench-privacy docs lint format clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/packext demo $(DEMO)
@@ -29,6 +29,10 @@ bench-monitors: $(VENV)/bench.stamp
 
 bench-privacy: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.privacy $(BENCH)
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "Documentation: build/site/index.html"
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check

@@ -54,7 +54,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> _Any:
-    # consumers: imported when first used
-    if name in ("adapters", "attacks", "audit", "defences", "diagnostics", "optim", "search"):
+    # imported when first used
+    if name in ("adapters", "attacks", "audit", "defences", "diagnostics", "optim", "search", "testing"):
         return _import_module(f"packext.{name}")
     raise AttributeError(f"module 'packext' has no attribute {name!r}")

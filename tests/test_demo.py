@@ -1,6 +1,4 @@
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,15 +91,3 @@ def test_demo_without_its_extra_says_what_to_install(monkeypatch, capsys):
     assert _cli.main(["demo"]) == 1
     error = capsys.readouterr().err
     assert "rich" in error and "pip install 'packext[demo]'" in error
-
-
-def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    readme = Path(__file__).parent.parent / "README.md"
-    examples = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 7
-    names: dict = {}
-    for example in examples:
-        exec(example, names)
-    assert names["results"].batch_l2.shape == (16,) and names["counts"].sum() == 16
-    assert (tmp_path / "model.png").stat().st_size > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,7 @@ FLOORS = [
     {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},
+    {"_subject", "_check", "_bench", "_tables"},
     {*CONSUMERS, "__init__", "demo", "_cli", "__main__"},
 ]
 
@@ -149,6 +152,26 @@ def test_every_quantity_has_an_oracle_and_an_example() -> None:
     assert all(f"px.{kind.__name__}(" in source for kind in kinds - first_order)
     fields = [kind.savefield for kind in kinds]
     assert len(set(fields)) == len(fields)
+
+
+def test_the_map_of_the_floors_is_that_of_the_tree() -> None:
+    text = (ROOT.parent / "docs" / "design.md").read_text().partition("## Floors\n\n")[2].partition("\n\n")[0]
+    floors = []
+    for line in text.splitlines():  # names two spaces apart, and what they are
+        cells = re.split(r"  +", line.strip())
+        floors.append({c.rstrip("/") for c in itertools.takewhile(re.compile(r"[a-z_]+/?$").match, cells)})
+    assert all(floors)
+    mapped = set().union(*floors)
+    assert mapped == {name_of(f).split(".")[0] for f in FILES} - {"__init__", "__main__"}, "docs/design.md, Floors"
+    for upper, names in enumerate(floors):  # and drawn in the order in which they may import
+        for lower in floors[:upper]:
+            assert max(floor(n) or 0 for n in lower) <= min(floor(n) or 0 for n in names), (lower, names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_the_first_line_of_a_file_says_its_reason(file: Path) -> None:
+    first = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
+    assert len(first) > 15 and first[-1] in ".:?", first
 
 
 def public() -> dict[str, object]:

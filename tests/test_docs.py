@@ -1,0 +1,195 @@
+"""What the pages say: their snippets run, and their tables are those of the code."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import packext as px
+from benchmarks import models, summary
+from packext._quantity import Quantity
+from tests.cases import CASES
+from tests.helpers import double_precision
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+#: `<!-- run -->` before a block: it is run, after those before it on the page, as one program. `<!-- run with NAME -->`
+#: does so where the package NAME is installed. `<!-- run hidden` and a block: it is run, and not shown.
+BLOCK = re.compile(
+    r"<!-- run(?: with (?P<needs>[\w-]+)| hidden)?(?: -->)?\n```python\n(?P<code>.*?)^```", re.DOTALL | re.M
+)
+
+
+def blocks(page: Path) -> list[tuple[str | None, str, int]]:
+    """Of a page's blocks to run what they need, their code and the line on which it begins."""
+    text = page.read_text()
+    return [(m["needs"], m["code"], text[: m.start("code")].count("\n")) for m in BLOCK.finditer(text)]
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT).with_suffix(""))
+)
+def test_snippets(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    space: dict[str, Any] = {"__name__": "snippet"}
+    for needs, code, line in blocks(page):
+        if needs is not None and importlib.util.find_spec(needs) is None:
+            continue
+        with warnings.catch_warnings():
+            if needs is not None:  # what others warn of is not ours to mend
+                warnings.simplefilter("ignore")
+            # Empty lines before it, so that a traceback names the line of the page.
+            exec(compile("\n" * line + code, str(page), "exec"), space)
+
+
+def test_every_marked_block_is_found() -> None:
+    for page in PAGES:
+        assert len(blocks(page)) == page.read_text().count("<!-- run"), page
+
+
+def test_a_snippet_that_fails_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- run -->\n```python\nx = 1\n```\n\n<!-- run -->\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError):
+        test_snippets(page, tmp_path, monkeypatch)
+
+
+# -- docs/quantities.md ------------------------------------------------------------------------------
+def described() -> dict[str, dict[str, str]]:
+    """The tables of docs/quantities.md by the quantity's name."""
+    parts = re.split(r"^::: packext\.(\w+)$", (ROOT / "docs/quantities.md").read_text(), flags=re.MULTILINE)
+    rows = [dict(re.findall(r"^\| (\w+) \| (.*) \|$", text, re.MULTILINE)) for text in parts[2::2]]
+    return dict(zip(parts[1::2], rows, strict=True))
+
+
+def quantities() -> dict[str, type[Quantity]]:
+    return {n: v for n, v in vars(px).items() if isinstance(v, type) and issubclass(v, Quantity)}
+
+
+def test_every_quantity_is_described() -> None:
+    assert described().keys() == quantities().keys()
+    for name, row in described().items():
+        assert row.keys() == {"field", "shape", "formula", "scale", "cost", "source"} and all(row.values()), name
+        assert row["field"] == f"`{quantities()[name].savefield}`"
+
+
+#: Arguments that a quantity needs, or that make it the same in two passes.
+MADE = {
+    "ProjectedGrad": lambda: px.ProjectedGrad((2, 4)),
+    "ClippedGrad": lambda: px.ClippedGrad(0.5),
+    "TopEigenvalues": lambda: px.TopEigenvalues(2, tol=1e-12, generator=torch.Generator().manual_seed(3)),
+}
+
+
+def made(name: str) -> Quantity:
+    kind: Any = quantities()[name]
+    if name in MADE:
+        return MADE[name]()
+    return kind(generator=torch.Generator().manual_seed(3)) if name.endswith(("MC", "KFAC", "Trace")) else kind()
+
+
+@functools.cache
+def found(name: str, scale: Any) -> Any:
+    """The result for a weight `[7, 5]` with 4 samples and 3 classes."""
+    torch.manual_seed(0)
+    model = px.extend(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))).double()
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(4, 5).double(), torch.randint(3, (4,))
+    with px.backpack(made(name), scale=scale) as results:
+        loss_fn(model(x), y).backward(retain_graph=True)
+    value = getattr(results["0.weight"], quantities()[name].savefield)
+    return value(torch.ones(2, 7, 5).double()) if callable(value) else value
+
+
+@pytest.mark.parametrize("name", quantities())
+def test_shapes_of_quantities(name: str) -> None:
+    shape, value = described()[name]["shape"], found(name, "loss")
+    known = {
+        "N": [4],
+        "*p": [7, 5],
+        "V": [3],
+        "M": [1],
+        "r": [2],
+        "q": [4],
+        "O": [7],
+        "I": [5],
+        "bins": [100],
+        "k": [2],
+    }
+    if shape == "`p`":
+        shape = "`[*p]`"
+    if name in ("HMP", "GGNMP", "PCHMP"):
+        shape, value, known["V"] = shape.partition(" -> ")[2], value, [2]
+        shape = f"`{shape}"
+    if name == "DiagHessianMC":
+        assert value.value.shape == value.standard_error.shape == (7, 5) and "`p`" in shape
+    elif name == "HessianTrace":
+        assert value.value.shape == value.standard_error.shape == ()
+    elif name == "EKFAC":
+        assert isinstance(value, px.linalg.KronEigh)
+    else:
+        if name in ("GradHistogram", "ProjectedGrad"):  # the first of two, for a weight
+            shape = shape.partition(", or ")[0]
+        shapes = [[n for k in s.split(", ") for n in known[k]] for s in re.findall(r"`\[([^`]*)\]`", shape)]
+        got = value if isinstance(value, (list, tuple)) else [value]
+        assert [list(t.shape) for t in got[: len(shapes)]] == shapes and shapes
+
+
+@pytest.mark.parametrize("name", quantities())
+def test_scales_of_quantities(name: str) -> None:
+    rule = described()[name]["scale"]
+    if name == "GradHistogram":
+        assert "bins stay" in rule
+        return
+    if name == "GradDot":
+        assert rule.startswith("c with a given direction; c²/N with the default one, and 1 with")
+        powers = {"sample": 1.0}  # N = c for a mean
+    else:
+        power = next(v for k, v in {"c²": 2.0, "c": 1.0, "sqrt(c)": 0.5, "none": 0.0}.items() if rule.startswith(k))
+        number = 2.0 if name == "DiagEF" else power
+        assert (name in ("DiagEF", "ClippedGrad")) == ("a number is taken for the factor" in rule)
+        powers = {"sample": power} if name == "ClippedGrad" else {"sample": power, 4.0: number}
+    for scale, power in powers.items():  # 4 is c for a mean over 4 samples
+        one, four = found(name, 1.0 if scale == 4.0 else "loss"), found(name, scale)
+        if isinstance(one, px.linalg.KronEigh):
+            one, four = one.eigenvalues, four.eigenvalues
+        one, four = ((v[0] if isinstance(v, (list, tuple)) else v) for v in (one, four))
+        assert one.abs().max() > 1e-6
+        assert torch.allclose(four, one * 4.0**power, rtol=1e-9, atol=1e-12), (scale, power)
+
+
+def test_the_default_direction_has_no_factor_of_a_number() -> None:
+    assert torch.allclose(found("GradDot", 4.0), found("GradDot", "loss") * 4.0**2 / 4)
+
+
+# -- tables that are made of results -----------------------------------------------------------------
+def test_tables_of_measured_results_are_up_to_date() -> None:
+    for page, text in summary.pages().items():
+        assert page.read_text() == text, f"{page.name}: run python -m benchmarks.summary"
+
+
+def test_the_table_of_models_is_up_to_date() -> None:
+    results = json.loads(models.RESULTS.read_text())
+    assert list(results) == [case.name for case in CASES], "run python -m benchmarks.models"
+    for page, text in models.pages(results).items():
+        assert page.read_text() == text, f"{page.name}: run python -m benchmarks.models"
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_models_are_given_what_the_table_says() -> None:
+    results = json.loads(models.RESULTS.read_text())
+    names = ("mlp", "one linear called twice", "weight norm")
+    assert {tuple(results[name].values())[1:] for name in names} >= {(True,) * 4}  # and some are refused
+    with double_precision():
+        assert models.tried(c for c in CASES if c.name in names) == {name: results[name] for name in names}

@@ -215,11 +215,16 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
     def _factor(self, flight: _flight.Pass, record_n: int, sample: bool = False) -> float:
         if not sample and self.scale == "loss":
             return 1.0
-        if isinstance(self.scale, (int, float)):
+        if isinstance(self.scale, (int, float)) and not (sample and flight.losses):
             return float(self.scale)
         key = (record_n, len(flight.losses))
         if key not in flight.factors:  # each parameter asks, and numbers are read from tensors once
-            flight.factors[key] = self._sample_factor(flight, record_n)
+            try:
+                flight.factors[key] = self._sample_factor(flight, record_n)
+            except PackextError:
+                if isinstance(self.scale, str):
+                    raise
+                flight.factors[key] = float(self.scale)  # which the user has given in its place
         return flight.factors[key]
 
     def _sample_factor(self, flight: _flight.Pass, record_n: int) -> float:

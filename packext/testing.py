@@ -400,7 +400,14 @@ def check(
 
     Raises:
         PackextError: if the model is random (the loop over samples would draw other numbers), or refused.
+        ValueError: for a quantity that has no oracle.
     """
+    for quantity in quantities or ():
+        if type(quantity) not in ORACLES:
+            raise ValueError(
+                f"check has no slow oracle for {quantity!r}, but for {', '.join(sorted(q.__name__ for q in ORACLES))}. "
+                "Compare curvature with `testing.curvature_rows`."
+            )
     model = unextend(copy.deepcopy(model)).double()
     loss_fn = unextend(copy.deepcopy(loss_fn)).double()
     inputs, targets = _double(inputs), _double(targets)

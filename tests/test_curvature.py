@@ -634,3 +634,16 @@ def test_a_broken_propagation_is_noticed(wrong: int, monkeypatch: pytest.MonkeyP
     run(model, nn.CrossEntropyLoss(), x, y, *quantities())
     with pytest.raises(AssertionError):
         compare(model, rows)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, float(N)])
+def test_the_empirical_fisher_is_linear_in_a_number(scale: float) -> None:
+    """A number is a factor of what the loss as written gives; the samples' own losses are known from the loss."""
+    model, loss_fn = px.extend(mlp()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+    with px.backpack(px.DiagEF()) as written:
+        loss_fn(model(x), y).backward()
+    with px.backpack(px.DiagEF(), scale=scale) as results:
+        loss_fn(model(x), y).backward()
+    for name in written:
+        torch.testing.assert_close(results[name].diag_ef, scale * written[name].diag_ef)

@@ -83,7 +83,7 @@ class Private(torch.optim.Optimizer):
         *,
         max_norm: float,
         noise_multiplier: float,
-        expected_batch_size: float,
+        expected_batch_size: float | int,
         per_layer: bool = False,
         adaptive: AdaptiveClipping | None = None,
         seed: int | None = None,

@@ -21,7 +21,7 @@ class Spent(NamedTuple):
     """
 
     noise_multiplier: float
-    expected_batch_size: float
+    expected_batch_size: float | int
     steps: int
 
 
@@ -49,7 +49,7 @@ def epsilon(spent: Iterable[Spent], samples: int, delta: float, method: str = "p
 
 
 def noise_multiplier(
-    epsilon: float, delta: float, steps: int, expected_batch_size: float, samples: int, method: str = "pld"
+    epsilon: float, delta: float, steps: int, expected_batch_size: float | int, samples: int, method: str = "pld"
 ) -> float:
     """The least noise multiplier with which steps on Poisson-sampled batches stay within `epsilon`.
 

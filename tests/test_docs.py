@@ -157,9 +157,8 @@ def test_scales_of_quantities(name: str) -> None:
         powers = {"sample": 1.0}  # N = c for a mean
     else:
         power = next(v for k, v in {"c²": 2.0, "c": 1.0, "sqrt(c)": 0.5, "none": 0.0}.items() if rule.startswith(k))
-        number = 2.0 if name == "DiagEF" else power
         assert (name in ("DiagEF", "ClippedGrad")) == ("a number is taken for the factor" in rule)
-        powers = {"sample": power} if name == "ClippedGrad" else {"sample": power, 4.0: number}
+        powers = {"sample": power} if name == "ClippedGrad" else {"sample": power, 4.0: power}
     for scale, power in powers.items():  # 4 is c for a mean over 4 samples
         one, four = found(name, 1.0 if scale == 4.0 else "loss"), found(name, scale)
         if isinstance(one, px.linalg.KronEigh):

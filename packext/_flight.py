@@ -369,7 +369,14 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
     try:
         return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
-        if isinstance(error, PackextError) or "use_reentrant" not in str(error):
+        if isinstance(error, PackextError):
+            raise
+        if "storage of size 0" in str(error):
+            raise UnsupportedUseError(
+                "Parameters that FSDP2 has sharded again are not there for a pass that looks at samples or carries "
+                "curvature. Call px.extend after fully_shard, or shard each module that has parameters by itself."
+            ) from error
+        if "use_reentrant" not in str(error):
             raise
     raise UnsupportedUseError(
         "A part of the extended model is under reentrant activation checkpointing, through which torch allows no pass "

@@ -96,7 +96,18 @@ def _uneven(rank: int, world: int) -> None:
         torch.testing.assert_close(united[name].variance, plain[name].variance)
 
 
-@pytest.mark.parametrize("work", [_all, _refused, _uneven])
+def _resharded(rank: int, world: int) -> None:
+    """Modules that have no shards of their own have none of their parameters when the model is done."""
+    model, loss, x, y = problem()
+    fully_shard(model, reshard_after_forward=True)
+    with (
+        pytest.raises(px.UnsupportedUseError, match="px.extend after fully_shard"),
+        px.backpack(px.DiagGGNExact(), scale="sample"),
+    ):
+        loss(model(x[:5]), y[:5]).backward()
+
+
+@pytest.mark.parametrize("work", [_all, _refused, _resharded, _uneven])
 def test_sharded_parameters(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_union, work.__name__, work, raising=False)  # which forked processes look up there
     together(work)

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 import packext as px
 
 # The compiler looks at `.grad` of what it is given, where that is no leaf: torch warns of it, without packext as well.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# On Python 3.13.0 alone it says that it is slow there.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0"),
+]
 
 
 @pytest.fixture(autouse=True)

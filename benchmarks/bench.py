@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -125,7 +127,7 @@ def check(instance: Instance, row: Row, key: str, reference: Reference) -> tuple
                 cell.trials[name] = trial(contender, instance.inputs.device)
         except Exception as problem:  # a library that raises is a result, too
             cell.rejected[name] = describe(problem)
-            cell.traces[name] = traceback.format_exc()
+            cell.traces[name] = anywhere(traceback.format_exc())
             continue
         if verdict.status != "ok":
             cell.rejected[name] = str(verdict)
@@ -139,6 +141,13 @@ def check(instance: Instance, row: Row, key: str, reference: Reference) -> tuple
         cell.text = next(iter(cell.rejected.values()))
         cell.status = cell.text.partition(":")[0]
     return cell, best
+
+
+def anywhere(text: str) -> str:
+    """Take this machine's folders out of the names of files."""
+    for folder in (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1])):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 def trial(contender: Contender, device: torch.device) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from packext._record import modules_of
+
 
 def _loaded() -> Any:
     """The part of torch that compiles, if anything may have been compiled yet: to import it takes a second."""
@@ -25,9 +27,11 @@ def original(module: nn.Module) -> nn.Module:
 
 def compiled(module: nn.Module) -> bool:
     """Whether a part of `module` is compiled; functions that it calls are not known."""
-    if _loaded() is None:
+    dynamo = _loaded()
+    if dynamo is None:
         return False
-    return any(m._compiled_call_impl is not None or original(m) is not m for m in module.modules())
+    kind = dynamo.OptimizedModule
+    return any(m._compiled_call_impl is not None or isinstance(m, kind) for m in modules_of(module))
 
 
 def eager() -> Callable[[], None] | None:

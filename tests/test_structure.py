@@ -23,10 +23,10 @@ CONSUMERS = ("adapters", "attacks", "audit", "defences", "diagnostics", "optim",
 
 #: Floors, from the ground up; a module may import from its own floor and those below it.
 FLOORS = [
-    {"_errors", "_layout", "_scratch", "_kronecker", "_compiler", "linalg", "_union"},
+    {"_errors", "_layout", "_scratch", "_kronecker", "linalg", "_union"},
     {"_factored", "_statistics", "_roots"},
     {"_use", "_quantity"},
-    {"_taps", "_record", "_probe", "_gathering", "_refusals", "_results", "_flight"},
+    {"_taps", "_record", "_probe", "_gathering", "_refusals", "_results", "_compiler", "_flight"},
     {"rules"},
     {"_lineage", "_scale"},
     {"_extend", "_residual", "_chain", "_curvature"},

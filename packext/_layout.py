@@ -195,7 +195,8 @@ class Tokens(Layout):
 
     def _sample_first(self, t: Tensor) -> tuple[Tensor, int]:
         """The tokens in front, and no axis gained."""
-        rows = t.movedim(self.occupied(t), tuple(range(len(self.occupied(t)))))
+        own = self.occupied(t)
+        rows = t.movedim(own, tuple(range(len(own))))
         if self._folded(t.shape):
             rows = rows.unflatten(0, (self.length, self.samples)).transpose(0, 1) if self.inner else rows[None]
         elif self.axis is None:

@@ -196,6 +196,8 @@ def exact() -> bool:
 
 def unwanted(use: Use, name: str) -> bool:
     """Whether nobody reads the gradient of a tensor made of parameters, which a tap would compute for `.grad` alone."""
+    if activations_only():
+        return True
     if _probe is not None or _sweep is not None or not _listening() or CONTEXTS[-1].grad:
         return False
     return all(CONTEXTS[-1]._wants(source.tensor) for source in use.sources.get(name, ()))

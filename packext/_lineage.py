@@ -50,6 +50,7 @@ class Tracer(TorchFunctionMode):
         """Watch the forward pass that `record` describes."""
         super().__init__()
         self.record = record
+        self._record_ref = weakref.ref(record)
         self.stack: list[nn.Module] = []
         self._hooks: list[Any] = []
         self.table: dict[int, tuple[Source, Tensor]] = {}
@@ -107,22 +108,23 @@ class Tracer(TorchFunctionMode):
         return f"{path or '(the model itself)'} [{type(module).__name__}]"
 
     # -- lineage ---------------------------------------------------------------------------------
-    def sources(self, t: Tensor) -> tuple[Source, ...]:
-        """The parameters that `t` is made of alone, or nothing."""
+    def _behind(self, t: Tensor) -> tuple[Source, ...] | None:
+        """The parameters that `t` is made of alone; None if it was computed from the model's inputs; else nothing."""
         entry = self.table.get(id(t))
         if entry is not None:
             return (entry[0],)
         if type(t) is nn.Parameter and t.requires_grad and self._learn(t):
             return (self.table[id(t)][0],)
         mark = getattr(t, _MARK, None)
-        if mark is None or mark[0] != self.record.token or not mark[1]:
-            return ()
-        return mark[1]
+        return () if mark is None or mark[0] != self.record.token else mark[1]
+
+    def sources(self, t: Tensor) -> tuple[Source, ...]:
+        """The parameters that `t` is made of alone, or nothing."""
+        return self._behind(t) or ()
 
     def is_data(self, t: Tensor) -> bool:
         """Whether `t` was computed from the model's inputs."""
-        mark = getattr(t, _MARK, None)
-        return mark is not None and mark[0] == self.record.token and mark[1] is None
+        return self._behind(t) is None
 
     def mark_input(self, t: Tensor) -> None:
         """An input of the model."""
@@ -152,13 +154,12 @@ class Tracer(TorchFunctionMode):
         sources: tuple[Source, ...] = ()
         data = False
         for t in _shallow((*args[:1], *kwargs.values()) if func in rules.FIRST_ONLY else (*args, *kwargs.values())):
-            found = self.sources(t)
+            found = self._behind(t)
             if found:
                 sources += found
-            elif not data:
+            elif found is None and not data:
                 # A number that data gave chooses among parameters, as a constant would: it meets no sample here.
-                chooses = func is Tensor.__getitem__ and t.dim() == 0 and t is not args[0]
-                data = not chooses and self.is_data(t)
+                data = not (func is Tensor.__getitem__ and t.dim() == 0 and t is not args[0])
         if not sources:
             out = func(*args, **kwargs)
             if data:
@@ -222,11 +223,11 @@ class Tracer(TorchFunctionMode):
                 "Checkpoint a module: its forward is watched when it is computed again.",
             )
         sources = {k: s for k, t in tensors.items() if t.requires_grad and (s := self.sources(t))}
-        shapes = {k: tuple(t.shape) for k, t in tensors.items()}
-        use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, weakref.ref(self.record))
-        use.direct = frozenset(k for k, s in sources.items() if s[0].tensor is tensors[k])
+        shapes = {k: t.shape for k, t in tensors.items()}
+        use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self._record_ref)
+        use.direct = frozenset([k for k, s in sources.items() if s[0].tensor is tensors[k]])
         axis = self.record.batch_axis
-        use.ties = frozenset(k for k, t in tensors.items() if id(t) in self._inputs and t.dim() > axis)
+        use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
         use.rooted = self._rooted
         return use
 
@@ -371,9 +372,12 @@ def _shallow(values: Iterable[Any]) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, (tuple, list)):
+        elif isinstance(value, (tuple, list)) and value and not _NUMBERS.issuperset(map(type, value)):
             found += _shallow(value)
     return found
+
+
+_NUMBERS = frozenset({int, float, bool, type(None)})
 
 
 @functools.cache

@@ -56,21 +56,17 @@ class Owned(torch.autograd.Function):
         t = dict(zip(use.names, saved, strict=True))
         rule = use.rule
         assert isinstance(rule, OwnedRule)
-        wanted = [
-            name
-            for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True)
-            if needed and (name == "input" or not _flight.activations_only())
-        ]
-        wanted = [name for name in wanted if name == "input" or not _flight.unwanted(use, name)]
+        wanted = [name for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True) if needed]
         grads_of: dict[str, Tensor] = {}
-        if wanted and _flight.exact():  # torch's own, of which quantities of the sum of rows can be made
-            grads_of, wanted = rule.gradients(use, t, g, wanted), []
         if not _flight.deaf():
+            wanted = [name for name in wanted if name == "input" or not _flight.unwanted(use, name)]
+            if wanted and _flight.exact():  # torch's own, of which quantities of the sum of rows can be made
+                grads_of, wanted = rule.gradients(use, t, g, wanted), []
             delivered = _flight.arrive(use, saved, grads, grads_of)
             grads_of, wanted = {**delivered, **grads_of}, [name for name in wanted if name not in delivered]
         if wanted:
             grads_of = {**grads_of, **rule.gradients(use, t, g, wanted)}
-        return (None, None, *(grads_of.get(name) for name in use.names))
+        return (None, None, *[grads_of.get(name) for name in use.names])
 
 
 class Observed(torch.autograd.Function):

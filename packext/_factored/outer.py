@@ -14,6 +14,9 @@ from packext._scratch import scratch
 #: Outputs come in multiples of this where not all are taken at once.
 VECTOR = 16
 
+#: Samples that a product takes at once, however large their rows are: threads share samples better than one product.
+TOGETHER = 4
+
 
 def gram(rows: Tensor) -> Tensor:
     """Inner products `[G, I, I]` of `rows` `[G, I, S]`; of large ones the upper half is copied from the lower."""
@@ -348,7 +351,8 @@ class Outer(Factored):
         unfolded = self.groups * self.s * self.i if isinstance(self.a, Patches) and self._native is None else 0
         if self._alone:
             return 1
-        return max(1, min(self.n, _scratch.TILE // max(1, self.numel), _scratch.TILE // max(1, unfolded)))
+        most = min(_scratch.TILE // max(1, self.numel), _scratch.TILE // max(1, unfolded))
+        return max(1, min(self.n, max(most, TOGETHER)))
 
     def bytes_held(self) -> int:
         source = self.a.source if isinstance(self.a, Patches) else self.a

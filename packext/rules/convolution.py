@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from packext._lineage import Tracer
 
 #: Multiply-adds of one sample from which on torch's own call for its weight gradient beats unfolding.
-LARGE = 11_000_000
+LARGE = 64_000_000
 
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_NAMES = (

@@ -32,6 +32,7 @@ from packext._use import Rule, Source, Use
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
 #: value that it is an expanded view of.
 _MARK = "_packext_lineage"
+_UNMARKED = (0, None, None)
 
 
 class _Local(threading.local):
@@ -83,6 +84,8 @@ class Tracer(TorchFunctionMode):
             full = f"{path}.{name}" if path else name
             if self.record.names.get(full) is p or not isinstance(p, Tensor) or not p.requires_grad:
                 continue
+            if getattr(p, _MARK, _UNMARKED)[0] == self.record.token:
+                continue  # functional_call has put in its place what this forward pass has computed
             self.record.names[full] = p
             if id(p) not in self.table:
                 self.table[id(p)] = (Source(p, full), p)
@@ -170,13 +173,13 @@ class Tracer(TorchFunctionMode):
                     record.routed = self._routes(args)
                 self._mark(out, None)
                 if mutates(func):
-                    self._mark(args[0], None)
+                    self._mark(_changed(args, kwargs), None)
             return out
         if not data:
             out = func(*args, **kwargs)
             if mutates(func):
-                self._mark(args[0], tuple(dict.fromkeys(sources)))
-            base = args[0] if func in _EXPANDS and isinstance(args[0], Tensor) else None
+                self._mark(_changed(args, kwargs), tuple(dict.fromkeys(sources)))
+            base = args[0] if func in _EXPANDS and args and isinstance(args[0], Tensor) else None
             self._mark(out, tuple(dict.fromkeys(sources)), base)
             return out
         self._rooted = (
@@ -202,7 +205,7 @@ class Tracer(TorchFunctionMode):
             out = func(*args, **kwargs)
         self._mark(out, None)
         if mutates(func):
-            self._mark(args[0], None)
+            self._mark(_changed(args, kwargs), None)
         return out
 
     # -- taps ------------------------------------------------------------------------------------
@@ -229,6 +232,15 @@ class Tracer(TorchFunctionMode):
         axis = self.record.batch_axis
         use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
         use.rooted = self._rooted
+        for group in sources.values():
+            for source in group:
+                if source.tensor.is_complex():
+                    raise self.refuse(
+                        func,
+                        f"{source.name} {list(source.tensor.shape)} is complex, and individual gradients are those of "
+                        "real parameters",
+                        "Make it of two: torch.complex(real, imaginary) in forward.",
+                    )
         return use
 
     def owned(
@@ -239,6 +251,8 @@ class Tracer(TorchFunctionMode):
         consts: dict[str, Any],
     ) -> Any:
         """Run a call inside a tap; NotImplemented where the weight is not what is made of parameters."""
+        if _any_complex(tensors):
+            return NotImplemented
         use = self.use(rule, func, tensors, consts)
         if "input" in use.sources or any(
             t.requires_grad and k not in use.sources for k, t in tensors.items() if k != "input"
@@ -261,7 +275,9 @@ class Tracer(TorchFunctionMode):
         tensors: dict[str, Tensor],
         consts: dict[str, Any],
     ) -> Any:
-        """Run a call, and put a tap on its outputs."""
+        """Run a call, and put a tap on its outputs; NotImplemented where the rule is not made for what it meets."""
+        if not rule.conjugates and _any_complex(tensors):
+            return NotImplemented
         use = self.use(rule, func, tensors, consts)
         out = rule.call(use, tensors)
         if not use.sources:
@@ -279,7 +295,7 @@ class Tracer(TorchFunctionMode):
 
     def argument(self, value: Tensor, shape: Any, dtype: torch.dtype, func: Callable[..., Any]) -> Tensor:
         """A parameter-only value, tapped where it is broadcast to the data's `shape`."""
-        base = getattr(value, _MARK, (0, None, None))[2] if id(value) not in self.table else None
+        base = getattr(value, _MARK, _UNMARKED)[2] if id(value) not in self.table else None
         if base is not None and tuple(value.shape) == tuple(shape):
             value = base
         use = self.use(rules.ARGUMENT, func, {"value": value}, {})
@@ -384,6 +400,16 @@ _NUMBERS = frozenset({int, float, bool, type(None)})
 def mutates(func: Any) -> bool:
     """Whether `func` changes its first argument."""
     return rules.writes_in_place(func, {})
+
+
+def _any_complex(tensors: dict[str, Tensor]) -> bool:
+    """Whether gradients are products with conjugates."""
+    return any([t.is_complex() for t in tensors.values()])
+
+
+def _changed(args: Any, kwargs: dict[str, Any]) -> Any:
+    """The argument that a function changes."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 #: Functions that can pick entries of one tensor by the values of another.

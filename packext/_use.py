@@ -196,6 +196,8 @@ class Rule:
     positionwise = False
     #: Whether the tap computes `.grad` itself, so that a sum of rows can serve as it.
     delivers = False
+    #: Whether it is right where gradients are products with conjugates, as those of complex numbers are.
+    conjugates = False
 
     def bias_axis(self, use: Use) -> int | None:
         """The axis of the inputs in `weight`, if `bias` is added to what it gives, at every position; or None."""

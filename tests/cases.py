@@ -1108,3 +1108,38 @@ def _() -> Any:
 @case("two heads, both used", loss=lambda: Picked(lambda y: y[0] + y[1].sum(1, keepdim=True) * torch.arange(3.0)))
 def _() -> Any:
     return Unused(), torch.randn(N, 5), labels()
+
+
+class Fourier(nn.Module):
+    """A filter that is learned where the input is multiplied with its transform, and weights of two real parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.out = nn.Parameter(torch.randn(6)), nn.Linear(6, 5)
+        self.real, self.imaginary = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.out(torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(self.filter), n=6))
+        return (torch.view_as_complex(torch.stack([h, h.sin()], 2)) @ torch.complex(self.real, self.imaginary)).abs()
+
+
+@case("complex numbers of real parameters")
+def _() -> Any:
+    return Fourier(), torch.randn(N, 6), labels()
+
+
+class Fast(nn.Module):
+    """A layer that is called with weights computed in the same forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.factor = nn.Linear(5, 3), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = {name: p * self.factor for name, p in self.base.named_parameters()}
+        return torch.func.functional_call(self.base, values, (x,)) + self.base(x)
+
+
+@case("functional_call with computed weights")
+def _() -> Any:
+    return Fast(), torch.randn(N, 5), labels()

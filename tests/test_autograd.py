@@ -434,3 +434,14 @@ def test_threads_do_not_disturb_each_other() -> None:
         F.cross_entropy(model(x), y).backward()
     torch.testing.assert_close(model[0].weight.grad_batch, rows["0.weight"])
     torch.testing.assert_close(model[3].weight.grad_batch, rows["2.weight"])
+
+
+def test_lazy_modules_extended_before_they_know_their_sizes() -> None:
+    """The first forward pass initialises them, by functions that are called with keywords alone."""
+    model, loss_fn = px.extend(nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(3))), nn.CrossEntropyLoss()
+    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    for _ in range(2):
+        with px.backpack(px.BatchGrad()):
+            loss_fn(model(x), y).backward()
+    rows = [torch.autograd.grad(loss_fn(model(x[i : i + 1]), y[i : i + 1]) / 4, model[0].weight)[0] for i in range(4)]
+    torch.testing.assert_close(model[0].weight.grad_batch, torch.stack(rows))

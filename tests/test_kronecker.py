@@ -21,7 +21,7 @@ from tests.helpers import double_precision, mlp
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 N = 4
 #: Learned positions: the table is read for all samples at once.
-READ_WITHOUT_DATA = ("pos.weight", "wpe.weight")
+READ_WITHOUT_DATA = ("pos.weight", "wpe.weight", "base.weight")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -678,3 +678,49 @@ def _works(model: nn.Module, x: Tensor, y: Tensor) -> None:
     rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / len(y))
     loss_fn = px.extend(nn.CrossEntropyLoss())
     assert_exact(model, lambda: loss_fn(model(x), y), rows, len(y))
+
+
+def test_complex_parameters_are_refused() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.complex128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.to(torch.complex128) @ self.weight).abs()
+
+    model, loss_fn = px.extend(Complex()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.randint(3, (4,))
+    with pytest.raises(px.UnsupportedUseError, match=r"weight \[5, 3\] is complex"), px.backpack(px.BatchGrad()):
+        loss_fn(model(x), y).backward()
+    loss_fn(model(x), y).backward()
+    assert model.weight.grad is not None and not hasattr(model.weight, "grad_batch")
+
+
+def test_custom_functions_are_named_where_a_parameter_is_not_seen() -> None:
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+            ctx.save_for_backward(x, scale)
+            return x * scale
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            x, scale = ctx.saved_tensors
+            return grads[0] * scale, (grads[0] * x).sum()
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(5, 3), nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Scale.apply(self.layer(x), self.scale)
+
+    model, loss_fn = px.extend(Scaled()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    with pytest.raises(px.UnsupportedUseError, match=r"scale.*torch\.autograd\.Function"), px.backpack(px.BatchGrad()):
+        loss_fn(model(x), y).backward()
+    with px.backpack(px.BatchGrad(), parameters=[*model.layer.parameters()]):
+        loss_fn(model(x), y).backward()
+    assert torch.allclose(model.layer.weight.grad_batch.sum(0), model.layer.weight.grad)

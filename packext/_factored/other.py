@@ -155,7 +155,7 @@ class Pulled(Factored):
         """Take the form of u, the parameter, and `pull: [c, *u.shape] -> [c, *shape]`."""
         self.inner, self.pull = inner, pull
         self.n, self.shape = inner.n, like.shape
-        self.acc, self.device = inner.acc, inner.device
+        self.acc, self.device = inner.acc if like.is_complex() else inner.acc.to_real(), inner.device
 
     def tile(self) -> int:
         return max(1, min(super().tile(), self.inner.tile()))
@@ -166,7 +166,7 @@ class Pulled(Factored):
         return self.pull(self.inner.rows(lo, hi)).to(self.acc)
 
     def weighted(self, weight: Tensor | None) -> Tensor | None:
-        total = self.inner.weighted(weight)
+        total = self.inner.weighted(None if weight is None else weight.to(self.inner.acc))
         return None if total is None else self.pull(total[None])[0].to(self.acc)
 
     def bytes_held(self) -> int:

@@ -76,6 +76,8 @@ def bind(
 class Generic(Rule):
     """Any call: arguments are kept as they were nested, and the vjp is taken one sample at a time."""
 
+    conjugates = True
+
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Any:
         leaves = list(use.consts["leaves"])
         for name, value in tensors.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class Use:
     consts: dict[str, Any]
     sources: dict[str, tuple[Source, ...]]
     where: str
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
     owner: Callable[[], Record | None]
     outputs: tuple[tuple[int, ...], ...] = ()
     layouts: tuple[Layout | None, ...] | None = None

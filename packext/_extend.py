@@ -66,7 +66,7 @@ def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter
         The same module.
 
     Raises:
-        TypeError: if `module` is not an `nn.Module`.
+        TypeError: if `module` is not an `nn.Module`, or TorchScript.
         ValueError: if `batch_axis` is not an int of 0 or more.
     """
     if not isinstance(module, nn.Module):
@@ -74,10 +74,17 @@ def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter
         raise TypeError(f"extend expects an nn.Module instance, got {what}. Functions need no extend.")
     if isinstance(batch_axis, bool) or not isinstance(batch_axis, int) or batch_axis < 0:
         raise ValueError(f"batch_axis must be an int of 0 or more, got {batch_axis!r}.")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"extend got TorchScript ({type(module).__name__}), which runs where packext sees nothing. Extend the "
+            "module as it was written."
+        )
     unextend(module)
     shared = Shared(batch_axis)
     root = _compiler.original(module)
     for path, m in root.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            continue  # it takes no hooks; what it does with parameters is refused when their gradient is asked for
         m.__dict__["_packext"] = Extension(path, shared)
         if m is not root and _meets_no_parameter(m):
             continue

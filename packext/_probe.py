@@ -284,8 +284,8 @@ def _cotangent(meta: tuple[Any, ...], layout: Layout, members: Tensor, generator
 
 
 def _compare(run: Probe, record: Record, expected: dict[int, Tensor | None]) -> None:
-    names = {id(s.tensor): s.name for s in record.parameters()}
-    for key, name in names.items():
+    for source in record.parameters():
+        key, name = id(source.tensor), source.name
         truth, mine = expected[key], run.found.get(key)
         some = truth if truth is not None else mine
         if some is None:
@@ -302,10 +302,18 @@ def _compare(run: Probe, record: Record, expected: dict[int, Tensor | None]) -> 
         allowed += 100 * lowest * run.size.get(key, 0.0)
         if error > allowed:
             uses = "; ".join(u.describe() for u in run.rules.get(key, [])) or "no use of it was recognised"
+            why = (
+                "A part of its path was not seen: parameters must enter through torch functions called while the "
+                "extended model runs, and random functions must not be part of a use."
+            )
+            if source.tensor._backward_hooks:
+                why = (
+                    "It has a hook (Tensor.register_hook), which changes `.grad` and no individual gradient: take it "
+                    "off, change `.grad` after the backward pass, or leave the parameter out (parameters=...)."
+                )
             raise WrongRuleError(
                 f"The gradient of one sample that packext finds for {name} differs from autograd's by {error:.3g} "
-                f"(allowed {allowed:.3g}): {uses}. A part of its path was not seen: parameters must enter through "
-                "torch functions called while the extended model runs, and random functions must not be part of a use."
+                f"(allowed {allowed:.3g}): {uses}. {why}"
             )
 
 

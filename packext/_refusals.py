@@ -60,9 +60,9 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
         raise UnsupportedUseError(
             f"A gradient will reach {names}, but packext saw no use of it: it was combined with other values before "
             "the extended model ran or outside of it, which is to be done inside of forward; or inside of a "
-            "torch.autograd.Function or a torch.func transform, into which packext does not see: have these give the "
-            "value that the parameter is multiplied with, and multiply in forward, or leave the parameter out "
-            "(parameters=...)."
+            "torch.autograd.Function, a torch.func transform or TorchScript, into which packext does not see: have "
+            "these give the value that the parameter is multiplied with, and multiply in forward, or leave the "
+            "parameter out (parameters=...)."
         )
 
 

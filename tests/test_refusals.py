@@ -724,3 +724,30 @@ def test_custom_functions_are_named_where_a_parameter_is_not_seen() -> None:
     with px.backpack(px.BatchGrad(), parameters=[*model.layer.parameters()]):
         loss_fn(model(x), y).backward()
     assert torch.allclose(model.layer.weight.grad_batch.sum(0), model.layer.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_torchscript_is_refused_as_a_model_and_where_it_has_parameters() -> None:
+    with pytest.raises(TypeError, match="extend got TorchScript"):
+        px.extend(torch.jit.script(nn.Linear(5, 3)))
+    model, loss_fn = nn.Sequential(nn.Linear(5, 4), torch.jit.script(nn.Linear(4, 3))), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    px.extend(model)
+    with pytest.raises(px.UnsupportedUseError, match=r"1\.weight, 1\.bias.*TorchScript"), px.backpack(px.BatchGrad()):
+        loss_fn(model(x), y).backward()
+    with px.backpack(px.BatchGrad(), parameters=[*model[0].parameters()]):
+        loss_fn(model(x), y).backward()
+    assert torch.allclose(model[0].weight.grad_batch.sum(0), model[0].weight.grad)
+    px.unextend(model)
+    assert not model[0]._forward_hooks and "_packext" not in model[1].__dict__
+
+
+def test_a_hook_on_a_parameter_is_named_where_it_changes_the_gradient() -> None:
+    model, loss_fn = px.extend(nn.Sequential(nn.Linear(5, 3))), px.extend(nn.CrossEntropyLoss())
+    hook = model[0].weight.register_hook(lambda g: g / 2)
+    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    with pytest.raises(px.WrongRuleError, match=r"It has a hook \(Tensor.register_hook\)"), px.backpack(px.BatchGrad()):
+        loss_fn(model(x), y).backward()
+    hook.remove()
+    with px.backpack(px.BatchGrad()):
+        loss_fn(model(x), y).backward()

@@ -238,7 +238,8 @@ def enter(record: Record) -> None:
         raise PackextError(
             f"The extended model returned a value made of parameters alone ({', '.join(record.strays.values())}), and "
             "the loss depends on it: its gradient belongs to no sample. Combine it with the data inside of forward, or "
-            "compute it outside of the model."
+            "compute it outside of the model. If it is made of data, they came in a way that packext does not see: "
+            "through NumPy, a list of numbers, or together with the parameter in a torch.func transform or TorchScript."
         )
     flight = _current(record) if _sweep is None else _sweep.flight
     if record not in flight.records:

@@ -26,7 +26,7 @@ from packext._errors import UnsupportedUseError
 from packext._record import Record, modules_of, tensors_in
 from packext._refusals import Again
 from packext._scale import FUNCTIONS, LossMark, called, is_loss
-from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule
+from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule, origins
 from packext._use import Rule, Source, Use
 
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
@@ -118,8 +118,18 @@ class Tracer(TorchFunctionMode):
             return (entry[0],)
         if type(t) is nn.Parameter and t.requires_grad and self._learn(t):
             return (self.table[id(t)][0],)
-        mark = getattr(t, _MARK, None)
-        return () if mark is None or mark[0] != self.record.token else mark[1]
+        mark = getattr(t, _MARK, _UNMARKED)
+        if mark[0] == self.record.token:
+            return mark[1]
+        return () if t.grad_fn is None else self._made_unseen(t)
+
+    def _made_unseen(self, t: Tensor) -> tuple[Source, ...] | None:
+        """The same of what TorchScript, a torch.func transform or code outside of the model has made: by its graph."""
+        leaves, tapped = origins(t, self.record)
+        behind = [self._behind(leaf) for leaf in leaves]
+        known = tuple(dict.fromkeys(source for found in behind for source in found or ()))
+        setattr(t, _MARK, (self.record.token, None if tapped or None in behind else known, None))
+        return getattr(t, _MARK)[1]
 
     def sources(self, t: Tensor) -> tuple[Source, ...]:
         """The parameters that `t` is made of alone, or nothing."""

@@ -58,11 +58,10 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
     if missed:
         names = ", ".join(name for name, p in modules[0].named_parameters() if id(p) in missed)
         raise UnsupportedUseError(
-            f"A gradient will reach {names}, but packext saw no use of it: it was combined with other values before "
-            "the extended model ran or outside of it, which is to be done inside of forward; or inside of a "
-            "torch.autograd.Function, a torch.func transform or TorchScript, into which packext does not see: have "
-            "these give the value that the parameter is multiplied with, and multiply in forward, or leave the "
-            "parameter out (parameters=...)."
+            f"A gradient will reach {names}, but packext saw no use of it: it meets data outside of the extended "
+            "model, or inside of a torch.autograd.Function, a torch.func transform or TorchScript, into which packext "
+            "does not see. Have these give the value that the parameter is multiplied with, and multiply in forward, "
+            "or leave the parameter out (parameters=...)."
         )
 
 

@@ -16,7 +16,7 @@ What a tap keeps goes through `save_for_backward`, so that checkpointing and off
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from torch import Tensor
 from packext import _flight
 from packext._use import TARGET as TARGET
 from packext._use import Rule, Use
+
+if TYPE_CHECKING:
+    from packext._record import Record
 
 
 class OwnedRule(Rule):
@@ -137,3 +140,20 @@ def inputs_first(roots: Sequence[Any]) -> Iterator[Any]:
             continue
         stack.append((node, True))
         stack.extend((child, False) for child, _ in node.next_functions)
+
+
+def origins(t: Tensor, record: Record) -> tuple[list[Tensor], bool]:
+    """Leaves from which autograd has computed `t`, and whether a tap of `record` is on the way: there it ends."""
+    leaves, seen, open_ = [], set(), [t.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        use = getattr(node, "use", None)
+        if isinstance(use, Use) and use.owner() is record:
+            return [], True
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        open_.extend(child for child, _ in node.next_functions)
+    return leaves, False

@@ -346,3 +346,45 @@ def test_products_keep_their_memory_order() -> None:
     extended = px.extend(model)(x)
     assert plain.stride() == extended.stride()
     torch.testing.assert_close(extended, plain)
+
+
+class Sign(torch.autograd.Function):
+    """Signs, with the gradient of what they are signs of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
+class Unseen(nn.Module):
+    """Activations and values of parameters from functions whose calls packext does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.scale, self.offset = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+        self.outside = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.vmap(lambda row: row.tanh())(self.a(x))  # made of data: autograd's graph leads to a use
+        h = Sign.apply(F.linear(h, Sign.apply(self.b.weight), self.b.bias)) + h
+        scale = torch.vmap(lambda s: s.exp())(self.scale)  # made of a parameter
+        return self.c(h * scale + self.outside)
+
+
+def test_values_that_unseen_functions_have_made() -> None:
+    model, (x, y) = Unseen(), batch()
+    model.outside = model.offset.sin()
+    rows = rows_of(model, lambda: each(model(x), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+
+    def loss() -> Tensor:
+        model.outside = model.offset.sin()  # before the model runs
+        return loss_fn(model(x), y)
+
+    assert_exact(model, loss, rows, N)

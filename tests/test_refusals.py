@@ -349,25 +349,6 @@ def test_parameter_written_in_place() -> None:
     refused(Writes(), torch.randn(N, 5), px.UnsupportedUseError, r"in place.*out-of-place")
 
 
-def test_values_made_of_parameters_outside() -> None:
-    """A weight merged before the model runs reaches a parameter that no use was seen of."""
-
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.p, self.head = nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
-            self.merged = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(x * self.merged)
-
-    model = px.extend(Holder())
-    model.merged = model.p.exp()
-    with pytest.raises(px.UnsupportedUseError, match="p, but packext saw no use"), px.backpack(px.BatchGrad()):
-        model(torch.randn(N, 5)).sum().backward()
-    assert model.p.grad is None and not hasattr(model.head.weight, "grad_batch")
-
-
 class Cubed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from packext._gathering import Gathering
 from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside, modules_of
 from packext._refusals import AGAIN, refuse_static, sharding, unseen, will_accumulate
+from packext._statistics import Statistics
 from packext._use import TARGET, Source, Use
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Contexts, the innermost last. Backward passes of CUDA run on other threads, so this is global.
 CONTEXTS: list[backpack] = []
+#: Those that hear a pass, of those that ask for anything: the innermost that does not overhear, and that does.
+_hearing: tuple[backpack, ...] = ()
 _probe: Probe | Check | None = None
 _sweep: Sweep | None = None
 _silent = False
@@ -42,7 +45,7 @@ class Sweep:
     def __init__(self, flight: Pass, absorb: Callable[[Source, Factored], None]) -> None:
         """Hand the merged form of every parameter that the cotangent reaches to `absorb`."""
         self.flight, self.absorb = flight, absorb
-        self.gathering = Gathering(flight.context._wants)
+        self.gathering = Gathering(_wants([f.context for f in flight.heard if f.context.curvature]))
 
     def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
         """The cotangent arrives at a tap."""
@@ -99,17 +102,18 @@ class Look(Sweep):
 
 
 class Pass:
-    """One backward pass inside a context."""
+    """One backward pass as a context hears it; `also` is the same pass for the one that overhears."""
 
-    def __init__(self, context: backpack) -> None:
-        """Start when the first gate is passed."""
-        self.context = context
+    def __init__(self, contexts: Sequence[backpack], main: Pass | None = None) -> None:
+        """Start when the first gate is passed, for the first of `contexts`; what they share is that of `main`."""
+        self.context = contexts[0]
         self.task = torch._C._current_graph_task_id()
         self.replaced: list[tuple[Tensor, str, Any]] = []
-        self.gathering = Gathering(context._wants, context._tokens)
-        self.records: list[Record] = []
+        self.wants = _wants(contexts)
+        self.gathering = Gathering(_wants([c for c in contexts if c.by_sample]), contexts[0]._tokens)
+        self.records: list[Record] = [] if main is None else main.records
         self.n = 0  # samples, or tokens, once a form has arrived
-        self.losses: list[tuple[str, str, Tensor]] = []
+        self.losses: list[tuple[str, str, Tensor]] = [] if main is None else main.losses
         self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
         self.asides: dict[int, dict[str, Any]] = {}
         self.inside: set[Any] = set()  # marks of losses that the model computed
@@ -120,7 +124,19 @@ class Pass:
         self.measured: dict[int, tuple[Source, dict[int, Any]]] = {}
         self.asks: dict[int, dict[int, Any]] = {}
         self.owners: dict[int, tuple[Any, set[int]]] = {}
-        torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+        self.also = Pass(contexts[1:], self) if len(contexts) > 1 else None
+        if main is None:
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+
+    @property
+    def heard(self) -> tuple[Pass, ...]:
+        """The pass as each context hears it."""
+        return (self,) if self.also is None else (self, self.also)
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether what arrives at taps is wanted."""
+        return any(f.context.by_sample for f in self.heard)
 
     def visit(
         self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor]
@@ -143,18 +159,38 @@ class Pass:
             deliver = value is not None and value.is_leaf and use.rule.delivers
             deliver = deliver and self.context.grad and not self.context.exact_grad
             known = sums.get(direct) if direct and value is not None and value.is_leaf else None
-            total = self.context._emit(self, source, use, merge(forms), deliver, known)
+            total = self.emit(source, merge(forms), deliver, known)
             if deliver and total is not None and direct is not None:
                 delivered[direct] = total.reshape(source.tensor.shape).to(source.tensor.dtype)
         return delivered
 
+    def check(self, n: int) -> None:
+        """Everything that can be refused before any gradient is accumulated."""
+        for flight in self.heard:
+            flight.context._check(flight, n)
+
+    def emit(self, source: Source, form: Factored, deliver: bool = False, total: Tensor | None = None) -> Tensor | None:
+        """All forms of a parameter have arrived: hand them on; the sum of its rows, where it may be `.grad`."""
+        statistics = Statistics(form)
+        if total is not None and total.dtype == form.acc:
+            statistics.known["total"] = total.reshape(form.shape)
+        waiting = [f for f in self.heard if f.context.by_sample and f.context._wants(source.tensor)]
+        first = waiting[0] is self
+        total = waiting[0].context._emit(waiting, source, statistics, deliver and first)
+        return total if first else None  # `.grad` is what it would be if nobody overheard
+
     def finish(self) -> None:
         """The backward pass is over."""
         _passes.pop(self.task, None)
-        for source, use, forms in self.gathering.rest():
-            self.context._emit(self, source, use, merge(forms), False)
-        self.context._land(self)
-        self.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected
+        for source, _, forms in self.gathering.rest():
+            self.emit(source, merge(forms))
+        for flight in reversed(self.heard):  # who overhears is first: a hook may take `.grad` away
+            flight.context._land(flight)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for flight in self.heard:
+            flight.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected
 
     def attach(self, parameter: Tensor, field: str, value: Any) -> None:
         """Attach a result before it is known that the pass will succeed."""
@@ -176,7 +212,7 @@ class Pass:
                 setattr(parameter, field, old)
             elif hasattr(parameter, field):  # not deleted by the user
                 delattr(parameter, field)
-        self.asks.clear()
+        self._let_go()
 
 
 def activations_only() -> bool:
@@ -191,16 +227,16 @@ def deaf() -> bool:
 
 def exact() -> bool:
     """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
-    return _probe is None and _sweep is None and _listening() and CONTEXTS[-1].exact_grad
+    return _probe is None and _sweep is None and _listening() and _hearing[0].exact_grad
 
 
 def unwanted(use: Use, name: str) -> bool:
     """Whether nobody reads the gradient of a tensor made of parameters, which a tap would compute for `.grad` alone."""
     if activations_only():
         return True
-    if _probe is not None or _sweep is not None or not _listening() or CONTEXTS[-1].grad:
+    if _probe is not None or _sweep is not None or not _listening() or any(c.grad for c in _hearing):
         return False
-    return all(CONTEXTS[-1]._wants(source.tensor) for source in use.sources.get(name, ()))
+    return all(_hearing[0]._wants(source.tensor) for source in use.sources.get(name, ()))
 
 
 def arrive(
@@ -224,7 +260,7 @@ def _arrive(
         _sweep.visit(use, saved, gs)
         return {}
     flight = _current(use.record)
-    if not (flight.context.first_order or flight.context.curvature):
+    if not flight.by_sample:
         return {}
     return flight.visit(use, saved, gs, sums)
 
@@ -245,7 +281,7 @@ def enter(record: Record) -> None:
         flight.records.append(record)
         if _sweep is None:
             _agree(record, gates)
-    if not (flight.context.first_order or flight.context.curvature) and flight.spread:
+    if not flight.by_sample and flight.spread:
         return
     if record.n == 0:
         reason = "the batch is empty" if record.sizes else f"no input tensor has an axis {record.batch_axis}"
@@ -256,8 +292,8 @@ def enter(record: Record) -> None:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
     flight.inside |= losses_inside(record, gates)
     if flight.losses or not flight.inside:
-        flight.context._check(flight, record.n)
-    waiting = [q for q in flight.context.curvature if q.root[0] != "empirical"] + [*flight.context.hessian]
+        flight.check(record.n)
+    waiting = [q for f in flight.heard for q in (*f.context.spreading, *f.context.hessian)]
     if _sweep is None and waiting and not (flight.spread or flight.inside):
         asked = ", ".join(type(q).__name__ for q in waiting)
         raise NotExtendedError(
@@ -265,11 +301,11 @@ def enter(record: Record) -> None:
             "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
         )
     for why, sources in record.refused:
-        if any(flight.context._wants(source.tensor) and will_accumulate(source.tensor) for source in sources):
+        if any(flight.wants(source.tensor) and will_accumulate(source.tensor) for source in sources):
             raise UnsupportedUseError(why)
     root = record.root()
     modules = [] if root is None else modules_of(root)
-    unseen(record, modules, flight.context._wants)
+    unseen(record, modules, flight.wants)
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             refuse_static(module)
@@ -332,6 +368,37 @@ def refuse_coupled(why: str, g: Tensor) -> None:
         raise CoupledSamplesError(why)
 
 
+def opened(context: backpack) -> None:
+    """A context is entered."""
+    CONTEXTS.append(context)
+    _choose()
+
+
+def closed(context: backpack) -> None:
+    """A context is left."""
+    CONTEXTS.remove(context)
+    _choose()
+
+
+def _choose() -> None:
+    global _hearing
+    innermost = [next((c for c in reversed(CONTEXTS) if c.overhear == over), None) for over in (False, True)]
+    heard = tuple(c for c in innermost if c is not None and c.extensions)
+    _hearing = heard[:1] if heard and heard[0].per == "token" else heard  # whose rows are no samples'
+
+
+def hearing() -> tuple[backpack, ...]:
+    """The contexts that hear a pass which runs now."""
+    return _hearing
+
+
+def _wants(contexts: Sequence[backpack]) -> Callable[[Tensor], bool]:
+    """Tells of a parameter whether one of `contexts` wants it."""
+    if len(contexts) == 1:
+        return contexts[0]._wants
+    return lambda parameter: any(c._wants(parameter) for c in contexts)
+
+
 def drop() -> None:
     """Forget passes that did not come to their end."""
     while _passes:
@@ -350,7 +417,7 @@ def silence() -> Any:
 
 
 def _listening() -> bool:
-    return not _silent and bool(CONTEXTS) and CONTEXTS[-1]._active()
+    return not _silent and bool(_hearing) and _hearing[0]._active()
 
 
 def _current(record: Record | None) -> Pass:
@@ -358,7 +425,7 @@ def _current(record: Record | None) -> Pass:
     for key in (task, record.born if record is not None else task):
         if key in _passes:
             return _passes[key]
-    _passes[task] = Pass(CONTEXTS[-1])
+    _passes[task] = Pass(_hearing)
     return _passes[task]
 
 

@@ -15,6 +15,7 @@ from packext._curvature import measure, spread
 from packext._errors import NotExtendedError, PackextError
 from packext._layout import Tokens
 from packext._lineage import LOCAL
+from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record, modules_of
 from packext._results import Results
@@ -224,7 +225,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         return bool(self.extensions) and not LOCAL.disabled
 
     # -- called by the pass in flight --------------------------------------------------------------
-    def _factor(self, flight: _flight.Pass, record_n: int, sample: bool = False) -> float:
+    def _factor(self, flight: Pass, record_n: int, sample: bool = False) -> float:
         if not sample and self.scale == "loss":
             return 1.0
         if isinstance(self.scale, (int, float)) and not (sample and flight.losses):
@@ -239,7 +240,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 flight.factors[key] = float(self.scale)  # which the user has given in its place
         return flight.factors[key]
 
-    def _sample_factor(self, flight: _flight.Pass, record_n: int) -> float:
+    def _sample_factor(self, flight: Pass, record_n: int) -> float:
         """The factor from the loss as written to the samples' own, by the losses that the pass came through."""
         written: dict[str, float] = {}
         alone: set[float] = set()
@@ -268,13 +269,13 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             )
         return factors.pop()
 
-    def _check(self, flight: _flight.Pass, n: int) -> None:
+    def _check(self, flight: Pass, n: int) -> None:
         """Everything that can be refused before any gradient is accumulated."""
         self._factor(flight, n)
         for extension in self.extensions:
             extension.check(lambda: self._factor(flight, n, sample=True))
 
-    def _spread(self, flight: _flight.Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
+    def _spread(self, flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         """An extended loss was reached: send its curvature ahead of the gradient."""
         for each in flight.heard:
             if each.context.hessian:
@@ -285,9 +286,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             with torch.no_grad():
                 spread(flight, seen, edge, g.detach())
 
-    def _emit(
-        self, flights: Sequence[_flight.Pass], source: Source, statistics: Statistics, deliver: bool
-    ) -> Tensor | None:
+    def _emit(self, flights: Sequence[Pass], source: Source, statistics: Statistics, deliver: bool) -> Tensor | None:
         flight, form = flights[0], statistics.form
         flight.n = n = form.n
         ask = Ask(
@@ -330,7 +329,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             self._hook(flight, source)
         return statistics.known.get("total")
 
-    def _hook(self, flight: _flight.Pass, source: Source) -> None:
+    def _hook(self, flight: Pass, source: Source) -> None:
         if not flight.owners:
             for record in flight.records:
                 root = record.root()
@@ -349,7 +348,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     self.extension_hook(module)
                     flight.forget_deleted(module)
 
-    def _unite(self, flight: _flight.Pass) -> None:
+    def _unite(self, flight: Pass) -> None:
         """Results of all passes so far, and all ranks, in place of those of this pass."""
         n = flight.n or (flight.records[0].n if flight.records else 0)
         by_field = {e.savefield: e for e in self.extensions}
@@ -379,7 +378,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         for key, (source, parts_) in found.items():
             flight.values[key] = (source, {f: part.value for f, part in parts_.items()})
 
-    def _land(self, flight: _flight.Pass) -> None:
+    def _land(self, flight: Pass) -> None:
         for key, (source, found) in flight.measured.items():
             values = flight.values.setdefault(key, (source, {}))[1]
             n = flight.records[0].n

@@ -19,9 +19,10 @@ from packext import _roots
 from packext._chain import Chain, Positive, average, kept
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Pass, Sweep, enter, probe_inputs, probe_taps
+from packext._flight import Sweep, enter, probe_inputs, probe_taps
 from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
+from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
 from packext._refusals import refuse_static
 from packext._residual import residual

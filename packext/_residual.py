@@ -24,8 +24,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, UnsupportedUseError
-from packext._flight import Look, Pass, silence
+from packext._flight import Look, silence
 from packext._layout import Layout, digits
+from packext._pass import Pass
 from packext._taps import Gate, OwnedRule, inputs_first
 from packext._use import Source, Use
 from packext.rules.elementwise import ArgumentRule

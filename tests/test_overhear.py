@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import _flight, optim
+from packext._pass import Pass
 from packext._statistics import Statistics
 from packext.diagnostics import Alpha, Cockpit, GradHist1d, GradNorm, GradSNR, HessTrace, NormTest, TICDiag, UpdateSize
 from tests.helpers import double_precision
@@ -166,6 +167,18 @@ def test_each_context_has_its_own_scale_parameters_and_results() -> None:
         assert torch.equal(heard["4.weight"].diag_ggn_exact, kept[1]) and float(kept[1].sum()) > 0
 
 
+def test_a_column_for_one_is_not_changed_by_the_other() -> None:
+    """GGNGram needs a column for each class, and DiagGGNExact one less."""
+    model, (x, y) = network().eval(), images()
+    with px.backpack(px.DiagGGNExact()) as alone:
+        LOSS(model(x), y).backward()
+    with px.backpack(px.GGNGram(), attach=False, overhear=True) as heard, px.backpack(px.DiagGGNExact()) as got:
+        LOSS(model(x), y).backward()
+    assert heard.ggn_gram.shape == (3, 6, 3, 6)
+    for name in alone:
+        assert torch.equal(got[name].diag_ggn_exact, alone[name].diag_ggn_exact)
+
+
 def test_the_same_draws_serve_both() -> None:
     model, (x, y) = network().eval(), images()
     draws = [torch.Generator().manual_seed(3) for _ in range(2)]
@@ -236,7 +249,7 @@ def test_an_error_leaves_everything_as_it_was(where: str) -> None:
                 output.register_hook(boom)
             LOSS(output, y).backward()
         boom()
-    assert not _flight.CONTEXTS and not _flight._hearing and not _flight._passes and not monitor.values
+    assert not _flight.CONTEXTS and not _flight._hearing and not _flight.PASSES and not monitor.values
     assert len(seen) == (where == "after")
     assert [dict(m.__dict__) for m in model.modules()] == before[0]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before[1], strict=True))
@@ -256,7 +269,7 @@ def test_nothing_is_left_to_the_garbage_collector() -> None:
     try:
         with monitor.step(), optim.emit(optimizer):
             LOSS(model(x), y).backward()
-        assert not any(type(o) is _flight.Pass for o in gc.get_objects())
+        assert not any(type(o) is Pass for o in gc.get_objects())
     finally:
         gc.enable()
 

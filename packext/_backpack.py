@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,16 @@ from torch.autograd.graph import GradientEdge
 from packext import _compiler, _flight
 from packext._curvature import measure, spread
 from packext._errors import NotExtendedError, PackextError
-from packext._factored import Factored
 from packext._layout import Tokens
 from packext._lineage import LOCAL
+from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record, modules_of
 from packext._results import Results
 from packext._scale import Seen
 from packext._statistics import Statistics
 from packext._union import HERE, Elsewhere, Part, Ranks
-from packext._use import Source, Use, live_nodes, partner
+from packext._use import Source, live_nodes, partner
 
 
 class backpack:  # noqa: N801 - the name that BackPACK's users type
@@ -54,6 +54,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         group: Any = None,
         per: str = "sample",
         mask: Tensor | None = None,
+        overhear: bool = False,
     ) -> None:
         """Say what is wanted.
 
@@ -92,10 +93,15 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             mask: of the tokens that count, `[N, T]` bool, true where they do: rows are in the order of `x[mask]`. All
                 others must have no gradient. By default all count, and T is the size of the first input's second axis
                 (of its first, with a batch axis of 1).
+            overhear: whether to share passes with another context, around this one or inside of it; as a rule the
+                innermost one hears a pass alone. The other one gets to the last bit what it would get without, `.grad`
+                included; what both need is computed once. Of several contexts that overhear, the innermost one does.
+                With `attach=False`. Passes `per="token"` are not overheard.
 
         Raises:
             ValueError: for a class in place of an instance, an unknown scale, `parameters` that are no tensors, a
-                hook that reads attributes which are not to be attached or not complete, a quantity that parts of a
+                hook that reads attributes which are not to be attached or not complete, `overhear` with options that
+                need a pass of their own, a quantity that parts of a
                 batch do not tell, a `group` with scale "loss" (there is no loss as written of all ranks), curvature
                 per token (it is not a sum over tokens), or a mask that is none.
         """
@@ -130,8 +136,10 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             raise ValueError(f'scale must be "loss", "sample" or a number, got {scale!r}.')
         self.extensions = extensions
         self.curvature = tuple(e for e in extensions if isinstance(e, Curvature))
+        self.spreading = tuple(e for e in self.curvature if e.root[0] != "empirical")
         self.hessian = tuple(e for e in extensions if isinstance(e, HessianQuantity))
         self.first_order = tuple(e for e in extensions if not isinstance(e, (Curvature, HessianQuantity)))
+        self.by_sample = bool(self.first_order or self.curvature)
         self.extension_hook, self.pass_hook = extension_hook, pass_hook
         self.attach, self.exact_grad, self.grad = attach, exact_grad, grad
         self.scale = scale
@@ -145,7 +153,12 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         if per == "token" and (self.curvature or self.hessian):
             asked = ", ".join(type(e).__name__ for e in (*self.curvature, *self.hessian))
             raise ValueError(f'{asked}: curvature is no sum over tokens, so that it cannot be had with per="token".')
-        self.per, self.mask = per, mask
+        if overhear and (attach or not grad or per == "token"):
+            raise ValueError(
+                "overhear=True goes with attach=False (attributes are those of the context inside), and neither with "
+                'grad=False nor with per="token".'
+            )
+        self.per, self.mask, self.overhear = per, mask, overhear
         self.accumulate, self.ranks = accumulate, None if group is None else Ranks(group)
         self._before: dict[int, tuple[Source, dict[str, Part]]] = {}  # what passes of the context have found
         self._count = 0  # of their samples
@@ -163,11 +176,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             )
         self._restore.append(restore)
         self._before, self._count = {}, 0
-        _flight.CONTEXTS.append(self)
+        _flight.opened(self)
         return self.results
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        _flight.CONTEXTS.remove(self)
+        _flight.closed(self)
         self._restore.pop()()
         if _flight.CONTEXTS:
             _flight.CONTEXTS[-1]._inner += self._passes + self._inner
@@ -212,7 +225,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         return bool(self.extensions) and not LOCAL.disabled
 
     # -- called by the pass in flight --------------------------------------------------------------
-    def _factor(self, flight: _flight.Pass, record_n: int, sample: bool = False) -> float:
+    def _factor(self, flight: Pass, record_n: int, sample: bool = False) -> float:
         if not sample and self.scale == "loss":
             return 1.0
         if isinstance(self.scale, (int, float)) and not (sample and flight.losses):
@@ -227,7 +240,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 flight.factors[key] = float(self.scale)  # which the user has given in its place
         return flight.factors[key]
 
-    def _sample_factor(self, flight: _flight.Pass, record_n: int) -> float:
+    def _sample_factor(self, flight: Pass, record_n: int) -> float:
         """The factor from the loss as written to the samples' own, by the losses that the pass came through."""
         written: dict[str, float] = {}
         alone: set[float] = set()
@@ -256,38 +269,30 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             )
         return factors.pop()
 
-    def _check(self, flight: _flight.Pass, n: int) -> None:
+    def _check(self, flight: Pass, n: int) -> None:
         """Everything that can be refused before any gradient is accumulated."""
         self._factor(flight, n)
         for extension in self.extensions:
             extension.check(lambda: self._factor(flight, n, sample=True))
 
-    def _spread(self, flight: _flight.Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
+    def _spread(self, flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         """An extended loss was reached: send its curvature ahead of the gradient."""
-        if self.hessian:
-            flight.spread = True
-            measure(flight, self.hessian, seen, edge, g.detach())
-        if any(q.root[0] != "empirical" for q in self.curvature):
+        for each in flight.heard:
+            if each.context.hessian:
+                flight.spread = True
+                measure(each, each.context.hessian, seen, edge, g.detach())
+        if any(each.context.spreading for each in flight.heard):
             flight.spread = True
             with torch.no_grad():
-                spread(flight, [q for q in self.curvature if q.root[0] != "empirical"], seen, edge, g.detach())
+                spread(flight, seen, edge, g.detach())
 
-    def _emit(
-        self,
-        flight: _flight.Pass,
-        source: Source,
-        use: Use,
-        form: Factored,
-        deliver: bool,
-        total: Tensor | None = None,
-    ) -> Tensor | None:
+    def _emit(self, flights: Sequence[Pass], source: Source, statistics: Statistics, deliver: bool) -> Tensor | None:
+        flight, form = flights[0], statistics.form
         flight.n = n = form.n
-        statistics = Statistics(form)
-        if total is not None and total.dtype == form.acc:
-            statistics.known["total"] = total.reshape(form.shape)
         ask = Ask(
             statistics, source.name, source.tensor, n, self._factor(flight, n), self.scale,
             lambda: self._factor(flight, n, sample=True), partner=functools.partial(self._partner, source.tensor),
+            attached=self.attach,
         )  # fmt: skip
         wants = [w for e in self.first_order for w in e.wants(form)]
         visitors = []
@@ -300,6 +305,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             holders = 1 if id(source.tensor) in self.results._by_parameter else 0
             buffer = next((b for e in self.first_order if (b := e.buffer(ask, holders)) is not None), None)
         statistics.prepare(wants, visitors, deliver, buffer)
+        for other in flights[1:]:  # now, as results may let go of the form
+            other.context._emit([other], source, statistics.apart(), False)
         values, absorbed = {}, {}
         sums = flight.sums.get(id(source.tensor), (source, {}))[1]
         for e in self.curvature:  # first, as results of others may leave no more than rows of the factors
@@ -322,7 +329,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             self._hook(flight, source)
         return statistics.known.get("total")
 
-    def _hook(self, flight: _flight.Pass, source: Source) -> None:
+    def _hook(self, flight: Pass, source: Source) -> None:
         if not flight.owners:
             for record in flight.records:
                 root = record.root()
@@ -341,7 +348,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     self.extension_hook(module)
                     flight.forget_deleted(module)
 
-    def _unite(self, flight: _flight.Pass) -> None:
+    def _unite(self, flight: Pass) -> None:
         """Results of all passes so far, and all ranks, in place of those of this pass."""
         n = flight.n or (flight.records[0].n if flight.records else 0)
         by_field = {e.savefield: e for e in self.extensions}
@@ -371,7 +378,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         for key, (source, parts_) in found.items():
             flight.values[key] = (source, {f: part.value for f, part in parts_.items()})
 
-    def _land(self, flight: _flight.Pass) -> None:
+    def _land(self, flight: Pass) -> None:
         for key, (source, found) in flight.measured.items():
             values = flight.values.setdefault(key, (source, {}))[1]
             n = flight.records[0].n

@@ -19,9 +19,10 @@ from packext import _roots
 from packext._chain import Chain, Positive, average, kept
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Pass, Sweep, enter, probe_inputs, probe_taps
+from packext._flight import Sweep, enter, probe_inputs, probe_taps
 from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
+from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
 from packext._refusals import refuse_static
 from packext._residual import residual
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 _GENERATOR = torch.Generator().manual_seed(20251121)
 
 
-def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, edge: GradientEdge, g: Tensor) -> None:
-    """Send what `quantities` need from the loss `seen`, computed at `edge`, where `g` arrived.
+def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
+    """Send what the quantities of the pass need from the loss `seen`, computed at `edge`, where `g` arrived.
 
     Raises:
         PackextError: if the loss has no such root, or its input is gone or does not come from an extended model.
@@ -60,11 +61,14 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, edge: Grad
         joined = Joined(seen.module, leaves, seen.spec, layouts)
         loss, output, back = joined, joined.output(), joined.split
         layouts = [Layout(0, layouts[0].n)]
-    compact = all(q.compact for q in quantities)
-    groups: dict[Any, list[Curvature]] = {}
-    for quantity in quantities:
-        groups.setdefault(quantity.root, []).append(quantity)
-    for (kind, draws, generator), members in groups.items():
+    groups: dict[Any, dict[Pass, list[Curvature]]] = {}
+    for each in flight.heard:
+        # What a context gets is what it would get by itself: the same columns, of which others may have their part.
+        compact = all(q.compact for q in each.context.spreading)
+        for quantity in each.context.spreading:
+            only = frozenset(each.context.parameters or ()) if quantity.root[0] == "hessian" else None
+            groups.setdefault((quantity.root, compact, only), {}).setdefault(each, []).append(quantity)
+    for ((kind, draws, generator), compact, _), members in groups.items():
         of = (loss, output, seen.args, seen.kwargs, g)
         with disable():  # the loss may have extended parts of its own
             if kind == "hessian":
@@ -78,7 +82,7 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, edge: Grad
             for column, sign in columns
             for part in ([column] if kind == "mc" else _apart(column, layouts[0]))
         )
-        absorb = functools.partial(_absorb, flight, members)
+        absorb = functools.partial(_absorb, members)
         if kind == "averaged":
             if not direct:
                 raise PackextError(_SEVERAL.format("KFRA", seen.name))
@@ -90,10 +94,12 @@ def spread(flight: Pass, quantities: Sequence[Curvature], seen: Seen, edge: Grad
         for part, sign in parts:
             Sweep(flight, functools.partial(absorb, sign)).send(seen.edges, back(part))
         if kind == "hessian":
-            for edges, cotangents, sign in residual(flight, seen.edges, live, places, edge, g):
+            wants = next(iter(members)).context._wants
+            for edges, cotangents, sign in residual(flight, wants, seen.edges, live, places, edge, g):
                 Sweep(flight, functools.partial(absorb, sign)).send(edges, cotangents)
-        for q in members:
-            q.settle({source.name: sums[id(q)] for source, sums in flight.sums.values() if id(q) in sums})
+        for each, quantities in members.items():
+            for q in quantities:
+                q.settle({source.name: sums[id(q)] for source, sums in each.sums.values() if id(q) in sums})
 
 
 class Graph(Point):
@@ -247,16 +253,20 @@ class Joined(nn.Module):
         return self.loss[0].forward(pytree.tree_unflatten(leaves, self.spec), *args, **kwargs)
 
 
-def _absorb(flight: Pass, quantities: Sequence[Curvature], sign: float, source: Source, form: Factored) -> None:
-    statistics = Statistics(form)
-    ask = Ask(
-        statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0, sign,
-        functools.partial(flight.context._partner, source.tensor),
-    )  # fmt: skip
-    statistics.prepare([w for q in quantities for w in q.wants(form)])
-    _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))
-    for quantity in quantities:
-        sums[id(quantity)] = quantity.absorb(ask, sums.get(id(quantity)))
+def _absorb(members: dict[Pass, list[Curvature]], sign: float, source: Source, form: Factored) -> None:
+    statistics: Statistics | None = None
+    for flight, quantities in members.items():
+        if not flight.context._wants(source.tensor):
+            continue
+        statistics = Statistics(form) if statistics is None else statistics.apart()
+        ask = Ask(
+            statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0, sign,
+            functools.partial(flight.context._partner, source.tensor),
+        )  # fmt: skip
+        statistics.prepare([w for q in quantities for w in q.wants(form)])
+        _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))
+        for quantity in quantities:
+            sums[id(quantity)] = quantity.absorb(ask, sums.get(id(quantity)))
 
 
 def _apart(column: Tensor, layout: Layout) -> Iterator[Tensor]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
+from packext._pass import PASSES, Pass, wants_of
 from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside, modules_of
 from packext._refusals import AGAIN, refuse_static, sharding, unseen, will_accumulate
@@ -26,14 +27,11 @@ if TYPE_CHECKING:
 
 #: Contexts, the innermost last. Backward passes of CUDA run on other threads, so this is global.
 CONTEXTS: list[backpack] = []
+#: Those that hear a pass, of those that ask for anything: the innermost that does not overhear, and that does.
+_hearing: tuple[backpack, ...] = ()
 _probe: Probe | Check | None = None
 _sweep: Sweep | None = None
 _silent = False
-#: Passes that have not ended, by the id of autograd's graph task.
-_passes: dict[int, Pass] = {}
-
-
-_MISSING = object()
 
 
 class Sweep:
@@ -42,7 +40,7 @@ class Sweep:
     def __init__(self, flight: Pass, absorb: Callable[[Source, Factored], None]) -> None:
         """Hand the merged form of every parameter that the cotangent reaches to `absorb`."""
         self.flight, self.absorb = flight, absorb
-        self.gathering = Gathering(flight.context._wants)
+        self.gathering = Gathering(wants_of([f.context for f in flight.heard if f.context.curvature]))
 
     def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
         """The cotangent arrives at a tap."""
@@ -98,87 +96,6 @@ class Look(Sweep):
             self.found[node] = gs
 
 
-class Pass:
-    """One backward pass inside a context."""
-
-    def __init__(self, context: backpack) -> None:
-        """Start when the first gate is passed."""
-        self.context = context
-        self.task = torch._C._current_graph_task_id()
-        self.replaced: list[tuple[Tensor, str, Any]] = []
-        self.gathering = Gathering(context._wants, context._tokens)
-        self.records: list[Record] = []
-        self.n = 0  # samples, or tokens, once a form has arrived
-        self.losses: list[tuple[str, str, Tensor]] = []
-        self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
-        self.asides: dict[int, dict[str, Any]] = {}
-        self.inside: set[Any] = set()  # marks of losses that the model computed
-        self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
-        #: Whether a loss has sent its curvature, and what quantities have summed up, by parameter and quantity.
-        self.spread = False
-        self.sums: dict[int, tuple[Source, dict[int, Any]]] = {}
-        self.measured: dict[int, tuple[Source, dict[int, Any]]] = {}
-        self.asks: dict[int, dict[int, Any]] = {}
-        self.owners: dict[int, tuple[Any, set[int]]] = {}
-        torch.autograd.Variable._execution_engine.queue_callback(self.finish)
-
-    def visit(
-        self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """A pair arrives; emit what is complete, and return sums of rows that may serve as `.grad`.
-
-        Args:
-            use: of the tap.
-            saved: what the tap kept.
-            gs: gradients at its outputs.
-            sums: gradients of the use's own parameters that are known already, by name.
-
-        Returns:
-            Gradients of the use's own parameters, by name.
-        """
-        delivered: dict[str, Tensor] = {}
-        for source, forms in self.gathering.add(use, saved, gs, self.records):
-            direct = next((k for k, s in use.sources.items() if s == (source,) and len(forms) == 1), None)
-            value = dict(zip(use.names, saved, strict=True))[direct] if direct else None
-            deliver = value is not None and value.is_leaf and use.rule.delivers
-            deliver = deliver and self.context.grad and not self.context.exact_grad
-            known = sums.get(direct) if direct and value is not None and value.is_leaf else None
-            total = self.context._emit(self, source, use, merge(forms), deliver, known)
-            if deliver and total is not None and direct is not None:
-                delivered[direct] = total.reshape(source.tensor.shape).to(source.tensor.dtype)
-        return delivered
-
-    def finish(self) -> None:
-        """The backward pass is over."""
-        _passes.pop(self.task, None)
-        for source, use, forms in self.gathering.rest():
-            self.context._emit(self, source, use, merge(forms), False)
-        self.context._land(self)
-        self.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected
-
-    def attach(self, parameter: Tensor, field: str, value: Any) -> None:
-        """Attach a result before it is known that the pass will succeed."""
-        self.replaced.append((parameter, field, parameter.__dict__.get(field, _MISSING)))
-        setattr(parameter, field, value)
-
-    def forget_deleted(self, module: nn.Module) -> None:
-        """Let go of results that the user has deleted from the parameters of `module`."""
-        for parameter in module._parameters.values():
-            if id(parameter) in self.values:
-                values = self.values[id(parameter)][1]
-                for field in [field for field in values if not hasattr(parameter, field)]:
-                    del values[field]
-
-    def abandon(self) -> None:
-        """Take back what a pass that failed has attached."""
-        for parameter, field, old in reversed(self.replaced):
-            if old is not _MISSING:
-                setattr(parameter, field, old)
-            elif hasattr(parameter, field):  # not deleted by the user
-                delattr(parameter, field)
-        self.asks.clear()
-
-
 def activations_only() -> bool:
     """Whether no parameter's gradient is wanted from the pass that runs."""
     return _sweep is not None if _probe is None else _probe.compare is None
@@ -191,16 +108,16 @@ def deaf() -> bool:
 
 def exact() -> bool:
     """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
-    return _probe is None and _sweep is None and _listening() and CONTEXTS[-1].exact_grad
+    return _probe is None and _sweep is None and _listening() and _hearing[0].exact_grad
 
 
 def unwanted(use: Use, name: str) -> bool:
     """Whether nobody reads the gradient of a tensor made of parameters, which a tap would compute for `.grad` alone."""
     if activations_only():
         return True
-    if _probe is not None or _sweep is not None or not _listening() or CONTEXTS[-1].grad:
+    if _probe is not None or _sweep is not None or not _listening() or any(c.grad for c in _hearing):
         return False
-    return all(CONTEXTS[-1]._wants(source.tensor) for source in use.sources.get(name, ()))
+    return all(_hearing[0]._wants(source.tensor) for source in use.sources.get(name, ()))
 
 
 def arrive(
@@ -224,7 +141,7 @@ def _arrive(
         _sweep.visit(use, saved, gs)
         return {}
     flight = _current(use.record)
-    if not (flight.context.first_order or flight.context.curvature):
+    if not flight.by_sample:
         return {}
     return flight.visit(use, saved, gs, sums)
 
@@ -246,7 +163,7 @@ def enter(record: Record) -> None:
         flight.records.append(record)
         if _sweep is None:
             _agree(record, gates)
-    if not (flight.context.first_order or flight.context.curvature) and flight.spread:
+    if not flight.by_sample and flight.spread:
         return
     if record.n == 0:
         reason = "the batch is empty" if record.sizes else f"no input tensor has an axis {record.batch_axis}"
@@ -257,8 +174,8 @@ def enter(record: Record) -> None:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
     flight.inside |= losses_inside(record, gates)
     if flight.losses or not flight.inside:
-        flight.context._check(flight, record.n)
-    waiting = [q for q in flight.context.curvature if q.root[0] != "empirical"] + [*flight.context.hessian]
+        flight.check(record.n)
+    waiting = [q for f in flight.heard for q in (*f.context.spreading, *f.context.hessian)]
     if _sweep is None and waiting and not (flight.spread or flight.inside):
         asked = ", ".join(type(q).__name__ for q in waiting)
         raise NotExtendedError(
@@ -266,11 +183,11 @@ def enter(record: Record) -> None:
             "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
         )
     for why, sources in record.refused:
-        if any(flight.context._wants(source.tensor) and will_accumulate(source.tensor) for source in sources):
+        if any(flight.wants(source.tensor) and will_accumulate(source.tensor) for source in sources):
             raise UnsupportedUseError(why)
     root = record.root()
     modules = [] if root is None else modules_of(root)
-    unseen(record, modules, flight.context._wants)
+    unseen(record, modules, flight.wants)
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             refuse_static(module)
@@ -333,10 +250,34 @@ def refuse_coupled(why: str, g: Tensor) -> None:
         raise CoupledSamplesError(why)
 
 
+def opened(context: backpack) -> None:
+    """A context is entered."""
+    CONTEXTS.append(context)
+    _choose()
+
+
+def closed(context: backpack) -> None:
+    """A context is left."""
+    CONTEXTS.remove(context)
+    _choose()
+
+
+def _choose() -> None:
+    global _hearing
+    innermost = [next((c for c in reversed(CONTEXTS) if c.overhear == over), None) for over in (False, True)]
+    heard = tuple(c for c in innermost if c is not None and c.extensions)
+    _hearing = heard[:1] if heard and heard[0].per == "token" else heard  # whose rows are no samples'
+
+
+def hearing() -> tuple[backpack, ...]:
+    """The contexts that hear a pass which runs now."""
+    return _hearing
+
+
 def drop() -> None:
     """Forget passes that did not come to their end."""
-    while _passes:
-        _passes.popitem()[1].abandon()
+    while PASSES:
+        PASSES.popitem()[1].abandon()
 
 
 @contextmanager
@@ -351,16 +292,16 @@ def silence() -> Any:
 
 
 def _listening() -> bool:
-    return not _silent and bool(CONTEXTS) and CONTEXTS[-1]._active()
+    return not _silent and bool(_hearing) and _hearing[0]._active()
 
 
 def _current(record: Record | None) -> Pass:
     task = torch._C._current_graph_task_id()
     for key in (task, record.born if record is not None else task):
-        if key in _passes:
-            return _passes[key]
-    _passes[task] = Pass(CONTEXTS[-1])
-    return _passes[task]
+        if key in PASSES:
+            return PASSES[key]
+    PASSES[task] = Pass(_hearing)
+    return PASSES[task]
 
 
 def _send_probe(run: Probe, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:

@@ -31,6 +31,7 @@ class Ask:
         partner: gives the bias that this weight meets in every use of either (or the weight that this bias does), and
             the axis of the inputs in the weight; or None.
         notes: what a quantity keeps between its calls for this parameter.
+        attached: whether the result becomes an attribute of the parameter.
     """
 
     statistics: Statistics
@@ -43,6 +44,7 @@ class Ask:
     sign: float = 1.0
     partner: Callable[[], tuple[Tensor, int] | None] = lambda: None
     notes: dict[Any, Any] = field(default_factory=dict)
+    attached: bool = True
 
 
 class Quantity:

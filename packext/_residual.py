@@ -24,8 +24,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, UnsupportedUseError
-from packext._flight import Look, Pass, silence
+from packext._flight import Look, silence
 from packext._layout import Layout, digits
+from packext._pass import Pass
 from packext._taps import Gate, OwnedRule, inputs_first
 from packext._use import Source, Use
 from packext.rules.elementwise import ArgumentRule
@@ -51,12 +52,19 @@ _INSTEAD = "Use DiagHessianMC, an estimate for any model that can be differentia
 
 
 def residual(
-    flight: Pass, edges: list[GradientEdge], outputs: list[Tensor], layouts: list[Layout], loss: GradientEdge, g: Tensor
+    flight: Pass,
+    wants: Callable[[Tensor], bool],
+    edges: list[GradientEdge],
+    outputs: list[Tensor],
+    layouts: list[Layout],
+    loss: GradientEdge,
+    g: Tensor,
 ) -> Iterator[tuple[list[GradientEdge], list[Tensor], float]]:
     """Columns of the roots of all R: cotangents, where to send them from, and their sign.
 
     Args:
         flight: the backward pass under way.
+        wants: tells of which parameters the diagonal is wanted.
         edges: where gradients enter the graphs of the tensors in the loss's input.
         outputs: these tensors.
         layouts: where the samples are in them.
@@ -67,7 +75,7 @@ def residual(
         Edges, a cotangent for each that holds a column of every sample at most, and 1.0 or -1.0. What has other terms
         on the diagonal, or cannot be differentiated twice, is refused with an UnsupportedUseError.
     """
-    parts = _curved(flight, _inspect(edges, loss, flight.context._wants), loss, g)
+    parts = _curved(flight, wants, _inspect(edges, loss, wants), loss, g)
     if not parts:
         return
     masks = list(_masks(flight, {part.place.node for part in parts}, edges, outputs, layouts))
@@ -76,9 +84,11 @@ def residual(
         yield from part.columns([mask[part.place.node] for mask in masks], layouts[0].n)
 
 
-def _curved(flight: Pass, places: dict[Any, Place], loss: GradientEdge, g: Tensor) -> list[Part]:
+def _curved(
+    flight: Pass, wants: Callable[[Tensor], bool], places: dict[Any, Place], loss: GradientEdge, g: Tensor
+) -> list[Part]:
     """Inputs of nodes in which the second derivatives are not zero."""
-    look = Look(flight, places, functools.partial(_refuse_nonlinear, flight.context._wants))
+    look = Look(flight, places, functools.partial(_refuse_nonlinear, wants))
     look.send([loss], [g])
     return [
         part

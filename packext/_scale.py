@@ -85,7 +85,7 @@ class Seen:
 
 def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
     """A function that gives `leaves` again, detached; large ones only as long as somebody else keeps them."""
-    asked = bool(_flight.CONTEXTS and _flight.CONTEXTS[-1].curvature)
+    asked = any(context.curvature for context in _flight.hearing())
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     if asked or sum(t.numel() for t in tensors) <= SMALL:
         kept = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
@@ -134,7 +134,7 @@ class LossMark(torch.autograd.Function):
         if flight is not None:
             edge, record = GradientEdge(*ctx.next_functions[0]), ctx.seen.record()
             if record is not None:  # whose gate could not tell yet
-                flight.context._check(flight, record.n)
+                flight.check(record.n)
             flight.context._spread(flight, ctx.seen, edge, grads[0])
         return grads[0], None, None, None
 

@@ -37,6 +37,12 @@ class Statistics:
         self.known: dict[str, Tensor] = {}
         self.route: dict[str, str] = {}
 
+    def apart(self) -> Statistics:
+        """The same for another listener, who may write to what it gets: all that is known but the rows, copied."""
+        other = Statistics(self.form)
+        other.known = {want: value.clone() for want, value in self.known.items() if want != "rows"}
+        return other
+
     def prepare(
         self,
         wants: Iterable[str],

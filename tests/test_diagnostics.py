@@ -439,12 +439,15 @@ def test_terms_of_the_loss_that_pass_by_the_model() -> None:
     assert monitor.values["GradNorm"] == pytest.approx(float(norm)) and "NormTest" in monitor.values
 
 
-def test_another_context_inside_takes_the_pass() -> None:
+def test_a_context_per_token_takes_the_pass() -> None:
     monitor, loss = pair(NormTest(), Loss())
-    x, y = batch()
-    with monitor.step(), px.backpack(px.Variance()):
-        loss(monitor.model(x), y).backward()
-    assert "an inner px.backpack context has taken them" in monitor.absent["NormTest"] and "Loss" in monitor.values
+    x, y = torch.randn(4, 2, 5), torch.randn(4, 2, 3)
+    monitor.model(x)
+    with monitor.step(scale=1.0) as step, px.backpack(px.BatchL2Grad(), per="token"):
+        value = (monitor.model(x) - y).square().mean()
+        step.loss(value)
+        value.backward()
+    assert 'px.backpack(per="token") has taken them' in monitor.absent["NormTest"] and "Loss" in monitor.values
 
 
 def test_not_finite() -> None:

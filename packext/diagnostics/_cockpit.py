@@ -55,7 +55,8 @@ class Cockpit:
         ...         optimizer.zero_grad()
         >>> monitor.values["NoiseScale"]
 
-    The quantities that the instruments need are computed in the step's own backward pass, each once. Parameters after
+    The quantities that the instruments need are computed in the step's own backward pass, each once; an optimizer may
+    read the same one, `with px.optim.emit(optimizer):` around it, inside of the step. Parameters after
     training are what they would be without the monitor to the last bit, and so is the state of random generators;
     hooks, `.grad` and attributes are as they were after each step. Where a statistic is undefined it is absent, with a
     reason. A step may have several backward passes (accumulation): they count as one batch. Passes after the parameters

@@ -62,6 +62,7 @@ class Observer:
         self.scale = 1.0 if self._counts else scale
         self._open: Pass | None = None
         self._fresh: tuple[px.Results, list[dict[str, str]]] | None = None
+        self._grads: dict[str, Tensor | None] = {}  # when the pass had ended: a private optimizer takes them away
         self._running: nn.Module | None = None
         self._hooks: dict[nn.Module, Any] = {}
         self._versions: list[int] | None = None
@@ -81,7 +82,12 @@ class Observer:
             self._context = None
             if any(self.asked):
                 self._context = px.backpack(
-                    *union.quantities, scale=self.scale, attach=False, exact_grad=True, pass_hook=self._emitted
+                    *union.quantities,
+                    scale=self.scale,
+                    attach=False,
+                    exact_grad=True,
+                    overhear=True,
+                    pass_hook=self._emitted,
                 )
                 self._context.__enter__()
         except BaseException:
@@ -205,6 +211,7 @@ class Observer:
     def _emitted(self, results: px.Results) -> None:
         for o, fields in self._asking:
             o._fresh = results, fields
+            o._grads = {name: p.grad for name, p in o.step.parameters.items()}
             if o._open is None and any(p in results for p in o.step.parameters.values()):
                 raise px.PackextError(
                     f"The monitor of {type(o.step.model).__name__} does not see the loss that backward() came from: "
@@ -217,9 +224,10 @@ class Observer:
         if p is None or p.task != task:
             return
         self._open = self._fresh = None
+        grads, self._grads = self._grads, {}
         if self.versions() != self._versions:
             return  # a closure that was evaluated elsewhere, as in LBFGS: not where the step began
-        gradient = self._increments(p)
+        gradient = self._increments(p, grads)
         results, fields = fresh or (None, [])
         own = {k: vars(results[q]) for k, q in self.step.parameters.items() if results is not None and q in results}
         if not own and not any(bool(g.any()) for g in gradient.values()):
@@ -237,13 +245,14 @@ class Observer:
         self._compare(p, gradient)
         self._add(p, gradient)
 
-    def _increments(self, p: Pass) -> dict[str, Tensor]:
-        """What the pass has added to `.grad`, by parameter."""
+    def _increments(self, p: Pass, grads: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        """What the pass has added to `.grad`, by parameter; of those that have none any more, to that in `grads`."""
         found = {}
         for name, q in self.step.parameters.items():
-            if q.grad is None:
+            grad = grads.get(name) if q.grad is None else q.grad
+            if grad is None:
                 continue
-            g, before = q.grad.detach(), p.before[name]
+            g, before = grad.detach(), p.before[name]
             dense = (g.to_dense() if g.is_sparse else g).to(torch.promote_types(g.dtype, torch.float32))
             if before is not None:
                 found[name] = dense - (before.to_dense() if before.is_sparse else before)

@@ -22,8 +22,8 @@ class Absent(Exception):  # noqa: N818 - an answer, not an error
 
 
 NONE = (
-    "no individual gradients: the backward pass did not come through the extended model, or an inner px.backpack "
-    "context has taken them"
+    "no individual gradients: the backward pass did not come through the extended model, or "
+    'px.backpack(per="token") has taken them, whose pass is not shared: let the step have one of its own'
 )
 NO_NUMBER = "the number of samples is not known: no quantity of individual gradients was asked for"
 OUTSIDE = "`.grad` is not the mean of the individual gradients: terms of the loss pass by the model"

@@ -30,7 +30,8 @@ def emit(*emitting: Emitting, **options: Any) -> Iterator[px.Results]:
     `with px.optim.emit(optimizer): loss_fn(model(x), y).backward()`, then `optimizer.step()` as ever. Model and loss
     are extended (`px.extend`). What is needed is asked of the optimizer when the context is entered, so that it is
     entered anew for each step. Contexts nest, and the innermost one hears a pass: where one pass is for several, give
-    them all to one context, `px.optim.emit(optimizer, controller)`; what they have in common is computed once.
+    them all to one context, `px.optim.emit(optimizer, controller)`; what they have in common is computed once. The
+    context of a monitor (`px.diagnostics.Cockpit`) around this one shares its passes.
 
     Results become attributes of the parameters, which the optimizer reads. A `px.optim.Optimizer` is handed them at the
     end of each backward pass instead, leaves nothing on the parameters, and asks for those of its own groups alone: so

@@ -37,7 +37,7 @@ class BatchGrad(PerSample, Quantity):
         """The previous result, if nothing but the parameter and `holders` others refer to it, to be written over."""
         old = ask.parameter.__dict__.get(self.savefield)
         form = ask.statistics.form
-        if self.subsampling is not None or old is None or old.requires_grad or ask.factor != 1.0:
+        if not ask.attached or self.subsampling is not None or old is None or old.requires_grad or ask.factor != 1.0:
             return None
         if old.shape != (form.n, *form.shape) or old.dtype != form.acc or old.device != form.device:
             return None

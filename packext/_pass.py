@@ -1,0 +1,144 @@
+"""One backward pass: what is gathered of it, and what each context that hears it has made of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from packext._factored import Factored, merge
+from packext._gathering import Gathering
+from packext._statistics import Statistics
+from packext._use import Source, Use
+
+if TYPE_CHECKING:
+    from packext._backpack import backpack
+    from packext._record import Record
+
+#: Passes that have not ended, by the id of autograd's graph task.
+PASSES: dict[int, Pass] = {}
+
+_MISSING = object()
+
+
+def wants_of(contexts: Sequence[backpack]) -> Callable[[Tensor], bool]:
+    """Tells of a parameter whether one of `contexts` wants it."""
+    if len(contexts) == 1:
+        return contexts[0]._wants
+    return lambda parameter: any(c._wants(parameter) for c in contexts)
+
+
+class Pass:
+    """One backward pass as a context hears it; `also` is the same pass for the one that overhears."""
+
+    def __init__(self, contexts: Sequence[backpack], main: Pass | None = None) -> None:
+        """Start when the first gate is passed, for the first of `contexts`; what they share is that of `main`."""
+        self.context = contexts[0]
+        self.task = torch._C._current_graph_task_id()
+        self.replaced: list[tuple[Tensor, str, Any]] = []
+        self.wants = wants_of(contexts)
+        self.gathering = Gathering(wants_of([c for c in contexts if c.by_sample]), contexts[0]._tokens)
+        self.records: list[Record] = [] if main is None else main.records
+        self.n = 0  # samples, or tokens, once a form has arrived
+        self.losses: list[tuple[str, str, Tensor]] = [] if main is None else main.losses
+        self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
+        self.asides: dict[int, dict[str, Any]] = {}
+        self.inside: set[Any] = set()  # marks of losses that the model computed
+        self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
+        #: Whether a loss has sent its curvature, and what quantities have summed up, by parameter and quantity.
+        self.spread = False
+        self.sums: dict[int, tuple[Source, dict[int, Any]]] = {}
+        self.measured: dict[int, tuple[Source, dict[int, Any]]] = {}
+        self.asks: dict[int, dict[int, Any]] = {}
+        self.owners: dict[int, tuple[Any, set[int]]] = {}
+        self.also = Pass(contexts[1:], self) if len(contexts) > 1 else None
+        if main is None:
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+
+    @property
+    def heard(self) -> tuple[Pass, ...]:
+        """The pass as each context hears it."""
+        return (self,) if self.also is None else (self, self.also)
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether what arrives at taps is wanted."""
+        return any(f.context.by_sample for f in self.heard)
+
+    def visit(
+        self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A pair arrives; emit what is complete, and return sums of rows that may serve as `.grad`.
+
+        Args:
+            use: of the tap.
+            saved: what the tap kept.
+            gs: gradients at its outputs.
+            sums: gradients of the use's own parameters that are known already, by name.
+
+        Returns:
+            Gradients of the use's own parameters, by name.
+        """
+        delivered: dict[str, Tensor] = {}
+        for source, forms in self.gathering.add(use, saved, gs, self.records):
+            direct = next((k for k, s in use.sources.items() if s == (source,) and len(forms) == 1), None)
+            value = dict(zip(use.names, saved, strict=True))[direct] if direct else None
+            deliver = value is not None and value.is_leaf and use.rule.delivers
+            deliver = deliver and self.context.grad and not self.context.exact_grad
+            known = sums.get(direct) if direct and value is not None and value.is_leaf else None
+            total = self.emit(source, merge(forms), deliver, known)
+            if deliver and total is not None and direct is not None:
+                delivered[direct] = total.reshape(source.tensor.shape).to(source.tensor.dtype)
+        return delivered
+
+    def check(self, n: int) -> None:
+        """Everything that can be refused before any gradient is accumulated."""
+        for flight in self.heard:
+            flight.context._check(flight, n)
+
+    def emit(self, source: Source, form: Factored, deliver: bool = False, total: Tensor | None = None) -> Tensor | None:
+        """All forms of a parameter have arrived: hand them on; the sum of its rows, where it may be `.grad`."""
+        statistics = Statistics(form)
+        if total is not None and total.dtype == form.acc:
+            statistics.known["total"] = total.reshape(form.shape)
+        waiting = [f for f in self.heard if f.context.by_sample and f.context._wants(source.tensor)]
+        first = waiting[0] is self
+        total = waiting[0].context._emit(waiting, source, statistics, deliver and first)
+        return total if first else None  # `.grad` is what it would be if nobody overheard
+
+    def finish(self) -> None:
+        """The backward pass is over."""
+        PASSES.pop(self.task, None)
+        for source, _, forms in self.gathering.rest():
+            self.emit(source, merge(forms))
+        for flight in reversed(self.heard):  # who overhears is first: a hook may take `.grad` away
+            flight.context._land(flight)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for flight in self.heard:
+            flight.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected
+
+    def attach(self, parameter: Tensor, field: str, value: Any) -> None:
+        """Attach a result before it is known that the pass will succeed."""
+        self.replaced.append((parameter, field, parameter.__dict__.get(field, _MISSING)))
+        setattr(parameter, field, value)
+
+    def forget_deleted(self, module: nn.Module) -> None:
+        """Let go of results that the user has deleted from the parameters of `module`."""
+        for parameter in module._parameters.values():
+            if id(parameter) in self.values:
+                values = self.values[id(parameter)][1]
+                for field in [field for field in values if not hasattr(parameter, field)]:
+                    del values[field]
+
+    def abandon(self) -> None:
+        """Take back what a pass that failed has attached."""
+        for parameter, field, old in reversed(self.replaced):
+            if old is not _MISSING:
+                setattr(parameter, field, old)
+            elif hasattr(parameter, field):  # not deleted by the user
+                delattr(parameter, field)
+        self._let_go()

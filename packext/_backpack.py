@@ -232,7 +232,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         written: dict[str, float] = {}
         alone: set[float] = set()
         for name, reduction, g in flight.losses:
-            low, high = float(g.min()), float(g.max())
+            low, high = torch.stack([g.min(), g.max()]).tolist() if g.dim() else (g.item(),) * 2  # read once
             if reduction == "none" and (low != high or low == 0):
                 raise PackextError(
                     f"The extended {name} with reduction='none' is weighted unevenly over its entries (from "

@@ -115,10 +115,11 @@ HESSIAN = [px.DiagHessian(), px.HessianTrace(), px.DiagHessianMC(), px.TopEigenv
 
 def syncs(model: nn.Module, x: Tensor, quantity: Any, **options: Any) -> set[str]:
     """Of the second backward pass, which is not probed."""
+    options.setdefault("scale", "sample")
     loss, y = px.extend(nn.CrossEntropyLoss()), torch.arange(len(x)) % 3
     found: set[str] = set()
     for _ in range(2):
-        with px.backpack(quantity, **{"scale": "sample"} | options):
+        with px.backpack(quantity, **options):
             out = model(x)
             value = loss(out if out.dim() == 2 else out.mean(1), y)
             with watched() as found:

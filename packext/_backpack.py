@@ -187,7 +187,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         _flight.drop()
         if self.ranks is not None and kind is not Elsewhere:
             why = "" if kind is None else f"{kind.__name__}: {value}"
-            self.ranks.meet(["the end of the context"], 0, why)
+            self.ranks.meet({"the end of the context": ""}, 0, why)
         if kind is None and self.extensions and not (self._passes or self._inner):
             asked = ", ".join(type(e).__name__ for e in self.extensions)
             reached = "" if self.parameters is None else " and reached one of the given parameters"
@@ -245,7 +245,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         written: dict[str, float] = {}
         alone: set[float] = set()
         for name, reduction, g in flight.losses:
-            low, high = float(g.min()), float(g.max())
+            low, high = torch.stack([g.min(), g.max()]).tolist() if g.dim() else (g.item(),) * 2  # read once
             if reduction == "none" and (low != high or low == 0):
                 raise PackextError(
                     f"The extended {name} with reduction='none' is weighted unevenly over its entries (from "
@@ -348,6 +348,14 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     self.extension_hook(module)
                     flight.forget_deleted(module)
 
+    def _asked(self) -> str:
+        """What all ranks have to ask for alike: quantities with their plain arguments, and the scale."""
+        told = [
+            f"{type(e).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(e).items() if isinstance(v, _PLAIN))})"
+            for e in self.extensions
+        ]
+        return f"{', '.join(told)} with scale={self.scale!r}, accumulate={self.accumulate}, per={self.per!r}"
+
     def _unite(self, flight: Pass) -> None:
         """Results of all passes so far, and all ranks, in place of those of this pass."""
         n = flight.n or (flight.records[0].n if flight.records else 0)
@@ -371,7 +379,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             self._before, self._count = dict(found), n
         if self.ranks is not None:
             named = sorted((source.name, key) for key, (source, _) in found.items())
-            self.ranks.meet([name for name, _ in named], n)
+            self.ranks.meet({name: _kind(found[key][0].tensor) for name, key in named}, n, asked=self._asked())
             for _, key in named:
                 source, parts_ = found[key]
                 found[key] = (source, {f: by_field[f].unite([parts_[f]], self.ranks) for f in sorted(parts_)})
@@ -429,6 +437,13 @@ def _identified(parameters: Any) -> dict[int, Tensor]:
     if not found:
         raise ValueError("parameters is empty: leave it out to ask for all (a generator can be used once only).")
     return {id(p): p for p in found}
+
+
+_PLAIN = (int, float, str, tuple, type(None))
+
+
+def _kind(t: Tensor) -> str:
+    return f"{list(t.shape)} {t.dtype}"
 
 
 def _will_arrive(parameter: Tensor) -> bool:

@@ -24,7 +24,7 @@ from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
-from packext._refusals import refuse_static
+from packext._refusals import refuse_static, refuse_tensors
 from packext._residual import residual
 from packext._statistics import Statistics
 from packext._taps import Gate
@@ -194,6 +194,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
     for record in [gate.record for e in seen.edges for gate in _gates(e)] if inside is None else [inside]:
         if record not in flight.records:
             flight.records.append(record)
+        refuse_tensors(record, flight.context)
         sources.update({id(s.tensor): s for s in record.parameters()})
     if not sources:
         raise PackextError(

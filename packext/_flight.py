@@ -18,8 +18,17 @@ from packext._gathering import Gathering
 from packext._pass import PASSES, Pass, wants_of
 from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside, modules_of
-from packext._refusals import AGAIN, refuse_static, sharding, unseen, will_accumulate
-from packext._use import TARGET, Source, Use
+from packext._refusals import (
+    AGAIN,
+    after_distributed,
+    refuse_inputs_alone,
+    refuse_static,
+    refuse_tensors,
+    sharding,
+    unseen,
+    will_accumulate,
+)
+from packext._use import TARGET, Source, Use, autocasts
 
 if TYPE_CHECKING:
     from packext._backpack import backpack
@@ -125,7 +134,7 @@ def arrive(
 ) -> dict[str, Tensor]:
     """A tap was reached; `sums` are gradients of its parameters that are known already."""
     device = TARGET.device.type if not saved else saved[0].device.type
-    if torch.is_autocast_enabled(device):  # backward() was called where the forward pass ran: sums stay in float32
+    if autocasts(device):  # backward() was called where the forward pass ran: sums stay in float32
         with torch.autocast(device, enabled=False):
             return _arrive(use, saved, gs, sums or {})
     return _arrive(use, saved, gs, sums or {})
@@ -151,14 +160,16 @@ def enter(record: Record) -> None:
     if _probe is not None or not _listening():
         return
     gates = record.awaited_gates()
+    flight = _current(record) if _sweep is None else _sweep.flight
+    refuse_tensors(record, flight.context)
     if any(i in record.strays for i in gates):
         raise PackextError(
             f"The extended model returned a value made of parameters alone ({', '.join(record.strays.values())}), and "
             "the loss depends on it: its gradient belongs to no sample. Combine it with the data inside of forward, or "
             "compute it outside of the model. If it is made of data, they came in a way that packext does not see: "
             "through NumPy, a list of numbers, or together with the parameter in a torch.func transform or TorchScript."
+            f"{after_distributed(record)}"
         )
-    flight = _current(record) if _sweep is None else _sweep.flight
     if record not in flight.records:
         flight.records.append(record)
         if _sweep is None:
@@ -172,6 +183,8 @@ def enter(record: Record) -> None:
         raise PackextError(AGAIN)
     if _sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
+    if flight.context.accumulate and _sweep is None:
+        refuse_inputs_alone(record)
     flight.inside |= losses_inside(record, gates)
     if flight.losses or not flight.inside:
         flight.check(record.n)

@@ -24,10 +24,10 @@ from torch.utils import _pytree as pytree
 from packext import rules
 from packext._errors import UnsupportedUseError
 from packext._record import Record, modules_of, tensors_in
-from packext._refusals import Again
+from packext._refusals import Again, is_distributed
 from packext._scale import FUNCTIONS, LossMark, called, is_loss
 from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule, origins
-from packext._use import Rule, Source, Use
+from packext._use import Rule, Source, Use, autocasts
 
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
 #: value that it is an expanded view of.
@@ -82,7 +82,13 @@ class Tracer(TorchFunctionMode):
             if p is None:
                 continue
             full = f"{path}.{name}" if path else name
-            if self.record.names.get(full) is p or not isinstance(p, Tensor) or not p.requires_grad:
+            if self.record.names.get(full) is p or not isinstance(p, Tensor):
+                continue
+            if is_distributed(p):
+                self.record.distributed[full] = (type(module).__name__, p)
+                continue
+            self.record.distributed.pop(full, None)  # FSDP2 shards it when it is not in use
+            if not p.requires_grad:
                 continue
             if getattr(p, _MARK, _UNMARKED)[0] == self.record.token:
                 continue  # functional_call has put in its place what this forward pass has computed
@@ -236,7 +242,7 @@ class Tracer(TorchFunctionMode):
                 "Checkpoint a module: its forward is watched when it is computed again.",
             )
         sources = {k: s for k, t in tensors.items() if t.requires_grad and (s := self.sources(t))}
-        shapes = {k: t.shape for k, t in tensors.items()}
+        shapes: dict[str, tuple[int, ...]] = {k: t.shape for k, t in tensors.items()}
         use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self._record_ref)
         use.direct = frozenset([k for k, s in sources.items() if s[0].tensor is tensors[k]])
         axis = self.record.batch_axis
@@ -270,7 +276,7 @@ class Tracer(TorchFunctionMode):
             return NotImplemented
         x = tensors["input"]
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.is_floating_point():
+        if autocasts(device) and x.is_floating_point():
             tensors = {**tensors, "input": x.to(torch.get_autocast_dtype(device))}
         if not use.sources:
             return rule.call(use, tensors)
@@ -346,9 +352,9 @@ class Tracer(TorchFunctionMode):
         for t in self._marked_inputs:
             if _MARK in t.__dict__:
                 delattr(t, _MARK)
-        if not self.record.uses and not self.table:
-            return output
         record = self.record
+        if not (record.uses or self.table or record.distributed):
+            return output
 
         def gate(y: Any) -> Any:
             if not isinstance(y, Tensor) or not y.requires_grad or y.is_leaf:
@@ -356,6 +362,8 @@ class Tracer(TorchFunctionMode):
             made_of = self.sources(y)
             if made_of:
                 record.strays[len(record.gates)] = made_of[0].name
+            if is_distributed(y):
+                record.distributed_output = True
             gated = Gate.apply(record, y)
             gated.grad_fn.register_hook(functools.partial(Again.watch, record))
             record.gates.append((weakref.ref(gated.grad_fn), y.shape, y.dtype, y.device))

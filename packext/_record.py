@@ -40,6 +40,8 @@ class Record:
         routed: whether data chose which rows of an activation went on, so that layouts may differ in every pass.
         strays: gates on outputs made of parameters alone, with one of these.
         names: every name under which a parameter was seen.
+        distributed: those that are DTensors, by name, with the class of the module. No tap is placed on them.
+        distributed_output: whether an output is a DTensor.
         trail: hash of the torch functions that ran, and of the training flags of the modules that did.
         refused: what was seen and cannot be right, with the parameters behind it.
         probed: which gates the probe has started from.
@@ -60,6 +62,8 @@ class Record:
         self.uses: list[Use] = []
         self.gates: list[tuple[Any, torch.Size, torch.dtype, torch.device]] = []
         self.names: dict[str, Tensor] = {}
+        self.distributed: dict[str, tuple[str, Tensor]] = {}
+        self.distributed_output = False
         self.trail = 0
         self.refused: list[tuple[str, tuple[Source, ...]]] = []
         self.probed: frozenset[int] = frozenset()

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from packext._errors import UnsupportedUseError
+from packext._errors import PackextError, UnsupportedUseError
 from packext._use import live_nodes
 
 if TYPE_CHECKING:
+    from packext._backpack import backpack
     from packext._record import Record
 
 
@@ -45,6 +46,85 @@ def sharding(modules: list[nn.Module]) -> Any:
     return None
 
 
+def is_distributed(t: Any) -> bool:
+    """Whether `t` is a DTensor, of which this process holds a part or one of several copies."""
+    module = sys.modules.get("torch.distributed.tensor")  # which torch does not import, and takes a while
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def refuse_tensors(record: Record, context: backpack) -> None:
+    """Refuse tensors without numbers (on the meta device), and DTensors: parameters in tensor parallelism, and outputs.
+
+    Parameters that FSDP2 has sharded are whole while they are used: they get here only if something else splits them.
+
+    Raises:
+        UnsupportedUseError: if the model has parameters without numbers, or returns a DTensor, if quantities are
+            wanted of a DTensor that the gradient will reach, or second derivatives of a model with one. All ranks find
+            the same, so that none waits for another.
+    """
+    empty = [f"{name} {list(p.shape)}" for name, p in record.names.items() if p.is_meta]
+    if empty:
+        raise UnsupportedUseError(
+            f"Parameters of the extended model are on the meta device, where tensors have shapes and no numbers: "
+            f"{', '.join(empty)}. Give them memory, model.to_empty(device=...), and their values, load_state_dict."
+        )
+    if not record.distributed and not record.distributed_output:
+        return
+    found = {
+        name: (kind, p)
+        for name, (kind, p) in record.distributed.items()
+        if p.requires_grad and context._wants(p) and will_accumulate(p)
+    }
+    for name, (kind, p) in found.items():
+        placements: Any = getattr(p, "placements", ())
+        others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UnsupportedUseError(
+            f"{name} [{kind}]{others} is a DTensor {list(p.shape)} placed {list(placements)}, as parallelize_module "
+            "and distribute_tensor make them: of these there are no individual gradients. Leave them out "
+            "(parameters=...), shard with fully_shard instead, whose parameters are whole while they are used, or run "
+            "this pass inside of `with px.disable():`."
+        )
+    for name, (kind, p) in record.distributed.items():
+        if torch.is_grad_enabled() or context.hessian or any(q.root[0] == "hessian" for q in context.curvature):
+            raise UnsupportedUseError(
+                f"{name} [{kind}] is a DTensor {list(p.shape)}, and torch's second derivatives through DTensors are "
+                "wrong where a layer is split. In a model that has one, ask for quantities of first order or for "
+                "DiagGGNExact, KFAC and the like, and do not pass create_graph=True."
+            )
+    if record.distributed_output:
+        raise UnsupportedUseError(
+            "The extended model returned a DTensor, in which samples cannot be told apart. Return its full_tensor() "
+            "(or its to_local() if it is replicated) from forward, as use_local_output=True of a parallel style does."
+        )
+
+
+def refuse_inputs_alone(record: Record) -> None:
+    """Refuse a pass that would count as one of several, though no gradient of a parameter is wanted of it.
+
+    Raises:
+        PackextError: if so.
+    """
+    sources = record.parameters()
+    if sources and not any(will_accumulate(source.tensor) for source in sources):
+        raise PackextError(
+            "With accumulate=True each backward pass is a part of the batch, and this one gives no parameter of the "
+            "model a gradient (autograd.grad or backward with other inputs=...): run it inside of `with "
+            "px.disable():`. The first step of a schedule of torch.distributed.pipelining makes such a pass, to learn "
+            "shapes: run one step outside of the context."
+        )
+
+
+def after_distributed(record: Record) -> str:
+    """What to add to a message where uses of parameters may be missing since DTensors hide where data went."""
+    if not record.distributed:
+        return ""
+    name, (kind, _) = next(iter(record.distributed.items()))
+    return (
+        f" What {name} [{kind}] and other DTensors give is not followed any further: of layers that run after "
+        "them, there are no individual gradients (parameters=... leaves layers out)."
+    )
+
+
 def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], bool]) -> None:
     """Refuse parameters that the gradient will reach although no use of them was seen."""
     known = {id(s.tensor) for s in record.parameters()}
@@ -62,6 +142,7 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
             "model, or inside of a torch.autograd.Function, a torch.func transform or TorchScript, into which packext "
             "does not see. Have these give the value that the parameter is multiplied with, and multiply in forward, "
             "or leave the parameter out (parameters=...)."
+            f"{after_distributed(record)}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,31 +55,44 @@ class Ranks(Here):
         self.group = group
         self.counts: list[int] = []
 
-    def meet(self, names: Sequence[str], n: int, failed: str = "") -> None:
+    def meet(self, found: Mapping[str, str], n: int, failed: str = "", asked: str = "") -> None:
         """Say what this rank has found, and hear what the others have.
 
         Args:
-            names: of the parameters that have results.
+            found: shapes and dtypes of the parameters that have results, by name.
             n: samples here.
             failed: what went wrong here, if something did.
+            asked: of the context.
 
         Raises:
-            Elsewhere: if another rank failed, or found something for other parameters.
+            Elsewhere: if another rank failed, found something for other parameters, or was asked for something else.
         """
         heard: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(heard, (list(names), n, failed), group=self.group)
-        for rank, (_, _, why) in enumerate(heard):
-            if why and not failed:
+        dist.all_gather_object(heard, (dict(found), n, failed, asked), group=self.group)
+        self.counts = [count for _, count, *_ in heard]
+        if failed:
+            return
+        for rank, (_, _, why, _) in enumerate(heard):
+            if why:
                 raise Elsewhere(f"Rank {rank} of the group failed, so that there are no results of all: {why}")
-        for rank, (others, _, _) in enumerate(heard):
-            differing = sorted({*others} ^ {*names})
-            if differing and not failed:
+        for rank, (others, _, _, their) in enumerate(heard):
+            differing = sorted({*others} ^ {*found})
+            if differing:
                 raise Elsewhere(
                     f"The backward passes of rank {rank} and of this one reached different parameters "
                     f"({', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}): extend the same model on "
                     "all ranks, and use the same parts of it."
                 )
-        self.counts = [count for _, count, _ in heard]
+            for name, kind in found.items():
+                if others[name] != kind:
+                    raise Elsewhere(
+                        f"{name} is {others[name]} on rank {rank} and {kind} on this one: extend the same model on all "
+                        "ranks of the group."
+                    )
+            if their != asked:
+                raise Elsewhere(
+                    f"Rank {rank} of the group asks for {their}, and this one for {asked}: ask for the same."
+                )
 
     def sum(self, t: Tensor) -> Tensor:
         t = t.detach().clone(memory_format=torch.contiguous_format)

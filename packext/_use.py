@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
 #: The scalar that every tap takes as an input.
 TARGET = torch.zeros((), requires_grad=True)
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for tensors of this type of device; some types, such as meta, have none."""
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 @dataclass(frozen=True, eq=False)

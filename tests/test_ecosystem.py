@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 from collections.abc import Callable
 
@@ -114,6 +115,31 @@ def test_loss_scaling() -> None:
     scaler.update()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, before[name] - 0.1 * plain[name].grad_batch.sum(0))
+
+
+def test_a_step_that_loss_scaling_skips() -> None:
+    """Of a pass that overflows nothing is left: with the next scale results are those of the samples' own losses."""
+    model, loss_fn = px.extend(network().float()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(4, 5), torch.randint(0, 3, (4,))
+    with px.backpack(px.BatchGrad(), px.DiagGGNExact(), scale="sample") as plain:
+        loss_fn(model(x), y).backward()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-77)
+    for factor in (1000.0, 1.0):  # the first of which is too large with that scale
+        optimizer.zero_grad()
+        with px.backpack(px.BatchGrad(), px.DiagGGNExact(), scale="sample") as scaled:
+            scaler.scale(factor * loss_fn(model(x), y)).backward()
+        finite = all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+        assert finite == (factor == 1)
+        if not finite:
+            scaler.step(optimizer)
+            scaler.update()
+            assert scaler.get_scale() == 2.0**50
+            torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    for name in plain:
+        torch.testing.assert_close(scaled[name].grad_batch, plain[name].grad_batch)
+        torch.testing.assert_close(scaled[name].diag_ggn_exact, plain[name].diag_ggn_exact)
 
 
 class Attention(nn.Module):

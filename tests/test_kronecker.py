@@ -46,37 +46,33 @@ def curved(case: Case) -> bool:
     return isinstance(case.loss(), (nn.CrossEntropyLoss, nn.MSELoss)) and case.name != "output data class"
 
 
-def reference(case: Case, names: list[str] | None = None) -> testing.Reference:
+@functools.cache
+def reference(name: str, tables: bool) -> testing.Reference:
+    """Of the parameters of a case's linear maps, convolutions and embeddings (or without these)."""
+    case = next(c for c in CASES if c.name == name)
     model, inputs, targets = case.build()
     weights = None if case.weights is None else case.weights(targets)
-    parameters = None if names is None else [model.get_parameter(name) for name in names]
-    return testing.Reference(model, case.loss(), inputs, targets, case.batch_axis, weights, parameters)
-
-
-@functools.cache
-def defined(name: str, tables: bool) -> list[str]:
-    """Parameters of the linear maps, convolutions and embeddings of a case; with tables, of embeddings too."""
-    with double_precision():
-        this = reference(next(c for c in CASES if c.name == name))
-        modules = this.factors("exact").modules
-        modules = {k: m for k, m in modules.items() if tables or not isinstance(m, nn.Embedding)}
-        own = {id(p) for k, m in modules.items() if k not in READ_WITHOUT_DATA for p in m.parameters()}
-        return [k for k, p in this.parameters.items() if id(p) in own]
+    rest = (case.loss(), inputs, targets, case.batch_axis, weights)
+    this = testing.Reference(model, *rest)
+    modules = {k: m for k, m in this.factors("exact").modules.items() if k not in READ_WITHOUT_DATA}
+    own = {id(p) for m in modules.values() if tables or not isinstance(m, nn.Embedding) for p in m.parameters()}
+    names = [k for k, p in this.parameters.items() if id(p) in own]
+    return testing.Reference(model, *rest, [model.get_parameter(k) for k in names])
 
 
 def check(case: Case, approx: str, bias: str) -> int:
-    """Compare the factors of every module that the definition knows; how many there were."""
-    names = defined(case.name, approx == "expand")
-    if not names:
+    """Compare the factors of every module that the definition knows; how many parameters there were."""
+    this = reference(case.name, approx == "expand")
+    if not this.parameters:
         return 0
-    asked, this = px.KFAC(fisher="exact", approx=approx, bias=bias), reference(case, names)
+    asked = px.KFAC(fisher="exact", approx=approx, bias=bias)
     if case.name == "one convolution called twice" and approx == "reduce":  # positions of several uses are not pooled
         with pytest.raises(px.UnsupportedUseError, match='approx="reduce".*Use approx="expand"'):
             testing.against(this, [asked])
-        return len(names)
+        return len(this.parameters)
     report = testing.against(this, [asked], 1e-9)
     assert report.ok, str(report)
-    return len(names)
+    return len(this.parameters)
 
 
 @pytest.mark.parametrize("bias", ["separate", "joint"])

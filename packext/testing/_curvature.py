@@ -153,14 +153,15 @@ def _derivatives(slope: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     if not slope.requires_grad:
         return found
     units = torch.eye(len(slope)).to(slope)
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     for lo in range(0, len(units), AT_ONCE):
         some = units[lo : lo + AT_ONCE]
         try:
             grads = torch.autograd.grad(slope, parameters, some, is_grads_batched=True, **options)
         except RuntimeError:  # not every backward can be computed for several cotangents at once
             each = [torch.autograd.grad(slope, parameters, unit, **options) for unit in some]
-            grads = [torch.stack(g) for g in zip(*each, strict=True)]
+            grads = [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
         for whole, grad in zip(found, grads, strict=True):
-            whole[lo : lo + AT_ONCE] = grad.reshape(len(some), -1)
+            if grad is not None:
+                whole[lo : lo + AT_ONCE] = grad.reshape(len(some), -1)
     return found

@@ -49,7 +49,7 @@ class Reference:
         weights: Sequence[float] | None = None,
         parameters: Iterable[Tensor] | None = None,
     ) -> None:
-        """Copy model and loss; a `ValueError` for parameters that are not the model's, or require no grad.
+        """Copy model and loss; parameters that are not the model's, or require no grad, are a `ValueError`.
 
         Args:
             model: left as it is.
@@ -62,6 +62,7 @@ class Reference:
 
         Raises:
             PackextError: if the model is random: the loop over samples would draw other numbers.
+            ValueError: for an empty batch.
         """
         names = None if parameters is None else _names(model, parameters)
         self.whole = unextend(copy.deepcopy(model)).double()
@@ -74,6 +75,8 @@ class Reference:
         self.parameters = _curvature.wanted(self.model)
         self.entries = sum(p.numel() for p in self.parameters.values())
         self.n = batch_size(self.inputs, batch_axis)
+        if not self.n:
+            raise ValueError("check: the batch is empty, pass a few samples.")
         mean = getattr(self.loss_fn, "reduction", "mean") == "mean"
         self.factor = float(self.n) if mean else 1.0
         self.weights = [1 / self.factor] * self.n if weights is None else list(weights)

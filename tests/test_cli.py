@@ -159,7 +159,7 @@ def test_oracles_that_would_take_too_long_are_left_out(capsys: pytest.CaptureFix
     status, out, _ = run(capsys, "check", "net_of_mine:wide", "--input", "70")
     found = verdicts(out)
     assert status == 0 and found["Variance"] == found["DiagGGNExact"] == found["KFAC"] == "right"
-    assert found["SqrtGGNExact"].startswith("not") and found["DiagHessian"].startswith("not")
+    assert found["DiagHessian"].startswith("not")
     assert "the Hessian has 21,298,225 entries, for 4 samples of 65 outputs and 4615 parameters" in out
 
 

@@ -37,9 +37,8 @@ def quantities() -> list[Any]:
 def compare(model: nn.Module, rows: testing.Rows, factor: float = 1.0) -> None:
     """Compare what is attached to the parameters with rows of the GGN's root."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    entries, n = sum(p.numel() for p in named.values()), next(iter(rows.values())).shape[1]
     scaled = {name: r * factor**0.5 for name, r in rows.items()}
-    reference: Any = SimpleNamespace(roots=scaled, parameters=named, entries=entries, n=n, limit=lambda *args: None)
+    reference: Any = SimpleNamespace(roots=scaled, parameters=named)
     for quantity in quantities():
         definition = testing.CURVATURE_ORACLES[type(quantity)]
         results = {k: getattr(p, quantity.savefield) for k, p in named.items() if hasattr(p, quantity.savefield)}

@@ -40,8 +40,8 @@ def check(
 
     Quantities of individual gradients are compared with a loop over the samples. Those of curvature are with dense
     matrices: a root of the GGN row by row, the Hessian by differentiating the gradient, and Kronecker factors from
-    calls of the modules with one sample each. A root is compared by its product with itself, and a Gram matrix by what
-    is the same for all roots. `HMP` and `GGNMP` are compared for random vectors.
+    calls of the modules with one sample each. A root is one of many: its square is compared, by products with random
+    vectors, as `HMP` and `GGNMP` are, and a Gram matrix by what is the same for all roots.
 
     Args:
         model: copied, so that it, its gradients and hooks stay as they are.

@@ -32,7 +32,7 @@ from packext.testing._kronecker import VECTORS
 from packext.testing._reference import NoOracle, Reference
 from packext.testing._samples import Rows
 
-#: Random vectors for which products with a block are compared.
+#: Random vectors for which products with a matrix are compared.
 PRODUCTS = 3
 
 
@@ -41,7 +41,7 @@ class Definition(NamedTuple):
 
     Attributes:
         read: `(quantity, reference, results, name)`, with the results of all parameters by name: tensors that the
-            definition determines. A root, which is one of many, is read as its product with itself.
+            definition determines. A root, which is one of many, is read as products of its square with vectors.
         wanted: `(quantity, reference, name)`: the same tensors by the definition.
     """
 
@@ -66,15 +66,14 @@ def _value(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[T
 
 
 def _outer(roots: Rows, ref: Reference, name: str) -> list[Tensor]:
-    """Of roots `[V, N, *p]`: each sample's columns of a parameter times those of all parameters, `[N, p, P]`."""
-    own = roots[name]
-    ref.limit(own.shape[1] * own[0, 0].numel() * ref.entries, "the product of a root with itself")
-    zero = own.new_zeros(*own.shape[:2], 1)
-    flat = [
-        roots[k].reshape(*own.shape[:2], -1) if k in roots else zero.expand(-1, -1, p.numel())
-        for k, p in ref.parameters.items()
-    ]
-    return [torch.einsum("vnp,vnq->npq", own.reshape(*own.shape[:2], -1), torch.cat(flat, 2))]
+    """Of roots `[V, N, *p]`: each sample's GGN times random vectors, rows of one parameter `[N, p, PRODUCTS]`."""
+    own = roots[name].reshape(*roots[name].shape[:2], -1)
+    numbers, along = torch.Generator().manual_seed(20251121), own.new_zeros(*own.shape[:2], PRODUCTS)
+    for k, p in ref.parameters.items():
+        vectors = torch.randn(p.numel(), PRODUCTS, generator=numbers).to(own)
+        if k in roots:
+            along += roots[k].reshape(*own.shape[:2], -1) @ vectors
+    return [torch.einsum("vnp,vnr->npr", own, along)]
 
 
 def _root(q: Any, ref: Reference, name: str) -> list[Tensor]:
@@ -151,10 +150,11 @@ def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
         return [(flat.T @ flat)[None]]
     weight, approx, own = weights[id(module)], getattr(q, "approx", "expand"), getattr(module, "bias", None)
     joint = getattr(q, "bias", "") == "joint" and own is not None and own.requires_grad and module.weight.requires_grad
-    outputs = factors.outputs(weight, approx)
+    if p is own and joint:  # the inputs of its weight are axis 1, if the loss reaches it
+        return [factors.outputs(weight, "expand").any().double()]
     if p is own:
-        return [outputs.any().double()] if joint else [factors.outputs(weight, approx, whole=True)]
-    inputs = factors.inputs(weight, approx, joint)
+        return [factors.outputs(weight, approx, whole=True)]
+    outputs, inputs = factors.outputs(weight, approx), factors.inputs(weight, approx, joint)
     return [inputs[0].diagonal(), outputs[0]] if isinstance(module, nn.Embedding) else [outputs, inputs]
 
 

@@ -9,14 +9,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import packext as px
 from packext._bench import Cost
-from packext._check import Outcome
+from packext._check import Outcome, quantities
 from packext._subject import Subject
 
-COLOURS = {"right": "green", "wrong": "bold red", "refused": "yellow", "given": "", "not checked": "dim"}
+COLOURS = {"right": "green", "wrong": "bold red", "refused": "yellow", "not checked": "dim"}
 #: How many outcomes `check` has: those of the table below, as its progress counts them.
-OUTCOMES = len(px.testing.all_quantities()) + 6
+OUTCOMES = 1 + len(quantities())
 
 
 def _progress() -> Progress:
@@ -47,8 +46,7 @@ def show_outcomes(subject: Subject, outcomes: Iterable[Outcome]) -> list[Outcome
         table.add_column(header, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
     for o in found:
         error = "" if o.error is None else f"{o.error:.1e}"
-        colour = COLOURS[o.verdict]
-        table.add_row(o.quantity, f"[{colour}]{o.verdict}[/]" if colour else o.verdict, error, escape(o.where))
+        table.add_row(o.quantity, f"[{COLOURS[o.verdict]}]{o.verdict}[/]", error, escape(o.where))
     console.print(table)
     reasons: dict[str, list[str]] = {}
     for o in found:

@@ -253,7 +253,7 @@ def test_with_one_sample_kfra_is_kflr_on_every_case() -> None:
     for case in filter(curved, CASES):
         model, inputs, targets = case.build()
         n = testing.batch_size(inputs, case.batch_axis)
-        axis = case.batch_axis if testing._has_axis(targets, case.batch_axis, n) else 0
+        axis = case.batch_axis if testing._samples.has_axis(targets, case.batch_axis, n) else 0
         x, y = testing.select(inputs, 1 % n, n, case.batch_axis), testing.select(targets, 1 % n, n, axis)
         try:
             run(model, case.loss(), x, y, px.KFRA(), axis=case.batch_axis)

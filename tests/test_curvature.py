@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,25 +36,19 @@ def quantities() -> list[Any]:
 
 def compare(model: nn.Module, rows: testing.Rows, factor: float = 1.0) -> None:
     """Compare what is attached to the parameters with rows of the GGN's root."""
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        for quantity in quantities():
-            want = testing.GGN_ORACLES[type(quantity)](rows[name]) * factor
-            if not hasattr(p, quantity.savefield):
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scaled = {name: r * factor**0.5 for name, r in rows.items()}
+    reference: Any = SimpleNamespace(roots=scaled, parameters=named)
+    for quantity in quantities():
+        definition = testing.CURVATURE_ORACLES[type(quantity)]
+        results = {k: getattr(p, quantity.savefield) for k, p in named.items() if hasattr(p, quantity.savefield)}
+        for name in named:
+            (want,) = definition.wanted(quantity, reference, name)
+            if name not in results:
                 assert not want.any(), (name, quantity)
                 continue
-            got = getattr(p, quantity.savefield)
-            if isinstance(quantity, px.SqrtGGNExact):
-                got = got.reshape(*got.shape[:2], -1)
-                got = torch.einsum("vnp,vnq->npq", got, got)
+            (got,) = definition.read(quantity, reference, results, name)
             assert testing.relative_error(got, want) < 1e-8, (name, quantity)
-        if factor == 1.0 and hasattr(p, "ggn_gram"):  # that of another root has the same eigenvalues, but for zeros
-            size = len(rows[name]) * rows[name].shape[1]
-            flat = rows[name].reshape(size, -1)
-            found = torch.linalg.eigvalsh(p.ggn_gram.flatten(2).flatten(0, 1)).flip(0)[:size]
-            want = torch.linalg.eigvalsh(flat @ flat.T).flip(0)[: len(found)]
-            assert testing.relative_error(found, want) < 1e-8, name
 
 
 def curved(case: Case) -> bool:
@@ -64,22 +59,11 @@ def curved(case: Case) -> bool:
 @pytest.mark.parametrize("case", [c for c in CASES if curved(c)], ids=lambda c: c.name)
 def test_the_ggn_on_every_case(case: Case) -> None:
     model, inputs, targets = case.build()
-    loss = case.loss()
-    n = testing.batch_size(inputs, case.batch_axis)
-    weights = [1 / n] * n if loss.reduction == "mean" else [1.0] * n
-    if case.weights is not None:
-        weights = case.weights(targets)
-    rows = testing.curvature_rows(model, loss, inputs, targets, case.batch_axis, weights)
-    px.extend(model, case.batch_axis)
-    px.extend(loss)
-    with px.backpack(*quantities(), px.GGNGram(), px.BatchGrad()):
-        loss(testing.call(model, inputs), targets).backward()
-    compare(model, rows)
-    plain = testing.individual_gradients(model, loss, inputs, targets, case.batch_axis, weights)
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            assert testing.relative_error(p.grad_batch, plain[name]) < 1e-9, name
-            assert testing.relative_error(p.grad, plain[name].sum(0)) < 1e-9, name
+    weights = None if case.weights is None else case.weights(targets)
+    reference = testing.Reference(model, case.loss(), inputs, targets, case.batch_axis, weights)
+    report = testing.against(reference, [*quantities(), px.GGNGram(), px.BatchGrad(), px.DiagEF()])
+    assert report.ok, str(report)
+    assert all(entry.tolerance < 1e-6 for entry in report)
 
 
 def run(model: nn.Module, loss: nn.Module, x: Any, y: Any, *asked: Any, **options: Any) -> px.Results:
@@ -254,7 +238,7 @@ class Checkpointed(nn.Module):
 def test_checkpointed_parts() -> None:
     model, x, y = Checkpointed(), torch.randn(N, 5), torch.randint(3, (N,))
     rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
-    whole = hessian(model, lambda: F.cross_entropy(model(x), y))
+    whole = testing.hessian(model, F.cross_entropy, x, y)
     results = run(model, nn.CrossEntropyLoss(), x, y, *quantities(), px.TopEigenvalues(tol=1e-9))
     compare(model, rows)
     torch.testing.assert_close(results.top_eigenvalues.values[0], torch.linalg.eigvalsh(whole)[-1])
@@ -517,18 +501,6 @@ def test_gram_and_empirical_fisher(name: str) -> None:
 # -- the Hessian ---------------------------------------------------------------------------------------------
 
 
-def hessian(model: nn.Module, loss: Any) -> Tensor:
-    parameters = list(model.parameters())
-    with px.disable():
-        slopes = torch.autograd.grad(loss(), parameters, create_graph=True)
-        flat = torch.cat([s.flatten() for s in slopes])
-        each = [torch.autograd.grad(f, parameters, retain_graph=True, allow_unused=True) for f in flat]
-    return torch.stack([
-        torch.cat([torch.zeros(p.numel()) if h is None else h.flatten() for h, p in zip(row, parameters, strict=True)])
-        for row in each
-    ])  # fmt: skip
-
-
 def coupled() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
 
@@ -537,7 +509,7 @@ def coupled() -> nn.Module:
 def test_hessian_quantities(build: Any) -> None:
     model, x, y = build(), torch.randn(N, 5), torch.randint(3, (N,))
     loss = nn.CrossEntropyLoss()
-    want = hessian(model, lambda: 2 * loss(model(x), y))
+    want = testing.hessian(model, lambda z, t: 2 * loss(z, t), x, y)
     state = torch.get_rng_state()
     px.extend(model)
     px.extend(loss)
@@ -570,7 +542,7 @@ def test_hessian_quantities(build: Any) -> None:
 def test_ends_of_the_spectrum(which: str) -> None:
     model, x, y = mlp(), torch.randn(N, 5), torch.randn(N, 3)
     loss = nn.MSELoss()
-    spectrum = torch.linalg.eigvalsh(hessian(model, lambda: loss(model(x), y)))
+    spectrum = torch.linalg.eigvalsh(testing.hessian(model, loss, x, y))
     assert spectrum[0] < 0 < spectrum[-1]
     want = {"LA": spectrum[-1], "SA": spectrum[0], "LM": spectrum[spectrum.abs().argmax()]}[which]
     results = run(model, loss, x, y, px.TopEigenvalues(which=which, tol=1e-9), px.BatchGrad())
@@ -583,7 +555,7 @@ def test_ends_of_the_spectrum(which: str) -> None:
 def test_products_with_blocks() -> None:
     model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
     loss = nn.CrossEntropyLoss()
-    whole = hessian(model, lambda: loss(model(x), y))
+    whole = testing.hessian(model, loss, x, y)
     rows = testing.curvature_rows(model, loss, x, y, weights=[1 / N] * N)
     px.extend(model)
     px.extend(loss)
@@ -608,7 +580,7 @@ def test_products_with_blocks() -> None:
 def test_hessians_of_several_losses_add_up() -> None:
     model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
     first, second = px.extend(nn.CrossEntropyLoss()), px.extend(nn.CrossEntropyLoss(reduction="sum"))
-    want = hessian(model, lambda: first(model(x), y) + second(model(x), y)).trace()
+    want = testing.hessian(model, lambda z, t: first(z, t) + second(z, t), x, y).trace()
     px.extend(model)
     with px.backpack(px.HessianTrace(200)) as results:
         z = model(x)

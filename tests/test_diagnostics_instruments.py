@@ -136,7 +136,7 @@ def own(case: Case, model: Any, loss: Any, inputs: Any, targets: Any) -> tuple[t
     n = testing.batch_size(inputs, case.batch_axis)
     weights = [1.0] * n if case.weights is None else [n * w for w in case.weights(targets)]
     rows = testing.individual_gradients(model, loss, inputs, targets, case.batch_axis, weights)
-    axis = case.batch_axis if testing._has_axis(targets, case.batch_axis, n) else 0
+    axis = case.batch_axis if testing._samples.has_axis(targets, case.batch_axis, n) else 0
     losses = []
     for k in range(n):
         with px.disable(), torch.no_grad():
@@ -279,18 +279,6 @@ def watched(*instruments: Any, model: nn.Module | None = None, loss: nn.Module |
     return Cockpit(model, torch.optim.SGD(model.parameters(), LR), None, instruments=instruments), model, loss
 
 
-def hessian(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    named = dict(model.named_parameters())
-    sizes = [p.numel() for p in named.values()]
-
-    def value(theta: Tensor) -> Tensor:
-        parts = {k: t.view_as(p) for (k, p), t in zip(named.items(), theta.split(sizes), strict=True)}
-        return loss(torch.func.functional_call(model, parts, (x,)), y)
-
-    with px.disable():
-        return torch.autograd.functional.hessian(value, torch.cat([p.detach().flatten() for p in named.values()]))
-
-
 def test_the_largest_eigenvalue_over_several_steps_is_never_the_smallest() -> None:
     for seed in range(4):
         torch.manual_seed(seed)
@@ -298,7 +286,7 @@ def test_the_largest_eigenvalue_over_several_steps_is_never_the_smallest() -> No
         loss = px.extend(nn.MSELoss())
         x, y = torch.randn(N, 5), 8 * torch.randn(N, 3)
         for _ in range(3):
-            spectrum = torch.linalg.eigvalsh(hessian(model, loss, x, y))
+            spectrum = torch.linalg.eigvalsh(testing.hessian(model, loss, x, y))
             assert spectrum[0] < -0.05
             step_of(monitor, model, loss, x, y)
             value, residual = monitor.values["HessMaxEV"], monitor.values["HessMaxEV.residual"]
@@ -324,7 +312,7 @@ def test_a_largest_eigenvalue_that_has_not_converged_is_not_given() -> None:
     refused = 0
     for _ in range(12):  # a new batch each, from whose eigenvectors the last one is far
         x, y = 3 * torch.randn(N, 5), torch.randint(3, (N,))
-        top = float(torch.linalg.eigvalsh(hessian(model, loss, x, y))[-1])
+        top = float(torch.linalg.eigvalsh(testing.hessian(model, loss, x, y))[-1])
         for one in (monitor, hasty):
             step_of(one, model, loss, x, y)
             if "HessMaxEV" in one.absent or "Hasty" in one.absent:
@@ -341,7 +329,7 @@ def test_trace_of_the_hessian() -> None:
     monitor, model, loss = watched(HessTrace("hessian", 1000))
     x, y = batch(N)
     step_of(monitor, model, loss, x, y)
-    want = float(hessian(model, loss, x, y).trace())
+    want = float(testing.hessian(model, loss, x, y).trace())
     error = monitor.values["HessTrace.standard_error"]
     assert abs(monitor.values["HessTrace"] - want) < 4 * error < 0.3 * abs(want)
 

@@ -20,9 +20,8 @@ from tests.helpers import double_precision, mlp
 #: torch's own advice on even kernels, for the plain model as well.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 N = 4
-#: Learned positions: the table is read for all samples at once.
+#: Learned positions, the table being read for all samples at once, and a weight that is multiplied before it is used.
 READ_WITHOUT_DATA = ("pos.weight", "wpe.weight", "base.weight")
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @pytest.fixture(autouse=True)
@@ -43,143 +42,37 @@ def run(model: nn.Module, loss: nn.Module, x: Any, y: Any, *asked: Any, axis: in
 # -- the definition ------------------------------------------------------------------------------------------
 
 
-def sides(module: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Inputs `[G, S, I]` of the linear map that a module is at each position, and how a gradient there splits."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1]), lambda b: b.reshape(1, -1, y.shape[-1])
-    if isinstance(module, nn.Embedding):
-        hot = F.one_hot(x.flatten(), module.num_embeddings).to(module.weight)
-        if module.padding_idx is not None:
-            hot[x.flatten() == module.padding_idx] = 0
-        return hot[None], lambda b: b.reshape(1, -1, y.shape[-1])
-    groups, inputs = module.groups, module.weight[0].numel()
-    eye = torch.eye(inputs).reshape(inputs, *module.weight.shape[1:]).repeat(groups, *[1] * (module.weight.dim() - 1))
-    split = lambda t: t.unflatten(1, (groups, -1)).flatten(3).movedim(2, 3).movedim(1, 0).flatten(1, 2)  # noqa: E731
-    return split(module._conv_forward(x, eye, None)).detach(), split
-
-
-class Definition:
-    """A and B of every linear map, convolution and embedding of a model, from calls with one sample each."""
-
-    def __init__(self, case: Case) -> None:
-        self.model, self.inputs, self.targets = case.build()
-        self.loss, self.axis = case.loss(), case.batch_axis
-        self.n = testing.batch_size(self.inputs, case.batch_axis)
-        weights = [1 / self.n] * self.n if self.loss.reduction == "mean" else [1.0] * self.n
-        self.weights = weights if case.weights is None else case.weights(self.targets)
-        names = {id(p): name for name, p in self.model.named_parameters(remove_duplicate=False)}
-        every = [id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None]
-        self.modules = {
-            names[id(m._parameters["weight"])]: m
-            for m in self.model.modules()
-            if (type(m) in CONVOLUTIONS or type(m) in (nn.Linear, nn.Embedding))
-            and (w := m._parameters.get("weight")) is not None
-            and w.requires_grad
-            and every.count(id(m._parameters["weight"])) == 1
-            and not getattr(m, "scale_grad_by_freq", False)
-            and names[id(w)] not in READ_WITHOUT_DATA
-        }
-        self.found: dict[str, list[list[tuple[Tensor, list[Tensor]]]]] = {name: [] for name in self.modules}
-        for sample in range(self.n if self.modules else 0):
-            self._one(sample)
-        sizes = {name: [sum(a.shape[1] for a, _ in calls) for calls in each] for name, each in self.found.items()}
-        for name, each in sizes.items():
-            if len(set(each)) > 1 or not each[0]:
-                del self.found[name], self.modules[name]
-
-    def _one(self, sample: int) -> None:
-        calls: list[tuple[str, Any, Tensor, Tensor]] = []
-
-        def hook(name: str, m: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
-            calls.append((name, m, [*args, *kwargs.values()][0].detach().clone(), y))
-            return y.clone()  # what follows may write into it
-
-        hooks = [
-            m.register_forward_hook(functools.partial(hook, name), with_kwargs=True) for name, m in self.modules.items()
-        ]
-        output = testing.call(self.model, testing.select(self.inputs, sample, self.n, self.axis))
-        for handle in hooks:
-            handle.remove()
-        leaves, spec = torch.utils._pytree.tree_flatten(output)
-        live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-        flat = torch.cat([t.detach().flatten() for t in live]).requires_grad_()
-        parts = iter(flat.split([t.numel() for t in live]))
-        again = [next(parts).view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
-        axis = self.axis if testing._has_axis(self.targets, self.axis, self.n) else 0
-        target = testing.select(self.targets, sample, self.n, axis)
-        value = self.weights[sample] * self.loss(torch.utils._pytree.tree_unflatten(again, spec), target)
-        slope = torch.autograd.grad(value, flat, create_graph=True)[0]
-        hessian = torch.stack([torch.autograd.grad(d, flat, retain_graph=True)[0] for d in slope])
-        values, vectors = torch.linalg.eigh(hessian)
-        outputs = [y for *_, y in calls]
-        top = torch.cat([t.flatten() for t in live])
-        columns = [
-            torch.autograd.grad(top, outputs, s, retain_graph=True, allow_unused=True)
-            for s in (vectors * values.clamp(min=0).sqrt()).T
-        ]
-        each: dict[str, list[tuple[Tensor, list[Tensor]]]] = {name: [] for name in self.modules}
-        for k, (name, module, x, y) in enumerate(calls):
-            a, split = sides(module, x, y)
-            each[name].append((a, [split(torch.zeros_like(y) if c[k] is None else c[k]) for c in columns]))
-        for name in self.modules:
-            self.found[name].append(each[name])
-
-    def factors(self, name: str, approx: str, joint: bool) -> tuple[Tensor, Tensor]:
-        """B `[G, O, O]` and A `[G, I, I]`."""
-        outputs: Any = 0
-        inputs: Any = 0
-        for calls in self.found[name]:
-            a = torch.cat([a for a, _ in calls], 1)
-            if joint:
-                a = torch.cat([a, torch.ones(*a.shape[:2], 1)], 2)
-            a = a.mean(1, keepdim=True) if approx == "reduce" else a
-            inputs = inputs + a.mT @ a / (self.n * a.shape[1])
-            for k in range(len(calls[0][1])):
-                b = torch.cat([columns[k] for _, columns in calls], 1)
-                b = b.sum(1, keepdim=True) if approx == "reduce" else b
-                outputs = outputs + b.mT @ b
-        return outputs, inputs
-
-
 def curved(case: Case) -> bool:
     return isinstance(case.loss(), (nn.CrossEntropyLoss, nn.MSELoss)) and case.name != "output data class"
 
 
+@functools.cache
+def reference(name: str, tables: bool) -> testing.Reference:
+    """Of the parameters of a case's linear maps, convolutions and embeddings (or without these)."""
+    case = next(c for c in CASES if c.name == name)
+    model, inputs, targets = case.build()
+    weights = None if case.weights is None else case.weights(targets)
+    rest = (case.loss(), inputs, targets, case.batch_axis, weights)
+    this = testing.Reference(model, *rest)
+    modules = {k: m for k, m in this.factors("exact").modules.items() if k not in READ_WITHOUT_DATA}
+    own = {id(p) for m in modules.values() if tables or not isinstance(m, nn.Embedding) for p in m.parameters()}
+    names = [k for k, p in this.parameters.items() if id(p) in own]
+    return testing.Reference(model, *rest, [model.get_parameter(k) for k in names])
+
+
 def check(case: Case, approx: str, bias: str) -> int:
-    """Compare the factors of every module that the definition knows; how many there were."""
-    truth = Definition(case)
-    model, modules = truth.model, truth.modules
-    if approx == "reduce":
-        modules = {name: m for name, m in modules.items() if not isinstance(m, nn.Embedding)}
-    known = {id(p) for m in modules.values() for p in m.parameters()}
-    for p in model.parameters():  # others may have no factors
-        p.requires_grad_(p.requires_grad and id(p) in known)
-    if not modules:
+    """Compare the factors of every module that the definition knows; how many parameters there were."""
+    this = reference(case.name, approx == "expand")
+    if not this.parameters:
         return 0
     asked = px.KFAC(fisher="exact", approx=approx, bias=bias)
     if case.name == "one convolution called twice" and approx == "reduce":  # positions of several uses are not pooled
         with pytest.raises(px.UnsupportedUseError, match='approx="reduce".*Use approx="expand"'):
-            run(model, truth.loss, truth.inputs, truth.targets, asked, axis=truth.axis)
-        return len(modules)
-    run(model, truth.loss, truth.inputs, truth.targets, asked, axis=truth.axis)
-    for name, m in modules.items():
-        own = m._parameters.get("bias")
-        own = None if own is None or not own.requires_grad else own
-        joint = bias == "joint" and own is not None
-        outputs, inputs = truth.factors(name, approx, joint)
-        if not hasattr(m.weight, "kfac"):
-            assert not outputs.any(), name
-            continue
-        found = m.weight.kfac
-        if isinstance(m, nn.Embedding):
-            found = [found[1], found[0].diag_embed()]
-        for got, want in zip(found, (outputs, inputs), strict=True):
-            assert testing.relative_error(got if got.dim() == 3 else got[None], want) < 1e-9, (name, got.shape)
-        if joint:
-            assert own.kfac.weight is m.weight and own.kfac.axis == 1, name
-        elif own is not None and len(outputs) == 1:  # with groups, a bias has one block for all outputs
-            assert testing.relative_error(own.kfac[0], outputs[0]) < 1e-9, name
-    return len(modules)
+            testing.against(this, [asked])
+        return len(this.parameters)
+    report = testing.against(this, [asked], 1e-9)
+    assert report.ok, str(report)
+    return len(this.parameters)
 
 
 @pytest.mark.parametrize("bias", ["separate", "joint"])

@@ -1,0 +1,173 @@
+"""Kronecker factors by the definition, from calls of the modules with one sample each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from packext._lineage import disable
+from packext.testing._curvature import columns
+from packext.testing._samples import singles
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: Vectors of these stand for no linear map: B is the parameter's own block.
+VECTORS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+
+
+def _sides(module: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Inputs `[G, S, I]` of the linear map that a module is at each position, and how a gradient there splits."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1]), lambda b: b.reshape(1, -1, y.shape[-1])
+    if isinstance(module, nn.Embedding):
+        hot = F.one_hot(x.flatten(), module.num_embeddings).to(module.weight)
+        if module.padding_idx is not None:
+            hot[x.flatten() == module.padding_idx] = 0
+        return hot[None], lambda b: b.reshape(1, -1, y.shape[-1])
+    groups, inputs = module.groups, module.weight[0].numel()
+    eye = torch.eye(inputs).to(module.weight).reshape(inputs, *module.weight.shape[1:])
+    eye = eye.repeat(groups, *[1] * (module.weight.dim() - 1))
+    split = lambda t: t.unflatten(1, (groups, -1)).flatten(3).movedim(2, 3).movedim(1, 0).flatten(1, 2)  # noqa: E731
+    return split(module._conv_forward(x, eye, None)).detach(), split
+
+
+class Factors:
+    """A and B of the linear layers, convolutions and embeddings of a model.
+
+    Attributes:
+        modules: those of which they are defined, by the name of the weight: each weight belongs to one module, and to
+            no use outside of its calls; all samples have as many positions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        inputs: Any,
+        targets: Any,
+        batch_axis: int = 0,
+        weights: Sequence[float] | None = None,
+        fisher: str = "exact",
+    ) -> None:
+        """Run the model on each sample.
+
+        Args:
+            model: not extended; left as it is.
+            loss_fn: `loss_fn(model(inputs), targets)`.
+            inputs: as for `individual_gradients`.
+            targets: as for `individual_gradients`.
+            batch_axis: the axis of the samples in inputs and outputs.
+            weights: factor of each sample's loss in the loss of the batch; 1 for each by default.
+            fisher: "exact", with columns of the loss's Hessian, or "empirical", with the gradient of the sample's loss.
+        """
+        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        every = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
+        self.modules = {
+            names[id(w)]: m
+            for m in model.modules()
+            if type(m) in (*CONVOLUTIONS, nn.Linear, nn.Embedding)
+            and (w := m._parameters.get("weight")) is not None
+            and every.count(id(w)) == 1
+            and not getattr(m, "scale_grad_by_freq", False)
+            and any(p is not None and p.requires_grad for p in m._parameters.values())
+        }
+        #: Of each module and sample its calls: inputs `[G, S, I]`, and a gradient `[G, S, O]` for each column.
+        self.calls: dict[str, list[list[tuple[Tensor, list[Tensor]]]]] = {name: [] for name in self.modules}
+        self.n = 0
+        seen: list[tuple[str, Tensor, Tensor]] = []
+
+        def hook(name: str, _: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+            seen.append((name, [*args, *kwargs.values()][0].detach().clone(), y))
+            return y.clone()  # what follows may write into it
+
+        hooks = [
+            m.register_forward_hook(functools.partial(hook, name), with_kwargs=True) for name, m in self.modules.items()
+        ]
+        try:
+            with disable(), torch.enable_grad():
+                for output, target, weight in singles(model, inputs, targets, batch_axis, weights):
+                    self._add(seen, *_cotangents(loss_fn, output, target, weight, fisher))
+                    seen.clear()
+                    self.n += 1
+        finally:
+            for handle in hooks:
+                handle.remove()
+        for name, each in list(self.calls.items()):
+            sizes = {sum(a.shape[1] for a, _ in calls) for calls in each}
+            if len(sizes) > 1 or 0 in sizes:
+                self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        self.calls.pop(name, None)
+        self.modules.pop(name, None)
+
+    def _add(self, seen: list[tuple[str, Tensor, Tensor]], output: Tensor, root: Tensor) -> None:
+        """Keep one sample's factors, and leave out modules of whose parameters they do not make the gradient."""
+        ours = [(name, p) for name, m in self.modules.items() for p in m._parameters.values() if p is not None]
+        ours = [(name, p) for name, p in ours if p.requires_grad]
+        targets = [*(y for *_, y in seen), *(p for _, p in ours)]
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        found = [torch.autograd.grad(output, targets, column, **options) for column in root] if targets else []
+        each: dict[str, list[tuple[Tensor, list[Tensor]]]] = {name: [] for name in self.modules}
+        for k, (name, x, y) in enumerate(seen):
+            if name in self.modules:
+                a, split = _sides(self.modules[name], x, y)
+                each[name].append((a, [split(g[k]).detach() for g in found]))
+        for k, (name, p) in enumerate(ours, len(seen)):
+            if name in self.modules and not self._makes(name, p, each[name], [g[k] for g in found]):
+                self._leave(name)
+        for name in self.modules:
+            self.calls[name].append(each[name])
+
+    def _makes(self, name: str, p: Tensor, calls: list[tuple[Tensor, list[Tensor]]], rows: list[Tensor]) -> bool:
+        """Whether the factors make the rows of a parameter: it is not used elsewhere."""
+        module: Any = self.modules[name]
+        for v, row in enumerate(rows):
+            made = torch.zeros_like(row).flatten()
+            for a, each in calls:
+                b = each[v]
+                table = isinstance(module, nn.Embedding)
+                part = b.sum(1) if p is not module.weight else (a.mT @ b if table else b.mT @ a)
+                made += part.flatten()
+            if not torch.allclose(made, row.flatten(), rtol=1e-6, atol=1e-9 * float(1 + row.abs().max())):
+                return False
+        return True
+
+    def inputs(self, name: str, approx: str, joint: bool) -> Tensor:
+        """A `[G, I, I]`, of a weight's name; with an input more, which is 1, if it is joint with the bias."""
+        total: Any = 0
+        for calls in self.calls[name]:
+            a = torch.cat([a for a, _ in calls], 1)
+            if joint:
+                a = torch.cat([a, torch.ones_like(a[..., :1])], 2)
+            a = a.mean(1, keepdim=True) if approx == "reduce" else a
+            total = total + a.mT @ a / (self.n * a.shape[1])
+        return total
+
+    def outputs(self, name: str, approx: str, whole: bool = False) -> Tensor:
+        """B `[G, O, O]`, of a weight's name; of all groups together `[1, G O, G O]` for a bias."""
+        total: Any = 0
+        for calls in self.calls[name]:
+            for each in zip(*(cotangents for _, cotangents in calls), strict=True):
+                b = torch.cat(each, 1)
+                b = b.movedim(0, 1).flatten(1)[None] if whole else b
+                b = b.sum(1, keepdim=True) if approx == "reduce" else b
+                total = total + b.mT @ b
+        return total
+
+
+def _cotangents(
+    loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, weight: float, fisher: str
+) -> tuple[Tensor, Tensor]:
+    """What is differentiated, and the cotangents of it that are taken back."""
+    if fisher == "exact":
+        return columns(loss_fn, output, target, weight)
+    # The gradient of the sample's own loss, counted with the weight that it has in the loss.
+    return (loss_fn(output, target) * weight**0.5)[None], torch.ones(1, 1).to(torch.float64)

@@ -1,0 +1,188 @@
+"""What the results of a model should be: the dense tensors of the definitions, each made when it is first asked for."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from packext._errors import PackextError
+from packext._extend import unextend
+from packext._lineage import disable
+from packext.testing import _curvature
+from packext.testing._kronecker import Factors
+from packext.testing._report import relative_error
+from packext.testing._samples import Rows, batch_size, call, double, individual_gradients
+
+#: Entries of the largest tensor that an oracle of curvature makes: 128 MiB.
+ENTRIES = 2**24
+
+
+class NoOracle(ValueError):
+    """What `check` cannot tell: the quantity has no definition here, or one that is too large to compute."""
+
+
+class Reference:
+    """A model, a loss and a batch in float64, and what the definitions say of them.
+
+    Attributes:
+        model: a copy, not extended; of parameters that are not asked for it requires no grad.
+        parameters: those that are asked for, by name.
+        n: samples.
+        outputs: entries of the output of one sample.
+        factor: from the loss as written to the samples' own losses: N for a mean, 1 for a sum.
+        weights: factor of each sample's own loss in the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: nn.Module,
+        inputs: Any,
+        targets: Any,
+        batch_axis: int = 0,
+        weights: Sequence[float] | None = None,
+        parameters: Iterable[Tensor] | None = None,
+    ) -> None:
+        """Copy model and loss; parameters that are not the model's, or require no grad, are a `ValueError`.
+
+        Args:
+            model: left as it is.
+            loss_fn: a loss module with reduction "mean" or "sum".
+            inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+            targets: what the loss takes beside the output.
+            batch_axis: as for `extend`.
+            weights: factor of each sample's loss in the loss of the batch; by the reduction if omitted.
+            parameters: of the model, to look at; all that require grad by default.
+
+        Raises:
+            PackextError: if the model is random: the loop over samples would draw other numbers.
+            ValueError: for an empty batch.
+        """
+        names = None if parameters is None else _names(model, parameters)
+        self.whole = unextend(copy.deepcopy(model)).double()
+        self.loss_fn = unextend(copy.deepcopy(loss_fn)).double()
+        self.inputs, self.targets, self.batch_axis = double(inputs), double(targets), batch_axis
+        self.model = copy.deepcopy(self.whole)
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(p.requires_grad and (names is None or name in names))
+        self.chosen = names
+        self.parameters = _curvature.wanted(self.model)
+        self.entries = sum(p.numel() for p in self.parameters.values())
+        self.n = batch_size(self.inputs, batch_axis)
+        if not self.n:
+            raise ValueError("check: the batch is empty, pass a few samples.")
+        mean = getattr(self.loss_fn, "reduction", "mean") == "mean"
+        self.factor = float(self.n) if mean else 1.0
+        self.weights = [1 / self.factor] * self.n if weights is None else list(weights)
+        self._factors: dict[str, Factors] = {}
+        with torch.no_grad(), torch.random.fork_rng():
+            before = torch.get_rng_state()
+            output = call(copy.deepcopy(self.model), self.inputs)
+            if not torch.equal(before, torch.get_rng_state()):
+                raise PackextError("check: the model draws random numbers (dropout?). Call model.eval() first.")
+        leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+        self.outputs = sum(t.numel() for t in leaves) // max(1, self.n)
+
+    def limit(self, entries: int, what: str) -> None:
+        """Raise a `NoOracle` for a tensor that is too large."""
+        if entries > ENTRIES:
+            raise NoOracle(
+                f"check: {what} has {entries:,} entries, for {self.n} samples of {self.outputs} outputs and "
+                f"{self.entries} parameters; it makes no more than {ENTRIES:,}. Take fewer samples, smaller inputs, or "
+                "parameters=[...] of a part of the model."
+            )
+
+    @property
+    def _batch(self) -> tuple[nn.Module, nn.Module, Any, Any]:
+        return self.model, self.loss_fn, self.inputs, self.targets
+
+    @property
+    def _samples(self) -> tuple[nn.Module, nn.Module, Any, Any, int, list[float]]:
+        return *self._batch, self.batch_axis, self.weights
+
+    @functools.cached_property
+    def gradients(self) -> Rows:
+        """Individual gradients `[N, *p]` of the loss as written."""
+        return individual_gradients(*self._samples)
+
+    @functools.cached_property
+    def empirical(self) -> Rows:
+        """Rows `[N, *p]` of a root of the empirical Fisher: each sample's own loss counts as in the loss."""
+        own = torch.tensor(self.weights) ** -0.5
+        return {k: rows * own.to(rows).view(-1, *[1] * (rows.dim() - 1)) for k, rows in self.gradients.items()}
+
+    @functools.cached_property
+    def roots(self) -> Rows:
+        """Rows `[V, N, *p]` of a root of the GGN."""
+        self.limit(self.outputs * self.n * self.entries, "the root of the GGN")
+        return _curvature.curvature_rows(*self._samples)
+
+    @functools.cached_property
+    def ggn_root(self) -> Rows:
+        """Rows `[V, *p]` of a root of the GGN, the batch taken as a whole."""
+        size = self.outputs * self.n
+        self.limit(size * max(size, self.entries), "the root of the GGN")
+        return _curvature.ggn_root(*self._batch)
+
+    @functools.cached_property
+    def hessian_diagonals(self) -> Rows:
+        """Shares `[N, *p]` of the Hessian's diagonal."""
+        self.limit(self.entries**2, "the Hessian")
+        return _curvature.hessian_diagonals(*self._samples)
+
+    @functools.cached_property
+    def hessian(self) -> Tensor:
+        """Of all parameters `[P, P]`, the batch taken as a whole."""
+        self.limit(self.entries**2, "the Hessian")
+        return _curvature.hessian(*self._batch)
+
+    def hessian_block(self, name: str) -> Tensor:
+        """A parameter's own `[p, p]`."""
+        sizes = {k: p.numel() for k, p in self.parameters.items()}
+        start = sum(list(sizes.values())[: list(sizes).index(name)])
+        own = slice(start, start + sizes[name])
+        return self.hessian[own, own]
+
+    def factors(self, fisher: str) -> Factors:
+        """Kronecker factors of the modules that have some, "exact" or "empirical"."""
+        if fisher not in self._factors:
+            for p in self.parameters.values():
+                self.limit(max(len(p), p[0].numel()) ** 2 if p.dim() else 1, "a Kronecker factor")
+            if fisher == "exact":
+                self.limit(self.outputs * self.n * self.entries, "the root of the GGN")
+            self._factors[fisher] = Factors(*self._samples, fisher)
+        return self._factors[fisher]
+
+    @functools.cached_property
+    def plain(self) -> Rows:
+        """Plain gradients of the batch's loss, of the parameters that it reaches."""
+        with disable():
+            loss = self.loss_fn(call(self.model, self.inputs), self.targets)
+            found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return {name: g.detach() for name, g in zip(self.parameters, found, strict=True) if g is not None}
+
+    @functools.cached_property
+    def rounding(self) -> float:
+        """How far the plain gradient of the batch is from the sum over the samples, relative to the largest value."""
+        errors = [relative_error(g, self.gradients[name].sum(0)) for name, g in self.plain.items()]
+        return max(errors, default=0.0)
+
+
+def _names(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
+    """Names of parameters, all of which the model has, and which require grad."""
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    known = {id(p): name for name, p in model.named_parameters()}
+    names = []
+    for p in parameters:
+        if id(p) not in known or not p.requires_grad:
+            what = f"{known[id(p)]}, which requires no grad" if id(p) in known else "a tensor that is none of the model"
+            raise ValueError(f"check(parameters=...) got {what}: pass such as model.head.parameters().")
+        names.append(known[id(p)])
+    return names

@@ -1,0 +1,193 @@
+"""The definition of each quantity of curvature, from dense rows and matrices, and what of a result they determine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from packext._quantity import Quantity, Sampled
+from packext.linalg import Joint
+from packext.quantities import (
+    GGNMP,
+    HMP,
+    KFAC,
+    KFLR,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
+    DiagEF,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    DiagHessianMC,
+    GGNGram,
+    HessianTrace,
+    SqrtGGNExact,
+    SqrtGGNMC,
+)
+from packext.testing._kronecker import VECTORS
+from packext.testing._reference import NoOracle, Reference
+from packext.testing._samples import Rows
+
+#: Random vectors for which products with a matrix are compared.
+PRODUCTS = 3
+
+
+class Definition(NamedTuple):
+    """How a result is read, and what it should be.
+
+    Attributes:
+        read: `(quantity, reference, results, name)`, with the results of all parameters by name: tensors that the
+            definition determines. A root, which is one of many, is read as products of its square with vectors.
+        wanted: `(quantity, reference, name)`: the same tensors by the definition.
+    """
+
+    read: Callable[[Any, Reference, dict[str, Any], str], list[Tensor]]
+    wanted: Callable[[Any, Reference, str], list[Tensor]]
+
+
+def drawn(quantity: Quantity) -> bool:
+    """Whether the result is random, and its mean is what is defined."""
+    return isinstance(quantity, Sampled) and getattr(quantity, "fisher", "mc") == "mc"
+
+
+def _same(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[Tensor]:
+    return [results[name]]
+
+
+def _value(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[Tensor]:
+    return [results[name].value]
+
+
+# -- roots ---------------------------------------------------------------------------------------------------
+
+
+def _outer(roots: Rows, ref: Reference, name: str) -> list[Tensor]:
+    """Of roots `[V, N, *p]`: each sample's GGN times random vectors, rows of one parameter `[N, p, PRODUCTS]`."""
+    own = roots[name].reshape(*roots[name].shape[:2], -1)
+    numbers, along = torch.Generator().manual_seed(20251121), own.new_zeros(*own.shape[:2], PRODUCTS)
+    for k, p in ref.parameters.items():
+        vectors = torch.randn(p.numel(), PRODUCTS, generator=numbers).to(own)
+        if k in roots:
+            along += roots[k].reshape(*own.shape[:2], -1) @ vectors
+    return [torch.einsum("vnp,vnr->npr", own, along)]
+
+
+def _root(q: Any, ref: Reference, name: str) -> list[Tensor]:
+    kept = slice(None) if q.subsampling is None else q.subsampling
+    return _outer({k: r[:, kept] for k, r in ref.roots.items()}, ref, name)
+
+
+def _invariants(grams: Rows, ref: Reference, name: str) -> list[Tensor]:
+    """Of Gram matrices `[V, N, V, N]` what is the same for all roots: eigenvalues, and products of pairs' blocks."""
+    # Roots of other numbers of columns differ by zeros. The block of a pair of samples is multiplied with that of the
+    # whole model, entry by entry, and summed up.
+    own, whole = grams[name], torch.stack(list(grams.values())).sum(0)
+    values = torch.linalg.eigvalsh(own.flatten(2).flatten(0, 1)).flip(0)
+    padded = torch.cat([values, values.new_zeros(ref.n * ref.outputs)])[: ref.n * ref.outputs]
+    return [padded, torch.einsum("vnwm,vnwm->nm", own, whole)]
+
+
+def _gram(q: Any, ref: Reference, name: str) -> list[Tensor]:
+    ref.limit((ref.n * ref.outputs) ** 2, "the Gram matrix of a root's columns")
+    grams = {}
+    for k, rows in ref.roots.items():
+        flat = rows.reshape(rows.shape[0] * rows.shape[1], -1)
+        grams[k] = (flat @ flat.T).reshape(*rows.shape[:2], *rows.shape[:2])
+    return _invariants(grams, ref, name)
+
+
+# -- products with blocks --------------------------------------------------------------------------------------
+
+
+def _vectors(ref: Reference, name: str) -> Tensor:
+    p = ref.parameters[name]
+    return torch.randn(PRODUCTS, *p.shape, generator=torch.Generator().manual_seed(20251121)).to(p)
+
+
+def _product(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[Tensor]:
+    return [results[name](_vectors(ref, name)).flatten(1)]
+
+
+def _hessian_product(q: Any, ref: Reference, name: str) -> list[Tensor]:
+    return [_vectors(ref, name).flatten(1) @ ref.hessian_block(name)]
+
+
+def _ggn_product(q: Any, ref: Reference, name: str) -> list[Tensor]:
+    root = ref.ggn_root[name].flatten(1)
+    return [_vectors(ref, name).flatten(1) @ root.T @ root]
+
+
+# -- Kronecker factors -----------------------------------------------------------------------------------------
+
+
+def _factors(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[Tensor]:
+    """With an axis of groups; the axis of the inputs for a bias that is part of its weight's block."""
+    found = results[name]
+    if isinstance(found, Joint):
+        return [torch.tensor(float(found.axis)).double()]
+    table = isinstance(_module(ref, name), nn.Embedding)
+    return list(found) if table else [t if t.dim() == 3 else t[None] for t in found]
+
+
+def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
+    fisher = "empirical" if getattr(q, "fisher", "exact") == "empirical" else "exact"
+    factors = ref.factors(fisher)
+    weights = {id(m): k for k, m in factors.modules.items()}
+    unknown = [k for k in ref.parameters if not isinstance(m := _module(ref, k), VECTORS) and id(m) not in weights]
+    if unknown:
+        raise NoOracle(
+            f"check has no definition of {type(q).__name__} for {', '.join(unknown)}: factors are defined for linear "
+            "layers, convolutions and embeddings of torch.nn whose parameters are used in their calls alone, at as "
+            "many positions in each sample, and for normalisations. Choose the others: parameters=[...]."
+        )
+    p, module = ref.parameters[name], _module(ref, name)
+    if isinstance(module, VECTORS):
+        flat = (ref.roots if fisher == "exact" else ref.empirical)[name].reshape(-1, p.numel())
+        return [(flat.T @ flat)[None]]
+    weight, approx, own = weights[id(module)], getattr(q, "approx", "expand"), getattr(module, "bias", None)
+    joint = getattr(q, "bias", "") == "joint" and own is not None and own.requires_grad and module.weight.requires_grad
+    if p is own and joint:  # the inputs of its weight are axis 1, if the loss reaches it
+        return [factors.outputs(weight, "expand").any().double()]
+    if p is own:
+        return [factors.outputs(weight, approx, whole=True)]
+    outputs, inputs = factors.outputs(weight, approx), factors.inputs(weight, approx, joint)
+    return [inputs[0].diagonal(), outputs[0]] if isinstance(module, nn.Embedding) else [outputs, inputs]
+
+
+def _module(ref: Reference, name: str) -> Any:
+    return ref.model.get_submodule(name.rpartition(".")[0])
+
+
+#: The definition of each quantity of curvature.
+CURVATURE_ORACLES: dict[type[Quantity], Definition] = {
+    DiagGGNExact: Definition(_same, lambda q, ref, k: [ref.roots[k].square().sum((0, 1))]),
+    DiagGGNMC: Definition(_same, lambda q, ref, k: [ref.roots[k].square().sum((0, 1))]),
+    BatchDiagGGNExact: Definition(_same, lambda q, ref, k: [ref.roots[k].square().sum(0)]),
+    BatchDiagGGNMC: Definition(_same, lambda q, ref, k: [ref.roots[k].square().sum(0)]),
+    SqrtGGNExact: Definition(lambda q, ref, results, k: _outer(results, ref, k), _root),
+    SqrtGGNMC: Definition(lambda q, ref, results, k: _outer(results, ref, k), _root),
+    GGNGram: Definition(lambda q, ref, results, k: _invariants(results, ref, k), _gram),
+    DiagEF: Definition(_same, lambda q, ref, k: [ref.empirical[k].square().sum(0)]),
+    KFLR: Definition(_factors, _kronecker),
+    KFAC: Definition(_factors, _kronecker),
+    DiagHessian: Definition(_same, lambda q, ref, k: [ref.hessian_diagonals[k].sum(0)]),
+    BatchDiagHessian: Definition(_same, lambda q, ref, k: [ref.hessian_diagonals[k]]),
+    DiagHessianMC: Definition(
+        _value, lambda q, ref, k: [ref.hessian_block(k).diagonal().view(ref.parameters[k].shape)]
+    ),
+    HessianTrace: Definition(_value, lambda q, ref, k: [ref.hessian_block(k).trace()]),
+    HMP: Definition(_product, _hessian_product),
+    GGNMP: Definition(_product, _ggn_product),
+}
+
+
+def exact_curvature() -> tuple[Quantity, ...]:
+    """One of each quantity of curvature that has a definition and draws nothing."""
+    return (
+        DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), GGNGram(), DiagEF(), KFAC(fisher="exact"), KFLR(),
+        DiagHessian(), BatchDiagHessian(), HMP(), GGNMP(),
+    )  # fmt: skip

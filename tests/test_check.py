@@ -1,0 +1,240 @@
+"""`testing.check`: curvature next to dense definitions, what it refuses, and that it sees what is broken."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext import testing
+from packext.testing import _checking, _reference
+from tests.cases import CASES
+from tests.helpers import batch, double_precision, fields, mlp
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        yield
+
+
+def drawn(draws: int) -> list[Any]:
+    kinds = (px.DiagGGNMC, px.BatchDiagGGNMC, px.SqrtGGNMC, px.KFAC, px.HessianTrace, px.DiagHessianMC)
+    return [kind(draws, generator=torch.Generator().manual_seed(3)) for kind in kinds]
+
+
+@pytest.fixture
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over fewer passes than users have it: seeds decide here."""
+    monkeypatch.setattr(_checking, "PASSES", 40)
+
+
+def wrong(report: testing.Report) -> set[str]:
+    return {entry.quantity for entry in report if not entry.ok}
+
+
+# -- on cases --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp, sum", "conv1d groups stride", "layer norm no bias", "embedding padding_idx"])
+def test_exact_quantities_on_cases(name: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    model, x, y = case.build()
+    asked = testing.exact_curvature()
+    report = testing.check(model, case.loss(), x, y, asked)
+    assert report.ok, str(report)
+    assert {e.quantity for e in report} == {".grad", *(type(q).__name__ for q in asked)}
+    assert {e.parameter for e in report} == {k for k, p in model.named_parameters() if p.requires_grad}
+    assert all(e.tolerance <= 1e-8 for e in report)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_factors_of_weights_and_biases(fisher: str) -> None:
+    model = nn.Sequential(nn.Conv1d(4, 6, 2, groups=2), nn.GroupNorm(2, 6), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3))
+    x, y = torch.randn(3, 4, 4), torch.randint(3, (3,))
+    for approx, bias in itertools.product(("expand", "reduce"), ("separate", "joint")):
+        report = testing.check(model, nn.CrossEntropyLoss(), x, y, [px.KFAC(1, approx, fisher, bias=bias)])
+        assert report.ok and len(report) == 12, str(report)
+
+
+@pytest.mark.usefixtures("fewer")
+def test_means_of_random_quantities() -> None:
+    (x, y), model = batch(3), nn.Sequential(nn.Linear(5, 3), nn.Tanh())
+    report = testing.check(model, nn.CrossEntropyLoss(), x, y, [*drawn(1), px.DiagGGNExact()])
+    assert report.ok, str(report)
+    random = [e for e in report if e.quantity not in ("DiagGGNExact", ".grad")]
+    assert len(random) == 6 * 2 and str(report).count(" allowed") == len(random)
+    assert all(1e-2 < e.tolerance < 1.5 for e in random if "Hessian" not in e.quantity)
+
+
+def test_the_confidence_is_what_it_is_said_to_be() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    assert abs(2 * stats.t.sf(_checking.STANDARD_ERRORS, _checking.PASSES - 1) / 1e-5 - 1) < 1e-2
+
+
+def test_samples_that_influence_each_other_have_products() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = batch(6)
+    report = testing.check(model, nn.CrossEntropyLoss(), x, y, [px.HMP(), px.GGNMP()])
+    assert report.ok, str(report)
+    with pytest.raises(px.CoupledSamplesError, match="BatchNorm"):
+        testing.check(model, nn.CrossEntropyLoss(), x, y, [px.DiagGGNExact()])
+
+
+def test_some_parameters() -> None:
+    (x, y), model = batch(), mlp()
+    asked = [*testing.all_quantities(), *testing.exact_curvature()]
+    report = testing.check(model, nn.CrossEntropyLoss(), x, y, asked, parameters=model[2].parameters())
+    assert report.ok and {e.parameter for e in report} == {"2.weight", "2.bias"}, str(report)
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"0\.weight, which requires no grad"):
+        testing.check(model, nn.CrossEntropyLoss(), x, y, parameters=model.parameters())
+    with pytest.raises(ValueError, match="none of the model"):
+        testing.check(model, nn.CrossEntropyLoss(), x, y, parameters=mlp().parameters())
+
+
+def test_the_model_stays_as_it_was() -> None:
+    (x, y), model = batch(), px.extend(mlp())
+    loss = px.extend(nn.CrossEntropyLoss())
+    with px.backpack(px.DiagGGNExact()):
+        loss(model(x), y).backward()
+    before, grads = fields(model), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert testing.check(model, loss, x, y, testing.exact_curvature(), parameters=model[0].parameters()).ok
+    assert fields(model) == before and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True) if p.grad is not None)
+    assert px.is_extended(model) and px.is_extended(loss)
+
+
+def test_a_subset_of_samples_and_a_parameter_that_is_not_reached() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.left = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    x, y = batch()
+    asked = [*testing.exact_curvature()[:2], px.SqrtGGNExact([2, 0]), px.GGNGram(), px.HMP()]
+    report = testing.check(Part(), nn.CrossEntropyLoss(), x, y, asked)
+    assert report.ok and {e.parameter for e in report if e.quantity == "SqrtGGNExact"} >= {"left.bias"}, str(report)
+
+
+# -- what it cannot tell -----------------------------------------------------------------------------------------
+
+
+def test_what_has_no_definition_is_refused() -> None:
+    x, y = batch()
+    for asked in (px.TopEigenvalues(), px.KFRA(), px.PCHMP(), px.EKFAC()):
+        with pytest.raises(testing.NoOracle, match=f"no slow oracle for {type(asked).__name__}.*BatchDiagGGNExact"):
+            testing.check(mlp(), nn.CrossEntropyLoss(), x, y, [asked])
+
+    class Net(nn.Module):
+        """One weight is also used outside of its module's call."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.scale = nn.Linear(5, 5), nn.Linear(5, 3), nn.Parameter(torch.ones(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.linear(self.a(x).tanh(), self.a.weight) * self.scale)
+
+    model = Net()
+    with pytest.raises(testing.NoOracle, match=r"no definition of KFLR for scale, a.weight, a.bias: .*parameters="):
+        testing.check(model, nn.CrossEntropyLoss(), x, y, [px.KFLR()])
+    assert testing.check(model, nn.CrossEntropyLoss(), x, y, [px.KFLR()], parameters=model.b.parameters()).ok
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (px.DiagGGNExact(), "the root of the GGN has 792 entries"),
+        (px.GGNMP(), "the root of the GGN has 792 entries"),
+        (px.DiagHessian(), "the Hessian has 4,356 entries"),
+        (px.HMP(), "the Hessian has 4,356 entries"),
+        (px.KFAC(fisher="exact"), "a Kronecker factor has 49 entries"),
+        (px.KFAC(fisher="empirical"), "a Kronecker factor has 49 entries"),
+    ],
+)
+def test_what_is_too_large_is_refused(asked: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_reference, "ENTRIES", 48)
+    with pytest.raises(testing.NoOracle, match=f"{said}, for 4 samples of 3 outputs.*fewer samples.*parameters="):
+        testing.check(mlp()[:3], nn.CrossEntropyLoss(), *batch(), [asked])
+
+
+# -- what is broken is seen --------------------------------------------------------------------------------------
+
+
+def larger(value: Any) -> Any:
+    """By a millionth: a tensor, each of a list of tensors, or what a function returns."""
+    if isinstance(value, Tensor):
+        return value * (1 + 1e-6)
+    return [larger(v) for v in value] if isinstance(value, list) else lambda v: larger(value(v))
+
+
+@pytest.mark.parametrize("asked", testing.exact_curvature(), ids=lambda q: type(q).__name__)
+def test_a_result_that_is_off_is_seen(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(asked)
+    land = kind.land
+    monkeypatch.setattr(kind, "land", lambda self, *a: larger(land(self, *a)))
+    report = testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), [asked, px.Variance()])
+    assert wrong(report) == {kind.__name__}
+
+
+def test_a_broken_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer is given the columns of other samples, which no look at gradients can see."""
+    from packext import _curvature
+
+    absorb = _curvature._absorb
+
+    def broken(flight: Any, quantities: Any, sign: float, source: Any, form: Any) -> None:
+        if source.name == "0.weight":
+            form.g = form.g.flip(0)
+        absorb(flight, quantities, sign, source, form)
+
+    monkeypatch.setattr(_curvature, "_absorb", broken)
+    report = testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), testing.exact_curvature())
+    whole = ("SqrtGGNExact", "GGNGram")  # looked at together with the other parameters
+    assert {e.parameter for e in report if not e.ok and e.quantity not in whole} == {"0.weight"}
+    assert {"DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "GGNGram", "DiagHessian"} <= wrong(report)
+
+
+@pytest.mark.usefixtures("fewer")
+def test_an_estimate_that_is_biased_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from packext import _roots
+    from packext.quantities.hessian import _Hutchinson
+
+    sampled, draws = _roots.sampled, _Hutchinson.draws
+    monkeypatch.setattr(_roots, "sampled", lambda *a: (1.4 * c for c in sampled(*a)))
+    monkeypatch.setattr(_Hutchinson, "draws", lambda *a: ((z, [3 * h for h in hz]) for z, hz in draws(*a)))
+    report = testing.check(nn.Linear(5, 3), nn.CrossEntropyLoss(), *batch(), drawn(2))
+    assert wrong(report) == {type(q).__name__ for q in drawn(2)}, str(report)
+
+
+def test_signs_of_a_roots_columns_agree_over_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each parameter's own block is right where its columns are negated; the whole matrix is not."""
+    land = px.SqrtGGNExact.land
+
+    def negated(self: Any, held: Any, n: int, factor: float) -> Tensor:
+        found = land(self, held, n, factor)
+        return -found if found.dim() == 3 else found
+
+    monkeypatch.setattr(px.SqrtGGNExact, "land", negated)
+    assert not testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), [px.SqrtGGNExact()]).ok
+
+
+def test_the_dense_matrices_are_those_of_torch() -> None:
+    (x, y), model = batch(), nn.Linear(5, 3, bias=False)
+    want = torch.autograd.functional.hessian(lambda w: F.cross_entropy(x @ w.T, y), model.weight.detach())
+    want = want.reshape(15, 15)  # of a linear model, the Hessian is the GGN
+    torch.testing.assert_close(testing.hessian(model, nn.CrossEntropyLoss(), x, y), want)
+    root = testing.ggn_root(model, nn.CrossEntropyLoss(), x, y)["weight"].flatten(1)
+    torch.testing.assert_close(root.T @ root, want)
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[0.25] * 4)["weight"].reshape(12, 15)
+    torch.testing.assert_close(rows.T @ rows, want)

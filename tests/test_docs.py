@@ -231,6 +231,13 @@ def test_every_instrument_optimizer_attack_and_defence_is_shown() -> None:
         assert sorted(shown(page)) == sorted(names), page
 
 
+def test_levels_of_instruments_are_those_of_the_table() -> None:
+    rows = re.findall(r"^\| (`\w+`[^|]*) \| (\w*) ?\|", (ROOT / "docs/diagnostics.md").read_text(), re.MULTILINE)
+    said = {name: level for names, level in rows for name in re.findall(r"`(\w+)`", names)}
+    lowest = {kind.__name__: level for level, kinds in reversed(px.diagnostics.LEVELS.items()) for kind in kinds}
+    assert said == {kind.__name__: lowest.get(kind.__name__, "") for kind in instruments().values()}
+
+
 def entry(name: str) -> dict[str, str]:
     """The list in a docstring, by its items; a formula that is set apart is one."""
     doc = inspect.getdoc(located(name)) or ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import json
 import re
 import warnings
@@ -17,6 +18,7 @@ from torch import nn
 import packext as px
 from benchmarks import models, summary
 from packext._quantity import Quantity
+from packext.diagnostics import Instrument
 from tests.cases import CASES
 from tests.helpers import double_precision
 
@@ -170,6 +172,127 @@ def test_scales_of_quantities(name: str) -> None:
 
 def test_the_default_direction_has_no_factor_of_a_number() -> None:
     assert torch.allclose(found("GradDot", 4.0), found("GradDot", "loss") * 4.0**2 / 4)
+
+
+# -- docs/instruments.md, docs/optimizers.md, docs/leakage.md ----------------------------------------
+#: Public names of attacks and defences that are neither: what they take and give, measures, and building blocks.
+OTHERS = {
+    "attacks": "Head Shared Threat LocalSteps Reconstruction Cohort NORMS LabelRule Judged Signals CanaryAudit "
+    "PropertyClassifier share share_update sent without secure_sum count_accuracy guessed identity judge leverage "
+    "in_order nearest_tokens psnr",
+    "defences": "Compose PrecodeLoss Received DPSGD DPAdam epsilon noise_multiplier distance_correlation "
+    "u_distance_correlation_sqr sensitivity",
+}
+
+
+def shown(page: str) -> list[str]:
+    """What a page shows of docstrings."""
+    return re.findall(r"^::: (packext\.\S+)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+
+
+def located(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def instruments() -> dict[str, type[Instrument]]:
+    found = {f"packext.diagnostics.{name}": v for name, v in vars(px.diagnostics).items() if isinstance(v, type)}
+    return {name: v for name, v in found.items() if issubclass(v, Instrument) and v is not Instrument}
+
+
+def optimizers() -> set[str]:
+    """Optimizers and controllers but for their bases, what moves the norm of private ones, all of several processes."""
+    several = px.optim.distributed
+    bases = {px.optim.Optimizer, px.optim.Controller, px.optim.BatchSizeController, px.optim.Emitting}
+    bases |= {several.Compression, several.Gathered}
+    kinds = {f"packext.optim.{n}": v for n, v in vars(px.optim).items() if isinstance(v, type)}
+    found = {
+        name
+        for name, v in kinds.items()
+        if issubclass(v, (torch.optim.Optimizer, px.optim.Emitting)) and not issubclass(v, px.optim.Part)
+    }
+    found |= {f"packext.optim.distributed.{n}" for n, v in vars(several).items() if isinstance(v, type)}
+    return {n for n in found if located(n) not in bases} | {"packext.optim.AdaptiveClipping"}
+
+
+def leakage() -> set[str]:
+    """Attacks and defences."""
+    public = {
+        package: {n for n, v in vars(getattr(px, package)).items() if n[0] != "_" and not inspect.ismodule(v)}
+        for package in OTHERS
+    }
+    assert all(set(others.split()) <= public[package] for package, others in OTHERS.items()), "what is listed is there"
+    return {f"packext.{k}.{name}" for k, others in OTHERS.items() for name in public[k] - set(others.split())}
+
+
+def test_every_instrument_optimizer_attack_and_defence_is_shown() -> None:
+    pages = {"instruments.md": set(instruments()), "optimizers.md": optimizers(), "leakage.md": leakage()}
+    for page, names in pages.items():
+        assert sorted(shown(page)) == sorted(names), page
+
+
+def test_levels_of_instruments_are_those_of_the_table() -> None:
+    rows = re.findall(r"^\| (`\w+`[^|]*) \| (\w*) ?\|", (ROOT / "docs/diagnostics.md").read_text(), re.MULTILINE)
+    said = {name: level for names, level in rows for name in re.findall(r"`(\w+)`", names)}
+    lowest = {kind.__name__: level for level, kinds in reversed(px.diagnostics.LEVELS.items()) for kind in kinds}
+    assert said == {kind.__name__: lowest.get(kind.__name__, "") for kind in instruments().values()}
+
+
+def entry(name: str) -> dict[str, str]:
+    """The list in a docstring, by its items; a formula that is set apart is one."""
+    doc = inspect.getdoc(located(name)) or ""
+    found = dict(re.findall(r"^- ([A-Z]\w+): (.+(?:\n  .+)*)$", doc, re.MULTILINE))
+    if apart := re.search(r"\n\n((?: {4}(?!>>>).+\n)+)\n", doc):
+        found.setdefault("Formula", apart[1])
+    return found
+
+
+@pytest.mark.parametrize("page", ["instruments.md", "optimizers.md", "leakage.md"])
+def test_entries_are_whole(page: str) -> None:
+    last = {"instruments.md": {"Units", "Absent"}, "optimizers.md": {"Refused"}, "leakage.md": {"Refused"}}
+    for name in shown(page):
+        assert entry(name).keys() == {"Formula", "Cost", "Source", *last[page]}, name
+
+
+def asked(quantities: Any) -> set[str]:
+    """Public names of quantities; of one that only counts, or sums what `.grad` sums, nothing."""
+    plain = ("samples", "own_samples", "own_sum", "written_sum", "drawn_grad")
+    kinds = [type(q) for q in quantities if q.savefield not in plain]
+    return {next(k.__name__ for k in kind.__mro__ if getattr(px, k.__name__, None) is k) for kind in kinds}
+
+
+def test_costs_of_instruments_name_their_quantities() -> None:
+    for name, kind in instruments().items():
+        instrument: Any = kind()
+        instrument.enter(0, nn.Sequential())
+        cost = entry(name)["Cost"]
+        named = set(re.findall(r"`(\w+)`", cost)) & quantities().keys()
+        assert asked(instrument.needs) <= named, name
+        assert bool(named) != ("no quantity" in cost), name
+
+
+def built(kind: Any) -> Any:
+    """An optimizer or controller, as it is before its first step."""
+    params = [nn.Parameter(torch.zeros(3))]
+    if kind in (px.optim.DPSGD, px.optim.DPAdam):
+        return kind(params, max_norm=1.0, noise_multiplier=1.0, expected_batch_size=4)
+    if torch.optim.Optimizer in kind.__mro__:
+        return kind(params)
+    if kind in (px.optim.CABS, px.optim.Alpha):
+        return kind(torch.optim.SGD(params))
+    if kind is px.optim.LearnedRate:
+        return kind(torch.optim.RMSprop(params, alpha=0.9, eps=1e-6))
+    return kind(4, 2) if kind is px.optim.ImportanceSampler else kind()
+
+
+def test_costs_of_optimizers_name_their_quantities() -> None:
+    for name in optimizers():
+        kind = located(name)
+        if not issubclass(kind, px.optim.Emitting):  # it asks for a pass of its own, or for none
+            continue
+        found = asked(built(kind).quantities())
+        assert found <= set(re.findall(r"`(\w+)`", entry(name)["Cost"])), name
+        assert found or kind is px.optim.Alpha, name  # which asks for more once there was an update
 
 
 # -- tables that are made of results -----------------------------------------------------------------

@@ -71,13 +71,10 @@ def show(small: bool) -> Shown:
     axes, numbers = figure.subplots(), {}
     for (name, tried), way, color in zip(settings.items(), ways, (ORANGE, GREY, BLUE), strict=True):
         runs = {s: train(lambda m, s=s, way=way: way(m, s), steps) for s in (tried[2:3] if small else tried)}
-        best = min(runs, key=lambda s: sum(runs[s][-10:]))
+        best, losses = min(runs.items(), key=lambda run: sum(run[1][-10:]))
         numbers[f"{name}: chosen setting"] = best
-        numbers[f"{name}: loss of the first and the last 10 steps"] = (
-            sum(runs[best][:10]) / 10,
-            sum(runs[best][-10:]) / 10,
-        )
-        axes.plot(runs[best], color=color, label=name)
+        numbers[f"{name}: loss of the first and the last 10 steps"] = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+        axes.plot(losses, color=color, label=name)
     axes.set(xlabel="step", ylabel="loss of the batch", yscale="log")
     axes.legend(frameon=False)
     tidy(axes)

@@ -19,17 +19,13 @@ import packext as px
 TRAINING, SHARES = 1200, (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
+@torch.no_grad()
 def pruned(model: nn.Module, saliencies: list[Tensor], share: float, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Loss and accuracy without this share of the weights; the model is as before afterwards."""
-    before = [p.detach().clone() for p in model.parameters()]
+    """Loss and accuracy without this share of the weights."""
     limit = torch.cat([s.flatten() for s in saliencies]).quantile(share)
-    with torch.no_grad():
-        for p, s in zip(model.parameters(), saliencies, strict=True):
-            p.mul_(s > limit)
-        loss, right = nn.functional.cross_entropy(model(x), y).item(), accuracy(model, x, y)
-        for p, b in zip(model.parameters(), before, strict=True):
-            p.copy_(b)
-    return loss, right
+    left = {name: p * (s > limit) for (name, p), s in zip(model.named_parameters(), saliencies, strict=True)}
+    outputs = torch.func.functional_call(model, left, (x,))
+    return nn.functional.cross_entropy(outputs, y).item(), (outputs.argmax(1) == y).float().mean().item()
 
 
 def agreement(model: nn.Module, p: Tensor, diagonals: list[Tensor], x: Tensor, y: Tensor) -> tuple[float, ...]:
@@ -54,7 +50,7 @@ def show(small: bool) -> Shown:
 
     with px.backpack(px.DiagHessian(), px.DiagGGNExact(), attach=False, grad=False) as results:
         loss_fn(model(x[known]), y[known]).backward()
-    parameters = list(model.parameters())
+    first, *_ = parameters = list(model.parameters())
     ways = {
         "Hessian": ([results[p].diag_h * p.detach() ** 2 for p in parameters], ORANGE),
         "GGN": ([results[p].diag_ggn_exact * p.detach() ** 2 for p in parameters], BLUE),
@@ -62,10 +58,8 @@ def show(small: bool) -> Shown:
         "random": ([torch.rand_like(p) for p in parameters], GREY),
     }
     numbers: dict[str, Any] = {"weights and biases": sum(p.numel() for p in parameters)}
-    diagonals = [results[parameters[0]].diag_h, results[parameters[0]].diag_ggn_exact]
-    numbers["correlation with the curvature of the loss along single weights: Hessian, GGN"] = agreement(
-        model, parameters[0], diagonals, x[known], y[known]
-    )
+    found = agreement(model, first, [results[first].diag_h, results[first].diag_ggn_exact], x[known], y[known])
+    numbers["correlation with the curvature of the loss along single weights: Hessian, GGN"] = found
     numbers["accuracy on held-out digits, nothing pruned"] = accuracy(model, x[new], y[new])
     figure = Figure((9, 3.5), layout="constrained")
     parts = figure.subplots(1, 2)

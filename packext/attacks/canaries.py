@@ -36,7 +36,7 @@ class CanaryAudit:
 
 
 class GradientCanaries:
-    """Canaries in the training of a private optimizer (Steinke, Nasr & Jagielski, NeurIPS 2023; Nasr et al. 2021).
+    """Canaries in the training of a private optimizer, which tell what its epsilon is at least.
 
     A canary is a gradient in a random direction, longer than the clipping norm, that the optimizer gets among those of
     samples, clips and hides as it does them. Each is included with probability 1/2, and then sampled in each step as a
@@ -51,6 +51,12 @@ class GradientCanaries:
         >>> ...  # the training as ever, with canaries.step() in place of optimizer.step()
         >>> canaries.audit(delta=1e-5).epsilon <= px.optim.epsilon(optimizer.spent, len(x), delta=1e-5)
 
+    - Formula: score of canary m, sum over the steps of `u_m·(B g - sum of clipped g_n)`, with u_m its direction, g the
+      private gradient and B the expected batch size; the bound is that of `epsilon_lower_bound`
+    - Cost: for each step a product of the canaries' directions with a gradient, in `entries` entries; no pass
+    - Source: Steinke, Nasr & Jagielski, NeurIPS 2023, for the bound; Nasr et al. 2021 for canaries that are gradients
+    - Refused: several processes; numbers out of their range
+
     Attributes:
         included: which canaries are in the training `[M]`.
         scores: sums of inner products so far `[M]`.
@@ -62,6 +68,7 @@ class GradientCanaries:
         "honest",
         "a private optimizer of this package, in one process; canaries cost some accuracy",
     )
+    """Who attacks, and what must hold."""
 
     def __init__(
         self,

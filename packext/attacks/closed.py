@@ -10,9 +10,14 @@ from packext.attacks._shared import Shared
 
 
 def fully_connected_input(shared: Shared, layer: str) -> Tensor:
-    """The input of a fully connected layer with bias, of one sample: any row of `dW` over the same entry of `db`.
+    """The input of a fully connected layer with bias, of one sample.
 
-    Geiping et al. (NeurIPS 2020), Proposition 3.1. The row with the largest `|db|` is taken.
+    The row with the largest `|db|` is taken.
+
+    - Formula: `dW_r / db_r`, of any row r of the weight's gradient with `db_r` not 0
+    - Cost: none beside the gradient that was shared
+    - Source: Geiping et al., NeurIPS 2020, Proposition 3.1
+    - Refused: several samples or positions, for which rows disagree; a bias gradient of zero
 
     Args:
         shared: of one sample, without positions.
@@ -40,7 +45,12 @@ def fully_connected_input(shared: Shared, layer: str) -> Tensor:
 
 
 def tokens_present(shared: Shared, embedding: str) -> Tensor:
-    """Tokens that occurred: rows of an embedding's gradient that are not zero (Melis et al., S&P 2019).
+    """Tokens that occurred: rows of an embedding's gradient that are not zero.
+
+    - Formula: all v for which `dE_v` is not 0
+    - Cost: none beside the gradient that was shared
+    - Source: Melis et al., S&P 2019
+    - Refused: an embedding that is used for more than looking tokens up, so that all rows have a gradient
 
     Args:
         shared: by a client.
@@ -63,6 +73,11 @@ def tokens_present(shared: Shared, embedding: str) -> Tensor:
 def rank(shared: Shared, weight: str, tolerance: float = 1e-5) -> int:
     """Rank of a weight's gradient: no more than the number of inputs (samples times positions) that made it.
 
+    - Formula: how many singular values are above `tolerance` times the largest
+    - Cost: singular values of the gradient
+    - Source: the definition; used by Petrov et al., NeurIPS 2024, DAGER
+    - Refused: a parameter that is no matrix; entries that are not finite
+
     Args:
         shared: by a client.
         weight: name of a parameter with two axes.
@@ -80,7 +95,12 @@ def spanned(shared: Shared, weight: str, candidates: Tensor, tolerance: float = 
 
     Where the inputs of a layer (samples times positions) are fewer than its features, its gradient's rows lie in
     their span, and fill it unless what follows the layer sees less of them. For token embeddings this finds the
-    tokens, in batches too (Petrov et al., NeurIPS 2024, DAGER).
+    tokens, in batches too.
+
+    - Formula: `|c - V Vᵀ c| / |c|` of a candidate c, with V an orthonormal basis of the gradient's rows
+    - Cost: a singular value decomposition of the gradient, and two products with the candidates
+    - Source: Petrov et al., NeurIPS 2024, DAGER
+    - Refused: a gradient of zero, or of full rank, in whose span is everything
 
     Args:
         shared: by a client.

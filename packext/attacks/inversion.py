@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import packext as px
+from packext.attacks._objectives import cosine_distance, squared_distance, total_variation
 from packext.attacks._shared import Shared, Threat
-
-_SEES = "one client's gradient of all parameters"
 
 
 @dataclass(frozen=True)
@@ -108,25 +107,18 @@ class _Call(nn.Module):
         return self.run(self.model, x)
 
 
-def squared_distance(found: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-    """Squared distance of two gradients, over the squared norm of the second."""
-    scale = sum(t.square().sum() for t in target)
-    return sum((f - t).square().sum() for f, t in zip(found, target, strict=True)) / scale  # type: ignore[return-value]
-
-
-def cosine_distance(found: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-    """One minus the cosine of two gradients: blind to a factor, such as clipping puts on."""
-    dot = sum((f * t).sum() for f, t in zip(found, target, strict=True))
-    norms = [sum(t.square().sum() for t in side) for side in (found, target)]
-    return 1 - dot / (norms[0] * norms[1]).sqrt().clamp_min(1e-30)  # type: ignore[operator]
-
-
 @dataclass(frozen=True)
 class DeepLeakage:
-    """Deep Leakage from Gradients (Zhu et al., NeurIPS 2019): inputs and soft labels by L-BFGS on the squared distance.
+    """Deep Leakage from Gradients: inputs and soft labels by L-BFGS on the squared distance of gradients.
 
     Needs a model that is twice differentiable; with ReLU and max-pooling the search has little to go by. With labels
     given it is iDLG (Zhao et al. 2020), and `packext.attacks.IDLG` or another rule gives them.
+
+    - Formula: inputs x (and logits of labels) of the least `|G(x) - G*|² / |G*|²`, with G(x) the gradient of the loss
+      at x and G* what was shared
+    - Cost: up to 20 steps of L-BFGS for each iteration, each one or more gradients that are differentiated
+    - Source: Zhu, Liu & Han, NeurIPS 2019, there without the division
+    - Refused: both or neither of `classes` and `labels`; gradients or masks that do not fit the model
 
     Args:
         iterations: outer ones, of up to 20 steps of L-BFGS.
@@ -145,8 +137,12 @@ class DeepLeakage:
     seed: int = 0
 
     threat: ClassVar[Threat] = Threat(
-        _SEES, "the model, the batch size, the input's shape", "honest", "one local step; a smooth model; small batches"
+        "one client's gradient of all parameters",
+        "the model, the batch size, the input's shape",
+        "honest",
+        "one local step; a smooth model; small batches",
     )
+    """Who attacks, and what must hold."""
 
     def __call__(
         self,
@@ -293,10 +289,17 @@ def _unrolled(matching: Matching, x: Tensor, y: Tensor, local: LocalSteps | None
 
 @dataclass(frozen=True)
 class InvertingGradients:
-    """Inverting Gradients (Geiping et al., NeurIPS 2020): cosine distance and total variation, by signed Adam in a box.
+    """Inverting Gradients: cosine distance and total variation, by signed Adam in a box.
 
     Blind to a factor on the gradient, so that clipping alone does not stop it; labels are to be known. Local steps of
     FedAvg are unrolled.
+
+    - Formula: x in `[low, high]` of the least `1 - G(x)·G* / (|G(x)| |G*|) + tv TV(x)`, with G(x) the gradient of the
+      loss at x, G* what was shared, and TV the mean absolute difference of neighbours down plus that of neighbours
+      across
+    - Cost: for each iteration a gradient that is differentiated; with local steps, one of each of them
+    - Source: Geiping et al., NeurIPS 2020
+    - Refused: a total variation of what are no images `[N, C, H, W]`; gradients or masks that do not fit the model
 
     Args:
         iterations: of Adam, whose rate falls tenfold at 3/8, 5/8 and 7/8 of them.
@@ -321,8 +324,12 @@ class InvertingGradients:
     seed: int = 0
 
     threat: ClassVar[Threat] = Threat(
-        _SEES, "the model, the labels, the input's shape and range", "honest", "small batches; few local steps, known"
+        "one client's gradient of all parameters",
+        "the model, the labels, the input's shape and range",
+        "honest",
+        "small batches; few local steps, known",
     )
+    """Who attacks, and what must hold."""
 
     def __call__(
         self,
@@ -378,10 +385,3 @@ def _best(found: Sequence[Reconstruction]) -> Reconstruction:
     """The restart with the lowest objective; one that has ended in NaN is the last choice."""
     best = min(found, key=lambda one: one.objective[-1] if math.isfinite(one.objective[-1]) else math.inf)
     return replace(best, restarts=len(found))
-
-
-def total_variation(x: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours in the last two axes."""
-    if x.dim() < 4:
-        raise px.PackextError(f"Total variation is of images [N, C, H, W], not of shape {list(x.shape)}: pass tv=0.")
-    return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()

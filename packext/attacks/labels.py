@@ -17,8 +17,6 @@ from torch import Tensor, nn
 import packext as px
 from packext.attacks._shared import Head, Shared, Threat, plain_cross_entropy, share
 
-_SEES = "one client's gradient of the last fully connected layer"
-
 
 class LabelRule(ABC):
     """Base of the rules that read label counts off one gradient."""
@@ -46,13 +44,24 @@ class LabelRule(ABC):
 
 @dataclass(frozen=True)
 class IDLG(LabelRule):
-    """The label of one sample: the only class whose bias gradient is negative (Zhao et al. 2020).
+    """The label of one sample: the only class whose bias gradient is negative.
 
-    Without a bias, the class whose row of the weight's gradient has a negative inner product with the others, for
-    features that are not negative. Exact for one sample; refused for more.
+    Without a bias, the class whose row of the weight's gradient has the least sum, for features that are not negative:
+    the rows are `(p - y)_c e`, and only the label's factor is negative. Exact for one sample.
+
+    - Formula: `argmin over c of db_c`, or of `sum over d of dW_cd`
+    - Cost: none beside the gradient that was shared
+    - Source: Zhao, Mopuri & Bilen 2020
+    - Refused: gradients of several samples; other losses than plain cross-entropy
     """
 
-    threat = Threat(_SEES, "the model", "honest", "a batch of one sample; without a bias also features >= 0")
+    threat = Threat(
+        "one client's gradient of the last fully connected layer",
+        "the model",
+        "honest",
+        "a batch of one sample; without a bias also features >= 0",
+    )
+    """Who attacks, and what must hold."""
 
     def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
         """One sample's label."""
@@ -69,12 +78,23 @@ class IDLG(LabelRule):
 
 @dataclass(frozen=True)
 class Yin(LabelRule):
-    """The N classes with the smallest entries in their rows of the weight's gradient (Yin et al. 2021, GradInversion).
+    """The N classes with the smallest entries in their rows of the weight's gradient.
 
     Knows no repeats: exact only where all labels differ, and for features that are not negative.
+
+    - Formula: the N classes c with the least `min over d of dW_cd`
+    - Cost: none beside the gradient that was shared
+    - Source: Yin et al. 2021, GradInversion
+    - Refused: more samples than classes; other losses than plain cross-entropy
     """
 
-    threat = Threat(_SEES, "the model, the batch size", "honest", "no label twice; features >= 0")
+    threat = Threat(
+        "one client's gradient of the last fully connected layer",
+        "the model, the batch size",
+        "honest",
+        "no label twice; features >= 0",
+    )
+    """Who attacks, and what must hold."""
 
     def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
         """At most one sample of each class."""
@@ -89,12 +109,25 @@ class Yin(LabelRule):
 
 @dataclass(frozen=True)
 class LLG(LabelRule):
-    """Label leakage from gradients (Wainakh et al., PoPETs 2022): each sample lowers its class's row sum by an impact.
+    """Label leakage from gradients: each sample lowers its class's row sum of the weight's gradient by an impact.
 
-    The impact is taken to be the same for all samples: the mean of the negative row sums, times (1 + 1/C).
+    The impact is taken to be the same for all samples. With s the row sums for the sum over samples, one sample is
+    counted for each negative row sum, lowest first, and then one at a time where the sum is lowest; each raises the sum
+    of its class by minus the impact.
+
+    - Formula: impact `(1 + 1/C) / N` times the sum of the negative s_c, with `s_c = sum over d of dW_cd`
+    - Cost: none beside the gradient that was shared
+    - Source: Wainakh et al., PoPETs 2022
+    - Refused: other losses than plain cross-entropy
     """
 
-    threat = Threat(_SEES, "the batch size", "honest", "an untrained model; features >= 0")
+    threat = Threat(
+        "one client's gradient of the last fully connected layer",
+        "the batch size",
+        "honest",
+        "an untrained model; features >= 0",
+    )
+    """Who attacks, and what must hold."""
 
     def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
         """One sample for each negative row sum, then one at a time where the sum is lowest."""
@@ -105,7 +138,15 @@ class LLG(LabelRule):
 
 @dataclass(frozen=True)
 class LLGStar(LabelRule):
-    """LLG*: impact and each class's offset from runs of the model on inputs of noise (Wainakh et al., PoPETs 2022).
+    """LLG*: impact and each class's offset from runs of the model on inputs of noise.
+
+    For each class k and each run, a batch of N uniform inputs with the label k gives row sums s. Counts are then taken
+    as by `LLG`, from row sums less the offset.
+
+    - Formula: impact `(1 + 1/C) mean of s_k / N`; offset of a class c, mean of s_c over the batches of other labels
+    - Cost: `C * runs` gradients of the attacker's own
+    - Source: Wainakh et al., PoPETs 2022
+    - Refused: other losses than plain cross-entropy
 
     Args:
         shape: of one input, without the batch axis.
@@ -117,7 +158,13 @@ class LLGStar(LabelRule):
     runs: int = 10
     seed: int = 0
 
-    threat = Threat(_SEES, "the model, the batch size, the input's shape", "honest", "an untrained model")
+    threat = Threat(
+        "one client's gradient of the last fully connected layer",
+        "the model, the batch size, the input's shape",
+        "honest",
+        "an untrained model",
+    )
+    """Who attacks, and what must hold."""
 
     def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
         """As LLG, with what the model itself says of a sample's impact."""
@@ -161,15 +208,24 @@ def emitted(sums: Tensor, impact: Any, offset: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ILRG(LabelRule):
-    """Instance-wise batch label restoration (Ma et al., ICLR 2023): a linear system for the counts.
+    """Instance-wise batch label restoration: a linear system for the counts c.
 
     Row j of the weight's gradient over entry j of the bias's is taken for the features of class j, whose probabilities
-    p_j follow from the layer; then `sum_j c_j (p_j - y_j) = db` and `sum_j c_j = N` by least squares.
+    p_j follow from the layer. The solution is rounded to whole numbers that sum to N.
+
+    - Formula: `sum_j c_j (p_j - y_j) = db` and `sum_j c_j = N` by least squares, y_j the unit vector of class j
+    - Cost: a pseudo-inverse `[C + 1, C]`
+    - Source: Ma et al., ICLR 2023
+    - Refused: a layer without bias; other losses than plain cross-entropy
     """
 
     threat = Threat(
-        _SEES, "the model, the batch size", "honest", "an untrained model; a bias; like features in a class"
+        "one client's gradient of the last fully connected layer",
+        "the model, the batch size",
+        "honest",
+        "an untrained model; a bias; like features in a class",
     )
+    """Who attacks, and what must hold."""
 
     def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
         """The rounded solution."""

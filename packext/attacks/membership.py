@@ -36,6 +36,12 @@ class Signals:
 def signals(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, ridge: float = 1e-2) -> Signals:
     """Losses, gradient norms and leverages of samples, from one pass; the model stays as it is.
 
+    - Formula: l_n, `|g_n|`, the diagonal of `K (K + r I)^-1` with K the inner products of all g_n and r the ridge times
+      the mean of K's diagonal, and `|g_n| / |sum of all g_n|`
+    - Cost: `BatchDotGrad` in one pass, and an inverse `[N, N]`
+    - Source: the definitions; ridge leverage as a score of privacy after arXiv:2602.15919
+    - Refused: losses or gradients that are not finite; models whose samples influence each other
+
     Args:
         model: in the mode in which it is to be judged, mostly `eval`.
         loss_fn: one of torch's losses with a `reduction`.
@@ -151,11 +157,16 @@ def _area(members: Tensor, others: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LiRA:
-    """Likelihood ratio attack (Carlini et al., S&P 2022): the sample's confidence against that of shadow models.
+    """Likelihood ratio attack: the sample's confidence against that of shadow models.
 
     Each shadow model is trained on a random half of the samples. Those with and without a sample give two normal
-    distributions of `log(p / (1 - p))`, p being the probability of its label; the score is the log of their ratio at
-    the target model's.
+    distributions of `φ = log(p / (1 - p))`, p being the probability of its label; the score is the log of their ratio
+    at the target model's. Their means are the sample's own, each of both variances is one over all samples.
+
+    - Formula: `log N(φ; μ_in, σ_in²) - log N(φ; μ_out, σ_out²)`
+    - Cost: as many trainings as there are shadow models; no gradient
+    - Source: Carlini et al., S&P 2022; one variance for all after its section VI-C
+    - Refused: fewer than 4 shadow models
 
     Args:
         shadows: how many models; a few dozen for a stable variance.
@@ -171,6 +182,7 @@ class LiRA:
         "honest",
         "a classifier; as many trainings as there are shadow models",
     )
+    """Who attacks, and what must hold."""
 
     def __call__(
         self,
@@ -229,9 +241,14 @@ def _confidence(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def membership_bound(training: Sequence[float] | Tensor, test: Sequence[float] | Tensor) -> float:
-    """The largest advantage that a threshold on these scores reaches: TPR - FPR, over all thresholds, either way.
+    """The largest advantage that a threshold on these scores reaches, over all thresholds, either way.
 
     The Kolmogorov-Smirnov distance of members' scores and others': of losses, what generalisation costs at worst.
+
+    - Formula: largest `|TPR - FPR|` over all thresholds
+    - Cost: the scores are sorted
+    - Source: the definition
+    - Refused: nothing
 
     Args:
         training: scores (such as losses) of members.
@@ -250,10 +267,16 @@ def membership_bound(training: Sequence[float] | Tensor, test: Sequence[float] |
 def epsilon_lower_bound(
     correct: int, guesses: int, canaries: int, delta: float, confidence: float = 0.95, choices: int = 1
 ) -> float:
-    """What epsilon is at least, from one run with canaries (Steinke, Nasr & Jagielski, NeurIPS 2023, Theorem 5.2).
+    """What epsilon is at least, from one run with canaries.
 
-    Each canary was included with probability 1/2; the attacker said of some whether it was. That `correct` of `guesses`
-    were right has at most the probability `1 - confidence` for every smaller epsilon.
+    Each canary was included with probability 1/2; the attacker said of some whether it was. That v = `correct` of
+    r = `guesses` were right has at most the probability `1 - confidence` for every smaller epsilon.
+
+    - Formula: least epsilon with `P[W >= v] + 2 m delta max over i of P[v > W >= v - i] / i` above `(1 - confidence) /
+      choices`, W binomial of r draws with `1 / (1 + exp(-epsilon))`, m canaries, i from 1 to v
+    - Cost: none
+    - Source: Steinke, Nasr & Jagielski, NeurIPS 2023, Theorem 5.2
+    - Refused: numbers that contradict each other
 
     Args:
         correct: guesses that were right.

@@ -178,7 +178,19 @@ class Counted(NamedTuple):
 
 @dataclass(frozen=True)
 class SecureAggregationLabels:
-    """Label counts of every client from the sum of their gradients (Wang et al., INFOCOM 2024).
+    """Label counts of every client from the sum of their gradients, by a malicious server.
+
+    Each client k gets a model in which one normalisation has scale 0 and a shift of its own, so that the server knows
+    the features e_k and probabilities p_k of all its B_k samples. There is one solution for up to D + 1 clients, D
+    being the features of the last layer.
+
+    - Formula: `[G_W, G_b] = sum over k of d_k [e_kᵀ, 1]` is solved for the d_k by least squares, and `c_k = B_k p_k -
+      d_k` for sums over samples; with clipping, class j's part of d_k is shrunk by a factor that is measured
+    - Cost: a forward pass for each client, one singular value decomposition `[K, D + 1]`; with clipping `BatchL2Grad`
+      of an example of each class for each client
+    - Source: Wang et al., INFOCOM 2024
+    - Refused: more clients than the layer can tell apart; a model without a normalisation with scale and shift; other
+      losses than plain cross-entropy
 
     Args:
         norm: name of the normalisation layer whose parameters are set; by default the last one that has them.
@@ -205,6 +217,7 @@ class SecureAggregationLabels:
         "malicious: sends each client a model of its own",
         "one local step; nothing random and no way around between the normalisation and the last layer",
     )
+    """Who attacks, and what must hold."""
 
     def plan(self, model: nn.Module, example: Tensor, clients: int) -> Plan:
         """What to send to each client.

@@ -43,6 +43,11 @@ class Compose:
 class GaussianNoise:
     """Adds noise of a standard deviation to every entry, whatever the gradient's size: no privacy by itself.
 
+    - Formula: `g + std z`, z of independent standard normal draws
+    - Cost: a draw for each entry
+    - Source: as a defence, Zhu, Liu & Han, NeurIPS 2019
+    - Refused: a negative level
+
     Attributes:
         std: standard deviation, in units of the gradient.
         seed: of the draws, which go on from call to call.
@@ -64,6 +69,11 @@ class GaussianNoise:
 @dataclass
 class LaplacianNoise:
     """Adds Laplacian noise to every entry, whatever the gradient's size: no privacy by itself.
+
+    - Formula: `g + scale z`, z of independent draws with the density `exp(-|z|) / 2`
+    - Cost: two draws for each entry
+    - Source: as a defence, Zhu, Liu & Han, NeurIPS 2019
+    - Refused: a negative level
 
     Attributes:
         scale: mean absolute value of the noise, in units of the gradient.
@@ -92,6 +102,11 @@ class LaplacianNoise:
 class Pruning:
     """Sets the entries of smallest magnitude to zero, in each tensor by itself.
 
+    - Formula: 0 for the `int(share P)` smallest |g_d| of P entries, g_d for the others
+    - Cost: the entries are sorted
+    - Source: as a defence, Zhu, Liu & Han, NeurIPS 2019
+    - Refused: what is no share
+
     Attributes:
         share: of the entries that are set to zero, from 0 to 1.
     """
@@ -116,7 +131,13 @@ class Pruning:
 
 @dataclass
 class Quantisation:
-    """Rounds entries: to a shorter float, or to 256 levels between the tensor's extremes.
+    """Rounds entries: to a shorter float, or to the 255 whole multiples of 1/127 of the tensor's largest magnitude.
+
+    - Formula: of "int8" `s round(g / s)` with `s = max |g| / 127`; stochastic `s floor(g / s + u)`, u uniform in `[0,
+      1)`
+    - Cost: one operation for each entry; stochastic a draw
+    - Source: as a defence, Zhu, Liu & Han, NeurIPS 2019
+    - Refused: another kind
 
     Attributes:
         kind: "float16", "bfloat16" or "int8".
@@ -158,8 +179,12 @@ class Quantisation:
 class TopK:
     """Sends the entries of largest magnitude, and adds the others to the next gradient (error feedback).
 
-    What was held back stays with the client; nothing else remembers it, so each client has a `TopK` of its own
-    (Stich et al. 2018, Algorithm 1).
+    What was held back stays with the client; nothing else remembers it, so each client has a `TopK` of its own.
+
+    - Formula: `r <- r + g`, send the entries of r with the largest magnitudes, and `r <- r - sent`, with r the residual
+    - Cost: the entries are sorted; holds a copy of the gradient
+    - Source: Stich et al. 2018, Algorithm 1
+    - Refused: what is no share
 
     Attributes:
         share: of the entries that are sent, from 0 to 1, in each tensor by itself.
@@ -187,10 +212,16 @@ class TopK:
 
 @dataclass
 class Clipped:
-    """Gradients of samples, each clipped to a norm, summed with noise: the step of DP-SGD (Abadi et al. 2016).
+    """Gradients of samples, each clipped to a norm, summed with noise: the step of DP-SGD.
 
     Called as `packext.attacks.share` is, in its place. One backward pass; no individual gradient is formed where its
     norm can be had without.
+
+    - Formula: `sum over n of min(1, C / |g_n|) g_n + noise_multiplier C z`, over N for a mean, z of independent
+      standard normal draws
+    - Cost: `ClippedGrad` in one pass of a copy of the model, and a draw for each entry
+    - Source: Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1
+    - Refused: a negative level; a model whose samples influence each other (BatchNorm in training mode), by the engine
 
     Attributes:
         max_norm: C, of a sample's gradient over all parameters.

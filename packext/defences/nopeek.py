@@ -92,7 +92,7 @@ def _safe_sqrt(value: Tensor) -> Tensor:
 
 
 class NoPeek(nn.Module):
-    """NoPeek's training loss: `alpha * R(X, Z) + (1 - alpha) * task(model(x), y)`, in the paper's convex form.
+    """NoPeek's training loss: keeps the distance correlation R of inputs and activations low.
 
     X is the model's first argument and Z the output of the layer whose activations leave the client, both seen by
     hooks. Called as any loss is::
@@ -103,8 +103,14 @@ class NoPeek(nn.Module):
                 loss_fn(model(x), y).backward()
                 optimizer.step()
 
-    R is of the whole batch and couples its samples: the loss has no individual gradients, and `packext.backpack`
-    refuses a backward pass of it. Measure leakage on data of its own, with `u_distance_correlation_sqr`.
+    R is of the whole batch and couples its samples: the loss has no individual gradients. It is the biased one of
+    `distance_correlation`; measure leakage on data of its own, with `u_distance_correlation_sqr`.
+
+    - Formula: `alpha R(X, Z) + (1 - alpha) task(model(x), y)`
+    - Cost: distances between all pairs of rows of X and of Z, N² each, in float64
+    - Source: Vepakomma, Singh, Gupta & Raskar 2020 (arXiv:2008.09161), in its convex form
+    - Refused: within `packext.backpack`; outputs that are not those of the model's last run; a layer that ran twice or
+      not; batches of one; activations that are not finite, or that no gradient reaches
 
     Attributes:
         task: the loss of the outputs.

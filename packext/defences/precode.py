@@ -8,15 +8,21 @@ from torch.nn import functional as F
 
 
 class Precode(nn.Module):
-    """A classifier with a variational bottleneck before its last layer (Scheliga, Mäder & Seeland, WACV 2022).
+    """A classifier with a variational bottleneck before its last layer.
 
-    Features h `[N, D]` are encoded to mean and log variance of a normal distribution of `size` variables; a draw from
+    Features h `[N, D]` are encoded to mean μ and log variance of a normal distribution of `size` variables; a draw from
     it is decoded to D features again, which the last layer sees. Each sample has a draw of its own, from torch's
     generator, so that per-sample quantities are those of the sample and its draw. In `eval` mode the mean takes the
     draw's place, and gradients are not defended.
 
     Gradients below the bottleneck do not depend on the last layers alone: an attacker who knows of the defence matches
     those, or searches for the draw as well.
+
+    - Formula: `head(decoder(μ + σ z))` with z standard normal; the loss of a sample, `PrecodeLoss`, is its
+      cross-entropy plus `beta / 2 sum of (μ² + σ² - 1 - log σ²)`
+    - Cost: two linear maps between D and the bottleneck, forward and backward
+    - Source: Scheliga, Mäder & Seeland, WACV 2022
+    - Refused: a last layer that is no `nn.Linear`; a size below 1
 
     Attributes:
         features: from inputs to `[N, D]`.

@@ -50,6 +50,16 @@ VARIANCE, RATIO = 1e-3, 2e-3
 def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, head: str | None = None) -> Received:
     """Look for the traces of a fishing model.
 
+    A model whose normalisation was fixed gives all samples the same features. Honest models, trained and not, are two
+    orders of magnitude above the thresholds.
+
+    - Formula: suspicious if the features' variance over the batch is below 1e-3 of their mean square, the second
+      singular value of the last layer's gradient is below 2e-3 of the first, or more than a quarter of the parameters
+      has no gradient
+    - Cost: one gradient of the batch, and singular values of the last layer's
+    - Source: ours, against Wang et al., INFOCOM 2024
+    - Refused: fewer than 8 samples, one label, or inputs that are all alike
+
     Args:
         model: as it was received, in the mode in which it would be run.
         loss_fn: of the client.

@@ -19,14 +19,19 @@ COLUMNS = 16
 
 @dataclass(frozen=True)
 class Soteria:
-    """Sets columns of the last fully connected layer's weight gradient to zero (Sun et al., CVPR 2021).
+    """Sets columns of the last fully connected layer's weight gradient to zero.
 
-    Feature d of the layer's input r has the score `|d r_d / d x| / |r_d|`, averaged over the samples where `r_d` is
-    not 0 (the others add nothing to column d). The columns with the smallest scores are those whose pruning disturbs a
-    reconstruction from r most, for what it changes in r. Other layers' gradients are sent as they are, and an attacker
-    who knows of the defence matches those alone.
+    Scores of the features of the layer's input r are averaged over the samples where `r_d` is not 0 (the others add
+    nothing to column d). The columns with the smallest scores are those whose pruning disturbs a reconstruction from r
+    most, for what it changes in r. Other layers' gradients are sent as they are, and an attacker who knows of the
+    defence matches those alone.
 
     Called as `packext.attacks.share` is, in its place.
+
+    - Formula: column d is set to 0 where `|d r_d / d x| / |r_d|` is among the `int(share D)` smallest of the D features
+    - Cost: the gradient, and the Jacobian of r by the input: D cotangents for all samples at once, 16 at a time
+    - Source: Sun et al., CVPR 2021
+    - Refused: a frozen layer; inputs that are no floating tensor; samples that influence each other
 
     Attributes:
         share: of the D columns that are set to zero, from 0 to 1.

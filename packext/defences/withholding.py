@@ -18,10 +18,15 @@ from packext.attacks import Shared, share, signals
 class Withholding:
     """Leaves out the samples with the largest ridge leverage, whose gradients the others hide least.
 
-    After the idea of arXiv:2510.10902, which withholds samples of high gradient uniqueness. What it does for them is
-    plain, they are not in what is shared; for the others it does nothing.
+    What it does for them is plain, they are not in what is shared; for the others it does nothing.
 
     Called as `packext.attacks.share` is, in its place.
+
+    - Formula: the gradient of the N - count samples with the smallest leverage, the diagonal of `K (K + r I)^-1`, with
+      K the inner products of all g_n and r the ridge times the mean of K's diagonal
+    - Cost: `BatchDotGrad` in one pass of a copy of the model, an inverse `[N, N]`, and the gradient of the others
+    - Source: the idea of arXiv:2510.10902, which withholds samples of high gradient uniqueness
+    - Refused: no ridge; a count that leaves no sample; a model whose samples influence each other
 
     Attributes:
         count: samples to leave out of each batch.

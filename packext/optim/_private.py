@@ -23,17 +23,21 @@ STREAMS, CHUNK = 4, 1 << 16
 
 @dataclass(frozen=True)
 class AdaptiveClipping:
-    """Moves the clipping norm towards a quantile of the gradients' norms (Andrew et al., NeurIPS 2021, Algorithm 1).
+    """Moves the clipping norm C of a private optimizer towards a quantile of the gradients' norms.
 
-    In each step `C <- C exp(-rate (b - quantile))`, where b is the share of samples within C, from a count with noise.
-    The count's terms are 1/2 and -1/2, so that no batch's size is given away.
+    The terms of the count with noise are 1/2 and -1/2, so that no batch's size is given away. It takes a part of the
+    step's noise multiplier z: gradients get what is left of it, `(z^-2 - (2 count_noise)^-2)^(-1/2)`.
+
+    - Formula: `C <- C exp(-rate (b - quantile))`, with b the share of samples within C, from a count with noise, over
+      the expected batch size
+    - Cost: the norms that clipping has anyway, and a part of the noise
+    - Source: Andrew et al., NeurIPS 2021, Algorithm 1 and Theorem 1
+    - Refused: numbers out of their range; with `per_layer`; a count whose noise takes all of z
 
     Attributes:
         quantile: of the norms, where C is to be.
         rate: learning rate of log C.
         count_noise: standard deviation of the noise on the count; a twentieth of the expected batch size by default.
-            It takes a part of the step's noise multiplier z: gradients get what is left of it,
-            `(z^-2 - (2 count_noise)^-2)^(-1/2)` (Theorem 1).
     """
 
     quantile: float = 0.5

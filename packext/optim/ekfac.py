@@ -16,12 +16,21 @@ from packext.optim._work import Work
 
 
 class EKFAC(Optimizer):
-    """K-FAC in its eigenbasis, with second moments of the gradients themselves (George et al., 2018, algorithm 1).
+    """K-FAC in its eigenbasis, with second moments of the gradients themselves.
 
-    `u = Q (s + λ)⁻¹ Qᵀ g`, with Q the eigenvectors of the averaged factors of `KFAC`, made anew every `basis_every`
-    steps, and s an exponential average of the mean over samples of the squares of `Qᵀ g_n`, with g_n from drawn targets
-    every `scales_every` steps; with a new basis, s is the product of the factors' eigenvalues at first. The whole
-    damping goes to each entry: no split of it over the factors. Clipping, momentum and weight decay are as for `KFAC`.
+        s <- decay s + (1 - decay) mean over samples of (Qᵀ g_n)²
+        u <- Q (s + λ)⁻¹ Qᵀ g
+
+    entry by entry, with λ = damping + weight_decay, Q the eigenvectors of the averaged factors of `KFAC`, made anew
+    with the first three batches of them and then every `basis_every` steps, and with g_n from drawn targets every
+    `scales_every` steps. With a new basis, s is the product of the factors' eigenvalues at first. The whole damping
+    goes to each entry: no split of it over the factors. Clipping, momentum and weight decay are as for `KFAC`.
+
+    - Cost: every `scales_every` steps `KFAC` where a basis is made, and `EKFAC` in the basis where none is (with drawn
+      targets an inner pass for each draw); eigenvectors of all factors with each basis; holds factors, bases, second
+      moments and momentum
+    - Source: George et al. 2018 (arXiv:1806.03884), algorithm 1
+    - Refused: as for `KFAC`
     """
 
     def __init__(

@@ -17,17 +17,23 @@ from packext.optim._work import Part, Work
 
 
 class Sophia(Optimizer):
-    """Sophia with the diagonal of the GGN from drawn targets (Liu et al., 2023, "Sophia", algorithm 3).
+    """Momentum, divided by a diagonal of the curvature and clipped entry by entry.
 
-        m <- β1 m + (1 - β1) g,   every `every` steps  h <- β2 h + (1 - β2) diag(GGN)
+        m <- β1 m + (1 - β1) g
+        h <- β2 h + (1 - β2) diag(GGN)
         θ <- θ - lr weight_decay θ - lr clip(m / max(rho h, eps), -1, 1)
 
-    h is `px.DiagGGNMC`, a sum of squares of each sample, where the paper squares the batch's gradient for drawn targets
-    and multiplies by the batch size: both have the same mean, and this one less variance (the docs have it
-    measured). So there is no factor of the batch size beside rho, and the paper's values of rho apply. Neither
-    average is corrected for its start, as in the paper.
+    with a new h every `every` steps. The diagonal is `px.DiagGGNMC`, a sum of squares of each sample, where the paper
+    squares the batch's gradient for drawn targets and multiplies by the batch size: both have the same mean, and this
+    one less variance (the docs have it measured). So there is no factor of the batch size beside rho, and the paper's
+    values of rho apply. Neither average is corrected for its start, as in the paper.
 
     The paper tunes rho such that between 10 and 50 % of the entries are not clipped: `unclipped` says how many are.
+
+    - Cost: `DiagGGNMC` (or `DiagGGNExact`, `DiagEF`) every `every` steps, for drawn targets an inner pass for each
+      draw; holds two tensors of each parameter's size
+    - Source: Liu et al. 2023, "Sophia", algorithm 3
+    - Refused: with `curvature="diag_ef"` several passes for a step, several processes, and a loss scale
     """
 
     def __init__(
@@ -103,13 +109,19 @@ class ClippedNewton(Part):
 
 
 class AdaHessian(Optimizer):
-    """Adam with Hutchinson's diagonal of the Hessian in place of the gradient's square (Yao et al., 2021).
+    """Adam with Hutchinson's diagonal of the Hessian in place of the gradient's square.
 
         D = |mean over the axes of a convolution's kernel of z * H z|,  z random signs
         m <- β1 m + (1 - β1) g,   v <- β2 v + (1 - β2) D²
         θ <- θ - lr weight_decay θ - lr m̂ / (v̂^(power / 2) + eps)
 
-    with m̂ and v̂ corrected for their start. Each step differentiates the gradient once more.
+    with m̂ and v̂ corrected for their start. The mean is over all axes but the first two, of parameters with three or
+    more.
+
+    - Cost: `DiagHessianMC` at each step: the gradient is differentiated once more for each draw; holds two tensors of
+      each parameter's size
+    - Source: Yao et al. 2021, "AdaHessian"
+    - Refused: a power below 0 or above 1
     """
 
     def __init__(
@@ -177,15 +189,20 @@ class HessianMoments(Part):
 
 
 class MSVAG(Optimizer):
-    """Momentum shrunk where it is noise (Balles & Hennig, 2018, "Dissecting Adam", M-SVAG).
+    """Momentum shrunk where it is noise.
 
-        m <- β m + (1 - β) g,  m̂ = m / (1 - β^t),  ρ = (1 - β)(1 + β^t) / ((1 + β)(1 - β^t))
-        θ <- θ - lr m̂² / (m̂² + ρ s) m̂
+        m <- β m + (1 - β) g,   m̂ = m / (1 - β^t)
+        ρ = (1 - β) (1 + β^t) / ((1 + β) (1 - β^t))
+        θ <- θ - lr weight_decay θ - lr m̂² / (m̂² + ρ s) m̂
 
     s is the variance of the batch's gradient, from the individual gradients of this batch (unbiased, over the
     number of samples), where the paper takes moving averages of squares for it. With `momentum=0` it is
     SVAG, the scaling of each entry's rate by `r / (r + 1/N)`, with r the signal-to-noise ratio `g² / Var(g_n)` (GSNR,
     Liu et al., 2020).
+
+    - Cost: `SumGradSquared` at each step, in the pass of the gradient; holds one tensor of each parameter's size
+    - Source: Balles & Hennig 2018, "Dissecting Adam", M-SVAG
+    - Refused: a batch of one sample, whose variance is not defined
     """
 
     def __init__(

@@ -15,22 +15,32 @@ from packext.optim._work import Work
 
 
 class KFAC(Optimizer):
-    """K-FAC with averaged factors (Martens & Grosse, 2015, "Optimizing Neural Networks with Kronecker-factored ...").
+    """K-FAC with averaged factors, momentum and KL clipping.
 
     Of a layer's weight, with its bias as one more column, and gradient g (plus weight decay):
 
-        A <- ε A + (1 - ε) mean of a aᵀ,  B <- ε B + (1 - ε) mean of b bᵀ,   ε = min(1 - 1/k, decay)
-        u = (B + sqrt(λ)/π I)⁻¹ g (A + π sqrt(λ) I)⁻¹                         λ = damping + weight_decay
-        u <- min(1, sqrt(kl_clip / (lr² Σ g u))) u,  v <- momentum v + u,  θ <- θ - lr v
+        A <- ε A + (1 - ε) mean of a aᵀ,   B <- ε B + (1 - ε) mean of b bᵀ
+        u <- (B + sqrt(λ)/π I)⁻¹ g (A + π sqrt(λ) I)⁻¹
+        u <- min(1, sqrt(kl_clip / (lr² Σ g u))) u
+        v <- momentum v + u,   θ <- θ - lr v
 
-    k counts batches of factors. They are emitted every `factors_every` steps, and steps between ask nothing of the
-    backward pass; inverses are made anew with the first three batches, and then every `inverses_every` steps. Under
-    `DistributedDataParallel` factors are merged over the processes, each of which inverts a share of the layers.
+    with λ = damping + weight_decay, ε = min(1 - 1/k, decay), and π as for `Preconditioned`; a are the layer's inputs, b
+    the gradients at its outputs for drawn targets, k counts batches of factors, and Σ is over all parameters. They are
+    emitted every `factors_every` steps, and steps between ask nothing of the backward pass; inverses are made anew with
+    the first three batches, and then every `inverses_every` steps. Under `DistributedDataParallel` factors are merged
+    over the processes, each of which inverts a share of the layers.
 
-    Parameters that are no weights of linear maps, convolutions or look-ups, nor vectors, are refused by the backward
-    pass, by name; a group with `fallback=True` has them trained by AdamW. That is also the better place for large
-    embeddings, the weights of normalisations, and the last layer of a language model, whose factor is of the
-    size of the vocabulary.
+    A group with `fallback=True` has its parameters trained by AdamW: those that have no factors, and better also large
+    embeddings, the weights of normalisations, and the last layer of a language model, whose factor is of the size of
+    the vocabulary.
+
+    - Cost: `KFAC` every `factors_every` steps (with drawn targets an inner pass for each draw), inverses every
+      `inverses_every`, and two products with them for each weight at each step; holds factors, inverses and momentum
+    - Source: Martens & Grosse 2015 (arXiv:1503.05671), sections 5 and 6; clipping after Ba, Grosse & Martens 2017,
+      section 5; "expand" and "reduce" after Eschenhagen et al. 2023 (arXiv:2311.00636)
+    - Refused: parameters that are no weights of linear maps, convolutions or look-ups, nor vectors, by the backward
+      pass and by name; weight and bias of a layer in different groups; with `fisher="empirical"` several passes for a
+      step, batches of different sizes in several processes, and a loss scale
     """
 
     def __init__(

@@ -10,19 +10,28 @@ from packext.optim._precondition import Diagonal, Kronecker
 
 
 class Preconditioned(Optimizer):
-    """Gradient descent, divided by a damped curvature (Dangel, Kunstner & Hennig, 2020, "BackPACK", section 4).
+    """Gradient descent, divided by a damped curvature: the update rule of the BackPACK paper.
 
-    `θ <- θ - lr (C + (damping + weight_decay) I)⁻¹ (g + weight_decay θ)`, block by block, with C the diagonal of the
-    GGN, exact or from drawn targets, or the Kronecker factors KFAC, KFLR or KFRA. Of two factors A and B
+        θ <- θ - lr (C + λ I)⁻¹ (g + weight_decay θ)
 
-        (C + λ I)⁻¹ = (B + sqrt(λ) / π I)⁻¹ ⊗ (A + π sqrt(λ) I)⁻¹,   π² = (tr A / dim A) / (tr B / dim B),
+    block by block, with λ = damping + weight_decay and C the diagonal of the GGN, exact or from drawn targets, or the
+    Kronecker factors KFAC, KFLR or KFRA. Of two factors A and B
 
-    of a bias `(B + λ I)⁻¹`. C is the mean over all batches so far, and new with each step; Kronecker factors are
+        (C + λ I)⁻¹ = (B + sqrt(λ) / π I)⁻¹ ⊗ (A + π sqrt(λ) I)⁻¹
+        π² = (tr A / dim A) / (tr B / dim B)
+
+    and of a bias `(B + λ I)⁻¹`. C is the mean over all batches so far, and new with each step; Kronecker factors are
     inverted after the first three steps, and then every 20. There is no momentum. Factors of convolutions are those of
     "expand" (see `px.KFAC`), where the paper's differ by a scale.
 
     On small problems the paper and our own benchmark find no more progress than with tuned momentum or Adam; for a
     K-FAC to train with see `px.optim.KFAC`.
+
+    - Cost: at each step `DiagGGNExact`, `DiagGGNMC`, `KFAC`, `KFLR` or `KFRA` in the pass of the gradient; holds the
+      diagonal, or factors and inverses
+    - Source: Dangel, Kunstner & Hennig 2020 (arXiv:1912.10985), section 4
+    - Refused: with Kronecker factors, a parameter that has none, by the backward pass and by name; a factor that is
+      singular with its damping
     """
 
     def __init__(

@@ -11,11 +11,14 @@ from packext.optim._private import Private
 
 
 class DPSGD(Private, torch.optim.SGD):
-    """Differentially private SGD (Abadi et al. 2016, Algorithm 1) in one backward pass.
+    """Differentially private SGD in one backward pass.
 
-    The gradient of a step is `(sum over n of min(1, C / |g_n|) g_n + z C N(0, I)) / B`: g_n of the samples' own losses,
-    B the batch size that is expected, since the size of a Poisson-sampled batch must not be known. What follows is
-    `torch.optim.SGD`; `.grad` holds the private gradient from the step on.
+    The gradient of a step, after which `torch.optim.SGD` goes on, and which `.grad` holds from then:
+
+        (sum over n of min(1, C / |g_n|) g_n + z C N(0, I)) / B
+
+    g_n are of the samples' own losses, B is the batch size that is expected, since the size of a Poisson-sampled batch
+    must not be known. With `per_layer` C bounds each layer's part, and the noise has `sqrt(layers) C` in its place.
 
     Example:
         >>> optimizer = DPSGD(model.parameters(), 0.1, max_norm=1.0, noise_multiplier=1.1, expected_batch_size=64)
@@ -31,6 +34,12 @@ class DPSGD(Private, torch.optim.SGD):
     `torch.distributed` each process has samples of its own: their sums are added, one process draws the noise. The
     model need not be wrapped; inside of `DistributedDataParallel` use `no_sync()`.
 
+    - Cost: `ClippedGrad` in place of `.grad`, in one pass, and a normal draw for each parameter; holds the factors of
+      all individual gradients to the end of the pass, or their rows, and a sum
+    - Source: Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1
+    - Refused: models whose samples influence each other (BatchNorm in training mode); parameters that no sample's
+      gradient reaches, or of other types than float32 and float64; `GradScaler`; gradients that are not finite
+
     Attributes:
         max_norm: C, which adaptive clipping moves.
         noise_multiplier: z, of the whole step.
@@ -39,9 +48,14 @@ class DPSGD(Private, torch.optim.SGD):
 
 
 class DPAdam(Private, torch.optim.Adam):
-    """Adam on the private gradients of `DPSGD`, where all else is said.
+    """Adam on private gradients.
 
     Moments are those of private gradients, noise included: no correction is made for it.
+
+    - Formula: the gradient of `DPSGD`, and then `torch.optim.Adam`
+    - Cost: `ClippedGrad`, as `DPSGD`, and Adam's two tensors of each parameter's size
+    - Source: Abadi et al. 2016 (arXiv:1607.00133) for the gradient; Kingma & Ba 2015 for Adam
+    - Refused: as by `DPSGD`
 
     Attributes:
         max_norm: C, which adaptive clipping moves.

@@ -15,20 +15,25 @@ from packext.optim._work import Part, Skip, Work
 
 
 class SPRING(Optimizer):
-    """Natural gradient with memory of the last direction (Goldshlager, Abrahamsen & Lin, 2024, "SPRING").
+    """Natural gradient with memory of the last direction, solved for in the space of samples.
 
     With S `[V N, P]` a root of the GGN of the loss, `Sᵀ S`, and ρ such that the gradient is `Sᵀ ρ` (for a squared error
     they are the Jacobian and the residuals, both times the same number),
 
-        d <- momentum d + Sᵀ (S Sᵀ + damping I)⁻¹ (ρ - momentum S d),   θ <- θ - lr d
+        d <- momentum d + Sᵀ (S Sᵀ + damping I)⁻¹ (ρ - momentum S d)
+        θ <- θ - lr d
 
     with `|lr d|² <= max_step`. This minimises `|S d - ρ|² + damping |d - momentum d_before|²`. It takes the whole GGN
     of this batch, and not blocks of it; a system of V N equations is solved in float64, or where the parameters
-    are fewer, the same of P equations. V is the number of a sample's outputs. Memory is that of the individual
-    gradients, times V + 1.
+    are fewer, the same of P equations. V is the number of columns of a sample's root: its outputs, for a squared error.
 
     Everything is one system: there is one group, and one process. The losses are the extended ones, such as
     `nn.MSELoss`. Passes before a step add their samples (those inside a domain and those on its boundary).
+
+    - Cost: `SqrtGGNExact` and `BatchGrad` at each step, V inner passes, and a system of V N or P equations; holds V + 1
+      times the individual gradients during the step, and one direction
+    - Source: Goldshlager, Abrahamsen & Lin 2024, "SPRING"
+    - Refused: a second group; several processes
     """
 
     def __init__(
@@ -115,9 +120,15 @@ class SPRING(Optimizer):
 class ENGDW(SPRING):
     """Energy natural gradient by the Woodbury identity: `SPRING` without memory and without a bound.
 
-    `d = Sᵀ (S Sᵀ + damping I)⁻¹ ρ`, which is `(GGN + damping I)⁻¹ g` (Müller & Zeinhofer, 2023, "Achieving High
-    Accuracy with PINNs via Energy Natural Gradients", whose line search is `step(evaluate=...)`; Guzmán-Cordero et
-    al., 2025, for the form in the space of samples).
+        d = Sᵀ (S Sᵀ + damping I)⁻¹ ρ = (GGN + damping I)⁻¹ g,   θ <- θ - lr d
+
+    with S and ρ as for `SPRING`.
+
+    - Cost: `SqrtGGNExact` and `BatchGrad`, as `SPRING`; with a line search (`step(evaluate=...)`) 32 evaluations of the
+      loss
+    - Source: Müller & Zeinhofer 2023, "Achieving High Accuracy with PINNs via Energy Natural Gradients", for method and
+      line search; Guzmán-Cordero et al. 2025 for the form in the space of samples
+    - Refused: as by `SPRING`; a line search that finds no smaller loss skips the step
     """
 
     def __init__(self, params: Any, lr: float = 1.0, damping: float = 1e-6) -> None:

@@ -14,16 +14,22 @@ from packext.optim._work import Work
 
 
 class SINGD(Optimizer):
-    """Inverse-free natural gradient descent (Lin et al., 2024, "Structured Inverse-Free Natural Gradient Descent").
+    """Inverse-free natural gradient descent: the Kronecker-factored preconditioner `C Cᵀ ⊗ K Kᵀ` of a layer is learned.
 
-    The preconditioner `C Cᵀ ⊗ K Kᵀ` of a layer is learned: with A and B as in `KFAC` and `tr` the mean of the diagonal,
+    With A and B as in `KFAC` and `tr` the mean of the diagonal,
 
-        m_K <- α m_K + ½ (tr(Cᵀ B C) Kᵀ A K + λ tr(Cᵀ C) Kᵀ K - I),   K <- K (I - β m_K)
-        m_C <- α m_C + ½ (tr(Kᵀ A K) Cᵀ B C + λ tr(Kᵀ K) Cᵀ C - I),   C <- C (I - β m_C)
-        v <- momentum v + C Cᵀ g K Kᵀ + weight_decay θ,  θ <- θ - lr v
+        m_K <- α m_K + ½ (tr(Cᵀ B C) Kᵀ A K + λ tr(Cᵀ C) Kᵀ K - I)
+        m_C <- α m_C + ½ (tr(Kᵀ A K) Cᵀ B C + λ tr(Kᵀ K) Cᵀ C - I)
+        K <- K (I - β m_K),   C <- C (I - β m_C)
+        v <- momentum v + C Cᵀ g K Kᵀ + weight_decay θ,   θ <- θ - lr v
 
     from K = C = I. No matrix is inverted or decomposed, which suits low precision. Factors are dense here; the
     paper's other structures are not. A parameter with one factor has C alone, with traces of K as 1.
+
+    - Cost: `KFAC` every `every` steps (with drawn targets an inner pass for each draw), and products of matrices of the
+      factors' size; holds two roots and their momenta for each weight, and momentum
+    - Source: Lin et al. 2024, "Structured Inverse-Free Natural Gradient Descent"
+    - Refused: as for `KFAC`
     """
 
     def __init__(

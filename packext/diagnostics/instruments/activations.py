@@ -43,6 +43,13 @@ class DeadUnits(_Hooked):
 
     A unit is a channel: an index along axis 1 of an output `[N, C]` or `[N, C, H, W, ...]`. For `[N, A, B]` the axis
     has to be said. A ReLU called as a function is not seen.
+
+    - Formula: units whose outputs are all 0, over all units
+    - Units: a share
+    - Cost: outputs are compared with 0 in the forward pass; no quantity
+    - Source: the definition
+    - Absent: if no ReLU has run, or which axis holds the units is not known. A model without modules `nn.ReLU` or
+      `nn.ReLU6` is refused when the monitor is made
     """
 
     def __init__(self, axis: int | None = None) -> None:
@@ -73,7 +80,14 @@ class DeadUnits(_Hooked):
 
 
 class ActivationScale(_Hooked):
-    """Root mean square of what each module with parameters of its own puts out, over all samples of the step."""
+    """Root mean square of what each module puts out that has parameters and no parts, over all samples of the step.
+
+    - Formula: `sqrt(mean of y²)` over all entries y of the module's output, by module
+    - Units: those of the output
+    - Cost: a sum of squares of each output in the forward pass; no quantity
+    - Source: the definition
+    - Absent: if no such module has put out a tensor
+    """
 
     def chosen(self, model: nn.Module) -> dict[str, nn.Module]:
         return {name: m for name, m in model.named_modules() if m._parameters and not m._modules}
@@ -98,7 +112,13 @@ class InputScale(_Hooked):
     """Root mean square of the numbers that the model receives, over all samples of the step.
 
     "InputScale.mean" is their mean, "InputScale.largest" the largest magnitude, and "InputScale.infinite" the share of
-    those that are NaN or infinite. Integers (such as tokens) have no scale.
+    those that are NaN or infinite.
+
+    - Formula: `sqrt(mean of x²)` over all floating-point entries x of the model's arguments
+    - Units: those of the input
+    - Cost: norm, mean and largest entry of the input in the forward pass; no quantity
+    - Source: the definition
+    - Absent: if there are none: integers (such as tokens) have no scale
     """
 
     def enter(self, step: int, model: nn.Module) -> None:
@@ -140,6 +160,14 @@ class OutputScale(_Hooked):
 
     "OutputScale.spread" is how much of that differs between samples: the standard deviation over the samples (root mean
     square over the entries of an output) in units of it. Rows are the samples; of several tensors the first counts.
+
+    - Formula: `sqrt(mean of y²)`; of the spread `sqrt(mean of var(y) / mean of y²)`, with the biased variance over the
+      rows of a pass
+    - Units: those of the output; of the spread none
+    - Cost: mean square and variance of the output in the forward pass; no quantity
+    - Source: the definition
+    - Absent: if the output has no floating-point tensor. The spread also for one sample, for an output of zeros, and
+      where rows are not samples
     """
 
     def enter(self, step: int, model: nn.Module) -> None:

@@ -100,10 +100,19 @@ def parabola(before: _End, after: _End, slope_variance: float) -> np.ndarray:
 class Alpha(_Parabola):
     """How far an update went towards the minimum of the loss along it: -1 not at all, 0 to it, 1 as far beyond.
 
-    alpha = 1 / z* - 1 with z* = -w1 / (2 w2), the minimum of a parabola that is fitted to the losses and
-    slopes at both ends (Schneider, Dangel & Hennig 2021, section 3.1), in units of the update that really happened.
-    Below -1 the minimum lies behind. Recorded for the step when the next one has been seen; a dropout mask drawn anew
-    counts as noise. Absent where the fit has no minimum ("concave").
+    With u the update that really happened and z the position along it in units of u, a parabola `w0 + w1 z + w2 z²` is
+    fitted by weighted least squares to losses and slopes at z = 0, from the batch of the step, and at z = 1, from that
+    of the next. Each observation weighs one over the variance of a mean over its batch. That of slopes is measured at z
+    = 1, in batches of more than 16 on 16 samples drawn at random, and serves both ends. Below -1 the minimum lies
+    behind. Recorded for the step when the next one has been seen; a dropout mask drawn anew counts as noise.
+
+    - Formula: `1 / z* - 1`, with the minimum `z* = -w1 / (2 w2)`
+    - Units: none
+    - Cost: `GradDot`, in the pass that runs anyway; at the next step inner products of 16 samples with the update; the
+      loss alone is evaluated once more at both, without its reduction
+    - Source: Schneider, Dangel & Hennig 2021, section 3.1, where the variances are those of samples
+    - Absent: where the parabola has no minimum ("concave") or starts at it ("flat"); without an update; for one sample;
+      if the parameters have changed between the two steps
     """
 
     def read(self, fit: np.ndarray, length: float) -> float:
@@ -115,7 +124,14 @@ class Alpha(_Parabola):
 
 
 class UpdateCurvature(_Parabola):
-    """Second derivative of the loss along the update, per squared length: 2 w2 / tau² of the fit that `Alpha` makes."""
+    """Second derivative of the loss along the update, per squared length: of the parabola that `Alpha` fits.
+
+    - Formula: `2 w2 / |u|²`
+    - Units: those of the loss, over those of the parameters squared
+    - Cost: `GradDot`, and all else that `Alpha` costs, once for both
+    - Source: Schneider, Dangel & Hennig 2021, section 3.1, for the fit
+    - Absent: as `Alpha`, but for "concave" and "flat"
+    """
 
     def read(self, fit: np.ndarray, length: float) -> float:
         return float(2 * fit[2] / length**2)

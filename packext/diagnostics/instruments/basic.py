@@ -12,14 +12,28 @@ from packext.diagnostics._tensors import norms, norms_apart
 
 
 class Loss(Instrument):
-    """The loss of the step: the mean of the samples' own losses, over all its backward passes."""
+    """The loss of the step, over all its backward passes.
+
+    - Formula: mean of the samples' own losses l_n
+    - Units: those of the loss
+    - Cost: a number is read; no quantity
+    - Source: the definition
+    - Absent: if no backward pass came through an extended loss
+    """
 
     def measure(self, step: Step) -> float:
         return step.loss
 
 
 class Time(Instrument):
-    """Seconds since the monitor was made, at the end of the step; in "Time.step" those that the step took."""
+    """Seconds since the monitor was made, at the end of the step; in "Time.step" those that the step took.
+
+    - Formula: difference of two readings of `time.perf_counter`; work of a GPU that nobody has waited for is not in it
+    - Units: seconds
+    - Cost: none; no quantity
+    - Source: the definition
+    - Absent: never
+    """
 
     def measure(self, step: Step) -> dict[str, float]:
         began = step.began - step.born
@@ -27,9 +41,15 @@ class Time(Instrument):
 
 
 class GradNorm(Instrument):
-    """Norm of the gradient, whole and of each parameter: the mean of the samples' own gradients, before clipping.
+    """Norm of the gradient, whole and of each parameter: of the mean of the samples' own gradients, before clipping.
 
     Terms of the loss that pass by the extended loss (weight decay written into the loss) are part of it.
+
+    - Formula: `|g|`, g from `.grad`
+    - Units: those of the loss, over those of the parameters
+    - Cost: a copy of the gradient; no quantity
+    - Source: the definition
+    - Absent: if no parameter has got a gradient
     """
 
     def measure(self, step: Step) -> dict[str, Any]:
@@ -37,14 +57,28 @@ class GradNorm(Instrument):
 
 
 class UpdateSize(Instrument):
-    """Norm of what the step has added to the parameters, whole and of each parameter."""
+    """Norm of what the step has added to the parameters, whole and of each parameter, whoever did it.
+
+    - Formula: `|θ_after - θ_before|`
+    - Units: those of the parameters
+    - Cost: a copy of the parameters; no quantity
+    - Source: the definition
+    - Absent: if the parameters did not change
+    """
 
     def measure(self, step: Step) -> dict[str, Any]:
         return step.update_norms
 
 
 class ParamNorm(Instrument):
-    """Norm of the parameters, whole and of each; taken where the gradient is."""
+    """Norm of the parameters, whole and of each; taken where the gradient is.
+
+    - Formula: `|θ|`
+    - Units: those of the parameters
+    - Cost: a copy of the parameters, which several instruments share; no quantity
+    - Source: the definition
+    - Absent: if no backward pass came through an extended loss
+    """
 
     def measure(self, step: Step) -> dict[str, Any]:
         return norms(step.start)
@@ -53,7 +87,13 @@ class ParamNorm(Instrument):
 class Distance(Instrument):
     """Distance of the parameters from where they were at the first step that was tracked, whole and of each.
 
-    Taken where the gradient is. Holds a copy of the parameters.
+    Taken where the gradient is.
+
+    - Formula: `|θ - θ_0|`
+    - Units: those of the parameters
+    - Cost: a copy of the parameters that is held; no quantity
+    - Source: the definition
+    - Absent: in a record that was continued; if other parameters require grad than in the first step
     """
 
     def __init__(self) -> None:

@@ -40,10 +40,18 @@ class MeanTopEigenvalues(px.TopEigenvalues):
 
 
 class HessTrace(Instrument):
-    """Trace of the loss's curvature, whole and of each parameter's block.
+    """Trace of the loss's curvature, whole and of each parameter's block: of the GGN, or of the Hessian.
 
-    Of the GGN by default, from one target per sample drawn from the model's predictions; of the Hessian itself from
-    random signs (Hutchinson 1989), with the standard error of the whole in "HessTrace.standard_error".
+    By default the GGN's, from one target per sample drawn from the model's predictions. With "hessian" the standard
+    error of the whole is in "HessTrace.standard_error".
+
+    - Formula: sum over entries d of h_d, with h the diagonal of the GGN of the mean loss; of the Hessian H, mean of `zᵀ
+      H z` over random signs z
+    - Units: those of the loss, over those of the parameters squared
+    - Cost: `DiagGGNMC`, one cotangent more in the pass that runs anyway; "ggn" `DiagGGNExact`, one for each column of
+      the root; "hessian" `HessianTrace`, one product with the Hessian for each draw
+    - Source: Schraudolph 2002 for the GGN, Hutchinson 1989 for the estimate
+    - Absent: with BatchNorm in training mode, but for "hessian"; there in a step of several backward passes
     """
 
     def __init__(self, curvature: str = "ggn_mc", draws: int = 4) -> None:
@@ -64,14 +72,19 @@ class HessTrace(Instrument):
 
 
 class HessMaxEV(Instrument):
-    """The largest eigenvalue of the loss's Hessian, by Lanczos, and the norm of its residual.
+    """The largest eigenvalue of the Hessian H of the loss, by Lanczos, and the norm of its residual.
 
     An eigenvalue lies within "HessMaxEV.residual" of the value, whose own error is of the order of the residual's
     square over the distance to the next eigenvalue. Each step starts from the eigenvector of the last one that was
-    tracked, with a random part, so that a direction which has become the largest is found; it takes three products
-    with the Hessian, and more until the residual is small enough (20 in the first step, which starts from nothing).
-    Absent where the residual ends above a tenth of the value (or `tol` of it, if that is more): that may be no
-    eigenvalue, let alone the largest. The next step goes on from there.
+    tracked, with a random part, so that a direction which has become the largest is found.
+
+    - Formula: λ of `H v = λ v`; the residual is `|H v - λ v|` of a unit vector v
+    - Units: those of the loss, over those of the parameters squared
+    - Cost: `TopEigenvalues`: three products with the Hessian, each a backward pass that is differentiated, and more
+      until the residual is small enough; 20 in the first step, which starts from nothing
+    - Source: Lanczos, with thick restarts (Wu & Simon 2000)
+    - Absent: where the residual ends above a tenth of the value (or `tol` of it, if that is more): that may be no
+      eigenvalue, let alone the largest. The next step goes on from there. In a step of several backward passes
     """
 
     def __init__(self, tol: float = 0.1) -> None:
@@ -121,11 +134,17 @@ class _Criterion(Instrument):
 
 
 class TICDiag(_Criterion):
-    """Takeuchi's information criterion with diagonal matrices: sum over entries of s_d / (h_d + epsilon).
+    """Takeuchi's information criterion with diagonal matrices: near a minimum, the generalisation gap times N.
 
-    s_d is the mean squared individual gradient, h_d the curvature: an estimate of the generalisation gap near a
-    minimum, times N (Thomas et al. 2020, section 3). The Monte-Carlo diagonal is noisy in each entry, and this divides
-    by it: with `curvature="ggn"` it is exact, for more time.
+    The Monte-Carlo diagonal is noisy in each entry, and this divides by it: with `curvature="ggn"` it is exact, for
+    more time.
+
+    - Formula: sum over entries d of `s_d / (h_d + epsilon)`, with s_d the mean of g_nd² over the samples and h the
+      diagonal of the GGN of the mean loss
+    - Units: those of the loss
+    - Cost: `SumGradSquared` and `DiagGGNMC`, one cotangent more in the pass that runs anyway; with "ggn" `DiagGGNExact`
+    - Source: Thomas et al. 2020, section 3
+    - Absent: with BatchNorm in training mode
     """
 
     def measure(self, step: Step) -> float:
@@ -134,7 +153,14 @@ class TICDiag(_Criterion):
 
 
 class TICTrace(_Criterion):
-    """Takeuchi's information criterion from traces alone: sum of s_d over (sum of h_d + epsilon), as for `TICDiag`."""
+    """Takeuchi's information criterion from traces alone.
+
+    - Formula: `sum of s_d / (sum of h_d + epsilon)`, with s and h as for `TICDiag`
+    - Units: those of the loss
+    - Cost: `SumGradSquared` and `DiagGGNMC`, as `TICDiag`
+    - Source: Thomas et al. 2020, section 3
+    - Absent: with BatchNorm in training mode
+    """
 
     def measure(self, step: Step) -> float:
         s, h = (sum(float(t.sum(dtype=torch.double)) for t in parts) for parts in zip(*self._pairs(step), strict=True))

@@ -12,7 +12,14 @@ from packext.diagnostics._step import Absent, Count, Step
 
 
 class BatchSize(Instrument):
-    """Number of samples in the step, over all its backward passes."""
+    """Number of samples in the step, over all its backward passes.
+
+    - Formula: N
+    - Units: samples
+    - Cost: a number is read; no quantity
+    - Source: the definition
+    - Absent: where samples influence each other, or no backward pass came through the model
+    """
 
     needs = (Count(),)
 
@@ -23,8 +30,15 @@ class BatchSize(Instrument):
 class LearningRate(Instrument):
     """The optimizer's largest learning rate, as it was at the end of the step.
 
-    "LearningRate.edge" is the curvature (2 + 2 momentum) / learning rate beyond which heavy-ball gradient descent on a
-    quadratic diverges (Cohen, Kaur, Li, Kolter & Talwalkar 2021), for `torch.optim.SGD` with one learning rate.
+    "LearningRate.edge" is the curvature beyond which heavy-ball gradient descent on a quadratic diverges, for
+    `torch.optim.SGD` with one learning rate.
+
+    - Formula: largest `lr` of the groups; of the edge `(2 + 2 momentum) / lr`
+    - Units: those of the parameters squared, over those of the loss; of the edge the reverse
+    - Cost: a number is read; no quantity
+    - Source: Cohen, Kaur, Li, Kolter & Talwalkar 2021, for the edge
+    - Absent: if the optimizer has no learning rate. The edge is given for that SGD alone, without Nesterov's momentum
+      and dampening
     """
 
     def measure(self, step: Step) -> dict[str, Any]:
@@ -51,6 +65,12 @@ class Untrained(Instrument):
     hold and that has not moved either; 4 for one whose learning rate is 0; 5 for one that got no gradient (its `.grad`
     is None). Parameters that are trained are not listed. "Untrained.share" is their share in the entries of all
     parameters.
+
+    - Formula: how many parameters have one of these numbers
+    - Units: parameters
+    - Cost: a copy of the parameters, which several instruments share; no quantity
+    - Source: the definition
+    - Absent: if no parameter has got a gradient
     """
 
     def measure(self, step: Step) -> dict[str, Any]:
@@ -86,9 +106,15 @@ class InitialScale(Instrument):
     """How large the matrices were at the start: root mean square of a weight's entries times the root of its fan-in.
 
     Of each parameter with two axes or more (`[out, in, ...]`, fan-in is the product of all sizes but the first), except
-    embeddings; once, in the first step of a run. PyTorch's default is 0.58, Glorot's (2010) about 1, that of He et al.
-    (2015) 1.41. "InitialScale.alike" is the number of matrices whose rows are all the same (and not zero), so that
-    their units stay copies of each other.
+    embeddings and matrices of one row. PyTorch's default is 0.58, Glorot's (2010) about 1, that of He et al. (2015)
+    1.41. "InitialScale.alike" is the number of matrices whose rows are all the same (and not zero), so that their units
+    stay copies of each other.
+
+    - Formula: `sqrt(mean of w²) sqrt(fan-in)`, by parameter
+    - Units: none
+    - Cost: a sum over the parameters, once, in the first step of a run; no quantity
+    - Source: He et al. 2015, for the scale
+    - Absent: in all later steps, and in a record that was continued, there is no value
     """
 
     def __init__(self) -> None:
@@ -124,6 +150,12 @@ class IdleUnits(Instrument):
     A unit is an entry of a parameter with one axis (a bias, or the scale of a norm), and "no gradient" an exact zero:
     what a ReLU that is shut for all samples leaves of the gradient of the bias before it, whether the ReLU is a module
     or a function. By name of these parameters, from the `steps`-th tracked step on.
+
+    - Formula: entries of g that were 0 in the last `steps` tracked steps, over all entries of the parameter
+    - Units: a share
+    - Cost: vectors of the gradient are compared with 0; no quantity
+    - Source: the definition
+    - Absent: if no parameter with one axis has got a gradient
     """
 
     def __init__(self, steps: int = 10) -> None:

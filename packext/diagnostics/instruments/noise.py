@@ -47,9 +47,13 @@ def _no_gradient(square: float) -> None:
 
 
 class NormTest(Instrument):
-    """Standard error of the gradient in units of its norm: sqrt(tr / N) / |g|.
+    """Standard error of the gradient in units of its norm. Small is sure; at 1, noise is as large as the gradient.
 
-    Byrd, Chin, Nocedal & Wu (2012). Small is sure; at 1, noise is as large as the gradient.
+    - Formula: `sqrt(tr / N) / |g|`
+    - Units: none
+    - Cost: `BatchL2Grad` and `GradDot`, in the pass that runs anyway
+    - Source: Byrd, Chin, Nocedal & Wu 2012
+    - Absent: for one sample; where g is zero
     """
 
     needs = (px.BatchL2Grad(), px.GradDot())
@@ -68,9 +72,13 @@ def _along(step: Step) -> tuple[Tensor, float, int]:
 
 
 class InnerTest(Instrument):
-    """Standard error of the gradient's length along itself, in units of it: sqrt(var(g_n·g) / N) / |g|².
+    """Standard error of the gradient's length along itself, in units of it: the inner product test.
 
-    The inner product test of Bollapragada, Byrd & Nocedal (2018).
+    - Formula: `sqrt(var(g_n·g) / N) / |g|²`, with the unbiased variance
+    - Units: none
+    - Cost: `GradDot`, in the pass that runs anyway
+    - Source: Bollapragada, Byrd & Nocedal 2018
+    - Absent: for one sample; where g is zero; in a step of several backward passes
     """
 
     needs = (px.GradDot(),)
@@ -83,8 +91,13 @@ class InnerTest(Instrument):
 class OrthoTest(Instrument):
     """Standard error of the gradient across its own direction, in units of its norm.
 
-    sqrt(sum over n of |g_n - (g_n·g / |g|²) g|² / (N (N - 1))) / |g| (Bollapragada, Byrd & Nocedal 2018). Squared, it
-    and `InnerTest` add up to `NormTest`.
+    The squares of `InnerTest` and `OrthoTest` add up to that of `NormTest`.
+
+    - Formula: `sqrt(sum over n of |g_n - (g_n·g / |g|²) g|² / (N (N - 1))) / |g|`
+    - Units: none
+    - Cost: `BatchL2Grad` and `GradDot`, in the pass that runs anyway
+    - Source: Bollapragada, Byrd & Nocedal 2018
+    - Absent: for one sample; where g is zero; in a step of several backward passes
     """
 
     needs = (px.BatchL2Grad(), px.GradDot())
@@ -96,12 +109,17 @@ class OrthoTest(Instrument):
 
 
 class NoiseScale(Instrument):
-    """The gradient noise scale tr / |G|², whole and of each parameter, in samples.
+    """The gradient noise scale, whole and of each parameter: the batch size at which noise is as large as the gradient.
 
-    The batch size at which noise is as large as the gradient, from unbiased estimates of both (McCandlish, Kaplan &
-    Amodei 2018, appendix A.1: the "simple" noise scale). "NoiseScale.critical_batch" is the same from moving averages
-    of both over tracked steps: the estimate of the critical batch size; one step alone is very noisy, and absent where
-    its estimate of |G|² is not positive. "NoiseScale.trace" and "NoiseScale.signal" are the two estimates.
+    "NoiseScale.trace" and "NoiseScale.signal" are the unbiased estimates of tr and |G|², and
+    "NoiseScale.critical_batch" is the ratio of their moving averages over tracked steps: the estimate of the critical
+    batch size. That of one step alone is very noisy.
+
+    - Formula: `tr / |G|²`, with `|G|² = |g|² - tr / N`
+    - Units: samples; of the trace and the signal, a squared gradient of a sample's own loss
+    - Cost: `BatchL2Grad` and `GradDot`, in the pass that runs anyway
+    - Source: McCandlish, Kaplan & Amodei 2018, appendix A.1, the "simple" noise scale
+    - Absent: for one sample; where the estimate of |G|² is not positive; where a gradient is not finite
     """
 
     needs = (px.BatchL2Grad(), px.GradDot())
@@ -137,9 +155,15 @@ def _ratio(trace: float, signal: float) -> float | Absent:
 
 
 class GradSNR(Instrument):
-    """Signal-to-noise ratio of a sample's gradient, whole and of each parameter: (|g|² - tr / N) / tr.
+    """Signal-to-noise ratio of a sample's gradient, whole and of each parameter.
 
     One over the noise scale, but defined where that is infinite: not positive where no signal is seen.
+
+    - Formula: `(|g|² - tr / N) / tr`
+    - Units: none
+    - Cost: `BatchL2Grad` and `GradDot`, in the pass that runs anyway
+    - Source: McCandlish, Kaplan & Amodei 2018, appendix A.1: one over their noise scale
+    - Absent: for one sample; where samples do not differ
     """
 
     needs = (px.BatchL2Grad(), px.GradDot())
@@ -159,10 +183,13 @@ def _entries(step: Step) -> tuple[list[tuple[Tensor, Tensor]], int]:
 
 
 class MeanGSNR(Instrument):
-    """Mean over all entries of the gradient signal-to-noise ratio: true gradient squared over variance.
+    """Mean over all D entries of the gradient signal-to-noise ratio: true gradient squared over variance.
 
-    (g_d² - v_d / N) / (v_d + epsilon), with v_d the unbiased variance of entry d over the samples (Liu, Bai, Jiang,
-    Chen & Wang 2020, there with the biased g_d²).
+    - Formula: `1/D sum over d of (g_d² - v_d / N) / (v_d + epsilon)`, with v_d the unbiased variance over the samples
+    - Units: none; epsilon has those of a squared gradient of a sample's own loss
+    - Cost: `Variance` and `GradDot`, in the pass that runs anyway
+    - Source: Liu, Bai, Jiang, Chen & Wang 2020, there with the biased g_d²
+    - Absent: for one sample; in a step of several backward passes; where `.grad` is not the mean of the g_n
     """
 
     needs = (px.Variance(), px.GradDot())
@@ -178,9 +205,14 @@ class MeanGSNR(Instrument):
 
 
 class EarlyStopping(Instrument):
-    """Evidence that nothing is left but noise: 1 - N mean over entries of g_d² / (v_d + epsilon). Positive says stop.
+    """Evidence that nothing is left but noise. Positive says stop.
 
-    Mahsereci, Balles, Lassner & Hennig (2017), equation 7; v_d is the unbiased variance of entry d over the samples.
+    - Formula: `1 - N/D sum over d of g_d² / (v_d + epsilon)` over all D entries, with v_d the unbiased variance over
+      the samples
+    - Units: none; epsilon has those of a squared gradient of a sample's own loss
+    - Cost: `Variance` and `GradDot`, in the pass that runs anyway
+    - Source: Mahsereci, Balles, Lassner & Hennig 2017, equation 7
+    - Absent: for one sample; in a step of several backward passes; where `.grad` is not the mean of the g_n
     """
 
     needs = (px.Variance(), px.GradDot())
@@ -196,9 +228,14 @@ class EarlyStopping(Instrument):
 
 
 class CABS(Instrument):
-    """The batch size that plain gradient descent should have: learning rate times tr over the loss.
+    """The batch size that plain gradient descent should have, for losses that are 0 at best.
 
-    Balles, Romero & Hennig (2017), equation 22. For `torch.optim.SGD` without momentum, and losses that are 0 at best.
+    - Formula: `lr tr / L`, with L the mean loss
+    - Units: samples
+    - Cost: `BatchL2Grad` and `GradDot`, in the pass that runs anyway
+    - Source: Balles, Romero & Hennig 2017, equation 22
+    - Absent: for one sample; with several learning rates; where the loss is not positive, or `.grad` is a multiple of
+      g. Another optimizer than `torch.optim.SGD` without momentum and weight decay is refused when the monitor is made
     """
 
     needs = (px.BatchL2Grad(), px.GradDot())
@@ -229,12 +266,18 @@ class CABS(Instrument):
 
 
 class SampleNorms(Instrument):
-    """Norms |g_n| of the samples' own gradients: their distribution, and which samples have the largest.
+    """Norms of the samples' own gradients: their mean, their distribution, and which samples have the largest.
 
     "SampleNorms.quantiles" has those at 0, 5, 25, 50, 75, 95 and 100 % (`[7]`); "SampleNorms.hardest" the samples with
     the largest norms, the largest first, and "SampleNorms.largest" these norms (both `[count]`); over all backward
     passes of the step, one after the other. Samples are indices in the data set where the step was given them
     (`monitor.step(samples=...)`), and otherwise positions in the batch.
+
+    - Formula: mean of `|g_n|`
+    - Units: those of the gradient of a sample's own loss
+    - Cost: `BatchL2Grad`, in the pass that runs anyway
+    - Source: the definition
+    - Absent: where there are no individual gradients
     """
 
     needs = (px.BatchL2Grad(),)

@@ -10,11 +10,17 @@ from packext.diagnostics.instruments.noise import quantiles
 
 
 class SampleLosses(Instrument):
-    """The samples' own losses l_n: their distribution, and which samples have the largest.
+    """The samples' own losses: their median, their distribution, and which samples have the largest.
 
-    "SampleLosses" is their median, "SampleLosses.quantiles" has those at 0, 5, 25, 50, 75, 95 and 100 % (`[7]`),
-    "SampleLosses.largest" the largest ones, the largest first (`[count]`). "SampleLosses.hardest" names their samples
-    by index in the data set (`[count]`), where the step was given indices (`monitor.step(samples=...)`).
+    "SampleLosses.quantiles" has those at 0, 5, 25, 50, 75, 95 and 100 % (`[7]`), "SampleLosses.largest" the largest
+    ones, the largest first (`[count]`). "SampleLosses.hardest" names their samples by index in the data set
+    (`[count]`), where the step was given indices (`monitor.step(samples=...)`).
+
+    - Formula: median of l_n, of an even number the lower of the two in the middle
+    - Units: those of the loss
+    - Cost: the loss alone is evaluated once more, without its reduction; no quantity
+    - Source: the definition
+    - Absent: where the loss is none of torch's and was not handed over, or its rows are not samples
     """
 
     losses = True

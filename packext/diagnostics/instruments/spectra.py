@@ -14,9 +14,14 @@ from packext.diagnostics._step import Absent, Step
 class EffectiveRank(Instrument):
     """In how many directions the samples' own gradients point: their effective rank, between 1 and N.
 
-    exp of the entropy of the singular values of the matrix of all g_n, as shares of their sum (Roy & Vetterli 2007),
-    from the Gram matrix of the g_n. "EffectiveRank.participation" is (sum of eigenvalues)² / sum of squared
-    eigenvalues.
+    With λ the eigenvalues of the Gram matrix of the g_n, that is, sqrt(λ) the singular values of the matrix of all g_n.
+    "EffectiveRank.participation" is `(sum λ)² / sum λ²`. Eigenvalues below rounding of the largest count as 0.
+
+    - Formula: exp of the entropy of the shares `sqrt(λ_i) / sum sqrt(λ_j)`
+    - Units: directions
+    - Cost: `BatchDotGrad`, in the pass that runs anyway, and the eigenvalues of a matrix `[N, N]`
+    - Source: Roy & Vetterli 2007
+    - Absent: where all g_n are zero or one is not finite; in a step of several backward passes
     """
 
     needs = (px.BatchDotGrad(),)
@@ -39,10 +44,15 @@ class EffectiveRank(Instrument):
 
 
 class NTKCondition(Instrument):
-    """Condition number of the neural tangent kernel of the batch: its largest eigenvalue over its smallest.
+    """Condition number of the neural tangent kernel of the batch: of all V outputs of all samples, `[V N, V N]`.
 
-    The kernel of all outputs of all samples `[V N, V N]` (Jacot, Gabriel & Hongler 2018) is proportional to the Gram
-    matrix of the GGN's root for `MSELoss`; for other losses it is absent.
+    For `MSELoss` that kernel is proportional to the Gram matrix of the GGN's root, which is what is read.
+
+    - Formula: largest eigenvalue over the smallest
+    - Units: none
+    - Cost: `GGNGram`, in the pass that runs anyway, and the eigenvalues of a matrix `[V N, V N]`
+    - Source: Jacot, Gabriel & Hongler 2018 for the kernel
+    - Absent: for other losses; where the kernel is singular; in a step of several backward passes
     """
 
     needs = (px.GGNGram(),)

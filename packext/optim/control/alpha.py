@@ -17,16 +17,15 @@ from packext.optim.control._quantities import Samples, WrittenSlopes, WrittenSum
 
 
 class Alpha(Controller):
-    """Multiplies the learning rate by `exp(-kappa alpha)`, with alpha the moving average of how far steps have gone.
+    """Moves the learning rate by the moving average of alpha, how far steps have gone towards the minimum of the loss.
 
     For one step, alpha is -1 if it went no way at all towards the minimum of the loss along it, 0 if it ended there,
     and 1 if as far beyond: `alpha = 1 / z* - 1`, z* the minimum of a parabola w0 + w1 z + w2 z² over z in [0, 1] along
-    the update that really happened, fitted by weighted least squares to losses and slopes of the batches at both ends
-    (Schneider, Dangel & Hennig 2021, section 3.1; the controller is ours). Each observation weighs by the variance of
-    its mean over the batch: exact variances of the individual losses and of the individual gradients along the update;
-    those of slopes at z = 1 serve both ends, as the update is not known yet when the gradients at z = 0 are. Values
-    beyond -1 and 1 count as these; a parabola without a minimum ahead counts as -1 if it falls at z = 0, and as 1
-    if it rises.
+    the update that really happened, fitted by weighted least squares to losses and slopes of the batches at both ends.
+    Each observation weighs by the variance of its mean over the batch: exact variances of the individual losses and of
+    the individual gradients along the update; those of slopes at z = 1 serve both ends, as the update is not known yet
+    when the gradients at z = 0 are. Values beyond -1 and 1 count as these; a parabola without a minimum ahead counts as
+    -1 if it falls at z = 0, and as 1 if it rises.
 
     Example:
         >>> control = px.optim.Alpha(optimizer)
@@ -38,9 +37,16 @@ class Alpha(Controller):
         ...     optimizer.step()
         ...     control.step()
 
-    It is greedy: it seeks the best single step, which for many steps in a narrow valley is too short. Where noise is
-    much larger than the gradient, alpha is near 0 for small steps, and the rate stays as it was. It needs memory for
-    three copies of the parameters.
+    On a quadratic the rate goes to one over the curvature. It is greedy: it seeks the best single step, which for many
+    steps in a narrow valley is too short. Where noise is much larger than the gradient, alpha is near 0 for small
+    steps, and the rate stays as it was.
+
+    - Formula: `lr <- lr exp(-kappa average)`, `average <- decay average + (1 - decay) alpha`
+    - Cost: `GradDot` with the last update and the sum of the gradients, in the pass that runs anyway; holds three
+      tensors of each parameter's size
+    - Source: Schneider, Dangel & Hennig 2021, section 3.1, for alpha; the controller is ours
+    - Refused: several passes for a step; a backward pass that did not go through `loss`; a batch of one; parameters
+      that were frozen or added since the last step
 
     Attributes:
         alpha: of the last step that was completed; None before that.

@@ -15,12 +15,11 @@ from packext.optim.control._batch_size import BatchSizeController
 
 
 class CABS(BatchSizeController):
-    """Batch size for plain SGD: learning rate times the variance of gradients over the loss.
+    """Coupled adaptive batch size for plain SGD: learning rate times the variance of gradients over the loss.
 
-    Coupled adaptive batch size: `B = round(lr tr / L)`, with tr the trace of the covariance of the samples' own
-    gradients and L their mean loss, both moving averages, clipped to the two bounds (Balles, Romero & Hennig, UAI 2017,
-    equation 22 and Algorithm 1). The covariance is unbiased here; that of the authors' code has 1/N in place of
-    1/(N - 1).
+    With tr the trace of the covariance of the samples' own gradients and L their mean loss, both as moving averages
+    over the steps, clipped to the two bounds. The covariance is unbiased here; that of the authors' code has 1/N in
+    place of 1/(N - 1).
 
     Example:
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -35,6 +34,13 @@ class CABS(BatchSizeController):
 
     It assumes that the loss could be 0, and that the learning rate is about one over the curvature. On easy problems
     with a small rate it stays at its lower bound, and a constant batch does the same.
+
+    - Formula: `round(lr tr / L)`
+    - Cost: `BatchL2Grad` and the sum of the gradients, in the pass that runs anyway; holds the sum
+    - Source: Balles, Romero & Hennig, UAI 2017, equation 22 and Algorithm 1
+    - Refused: another optimizer than `torch.optim.SGD` without momentum and weight decay, and several learning rates; a
+      loss that is not positive; a `.grad` that is not the mean of the samples' own gradients, as the learning rate
+      would then mean something else; a batch of one
 
     Attributes:
         batch_size: of the next batch.

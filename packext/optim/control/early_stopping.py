@@ -12,10 +12,10 @@ from packext.optim.control._quantities import OwnSum, OwnVariance, Samples
 class EvidenceStopping(Controller):
     """Says stop when the gradients are no larger than sampling noise makes them, without a validation set.
 
-    The evidence is `1 - N mean over entries of g_d² / v_d`, with g the mean of the N samples' own gradients and v_d
-    the unbiased variance of entry d over them (Mahsereci, Balles, Lassner & Hennig 2017, equation 7). It is positive
-    where gradients are smaller than those of N samples of a distribution with mean 0 would be. Training is to stop when
-    it has been positive `patience` times in a row. Entries that are 0 for all samples say nothing and are left out.
+    With g the mean of the N samples' own gradients and v_d the unbiased variance of entry d over them, the evidence is
+    positive where gradients are smaller than those of N samples of a distribution with mean 0 would be. Training is to
+    stop when it has been positive `patience` times in a row. Entries that are 0 for all samples say nothing and are
+    left out.
 
     It is early: take it for a lower bound on when to stop rather than an optimum. On logistic regression with wrong
     labels (all data in each pass) it said stop after a quarter to two thirds of the steps that were best on test data,
@@ -32,6 +32,11 @@ class EvidenceStopping(Controller):
         ...     if stopping.step():
         ...         break
         ...     optimizer.step()
+
+    - Formula: `1 - N mean over entries of g_d² / v_d`
+    - Cost: `Variance` and the sum of the gradients, in the pass that runs anyway; holds both
+    - Source: Mahsereci, Balles, Lassner & Hennig 2017, equation 7
+    - Refused: a batch of one
 
     Attributes:
         evidence: of the last step; None before the first.

@@ -17,11 +17,10 @@ from packext.optim.control._quantities import WrittenNorms
 class ImportanceSampler(Controller, Sampler[list[int]]):
     """Draws samples with probability by the norm of their gradients, and weighs their losses so that nothing is biased.
 
-    `p_i = (1 - uniform) s_i / sum of s + uniform / M`, drawn with replacement, and weights `1 / (M p_i)`: the weighted
-    mean of a batch's losses has the mean over all M samples as its expectation, and so has its gradient. s_i is the
-    norm of sample i's own gradient when it was last drawn (those never drawn have the mean of the others). With fresh
-    norms it is the distribution of least variance (Zhao & Zhang 2015; Katharopoulos & Fleuret, ICML 2018, who score a
-    larger batch anew for each step instead); old ones cost no pass of their own. No weight is larger than 1 / uniform.
+    Drawn with replacement: the weighted mean of a batch's losses has the mean over all M samples as its expectation,
+    and so has its gradient. s_i is the norm of sample i's own gradient when it was last drawn (those never drawn have
+    the mean of the others). With fresh norms it is the distribution of least variance; old ones cost no pass of their
+    own. No weight is larger than 1 / uniform.
 
     Example:
         >>> data = TensorDataset(x, y, torch.arange(len(x)))
@@ -37,6 +36,11 @@ class ImportanceSampler(Controller, Sampler[list[int]]):
     Batches that a `DataLoader` with workers draws ahead, or that are left out, do no harm: weights go by the indices.
     In several processes each has a sampler, with a seed of its own. An epoch is `M // batch_size` batches, and does not
     visit each sample once.
+
+    - Formula: `p_i = (1 - uniform) s_i / sum of s + uniform / M`, and weights `1 / (M p_i)`
+    - Cost: `BatchL2Grad`, in the pass that runs anyway; holds a number for each sample of the data set
+    - Source: Zhao & Zhang 2015; Katharopoulos & Fleuret, ICML 2018, who score a larger batch anew for each step instead
+    - Refused: indices that it did not draw in this epoch; a backward pass that did not go through `loss`
 
     Attributes:
         scores: s `[M]`, in float64, NaN for those never drawn.

@@ -57,14 +57,16 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
     """Gradient descent without a learning rate to tune: each step is found by a probabilistic line search.
 
     Along the negative gradient of the last batch, losses and slopes of new batches are modelled by a Gaussian process
-    (an integrated Wiener process), and a step is taken where the strong Wolfe conditions (c1 = 0.05, c2 = 0.5) hold
-    with a probability above 0.3; further trials go where expected improvement times that probability is largest
-    (Mahsereci & Hennig, JMLR 2017, Algorithm 1). The next search starts with 1.3 times the step, and at the accepted
-    batch's gradient: one evaluation for most steps, seven at most, after which the best trial is taken.
+    (an integrated Wiener process), and a step is taken where the strong Wolfe conditions hold with a probability above
+    0.3; of several trials for which they do, where the posterior mean of the loss is least. Further trials are a
+    minimum of that mean between trials or a step beyond all, whichever has the largest expected improvement times that
+    probability; 0.01 of the trial step is taken where the mean rises at the start. The next search starts with 1.3
+    times the step (a moving average of steps where that is a hundred times more or less), and at the accepted batch's
+    gradient: one evaluation for most steps, seven at most, after which the trial with the least mean is taken.
 
-    The noise of a slope is the variance of the individual gradients along the line, over their number. The
-    authors sum the variances of single entries, as if entries were uncorrelated; on digits that is a small part of it
-    (docs/controllers.md).
+    The noise of a loss is the variance of the individual losses over their number, that of a slope the variance of the
+    individual gradients along the line, over their number. The authors sum the variances of single entries instead, as
+    if entries were uncorrelated; on digits that is a small part of it (docs/controllers.md).
 
     Example:
         >>> optimizer = px.optim.ProbabilisticLineSearch(model.parameters())
@@ -75,13 +77,19 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
         ...     return loss_fn(model(x), y)
         >>> loss = optimizer.step(closure)
 
-    Batches are to be of 2 samples or more, and large enough that a slope is seen at all: with batches of mostly noise,
-    steps are of the size of the trial. As in the paper, the slope at the start is that of the batch which
-    gave the direction, and so too steep by the trace of the gradients' covariance over their number. Memory: mean
-    gradients of all trials. For one process and one group.
+    Batches are to be large enough that a slope is seen at all: with batches of mostly noise, steps are of the size of
+    the trial. As in the paper, the slope at the start is that of the batch which gave the direction, and so too steep
+    by the trace of the gradients' covariance over their number.
 
     A trial that is not finite is not believed: the trial step is taken ten times smaller. Where no trial is
     finite, parameters and state are put back, and a `SkippedStep` warning says so.
+
+    - Formula: `θ <- θ - t g` with the first t for which `f(t) <= f(0) + c1 t f'(0)` and `|f'(t)| <= c2 |f'(0)|`, c1 =
+      0.05 and c2 = 0.5, have a joint probability above 0.3
+    - Cost: a pass for each trial, with two `GradDot` (along the line, and with the gradient) and the sum of the
+      gradients; holds a gradient for each trial, eight at most
+    - Source: Mahsereci & Hennig, JMLR 2017, Algorithm 1
+    - Refused: a batch of one; several groups or processes; parameters that no extended model has used
 
     Attributes:
         evaluations: calls of the closure in the last step.

@@ -8,14 +8,13 @@ from packext.optim.control._batch_size import AveragingController
 
 
 class NoiseScale(AveragingController):
-    """Batch size that follows the gradient noise scale tr / |G|².
+    """Batch size that follows the gradient noise scale, the batch at which noise is as large as the gradient.
 
-    Where a batch is as large, its noise is as large as the gradient: below, twice the batch is worth nearly two steps;
-    above, it is worth little (McCandlish, Kaplan & Amodei 2018, the "simple" noise scale). Both are unbiased estimates
-    of one batch, `tr = (sum |g_n|² - N |g|²) / (N - 1)` and `|G|² = |g|² - tr / N`, of the samples' own gradients g_n
-    with mean g; their moving averages are taken apart, and their ratio is rounded up. From one step to the next the
-    size at most doubles, and does so while the average of |G|² is not positive; in the first `1 / (1 - decay)` steps it
-    stays as it is.
+    Below it, twice the batch is worth nearly two steps; above, it is worth little. With g the mean of the samples' own
+    gradients g_n, both parts are unbiased estimates of one batch, their moving averages are taken apart, and their
+    ratio is rounded up. From one step to the next the size at most doubles, and does so while the average of |G|² is
+    not positive; in the first `1 / (1 - decay)` steps it stays as it is. As |G|² goes to 0, batches grow without end:
+    the largest is a choice.
 
     Example:
         >>> control = px.optim.NoiseScale(batch_size=16, max_batch_size=1024)
@@ -25,6 +24,11 @@ class NoiseScale(AveragingController):
         ...         loss_fn(model(x), y).backward()
         ...     optimizer.step()
         ...     control.step()
+
+    - Formula: `tr / |G|²`, with `tr = (sum |g_n|² - N |g|²) / (N - 1)` and `|G|² = |g|² - tr / N`
+    - Cost: `BatchL2Grad` and the sum of the gradients, in the pass that runs anyway; holds the sum
+    - Source: McCandlish, Kaplan & Amodei 2018, the "simple" noise scale
+    - Refused: a batch of one
 
     Attributes:
         batch_size: of the next batch.

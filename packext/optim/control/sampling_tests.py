@@ -12,14 +12,13 @@ from packext.optim.control._quantities import OwnGram
 
 
 class NormTest(AveragingController):
-    """Grows the batch until the gradient's error is a fraction of its norm: `tr / B <= theta² |G|²`.
+    """Grows the batch until the gradient's error is a fraction theta of its norm.
 
-    tr is the trace of the covariance of the samples' own gradients, G the true gradient (Byrd, Chin, Nocedal & Wu
-    2012). If the test fails, the next batch has `tr / (theta² |G|²)` samples; batches never shrink. |G|² is not the
-    squared norm of the batch's gradient, which noise inflates by tr / B, so that the plain test passes where there is
-    nothing but noise: both sides are unbiased estimates, and moving averages of them. From one step to the next the
-    size at most doubles, and does so while the average of |G|² is not positive; in the first `1 / (1 - decay)` steps it
-    stays as it is.
+    tr is the trace of the covariance of the samples' own gradients, G the true gradient. Batches never shrink. |G|² is
+    not the squared norm of the batch's gradient, which noise inflates by tr / B, so that the plain test passes where
+    there is nothing but noise: both sides are unbiased estimates, and moving averages of them. From one step to the
+    next the size at most doubles, and does so while the average of |G|² is not positive; in the first `1 / (1 - decay)`
+    steps it stays as it is.
 
     Example:
         >>> control = px.optim.NormTest(batch_size=16, max_batch_size=1024)
@@ -27,6 +26,11 @@ class NormTest(AveragingController):
         ...     loss_fn(model(x), y).backward()
         >>> optimizer.step()
         >>> control.step()
+
+    - Formula: the test is `tr / B <= theta² |G|²`; where it fails, the next batch has `tr / (theta² |G|²)` samples
+    - Cost: `BatchL2Grad` and the sum of the gradients, in the pass that runs anyway; holds the sum
+    - Source: Byrd, Chin, Nocedal & Wu 2012; unbiased estimates and the bound of two are ours
+    - Refused: a batch of one
 
     Attributes:
         batch_size: of the next batch.
@@ -57,16 +61,13 @@ class NormTest(AveragingController):
 class InnerProductTest(AveragingController):
     """Grows the batch until the gradient points downhill with a given certainty (augmented inner product test).
 
-    `var(g_n·G) / B <= theta² |G|⁴`, and across that direction `var(g_n - (g_n·G / |G|²) G) / B <= nu² |G|²`, with g_n
-    the samples' own gradients and G the true one (Bollapragada, Byrd & Nocedal 2018, sections 2.1 and 3). If one fails,
-    the next batch has as many samples as the larger of the two needs; batches never shrink. The authors put the
-    gradient of the same batch in the place of G, which passes where there is nothing but noise, and average ten
-    gradients to notice. Here tr, |G|², `var(g_n·G) = G' Cov G` and |G|⁴ are U-statistics of the inner products of all
-    pairs of samples: unbiased, with moving averages of them compared. From one step to the next the size at most
-    doubles, and does so while the average of |G|² or |G|⁴ is not positive; in the first `1 / (1 - decay)` steps it
-    stays as it is.
-
-    The inner products of all pairs are of one pass in one process: `accumulate` and `group` are refused.
+    g_n are the samples' own gradients, G is the true one. The first test is of the variance along G, the second of that
+    across it. If one fails, the next batch has as many samples as the larger of the two needs; batches never shrink.
+    The authors put the gradient of the same batch in the place of G, which passes where there is nothing but noise, and
+    average ten gradients to notice. Here tr, |G|², `var(g_n·G) = G' Cov G` and |G|⁴ are U-statistics of the inner
+    products of all pairs of samples: unbiased, with moving averages of them compared. From one step to the next the
+    size at most doubles, and does so while the average of |G|² or |G|⁴ is not positive; in the first `1 / (1 - decay)`
+    steps it stays as it is.
 
     Example:
         >>> control = px.optim.InnerProductTest(batch_size=16, max_batch_size=1024)
@@ -74,6 +75,12 @@ class InnerProductTest(AveragingController):
         ...     loss_fn(model(x), y).backward()
         >>> optimizer.step()
         >>> control.step()
+
+    - Formula: `var(g_n·G) / B <= theta² |G|⁴` and `(tr - var(g_n·G) / |G|²) / B <= nu² |G|²`
+    - Cost: `BatchDotGrad`, in the pass that runs anyway; holds N² numbers
+    - Source: Bollapragada, Byrd & Nocedal 2018, sections 2.1 and 3; the estimates and the bound of two are ours
+    - Refused: a batch of less than 4; `accumulate` and `group`, as the inner products of all pairs are of one pass in
+      one process
 
     Attributes:
         batch_size: of the next batch.

@@ -54,6 +54,11 @@ class TargetBatch:
     and `catch_up` gives the state of the one that is furthest to the others. Samples of a batch that was not complete
     are lost.
 
+    - Formula: `.grad = sum of the gradients of all samples of all processes / number of these samples`
+    - Cost: a message to the store for each part; gradients are summed once for each batch, in place of each pass
+    - Source: as `target_batch_size` of hivemind has it, here on `torch.distributed`
+    - Refused: different targets, parameters or sums in the processes; gradients that are not finite, in all of them
+
     Example:
         >>> gathered = TargetBatch(model.parameters(), target=4096)
         >>> steps = catch_up(steps, model=model, optimizer=optimizer)

@@ -17,9 +17,14 @@ from packext.optim.distributed.compression import Compression
 class TopK(Compression):
     """The largest entries are sent; the others are kept, and added to the next gradient (error feedback).
 
-    u = gradient + residual; the k entries of u with the largest magnitudes are sent, the others are the new residual
-    (Stich, Cordonnier and Jaggi 2018, Algorithm 1, with the learning rate applied by the optimizer, after the sum).
-    Nothing is lost: sent + residual = u in each entry, exactly. Memory: a residual, twice during a pass.
+    The k entries of u with the largest magnitudes are sent, the others are the new residual. Nothing is lost: sent +
+    residual = u in each entry, exactly.
+
+    - Formula: `u = gradient + residual`, `residual = u - sent`
+    - Cost: 4 bytes and a value for each entry that is sent, to all processes; holds a residual, twice during a pass
+    - Source: Stich, Cordonnier & Jaggi 2018, Algorithm 1, with the learning rate applied by the optimizer, after the
+      sum
+    - Refused: sparse gradients; values that are not finite, in all processes; the state of another rank or world
     """
 
     def _add(self, kept: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
@@ -27,12 +32,16 @@ class TopK(Compression):
 
 
 class GaussianK(TopK):
-    """`TopK`, by a threshold in place of a sort (Shi et al. 2019).
+    """`TopK`, by a threshold in place of a sort.
 
-    Entries with |u| > t are sent, t = mean(u) + |z| std(u), where z is the ratio/2 quantile of the normal distribution.
-    Up to three times t is halved if it lets fewer than 2k/3 pass, and multiplied by 1.5 for more than 4k/3. As messages
-    of all processes have one size, there is room for 4k/3 entries; of more, which heavy tails give, the largest are
-    sent. The message has its full size even if fewer are sent.
+    Entries above the threshold t are sent. Up to three times t is halved if it lets fewer than 2k/3 pass, and
+    multiplied by 1.5 for more than 4k/3. As messages of all processes have one size, there is room for 4k/3 entries; of
+    more, which heavy tails give, the largest are sent. The message has its full size even if fewer are sent.
+
+    - Formula: `|u| > t` with `t = mean(u) + |z| std(u)`, z the ratio/2 quantile of the normal distribution
+    - Cost: as `TopK`, with messages of 4/3 their size
+    - Source: Shi et al. 2019
+    - Refused: as by `TopK`
     """
 
     def _capacity(self, count: int, n: int) -> int:
@@ -59,14 +68,18 @@ class GaussianK(TopK):
 
 
 class DGC(Compression):
-    """Deep Gradient Compression (Lin et al. 2018): momentum before the selection, and clipping before momentum.
+    """Deep Gradient Compression: momentum before the selection, and clipping before momentum.
 
-    For each parameter u = m u + g and v = v + u (momentum correction; with Nesterov's u = m (u + g) and v = v + u + g);
-    the k entries of v with the largest magnitudes are sent, and u and v are set to zero there (momentum factor
-    masking). Parameters of one axis are sent whole, as u, and keep their momentum. The momentum is here, so the
+    The k entries of v with the largest magnitudes are sent, and u and v are set to zero there (momentum factor
+    masking). Parameters of one axis are sent whole, as u, and keep their momentum. The momentum m is here, so the
     optimizer is `torch.optim.SGD` without one. Clipping is of each parameter's own gradient, to `max_norm` divided by
     the square root of the number of processes, before it is added. For the warm-up of the paper, `warmup=(0.25, 0.0625,
-    0.015625, 0.004)` with an epoch's passes each. Memory: u and v, twice during a pass.
+    0.015625, 0.004)` with an epoch's passes each.
+
+    - Formula: `u = m u + g` and `v = v + u` (momentum correction); with Nesterov's `u = m (u + g)` and `v = v + u + g`
+    - Cost: as `TopK`; holds u and v, twice during a pass
+    - Source: Lin et al. 2018
+    - Refused: another optimizer than SGD without momentum; what `TopK` refuses
     """
 
     def __init__(

@@ -33,11 +33,11 @@ class _Block:
 
 
 class DSSGD(torch.optim.Optimizer):
-    """Delayed and temporally sparse synchronisation around any optimizer (Zhu et al. 2021, Delayed Gradient Averaging).
+    """Delayed and temporally sparse synchronisation around any optimizer.
 
-    Each process steps on its own gradients. After every T steps what they have changed, u_j, is sent to be averaged;
-    nobody waits. d steps later the mean is there, and replaces what the process did on its own:
-    w_j <- w_j - u_j + mean(u). So processes differ by what is under way alone, and a delay of at most d steps costs no
+    Each process j steps on its own gradients. After every T steps what they have changed, u_j, is sent to be averaged;
+    nobody waits. d steps later the mean is there, and replaces what the process did on its own.
+    So processes differ by what is under way alone, and a delay of at most d steps costs no
     time. d = 0 and T = 1 with SGD (momentum included) is synchronous SGD; d = 0 alone is local SGD. As changes
     of parameters are averaged and not gradients, schedules and any optimizer are allowed; but an adaptive one adapts to
     the process's own gradients, even with d = 0.
@@ -47,7 +47,14 @@ class DSSGD(torch.optim.Optimizer):
 
     The model is not wrapped in `DistributedDataParallel`, and buffers (BatchNorm's) stay each process's own. Every
     process takes equally many steps; a process that has died, or is late by more than the time limit, ends the others
-    with an error. Memory: one copy of the parameters, and two for each block under way, d / T rounded up.
+    with an error.
+
+    - Formula: `w_j <- w_j - u_j + mean(u)`
+    - Cost: the parameters are sent once in T steps; holds one copy of them, and two for each block under way, d / T
+      rounded up
+    - Source: Zhu et al., NeurIPS 2021, Delayed Gradient Averaging
+    - Refused: parameters of several types, or of others than float32 and float64; `GradScaler`; a mean that is not
+      finite; the state of another rank, world or schedule with work under way
 
     Example:
         >>> optimizer = DSSGD(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), delay=20, every=12)

@@ -24,6 +24,11 @@ class Swarm:
     Gradients are sums (`{"0.weight": p.grad, ...}` of a loss with `reduction="sum"`), and whatever else adds up over
     samples.
 
+    - Formula: sums over the peers of samples and of sums: hivemind's mean times the number of peers
+    - Cost: two float32 numbers are sent for each entry
+    - Source: hivemind's `DecentralizedAverager`
+    - Refused: a merge in which a peer has failed, or that no peer has joined in time; sums that are not finite
+
     Example:
         >>> dht = hivemind.DHT(initial_peers=peers, start=True)
         >>> with Swarm(like, dht, "my run", target_group_size=16) as swarm:

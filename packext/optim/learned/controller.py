@@ -51,7 +51,7 @@ class Held(px.ClippedGrad):
 
 
 class LearnedRate:
-    """Controller of an optimizer's learning rate (Daniel, Taylor & Nowozin, AAAI 2016): a learned log-linear policy.
+    """Controller of an optimizer's learning rate: a learned log-linear policy.
 
     Example:
         >>> model = px.extend(model)
@@ -74,6 +74,14 @@ class LearnedRate:
     A step without an update (one that a `GradScaler` skips makes none) is not observed.
 
     Under `DistributedDataParallel` variances are those over the samples of all processes.
+
+    - Formula: `lr = exp(θᵀ φ)`, between 1e-12 and 1e3, with φ both averages, the averages of their squared deviations,
+      and 1
+    - Cost: factors of the individual gradients are held as for `ClippedGrad`, and give inner products with the update;
+      holds a copy of the parameters during the step
+    - Source: Daniel, Taylor & Nowozin, AAAI 2016
+    - Refused: optimizers without a trained policy, or whose update is not proportional to the rate; a closure; a batch
+      of one; losses or gradients that are not finite
 
     Attributes:
         policy: as given.

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests import checked
+
+checked.install()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-models", type=int, default=200, help="how many random models test_fuzz compares")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import packext as px
@@ -56,6 +59,18 @@ def assert_exact(
         if p.requires_grad and p.grad is not None:
             assert testing.relative_error(p.grad, rows[name].sum(0)) < tolerance, name
     return results
+
+
+def processes(worker: Callable[..., None], *arguments: Any, world: int = 2) -> None:
+    """Run `worker(rank, port, *arguments)` in new processes, with a port for their process group.
+
+    A server imports torch and packext once, and forks them all. In it, signatures are not checked.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(worker, (port, *arguments), nprocs=world, start_method="forkserver")
 
 
 def mlp() -> nn.Sequential:

@@ -327,8 +327,8 @@ def test_local_steps_are_unrolled() -> None:
         optimizer.step()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(shared.gradient[name], ((p - q) / 0.1).detach(), rtol=1e-9, atol=1e-12)
-    found = attacks.InvertingGradients(250, local=local)(model, shared, (1, 16, 16), y)
-    naive = attacks.InvertingGradients(250)(model, shared, (1, 16, 16), y)
+    found = attacks.InvertingGradients(120, local=local)(model, shared, (1, 16, 16), y)
+    naive = attacks.InvertingGradients(120)(model, shared, (1, 16, 16), y)
     assert naive.objective[-1] > 3 * found.objective[-1]
     assert attacks.psnr(found.inputs, x).mean() > 2 + attacks.psnr(naive.inputs, x).mean()
 
@@ -338,7 +338,7 @@ def test_text_by_its_embeddings() -> None:
     model, x, y = Text(), torch.tensor([[3, 7, 9, 11, 49, 0]]), torch.tensor([1])
     shared = attacks.share(model, nn.CrossEntropyLoss(), x, y)
     seen = {k: g for k, g in shared.gradient.items() if not k.startswith("embedding")}
-    found = attacks.DeepLeakage(iterations=60)(
+    found = attacks.DeepLeakage(iterations=40)(
         model, attacks.Shared(seen, 1, shared.loss_fn), (6, 32), labels=y, forward=lambda m, e: m.body(e)
     )
     tokens = attacks.nearest_tokens(found.inputs, model.embedding.weight.detach())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,6 +35,7 @@ from packext.diagnostics import (
     UpdateCurvature,
     UpdateSize,
 )
+from tests.helpers import processes
 
 WORLD = 2
 ASKED: tuple[Callable[[], Any], ...] = (
@@ -316,7 +315,4 @@ def worker(rank: int, port: int, path: str) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=WORLD)
+    processes(worker, str(tmp_path), world=WORLD)

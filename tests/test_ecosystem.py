@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import socket
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
+from tests.helpers import processes
 
 WORLD = 2
 
@@ -88,10 +87,7 @@ def worker(rank: int, port: int) -> None:
 
 def test_data_parallel() -> None:
     """Results are those of a rank's own samples; `.grad` is averaged over the ranks, as without packext."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port,), nprocs=WORLD)
+    processes(worker, world=WORLD)
 
 
 def test_loss_scaling() -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import gc
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
 from packext import optim
+from tests.helpers import processes
 
 WORLD = 2
 SIZES = [5, 3]
@@ -217,7 +216,4 @@ def worker(rank: int, port: int) -> None:
 
 
 def test_two_processes() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port,), nprocs=WORLD)
+    processes(worker, world=WORLD)

@@ -6,19 +6,18 @@ import copy
 import io
 import math
 import pickle
-import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
 from packext.optim import DPSGD, AdaptiveClipping, DPAdam, PoissonSampler
+from tests.helpers import processes
 
 #: Of the 7 samples of `data()`, three have a norm below C over all layers; C_LAYER is between those of a layer.
 C, C_LAYER = 5.0, 2.6
@@ -603,10 +602,7 @@ def worker(rank: int, port: int) -> None:
 
 
 def test_two_processes() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port,), nprocs=2)
+    processes(worker)
 
 
 # -- what it costs ------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ from time import process_time
 start = process_time()
 import packext
 seconds = process_time() - start
+assert "packext.diagnostics" not in sys.modules
+packext.diagnostics.Cockpit
 packext.optim, packext.defences, packext.attacks, packext.diagnostics, packext.audit
 new = set(sys.modules) - before
 print(seconds, *(name for name in sys.argv[1:] if name in new))

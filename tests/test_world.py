@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
-import socket
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import packext as px
 from packext.optim import distributed as pd
 from tests import world_compression, world_training
+from tests.helpers import processes
 
 EVERYTHING = (*world_compression.TASKS, *world_training.TASKS)
 #: Two processes, where halves are exact, for what an odd number cannot show.
@@ -27,7 +25,7 @@ PAIR = (
 )
 
 
-def worker(rank: int, world: int, port: int, tasks: Any, last: Any) -> None:
+def worker(rank: int, port: int, world: int, tasks: Any, last: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     for task in tasks:
@@ -40,18 +38,9 @@ def worker(rank: int, world: int, port: int, tasks: Any, last: Any) -> None:
     dist.destroy_process_group()
 
 
-def together(world: int, tasks: Any, last: Any = None) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # One server imports torch, and forks the processes.
-    multiprocessing.set_forkserver_preload([world_training.__name__])
-    mp.start_processes(worker, (world, port, tasks, last), nprocs=world, start_method="forkserver")
-
-
 @pytest.mark.parametrize(("world", "tasks"), [(2, PAIR), (3, EVERYTHING)])
 def test_processes(world: int, tasks: Any) -> None:
-    together(world, tasks, None if world == 2 else world_training.late)
+    processes(worker, world, tasks, None if world == 2 else world_training.late, world=world)
 
 
 def test_without_a_process_group() -> None:

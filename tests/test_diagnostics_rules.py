@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import packext as px
-from packext.diagnostics import RULES, Cockpit, HessMaxEV, Instrument, Rule, Verdict, rules
+from packext.diagnostics import RULES, Cockpit, HessMaxEV, Instrument, Verdict, rules
 from packext.diagnostics import instruments as seen
 from packext.diagnostics._verdict import Judge
 
@@ -150,7 +148,7 @@ def test_exploding_gradients_with_the_layers() -> None:
         factor[0] = 100.0 if step >= 20 else 1.0
 
     verdict = first(train(net(), change, lr=1e-3, steps=30), "exploding gradients")
-    assert verdict.step in (22, 23)
+    assert verdict.step == 20
     assert verdict.where and {w.split(".")[0] for w in verdict.where} <= {"0", "2"}
 
 
@@ -297,116 +295,6 @@ def test_batch_too_small() -> None:
 
 def test_batch_too_large() -> None:
     assert "The batch has 512 samples" in first(train(n=512, steps=14, lr=0.03), "batch wastefully large").evidence
-
-
-# -- by hand ---------------------------------------------------------------------------------------
-
-
-def hear(rule: Rule, pages: list[dict[str, Any]]) -> list[tuple[int, int | None]]:
-    judge, said = Judge([rule]), []
-    for step, values in enumerate(pages):
-        said += judge.hear(step, values)
-    return [(v.step, v.until) for v in said]
-
-
-@pytest.mark.parametrize("kind", RULES)
-def test_a_rule_says_nothing_where_what_it_reads_is_absent_or_not_finite(kind: type[Rule]) -> None:
-    for missing in (None, *kind.reads):
-        judge = Judge([kind()])
-        for step in range(60):
-            values: dict[str, Any] = {name: 1.0 for name in kind.reads if name != missing}
-            values = values if missing else {}
-            judge.hear(step, {**values, "Other": 1.0})
-        assert not judge.standing
-    if kind not in (rules.NaNAhead, rules.FrozenByMistake):  # the first looks for them, the second reads codes
-        judge = Judge([kind()])
-        for step in range(60):
-            names = [part for k in kind.reads for part in (k, f"{k}/a", f"{k}.mean", f"{k}.largest")]
-            judge.hear(step, {name: math.nan for name in names if not name.startswith("SampleLosses.")})
-        assert not judge.standing
-
-
-@pytest.mark.parametrize("kind", RULES)
-def test_a_rule_is_documented(kind: type[Rule]) -> None:
-    assert kind.failure and kind.advice.endswith((".", "(nn.init).")) and kind.__doc__
-    assert kind.hold >= 1 and kind.release >= 1
-    levels = {i.__name__ for i in seen.LEVELS["full"]} | {"valid_loss"}
-    assert set(kind.reads) <= levels, "the levels have what it reads"
-
-
-def test_a_continued_run_has_no_first_loss() -> None:
-    page = {"Loss": 2.0, "UpdateSize": 5.0, "ParamNorm": 1.0}
-    assert hear(rules.LearningRateTooHigh(), [page] * 20) == [(12, None)]
-    judge = Judge([rules.LearningRateTooHigh()])
-    assert not any(judge.hear(100 + step, page) for step in range(20))
-
-
-def test_the_rate_that_was_too_high_comes_down() -> None:
-    page = {"UpdateSize": 0.5, "ParamNorm": 1.0}
-    losses = [1.0, *[3.0] * 10, *[0.5] * 20]
-    assert hear(rules.LearningRateTooHigh(), [{**page, "Loss": v} for v in losses]) == [(6, None), (6, 22)]
-
-
-def test_growth_is_exponential_or_nothing() -> None:
-    def pages(norms: list[float]) -> list[dict[str, Any]]:
-        return [{"InitialScale/w": 1.0, "ParamNorm/w": v} for v in norms]
-
-    assert hear(rules.NaNAhead(), pages([1.1**k for k in range(12)])) == [(8, None)]
-    assert hear(rules.NaNAhead(), pages([1.04**k for k in range(12)])) == []
-    assert hear(rules.NaNAhead(), pages([1 + 0.3 * k for k in range(12)])) == []
-    assert hear(rules.NaNAhead(), pages([1.0, math.inf])) == [(1, None)]
-
-
-def test_a_layer_in_the_middle_has_not_vanished() -> None:
-    def pages(norms: list[float]) -> list[dict[str, Any]]:
-        page = {f"GradNorm/{k}": v for k, v in zip("abc", norms, strict=True)}
-        return [{**page, **{f"ParamNorm/{k}": 1.0 for k in "abc"}, **{f"InitialScale/{k}": 1.0 for k in "abc"}}] * 6
-
-    assert hear(rules.VanishingGradients(), pages([1e-3, 1e-3, 1.0])) == [(4, None)]
-    assert hear(rules.VanishingGradients(), pages([1.0, 1e-3, 1.0])) == []
-    assert hear(rules.VanishingGradients(), pages([1e-2, 1.0, 1.0])) == []
-    assert hear(rules.VanishingGradients(), pages([0.0, 1.0, 1.0])) == []  # a frozen or dead layer is something else
-
-
-def test_overfitting_by_hand() -> None:
-    def pages(valid: list[float], train: list[float]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for v, t in zip(valid, train, strict=True):
-            found += [{"Loss": t}, {"Loss": t, "valid_loss": v}]
-        return found
-
-    falling = np.linspace(1, 0.6, 8).tolist()
-    assert hear(rules.Overfitting(), pages([*falling, *[0.8] * 8], np.linspace(1, 0.3, 16).tolist())) != []
-    assert hear(rules.Overfitting(), pages([*falling, *[0.8] * 8], [1.0] * 16)) == []  # the loss does not fall
-    assert (
-        hear(rules.Overfitting(), pages([*falling, 0.9, *[0.6] * 7], np.linspace(1, 0.5, 16).tolist())) == []
-    )  # a jump
-    assert hear(rules.Overfitting(), pages([0.9] * 6, [1.0, *[0.1] * 5]))[0][0] == 9  # far above
-
-
-def test_batches_by_hand() -> None:
-    def page(n: float, trace: float, signal: float, loss: float) -> dict[str, Any]:
-        return {"NoiseScale.trace": trace, "NoiseScale.signal": signal, "BatchSize": n, "Loss": loss}
-
-    assert hear(rules.BatchTooSmall(), [page(8.0, 40.0, 1.0, 1.0)] * 50) == [(43, None)]
-    assert hear(rules.BatchTooSmall(), [page(8.0, 40.0, -1.0, 1.0)] * 50) == [(43, None)]
-    assert hear(rules.BatchTooSmall(), [page(8.0, 20.0, 1.0, 1.0)] * 50) == []
-    learned = [page(8.0, 40.0, 1.0, 1.0), *[page(8.0, 40.0, 1.0, 0.1)] * 60]
-    assert hear(rules.BatchTooSmall(), learned) == []
-    assert hear(rules.BatchTooLarge(), [page(256.0, 30.0, 1.0, 1.0)] * 20) == [(11, None)]
-    assert hear(rules.BatchTooLarge(), [page(256.0, 40.0, 1.0, 1.0)] * 20) == []
-    assert hear(rules.BatchTooLarge(), [page(64.0, 1.0, 1.0, 1.0)] * 20) == []
-
-
-def test_label_noise_keeps_a_bounded_memory() -> None:
-    class Small(rules.LabelNoise):
-        memory = 10
-
-    rule = Small()
-    for step in range(20):
-        page = {"SampleLosses": 0.1, "Loss": 1.0, "BatchSize": 4.0, "SampleLosses.largest": np.ones(4)}
-        rule.look(step, {**page, "SampleLosses.hardest": np.arange(4) + 4 * step})
-    assert len(rule._visits) == 10
 
 
 def test_the_monitor_hears_all_rules_unless_told_otherwise() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images
 from torch import Tensor, nn
 
 BATCH = 64
@@ -54,6 +54,21 @@ def cancer() -> Data:
     return _split((x - x.mean(0)) / x.std(0), torch.tensor(y))
 
 
+@cache
+def patches() -> Data:
+    """Regression: the middle of 9 x 9 pixels of two photographs, of which the inner 3 x 3 are hidden; standardised."""
+    g, parts = torch.Generator().manual_seed(2), []
+    for image in load_sample_images().images:
+        grey = torch.tensor(image, dtype=torch.float32).mean(-1)
+        rows, columns = (torch.randint(0, size - 8, (900,), generator=g) for size in grey.shape)
+        parts.append(grey.unfold(0, 9, 1).unfold(1, 9, 1)[rows, columns])
+    x = torch.cat(parts)[:, None]
+    x = (x - x.mean()) / x.std()
+    y = x[:, :, 4, 4].clone()
+    x[:, :, 3:6, 3:6] = 0.0
+    return _split(x, y)
+
+
 def he(model: nn.Sequential) -> nn.Sequential:
     """Start all layers but the last one as He et al. (2015) do."""
     for m in list(model.children())[:-1]:
@@ -76,6 +91,14 @@ def cnn() -> nn.Sequential:
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
         nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10),
+    ))  # fmt: skip
+
+
+def strided() -> nn.Sequential:
+    """Two convolutions with strides and two dense layers, with GELU between them."""
+    return he(nn.Sequential(
+        nn.Conv2d(1, 12, 3, stride=2), nn.GELU(), nn.Conv2d(12, 16, 2), nn.GELU(), nn.Flatten(),
+        nn.Linear(144, 32), nn.GELU(), nn.Linear(32, 1),
     ))  # fmt: skip
 
 
@@ -184,11 +207,15 @@ PROBLEMS = {
     ),
     "transformer": Problem(
         Transformer, lambda: digits((8, 8)), CE, "blocks.0.down", ("embed", "blocks.0", "blocks.1"),
-        {"sgd": 0.1, "momentum": 0.03, "adam": 3e-3}, "blocks.0.up", False, held_out=True,
+        {"sgd": 0.1, "momentum": 0.03, "adam": 3e-3}, "blocks.0.up", False,
     ),
     "tabular": Problem(
         lambda: mlp([30, 48, 48, 32, 2], nn.ReLU), cancer, CE, "2", ("1", "3", "5"),
-        {"sgd": 0.1, "momentum": 0.01, "adam": 3e-4}, "2", True, held_out=True,
+        {"sgd": 0.1, "momentum": 0.01, "adam": 3e-4}, "2", True,
+    ),
+    "patches": Problem(
+        strided, patches, MSE, "2", ("1", "3", "6"),
+        {"sgd": 0.01, "momentum": 0.01, "adam": 3e-3}, None, True, held_out=True,
     ),
 }  # fmt: skip
 

@@ -64,6 +64,9 @@ def faults(rows: list[Row], healthy: list[Row]) -> str:
         found = [r for r in rows if r.case.fault and r.case.severity == severity]
         hits = sum(delay(r) is not None for r in found)
         lines += ["", f"All faults at {severity} severity: {share(hits, len(found))}."]
+    missed = [r.case for r in rows if r.case.fault and r.case.severity == "full" and delay(r) is None]
+    words = "; ".join(f"{FAULTS[c.fault].verdict} ({c.problem} with {c.optimizer})" for c in missed)
+    lines += ["", f"Not named at full severity: {words or 'none'}."]
     lines += ["", "| family | full severity | half |", "|---|---:|---:|"]
     for problem in PROBLEMS:
         cells = []

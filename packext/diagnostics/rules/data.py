@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import fmean, median
 from typing import Any, ClassVar
 
 from packext.diagnostics._verdict import Finding
@@ -15,17 +16,18 @@ class LabelNoise(SinceStart):
 
     A model that has learned something is sure of it, and so is surest to be wrong on a sample whose label is. Samples
     that are hard but right fall sooner or later. A sample is suspected if its loss in both of its last two visits was
-    above that of its first, 20 looks ago or more, and above 1.2 times the mean loss of the first step. Said when
-    suspects make up 1 in 40 of the batches, over 20 steps, while the median loss is under half of that mean. Needs to
-    know which samples are which (`monitor.step(samples=...)`), and three epochs. Named are the suspects, the largest
-    loss first.
+    above that of its first, 30 looks ago or more, and above 1.2 times the mean loss of the first step. Said when over
+    20 looks the suspects' losses come to 7.5 % of what all samples' losses were in the first step, while the median
+    loss is under half of that. Losses are summed, not suspects counted, because of two classes or of numbers the
+    hardest of right samples are many, and little above the line. Needs to know which samples are which
+    (`monitor.step(samples=...)`), and three epochs. Named are the suspects, the largest loss first.
     """
 
     failure = "label noise"
     advice = "Look at the samples that are named and at their labels; train without them, or with a robust loss."
     reads = ("SampleLosses", "BatchSize", "Loss")
-    hold, release = 5, 20
-    learned, above, share, window, memory = 0.5, 1.2, 0.025, 20, 100_000
+    hold, release = 1, 20
+    learned, above, share, since, window, memory = 0.5, 1.2, 0.075, 30, 20, 100_000
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -39,51 +41,62 @@ class LabelNoise(SinceStart):
         loss, n, samples = (values.get(name) for name in ("Loss", "BatchSize", "SampleLosses.hardest"))
         if loss is None or not self.begin(step, loss) or self.first is None or n is None or samples is None:
             return None
-        limit, found = self.above * self.first, 0
+        limit, found = self.above * self.first, 0.0
         for sample, own in zip(samples.tolist(), values["SampleLosses.largest"].tolist(), strict=True):
             since, first, last = self._visits.pop(sample, (self._looks, own, -math.inf))
-            suspect = self._looks - since >= self.window and min(own, last) > max(limit, first)
-            found += suspect
             self._suspects.pop(sample, None)
-            if suspect:
+            if self._looks - since >= self.since and min(own, last) > max(limit, first):
                 self._suspects[sample] = own
+                found += own
             self._visits[sample] = since, first, own
         while len(self._visits) > self.memory:
             self._suspects.pop(next(iter(self._visits)), None)
             del self._visits[next(iter(self._visits))]
         self._looks += 1
-        self._shares.add(found / n)
+        self._shares.add(found / (n * self.first))
         if not self._shares.full or self._shares.mean < self.share:
             return None
         if not values["SampleLosses"] < self.learned * self.first:
             return None
         worst = sorted(self._suspects, key=lambda sample: -self._suspects[sample])
         return Finding(
-            f"{100 * self._shares.mean:.2g} % of the samples have losses above {limit:.3g} that have risen since their "
-            f"first visit, while the median is {values['SampleLosses']:.2g}.",
+            f"{len(worst)} samples have losses above {limit:.3g} that have risen since their first visit, and come to "
+            f"{100 * self._shares.mean:.2g} % of all that was lost at first; the median loss is "
+            f"{values['SampleLosses']:.2g}.",
             tuple(f"sample {sample}" for sample in worst),
         )
 
 
 class Overfitting(SinceStart):
-    """The logged `valid_loss` rises while the loss falls, or stays far above it.
+    """The logged `valid_loss` rises while the loss falls, or is left far behind by it.
 
-    Rises: each of its last five values is 10 % above the lowest mean of five in a row, and the loss, averaged over the
-    same time, has fallen by a tenth since then; one value alone may rise by more in the middle of a run that goes well.
-    Far above: over the last five values the loss is less than half of it, and the gap a fifth of the loss of the first
-    step, so that a fifth of what there was to learn is not carried over.
+    Rises: each of its last five values lies above the lowest mean of five in a row, by a tenth of that mean and by a
+    tenth of what had been learned until then (the loss of the first step less that mean); and the loss, averaged over
+    the same time, has fallen by a tenth since, so that the gap between them has grown. It is what was learned that a
+    rise takes away: where 0.7 came down to 0.10, one to 0.12 is a fifth of the lowest value, and 3 % of what the model
+    knows. (Early stopping asks for the ratio to the lowest value; Prechelt 1998.)
+
+    Left behind: the loss is less than half of that of the first step and of `valid_loss`, and the gap is a fifth of the
+    loss of the first step, so that a fifth of what there was to learn is not carried over. Until it is said, the gap
+    must also have grown by a tenth of itself within five values, unless it is two fifths: every fitted model has a gap,
+    and one that has come to rest does no more harm. By the medians of five: one value may jump in the middle of a run
+    that goes well, and while a run diverges, that which is taken later is the larger.
+
+    Both have to be five standard errors: three are no chance, and the lowest of fifty means of noise lies two under
+    theirs. The noise of a value is estimated by how far it lies off the line through its two neighbours, over the last
+    ten. A continued run has no loss of the first step, so that only the rise over the lowest value counts.
     """
 
     failure = "overfitting"
     advice = "Stop at the lowest valid_loss; more data, augmentation, weight decay or dropout."
     reads = ("valid_loss", "Loss")
     hold, release = 1, 1
-    risen, fallen, gap, values = 1.1, 0.9, 0.2, 5
+    risen, fallen, fitted, gap, grown, errors, values = 0.1, 0.9, 0.5, 0.2, 0.1, 5.0, 5
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
-        self._valid, self._train, self._between = Recent(self.values), Recent(self.values), Recent(1000)
+        self._valid, self._train, self._between = Recent(2 * self.values), Recent(2 * self.values), Recent(1000)
         self._best: tuple[float, float, int] | None = None
         self._logged = -1
         self._finding: Finding | None = None
@@ -95,28 +108,57 @@ class Overfitting(SinceStart):
             self._between.add(loss)
         if loss is None or valid is None or step == self._logged:
             return self._finding
-        self._logged, self._finding = step, None
         self._valid.add(valid)
         self._train.add(self._between.mean if self._between.values else loss)
         self._between.values.clear()
-        if self._valid.full:
-            self._finding = self._judge(step, self._valid.mean, self._train.mean)
+        self._logged = step
+        if len(self._valid.values) < self.values or not all(
+            map(math.isfinite, (*self._valid.values, *self._train.values))
+        ):
+            self._finding = None
+        else:
+            self._finding = self._rises(step) or self._behind()
         return self._finding
 
-    def _judge(self, step: int, valid: float, train: float) -> Finding | None:
+    def _rises(self, step: int) -> Finding | None:
+        valids, trains = ([*recent.values][-self.values :] for recent in (self._valid, self._train))
+        valid, train = fmean(valids), fmean(trains)
         if self._best is None or valid < self._best[0]:
             self._best = valid, train, step
         best, then, when = self._best
-        if min(self._valid.values) > self.risen * best > 0 and train < self.fallen * then:
-            return Finding(
-                f"valid_loss has risen from {best:.3g} (step {when}) to {valid:.3g}, and the loss fell from {then:.3g} "
-                f"to {train:.3g}."
-            )
-        if self.first is not None and valid - train > self.gap * self.first and train < 0.5 * valid:
-            return Finding(
-                f"valid_loss is {valid:.3g} where the loss is {train:.3g}; it was {self.first:.3g} at first."
-            )
-        return None
+        learned, noise = (self.first or best) - best, math.sqrt(2) * _error(self._valid, self.values)
+        least = self.risen * max(best, learned)
+        if not (min(valids) - best > least > 0 and valid - best > self.errors * noise and train < self.fallen * then):
+            return None
+        lost = f", {100 * (valid - best) / learned:.2g} % of what had been learned" if learned > 0 else ""
+        return Finding(
+            f"valid_loss has risen from {best:.3g} (step {when}) to {valid:.3g}{lost}, with a standard error of "
+            f"{noise:.2g}, and the loss fell from {then:.3g} to {train:.3g}."
+        )
+
+    def _behind(self) -> Finding | None:
+        pairs = [*zip(self._valid.values, self._train.values, strict=True)]
+        (valid, train), (before, earlier) = (
+            map(median, zip(*part, strict=True)) for part in (pairs[-self.values :], pairs[: self.values])
+        )
+        if self.first is None or not train < self.fitted * min(self.first, valid):
+            return None
+        gap, noise = valid - train, math.hypot(_error(self._valid, self.values), _error(self._train, self.values))
+        settled = self._finding is None and gap - (before - earlier) < self.grown * gap
+        if not gap > max((2 if settled else 1) * self.gap * self.first, self.errors * noise):
+            return None
+        return Finding(
+            f"valid_loss is {valid:.3g} where the loss is {train:.3g}, with a standard error of {noise:.2g}; it was "
+            f"{self.first:.3g} at first."
+        )
+
+
+def _error(recent: Recent, count: int) -> float:
+    """Standard error of a mean of `count` values like these, from how far each lies off the line through two others."""
+    v = [*recent.values]
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(v, v[1:], v[2:], strict=False)]
+    # A second difference of white noise has 6 times its variance, and a median size of 0.6745 standard deviations.
+    return median(bends) / (0.6745 * math.sqrt(6 * count))
 
 
 class _Batch(SinceStart):

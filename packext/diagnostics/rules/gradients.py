@@ -73,21 +73,25 @@ class VanishingGradients(_Matrices):
 
 
 class ExplodingGradients(Rule):
-    """The gradient is 20 times what it was, and stays there.
+    """The gradient is 20 times what it was, and stays there; or it is once 20 times as large as it has ever been.
 
-    Compared with the median over the 30 looks before the last 6. Named are the layers whose gradients have grown at
-    least half as much as that of the layer which has grown most.
+    What it was is the median over the 30 looks before the last 6, and that has to be passed three looks in a row: where
+    most losses are near zero, single hard samples make single large gradients. None of these is far above the first
+    ones of the run, while a step with one that is may end it, and leave no gradient. Named are the layers whose
+    gradients have grown at least half as much as that of the layer which has grown most.
     """
 
     failure = "exploding gradients"
     advice = "Clip the gradient's norm; normalise between the layers, or lower the scale of their weights."
     reads = ("GradNorm",)
-    hold, release = 3, 10
-    grown = 20.0
+    hold, release = 1, 10
+    grown, looks = 20.0, 3
 
     def __init__(self) -> None:
         """Start before the first step."""
         self._past: dict[str, Recent] = {}
+        self._largest = 0.0
+        self._row = 0
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         whole = values.get("GradNorm")
@@ -96,13 +100,19 @@ class ExplodingGradients(Rule):
         norms = {"": whole, **by_layer(values, "GradNorm")}
         for name, norm in norms.items():
             self._past.setdefault(name, Recent(36)).add(norm)
-        usual = self._usual("")
-        if usual is None or whole < self.grown * usual:
+        usual, largest = self._usual(""), self._largest
+        self._largest = max(largest, whole)
+        self._row = self._row + 1 if usual is not None and whole >= self.grown * usual else 0
+        if usual is None or not (self._row >= self.looks or self._row and whole >= self.grown * largest):
             return None
         growth = {name: norm / u for name, norm in norms.items() if (u := self._usual(name))}
         most = max((g for name, g in growth.items() if name), default=0.0)
         where = tuple(name for name, g in growth.items() if name and g >= 0.5 * most)
-        return Finding(f"The gradient's norm is {whole:.3g}, {whole / usual:.3g} times what it was.", where)
+        return Finding(
+            f"The gradient's norm is {whole:.3g}, {whole / usual:.3g} times what it was; the largest before was "
+            f"{largest:.3g}.",
+            where,
+        )
 
     def _usual(self, name: str) -> float | None:
         """The median of the norm, without the last six; None if there are too few, or if it is zero."""

@@ -1,0 +1,218 @@
+"""Rules by hand: numbers made up for one rule each, and what it has to say of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from packext.diagnostics import RULES, Rule, rules
+from packext.diagnostics import instruments as seen
+from packext.diagnostics._verdict import Judge
+
+
+def hear(rule: Rule, pages: list[dict[str, Any]]) -> list[tuple[int, int | None]]:
+    judge, said = Judge([rule]), []
+    for step, values in enumerate(pages):
+        said += judge.hear(step, values)
+    return [(v.step, v.until) for v in said]
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_rule_says_nothing_where_what_it_reads_is_absent_or_not_finite(kind: type[Rule]) -> None:
+    for missing in (None, *kind.reads):
+        judge = Judge([kind()])
+        for step in range(60):
+            values: dict[str, Any] = {name: 1.0 for name in kind.reads if name != missing}
+            values = values if missing else {}
+            judge.hear(step, {**values, "Other": 1.0})
+        assert not judge.standing
+    if kind not in (rules.NaNAhead, rules.FrozenByMistake):  # the first looks for them, the second reads codes
+        judge = Judge([kind()])
+        for step in range(60):
+            names = [part for k in kind.reads for part in (k, f"{k}/a", f"{k}.mean", f"{k}.largest")]
+            judge.hear(step, {name: math.nan for name in names if not name.startswith("SampleLosses.")})
+        assert not judge.standing
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_rule_is_documented(kind: type[Rule]) -> None:
+    assert kind.failure and kind.advice.endswith((".", "(nn.init).")) and kind.__doc__
+    assert kind.hold >= 1 and kind.release >= 1
+    levels = {i.__name__ for i in seen.LEVELS["full"]} | {"valid_loss"}
+    assert set(kind.reads) <= levels, "the levels have what it reads"
+
+
+def test_a_continued_run_has_no_first_loss() -> None:
+    page = {"Loss": 2.0, "UpdateSize": 5.0, "ParamNorm": 1.0}
+    assert hear(rules.LearningRateTooHigh(), [page] * 20) == [(12, None)]
+    judge = Judge([rules.LearningRateTooHigh()])
+    assert not any(judge.hear(100 + step, page) for step in range(20))
+
+
+def test_the_rate_that_was_too_high_comes_down() -> None:
+    page = {"UpdateSize": 0.5, "ParamNorm": 1.0}
+    losses = [1.0, *[3.0] * 10, *[0.5] * 20]
+    assert hear(rules.LearningRateTooHigh(), [{**page, "Loss": v} for v in losses]) == [(6, None), (6, 22)]
+
+
+def test_growth_is_exponential_or_nothing() -> None:
+    def pages(norms: list[float]) -> list[dict[str, Any]]:
+        return [{"InitialScale/w": 1.0, "ParamNorm/w": v} for v in norms]
+
+    assert hear(rules.NaNAhead(), pages([1.1**k for k in range(12)])) == [(8, None)]
+    assert hear(rules.NaNAhead(), pages([1.04**k for k in range(12)])) == []
+    assert hear(rules.NaNAhead(), pages([1 + 0.3 * k for k in range(12)])) == []
+    assert hear(rules.NaNAhead(), pages([1.0, math.inf])) == [(1, None)]
+
+
+def test_a_layer_in_the_middle_has_not_vanished() -> None:
+    def pages(norms: list[float]) -> list[dict[str, Any]]:
+        page = {f"GradNorm/{k}": v for k, v in zip("abc", norms, strict=True)}
+        return [{**page, **{f"ParamNorm/{k}": 1.0 for k in "abc"}, **{f"InitialScale/{k}": 1.0 for k in "abc"}}] * 6
+
+    assert hear(rules.VanishingGradients(), pages([1e-3, 1e-3, 1.0])) == [(4, None)]
+    assert hear(rules.VanishingGradients(), pages([1.0, 1e-3, 1.0])) == []
+    assert hear(rules.VanishingGradients(), pages([1e-2, 1.0, 1.0])) == []
+    assert hear(rules.VanishingGradients(), pages([0.0, 1.0, 1.0])) == []  # a frozen or dead layer is something else
+
+
+def logs(valid: Sequence[float], train: Sequence[float]) -> list[dict[str, Any]]:
+    """A step with each loss, and a log after it: the k-th log is page 2 k + 1."""
+    return [page for v, t in zip(valid, train, strict=True) for page in ({"Loss": t}, {"Loss": t, "valid_loss": v})]
+
+
+def overfitting(valid: Sequence[float], train: Sequence[float]) -> list[tuple[int, int | None]]:
+    return hear(rules.Overfitting(), logs(valid, train))
+
+
+def test_a_rise_counts_by_what_had_been_learned() -> None:
+    def rise(*last: float) -> list[tuple[int, int | None]]:
+        valid = [*np.linspace(1, 0.1, 10), *[0.1] * 5, *last]
+        return overfitting(valid, [1.0, *np.linspace(0.9, 0.06, len(valid) - 1)])
+
+    assert rise(*[0.18] * 5) == []  # 0.08 of the 0.9 that were learned, though 80 % above the lowest
+    assert rise(*[0.20] * 5) == [(39, None)]  # 0.10 of 0.9, with the fifth value
+    assert rise(*[0.20] * 4, 0.18) == []  # one of the five is not that high
+
+
+def test_a_rise_counts_by_the_lowest_value_too() -> None:
+    def rise(to: float, loss: float) -> list[tuple[int, int | None]]:
+        return overfitting([*[0.9] * 10, *[to] * 5], [1.0, *np.linspace(0.9, loss, 14)])
+
+    assert rise(0.98, 0.6) == []  # 80 % of the 0.1 that were learned, and 9 % above the lowest
+    assert rise(1.00, 0.6) == [(29, None)]
+    assert rise(1.00, 0.9) == []  # the loss has not fallen
+
+
+def test_a_rise_counts_by_its_noise() -> None:
+    # Values that jump by s to both sides have second differences of 4 s. Two means of five have a standard error of
+    # sqrt(2) 4 s / (0.6745 sqrt(30)) = 1.53 s together, and a rise of 0.3 is five of them with s = 0.039.
+    loss, jumps = [1.0, *np.linspace(0.9, 0.6, 19)], np.resize([-1.0, 1.0], 20)
+    valid = np.array([*[0.7] * 10, *[1.0] * 10])
+    assert overfitting((valid + 0.03 * jumps).tolist(), loss) != []
+    assert overfitting((valid + 0.05 * jumps).tolist(), loss) == []
+
+
+def test_a_gap_counts_while_it_grows() -> None:
+    def gap(before: float, now: float, first: float = 1.0) -> list[tuple[int, int | None]]:
+        return overfitting([0.9, *[0.5] * 10], [first, *[0.5 - before] * 5, *[0.5 - now] * 5])
+
+    assert gap(0.15, 0.30) == [(17, None)]  # by the median, with the third of the five
+    assert gap(0.28, 0.30) == []  # comes to rest
+    assert gap(0.10, 0.30, first=2.0) == []  # less than a fifth of the first loss
+    assert gap(0.15, 0.24) == []  # the loss is more than half of valid_loss
+    assert gap(0.44, 0.45) == [(9, None)]  # two fifths of it: from the fifth log on
+
+
+def test_a_gap_counts_by_its_noise() -> None:
+    def jumping(size: float) -> list[tuple[int, int | None]]:
+        valid = 0.5 + size * np.resize([-1.0, 1.0], 10)
+        return overfitting([0.9, *valid], [1.0, *[0.35] * 5, *[0.15] * 5])
+
+    assert jumping(0.02) != []  # a standard error of 4 * 0.02 / (0.6745 sqrt(30)) = 0.022, and a gap of 0.35
+    assert jumping(0.1) == []  # of 0.11, and a gap of up to 0.45
+
+
+def test_a_gap_that_was_said_may_come_to_rest() -> None:
+    loss = [1.0, *[0.35] * 5, *[0.2] * 15, *[0.45] * 5]
+    assert overfitting([0.9, *[0.5] * 25], loss) == [(17, None), (17, 47)]
+
+
+def test_a_run_that_diverges_or_jumps_is_not_overfitted() -> None:
+    pages: list[dict[str, Any]] = []
+    for step, loss in enumerate([*np.linspace(1, 0.4, 50), *0.4 * 1.5 ** np.arange(30)]):
+        pages.append({"Loss": float(loss)})
+        if step % 5 == 4:  # at the end of a growth that the mean of five losses has not seen
+            pages.append({"Loss": float(loss), "valid_loss": 1.5 * float(loss)})
+    assert hear(rules.Overfitting(), pages) == []
+    for odd in (4.0, math.nan, math.inf):
+        assert overfitting([0.9, *[0.5] * 6, odd, *[0.5] * 8], [1.0, *[0.4] * 15]) == []
+    assert overfitting([math.nan, *[0.5] * 12, *[0.7] * 5], [1.0, *np.linspace(0.6, 0.45, 17)]) == [(35, None)]
+
+
+def test_a_continued_run_overfits_by_its_rise_over_the_lowest_value() -> None:
+    judge, found = Judge([rules.Overfitting()]), []
+    for step, page in enumerate(logs([*[0.5] * 10, *[0.6] * 5], np.linspace(0.4, 0.2, 15).tolist())):
+        found += judge.hear(1000 + step, page)
+    assert [v.step for v in found] == [1029] and "learned" not in found[0].evidence
+
+
+def test_a_single_gradient_explodes_if_it_is_above_all_before() -> None:
+    def norms(*odd: float) -> list[tuple[int, int | None]]:
+        return hear(rules.ExplodingGradients(), [{"GradNorm": v} for v in (8.0, *[1.0] * 19, *odd, *[1.0] * 9)])
+
+    assert norms(25.0, 25.0) == []  # twice, and 3 times the largest
+    assert norms(25.0, 25.0, 25.0) == [(22, None)]
+    assert norms(25.0, 25.0, 1.0, 25.0) == []
+    assert norms(159.0) == []
+    assert norms(160.0) == [(20, None)]
+    assert hear(rules.ExplodingGradients(), [{"GradNorm": v} for v in (*[1.0] * 14, 1e3)]) == []  # too early to say
+    assert hear(rules.ExplodingGradients(), [{"GradNorm": v} for v in (*[1.0] * 15, 1e3)]) == [(15, None)]
+
+
+def test_wrong_labels_count_by_what_they_cost() -> None:
+    def noise(last: float, others: float = 0.1, wrong: int = 1) -> list[tuple[int, int | None]]:
+        """One (or more) of 20 samples, which are all of every batch, goes from 0.5 to `last`."""
+        fixed = {"BatchSize": 20.0, "SampleLosses.hardest": np.arange(20)}
+        losses = [np.array([*[last if step else 0.5] * wrong, *[others] * (20 - wrong)]) for step in range(80)]
+        return hear(
+            rules.LabelNoise(),
+            [{**fixed, "Loss": 1.0, "SampleLosses": others, "SampleLosses.largest": own} for own in losses],
+        )
+
+    # From look 30 on it adds last / 20 to a mean over 20 looks: 7.5 % of the first loss with 15 looks of 2.0.
+    assert noise(2.0) == [(44, None)]
+    assert noise(1.45) == []  # 7.25 %
+    assert noise(1.55) == [(49, None)]  # 7.75 %
+    assert noise(2.0, others=0.6) == []  # nothing has been learned yet
+    assert noise(1.15, wrong=3) == []  # though they have risen, and come to 17 %: below 1.2
+    assert noise(1.25, wrong=3) == [(37, None)]
+
+
+def test_batches_by_hand() -> None:
+    def page(n: float, trace: float, signal: float, loss: float) -> dict[str, Any]:
+        return {"NoiseScale.trace": trace, "NoiseScale.signal": signal, "BatchSize": n, "Loss": loss}
+
+    assert hear(rules.BatchTooSmall(), [page(8.0, 40.0, 1.0, 1.0)] * 50) == [(43, None)]
+    assert hear(rules.BatchTooSmall(), [page(8.0, 40.0, -1.0, 1.0)] * 50) == [(43, None)]
+    assert hear(rules.BatchTooSmall(), [page(8.0, 20.0, 1.0, 1.0)] * 50) == []
+    learned = [page(8.0, 40.0, 1.0, 1.0), *[page(8.0, 40.0, 1.0, 0.1)] * 60]
+    assert hear(rules.BatchTooSmall(), learned) == []
+    assert hear(rules.BatchTooLarge(), [page(256.0, 30.0, 1.0, 1.0)] * 20) == [(11, None)]
+    assert hear(rules.BatchTooLarge(), [page(256.0, 40.0, 1.0, 1.0)] * 20) == []
+    assert hear(rules.BatchTooLarge(), [page(64.0, 1.0, 1.0, 1.0)] * 20) == []
+
+
+def test_label_noise_keeps_a_bounded_memory() -> None:
+    class Small(rules.LabelNoise):
+        memory = 10
+
+    rule = Small()
+    for step in range(20):
+        page = {"SampleLosses": 0.1, "Loss": 1.0, "BatchSize": 4.0, "SampleLosses.largest": np.ones(4)}
+        rule.look(step, {**page, "SampleLosses.hardest": np.arange(4) + 4 * step})
+    assert len(rule._visits) == 10

@@ -349,7 +349,8 @@ def test_parameter_written_in_place() -> None:
     refused(Writes(), torch.randn(N, 5), px.UnsupportedUseError, r"in place.*out-of-place")
 
 
-def test_values_made_of_parameters_outside() -> None:
+@pytest.mark.parametrize("quantity", [px.BatchGrad(), px.DiagHessian(), px.HessianTrace(), px.TopEigenvalues()])
+def test_values_made_of_parameters_outside(quantity: Any) -> None:
     """A weight merged before the model runs reaches a parameter that no use was seen of."""
 
     class Holder(nn.Module):
@@ -363,9 +364,9 @@ def test_values_made_of_parameters_outside() -> None:
 
     model = px.extend(Holder())
     model.merged = model.p.exp()
-    with pytest.raises(px.UnsupportedUseError, match="p, but packext saw no use"), px.backpack(px.BatchGrad()):
-        model(torch.randn(N, 5)).sum().backward()
-    assert model.p.grad is None and not hasattr(model.head.weight, "grad_batch")
+    with pytest.raises(px.UnsupportedUseError, match="p, but packext saw no use"), px.backpack(quantity):
+        px.extend(nn.CrossEntropyLoss())(model(torch.randn(N, 5)), torch.zeros(N, dtype=torch.int64)).backward()
+    assert model.p.grad is None and not hasattr(model.head.weight, quantity.savefield)
 
 
 class Cubed(torch.autograd.Function):

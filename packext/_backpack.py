@@ -18,6 +18,7 @@ from packext._lineage import LOCAL
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record, modules_of
+from packext._refusals import is_distributed
 from packext._results import Results
 from packext._scale import Seen
 from packext._statistics import Statistics
@@ -434,6 +435,12 @@ def _identified(parameters: Any) -> dict[int, Tensor]:
     for p in found:
         if not isinstance(p, Tensor):
             raise ValueError(f"parameters must be tensors such as model.head.parameters() gives, got {p!r}.")
+        if is_distributed(p):
+            raise ValueError(
+                f"parameters has a DTensor of {list(p.shape)}. FSDP2 has another tensor in its place while it is used: "
+                "leave parameters=... out, and read results by name. Of layers that tensor parallelism splits there "
+                "are no results: give the parameters of the others."
+            )
     if not found:
         raise ValueError("parameters is empty: leave it out to ask for all (a generator can be used once only).")
     return {id(p): p for p in found}

@@ -84,6 +84,9 @@ def _tensor_parallel(rank: int, world: int) -> None:
     distribute_module(copies, mesh)
     refused(copies, r"0\.weight \[Linear\] .*\[Replicate\(\)\]", DTensor.from_local(x, mesh, [Replicate()]), y)
 
+    with pytest.raises(ValueError, match=r"parameters has a DTensor of \[8, 6\].*by name"):
+        px.backpack(px.BatchGrad(), parameters=parallelize_module(perceptron(), mesh, pair).parameters())
+
     torch.manual_seed(1)
     model = px.extend(perceptron(nn.Linear(6, 6), nn.Tanh()))
     whole = copy.deepcopy(model)

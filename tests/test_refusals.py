@@ -361,16 +361,25 @@ class Cubed(torch.autograd.Function):
         return grads[0] * w**3, (grads[0] * x * 3 * w**2).sum(0)
 
 
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Cubed.apply(x, self.w))
+
+
 def test_parameter_in_an_autograd_function() -> None:
-    class Custom(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w, self.head = nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(Cubed.apply(x, self.w))
-
     refused(Custom(), torch.randn(N, 5), px.UnsupportedUseError, "reach w, but packext saw no use")
+
+
+@pytest.mark.parametrize("quantity", [px.DiagGGNExact(), px.DiagHessian(), px.HessianTrace(), px.TopEigenvalues()])
+def test_curvature_of_a_parameter_in_an_autograd_function(quantity: Any) -> None:
+    model = px.extend(Custom())
+    with pytest.raises(px.UnsupportedUseError, match="reach w, but packext saw no use"), px.backpack(quantity):
+        px.extend(nn.CrossEntropyLoss())(model(torch.randn(N, 5)), torch.zeros(N, dtype=torch.int64)).backward()
+    assert model.w.grad is None and not hasattr(model.head.weight, quantity.savefield)
 
 
 @pytest.mark.parametrize("order", [0, 1])

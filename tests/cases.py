@@ -692,16 +692,21 @@ for _first in (False, True):
         return Decoder(first), (torch.randn(N, 3, 8), torch.randn(N, 5, 8)), labels()
 
 
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=False)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=mask).mean(1))
+
+
 @case("transformer encoder, padded, evaluation mode")
 def _() -> Any:
-    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=False)
-    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    head = nn.Linear(8, 3)
-    model = Lambda(lambda x, mask: head(encoder(x, src_key_padding_mask=mask).mean(1)))
-    model.encoder, model.head = encoder, head
     mask = torch.zeros(N, 5, dtype=torch.bool)
     mask[1:, 4:] = True
-    return model.eval(), (torch.randn(N, 5, 8), mask), labels()
+    return Padded().eval(), (torch.randn(N, 5, 8), mask), labels()
 
 
 class Gpt(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +37,8 @@ def compare(model: nn.Module, rows: testing.Rows, factor: float = 1.0) -> None:
     """Compare what is attached to the parameters with rows of the GGN's root."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     scaled = {name: r * factor**0.5 for name, r in rows.items()}
-    reference: Any = SimpleNamespace(roots=scaled, parameters=named)
+    reference = object.__new__(testing.Reference)
+    vars(reference).update(roots=scaled, parameters=named)
     for quantity in quantities():
         definition = testing.CURVATURE_ORACLES[type(quantity)]
         results = {k: getattr(p, quantity.savefield) for k, p in named.items() if hasattr(p, quantity.savefield)}

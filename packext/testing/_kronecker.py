@@ -169,5 +169,5 @@ def _cotangents(
     """What is differentiated, and the cotangents of it that are taken back."""
     if fisher == "exact":
         return columns(loss_fn, output, target, weight)
-    # The gradient of the sample's own loss, counted with the weight that it has in the loss.
+    # The gradient of the sample's own loss, whose square counts with the weight that it has in the loss.
     return (loss_fn(output, target) * weight**0.5)[None], torch.ones(1, 1).to(torch.float64)

@@ -113,9 +113,8 @@ class Reference:
 
     @functools.cached_property
     def empirical(self) -> Rows:
-        """Rows `[N, *p]` of a root of the empirical Fisher: each sample's own loss counts as in the loss."""
-        own = torch.tensor(self.weights) ** -0.5
-        return {k: rows * own.to(rows).view(-1, *[1] * (rows.dim() - 1)) for k, rows in self.gradients.items()}
+        """Rows `[N, *p]` of a root of the empirical Fisher: those of `gradients`, N of each square for a mean."""
+        return {name: rows * self.factor**0.5 for name, rows in self.gradients.items()}
 
     @functools.cached_property
     def roots(self) -> Rows:

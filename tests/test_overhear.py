@@ -294,7 +294,7 @@ def test_an_error_leaves_everything_as_it_was(where: str) -> None:
 
 def test_nothing_is_left_to_the_garbage_collector() -> None:
     model, (x, y) = network(), images()
-    optimizer = OPTIMIZERS["KFAC"](model)
+    optimizer = OPTIMIZERS["DPSGD"](model)
     monitor = watching(model, optimizer)
     gc.collect()
     gc.disable()

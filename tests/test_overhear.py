@@ -179,6 +179,38 @@ def test_a_column_for_one_is_not_changed_by_the_other() -> None:
         assert torch.equal(got[name].diag_ggn_exact, alone[name].diag_ggn_exact)
 
 
+def test_grad_is_what_the_other_leaves() -> None:
+    """Sums that a quantity has formed serve as `.grad`, and differ from those of torch in the last bits."""
+    torch.manual_seed(0)
+    model, (x, y) = px.extend(nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(32, 3))).float(), images()
+    grads = []
+    for outer, inner in ((False, True), (True, True), (True, False)):
+        model.zero_grad()
+        over = px.backpack(px.GradDot(), attach=False, exact_grad=True, overhear=True) if outer else nullcontext()
+        with over, px.backpack(px.BatchGrad()) if inner else nullcontext():
+            LOSS(model(x.float()), y).backward()
+        grads.append(model[0].weight.grad.clone())
+    assert torch.equal(grads[0], grads[1]) and not torch.equal(grads[0], grads[2])
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(4, 5)), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.table).tanh().flatten(1))
+
+
+def test_what_one_cannot_have_of_a_parameter_the_other_may() -> None:
+    model = px.extend(Table())
+    x, y = torch.randn(6, 4, 5), torch.randint(3, (6,))
+    with px.backpack(px.DiagGGNExact(), attach=False, overhear=True) as heard:
+        with px.backpack(px.KFLR(), parameters=model.head.parameters()) as got:
+            LOSS(model(x), y).backward()
+    assert sorted(got) == ["head.bias", "head.weight"] and heard["table"].diag_ggn_exact.shape == (4, 5)
+
+
 def test_the_same_draws_serve_both() -> None:
     model, (x, y) = network().eval(), images()
     draws = [torch.Generator().manual_seed(3) for _ in range(2)]
@@ -262,7 +294,7 @@ def test_an_error_leaves_everything_as_it_was(where: str) -> None:
 
 def test_nothing_is_left_to_the_garbage_collector() -> None:
     model, (x, y) = network(), images()
-    optimizer = OPTIMIZERS["KFAC"](model)
+    optimizer = OPTIMIZERS["DPSGD"](model)
     monitor = watching(model, optimizer)
     gc.collect()
     gc.disable()

@@ -18,7 +18,8 @@ class DPSGD(Private, torch.optim.SGD):
         (sum over n of min(1, C / |g_n|) g_n + z C N(0, I)) / B
 
     g_n are of the samples' own losses, B is the batch size that is expected, since the size of a Poisson-sampled batch
-    must not be known. With `per_layer` C bounds each layer's part, and the noise has `sqrt(layers) C` in its place.
+    must not be known. With `per_layer` C bounds each layer's part, and the noise has `sqrt(layers) C` in its place;
+    with `adaptive` z is larger by what `AdaptiveClipping` says.
 
     Example:
         >>> optimizer = DPSGD(model.parameters(), 0.1, max_norm=1.0, noise_multiplier=1.1, expected_batch_size=64)
@@ -34,7 +35,7 @@ class DPSGD(Private, torch.optim.SGD):
     `torch.distributed` each process has samples of its own: their sums are added, one process draws the noise. The
     model need not be wrapped; inside of `DistributedDataParallel` use `no_sync()`.
 
-    - Cost: `ClippedGrad` in place of `.grad`, in one pass, and a normal draw for each parameter; holds the factors of
+    - Cost: `ClippedGrad` in place of `.grad`, in one pass, and a normal draw for each entry; holds the factors of
       all individual gradients to the end of the pass, or their rows, and a sum
     - Source: Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1
     - Refused: models whose samples influence each other (BatchNorm in training mode); parameters that no sample's

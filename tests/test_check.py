@@ -32,7 +32,7 @@ def drawn(draws: int) -> list[Any]:
 @pytest.fixture
 def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mean over fewer passes than users have it: seeds decide here."""
-    monkeypatch.setattr(_checking, "PASSES", 20)
+    monkeypatch.setattr(_checking, "PASSES", 40)
 
 
 def wrong(report: testing.Report) -> set[str]:

@@ -105,7 +105,7 @@ def by_itself(name: str, thetas: list[list[Tensor]]) -> list[Any]:
     return said
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"GGN-MC"}))
 def test_a_monitor_and_an_optimizer_get_what_each_gets_by_itself(name: str) -> None:
     (thetas, said), (without, _) = trained(name, True), trained(name, False)
     for one, other in zip(thetas, without, strict=True):

@@ -239,7 +239,8 @@ class _Codes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in RELU:
-            self.seen.append((args[0] > 0).double())
+            x = args[0] if args else (kwargs or {})["input"]
+            self.seen.append((x > 0).double())
         return func(*args, **(kwargs or {}))
 
 

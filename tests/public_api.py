@@ -34,10 +34,15 @@ def lines() -> Iterator[str]:
                 yield path
 
 
+def written(node: ast.AST) -> str:
+    """Source of a part, the same in all versions of Python."""
+    return ast.unparse(node).replace("lambda :", "lambda:")
+
+
 def signature(node: ast.FunctionDef) -> str:
     """What it takes and returns."""
     returns = "" if node.returns is None else f" -> {ast.unparse(node.returns)}"
-    return f"({ast.unparse(node.args)}){returns}"
+    return f"({written(node.args)}){returns}"
 
 
 def members(node: ast.ClassDef) -> Iterator[str]:

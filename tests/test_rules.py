@@ -297,3 +297,12 @@ def test_second_moment_of_patches_of_any_shape(
         wanted = columns.mT @ columns
         for value in (found, gram(columns.mT)):
             assert value is None or torch.allclose(value, wanted, rtol=1e-11, atol=1e-10)
+
+
+def test_samples_side_by_side_of_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input's last axis has one entry, and a stride by which torch took parts of it for channels-last."""
+    monkeypatch.setattr(convolution, "_suits", lambda *_: True)
+    with double_precision():
+        model = nn.Sequential(nn.Conv1d(7, 1, 3, padding=1), nn.Flatten(), nn.Linear(1, 3))
+        report = testing.check(model, nn.CrossEntropyLoss(), torch.randn(4, 1, 7).transpose(1, 2), torch.arange(4) % 3)
+    assert report.ok, report

@@ -135,17 +135,20 @@ class Convolution(OwnedRule):
                     some = (x[images, outputs], g[images], w[outputs])
                 parts = {"input": some[0], "weight": some[2]}
                 return self._backward(use, parts, some[1], [False, True, False])[1][None]
-            # Samples side by side as groups of one convolution.
-            parts = {"input": x[images].flatten(0, 1)[None], "weight": w.expand(count, *w.shape).flatten(0, 1)}
-            rows = self._backward(use, parts, g[images].flatten(0, 1)[None], [False, True, False], count)[1]
+            # Samples side by side as groups of one convolution. All in one axis first: an axis with one entry may have
+            # a stride by which torch takes a group for channels-last, and in float64 fails.
+            beside = x[images].flatten().view(1, -1, *x.shape[2:])
+            parts = {"input": beside, "weight": w.expand(count, *w.shape).flatten(0, 1)}
+            slope = g[images].flatten().view(1, -1, *g.shape[2:])
+            rows = self._backward(use, parts, slope, [False, True, False], count)[1]
             return rows.unflatten(0, (count, -1))
 
         a = Patches(n, groups, positions, features, take, read, lambda: window.second_moment(read))
         alone = groups * positions * features * written.shape[1] // groups >= LARGE
-        beside = per == 1 and not c["transposed"] and groups == 1 and _suits(x, w)
+        together = per == 1 and not c["transposed"] and groups == 1 and _suits(x, w)
         # Of a transposed convolution, every position of the input is written to a patch of the output.
         stored = "IO" if c["transposed"] else "OI"
-        fast = native if alone or beside else None
+        fast = native if alone or together else None
         return Outer(a, canonical(written), w.shape, weighted, apply, fast, alone, stored=stored)
 
     @staticmethod

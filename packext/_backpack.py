@@ -17,7 +17,7 @@ from packext._layout import Tokens
 from packext._lineage import LOCAL
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
-from packext._record import Record, modules_of
+from packext._record import Record
 from packext._refusals import is_distributed
 from packext._results import Results
 from packext._scale import Seen
@@ -404,8 +404,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             return
         fields = [e.savefield for e in self.extensions] if self.attach else []
         for record in flight.records:
-            root = record.root()
-            for module in modules_of(root) if root is not None else ():
+            for module in record.modules():
                 for p in module._parameters.values():
                     for field in fields:
                         if p is not None and field in vars(p):

@@ -24,7 +24,6 @@ from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
-from packext._record import modules_of
 from packext._refusals import refuse_static, refuse_tensors, unseen
 from packext._residual import residual
 from packext._statistics import Statistics
@@ -196,8 +195,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
         if record not in flight.records:
             flight.records.append(record)
         refuse_tensors(record, flight.context)
-        root = record.root()
-        unseen(record, [] if root is None else modules_of(root), flight.context._wants)
+        unseen(record, record.modules(), flight.context._wants)
         sources.update({id(s.tensor): s for s in record.parameters()})
     if not sources:
         raise PackextError(

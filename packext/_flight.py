@@ -17,7 +17,7 @@ from packext._factored import Factored, merge
 from packext._gathering import Gathering
 from packext._pass import PASSES, Pass, wants_of
 from packext._probe import Check, Probe, forget, known, probe
-from packext._record import losses_inside, modules_of
+from packext._record import losses_inside
 from packext._refusals import (
     AGAIN,
     after_distributed,
@@ -198,8 +198,7 @@ def enter(record: Record) -> None:
     for why, sources in record.refused:
         if any(flight.wants(source.tensor) and will_accumulate(source.tensor) for source in sources):
             raise UnsupportedUseError(why)
-    root = record.root()
-    modules = [] if root is None else modules_of(root)
+    modules = record.modules()
     unseen(record, modules, flight.wants)
     for module in modules:
         if isinstance(module, DistributedDataParallel):
@@ -218,8 +217,7 @@ def enter(record: Record) -> None:
 
 def _agree(record: Record, gates: frozenset[int]) -> None:
     """Where parameters are sharded, each inner pass gathers them: all ranks probe, or none, and with as many passes."""
-    root = record.root()
-    group = None if root is None else sharding(modules_of(root))
+    group = sharding(record.modules())
     if group is None:
         return
     heard: list[Any] = [None] * dist.get_world_size(group)

@@ -134,8 +134,9 @@ class Tracer(TorchFunctionMode):
         leaves, tapped = origins(t, self.record)
         behind = [self._behind(leaf) for leaf in leaves]
         known = tuple(dict.fromkeys(source for found in behind for source in found or ()))
-        setattr(t, _MARK, (self.record.token, None if tapped or None in behind else known, None))
-        return getattr(t, _MARK)[1]
+        made_of = None if tapped or None in behind else known
+        setattr(t, _MARK, (self.record.token, made_of, None))
+        return made_of
 
     def sources(self, t: Tensor) -> tuple[Source, ...]:
         """The parameters that `t` is made of alone, or nothing."""

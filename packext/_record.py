@@ -107,6 +107,11 @@ class Record:
             i for i, node in nodes if node is not None and (node is current or torch._C._will_engine_execute_node(node))
         )
 
+    def modules(self) -> list[nn.Module]:
+        """All modules of the model; none if it is gone."""
+        root = self.root()
+        return [] if root is None else modules_of(root)
+
     def parameters(self) -> list[Source]:
         """Every parameter behind a use, once."""
         found: dict[int, Source] = {}

@@ -10,15 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from packext._lineage import disable
-from packext.testing._samples import Rows, call, singles
+from packext.testing._samples import Rows, call, singles, wanted
 
 #: Cotangents that are sent at once: as many copies of the activations are held.
 AT_ONCE = 64
-
-
-def wanted(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require grad, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def columns(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any, weight: float) -> tuple[Tensor, Tensor]:

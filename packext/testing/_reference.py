@@ -17,7 +17,7 @@ from packext._lineage import disable
 from packext.testing import _curvature
 from packext.testing._kronecker import Factors
 from packext.testing._report import relative_error
-from packext.testing._samples import Rows, batch_size, call, double, individual_gradients
+from packext.testing._samples import Rows, batch_size, call, double, individual_gradients, wanted
 
 #: Entries of the largest tensor that an oracle of curvature makes: 128 MiB.
 ENTRIES = 2**24
@@ -72,7 +72,7 @@ class Reference:
         for name, p in self.model.named_parameters():
             p.requires_grad_(p.requires_grad and (names is None or name in names))
         self.chosen = names
-        self.parameters = _curvature.wanted(self.model)
+        self.parameters = wanted(self.model)
         self.entries = sum(p.numel() for p in self.parameters.values())
         self.n = batch_size(self.inputs, batch_axis)
         if not self.n:

@@ -45,6 +45,11 @@ def batch_size(inputs: Any, batch_axis: int = 0) -> int:
     raise ValueError(f"no input has an axis {batch_axis}")
 
 
+def wanted(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require grad, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def individual_gradients(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
@@ -66,7 +71,7 @@ def individual_gradients(
     Returns:
         `[N, *p]` for every parameter that requires grad, by name; zeros where the loss does not reach it.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = wanted(model)
     rows: dict[str, list[Tensor]] = {name: [] for name in named}
     with disable(), torch.enable_grad():
         for output, target, weight in singles(model, inputs, targets, batch_axis, weights):

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from packext import rules
+from packext._choices import CHOOSE, chosen
 from packext._errors import UnsupportedUseError
 from packext._record import Record, modules_of, tensors_in
 from packext._refusals import Again, is_distributed
@@ -95,12 +96,6 @@ class Tracer(TorchFunctionMode):
             self.record.names[full] = p
             if id(p) not in self.table:
                 self.table[id(p)] = (Source(p, full), p)
-
-    def _routes(self, args: Any) -> bool:
-        """Whether an activation is indexed by what was computed from data."""
-        first, *rest = args
-        picked = isinstance(first, Tensor) and first.is_floating_point() and self.is_data(first)
-        return picked and any(self.is_data(t) for t in _shallow(rest))
 
     def _learn(self, t: Tensor) -> bool:
         """Whether a parameter that was not there when its module started belongs to a module that runs."""
@@ -186,8 +181,8 @@ class Tracer(TorchFunctionMode):
                 if func in FUNCTIONS and out.requires_grad and not is_loss(self.stack[-1]):
                     found = called(func, args, kwargs)
                     out = out if found is None else LossMark.mark(found[0], out, found[1], {}, record)
-                if func in _ROUTES and not record.routed:
-                    record.routed = self._routes(args)
+                if func in CHOOSE and not record.routed:
+                    record.routed = chosen(func, args, kwargs, record.batch_axis, self.is_data)
                 self._mark(out, None)
                 if mutates(func):
                     self._mark(_changed(args, kwargs), None)
@@ -430,12 +425,6 @@ def _changed(args: Any, kwargs: dict[str, Any]) -> Any:
     """The argument that a function changes."""
     return args[0] if args else next(iter(kwargs.values()))
 
-
-#: Functions that can pick entries of one tensor by the values of another.
-_ROUTES = frozenset(
-    {Tensor.__getitem__, Tensor.index_select, torch.index_select, Tensor.masked_select, torch.masked_select}
-    | {Tensor.gather, torch.gather, Tensor.take, torch.take, torch.take_along_dim, Tensor.take_along_dim}
-)
 
 #: Functions that tell no more than what kind of tensor one is.
 _PASSIVE = frozenset(

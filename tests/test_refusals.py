@@ -150,6 +150,36 @@ def test_coupled_samples_in_large_batches(name: str) -> None:
     refused(build(), torch.randn(33, 5), px.CoupledSamplesError, match)
 
 
+@pytest.mark.parametrize(
+    "orders",
+    [
+        lambda z: z.sort(0).values,
+        lambda z: torch.sort(z, dim=0)[0],
+        lambda z: z.msort(),
+        lambda z: z.topk(len(z), dim=0, largest=False).values,
+        lambda z: z.cummax(0).values,
+    ],
+)
+def test_an_order_that_one_batch_had_by_chance_is_not_taken_for_granted(orders: Any) -> None:
+    """A batch whose samples are sorted already tells nothing of the next."""
+    layer = nn.Linear(1, 6, bias=False)
+    with torch.no_grad():
+        layer.weight.abs_()
+    model = px.extend(nn.Sequential(layer, Lambda(orders), nn.Linear(6, 3)))
+    loss_fn = px.extend(nn.MSELoss())
+    rising = torch.arange(1.0, 1 + N)[:, None]
+    with px.backpack(px.BatchGrad()):
+        loss_fn(model(rising), torch.zeros(N, 3)).backward()
+    swapped = rising * torch.tensor([1.0, -1.0])[torch.arange(N) % 2][:, None]
+    mixed = px.extend(nn.Sequential(nn.Linear(1, 6), Lambda(orders), nn.Linear(6, 3)))
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        loss_fn(mixed(swapped), torch.zeros(N, 3)).backward()
+    with torch.no_grad():
+        layer.weight[::2] *= -1  # half of the features fall where the others rise
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        loss_fn(model(rising), torch.zeros(N, 3)).backward()
+
+
 class Contrast(nn.Module):
     """Scores of all pairs inside, one number per sample outside."""
 

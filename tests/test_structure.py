@@ -28,7 +28,7 @@ FLOORS = [
     {"_use", "_quantity"},
     {"_taps", "_record", "_probe", "_gathering", "_refusals", "_results", "_compiler", "_pass", "_flight"},
     {"rules"},
-    {"_lineage", "_scale"},
+    {"_lineage", "_scale", "_choices"},
     {"_extend", "_residual", "_chain", "_curvature"},
     {"_backpack"},
     {"quantities"},

@@ -1,0 +1,55 @@
+"""Calls in which the values of data choose which entries go on: two passes of one structure may then differ in layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packext._record import tensors_in
+
+#: Functions that pick entries of their first argument by the values of another.
+PICKS = frozenset(
+    {Tensor.__getitem__, Tensor.index_select, torch.index_select, Tensor.masked_select, torch.masked_select}
+    | {Tensor.gather, torch.gather, Tensor.take, torch.take, torch.take_along_dim, Tensor.take_along_dim}
+)
+
+#: Functions that order entries along an axis, with the position of that argument.
+ORDERS = {
+    getattr(owner, name): at
+    for names, at in (
+        (("sort", "argsort", "cummax", "cummin", "max", "min", "median", "nanmedian", "mode"), 1),
+        (("topk", "kthvalue"), 2),
+    )
+    for name in names
+    for owner in (torch, Tensor)
+}
+
+
+def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data: Callable[[Tensor], bool]) -> bool:
+    """Whether a call lets data decide which sample's entries of an activation stand where.
+
+    Args:
+        func: What is called.
+        args: Its arguments by position.
+        kwargs: The others.
+        axis: Of the samples, in the model's inputs.
+        is_data: Whether a tensor was computed from the model's inputs.
+    """
+    first = args[0] if args else kwargs.get("input")
+    if not (isinstance(first, Tensor) and first.is_floating_point() and is_data(first)):
+        return False
+    if func in PICKS:
+        return any(map(is_data, tensors_in((args[1:], kwargs))))
+    if func in (torch.msort, Tensor.msort):
+        return axis == 0 and first.requires_grad
+    at = ORDERS[func]
+    plain = func in (torch.max, Tensor.max, torch.min, Tensor.min, torch.median, Tensor.median)
+    dim = kwargs.get("dim", args[at] if len(args) > at else None if plain else -1)
+    return isinstance(dim, int) and not isinstance(dim, bool) and dim % max(first.dim(), 1) == axis
+
+
+#: All of them: what to ask `chosen` about.
+CHOOSE = PICKS | ORDERS.keys() | {torch.msort, Tensor.msort}

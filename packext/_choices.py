@@ -1,4 +1,4 @@
-"""Calls in which the values of data choose which entries go on: two passes of one structure may then differ in layout."""
+"""Calls in which values of data choose which entries go on: two passes of one structure may differ in layout then."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ORDERS = {
 
 
 def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data: Callable[[Tensor], bool]) -> bool:
-    """Whether a call lets data decide which sample's entries of an activation stand where.
+    """Tell whether a call lets data decide which sample's entries of an activation stand where.
 
     Args:
         func: What is called.
@@ -37,6 +37,9 @@ def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data:
         kwargs: The others.
         axis: Of the samples, in the model's inputs.
         is_data: Whether a tensor was computed from the model's inputs.
+
+    Returns:
+        Whether a pass like this one may have its rows elsewhere the next time.
     """
     first = args[0] if args else kwargs.get("input")
     if not (isinstance(first, Tensor) and first.is_floating_point() and is_data(first)):

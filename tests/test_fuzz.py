@@ -265,7 +265,8 @@ def _examine(problem: Problem) -> tuple[str, str]:
             if wrong:
                 fields = ", ".join(q.savefield for q in asked)
                 coupled = "samples are coupled, nothing was said, and " if want.coupled else ""
-                kind = "mistaken" if want.coupled and _another_axis(testing.call(model, inputs), n, problem) else "wrong"
+                elsewhere = want.coupled and _another_axis(testing.call(model, inputs), n, problem)
+                kind = "mistaken" if elsewhere else "wrong"
                 return kind, f"{coupled}{wrong} (N = {n}, T = {t}, {problem.sizes}, asked for {fields})"
             told &= not want.coupled
     if refused:

@@ -192,12 +192,14 @@ def test_nearly_equal_gradients_of_a_convolution() -> None:
     ).max() < 1e-2
 
 
+@pytest.mark.parametrize("constant", [3, 20])
 @pytest.mark.parametrize("noise", [1e-3, 1e-5])
-def test_factors_that_vary_while_their_product_does_not(noise: float) -> None:
-    """a = ±1 and g = ±1 of the same sign: each factor varies as it can, and the gradient hardly does."""
+def test_factors_that_vary_while_their_product_does_not(noise: float, constant: int) -> None:
+    """a = ±1 and g = ±1 of the same sign, for some inputs or all: a factor varies as it can, the gradient hardly does."""
     n = 64
     sign = torch.randint(2, (n, 1)) * 2.0 - 1
-    x = sign * (1 + noise * torch.randn(n, 20))
+    x = torch.randn(n, 20)
+    x[:, :constant] = sign * (1 + noise * torch.randn(n, constant))
     v = sign * (1 + noise * torch.randn(n, 10))
     model = nn.Linear(20, 10, bias=False)
     variance(model, x, v)

@@ -6,15 +6,20 @@ that work with its library, by name. All are checked; the fastest correct one st
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 from dataclasses import dataclass
 
-from benchmarks.contenders.base import Contender, Maker, UnavailableError
+from benchmarks.contenders.base import Contender, Maker, UnavailableError, replacing
 from benchmarks.problems import Instance
 from benchmarks.quantities import Row
 
-__all__ = ["LIBRARIES", "Contender", "Library", "Maker", "UnavailableError", "plain"]
+__all__ = ["LIBRARIES", "REPLACED", "Contender", "Library", "Maker", "UnavailableError", "plain"]
+
+
+REPLACED = ", results replaced"
+"""What the name of a way ends with in which the last step's results stand until the next replaces them."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,16 @@ class Library:
             return getattr(importlib.import_module(self.package), "__version__", "unreleased")
 
     def variants(self, instance: Instance, row: Row) -> dict[str, Maker]:
-        """Return the ways of doing a row's work, empty where the row has no meaning here."""
+        """Return the ways of doing a row's work, empty where the row has no meaning here.
+
+        Where results are as large as N gradients, fresh memory costs more than the arithmetic: each way of filling it
+        stands there twice, with the last step's results dropped first, and left to be replaced.
+        """
         module = importlib.import_module(f"benchmarks.contenders.{self.module}")
-        return module.variants(instance, row)
+        ways: dict[str, Maker] = module.variants(instance, row)
+        if row.key == "batch_grad":
+            ways |= {name + REPLACED: functools.partial(replacing, make) for name, make in ways.items()}
+        return ways
 
 
 LIBRARIES: dict[str, Library] = {

@@ -37,6 +37,8 @@ class Contender:
 
     pooled = False
     """Whether Kronecker factors of convolutions are those of BackPACK."""
+    replaces = False
+    """Whether a step leaves the last one's results for the next to replace, as ``optimizer.zero_grad()`` does."""
 
     def __init__(self, model: nn.Module, instance: Instance) -> None:
         """Keep the model, which is this contender's own, and the batch.
@@ -63,10 +65,10 @@ class Contender:
         self.compute()
 
     def clear(self) -> None:
-        """Drop gradients and results, as before any training step."""
+        """Drop gradients and, unless they are to be replaced, results, as before any training step."""
         for p in self.parameters:
             p.grad = None
-            for name in CLEARED:
+            for name in () if self.replaces else CLEARED:
                 if name in p.__dict__:
                     delattr(p, name)
 
@@ -108,6 +110,13 @@ class Contender:
             with contextlib.suppress(ValueError):
                 found.append(self.labels(column))
         return [y for y in found if not y.equal(self.targets)]  # the gradient is such a column, too
+
+
+def replacing(make: Callable[[], Contender]) -> Contender:
+    """Make a contender whose results stand until the next step replaces them."""
+    contender = make()
+    contender.replaces = True
+    return contender
 
 
 Maker = Callable[[], Contender]

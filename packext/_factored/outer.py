@@ -226,18 +226,9 @@ class Outer(Factored):
         if self.s != 1 or self.n == 1:
             return None
         a, g = self.pair(0, self.n)
-        a, g = a[:, :, 0], g[..., 0]  # [N, G, I], [N, G, O]
-        step = max(1, _scratch.TILE // max(1, 4 * self.i))
-        blocks = []
-        doubts = 0
-        for k in range(self.groups):
-            for lo in range(0, self.o, step):
-                block, doubtful = _scatter_of_products(g[:, k, lo : lo + step], a[:, k])
-                doubts += doubtful
-                if doubts * 4 > self.numel:
-                    return None
-                blocks.append(block)
-        return torch.cat(blocks).reshape(self.shape)
+        found = [_scatter_of_products(g[:, k, :, 0], a[:, k, 0]) for k in range(self.groups)]
+        parts = [part for part in found if part is not None]
+        return torch.cat(parts).reshape(self.shape) if len(parts) == len(found) else None
 
     @property
     def tokens_are_few(self) -> bool:
@@ -359,22 +350,41 @@ class Outer(Factored):
         return source.numel() * source.element_size() + self.g.numel() * self.g.element_size()
 
 
-def _scatter_of_products(g: Tensor, a: Tensor) -> tuple[Tensor, int]:
-    """Squared deviations `[O, I]` of g_n a_nᵀ from their mean, for g `[N, O]`, a `[N, I]`; how many were in doubt."""
-    n = len(g)
-    mean_a, mean_g = a.mean(0), g.mean(0)
-    c, b = a - mean_a, g - mean_g
-    spread = torch.addcmul(g.square().T @ c.square(), (b * g).T @ c, mean_a, value=2.0)
-    spread = torch.addr(spread, b.square().sum(0), mean_a.square())
-    shift = g.T @ c
-    result = torch.addcmul(spread, shift, shift, value=-1.0 / n)
-    where = (torch.add(result, spread, alpha=-1e-3) < 0).nonzero()
+def _scatter_of_products(g: Tensor, a: Tensor) -> Tensor | None:
+    """Squared deviations `[O, I]` of g_n a_nᵀ from their mean, for g `[N, O]`, a `[N, I]`; None: too many in doubt."""
+    n, o, i = len(g), g.shape[1], a.shape[1]
+    mean = a.mean(0)
+    c, b = a - mean, g - g.mean(0)
+    # sum d² is one product of what is made of g with what is made of a
+    left = torch.cat([g.square(), 2 * b * g, b.square().sum(0, keepdim=True)])
+    right = torch.cat([c.square(), c * mean, mean.square()[None]])
+    recorded = torch.is_grad_enabled()
+    result = left.T @ right if recorded else left.new_empty(o, i)
+    step = o if recorded else max(1, _scratch.TILE // max(1, 4 * i))
+    doubts = []
+    for lo in range(0, o, step):
+        hi = min(o, lo + step)
+        if recorded:
+            spread, shift = result, g.T @ c
+            result = torch.addcmul(spread, shift, shift, value=-1.0 / n)
+            margin = torch.add(result, spread, alpha=-1e-3)
+        else:
+            spread, shift = (scratch(name, (hi - lo, i), a.dtype, a.device) for name in ("spread", "shift"))
+            torch.mm(left[:, lo:hi].T, right, out=spread)
+            torch.mm(g[:, lo:hi].T, c, out=shift)
+            part = torch.addcmul(spread, shift, shift, value=-1.0 / n, out=result[lo:hi])
+            margin = torch.add(part, spread, alpha=-1e-3, out=shift)
+        doubts.append((margin < 0).flatten().nonzero()[:, 0] + lo * i)
+    where = torch.cat(doubts)
+    if len(where) * 4 > o * i:
+        return None
     if len(where):
-        at_g, at_a = where.unbind(1)
+        of_g, of_a = g.T.contiguous(), a.T.contiguous()
         parts = []
         step = max(1, _scratch.TILE // max(1, 4 * n))
-        for lo in range(0, len(where), step):
-            rows = g[:, at_g[lo : lo + step]] * a[:, at_a[lo : lo + step]]
-            parts.append((rows - rows.mean(0)).square().sum(0))
-        result = result.index_put((at_g, at_a), torch.cat(parts))
-    return result.clamp(min=0), len(where)
+        for some in where.split(step):
+            rows = of_g[some // i] * of_a[some % i]
+            parts.append((rows - rows.mean(1, keepdim=True)).square().sum(1))
+        flat = result.flatten()
+        result = (flat.index_put if recorded else flat.index_put_)((where,), torch.cat(parts)).view(o, i)
+    return result

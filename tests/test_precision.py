@@ -195,7 +195,7 @@ def test_nearly_equal_gradients_of_a_convolution() -> None:
 @pytest.mark.parametrize("constant", [3, 20])
 @pytest.mark.parametrize("noise", [1e-3, 1e-5])
 def test_factors_that_vary_while_their_product_does_not(noise: float, constant: int) -> None:
-    """a = ±1 and g = ±1 of the same sign, for some inputs or all: a factor varies as it can, the gradient hardly does."""
+    """a = ±1 and g = ±1 of the same sign, for some inputs or all: factors vary as they can, gradients do not."""
     n = 64
     sign = torch.randint(2, (n, 1)) * 2.0 - 1
     x = torch.randn(n, 20)

@@ -47,7 +47,9 @@ class Owned(torch.autograd.Function):
         ctx.use = use
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return use.rule.call(use, dict(zip(use.names, tensors, strict=True)))
+        y = use.rule.call(use, dict(zip(use.names, tensors, strict=True)))
+        # What torch calls a view (a product of matrices seen with more axes) could not be changed in place afterwards.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

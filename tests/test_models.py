@@ -388,3 +388,55 @@ def test_values_that_unseen_functions_have_made() -> None:
         return loss_fn(model(x), y)
 
     assert_exact(model, loss, rows, N)
+
+
+class Changed(nn.Module):
+    """What a layer gives, changed in place, and a sum of it for each sample."""
+
+    def __init__(self, layer: nn.Module, change: Any) -> None:
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        self.change(y)
+        return y.flatten(1).cumsum(1)[:, -3:]
+
+
+CHANGES = {
+    "/=": lambda y: y.__itruediv__(2.0),
+    "+=": lambda y: y.__iadd__(y.detach().sin()),
+    "relu_": lambda y: F.relu_(y),
+    "an entry": lambda y: y[..., 0].zero_(),
+    "[...]": lambda y: y.__setitem__((..., slice(2)), 0.5),
+    "masked_fill_": lambda y: y.masked_fill_(y.detach() > 0.5, 0.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (lambda: nn.Linear(5, 4), (N, 5)),
+        (lambda: nn.Linear(5, 4), (N, 3, 5)),
+        (lambda: nn.Linear(5, 4, bias=False), (N, 2, 3, 5)),
+        (lambda: nn.Conv1d(3, 4, 3, padding=1), (N, 3, 5)),
+        (lambda: nn.ConvTranspose2d(3, 4, 2), (N, 3, 2, 3)),
+        (lambda: nn.LayerNorm(5), (N, 3, 5)),
+        (lambda: nn.GroupNorm(2, 4), (N, 4, 5)),
+        (lambda: nn.PReLU(), (N, 3, 5)),
+        (lambda: nn.LSTM(5, 4, batch_first=True), (N, 3, 5)),
+        (lambda: nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True), (N, 3, 4)),
+    ],
+)
+def test_what_layers_give_may_be_changed_in_place(layer: Any, shape: tuple[int, ...], change: str) -> None:
+    model, x = Changed(layer(), CHANGES[change]), torch.randn(shape)
+    y = torch.randint(3, (N,))
+    rows = rows_of(model, lambda: each(model(x), y))
+    px.extend(model)
+    with px.backpack(px.BatchGrad()):
+        px.extend(nn.CrossEntropyLoss())(model(x), y).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_batch, rows[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(p.grad, rows[name].sum(0), rtol=1e-9, atol=1e-12)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import packext as px
-from benchmarks import models, summary
+from benchmarks import models, summary, zoo
 from packext._quantity import Quantity
 from packext.diagnostics import Instrument
 from tests.cases import CASES
@@ -306,6 +306,22 @@ def test_the_table_of_models_is_up_to_date() -> None:
     assert list(results) == [case.name for case in CASES], "run python -m benchmarks.models"
     for page, text in models.pages(results).items():
         assert page.read_text() == text, f"{page.name}: run python -m benchmarks.models"
+
+
+def test_the_table_of_architectures_is_up_to_date() -> None:
+    results = json.loads(zoo.RESULTS.read_text())
+    for page, text in zoo.pages(results).items():
+        assert page.read_text() == text, f"{page.name}: run python -m benchmarks.zoo"
+
+
+def test_an_architecture_is_built_and_compared() -> None:
+    transformers = pytest.importorskip("transformers")
+    with double_precision():
+        found = zoo.examine("causal", transformers.LlamaForCausalLM, transformers.LlamaConfig)
+        assert found.outcome == "right" and found.curvature is not None, found
+        assert found.curvature["DiagGGNMC"] == "given"
+        broken = zoo.examine("causal", transformers.LlamaForCausalLM, type("Empty", (), {}))
+    assert broken.outcome == "not built"
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

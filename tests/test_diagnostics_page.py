@@ -66,6 +66,8 @@ def write(path: Path, steps: range, factor: float = 1.0, layers: tuple[str, ...]
         values |= {"GradHist1d": shares} | {f"GradHist1d/{name}": shares[::-1] for name in layers}
         values |= {"GradHist2d": np.outer(shares, shares), "GradHist2d.limit": 1.0, "GradHist2d.param_limit": 2.0}
         values |= {f"GradNorm/{name}": factor * (k + 1.0) for k, name in enumerate(layers)}
+        values |= {"SampleNorms": 0.5, "BatchSize": 24.0, "SampleNorms.largest": np.array([3.0, 1.5])}
+        values |= {"SampleNorms.hardest": np.array([40 + step, 7])}
         run.write(step, values, {"NoiseScale": "all noise"})
     return run
 
@@ -88,8 +90,10 @@ def traces(browser: Any, panel: str, plot: int = 0) -> list[dict[str, Any]]:
     """What plotly has drawn in a panel."""
     script = """
         const div = boxes.get(arguments[0])?.plots[arguments[1]];
-        return (div?.data || []).map(({ name, mode, x, y, z, type, fill, xaxis, showlegend }) =>
-            ({ name, mode, type, fill, xaxis, showlegend, x: Array.from(x || []), y: Array.from(y || []), z }));
+        return (div?.data || []).map(({ name, mode, x, y, z, type, fill, xaxis, showlegend, text, customdata }) => ({
+            name, mode, type, fill, xaxis, showlegend, text, customdata, z, x: Array.from(x || []),
+            y: Array.from(y || []),
+        }));
     """
     return browser.execute_script(script, panel, plot)
 
@@ -148,6 +152,18 @@ def test_it_follows_a_run(tmp_path: Path, browser: Any, serve: Any) -> None:
     write(tmp_path / "run", range(3))
     until(lambda: "3 steps looked at" in text(browser, "#runs"), "the new record")
     assert traces(browser, "Loss")[0]["x"] == [0, 1, 2]
+    no_errors(browser)
+
+
+def test_the_hardest_samples_are_named_with_their_shares(tmp_path: Path, browser: Any, serve: Any) -> None:
+    write(tmp_path / "run", range(20))
+    browser.get(serve(tmp_path / "run"))
+    panel = "Hardest samples"
+    until(lambda: traces(browser, panel), "the bars")
+    [bars] = traces(browser, panel)
+    assert bars["x"] == [3.0, 1.5] and bars["text"] == ["25 %", "13 %"] and bars["customdata"] == [59, 7]
+    slide(browser, panel, 3)
+    until(lambda: traces(browser, panel)[0]["customdata"] == [43, 7], "the step")
     no_errors(browser)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images
 from torch import Tensor, nn
 
 BATCH = 64
+SYMBOLS = "abcdefghijklmnopqrstuvwxyz "
 OPTIMIZERS = ("sgd", "momentum", "adam")
 
 
@@ -69,6 +73,20 @@ def patches() -> Data:
     return _split(x, y)
 
 
+@cache
+def texts() -> Data:
+    """24 characters each: Python's reference, the same backwards, or code; of 29 symbols, with a mean square of 1."""
+    prose = " ".join(" ".join(topics[k] for k in sorted(topics)).lower().split())
+    code = " ".join(Path(inspect.getfile(nn.Transformer)).read_text().lower().split())
+    g, length, pieces, kinds = torch.Generator().manual_seed(3), 24, [], []
+    for kind, text in enumerate((prose, prose[::-1], code)):
+        numbers = torch.tensor([SYMBOLS.find(c) if c in SYMBOLS else 27 + c.isdigit() for c in text])
+        starts = torch.randint(0, len(numbers) - length, (600,), generator=g)
+        pieces.append(numbers.unfold(0, length, 1)[starts])
+        kinds.append(torch.full((600,), kind))
+    return _split(nn.functional.one_hot(torch.cat(pieces), 29).mT * 29**0.5, torch.cat(kinds))
+
+
 def he(model: nn.Sequential) -> nn.Sequential:
     """Start all layers but the last one as He et al. (2015) do."""
     for m in list(model.children())[:-1]:
@@ -99,6 +117,14 @@ def strided() -> nn.Sequential:
     return he(nn.Sequential(
         nn.Conv2d(1, 12, 3, stride=2), nn.GELU(), nn.Conv2d(12, 16, 2), nn.GELU(), nn.Flatten(),
         nn.Linear(144, 32), nn.GELU(), nn.Linear(32, 1),
+    ))  # fmt: skip
+
+
+def reader() -> nn.Sequential:
+    """Two convolutions over the characters, whose largest outputs are classified."""
+    return he(nn.Sequential(
+        nn.Conv1d(29, 24, 5), nn.ReLU(), nn.Conv1d(24, 24, 3), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(),
+        nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3),
     ))  # fmt: skip
 
 
@@ -215,7 +241,11 @@ PROBLEMS = {
     ),
     "patches": Problem(
         strided, patches, MSE, "2", ("1", "3", "6"),
-        {"sgd": 0.01, "momentum": 0.01, "adam": 3e-3}, None, True, held_out=True,
+        {"sgd": 0.01, "momentum": 0.01, "adam": 3e-3}, None, True,
+    ),
+    "reader": Problem(
+        reader, texts, CE, "2", ("1", "3", "7"),
+        {"sgd": 0.1, "momentum": 0.01, "adam": 3e-3}, "6", True, held_out=True,
     ),
 }  # fmt: skip
 

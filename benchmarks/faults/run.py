@@ -15,6 +15,7 @@ import packext as px
 from benchmarks.faults.faults import FAULTS, Setup
 from benchmarks.faults.problems import PROBLEMS, optimizer
 from packext.diagnostics import (
+    RULES,
     BatchSize,
     Cockpit,
     GradNorm,
@@ -33,6 +34,7 @@ from packext.diagnostics import (
     UpdateSize,
     Verdict,
 )  # fmt: skip
+from packext.diagnostics._verdict import Judge
 
 WINDOW, HEALTHY_STEPS, VALID_EVERY = 100, 250, 5
 
@@ -83,20 +85,26 @@ class Listener:
         self.outcome.pages.append((step, dict(values)))
 
     def say(self, verdict: Verdict) -> None:
-        self.outcome.said.append(verdict)
+        raise AssertionError("no rule listens while a run is recorded")
 
 
-def train(case: Case, steps: int | None = None, keep: bool = False, watched: bool = True) -> Outcome:
-    """Train.
+def hear(outcome: Outcome) -> Outcome:
+    """Let the rules hear a run: they read what instruments said, in the order in which a monitor would tell them."""
+    judge = Judge(kind() for kind in RULES)
+    outcome.said = [verdict for step, values in outcome.pages for verdict in judge.hear(step, values)]
+    return outcome
+
+
+def train(case: Case, steps: int | None = None, watched: bool = True) -> Outcome:
+    """Train, and keep all that instruments say.
 
     Args:
         case: what.
         steps: how many; by default as many as the score wants.
-        keep: whether to keep all that instruments said.
         watched: whether there is a monitor.
 
     Returns:
-        The outcome.
+        The outcome, which no rule has heard yet.
     """
     problem = PROBLEMS[case.problem]
     torch.manual_seed(case.seed)
@@ -117,7 +125,7 @@ def train(case: Case, steps: int | None = None, keep: bool = False, watched: boo
     if watched:
         seen = [*instruments(), HessMaxEV()] if setup.sharpness else instruments()
         px.extend(model), px.extend(loss_fn)
-        monitor = Cockpit(model, opt, None, sinks=[Listener(outcome)], instruments=seen)
+        monitor = Cockpit(model, opt, None, sinks=[Listener(outcome)], instruments=seen, rules=[])
     g, order, data = setup.generator(), torch.empty(0, dtype=torch.long), setup.data
     for step in range(steps or (FAULTS[case.fault].onset + WINDOW if case.fault else HEALTHY_STEPS)):
         for change in setup.before:
@@ -140,6 +148,4 @@ def train(case: Case, steps: int | None = None, keep: bool = False, watched: boo
             outcome.valid.append(valid)
             if monitor:
                 monitor.log(valid_loss=valid)
-    if not keep:
-        outcome.pages = []
     return outcome

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from packext.diagnostics._verdict import Rule
@@ -36,6 +37,11 @@ class Recent:
     def mean(self) -> float:
         """Their mean."""
         return fmean(self.values)
+
+    @property
+    def error(self) -> float:
+        """Standard error of their mean, if they are independent; two are needed."""
+        return stdev(self.values) / math.sqrt(len(self.values))
 
     @property
     def median(self) -> float:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from statistics import fmean, median
 from typing import Any, ClassVar
+
+import numpy as np
 
 from packext.diagnostics._verdict import Finding
 from packext.diagnostics.rules._history import Recent, SinceStart
@@ -19,15 +22,16 @@ class LabelNoise(SinceStart):
     above that of its first, 30 looks ago or more, and above 1.2 times the mean loss of the first step. Said when over
     20 looks the suspects' losses come to 7.5 % of what all samples' losses were in the first step, while the median
     loss is under half of that. Losses are summed, not suspects counted, because of two classes or of numbers the
-    hardest of right samples are many, and little above the line. Needs to know which samples are which
-    (`monitor.step(samples=...)`), and three epochs. Named are the suspects, the largest loss first.
+    hardest of right samples are many, and little above the line. Chance brings that about now and then for a few looks:
+    it has to be so by two standard errors over the 20 looks, or again in 20 others. Needs to know which samples are
+    which (`monitor.step(samples=...)`), and three epochs. Named are the suspects, the largest loss first.
     """
 
     failure = "label noise"
     advice = "Look at the samples that are named and at their labels; train without them, or with a robust loss."
     reads = ("SampleLosses", "BatchSize", "Loss")
     hold, release = 1, 20
-    learned, above, share, since, window, memory = 0.5, 1.2, 0.075, 30, 20, 100_000
+    learned, above, share, errors, since, window, memory = 0.5, 1.2, 0.075, 2.0, 30, 20, 100_000
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -35,6 +39,7 @@ class LabelNoise(SinceStart):
         self._shares = Recent(self.window)
         self._visits: dict[int, tuple[int, float, float]] = {}  # look and loss of the first one, loss of the last one
         self._looks = 0
+        self._found: int | None = None
         self._suspects: dict[int, float] = {}
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
@@ -58,6 +63,11 @@ class LabelNoise(SinceStart):
             return None
         if not values["SampleLosses"] < self.learned * self.first:
             return None
+        if self._found is None:
+            self._found = self._looks
+        sure = self._shares.mean - self.errors * self._shares.error >= self.share
+        if not sure and self._looks - self._found < self.window:
+            return None
         worst = sorted(self._suspects, key=lambda sample: -self._suspects[sample])
         return Finding(
             f"{len(worst)} samples have losses above {limit:.3g} that have risen since their first visit, and come to "
@@ -68,7 +78,7 @@ class LabelNoise(SinceStart):
 
 
 class Overfitting(SinceStart):
-    """The logged `valid_loss` rises while the loss falls, or is left far behind by it.
+    """The logged `valid_loss` rises while the loss falls, or the samples that are trained on are known by heart.
 
     Rises: each of its last five values lies above the lowest mean of five in a row, by a tenth of that mean and by a
     tenth of what had been learned until then (the loss of the first step less that mean); and the loss, averaged over
@@ -76,27 +86,30 @@ class Overfitting(SinceStart):
     rise takes away: where 0.7 came down to 0.10, one to 0.12 is a fifth of the lowest value, and 3 % of what the model
     knows. (Early stopping asks for the ratio to the lowest value; Prechelt 1998.)
 
-    Left behind: the loss is less than half of that of the first step and of `valid_loss`, and the gap is a fifth of the
-    loss of the first step, so that a fifth of what there was to learn is not carried over. Until it is said, the gap
-    must also have grown by a tenth of itself within five values, unless it is two fifths: every fitted model has a gap,
-    and one that has come to rest does no more harm. By the medians of five: one value may jump in the middle of a run
-    that goes well, and while a run diverges, that which is taken later is the larger.
+    By heart: over the last five values not one in a hundred of the samples that were trained on had a loss above
+    `valid_loss`, while of samples that are fitted and not memorised some always have, since losses have a long tail;
+    the loss is under half of that of the first step; and `valid_loss` lies above it by a tenth of that. A gap alone
+    says little: every fitted model has one, and a small validation set that is harder by chance has one from the start.
+    Needs `SampleLosses`. By the medians of five: one value may jump in the middle of a run that goes well.
 
-    Both have to be five standard errors: three are no chance, and the lowest of fifty means of noise lies two under
-    theirs. The noise of a value is estimated by how far it lies off the line through its two neighbours, over the last
-    ten. A continued run has no loss of the first step, so that only the rise over the lowest value counts.
+    Rise and gap have to be five standard errors: three are no chance, and the lowest of fifty means of noise lies two
+    under theirs. The noise of a value is estimated by how far it lies off the line through its two neighbours, over the
+    last ten. A continued run has no loss of the first step, so that only the rise over the lowest value counts.
     """
 
     failure = "overfitting"
     advice = "Stop at the lowest valid_loss; more data, augmentation, weight decay or dropout."
-    reads = ("valid_loss", "Loss")
+    reads = ("valid_loss", "Loss", "SampleLosses", "BatchSize")
     hold, release = 1, 1
-    risen, fallen, fitted, gap, grown, errors, values = 0.1, 0.9, 0.5, 0.2, 0.1, 5.0, 5
+    risen, fallen, fitted, gap, above, errors, values = 0.1, 0.9, 0.5, 0.1, 0.01, 5.0, 5
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
         self._valid, self._train, self._between = Recent(2 * self.values), Recent(2 * self.values), Recent(1000)
+        # Batch sizes and their largest losses, since the last value, and between the ones before.
+        self._hardest: deque[tuple[float, np.ndarray]] = deque(maxlen=1000)
+        self._earlier: deque[list[tuple[float, np.ndarray]]] = deque(maxlen=self.values)
         self._best: tuple[float, float, int] | None = None
         self._logged = -1
         self._finding: Finding | None = None
@@ -106,18 +119,22 @@ class Overfitting(SinceStart):
         if loss is not None and valid is None:
             self.begin(step, loss)
             self._between.add(loss)
+            if "BatchSize" in values and "SampleLosses.largest" in values:
+                self._hardest.append((values["BatchSize"], values["SampleLosses.largest"]))
         if loss is None or valid is None or step == self._logged:
             return self._finding
         self._valid.add(valid)
         self._train.add(self._between.mean if self._between.values else loss)
+        self._earlier.append([*self._hardest])
         self._between.values.clear()
+        self._hardest.clear()
         self._logged = step
         if len(self._valid.values) < self.values or not all(
             map(math.isfinite, (*self._valid.values, *self._train.values))
         ):
             self._finding = None
         else:
-            self._finding = self._rises(step) or self._behind()
+            self._finding = self._rises(step) or self._by_heart()
         return self._finding
 
     def _rises(self, step: int) -> Finding | None:
@@ -136,20 +153,22 @@ class Overfitting(SinceStart):
             f"{noise:.2g}, and the loss fell from {then:.3g} to {train:.3g}."
         )
 
-    def _behind(self) -> Finding | None:
-        pairs = [*zip(self._valid.values, self._train.values, strict=True)]
-        (valid, train), (before, earlier) = (
-            map(median, zip(*part, strict=True)) for part in (pairs[-self.values :], pairs[: self.values])
-        )
-        if self.first is None or not train < self.fitted * min(self.first, valid):
+    def _by_heart(self) -> Finding | None:
+        valid, train = (median([*recent.values][-self.values :]) for recent in (self._valid, self._train))
+        if self.first is None or not train < self.fitted * self.first:
             return None
-        gap, noise = valid - train, math.hypot(_error(self._valid, self.values), _error(self._train, self.values))
-        settled = self._finding is None and gap - (before - earlier) < self.grown * gap
-        if not gap > max((2 if settled else 1) * self.gap * self.first, self.errors * noise):
+        noise = math.hypot(_error(self._valid, self.values), _error(self._train, self.values))
+        if not valid - train > max(self.gap * self.first, self.errors * noise):
+            return None
+        looks = [look for between in self._earlier for look in between]
+        # If all of those that are kept lie above, nobody knows how many do.
+        above = sum(n if all(largest > valid) else (largest > valid).sum() for n, largest in looks)
+        seen = sum(n for n, _ in looks)
+        if seen * self.above < 1 or above >= self.above * seen:
             return None
         return Finding(
-            f"valid_loss is {valid:.3g} where the loss is {train:.3g}, with a standard error of {noise:.2g}; it was "
-            f"{self.first:.3g} at first."
+            f"valid_loss is {valid:.3g}, which {above:.0f} of the last {seen:.0f} losses of samples that were trained "
+            f"on are above; their mean is {train:.3g}, and was {self.first:.3g} at first."
         )
 
 

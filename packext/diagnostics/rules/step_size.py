@@ -12,6 +12,9 @@ from packext.diagnostics.rules._history import Recent, SinceStart
 class LearningRateTooHigh(SinceStart):
     """The loss is a fifth above where it began and steps are long, or it does not fall and they are very long.
 
+    Of the loss the median of five looks counts, in three looks in a row, since a single batch's may be high by chance.
+    None is ten times where it began by chance, or no number: after a very long step that is said at once.
+
     Long is a step of more than 2 % of the norm of the parameters, and very long one of 10 %; 0.1 % is usual, and the
     first steps at the highest rates that train seldom pass 5 %. Either alone is no evidence: long steps may train, and
     a loss may rise for reasons that no learning rate mends. A diverging run often ends on a plateau without gradients,
@@ -21,14 +24,14 @@ class LearningRateTooHigh(SinceStart):
     failure = "learning rate too high"
     advice = "Divide the learning rate by 10, or clip the gradient; warm it up if only the first steps fail."
     reads = ("Loss", "UpdateSize", "ParamNorm")
-    hold, release = 3, 10
-    long, above, stuck, patience = 0.02, 1.2, 0.85, 10
+    hold, release = 1, 10
+    long, above, stuck, patience, looks, broken = 0.02, 1.2, 0.85, 10, 3, 10.0
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
         self._loss, self._length = Recent(5), Recent(10)
-        self._steps = 0
+        self._steps = self._row = 0
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, update, norm = (values.get(name) for name in self.reads)
@@ -36,19 +39,22 @@ class LearningRateTooHigh(SinceStart):
             return None
         self._steps += 1
         self._loss.add(loss)
+        length = max(self._length.values, default=0.0)  # of the steps that led to this loss
+        burst = not loss <= self.broken * self.first and length > 5 * self.long
         if update is not None and norm:
             self._length.add(update / norm)
-        if not self._length.values or not self._loss.full:
-            return None
-        now, length = self._loss.median, max(self._length.values)
+            length = max(length, update / norm)
+        now = loss if burst else self._loss.median
         high = now > self.above * self.first
         stays = self._steps > self.patience and now > self.stuck * self.first and length > 5 * self.long
-        if length > self.long and (high or stays):
-            return Finding(
-                f"The loss is {now:.3g}, {now / self.first:.3g} times that of the first step, and a step is up to "
-                f"{length:.2g} times as long as the parameters."
-            )
-        return None
+        found = self._loss.full and length > self.long and (high or stays)
+        self._row = self._row + 1 if found else 0
+        if not burst and self._row < self.looks:
+            return None
+        return Finding(
+            f"The loss is {now:.3g}, {now / self.first:.3g} times that of the first step, and a step is up to "
+            f"{length:.2g} times as long as the parameters."
+        )
 
 
 class LearningRateTooLow(SinceStart):

@@ -18,7 +18,8 @@ from packext.diagnostics.view.panels import HEATS, HIDDEN, PANELS, panels_of
 LINE, MAP, STOPS, REASONS = 1000, 250, 400, 40
 #: Edges of the distribution of alpha; what lies beyond is in the outermost bins.
 ALPHA = np.linspace(-2, 2, 41)
-HISTOGRAMS = {name: panel.kind for panel in PANELS if panel.kind in ("bars", "image") for name in panel.names}
+#: What has a slider over the steps, by name in the record: the kind of its panel.
+HISTOGRAMS = {name: p.kind for p in PANELS if p.kind in ("bars", "image", "samples") for name in p.names}
 
 
 class Content:
@@ -158,24 +159,38 @@ class Content:
         return found
 
     def histogram(self, name: str, step: int) -> dict[str, Any] | None:
-        """The histogram of one step.
+        """The histogram of one step, or its hardest samples.
 
         Args:
-            name: in the record, such as "GradHist1d/0.weight".
+            name: in the record, such as "GradHist1d/0.weight" or "SampleNorms.largest".
             step: its number.
 
         Returns:
-            Shares `[bins]` or `[param_bins, bins]` and the limits of the axes; None if there is none.
+            Shares `[bins]` or `[param_bins, bins]` and the limits of the axes; of samples their norms, their shares in
+            the sum of all norms (None where the size of the batch is not recorded) and their indices, each `[count]`.
+            None if there is none.
         """
         kind = name.split("/")[0]
         if name not in self.run.array_names or step not in (arrays := self.run.arrays(name)):
             return None
+        if HISTOGRAMS.get(kind) == "samples":
+            return self._samples(step, arrays[step])
         found: dict[str, Any] = {"step": step, "shares": _short(arrays[step])}
         for limit in ("limit", "param_limit"):
-            steps, numbers = self.run.numbers(f"{kind}.{limit}")
-            if step in steps:
-                found[limit] = float(numbers[np.flatnonzero(steps == step)[-1]])
+            number = self._number(f"{kind}.{limit}", step)
+            if number is not None:
+                found[limit] = number
         return found
+
+    def _samples(self, step: int, norms: np.ndarray) -> dict[str, Any]:
+        mean, n = (self._number(name, step) for name in ("SampleNorms", "BatchSize"))
+        shares = _short(norms / (mean * n)) if n and mean and math.isfinite(mean) else None
+        samples = self.run.arrays("SampleNorms.hardest")[step]
+        return {"step": step, "norms": _short(norms), "shares": shares, "samples": [int(k) for k in samples]}
+
+    def _number(self, name: str, step: int) -> float | None:
+        steps, numbers = self.run.numbers(name)
+        return float(numbers[np.flatnonzero(steps == step)[-1]]) if step in steps else None
 
     @property
     def progress(self) -> float:

@@ -205,6 +205,19 @@ function drawImage(box, panel, found) {
   });
 }
 
+function drawSamples(box, panel, found) {
+  found.forEach(({ run, histogram }, k) => {
+    const { norms, shares, samples, step } = histogram, percent = norms.map((_, l) => (shares && shares[l] !== null ? `${(100 * shares[l]).toPrecision(2)} %` : ""));
+    const trace = {
+      type: "bar", orientation: "h", x: norms, y: norms.map((_, l) => l), text: percent, textposition: "auto", cliponaxis: false,
+      customdata: samples, marker: { color: colourOf(run, 0) }, hovertemplate: `sample %{customdata}: %{x:.3~g}<extra>step ${step}</extra>`,
+    };
+    const title = found.length > 1 ? { title: { text: `${short(run.name, 24)}, step ${step}`, font: { size: 11 }, y: 0.97 } } : {};
+    const rows = { range: [norms.length - 0.5, -0.5], tickvals: norms.map((_, l) => l), ticktext: samples.map((l) => `sample ${l}`), showgrid: false, zeroline: false, tickfont: { size: 10 } };
+    draw(box.plots[k], [trace], { ...title, margin: { l: 84, r: 12, t: found.length > 1 ? 24 : 8, b: 34 }, xaxis: axis(panel.axis, { nticks: 6 }), yaxis: axis("", rows) });
+  });
+}
+
 function drawMap(box, heat, name) {
   const found = here().filter((run) => run.maps[name]);
   const tables = found.map((run) => run.maps[name].layers.map((_, layer) => run.maps[name].rows.map((row) => logarithm(row[layer]))));
@@ -254,7 +267,7 @@ function slider(box, panel, name) {
     own.shown = JSON.stringify([part, columns, found.map(({ histogram }) => histogram.step), here().length]);
     box.plots[1].hidden = panel.kind === "bars" || found.length < 2;
     if (!found.length) Plotly.purge(box.plots[0]);
-    else (panel.kind === "bars" ? drawBars : drawImage)(box, panel, found);
+    else ({ bars: drawBars, image: drawImage, samples: drawSamples })[panel.kind](box, panel, found);
   };
   input.addEventListener("input", own.show);
   layer.addEventListener("change", own.show);
@@ -307,7 +320,7 @@ function columnOf(name) {
   }
   return found;
 }
-const DRAWERS = { lines: drawLines, alpha: drawAlpha, bars: drawHistogram, image: drawHistogram };
+const DRAWERS = { lines: drawLines, alpha: drawAlpha, bars: drawHistogram, image: drawHistogram, samples: drawHistogram };
 function drawPanels() {
   const panels = new Map(here().flatMap((run) => run.panels).map((panel) => [panel.title, panel]));
   const heats = Object.assign({}, ...here().map((run) => run.heats)), maps = document.getElementById("maps");

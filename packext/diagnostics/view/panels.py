@@ -17,7 +17,7 @@ class Panel:
         title: of the panel.
         column: one of `COLUMNS`.
         kind: "lines" over the steps; "alpha", a distribution on a parabola; "bars" and "image", histograms of one step
-            over one and two axes.
+            over one and two axes; "samples", a bar for each of some samples of one step.
         names: of what it shows in the record, with their labels.
         axis: what the vertical axis shows (of histograms: the horizontal one), with its unit.
         log: whether that axis is logarithmic, where all values are positive.
@@ -73,6 +73,11 @@ PANELS = (
     Panel(
         "Gradient entries and parameters", "Gradients", {"GradHist2d": "share of entries"},
         "entry of a sample's gradient", "image", says="Share of entries by their gradient and their parameter's value.",
+    ),
+    Panel(
+        "Hardest samples", "Gradients", {"SampleNorms.largest": "norm"}, "norm of a sample's gradient", "samples",
+        says="The largest in one step, and their shares in the sum of all norms; by index in the data set, or in the "
+        "batch where the step was given none.",
     ),
     Panel("Mean GSNR", "Gradients", {"MeanGSNR": "mean over entries"}, "signal / noise", log=False),
     Panel(

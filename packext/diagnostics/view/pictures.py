@@ -158,6 +158,22 @@ def _image(axes: Axes, panel: dict[str, Any], content: Content, message: dict[st
     axes.set_ylabel("parameter", fontsize=8)
 
 
+def _samples(axes: Axes, panel: dict[str, Any], content: Content, message: dict[str, Any]) -> None:
+    found = _last(panel, content, message)
+    if found is None:
+        return
+    norms = _numbers(found["norms"])
+    axes.barh(range(len(norms)), norms, color=COLOURS[0])
+    for k, share in enumerate(found["shares"] or ()):
+        if share is not None:
+            axes.annotate(f" {100 * share:.2g} %", (norms[k], k), fontsize=7, va="center")
+    axes.margins(x=0.15)
+    axes.set_yticks(range(len(norms)), [f"sample {k}" for k in found["samples"]], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{panel['axis']}, step {found['step']}", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+
+
 def _coloured(axes: Axes, table: np.ndarray, extent: tuple[float, ...], origin: Any, label: str) -> None:
     """A table in logarithmic colour; what is absent or not positive is grey."""
     shown = np.where(np.isfinite(table) & (table > 0), table, np.nan)
@@ -186,5 +202,5 @@ def _map(axes: Axes, heat: dict[str, Any], table: dict[str, Any]) -> None:
 
 
 DRAWERS: dict[str, Callable[[Axes, dict[str, Any], Content, dict[str, Any]], None]] = {
-    "lines": _lines, "alpha": _alpha, "bars": _bars, "image": _image,
+    "lines": _lines, "alpha": _alpha, "bars": _bars, "image": _image, "samples": _samples,
 }  # fmt: skip

@@ -256,7 +256,7 @@ def poisson(say: Callable[[str], None]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, steps, rates_tried in (
         ("Adam", 3000, [1e-3, 3e-3, 1e-2, 3e-2, 0.1]),
-        ("ENGD-W", 100, [1e-10, 1e-8, 1e-6, 1e-4, 1e-2]),
+        ("ENGD-W", 100, [0.0, 1e-10, 1e-8, 1e-6, 1e-4]),
         ("SPRING", 300, [1e-10, 1e-8, 1e-6, 1e-4, 1e-2]),
     ):
         tried = []

@@ -384,6 +384,25 @@ def test_either_side_of_the_system_gives_the_direction(n: int, squared: bool) ->
         torch.testing.assert_close(change, 0.3 * memory, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("n", [6, 40])
+@pytest.mark.parametrize("damping", [0.0, 1e-17])
+def test_without_damping_the_direction_is_that_of_the_pseudo_inverse(n: int, damping: float) -> None:
+    """Of a GGN of rank 12, and of one that a softmax leaves singular; a damping below rounding is none."""
+    model, (x, y) = network(), data(n)
+    optimizer = optim.ENGDW(model.parameters(), lr=1.0, damping=damping)
+    before = theta(model)
+    j = torch.cat(list(oracles.jacobians(before, x).values()), 2)
+    ggn = torch.einsum("nci,ncd,ndj->ij", j, oracles.hessians(before, x), j) / n
+    passed(model, optimizer, (x, y))
+    g = torch.cat([p.grad.flatten() for p in model.parameters()])
+    optimizer.step()
+    change = torch.cat([(before[k] - p.detach()).flatten() for k, p in model.named_parameters()])
+    values, vectors = torch.linalg.eigh(ggn)
+    kept = values > 1e-11
+    assert kept.sum() < 43 and values[~kept].abs().max() < 1e-15
+    torch.testing.assert_close(change, vectors[:, kept] @ (vectors[:, kept].T @ g / values[kept]), rtol=1e-5, atol=1e-6)
+
+
 def test_the_line_search_takes_the_best_of_the_grid_or_none() -> None:
     model, (x, y) = network(), data()
     optimizer = optim.ENGDW(model.parameters(), lr=4.0, damping=1e-3)

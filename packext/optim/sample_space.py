@@ -194,6 +194,9 @@ def _solved(matrix: Tensor, right: Tensor, damping: float, terms: int) -> Tensor
         right: a vector.
         damping: added to the matrix.
         terms: how many, at least as many as the matrix has rows.
+
+    Returns:
+        The vector.
     """
     # Eigenvalues are wrong by about so much times the largest, which the trace bounds.
     rounding = terms * torch.finfo(matrix.dtype).eps

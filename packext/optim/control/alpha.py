@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import packext as px
@@ -46,8 +47,8 @@ class Alpha(Controller):
     An update that has diverged is taken back: where the losses after it are all NaN or infinite, or their mean is above
     that before by more than three standard deviations of the difference of both batches' means. Parameters and the
     optimizer's state are then put back to where they were before it, gradients become None (a step of the optimizer
-    that is still to come does nothing), all rates are multiplied by z*, at least 0.1 and at most 0.5, and the average
-    starts anew at 0. `rejected` counts; the next pass is from where the update began, with another batch.
+    that is still to come does nothing), all rates are multiplied by z*, at least 0.1 and at most 0.5 (0.1 if there is no
+    minimum ahead), and the average starts anew at 0. `rejected` counts; the next pass is from where the update began, with another batch.
 
     On a quadratic the rate goes to one over the curvature. It is greedy: it seeks the best single step, which for many
     steps in a narrow valley is too short. Where noise is much larger than the gradient, alpha is near 0 for small
@@ -56,11 +57,11 @@ class Alpha(Controller):
     - Formula: `lr <- lr exp(-kappa average)`, `average <- decay average + (1 - decay) alpha`; after a divergence
       `lr <- lr min(max(z*, 0.1), 0.5)`
     - Cost: `GradDot` with the last update and the sum of the gradients, in the pass that runs anyway; holds three
-      tensors of each parameter's size, and a copy of the optimizer's state
+      tensors of each parameter's size, and copies of the optimizer's state
     - Source: Schneider, Dangel & Hennig 2021, section 3.1, for alpha; the controller is ours, with the bounds of a
       backtracking line search (Dennis & Schnabel 1996, section 6.3.2) for the cut
-    - Refused: several passes for a step; a backward pass that did not go through `loss`; a batch of one; parameters
-      that were frozen or added since the last step
+    - Refused: several processes; several passes for a step; a backward pass that did not go through `loss`; a batch of
+      one; parameters that were frozen or added since the last step
 
     Attributes:
         alpha: of the last step that was completed; None before that.
@@ -78,11 +79,19 @@ class Alpha(Controller):
             kappa: how fast.
             decay: weight that the moving average of alpha keeps of the past, per step.
 
+        Raises:
+            PackextError: in one of several processes.
+
         A ValueError refuses numbers out of their range.
         """
         super().__init__()
         positive(self, kappa=kappa)
         fraction(self, decay=decay)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise px.PackextError(
+                f"Alpha is for one process, and this is one of {dist.get_world_size()}: each would choose rates and take "
+                "updates back by itself."
+            )
         self.optimizer, self.kappa, self.decay = optimizer, kappa, decay
         self.alpha: float | None = None
         self.average = 0.0

@@ -47,8 +47,9 @@ class Alpha(Controller):
     An update that has diverged is taken back: where the losses after it are all NaN or infinite, or their mean is above
     that before by more than three standard deviations of the difference of both batches' means. Parameters and the
     optimizer's state are then put back to where they were before it, gradients become None (a step of the optimizer
-    that is still to come does nothing), all rates are multiplied by z*, at least 0.1 and at most 0.5 (0.1 if there is no
-    minimum ahead), and the average starts anew at 0. `rejected` counts; the next pass is from where the update began, with another batch.
+    that is still to come does nothing), all rates are multiplied by z*, at least 0.1 and at most 0.5 (0.1 if there is
+    no minimum ahead), and the average starts anew at 0. `rejected` counts; the next pass is from where the update
+    began, with another batch.
 
     On a quadratic the rate goes to one over the curvature. It is greedy: it seeks the best single step, which for many
     steps in a narrow valley is too short. Where noise is much larger than the gradient, alpha is near 0 for small
@@ -89,8 +90,8 @@ class Alpha(Controller):
         fraction(self, decay=decay)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise px.PackextError(
-                f"Alpha is for one process, and this is one of {dist.get_world_size()}: each would choose rates and take "
-                "updates back by itself."
+                f"Alpha is for one process, and this is one of {dist.get_world_size()}: each would choose rates, and "
+                "take updates back, by itself."
             )
         self.optimizer, self.kappa, self.decay = optimizer, kappa, decay
         self.alpha: float | None = None

@@ -254,15 +254,16 @@ def noisy(kind: str, n: int, flipped: float, seed: int) -> tuple[Tensor, Tensor,
     return x[:n], y[:n], x[n:], y[n:]
 
 
-def stopped(kind: str, n: int, flipped: float, size: int | None, seed: int) -> dict[str, float]:
+def stopped(kind: str, n: int, flipped: float, size: int | None, rounds: bool, seed: int) -> dict[str, float]:
     """Gradient descent on logistic regression, rate 0.1; all data or batches of `size`, patience 5."""
     x, y, test_x, test_y = noisy(kind, n, flipped, seed)
     torch.manual_seed(seed)
     model, loss_fn = px.extend(nn.Linear(x.shape[1], int(y.max()) + 1)), px.extend(nn.CrossEntropyLoss())
-    optimizer, stopping = torch.optim.SGD(model.parameters(), 0.1), optim.EvidenceStopping(5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    stopping = optim.EvidenceStopping(5, n if rounds else None)
     draw, stop, tests = torch.Generator().manual_seed(seed), None, {}
-    for step in range(STEPS):
-        index = slice(None) if size is None else torch.randint(n, (size,), generator=draw)
+    orders = (torch.randperm(n, generator=draw).split(size or n) for _ in itertools.count())
+    for step, index in enumerate(itertools.islice(itertools.chain.from_iterable(orders), STEPS)):
         optimizer.zero_grad()
         if stop is None:
             with optim.emit(stopping):
@@ -281,13 +282,14 @@ def stopped(kind: str, n: int, flipped: float, size: int | None, seed: int) -> d
 
 def stopping(say: Say) -> dict[str, Any]:
     rows = {}
-    for kind, n, flipped, size in (
-        ("breast cancer", 100, 0.05, None), ("digits", 200, 0.1, None), ("digits", 1000, 0.1, None),
-        ("digits", 1000, 0.1, 256), ("digits", 1000, 0.1, 32),
+    for kind, n, flipped, size, rounds in (
+        ("breast cancer", 100, 0.05, None, False), ("digits", 200, 0.1, None, False), ("digits", 200, 0.1, 20, True),
+        ("digits", 1000, 0.1, None, False), ("digits", 1000, 0.1, 250, True), ("digits", 1000, 0.1, 40, True),
+        ("digits", 1000, 0.1, 40, False),
     ):  # fmt: skip
-        passes = "all at once" if size is None else f"batches of {size}"
+        passes = "all at once" if size is None else f"batches of {size}, " + ("in rounds" if rounds else "each alone")
         name = f"{kind}, {n} samples, {flipped:.0%} wrong labels, {passes}"
-        rows[name] = [stopped(kind, n, flipped, size, seed) for seed in SEEDS]
+        rows[name] = [stopped(kind, n, flipped, size, rounds, seed) for seed in SEEDS]
         say(f"{name}: {[(r['stop'], r['best']) for r in rows[name]]}")
     return rows
 

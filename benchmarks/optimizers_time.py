@@ -1,4 +1,4 @@
-"""K-FAC against AdamW and SGD, in steps and in time: ``python -m benchmarks.optimizers_time [text] [cnn]``.
+"""K-FAC against AdamW and SGD, in steps and in time: ``python -m benchmarks.optimizers_time [text] [cnn] [between]``.
 
 Writes benchmarks/results/optimizers-time.json and its table in docs/optim.md. Every row has a grid of 12 pairs of
 hyperparameters (K-FAC's of 6 on text), tried with seed 0; the pair with the least loss on data for evaluation is run
@@ -34,13 +34,20 @@ PROBLEMS = {
     "text": Problem(characters, lambda: LanguageModel(32, 1), tokens, 16, 200),
     "cnn": Problem(split, cnn, classes, 64, 150),
 }
-SHORT = "KFAC, in AdamW's time"
+SHORT, SPARSE = "KFAC, in AdamW's time", "KFAC, every 10 and 100, plain between, in AdamW's time"
 TITLES = {"text": "characters, transformer", "cnn": "digits, CNN"}
 SEEDS, LOOKS = range(1, 4), 15
 
 
-def kfac(model: nn.Module, lr: float, damping: float) -> optim.KFAC:
-    """Linear maps and convolutions; AdamW trains tables and normalisations, and the map to the symbols."""
+def kfac(model: nn.Module, lr: float, damping: float, every: tuple[int, int] = (5, 25)) -> optim.KFAC:
+    """Linear maps and convolutions; AdamW trains tables and normalisations, and the map to the symbols.
+
+    Args:
+        model: the network.
+        lr: learning rate.
+        damping: damping.
+        every: steps between factors, and between inverses.
+    """
     parts: dict[bool, list[Any]] = {False: [], True: []}
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
@@ -48,7 +55,7 @@ def kfac(model: nn.Module, lr: float, damping: float) -> optim.KFAC:
     groups: list[dict[str, Any]] = [{"params": parts[False]}]
     if parts[True]:  # with what AdamW was found to do best with
         groups.append({"params": parts[True], "fallback": True, "lr": 0.03, "betas": (0.9, 0.99)})
-    return optim.KFAC(groups, lr, damping, factors_every=5, inverses_every=25, kl_clip=1e-2)
+    return optim.KFAC(groups, lr, damping, factors_every=every[0], inverses_every=every[1], kl_clip=1e-2)
 
 
 ON_TEXT = [0.03, 0.1, 0.3], [0.01, 0.1]
@@ -65,7 +72,8 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], list[float], list[float]]] = {
 }  # fmt: skip
 
 
-def stepper(p: Problem, model: nn.Module, optimizer: Any) -> Callable[[Tensor, Tensor], float]:
+def stepper(p: Problem, model: nn.Module, optimizer: Any, plain: bool = False) -> Callable[[Tensor, Tensor], float]:
+    """A step; if `plain`, those that need nothing of the backward pass run as if the model were not extended."""
     emitting = isinstance(optimizer, optim.Emitting)
     loss_fn: nn.Module = nn.CrossEntropyLoss()
     if emitting:
@@ -80,7 +88,7 @@ def stepper(p: Problem, model: nn.Module, optimizer: Any) -> Callable[[Tensor, T
     def step(x: Tensor, y: Tensor) -> float:
         optimizer.zero_grad()
         if emitting:
-            with optim.emit(optimizer):
+            with px.disable() if plain and not optimizer.quantities() else optim.emit(optimizer):
                 value = loss(x, y)
         else:
             value = loss(x, y)
@@ -90,13 +98,13 @@ def stepper(p: Problem, model: nn.Module, optimizer: Any) -> Callable[[Tensor, T
     return step
 
 
-def train(p: Problem, make: Callable[..., Any], pair: tuple[float, float], seed: int, steps: int) -> dict[str, Any]:
+def train(p: Problem, name: str, pair: tuple[float, float], seed: int, steps: int) -> dict[str, Any]:
     """One run, with rates that fall to zero by a cosine; loss on data for evaluation LOOKS times, and at the end."""
     torch.manual_seed(seed)
     model = p.model()
-    optimizer = make(model, *pair)
+    optimizer = kfac(model, *pair, (10, 100)) if name == SPARSE else OPTIMIZERS[name][0](model, *pair)
     first = [group["lr"] for group in optimizer.param_groups]
-    step = stepper(p, model, optimizer)
+    step = stepper(p, model, optimizer, name == SPARSE)
     x, y = p.data()[0]
     seen = []
     with warnings.catch_warnings():
@@ -119,12 +127,12 @@ def train(p: Problem, make: Callable[..., Any], pair: tuple[float, float], seed:
 
 
 def row(p: Problem, name: str, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
-    make, *usual = OPTIMIZERS[name]
+    _, *usual = OPTIMIZERS["KFAC" if name == SPARSE else name]
     begin = time.perf_counter()
-    pairs = list(itertools.product(*(ON_TEXT if name == "KFAC" and p is PROBLEMS["text"] else usual)))
-    grid = [train(p, make, pair, 0, steps)["loss"] for pair in pairs]
+    pairs = list(itertools.product(*(ON_TEXT if "KFAC" in name and p is PROBLEMS["text"] else usual)))
+    grid = [train(p, name, pair, 0, steps)["loss"] for pair in pairs]
     best = min(range(len(pairs)), key=lambda k: grid[k])
-    runs = [train(p, make, pairs[best], seed, steps) for seed in SEEDS]
+    runs = [train(p, name, pairs[best], seed, steps) for seed in SEEDS]
     last = [round(r["loss"], 4) for r in runs]
     say(f"{name}, {steps} steps: {pairs[best]} {last} {time.perf_counter() - begin:.0f} s")
     return {"pair": pairs[best], "grid": grid, "steps": steps, "runs": runs}
@@ -143,19 +151,66 @@ def ratios(p: Problem) -> dict[str, dict[str, float]]:
     return alternately(steps, "AdamW", 9, 25, warmup=3)
 
 
+#: Steps between factors and between inverses, and whether the others are plain steps.
+BETWEEN: dict[str, tuple[tuple[int, int], bool]] = {
+    "factors every 5, inverses every 25": ((5, 25), False),
+    "the same, plain between": ((5, 25), True),
+    "every 10 and 100, the defaults": ((10, 100), False),
+    "the same, plain between, the defaults": ((10, 100), True),
+    "one batch of factors at the start, plain after": ((10**6, 10**6), True),
+}
+
+
+#: From its start: with the inverses of the first three batches of factors, and the probe.
+WHOLE = "the first 100 steps of a run of these"
+
+
+def between(say: Callable[[str], None]) -> None:
+    """Time of a step of K-FAC as a multiple of AdamW's, by how often there are factors, and by what is between."""
+    found = json.loads(RESULTS.read_text())
+    for problem, p in PROBLEMS.items():
+        x, y = (t[: p.batch] for t in p.data()[0])
+        torch.manual_seed(0)
+        model = p.model()
+        made = {"AdamW": stepper(p, model, torch.optim.AdamW(model.parameters(), 1e-3))}
+        for name, (every, plain) in BETWEEN.items():
+            torch.manual_seed(0)
+            model = p.model()
+            made[name] = stepper(p, model, kfac(model, 1e-3, 0.1, every), plain)
+        # The first three batches of factors, each of which is inverted, are in blocks that do not count.
+        steps = {name: lambda step=step, x=x, y=y: step(x, y) for name, step in made.items()}
+        ratios = found.setdefault("between", {})[problem] = alternately(steps, "AdamW", 10, 10, warmup=4)
+
+        def whole(sparse: bool, p: Problem = p, x: Tensor = x, y: Tensor = y) -> None:
+            torch.manual_seed(0)
+            model = p.model()
+            made = kfac(model, 1e-3, 0.1, (10, 100)) if sparse else torch.optim.AdamW(model.parameters(), 1e-3)
+            step = stepper(p, model, made, plain=True)
+            for _ in range(100):
+                step(x, y)
+
+        runs = {"AdamW": lambda whole=whole: whole(False), WHOLE: lambda whole=whole: whole(True)}
+        ratios[WHOLE] = alternately(runs, "AdamW", 7, 1)[WHOLE]
+        say(f"{problem}: { ({k: round(v['median'], 2) for k, v in found['between'][problem].items()}) }")
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    fill(PAGE, {"between": between_table(found)})
+
+
 def measure(problem: str, say: Callable[[str], None]) -> None:
     p = PROBLEMS[problem]
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     rows = found.setdefault(problem, {})
     units = {name: rows[name]["step"] for name in rows if "step" in rows[name]}
+    if SPARSE not in rows:
+        units[SPARSE] = found["between"][problem][WHOLE]
     if "KFAC" not in units:
-        units = ratios(p)
+        units |= ratios(p)
         say(f"{problem}: { ({k: round(v['median'], 2) for k, v in units.items()}) }")
-    for name in [*OPTIMIZERS, SHORT]:
+    for name in [*OPTIMIZERS, SHORT, SPARSE]:
         kind = "KFAC" if name == SHORT else name
         if "runs" in rows.get(name, {}):
             continue
-        steps = round(p.steps / units["KFAC"]["median"]) if name == SHORT else p.steps
+        steps = p.steps if name in OPTIMIZERS else round(p.steps / units[kind]["median"])
         rows[name] = {**row(p, kind, steps, say), "step": units[kind]}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     fill(PAGE, {"time": table(found)})
@@ -173,7 +228,7 @@ def table(found: dict[str, Any]) -> str:
         "| task, optimizer | chosen pair | steps | time of a step | loss | accuracy | steps to target | time to it |",
         "|---" * 8 + "|",
     ]
-    for problem, rows in found.items():
+    for problem, rows in ((name, found[name]) for name in PROBLEMS if name in found):
         # The worst of the last losses of the three, of full length and where no run broke, so that each reaches it.
         last = [[run["seen"][-1][1] for run in rows[n]["runs"] if math.isfinite(run["loss"])] for n in OPTIMIZERS]
         target = max(map(max, last))
@@ -190,16 +245,25 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def between_table(found: dict[str, Any]) -> str:
+    lines = ["| K-FAC | digits, CNN | characters, transformer |", "|---|---|---|"]
+    for name in [*list(BETWEEN)[:4], WHOLE, *list(BETWEEN)[4:]]:
+        cells = [found["between"][problem][name] for problem in ("cnn", "text")]
+        texts = [f"{c['median']:.2f} ({c['low']:.2f} to {c['high']:.2f})" for c in cells]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"{', '.join(PROBLEMS)}; all by default")
+    parser.add_argument("parts", nargs="*", help=f"{', '.join(PROBLEMS)}, between; all by default")
     torch.set_num_threads(1)
 
     def say(text: str) -> None:
         print(text, flush=True)
 
-    for problem in parser.parse_args().parts or PROBLEMS:
-        measure(problem, say)
+    for part in parser.parse_args().parts or ["between", *PROBLEMS]:
+        between(say) if part == "between" else measure(part, say)
 
 
 if __name__ == "__main__":

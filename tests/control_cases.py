@@ -24,7 +24,7 @@ CASES: dict[str, tuple[Callable[[Any], optim.Controller], Callable[[Tensor], tup
     "NoiseScale": (lambda o: optim.NoiseScale(2, 512), lambda each: ()),
     "NormTest": (lambda o: optim.NormTest(2, 512), lambda each: ()),
     "InnerProductTest": (lambda o: optim.InnerProductTest(4, 512), lambda each: ()),
-    "EvidenceStopping": (lambda o: optim.EvidenceStopping(), lambda each: ()),
+    "EvidenceStopping": (lambda o: optim.EvidenceStopping(samples=48), lambda each: ()),
     "Alpha": (lambda o: optim.Alpha(o), lambda each: ()),
     "ImportanceSampler": (lambda o: optim.ImportanceSampler(12, 12), lambda each: ()),
 }
@@ -63,7 +63,7 @@ def plain(state: Any) -> Any:
 def flat(state: Any) -> Iterator[float]:
     if isinstance(state, dict):
         state = list(state.values())
-    if isinstance(state, list):
+    if isinstance(state, (list, tuple)):
         for v in state:
             yield from flat(v)
     elif isinstance(state, Tensor):

@@ -264,6 +264,7 @@ def test_numbers_out_of_range_are_refused() -> None:
         (lambda: optim.InnerProductTest(3), "batch_size must be an int of 4 or more"),
         (lambda: optim.InnerProductTest(nu=math.nan), "nu must be positive"),
         (lambda: optim.EvidenceStopping(0), "patience must be an int of 1 or more"),
+        (lambda: optim.EvidenceStopping(5, 1), "samples must be an int of 2 or more"),
         (lambda: optim.Alpha(optimizer, kappa=-1.0), "kappa must be positive"),
         (lambda: optim.ImportanceSampler(4, 5), "a batch of 5 out of 4"),
         (lambda: optim.ImportanceSampler(4, 2, uniform=0.0), "uniform must be more than 0"),

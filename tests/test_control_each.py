@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import packext as px
 from packext import optim
-from packext.optim.control.alpha import alpha_of, parabola
 from tests.control_cases import CASES, EACH, HALF, LOSS, Shift, noise, sgd, step
 from tests.test_optim import data, network
 
@@ -150,58 +149,6 @@ def test_statistics_are_those_of_gradients_one_by_one(name: str) -> None:
             torch.testing.assert_close(torch.tensor(value), expected[key])
 
 
-# -- alpha ----------------------------------------------------------------------------------------------------
-
-
-def test_alpha_of_steps_whose_end_is_known() -> None:
-    x = noise(8, 1.0, 0)
-    for rate, expected in ((0.5, -0.5), (1.0, 0.0), (2.0, 1.0), (1.6, 0.6), (3.0, 1.0)):
-        model = px.extend(Shift([3.0, -4.0]))
-        optimizer = torch.optim.SGD(model.parameters(), rate)
-        control = optim.Alpha(optimizer, kappa=1e-9)
-        for _ in range(2):
-            optimizer.zero_grad()
-            with optim.emit(control):
-                (3 * control.loss(model(x).square().mean(1))).backward()
-            assert model.theta.grad is not None
-            model.theta.grad /= 3
-            optimizer.step()
-            control.step()
-        assert control.alpha == pytest.approx(expected, abs=1e-9)
-    for w1, w2, expected in ((-1, 0.5, 0), (-1, 0, -1), (-1, -1, -1), (1, 1, 1), (1, -1, 1), (0, 1, 1), (0, 0, -1)):
-        assert alpha_of(float(w1), float(w2)) == expected
-
-
-def test_the_parabola_is_the_weighted_least_squares_fit() -> None:
-    y, v = [1.0, 0.4, -1.5, 0.6], [0.1, 0.3, 0.02, 0.05]
-    rows = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 1, 2]])
-    weight = torch.tensor(v).reciprocal().diag()
-    expected = torch.linalg.solve(rows.T @ weight @ rows, rows.T @ weight @ torch.tensor(y))
-    torch.testing.assert_close(torch.from_numpy(parabola(y, v)), expected)
-    assert parabola([2.0, 1.0, -2.0, 0.0], [0.0] * 4) == pytest.approx([2.0, -2.0, 1.0])
-
-
-@pytest.mark.parametrize("rate", [1e-3, 1.9])
-def test_alpha_moves_the_learning_rate_to_one_over_the_curvature(rate: float) -> None:
-    """Batches of small noise, so that steps are seen; θ is put back so that there is a way to go."""
-    model = px.extend(Shift([3.0, -4.0]))
-    optimizer = torch.optim.SGD(model.parameters(), rate)
-    control = optim.Alpha(optimizer, kappa=0.3, decay=0.5)
-    for seed in range(50):
-        for k in range(2):
-            optimizer.zero_grad()
-            x = noise(64, 0.05, 2 * seed + k)
-            with optim.emit(control):
-                control.loss(model(x).square().mean(1)).backward()
-            if k == 0:
-                optimizer.step()
-            control.step()
-        with torch.no_grad():
-            model.theta.copy_(torch.tensor([3.0, -4.0]))
-        control._before = None
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1.0, rel=0.1)
-
-
 # -- early stopping -------------------------------------------------------------------------------------------
 
 
@@ -214,8 +161,9 @@ def test_evidence_by_hand_and_under_pure_noise() -> None:
     for seed in range(200):  # 50 parameters of pure noise, batches of 16: the mean of t² is 15 / 13
         z = torch.randn(16, 50, generator=torch.Generator().manual_seed(seed))
         fields = SimpleNamespace(own_sum=z.sum(0), own_variance=z.var(0, correction=0))
-        fake = Given(own_samples=16, items=lambda f=fields: [("p", f)])
-        found.append(control.observe(fake)["evidence"])
+        control._receive(Given(own_samples=16, items=lambda f=fields: [("p", f)]))
+        control.step()
+        found.append(control.evidence)
     assert sum(found) / len(found) == pytest.approx(-2 / 13, abs=0.05)
 
 
@@ -240,6 +188,71 @@ def test_entries_without_gradient_say_nothing() -> None:
     control.step()
     g = 0.5 - x[:, 0]
     assert control.evidence == pytest.approx(float(1 - 6 * g.mean() ** 2 / g.var()))
+
+
+def test_a_round_of_passes_is_judged_together() -> None:
+    """By hand, with parameters that move meanwhile, and a state that is saved halfway."""
+    control, model, parts = optim.EvidenceStopping(1, samples=20), px.extend(Shift([0.5, -0.1])), []
+    for k, n in enumerate((8, 7, 9)):  # 24 samples, of 20: more than one round
+        x = noise(n, 1.0, k)
+        parts.append(model.theta.detach() - x)
+        with optim.emit(control):
+            HALF(model(x), torch.zeros_like(x)).backward()
+        assert control.evidence is None
+        control.step()
+        state, control = control.state_dict(), optim.EvidenceStopping(1, samples=20)
+        control.load_state_dict(state)
+        with torch.no_grad():
+            model.theta += 0.1
+    variance = sum((g - g.mean(0)).square().sum(0) for g in parts) / (7 + 6 + 8)
+    expected = 1 - 24 * (torch.cat(parts).mean(0).square() / variance).mean()
+    assert control.evidence == pytest.approx(float(expected)) and control.state_dict()["_round"] is None
+
+
+def test_noise_that_is_fitted_is_seen_in_rounds_and_not_in_batches() -> None:
+    """Where the gradient over all 64 samples is 0: batches of 8, by themselves and in rounds, with replacement too."""
+    x = torch.randn(64, 40, generator=torch.Generator().manual_seed(0))
+    x -= x.mean(0)
+    found: dict[str, list[float]] = {}
+    for name, samples in (("alone", None), ("rounds", 64), ("replaced", 64)):
+        control, model = optim.EvidenceStopping(3, samples), px.extend(Shift([0.0] * 40))
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(8):
+            order = torch.randperm(64, generator=draw)
+            if name == "replaced":
+                order = torch.randint(64, (64,), generator=draw)
+            for index in order.split(8):
+                with optim.emit(control):
+                    HALF(model(x[index]), torch.zeros(8, 40)).backward()
+                control.step()
+                if control.evidence is not None and (samples is None or control.state_dict()["_round"] is None):
+                    found.setdefault(name, []).append(control.evidence)
+        assert control.should_stop == (name == "rounds")
+    assert found["rounds"] == pytest.approx([1.0] * 8)
+    # t² of 8 samples has the mean 7 / 5, less the share 8 / 64 of the data that is not drawn anew.
+    assert sum(found["alone"]) / len(found["alone"]) == pytest.approx(1 - 7 / 5 * 56 / 63, abs=0.1)
+    assert abs(sum(found["replaced"]) / 8) < 0.2
+
+
+def test_a_parameter_that_a_pass_does_not_use_has_a_gradient_of_zero_in_it() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([Shift([0.5, 0.0]), Shift([1.0, 0.3])])
+
+        def forward(self, x: torch.Tensor, which: int) -> torch.Tensor:
+            return self.parts[which](x)
+
+    control, model = optim.EvidenceStopping(1, samples=12), px.extend(Either())
+    evidence = 0.0
+    for k, start in enumerate(([0.5, 0.0], [1.0, 0.3])):
+        x = noise(6, 1.0, k)
+        with optim.emit(control):
+            HALF(model(x, k), torch.zeros_like(x)).backward()
+        control.step()
+        g = torch.tensor(start) - x
+        evidence += float(12 * (g.sum(0) / 12).square().div((g - g.mean(0)).square().sum(0) / 10).sum() / 4)
+    assert control.evidence == pytest.approx(1 - evidence)
 
 
 # -- samplers -------------------------------------------------------------------------------------------------

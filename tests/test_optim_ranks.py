@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
 from packext import optim
+from tests.control_cases import flat
 from tests.helpers import processes
 
 WORLD = 2
@@ -147,6 +148,7 @@ def controllers_agree(rank: int) -> None:
     ):
         sgd = torch.optim.SGD(net.parameters(), 0.1)
         controls = [optim.CABS(sgd, 2), optim.NoiseScale(2), optim.NormTest(2), optim.EvidenceStopping()]
+        controls.append(optim.EvidenceStopping(samples=24))
         for seed in range(2):
             x, y = (mine(t) for t in data(seed))
             sgd.zero_grad()
@@ -155,8 +157,7 @@ def controllers_agree(rank: int) -> None:
             for control in controls:
                 control.step(*([1.5] if isinstance(control, optim.CABS) else []))
             sgd.step()
-        found = [v for control in controls for v in control.state_dict().values()]
-        states.append(torch.cat([torch.as_tensor(v).double().flatten() for v in found]))
+        states.append(torch.tensor([*flat([control.state_dict() for control in controls])]))
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
     local = optim.CABS(torch.optim.SGD(parallel.parameters(), 0.1), 2)
     parallel.zero_grad()
@@ -166,6 +167,8 @@ def controllers_agree(rank: int) -> None:
         local.step(1.5)
     with pytest.raises(px.PackextError, match="ProbabilisticLineSearch is for one process, and this is one of 2"):
         optim.ProbabilisticLineSearch(alone.parameters())
+    with pytest.raises(px.PackextError, match="Alpha is for one process, and this is one of 2"):
+        optim.Alpha(sgd)
 
 
 def learned_rate(rank: int) -> None:

@@ -25,7 +25,9 @@ class SPRING(Optimizer):
 
     with `|lr d|² <= max_step`. This minimises `|S d - ρ|² + damping |d - momentum d_before|²`. It takes the whole GGN
     of this batch, and not blocks of it; a system of V N equations is solved in float64, or where the parameters
-    are fewer, the same of P equations. V is the number of columns of a sample's root: its outputs, for a squared error.
+    are fewer, the same of P equations; eigenvalues of its matrix that are below their rounding errors, max(V N, P) eps
+    times the largest, count as 0 where the damping does not cover them. V is the number of columns of a sample's root:
+    its outputs, for a squared error.
 
     Everything is one system: there is one group, and one process. The losses are the extended ones, such as
     `nn.MSELoss`. Passes before a step add their samples (those inside a domain and those on its boundary).
@@ -137,7 +139,8 @@ class ENGDW(SPRING):
         Args:
             params: as for any optimizer of torch, in one group.
             lr: learning rate; with `evaluate`, the longest that is tried.
-            damping: in units of the GGN of the mean loss.
+            damping: in units of the GGN of the mean loss; 0: the pseudo-inverse, as in the paper of 2023, for problems
+                without noise and with the line search.
         """
         super().__init__(params, lr, damping, momentum=0.0, max_step=None)
 
@@ -154,7 +157,7 @@ class SampleSpace(Part):
         return [px.SqrtGGNExact(), px.BatchGrad()]
 
     def __call__(self, work: Work) -> None:
-        """Solve; where rounding has made the matrix indefinite, by its pseudo-inverse."""
+        """Solve; where rounding hides a part of the matrix, without that part."""
         group = work.groups[0]
         roots, rows = work.emitted("sqrt_ggn_exact"), work.emitted("grad_batch")
         root = torch.cat([s.flatten(2).double() for s in roots], 2)  # [V, N, P]
@@ -163,9 +166,9 @@ class SampleSpace(Part):
         before = group["momentum"] * _flat(memory)
         if s.shape[0] <= s.shape[1]:
             rho = _residuals(root, torch.cat([g.flatten(1).double() for g in rows], 1))
-            d = before + s.mT @ _solved(s @ s.mT, rho - s @ before, group["damping"])
+            d = before + s.mT @ _solved(s @ s.mT, rho - s @ before, group["damping"], s.shape[1])
         else:
-            d = before + _solved(s.mT @ s, _flat(work.grads) - s.mT @ (s @ before), group["damping"])
+            d = before + _solved(s.mT @ s, _flat(work.grads) - s.mT @ (s @ before), group["damping"], s.shape[0])
         parts = d.split([g.numel() for g in work.grads])
         work.updates = [part.view(g.shape).to(g.dtype) for part, g in zip(parts, work.grads, strict=True)]
         work.set("d", work.updates)
@@ -183,13 +186,23 @@ def _residuals(root: Tensor, rows: Tensor) -> Tensor:
     return rho[..., 0].T.flatten()
 
 
-def _solved(matrix: Tensor, right: Tensor, damping: float) -> Tensor:
-    """`(matrix + damping I)⁻¹ right`, of a matrix that is positive semi-definite but for rounding."""
-    damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    lower, info = torch.linalg.cholesky_ex(damped)
-    if not info:
-        return torch.cholesky_solve(right[:, None], lower)[:, 0]
+def _solved(matrix: Tensor, right: Tensor, damping: float, terms: int) -> Tensor:
+    """`(matrix + damping I)⁻¹ right`; what is not known of the matrix for rounding counts as 0.
+
+    Args:
+        matrix: products of rows, each a sum of `terms` products of two numbers.
+        right: a vector.
+        damping: added to the matrix.
+        terms: how many, at least as many as the matrix has rows.
+
+    Returns:
+        The vector.
+    """
+    # Eigenvalues are wrong by about so much times the largest, which the trace bounds.
+    rounding = terms * torch.finfo(matrix.dtype).eps
+    if damping > rounding * float(matrix.trace()):
+        damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        return torch.cholesky_solve(right[:, None], torch.linalg.cholesky(damped))[:, 0]
     values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp(min=0) + damping
-    small = values <= len(values) * torch.finfo(values.dtype).eps * values.max()
-    return vectors @ (torch.where(small, 0.0, 1 / values) * (vectors.mT @ right))
+    return vectors @ (torch.where(values <= rounding * values.max(), 0.0, 1 / values) * (vectors.mT @ right))

@@ -126,7 +126,7 @@ class Controller:
     # -- saving ------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """The state: plain numbers and tensors, as `torch.save` and `torch.load(weights_only=True)` take them."""
-        return {name: _copied(getattr(self, name)) for name in self.saved}
+        return {name: copied(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -143,17 +143,18 @@ class Controller:
                 ": it is of another controller."
             )
         for name in self.saved:
-            setattr(self, name, _copied(state_dict[name]))
+            setattr(self, name, copied(state_dict[name]))
         self.skipped = 0
         self._forget()
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """Of a state, whose tensors nobody else writes to."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    return [_copied(v) for v in value] if isinstance(value, list) else value
+        return {k: copied(v) for k, v in value.items()}
+    return [copied(v) for v in value] if isinstance(value, list) else value
 
 
 def fraction(owner: Any, **values: float) -> None:

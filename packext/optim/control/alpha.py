@@ -9,11 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import packext as px
-from packext.optim.control._base import Controller, fraction, heard, individual, positive
+from packext.optim._base import Optimizer
+from packext.optim.control._base import Controller, copied, fraction, heard, individual, positive
 from packext.optim.control._quantities import Samples, WrittenSlopes, WrittenSum
+
+#: Standard deviations by which the loss has to rise for an update to count as diverged.
+SURE = 3.0
+#: Of the update's length: bounds of what the rates are cut to after it.
+SHORTEST, LONGEST = 0.1, 0.5
 
 
 class Alpha(Controller):
@@ -37,23 +44,33 @@ class Alpha(Controller):
         ...     optimizer.step()
         ...     control.step()
 
+    An update that has diverged is taken back: where the losses after it are all NaN or infinite, or their mean is above
+    that before by more than three standard deviations of the difference of both batches' means. Parameters and the
+    optimizer's state are then put back to where they were before it, gradients become None (a step of the optimizer
+    that is still to come does nothing), all rates are multiplied by z*, at least 0.1 and at most 0.5 (0.1 if there is
+    no minimum ahead), and the average starts anew at 0. `rejected` counts; the next pass is from where the update
+    began, with another batch.
+
     On a quadratic the rate goes to one over the curvature. It is greedy: it seeks the best single step, which for many
     steps in a narrow valley is too short. Where noise is much larger than the gradient, alpha is near 0 for small
     steps, and the rate stays as it was.
 
-    - Formula: `lr <- lr exp(-kappa average)`, `average <- decay average + (1 - decay) alpha`
+    - Formula: `lr <- lr exp(-kappa average)`, `average <- decay average + (1 - decay) alpha`; after a divergence
+      `lr <- lr min(max(z*, 0.1), 0.5)`
     - Cost: `GradDot` with the last update and the sum of the gradients, in the pass that runs anyway; holds three
-      tensors of each parameter's size
-    - Source: Schneider, Dangel & Hennig 2021, section 3.1, for alpha; the controller is ours
-    - Refused: several passes for a step; a backward pass that did not go through `loss`; a batch of one; parameters
-      that were frozen or added since the last step
+      tensors of each parameter's size, and copies of the optimizer's state
+    - Source: Schneider, Dangel & Hennig 2021, section 3.1, for alpha; the controller is ours, with the bounds of a
+      backtracking line search (Dennis & Schnabel 1996, section 6.3.2) for the cut
+    - Refused: several processes; several passes for a step; a backward pass that did not go through `loss`; a batch of
+      one; parameters that were frozen or added since the last step
 
     Attributes:
         alpha: of the last step that was completed; None before that.
         average: of alpha, which moves the learning rate.
+        rejected: how many updates were taken back.
     """
 
-    saved = ("alpha", "average", "_before")
+    saved = ("alpha", "average", "rejected", "_before")
 
     def __init__(self, optimizer: torch.optim.Optimizer, kappa: float = 0.1, decay: float = 0.9) -> None:
         """Take the optimizer whose learning rates are to be moved.
@@ -63,14 +80,23 @@ class Alpha(Controller):
             kappa: how fast.
             decay: weight that the moving average of alpha keeps of the past, per step.
 
+        Raises:
+            PackextError: in one of several processes.
+
         A ValueError refuses numbers out of their range.
         """
         super().__init__()
         positive(self, kappa=kappa)
         fraction(self, decay=decay)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise px.PackextError(
+                f"Alpha is for one process, and this is one of {dist.get_world_size()}: each would choose rates, and "
+                "take updates back, by itself."
+            )
         self.optimizer, self.kappa, self.decay = optimizer, kappa, decay
         self.alpha: float | None = None
         self.average = 0.0
+        self.rejected = 0
         self._before: dict[str, Any] | None = None
         self._losses: tuple[Tensor, list[Tensor]] | None = None  # and what has reached them
         self._update: dict[Tensor, Tensor] = {}
@@ -83,6 +109,7 @@ class Alpha(Controller):
         """As that of any controller; the update since the last pass is what the pass is to be projected on."""
         params = self._params()
         self._start = [p.detach().clone() for p in params]
+        self._kept = _state(self.optimizer)
         self._update = {}
         if self._before is not None:
             olds = self._before["start"]
@@ -126,12 +153,12 @@ class Alpha(Controller):
         factor = 1 / float(reached[0])  # from the loss as written to the samples' own
         mean = [results[p].written_sum * (factor / n) if p in results else torch.zeros_like(p) for p in self._params()]
         slopes = results.slopes.double() * factor if self._update else None
-        start, update = self._start, [*self._update.values()]
+        start, update = {"start": self._start, "state": self._kept}, [*self._update.values()]
         losses = losses.detach().double()
-        return {"samples": n, "losses": losses, "mean": mean, "slopes": slopes, "start": start, "update": update}
+        return {"samples": n, "losses": losses, "mean": mean, "slopes": slopes, "update": update, **start}
 
     def step(self) -> None:
-        """Complete alpha of the last update, and move the learning rates.
+        """Complete alpha of the last update, and move the learning rates; or take a diverged update back.
 
         Raises:
             PackextError: without a pass through the loss that `loss` gave, and for a batch of one.
@@ -142,31 +169,62 @@ class Alpha(Controller):
                 "Alpha: the backward pass did not go through control.loss(losses), with one loss for each of its "
                 f"{seen['samples']} samples, once: the losses are not known."
             )
-        each, n, update, slopes = seen["losses"], seen["samples"], seen["update"], seen["slopes"]
+        each, n, slopes, old = seen["losses"], seen["samples"], seen["slopes"], self._before
         norm = math.sqrt(sum(float(m.double().square().sum()) for m in seen["mean"]))
         here = {"loss": float(each.mean()), "loss_variance": float(each.var()) / n, "samples": n}
         numbers = {"loss": here["loss"], "gradient": norm}
-        if slopes is not None and self._before is not None:
-            numbers["slope along the last update"] = float(slopes.mean())
-            numbers["variance of slopes"] = float(slopes.var())
-            along = zip(self._before["mean"], update, strict=True)
-            numbers["slope before it"] = sum(float((m.to(u) * u).sum(dtype=torch.float64)) for m, u in along)
+        if slopes is None or old is None:
+            if self._finite({**numbers, "variance of losses": here["loss_variance"]}):
+                self._before = {**here, **{name: seen[name] for name in ("mean", "start", "state")}}
+            return
+        along = zip(old["mean"], seen["update"], strict=True)
+        before = sum(float((m.to(u) * u).sum(dtype=torch.float64)) for m, u in along)
+        slope, variance = float(slopes.mean()), float(slopes.var())
+        y = [old["loss"], here["loss"], before, slope]
+        variances = [old["loss_variance"], here["loss_variance"], variance / old["samples"], variance / n]
+        if not bool(each.isfinite().any()) or y[1] - y[0] > SURE * math.sqrt(variances[0] + variances[1]):
+            fitted = parabola(y, variances)[1:] if np.isfinite([*y, *variances]).all() else (0.0, 0.0)
+            return self._take_back(old, *map(float, fitted))
+        numbers |= {"slope along the last update": slope, "variance of slopes": variance, "slope before it": before}
         if not self._finite({**numbers, "variance of losses": here["loss_variance"]}):
             return
-        if slopes is not None and self._before is not None:
-            slope, variance, before = (
-                numbers["slope along the last update"],
-                numbers["variance of slopes"],
-                numbers["slope before it"],
-            )
-            old = self._before
-            y = [old["loss"], here["loss"], before, slope]
-            variances = [old["loss_variance"], here["loss_variance"], variance / old["samples"], variance / n]
-            self.alpha = alpha_of(*parabola(y, variances)[1:])
-            self.average = self.decay * self.average + (1 - self.decay) * self.alpha
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["lr"] * math.exp(-self.kappa * self.average)
-        self._before = {**here, "mean": seen["mean"], "start": seen["start"]}
+        self.alpha = alpha_of(*parabola(y, variances)[1:])
+        self.average = self.decay * self.average + (1 - self.decay) * self.alpha
+        self._multiply(math.exp(-self.kappa * self.average))
+        self._before = {**here, **{name: seen[name] for name in ("mean", "start", "state")}}
+
+    def _take_back(self, old: dict[str, Any], w1: float, w2: float) -> None:
+        """Undo the last update, and whatever step has followed on it."""
+        for p, start in zip(self._params(), old["start"], strict=True):
+            p.detach().copy_(start)
+            p.grad = None
+        _restore(self.optimizer, old["state"])
+        self.alpha, self.average, self.rejected = 1.0, 0.0, self.rejected + 1
+        self._multiply(min(max(-w1 / (2 * w2), SHORTEST), LONGEST) if w1 < 0 < w2 else SHORTEST)
+
+    def _multiply(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
+
+
+def _state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A copy of an optimizer's state, by the parameters' places, and of its count of steps."""
+    places = [p for group in optimizer.param_groups for p in group["params"]]
+    # The package's own optimizers replace what is in their state, and never write into it.
+    copy = dict if isinstance(optimizer, Optimizer) else copied
+    states = [copy(optimizer.state[p]) if p in optimizer.state else None for p in places]
+    return {"states": states, "steps": [group.get("steps") for group in optimizer.param_groups]}
+
+
+def _restore(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
+    places = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, state in zip(places, kept["states"], strict=True):
+        optimizer.state.pop(p, None)
+        if state is not None:
+            optimizer.state[p] = copied(state)
+    for group, steps in zip(optimizer.param_groups, kept["steps"], strict=True):
+        if steps is not None:
+            group["steps"] = steps
 
 
 def parabola(y: list[float], variances: list[float]) -> np.ndarray:

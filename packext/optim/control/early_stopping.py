@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import packext as px
+from packext.optim._lists import norm
 from packext.optim.control._base import Controller, count
 from packext.optim.control._quantities import OwnSum, OwnVariance, Samples
 
@@ -17,15 +18,20 @@ class EvidenceStopping(Controller):
     stop when it has been positive `patience` times in a row. Entries that are 0 for all samples say nothing and are
     left out.
 
-    It is early: take it for a lower bound on when to stop rather than an optimum. On logistic regression with wrong
-    labels (all data in each pass) it said stop after a quarter to two thirds of the steps that were best on test data,
-    in the median of five runs (docs/controllers.md). Where the model does not overfit, training on is better. It is
-    meant for passes over all data; in parts, use `px.optim.emit(controller, accumulate=True)`. With batches of 256 out
-    of 1,000 it never said stop in 4,000 steps there. Under pure noise it is -2 / (N - 3) on average, not 0.
+    The N samples are the training data, whose noise the model fits in the end: g then falls below what noise would
+    give, and the evidence goes to 1. Give all data in each pass, or `samples`, how many there are: g and v are then
+    those of passes until so many samples were seen, as if the parameters had not moved meanwhile, and there is one
+    evidence for each round through the data. A single batch of m samples, out of many more, has the evidence
+    `-2 / (m - 3)` on average where the gradient over all data is 0, and less elsewhere: below 0 however long one
+    trains, as the noise of drawing the batch stays. For the same reason batches are to go through the data without
+    replacement, as those of a DataLoader with `shuffle=True` do.
+
+    It is early: take it for a lower bound on when to stop rather than an optimum (docs/controllers.md has runs with all
+    data at once and in batches). Where the model does not overfit, training on is better.
 
     Example:
-        >>> stopping = px.optim.EvidenceStopping(patience=5)
-        >>> for step in range(steps):
+        >>> stopping = px.optim.EvidenceStopping(samples=len(data))
+        >>> for x, y in rounds:  # through a DataLoader, again and again
         ...     optimizer.zero_grad()
         ...     with px.optim.emit(stopping):
         ...         loss_fn(model(x), y).backward()
@@ -33,31 +39,39 @@ class EvidenceStopping(Controller):
         ...         break
         ...     optimizer.step()
 
-    - Formula: `1 - N mean over entries of g_d² / v_d`
+    - Formula: `1 - N mean over entries of g_d² / v_d`; over several passes, g is the mean over all samples and v the
+      mean of the passes' variances, each weighted with its samples less one
     - Cost: `Variance` and the sum of the gradients, in the pass that runs anyway; holds both
-    - Source: Mahsereci, Balles, Lassner & Hennig 2017, equation 7
+    - Source: Mahsereci, Balles, Lassner & Hennig 2017, equation 7; rounds of several passes are ours
     - Refused: a batch of one
 
     Attributes:
-        evidence: of the last step; None before the first.
+        evidence: of the last round, or pass if `samples` is None; None before the first.
     """
 
-    saved = ("evidence", "_positive")
+    saved = ("evidence", "_positive", "_round")
 
-    def __init__(self, patience: int = 5) -> None:
-        """Say for how many steps in a row the evidence is to be positive.
+    def __init__(self, patience: int = 5, samples: int | None = None) -> None:
+        """Say for how many times in a row the evidence is to be positive.
 
-        A ValueError refuses less than one.
+        Args:
+            patience: rounds through the data, or passes if `samples` is None.
+            samples: how many an epoch goes through; None: each pass has all data.
+
+        A ValueError refuses a patience of less than one, and less than two samples.
         """
         super().__init__()
         count(self, patience=patience)
-        self.patience = patience
+        if samples is not None:
+            count(self, 2, samples=samples)
+        self.patience, self.samples = patience, samples
         self.evidence: float | None = None
         self._positive = 0
+        self._round: dict[str, Any] | None = None
 
     @property
     def should_stop(self) -> bool:
-        """Whether the evidence was positive in the last `patience` steps."""
+        """Whether the evidence was positive the last `patience` times."""
         return self._positive >= self.patience
 
     def quantities(self) -> list[Any]:
@@ -65,17 +79,11 @@ class EvidenceStopping(Controller):
         return [OwnSum(), OwnVariance(), Samples()]
 
     def observe(self, results: px.Results) -> dict[str, Any]:
-        """Number of samples, and the evidence."""
+        """Number of samples, and of each parameter the sum of the gradients and their squared deviations."""
         n = results.own_samples
-        if n < 2:
-            return {"samples": n}
-        total, entries = 0.0, 0
-        for _, found in results.items():
-            mean, variance = found.own_sum.double() / n, found.own_variance.double() * (n / (n - 1))
-            known = (variance > 0) | (mean != 0)
-            total += float((mean[known].square() / variance[known]).sum())
-            entries += int(known.sum())
-        return {"samples": n, "evidence": 1 - n * total / entries if entries else 1.0}
+        sums = {name: found.own_sum for name, found in results.items()}
+        squares = {name: found.own_variance * n for name, found in results.items()}
+        return {"samples": n, "freedom": n - 1, "sums": sums, "squares": squares}
 
     def step(self) -> bool:
         """Look at the last pass.
@@ -86,8 +94,36 @@ class EvidenceStopping(Controller):
         A PackextError refuses a step without a pass, and a batch of one.
         """
         seen = self._take()
-        if seen["evidence"] != -float("inf") and not self._finite({"evidence": seen["evidence"]}):
+        sizes = {
+            "gradient": norm([*seen["sums"].values()]),
+            "variance of the gradients": norm([*seen["squares"].values()]),
+        }
+        if not self._finite(sizes):
             return self.should_stop
-        self.evidence = seen["evidence"]
-        self._positive = self._positive + 1 if seen["evidence"] > 0 else 0
+        seen = seen if self._round is None else _united(self._round, seen)
+        if self.samples is not None and seen["samples"] < self.samples:
+            self._round = seen
+            return self.should_stop
+        self._round, self.evidence = None, _evidence(seen)
+        self._positive = self._positive + 1 if self.evidence > 0 else 0
         return self.should_stop
+
+
+def _united(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Sums over two passes; a parameter that one of them has not used has gradients of 0 in it."""
+    both: dict[str, Any] = {name: one[name] + other[name] for name in ("samples", "freedom")}
+    for what in ("sums", "squares"):
+        names = {**one[what], **other[what]}
+        both[what] = {k: sum(part[what][k] for part in (one, other) if k in part[what]) for k in names}
+    return both
+
+
+def _evidence(seen: dict[str, Any]) -> float:
+    """Of all entries whose gradient is not 0 for every sample; 1 if there are none."""
+    n, total, entries = seen["samples"], 0.0, 0
+    for name, value in seen["sums"].items():
+        mean, variance = value.double() / n, seen["squares"][name].double() / seen["freedom"]
+        known = (variance > 0) | (mean != 0)
+        total += float((mean[known].square() / variance[known]).sum())
+        entries += int(known.sum())
+    return 1 - n * total / entries if entries else 1.0

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
+from packext._statistics import Statistics
 from packext.optim import DPSGD, AdaptiveClipping, DPAdam, PoissonSampler
 from tests.helpers import processes
 
@@ -157,7 +159,7 @@ def test_micro_batches_add_up_with_noise_once() -> None:
 
 
 def test_batches_of_several_sizes() -> None:
-    """Memory for rows is used again, and holds nothing of the pass before."""
+    """Nothing of the pass before is left in a sum."""
     model, loss = extended()
     o = optimizer(model, noise_multiplier=0.0, lr=0.0)
     for n in (3, 7, 2, 1, 5):
@@ -166,6 +168,55 @@ def test_batches_of_several_sizes() -> None:
         o.step()
         for p, s in zip(model.parameters(), clipped(model, x, y, C).values(), strict=True):
             torch.testing.assert_close(p.grad, s / 10, rtol=1e-9, atol=1e-12)
+
+
+class Words(nn.Module):
+    """A table that is the last layer, too, a narrow waist, and a layer that reads the first of six tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 16)
+        self.wide, self.narrow, self.back = nn.Linear(16, 40), nn.Linear(40, 2), nn.Linear(2, 16)
+        self.first = nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids).tanh()
+        logits = nn.functional.linear(self.back(self.narrow(self.wide(h).tanh())).tanh(), self.table.weight)
+        return torch.cat([logits.mean(1), self.first(h[:, 0])], 1)
+
+
+def test_what_is_held_is_the_smaller_one_and_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each parameter factors or rows, each until its sum is taken; a part of a tensor counts as the whole."""
+    torch.manual_seed(0)
+    model, loss = px.extend(Words().double()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randint(50, (4, 6)), torch.randint(54, (4,))
+    held: dict[str, str] = {}
+    forms: list[Any] = []
+    alive: list[int] = []
+
+    class Watched(px.ClippedGrad):
+        def finish(self, asks: dict[int, Any]) -> dict[int, Tensor]:
+            held.update({ask.name: type(ask.statistics.form).__name__ for ask in asks.values()})
+            forms.extend(weakref.ref(ask.statistics.form) for ask in asks.values())
+            return super().finish(asks)
+
+    weighted = Statistics.weighted
+
+    def counted(self: Statistics, weight: Tensor) -> Tensor:
+        alive.append(sum(form() is not None for form in forms))
+        return weighted(self, weight)
+
+    monkeypatch.setattr(Statistics, "weighted", counted)
+    norms = norms_of(model, x, y)
+    c = float(norms.median())  # of four, two have a smaller norm
+    with px.backpack(Watched(c)):
+        loss(model(x), y).backward()
+    biases = {f"{name}.bias": "Dense" for name in ("wide", "narrow", "back", "first")}
+    weights = {"wide": "Outer", "narrow": "Dense", "back": "Dense", "first": "Dense"}
+    assert held == {"table.weight": "Sum", **{f"{name}.weight": kind for name, kind in weights.items()}, **biases}
+    assert alive == [9, 8, 7, 6, 5, 4, 3, 2, 1]
+    for (_, p), want in zip(model.named_parameters(), clipped(model, x, y, c).values(), strict=True):
+        torch.testing.assert_close(p.clipped_grad, want, rtol=1e-9, atol=1e-12)  # type: ignore[attr-defined]
 
 
 def test_an_empty_batch_is_noise_alone() -> None:

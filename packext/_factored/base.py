@@ -18,6 +18,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def storage_bytes(*tensors: Tensor) -> int:
+    """Memory that `tensors` keep alive: a part of a tensor keeps all of it, and what they share counts once."""
+    storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
 class Terms:
     """Gradients at a use's output before they are summed over positions, `[N, G, O, S]`; weight and bias share them."""
 
@@ -244,7 +250,7 @@ class Dense(Factored):
         return two_sided(self.r, left, right)
 
     def bytes_held(self) -> int:
-        return self.r.numel() * self.r.element_size()
+        return storage_bytes(self.r)
 
 
 def two_sided(rows: Tensor, left: Tensor, right: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored.base import Dense, Factored, Kronecker, Terms, accumulation_dtype
+from packext._factored.base import Dense, Factored, Kronecker, Terms, accumulation_dtype, storage_bytes
 from packext._factored.outer import Outer
 
 
@@ -127,7 +127,7 @@ class Lookup(Factored):
         return out.index_add(0, sample, pairs)
 
     def bytes_held(self) -> int:
-        return self.g.numel() * self.g.element_size() + self.index.numel() * self.index.element_size()
+        return storage_bytes(self.index, self.g)
 
 
 class Masked(Factored):

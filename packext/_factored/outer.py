@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored.base import Factored, Kronecker, Terms, accumulation_dtype
+from packext._factored.base import Factored, Kronecker, Terms, accumulation_dtype, storage_bytes
 from packext._scratch import scratch
 
 #: Outputs come in multiples of this where not all are taken at once.
@@ -190,8 +190,9 @@ class Outer(Factored):
         if isinstance(self.a, Patches):
             return None
         a, g = self.pair(0, self.n)
-        if weight is not None:
-            g = g * weight[:, None, None, None]
+        if weight is not None:  # the smaller one is copied
+            weight = weight[:, None, None, None]
+            a, g = (a * weight, g) if self.i < self.o else (a, g * weight)
         return torch.einsum("ngos,ngsi->goi", g, a).reshape(self.shape)
 
     def sq_norms(self) -> Tensor:
@@ -346,8 +347,7 @@ class Outer(Factored):
         return max(1, min(self.n, max(most, TOGETHER)))
 
     def bytes_held(self) -> int:
-        source = self.a.source if isinstance(self.a, Patches) else self.a
-        return source.numel() * source.element_size() + self.g.numel() * self.g.element_size()
+        return storage_bytes(self.a.source if isinstance(self.a, Patches) else self.a, self.g)
 
 
 def _scatter_of_products(g: Tensor, a: Tensor) -> Tensor | None:

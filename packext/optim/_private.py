@@ -51,23 +51,9 @@ class AdaptiveClipping:
 
 
 class _Clipped(px.ClippedGrad):
-    """Clipped sums, and how many samples more were within the norm than beyond it.
-
-    Rows are written to memory that is kept from step to step: on a CPU, fresh pages cost as much as the products do.
-    """
+    """Clipped sums, and how many samples more were within the norm than beyond it."""
 
     balance: Tensor | float = 0.0
-
-    def __init__(self, max_norm: float, per_layer: bool, memory: dict[int, Tensor]) -> None:
-        super().__init__(max_norm, per_layer)
-        self.memory = memory
-
-    def buffer(self, ask: Any, holders: int) -> Tensor:
-        form = ask.statistics.form
-        size, held = form.n * form.numel, self.memory.get(id(ask.parameter))
-        if held is None or held.numel() < size or (held.dtype, held.device) != (form.acc, form.device):
-            held = self.memory[id(ask.parameter)] = torch.empty(size, dtype=form.acc, device=form.device)
-        return held[:size].view(form.n, *form.shape)
 
     def weight(self, norms: Tensor) -> Tensor:
         self.balance = (norms <= self.max_norm).sum() - len(norms) / 2
@@ -143,7 +129,6 @@ class Private(torch.optim.Optimizer):
         self._balance: Tensor | float = 0.0
         self._passed = False
         self._asked: _Clipped | None = None
-        self._memory: dict[int, Tensor] = {}
         # A hook and not a method `step`: hooks of torch's own step would run twice, around either of them.
         self.register_step_pre_hook(before_step)
 
@@ -182,7 +167,7 @@ class Private(torch.optim.Optimizer):
 
     def quantities(self) -> Sequence[Any]:
         """Sums of clipped gradients; asked for by `px.optim.emit`."""
-        self._asked = _Clipped(self.max_norm, self.per_layer, self._memory)
+        self._asked = _Clipped(self.max_norm, self.per_layer)
         return (self._asked,)
 
     def options(self) -> dict[str, Any]:
@@ -224,7 +209,7 @@ class Private(torch.optim.Optimizer):
         named = self._private_parameters()
         if [r.shape[1:] for r in rows] != [p.shape for _, p in named] or len({len(r) for r in rows}) != 1:
             raise ValueError("contribute() needs rows [K, *p] of each parameter that requires grad, in order.")
-        clip = _Clipped(self.max_norm, self.per_layer, {})
+        clip = _Clipped(self.max_norm, self.per_layer)
         layers: dict[str, list[int]] = {}
         for i, (name, _) in enumerate(named):
             layers.setdefault(name.rpartition(".")[0] if self.per_layer else "", []).append(i)

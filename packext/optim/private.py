@@ -36,7 +36,7 @@ class DPSGD(Private, torch.optim.SGD):
     model need not be wrapped; inside of `DistributedDataParallel` use `no_sync()`.
 
     - Cost: `ClippedGrad` in place of `.grad`, in one pass, and a normal draw for each entry; holds the factors of
-      all individual gradients to the end of the pass, or their rows, and a sum
+      all individual gradients to the end of the pass, or their rows where those are no larger, and a sum
     - Source: Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1
     - Refused: models whose samples influence each other (BatchNorm in training mode); parameters that no sample's
       gradient reaches, or of other types than float32 and float64; `GradScaler`; gradients that are not finite

@@ -7,11 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from packext._factored import Dense, Factored, Lookup, Outer
+from packext._factored import Dense, Factored, Lookup, Outer, Sum
 from packext._quantity import Ask, Quantity, Summed
-
-#: Positions of an outer sum from which on its product costs more than to keep what it gives.
-MANY = 64
 
 
 class ClippedGrad(Summed, Quantity):
@@ -19,8 +16,8 @@ class ClippedGrad(Summed, Quantity):
 
     g_n is the gradient of the samples' own loss l_n (see `backpack`, scale="sample"), whatever the reduction and the
     context's scale; |g_n| is over all parameters, or with `per_layer` over those of one module. One backward
-    pass: the factors of every layer are kept until the norms are known, or its individual gradients where those are
-    smaller.
+    pass: the factors of every parameter are held until the norms are known, or its individual gradients where those are
+    no larger, and let go as its sum is taken.
     """
 
     savefield = "clipped_grad"
@@ -44,12 +41,10 @@ class ClippedGrad(Summed, Quantity):
 
     @staticmethod
     def _lasts(form: Factored) -> bool:
-        """Whether the form outlives the backward pass: where it is small beside its rows, whose sum is cheaper."""
+        """Whether the form outlives the backward pass: where its factors take less memory than its rows would."""
+        parts = form.parts if isinstance(form, Sum) else [form]
         rows = form.n * form.numel * torch.finfo(form.acc).bits // 8
-        if isinstance(form, Lookup):  # of which rows are mostly zeros
-            return form.bytes_held() < 4 * rows
-        # With many terms, to form the rows twice takes longer than to write them down.
-        return isinstance(form, Outer) and (4 if form.s > MANY else 2) * form.bytes_held() < rows
+        return all(isinstance(part, (Outer, Lookup)) for part in parts) and form.bytes_held() < rows
 
     def result(self, ask: Ask) -> None:
         ask.sample_factor()
@@ -82,7 +77,7 @@ class ClippedGrad(Summed, Quantity):
                 )
             norms = torch.stack([s.to(squares[0].dtype) for s in squares]).sum(0).sqrt() * abs(factor)
             weight = self.weight(norms) * factor
-            for key in keys:
-                ask = asks[key]
+            for key in reversed(keys):  # the last to arrive has the most beside it, and holds nothing from here on
+                ask = asks.pop(key)
                 results[key] = ask.statistics.weighted(weight).reshape(ask.parameter.shape).to(ask.parameter.dtype)
         return results

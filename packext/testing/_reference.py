@@ -15,7 +15,7 @@ from packext._errors import PackextError
 from packext._extend import unextend
 from packext._lineage import disable
 from packext.testing import _curvature
-from packext.testing._kronecker import Factors
+from packext.testing._kronecker import Factors, entrywise
 from packext.testing._report import relative_error
 from packext.testing._samples import Rows, batch_size, call, double, individual_gradients, wanted
 
@@ -157,6 +157,12 @@ class Reference:
                 self.limit(self.outputs * self.n * self.entries, "the root of the GGN")
             self._factors[fisher] = Factors(*self._samples, fisher)
         return self._factors[fisher]
+
+    @functools.cached_property
+    def entrywise(self) -> frozenset[str]:
+        """Names of the parameters that meet data entry by entry."""
+        with disable(), torch.no_grad():
+            return entrywise(self.parameters, lambda: call(self.model, self.inputs))
 
     @functools.cached_property
     def plain(self) -> Rows:

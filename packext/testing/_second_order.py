@@ -129,7 +129,7 @@ def _factors(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list
     found = results[name]
     if isinstance(found, Joint):
         return [torch.tensor(float(found.axis)).double()]
-    table = isinstance(_module(ref, name), nn.Embedding)
+    table = any(t.dim() == 1 for t in found)
     return list(found) if table else [t if t.dim() == 3 else t[None] for t in found]
 
 
@@ -137,17 +137,18 @@ def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
     fisher = "empirical" if getattr(q, "fisher", "exact") == "empirical" else "exact"
     factors = ref.factors(fisher)
     weights = {id(m): k for k, m in factors.modules.items()}
-    unknown = [k for k in ref.parameters if not isinstance(m := _module(ref, k), VECTORS) and id(m) not in weights]
+    alone = {k for k in ref.parameters if isinstance(_module(ref, k), VECTORS) or k in ref.entrywise}
+    unknown = [k for k in ref.parameters if k not in alone and id(_module(ref, k)) not in weights]
     if unknown:
         raise NoOracle(
             f"check has no definition of {type(q).__name__} for {', '.join(unknown)}: factors are defined for linear "
             "layers, convolutions and embeddings of torch.nn whose parameters are used in their calls alone, at as "
-            "many positions in each sample, and for normalisations. Choose the others: parameters=[...]."
+            "many positions in each sample, for normalisations, and for what is added to data or multiplied with it. "
+            "Choose the others: parameters=[...]."
         )
     p, module = ref.parameters[name], _module(ref, name)
-    if isinstance(module, VECTORS):
-        flat = (ref.roots if fisher == "exact" else ref.empirical)[name].reshape(-1, p.numel())
-        return [(flat.T @ flat)[None]]
+    if name in alone:
+        return _entrywise((ref.roots if fisher == "exact" else ref.empirical)[name].flatten(0, -1 - p.dim()), p)
     weight, approx, own = weights[id(module)], getattr(q, "approx", "expand"), getattr(module, "bias", None)
     joint = getattr(q, "bias", "") == "joint" and own is not None and own.requires_grad and module.weight.requires_grad
     if p is own and joint:  # the inputs of its weight are axis 1, if the loss reaches it
@@ -155,7 +156,19 @@ def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
     if p is own:
         return [factors.outputs(weight, approx, whole=True)]
     outputs, inputs = factors.outputs(weight, approx), factors.inputs(weight, approx, joint)
-    return [inputs[0].diagonal(), outputs[0]] if isinstance(module, nn.Embedding) else [outputs, inputs]
+    table = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return [inputs[0].diagonal(), outputs[0]] if table else [outputs, inputs]
+
+
+def _entrywise(rows: Tensor, p: Tensor) -> list[Tensor]:
+    """Of a vector its own block; of a tensor of several axes, those of a table all of whose rows are read."""
+    long = [size for size in p.shape if size != 1]
+    if len(long) < 2:
+        flat = rows.reshape(len(rows), p.numel())
+        return [(flat.T @ flat)[None]]
+    count = p.numel() // long[-1]
+    b = rows.reshape(len(rows), count, long[-1])
+    return [b.new_full((count,), 1 / count), torch.einsum("kse,ksf->ef", b, b)]
 
 
 def _module(ref: Reference, name: str) -> Any:

@@ -72,9 +72,7 @@ class _Kronecker(Curvature):
             return f'{text} with approx="reduce", {why}. Use approx="expand".'
         if self.bias == "joint" and form.kronecker(False) is not None:
             return f'{text} with bias="joint", as samples differ in how many positions they have. Use bias="separate".'
-        why = (
-            "is not the weight of a linear map or convolution, a table of which rows are read or added, nor a vector"
-        )
+        why = "is not the weight of a linear map or convolution, a table of which rows are read or added, nor a vector"
         if isinstance(form, Sum):
             why = "is used in several ways, which have no factors in common (as a table that is the last layer, too)"
         return (

@@ -215,6 +215,30 @@ def entrywise(parameters: Mapping[str, Tensor], run: Callable[[], Any]) -> froze
     return frozenset(seen.met - seen.otherwise)
 
 
+def outputs_of_square(module: Any, x: Tensor, square: Tensor, whole: bool = False) -> Tensor:
+    """B `[G, O, O]` of a module (`[1, G O, G O]` for a bias, `whole`), from a matrix at its output.
+
+    Args:
+        module: a linear layer or convolution.
+        x: what one sample gives to it.
+        square: `[D, D]`, of all entries of its output for one sample.
+        whole: whether groups are to be seen as one.
+
+    Returns:
+        The blocks of each position, summed up.
+    """
+    with disable():
+        y = module(x)
+    _, split = _sides(module, x, y)
+    values, vectors = torch.linalg.eigh(square)
+    total: Any = 0
+    for row in (vectors * values.clamp(min=0).sqrt()).T:
+        b = split(row.reshape(y.shape))
+        b = b.movedim(0, 1).flatten(1)[None] if whole else b
+        total = total + b.mT @ b
+    return total
+
+
 def _cotangents(
     loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, weight: float, fisher: str
 ) -> tuple[Tensor, Tensor]:

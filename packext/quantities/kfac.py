@@ -65,8 +65,8 @@ class _Kronecker(Curvature):
         return linalg.Joint(*found) if len(form.shape) == 1 else form.with_bias()
 
     def _refusal(self, ask: Ask) -> str:
-        form, name = ask.statistics.form, type(self).__name__
-        text = f"{name} has no Kronecker factors for {ask.name} {list(form.shape)}"
+        form = ask.statistics.form
+        text = f"{self.savefield.upper()} has no Kronecker factors for {ask.name} {list(form.shape)}"
         if self.approx == "reduce" and form.kronecker(False) is not None:
             why = "where the inputs of all positions mix, or samples differ in how many positions they have"
             return f'{text} with approx="reduce", {why}. Use approx="expand".'
@@ -74,10 +74,10 @@ class _Kronecker(Curvature):
             return f'{text} with bias="joint", as samples differ in how many positions they have. Use bias="separate".'
         why = "is not the weight of a linear map or convolution, a table of which rows are read or added, nor a vector"
         if isinstance(form, Sum):
-            why = "is used in several ways, which have no factors in common (as a table that is the last layer, too)"
+            why = "has several uses, whose factors do not add up (as those of an embedding tied to the last layer)"
         return (
             f"{text}, which {why}. Choose the parameters, px.backpack(..., parameters=[...]), or ask for DiagGGNExact "
-            "or DiagGGNMC."
+            "or DiagGGNMC; an optimizer of px.optim takes it in a group with fallback=True."
         )
 
     def land(self, held: Any, n: int, factor: float) -> Any:

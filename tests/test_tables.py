@@ -51,7 +51,10 @@ class Words(nn.Module):
         x = self.wte(ids)
         if positions is None:
             read = self.read(self)
-            x = x + (read if read.shape[-1] == E else read.mT)
+            if read.shape[:2] == (T, N):
+                x = (x.transpose(0, 1) + read).transpose(0, 1)
+            else:
+                x = x + (read if read.shape[-1] == E else read.mT)
         else:
             x = x + self.wpe(positions) + self.types(torch.zeros_like(ids))
         return self.head(x.tanh().mean(1))
@@ -64,6 +67,7 @@ READS: dict[str, tuple[Callable[[Any], Tensor], Tensor]] = {
     "indices": (lambda m: m.wpe(AT), AT),
     "an axis in front": (lambda m: m.wpe(torch.arange(T)[None]), torch.arange(T)),
     "for each sample": (lambda m: m.wpe(AT[None].expand(N, T)), AT),
+    "for each sample, time first": (lambda m: m.wpe(AT[:, None].expand(T, N)), AT),
     "repeated": (lambda m: m.wpe(AT).repeat(N, 1, 1), AT),
     "a slice": (lambda m: m.wpe.weight[1 : T + 1], torch.arange(1, T + 1)),
     "indexed, from behind": (lambda m: m.wpe.weight[AT - ROWS], AT),
@@ -92,7 +96,7 @@ def test_a_table_read_at_constant_indices_has_the_factors_of_one_that_data_reads
     if how != "with another table":
         nn.init.zeros_(model.types.weight)
     other, moved = twin(model), positions.expand(N, T)
-    of_all = how in ("for each sample", "repeated")  # which a sample by itself is not
+    of_all = "for each" in how or how == "repeated"  # which a sample by itself is not
     rows = None if of_all else testing.curvature_rows(model, LOSS, ids, y, weights=[1 / N] * N)
     asked = px.KFAC(fisher="exact"), px.EKFAC(fisher="exact")
     run(model, ids, y, *asked)
@@ -172,6 +176,7 @@ def test_what_meets_data_entry_by_entry(name: str, approx: str) -> None:
     torch.testing.assert_close(model.p.ekfac.matvec(model.p.grad), want)
     rows = testing.curvature_rows(model, LOSS, x, y, weights=[1 / N] * N)["p"]
     basis = {k: p.ekfac for k, p in model.named_parameters()}
+    basis["p"] = linalg.KronEigh([v * 2 if v.dim() == 1 else v for v in basis["p"].vectors], basis["p"].eigenvalues)
     if not table:
         flat = rows.reshape(-1, model.p.numel())
         torch.testing.assert_close(linalg.kron(model.p.kfac), flat.T @ flat)
@@ -345,14 +350,20 @@ def test_entries_are_those_of_the_same_call_on_their_numbers(
     number, index = torch.arange(p.numel()).view(300, 7), torch.randint(300, (6,))
 
     def read(t: Tensor, rest: Tensor) -> Tensor:
-        some = torch.cat([t[index], rest]).view(2, 4, 7).transpose(0, 2)
-        return torch.stack([some, some.flip(1)]).roll(3, 0).expand(2, -1, -1, -1)
+        some = torch.cat([t[index], rest]).flip(1).view(2, 4, 7).transpose(0, 2)
+        return torch.stack([some, some.flip(1)]).roll(3, 0)[None].expand(3, -1, -1, -1, -1)
 
     found = entries_of(read(p, other), p)
     assert found is not None
     assert torch.equal(found, read(number, torch.full((2, 7), -1)))
     assert entries_of(read(p, other).exp(), p) is None
     assert entries_of(torch.add(p, p.detach()[:1], alpha=1).view(-1), p) is not None  # entries as they are
+    assert entries_of(p + p.flip(0), p) is None
+    whole = tables.rows_of(found, 7)  # columns stand along an axis in the middle, in another order
+    assert whole is not None
+    place, row = whole
+    assert torch.equal(found.flatten()[place], row[:, None] * 7 + torch.arange(7))
+    assert torch.equal(row.sort()[0], index.repeat(6).sort()[0])
     assert entries_of(torch.add(other, p[:2], alpha=2), p) is None
     assert p.grad is None and other.grad is None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from packext._errors import PackextError, UnsupportedUseError
-from packext._factored import Factored, Masked, Pulled, entries_of
+from packext._factored import Factored, Masked, Pulled, rows_in
 from packext._layout import Layout, Tokens
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class Use:
     #: The same of the data that the call reads, by name.
     read_options: dict[str, list[Layout]] = field(default_factory=dict)
     node: Callable[[], Any] = lambda: None
-    #: Which entries of a parameter the values are that are made of it, by the value's name and the parameter's id.
-    entries: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
+    #: Where rows of a parameter stand in a value made of it, by the value's name and the parameter's id.
+    rows: dict[tuple[str, int], tuple[Tensor, Tensor] | None] = field(default_factory=dict)
 
     @property
     def record(self) -> Record:
@@ -160,16 +160,16 @@ class Use:
                     result.append((source, form))
                 else:
                     pull = _pull(value, source.tensor)
-                    entries = functools.partial(self._entries_of, name, value, source.tensor)
-                    result.append((source, Pulled(form, source.tensor, pull, entries)))
+                    rows = functools.partial(self._rows_in, name, value, source.tensor)
+                    result.append((source, Pulled(form, source.tensor, pull, rows)))
         return result
 
-    def _entries_of(self, name: str, value: Tensor, parameter: Tensor) -> Tensor | None:
-        """What `entries_of` says of a value that this use meets; asked once of each pass forward."""
+    def _rows_in(self, name: str, value: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `rows_in` says of a value that this use meets; asked once of each pass forward."""
         key = (name, id(parameter))
-        if key not in self.entries:
-            self.entries[key] = entries_of(value, parameter)
-        return self.entries[key]
+        if key not in self.rows:
+            self.rows[key] = rows_in(value, parameter)
+        return self.rows[key]
 
     def _of_tokens(self, tokens: Tokens, at: Layout | None, g: Tensor) -> Tokens:
         """Where the tokens are in g.

@@ -55,7 +55,12 @@ def reference(name: str, tables: bool) -> testing.Reference:
     rest = (case.loss(), inputs, targets, case.batch_axis, weights)
     this = testing.Reference(model, *rest)
     modules = {k: m for k, m in this.factors("exact").modules.items() if k not in ADDED_TO}
-    own = {id(p) for m in modules.values() if tables or not isinstance(m, nn.Embedding) for p in m.parameters()}
+    own = {
+        id(p)
+        for m in modules.values()
+        if tables or not isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+        for p in m.parameters()
+    }
     names = [k for k, p in this.parameters.items() if id(p) in own]
     return testing.Reference(model, *rest, [model.get_parameter(k) for k in names])
 

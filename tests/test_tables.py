@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import linalg, testing
-from packext._factored import entries_of, tables
+from packext._factored import tables
+from packext._factored.tables import entries_of
 from tests.helpers import double_precision
 
 N, T, E, ROWS = 4, 5, 6, 8
@@ -212,6 +213,9 @@ def test_a_vector_has_its_own_block_however_it_is_used(how: str) -> None:
     run(model, x, y, px.KFAC(fisher="exact"), px.SqrtGGNExact(), scale="sample")
     rows = model.p.sqrt_ggn_exact.flatten(0, 1)
     torch.testing.assert_close(model.p.kfac, [rows.T @ rows])
+    basis = {k: linalg.KronEigh.of(p.kfac) for k, p in model.named_parameters()}
+    run(model, x, y, px.EKFAC(basis, fisher="exact"), scale="sample")
+    torch.testing.assert_close(model.p.ekfac.eigenvalues, basis["p"].rotate(rows).square().sum(0))
 
 
 # -- bags ----------------------------------------------------------------------------------------------------------
@@ -372,7 +376,7 @@ def test_quantities_of_individual_gradients_do_not_ask_where_entries_are(monkeyp
     def asked(*_: Any) -> None:
         raise AssertionError("asked")
 
-    monkeypatch.setattr("packext._use.entries_of", asked)
+    monkeypatch.setattr("packext._use.rows_in", asked)
     model, (ids, y) = Words(lambda m: m.wpe(AT)), words()
     run(model, ids, y, *testing.all_quantities(), px.DiagGGNExact())
     with pytest.raises(AssertionError, match="asked"):

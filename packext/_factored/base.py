@@ -187,7 +187,7 @@ class Factored:
         Returns:
             A form of the same shape, or None where the bases do not fit.
         """
-        return None
+        return Dense(self.rows(0, self.n)).rotated(bases) if is_vector(self.shape) else None
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         """Rows seen as matrices `[shape[0], rest]`, times `left` `[r, shape[0]]` and `right` `[q, rest]`."""

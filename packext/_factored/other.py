@@ -10,7 +10,6 @@ from torch import Tensor
 from packext import _scratch
 from packext._factored.base import Dense, Factored, Kronecker, Terms, accumulation_dtype, is_vector, table
 from packext._factored.outer import Outer
-from packext._factored.tables import rows_of
 
 
 class Lookup(Factored):
@@ -178,10 +177,10 @@ class Pulled(Factored):
         inner: Factored,
         like: Tensor,
         pull: Callable[[Tensor], Tensor],
-        entries: Callable[[], Tensor | None] = lambda: None,
+        rows_in: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None,
     ) -> None:
-        """Take the form of u, the parameter, `pull: [c, *u.shape] -> [c, *shape]`, and what `entries_of` gives."""
-        self.inner, self.pull, self._entries = inner, pull, entries
+        """Take the form of u, the parameter, `pull: [c, *u.shape] -> [c, *shape]`, and what `rows_in` says of them."""
+        self.inner, self.pull, self._rows_in = inner, pull, rows_in
         self.n, self.shape = inner.n, like.shape
         self.acc, self.device = inner.acc if like.is_complex() else inner.acc.to_real(), inner.device
 
@@ -201,7 +200,7 @@ class Pulled(Factored):
         """The same as a lookup, where u holds rows of a table and meets data entry by entry."""
         inner, shape = self.inner, table(self.shape)
         entrywise = inner.own is not None if isinstance(inner, Masked) else isinstance(inner, Dense) and inner.entrywise
-        if not entrywise or (entries := self._entries()) is None or (found := rows_of(entries, shape[1])) is None:
+        if not entrywise or (found := self._rows_in()) is None:
             return None
         place, row = found
         if isinstance(inner, Dense):  # each sample has all of the value
@@ -224,7 +223,7 @@ class Pulled(Factored):
 
     def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
         if is_vector(self.shape):
-            return Dense(self.rows(0, self.n)).rotated(bases)
+            return super().rotated(bases)
         found = self.lookup()
         return None if found is None else found.rotated(bases)
 

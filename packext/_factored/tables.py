@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packext._factored.base import table
+
 #: Autograd's nodes of functions that put entries in other places, several times, or nowhere.
 MOVES = frozenset(
     f"{name}Backward{k}"
@@ -24,6 +26,12 @@ MOVES = frozenset(
 
 #: Digits below this are exact in floating-point types of two bytes and more.
 BASE = 128
+
+
+def rows_in(value: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Where rows of a parameter stand in a value made of parameters alone: what `rows_of` gives, if they do."""
+    entries = entries_of(value, parameter)
+    return None if entries is None else rows_of(entries, table(parameter.shape)[1])
 
 
 def entries_of(value: Tensor, parameter: Tensor) -> Tensor | None:

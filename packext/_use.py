@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from packext._errors import PackextError, UnsupportedUseError
-from packext._factored import Factored, Masked, Pulled
+from packext._factored import Factored, Masked, Pulled, rows_in
 from packext._layout import Layout, Tokens
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class Use:
     #: The same of the data that the call reads, by name.
     read_options: dict[str, list[Layout]] = field(default_factory=dict)
     node: Callable[[], Any] = lambda: None
+    #: Where rows of a parameter stand in a value made of it, by the value's name and the parameter's id.
+    rows: dict[tuple[str, int], tuple[Tensor, Tensor] | None] = field(default_factory=dict)
 
     @property
     def record(self) -> Record:
@@ -157,8 +159,17 @@ class Use:
                 if source.tensor is value or value.is_leaf:
                     result.append((source, form))
                 else:
-                    result.append((source, Pulled(form, source.tensor, _pull(value, source.tensor))))
+                    pull = _pull(value, source.tensor)
+                    rows = functools.partial(self._rows_in, name, value, source.tensor)
+                    result.append((source, Pulled(form, source.tensor, pull, rows)))
         return result
+
+    def _rows_in(self, name: str, value: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `rows_in` says of a value that this use meets; asked once of each pass forward."""
+        key = (name, id(parameter))
+        if key not in self.rows:
+            self.rows[key] = rows_in(value, parameter)
+        return self.rows[key]
 
     def _of_tokens(self, tokens: Tokens, at: Layout | None, g: Tensor) -> Tokens:
         """Where the tokens are in g.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import packext as px
-from packext import testing
+from packext import _factored, linalg, testing
 from packext.testing import _checking, _reference
 from tests.cases import CASES
 from tests.helpers import batch, double_precision, fields, mlp
@@ -129,11 +129,75 @@ def test_a_subset_of_samples_and_a_parameter_that_is_not_reached() -> None:
 # -- what it cannot tell -----------------------------------------------------------------------------------------
 
 
+def layers() -> tuple[nn.Sequential, Tensor, Tensor]:
+    model = nn.Sequential(
+        nn.Conv1d(4, 6, 2, groups=2), nn.Sigmoid(), nn.Flatten(), nn.Sequential(nn.Linear(18, 4), nn.Tanh()),
+        nn.Linear(4, 3, bias=False),
+    )  # fmt: skip
+    return model, torch.randn(3, 4, 4), torch.randint(3, (3,))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [px.KFRA(), px.PCHMP("clip"), px.PCHMP("abs"), px.TopEigenvalues(3), px.TopEigenvalues(2, "SA"),
+     px.TopEigenvalues(2, "LM"), px.TopEigenvalues(2, curvature="ggn", tol=0.1, ncv=4, maxiter=1)],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum"), nn.MSELoss()], ids=repr)
+def test_chains_and_eigenvalues(asked: Any, loss: nn.Module) -> None:
+    model, x, y = layers()
+    report = testing.check(model, loss, x, torch.randn(3, 3) if isinstance(loss, nn.MSELoss) else y, [asked])
+    assert report.ok and len(report) == 10, str(report)
+    assert all(e.tolerance <= 1e-8 for e in report)
+
+
+def bases(model: nn.Module, x: Any, y: Tensor, bias: str) -> dict[str, Any]:
+    model, loss = px.extend(model), px.extend(nn.CrossEntropyLoss())
+    with px.backpack(px.EKFAC(fisher="exact", bias=bias)):
+        loss(model(x), y).backward()
+    return {name: p.ekfac for name, p in model.named_parameters()}
+
+
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "mc"])
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+def test_eigenvectors_of_factors(fisher: str, bias: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = layers()
+    if fisher == "mc":  # of which there are many passes
+        model, (x, y) = nn.Sequential(nn.Linear(5, 3), nn.Tanh()), batch(3)
+    numbers = torch.Generator().manual_seed(3)
+    for basis in (None, bases(model, x, y, bias)):
+        asked = px.EKFAC(basis, 2, fisher=fisher, bias=bias, generator=numbers)
+        report = testing.check(model, nn.CrossEntropyLoss(), x, y, [asked])
+        assert report.ok and len(report) == 2 * len(list(model.parameters())), str(report)
+    if fisher == "exact":  # eigenvalues of another basis
+        for form in ("Outer", "Dense"):
+            kind = getattr(_factored, form)
+            turned = kind.rotated
+            monkeypatch.setattr(kind, "rotated", lambda self, b, turned=turned: turned(self, [t.flip(-1) for t in b]))
+        assert wrong(testing.check(model, nn.CrossEntropyLoss(), x, y, [asked])) == {"EKFAC"}
+
+
 def test_what_has_no_definition_is_refused() -> None:
     x, y = batch()
-    for asked in (px.TopEigenvalues(), px.KFRA(), px.PCHMP(), px.EKFAC()):
-        with pytest.raises(testing.NoOracle, match=f"no slow oracle for {type(asked).__name__}.*BatchDiagGGNExact"):
-            testing.check(mlp(), nn.CrossEntropyLoss(), x, y, [asked])
+
+    class Mine(px.Variance):
+        pass
+
+    with pytest.raises(testing.NoOracle, match="no slow oracle for Mine.*BatchDiagGGNExact"):
+        testing.check(mlp(), nn.CrossEntropyLoss(), x, y, [Mine()])
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    for asked in (px.KFRA(), px.PCHMP()):
+        with pytest.raises(testing.NoOracle, match="KFRA and PCHMP for nested nn.Sequentials.*the model is a Chain"):
+            testing.check(Chain(), nn.CrossEntropyLoss(), x, y, [asked])
 
     class Net(nn.Module):
         """One weight is also used outside of its module's call."""
@@ -146,7 +210,7 @@ def test_what_has_no_definition_is_refused() -> None:
             return self.b(F.linear(self.a(x).tanh(), self.a.weight) * self.scale)
 
     model = Net()
-    with pytest.raises(testing.NoOracle, match=r"no definition of KFLR for scale, a.weight, a.bias: .*parameters="):
+    with pytest.raises(testing.NoOracle, match=r"no definition of KFLR for a.weight, a.bias: .*parameters="):
         testing.check(model, nn.CrossEntropyLoss(), x, y, [px.KFLR()])
     assert testing.check(model, nn.CrossEntropyLoss(), x, y, [px.KFLR()], parameters=model.b.parameters()).ok
 
@@ -172,13 +236,17 @@ def test_what_is_too_large_is_refused(asked: Any, said: str, monkeypatch: pytest
 
 
 def larger(value: Any) -> Any:
-    """By a millionth: a tensor, each of a list of tensors, or what a function returns."""
+    """By a millionth: a tensor, each of a list of tensors, eigenvalues, or what a function returns."""
     if isinstance(value, Tensor):
         return value * (1 + 1e-6)
+    if isinstance(value, linalg.KronEigh):
+        return linalg.KronEigh(value.vectors, larger(value.eigenvalues))
+    if hasattr(value, "_replace"):
+        return value._replace(values=larger(value.values))
     return [larger(v) for v in value] if isinstance(value, list) else lambda v: larger(value(v))
 
 
-@pytest.mark.parametrize("asked", testing.exact_curvature(), ids=lambda q: type(q).__name__)
+@pytest.mark.parametrize("asked", [*testing.exact_curvature(), px.KFRA(), px.PCHMP()], ids=lambda q: type(q).__name__)
 def test_a_result_that_is_off_is_seen(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = type(asked)
     land = kind.land
@@ -203,6 +271,36 @@ def test_a_broken_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ("SqrtGGNExact", "GGNGram")  # looked at together with the other parameters
     assert {e.parameter for e in report if not e.ok and e.quantity not in whole} == {"0.weight"}
     assert {"DiagGGNExact", "BatchDiagGGNExact", "SqrtGGNExact", "GGNGram", "DiagHessian"} <= wrong(report)
+
+
+@pytest.mark.parametrize("broken", ["not the largest", "not orthonormal", "residuals", "no average", "clipped"])
+def test_broken_eigenvalues_and_chains_are_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from packext import _chain
+
+    model, x, y = layers()
+    eigsh, add = linalg.eigsh, _chain._add_square
+    asked: Any = px.TopEigenvalues(2, tol=1e-9)
+    if broken == "no average":
+        asked = px.KFRA()
+        monkeypatch.setattr(_chain, "_add_square", lambda square, g, n: add(square, g[:1].expand_as(g), n))
+    elif broken == "clipped":
+        asked = px.PCHMP("abs")
+        monkeypatch.setattr(Tensor, "abs", lambda r: r.clamp(min=0))
+    else:
+
+        def other(matvec: Any, like: Any, k: int, *rest: Any) -> Any:
+            found = eigsh(matvec, like, k + 1, *rest)
+            last = slice(1, None) if broken == "not the largest" else slice(k)
+            values, residuals = found.values[last], found.residuals[last]
+            vectors = [v[last] if broken != "not orthonormal" else v[[0] * k] for v in found.vectors]
+            return found._replace(
+                values=values if broken != "not orthonormal" else values[[0] * k],
+                vectors=vectors,
+                residuals=residuals + 1e-6 * (broken == "residuals"),
+            )
+
+        monkeypatch.setattr(linalg, "eigsh", other)
+    assert wrong(testing.check(model, nn.CrossEntropyLoss(), x, y, [asked])) == {type(asked).__name__}
 
 
 @pytest.mark.usefixtures("fewer")

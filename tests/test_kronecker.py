@@ -20,8 +20,8 @@ from tests.helpers import double_precision, mlp
 #: torch's own advice on even kernels, for the plain model as well.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 N = 4
-#: Learned positions, the table being read for all samples at once, and a weight that is multiplied before it is used.
-READ_WITHOUT_DATA = ("pos.weight", "wpe.weight", "base.weight")
+#: A weight to which others are added before it is used.
+ADDED_TO = ("base.weight",)
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +54,13 @@ def reference(name: str, tables: bool) -> testing.Reference:
     weights = None if case.weights is None else case.weights(targets)
     rest = (case.loss(), inputs, targets, case.batch_axis, weights)
     this = testing.Reference(model, *rest)
-    modules = {k: m for k, m in this.factors("exact").modules.items() if k not in READ_WITHOUT_DATA}
-    own = {id(p) for m in modules.values() if tables or not isinstance(m, nn.Embedding) for p in m.parameters()}
+    modules = {k: m for k, m in this.factors("exact").modules.items() if k not in ADDED_TO}
+    own = {
+        id(p)
+        for m in modules.values()
+        if tables or not isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+        for p in m.parameters()
+    }
     names = [k for k, p in this.parameters.items() if id(p) in own]
     return testing.Reference(model, *rest, [model.get_parameter(k) for k in names])
 
@@ -396,7 +401,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
         px.KFAC,
         "0.weight.*parameters=",
     ),
-    "a bag": (lambda: nn.Sequential(nn.EmbeddingBag(6, 4), nn.Linear(4, 3)), px.KFAC, "0.weight.*parameters="),
+    "the largest of a bag": (
+        lambda: nn.Sequential(nn.EmbeddingBag(6, 4, mode="max"), nn.Linear(4, 3)),
+        px.KFAC,
+        "0.weight.*parameters=",
+    ),
+    "a bag, pooled": (
+        lambda: nn.Sequential(nn.EmbeddingBag(6, 4), nn.Linear(4, 3)),
+        lambda: px.KFAC(approx="reduce"),
+        'Use approx="expand"',
+    ),
 }
 
 

@@ -75,11 +75,12 @@ def watched() -> Iterator[set[str]]:
 class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.out = nn.Embedding(9, 6), nn.Linear(6, 3)
+        self.words, self.places, self.out = nn.Embedding(9, 6), nn.Embedding(5, 6), nn.Linear(6, 3)
         self.block = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.block(self.words(x)).mean(1))
+        places = self.places(torch.arange(x.shape[1]).expand(x.shape))
+        return self.out(self.block(self.words(x) + places).mean(1))
 
 
 class Steps(nn.Module):

@@ -136,3 +136,63 @@ def test_curvature_of_the_models_own_loss(name: str) -> None:
         if n in found:
             assert testing.relative_error(found[n], p.diag_ggn_exact) < 1e-5, n
     assert found
+
+
+UNTIED = {"vocab_size": V, "tie_word_embeddings": False}
+
+#: Models that K-FAC trains as they are, and one whose table is tied to the last layer, for which there is the fallback.
+TRAINED: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], tuple[str, ...]]] = {
+    "GPT-2": (
+        build("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=1, n_head=2, n_positions=T + 2, attn_pdrop=0.0,
+              embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2, **UNTIED),
+        words, (),
+    ),
+    "GPT-2, tied": (*MODELS["GPT-2"][:2], ("transformer.wte.weight",)),
+    "ViT": (*MODELS["ViT"][:2], ()),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_kronecker_factored_optimizer_trains_it(name: str) -> None:
+    make, data, apart = TRAINED[name]
+    model, batch = px.extend(make().double().train()), data()
+    named = dict(model.named_parameters())
+    rest = {"params": [named.pop(key) for key in apart], "fallback": True, "lr": 1e-2}
+    groups = [{"params": list(named.values())}, rest] if apart else list(named.values())
+    optimizer = px.optim.KFAC(groups, damping=1e-2)
+    before, losses = {k: p.detach().clone() for k, p in model.named_parameters()}, []
+    for _ in range(12):
+        optimizer.zero_grad()
+        with px.optim.emit(optimizer):
+            loss = model(**batch).loss
+            loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert optimizer.skipped == 0 and losses[-1] < 0.5 * losses[0], losses
+    for key, p in model.named_parameters():
+        assert p.grad is None or not p.grad.any() or not torch.equal(p, before[key]), key
+        assert (key in apart) != ("factors" in optimizer.state[p]), key
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "ViT"])
+def test_factors_of_a_position_table(name: str) -> None:
+    """B is that of the gradients at what is added to the tokens, where each sample has its own."""
+    make, data, _ = TRAINED[name]
+    model, batch = make().double().train(), data()
+    table = "transformer.wpe.weight" if name == "GPT-2" else "vit.embeddings.position_embeddings"
+    seen: list[Tensor] = []
+    hook = model.get_submodule("transformer.drop" if name == "GPT-2" else "vit.embeddings").register_forward_hook(
+        lambda module, args, y: seen.append(y)
+    )
+    loss = model(**batch).loss
+    (b,) = torch.autograd.grad(loss, seen)
+    hook.remove()
+    px.extend(model)
+    with px.backpack(px.KFAC(fisher="empirical"), parameters=[model.get_parameter(table)]) as results:
+        model(**batch).loss.backward()
+    counts, outputs = results[table].kfac
+    size = b.shape[1]
+    # The gradient of the loss as it is written; the empirical Fisher is of the samples' own, N times as large, over N.
+    torch.testing.assert_close(outputs, N * torch.einsum("nti,ntj->ij", b, b))
+    assert torch.equal(counts, torch.tensor([1 / size] * size + [0.0] * (len(counts) - size)))

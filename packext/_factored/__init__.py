@@ -19,6 +19,7 @@ All arithmetic happens in `acc`: float32, or float64 where the inputs are.
 from packext._factored.base import Dense, Factored, Kronecker, Terms, accumulation_dtype, two_sided
 from packext._factored.other import Lookup, Masked, Pulled, Sum, merge, side_by_side
 from packext._factored.outer import Outer, Patches, gram
+from packext._factored.tables import rows_in
 
 __all__ = [
     "Dense",
@@ -34,6 +35,7 @@ __all__ = [
     "accumulation_dtype",
     "gram",
     "merge",
+    "rows_in",
     "side_by_side",
     "two_sided",
 ]

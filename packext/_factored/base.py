@@ -24,6 +24,17 @@ def storage_bytes(*tensors: Tensor) -> int:
     return sum(storages.values())
 
 
+def is_vector(shape: Sequence[int]) -> bool:
+    """Whether no more than one axis has more than one entry."""
+    return sum(size != 1 for size in shape) <= 1
+
+
+def table(shape: Sequence[int]) -> tuple[int, int]:
+    """Number and length of the rows that a tensor has along its last axis of more than one entry."""
+    columns = next((size for size in reversed(shape) if size != 1), 1)
+    return math.prod(shape) // max(1, columns), columns
+
+
 class Terms:
     """Gradients at a use's output before they are summed over positions, `[N, G, O, S]`; weight and bias share them."""
 
@@ -159,7 +170,10 @@ class Factored:
         Returns:
             They, or None where there are none of that kind.
         """
-        return None
+        if not is_vector(self.shape):
+            return None
+        parts = [self.rows(lo, hi).reshape(hi - lo, self.numel) for lo, hi in self.tiles()]
+        return Kronecker(torch.stack([rows.mT @ rows for rows in parts]).sum(0)[None], None, 1)
 
     def with_bias(self) -> Factored | None:
         """The rows of weight and bias as one matrix, where the bias is added to what the weight gives.
@@ -179,7 +193,7 @@ class Factored:
         Returns:
             A form of the same shape, or None where the bases do not fit.
         """
-        return None
+        return Dense(self.rows(0, self.n)).rotated(bases) if is_vector(self.shape) else None
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         """Rows seen as matrices `[shape[0], rest]`, times `left` `[r, shape[0]]` and `right` `[q, rest]`."""
@@ -193,9 +207,15 @@ class Factored:
 class Dense(Factored):
     """The rows themselves, `[N, *shape]`; for tensors whose rows are no larger than activations."""
 
-    def __init__(self, rows: Tensor, terms: Terms | None = None) -> None:
-        """Take `rows` `[N, *shape]`, and where they are sums over positions, what they are sums of (in one group)."""
-        self.terms = terms
+    def __init__(self, rows: Tensor, terms: Terms | None = None, entrywise: bool = False) -> None:
+        """Take the rows.
+
+        Args:
+            rows: `[N, *shape]`.
+            terms: where they are sums over positions, what they are sums of (in one group).
+            entrywise: whether they are of a tensor that meets data entry by entry, as in sums and products.
+        """
+        self.terms, self.entrywise = terms, entrywise
         self.r = rows.to(accumulation_dtype(rows.dtype))
         self.n, self.shape = rows.shape[0], rows.shape[1:]
         self.acc, self.device = self.r.dtype, rows.device
@@ -235,16 +255,26 @@ class Dense(Factored):
         return self.r
 
     def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
-        if [basis.shape for basis in bases] != [(1, *self.shape, *self.shape)]:
+        shapes = [basis.shape for basis in bases]
+        if is_vector(self.shape) and shapes == [(1, self.numel, self.numel)]:
+            return Dense((self.flat @ bases[0][0].to(self.acc)).reshape(self.n, *self.shape))
+        rows, columns = table(self.shape)
+        if not self.entrywise or shapes != [(1, rows), (1, columns, columns)]:
             return None
-        return Dense(self.r @ bases[0][0].to(self.acc))
+        scale, basis = (b[0].to(self.acc) for b in bases)
+        turned = self.r.reshape(self.n, rows, columns) @ basis * scale[:, None]
+        return Dense(turned.reshape(self.n, *self.shape))
 
     def kronecker(self, reduce: bool) -> Kronecker | None:
-        if len(self.shape) != 1:
+        if is_vector(self.shape):
+            if reduce or self.terms is None:
+                return Kronecker((self.flat.T @ self.flat)[None], None, 1)
+            return Kronecker(self.terms.squared, None, self.terms.g.shape[3])
+        rows, columns = table(self.shape)
+        if not self.entrywise or (reduce and rows > 1):
             return None
-        if reduce or self.terms is None:
-            return Kronecker((self.r.T @ self.r)[None], None, 1)
-        return Kronecker(self.terms.squared, None, self.terms.g.shape[3])
+        b = self.r.reshape(-1, columns)
+        return Kronecker((b.T @ b)[None], lambda: b.new_full((1, rows), self.n), rows, "IO")
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor:
         return two_sided(self.r, left, right)

@@ -8,14 +8,30 @@ import torch
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored.base import Dense, Factored, Kronecker, Terms, accumulation_dtype, storage_bytes
+from packext._factored.base import (
+    Dense,
+    Factored,
+    Kronecker,
+    Terms,
+    accumulation_dtype,
+    is_vector,
+    storage_bytes,
+    table,
+)
 from packext._factored.outer import Outer
 
 
 class Lookup(Factored):
     """Rows of a table: `row_n[id] = sum over s with index[n, s] = id of g[n, s]`."""
 
-    def __init__(self, index: Tensor, g: Tensor, shape: Sequence[int], one_hot: bool = True) -> None:
+    def __init__(
+        self,
+        index: Tensor,
+        g: Tensor,
+        shape: Sequence[int],
+        one_hot: bool = True,
+        positions: int | float | None = None,
+    ) -> None:
         """Take the indices, what arrived for them, and the table.
 
         Args:
@@ -24,9 +40,11 @@ class Lookup(Factored):
             shape: of the table, `[V, E]`.
             one_hot: whether g is the gradient at the output of the linear map that multiplies the table by a one-hot
                 vector at each position (and zeros for a negative index).
+            positions: how many of the S a sample has on average, where those behind only fill up.
         """
         self.index, self.g, self.one_hot = index, g, one_hot
         self.n, self.s = index.shape
+        self.positions = self.s if positions is None else positions
         self.shape = torch.Size(shape)
         self.acc, self.device = accumulation_dtype(g.dtype), g.device
         self._grouped: tuple[Tensor, Tensor, Tensor] | None = None
@@ -46,7 +64,7 @@ class Lookup(Factored):
         return self._scatter(self.index[index], self.g[index])
 
     def subset(self, index: Tensor) -> Lookup:
-        return Lookup(self.index[index], self.g[index], self.shape, self.one_hot)
+        return Lookup(self.index[index], self.g[index], self.shape, self.one_hot, self.positions)
 
     def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sample `[U]`, id `[U]` and gradient `[U, E]` of each distinct (sample, id)."""
@@ -105,7 +123,7 @@ class Lookup(Factored):
     def kronecker(self, reduce: bool) -> Kronecker | None:
         if not self.one_hot or (reduce and self.s > 1):
             return None
-        return Kronecker(Terms(self.g.mT[:, None]).squared, self._counts, self.s, "IO")
+        return Kronecker(Terms(self.g.mT[:, None]).squared, self._counts, 1 if reduce else self.positions or 1, "IO")
 
     def _counts(self) -> Tensor:
         ids = self.index[self.index >= 0]
@@ -131,11 +149,23 @@ class Lookup(Factored):
 
 
 class Masked(Factored):
-    """Rows by the vjp of the call itself, with the cotangent of one sample at a time."""
+    """Rows by the vjp of the call itself, with the cotangent of one sample at a time.
 
-    def __init__(self, n: int, like: Tensor, vjp: Callable[[int], Tensor], held: int) -> None:
-        """Take the number of samples, the tensor, `vjp(n) -> row n`, and the bytes it keeps alive."""
-        self.n, self.shape = n, like.shape
+    Attributes:
+        own: where the tensor is one that meets data entry by entry, each of which belongs to one sample: gives the
+            gradient, and the sample of each entry, both `[*shape]`.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        like: Tensor,
+        vjp: Callable[[int], Tensor],
+        held: int,
+        own: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """Take the number of samples, the tensor, `vjp(n) -> row n`, the bytes it keeps alive, and `own`."""
+        self.n, self.shape, self.own = n, like.shape, own
         self.acc, self.device = accumulation_dtype(like.dtype), like.device
         self._vjp, self._held = vjp, held
 
@@ -151,9 +181,15 @@ class Masked(Factored):
 class Pulled(Factored):
     """A form of a value `u` made of parameters alone, pulled back to one of them."""
 
-    def __init__(self, inner: Factored, like: Tensor, pull: Callable[[Tensor], Tensor]) -> None:
-        """Take the form of u, the parameter, and `pull: [c, *u.shape] -> [c, *shape]`."""
-        self.inner, self.pull = inner, pull
+    def __init__(
+        self,
+        inner: Factored,
+        like: Tensor,
+        pull: Callable[[Tensor], Tensor],
+        rows_in: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None,
+    ) -> None:
+        """Take the form of u, the parameter, `pull: [c, *u.shape] -> [c, *shape]`, and what `rows_in` says of them."""
+        self.inner, self.pull, self._rows_in = inner, pull, rows_in
         self.n, self.shape = inner.n, like.shape
         self.acc, self.device = inner.acc if like.is_complex() else inner.acc.to_real(), inner.device
 
@@ -168,6 +204,37 @@ class Pulled(Factored):
     def weighted(self, weight: Tensor | None) -> Tensor | None:
         total = self.inner.weighted(None if weight is None else weight.to(self.inner.acc))
         return None if total is None else self.pull(total[None])[0].to(self.acc)
+
+    def lookup(self) -> Lookup | None:
+        """The same as a lookup, where u holds rows of a table and meets data entry by entry."""
+        inner, shape = self.inner, table(self.shape)
+        entrywise = inner.own is not None if isinstance(inner, Masked) else isinstance(inner, Dense) and inner.entrywise
+        if not entrywise or (found := self._rows_in()) is None:
+            return None
+        place, row = found
+        if isinstance(inner, Dense):  # each sample has all of the value
+            return Lookup(row.expand(self.n, -1), inner.flat[:, place], shape)
+        assert isinstance(inner, Masked) and inner.own is not None
+        total, owner = inner.own()
+        sample = owner.flatten()[place]
+        count = sample[:, 0].bincount(minlength=self.n)
+        if not torch.equal(sample, sample[:, :1].expand_as(sample)) or not (count == count[0]).all():
+            return None  # samples along the rows, or with different numbers of them
+        order = sample[:, 0].argsort(stable=True)
+        index, g = row[order].view(self.n, -1), total.flatten()[place[order]].view(self.n, -1, shape[1])
+        return Lookup(index, g, shape)
+
+    def kronecker(self, reduce: bool) -> Kronecker | None:
+        if is_vector(self.shape):
+            return super().kronecker(reduce)
+        found = self.lookup()
+        return None if found is None else found.kronecker(reduce)
+
+    def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
+        if is_vector(self.shape):
+            return super().rotated(bases)
+        found = self.lookup()
+        return None if found is None else found.rotated(bases)
 
     def bytes_held(self) -> int:
         return self.inner.bytes_held()
@@ -212,6 +279,8 @@ class Sum(Factored):
     def kronecker(self, reduce: bool) -> Kronecker | None:
         """Positions of all uses count as those of one; where they are to be pooled, there are no factors."""
         found = [k for part in self.parts if isinstance(part, Outer) and (k := part.kronecker(False))]
+        if not found and is_vector(self.shape):
+            return super().kronecker(reduce)
         if reduce or len(found) < len(self.parts) or len({(k.stored, k.outputs.shape) for k in found}) > 1:
             return None
         outputs, positions = torch.stack([k.outputs for k in found]).sum(0), sum(k.positions for k in found)
@@ -249,11 +318,12 @@ def merge(parts: Sequence[Factored]) -> Factored:
     if len(dense) == len(parts):
         terms = [p.terms for p in dense if p.terms is not None]
         together = Terms(torch.cat([t.g for t in terms], 3)) if len(terms) == len(dense) else None
-        return Dense(torch.stack([p.r for p in dense]).sum(0), together)
+        return Dense(torch.stack([p.r for p in dense]).sum(0), together, all(p.entrywise for p in dense))
     lookups = [p for p in parts if isinstance(p, Lookup)]
     if len(lookups) == len(parts):
         index, g = torch.cat([p.index for p in lookups], 1), torch.cat([p.g for p in lookups], 1)
-        return Lookup(index, g, parts[0].shape, all(p.one_hot for p in lookups))
+        one_hot, positions = all(p.one_hot for p in lookups), sum(p.positions for p in lookups)
+        return Lookup(index, g, parts[0].shape, one_hot, positions)
     outers = [(p.a, p.g, p.stored) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
     if len(outers) == len(parts) and len({(a.shape[1], a.shape[3], g.shape[2], s) for a, g, s in outers}) == 1:
         a, g = torch.cat([a for a, _, _ in outers], 2), torch.cat([g for _, g, _ in outers], 3)

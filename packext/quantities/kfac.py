@@ -9,7 +9,10 @@ For a weight that meets a at S positions, with columns b of a root of the loss H
 section 3). The curvature of the weight, its rows one after the other, is B ⊗ A; of one that is stored `[I, O]`, as in
 `x @ weight`, it is A ⊗ B. That of a vector is the one factor B.
 
-A lookup is the linear map of one-hot vectors by a table `[V, E]`: A is diagonal, the tokens' counts over N S.
+A lookup is the linear map of one-hot vectors by a table `[V, E]`: A is diagonal, the tokens' counts over N S. It is the
+same whether data says which rows are read or they are constant, as a position table's: b is then each sample's own
+gradient at what was read. A parameter that meets data entry by entry is a table whose rows, along its last axis of more
+than one entry, are all read once: A is 1/S for each.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from packext import linalg
 from packext._errors import UnsupportedUseError
-from packext._factored import Factored
+from packext._factored import Factored, Sum
 from packext._quantity import Ask, Curvature, Sampled, sum_of
 from packext._statistics import Statistics
 from packext._union import Here, Part
@@ -62,17 +65,19 @@ class _Kronecker(Curvature):
         return linalg.Joint(*found) if len(form.shape) == 1 else form.with_bias()
 
     def _refusal(self, ask: Ask) -> str:
-        form, name = ask.statistics.form, type(self).__name__
-        text = f"{name} has no Kronecker factors for {ask.name} {list(form.shape)}"
+        form = ask.statistics.form
+        text = f"{self.savefield.upper()} has no Kronecker factors for {ask.name} {list(form.shape)}"
         if self.approx == "reduce" and form.kronecker(False) is not None:
             why = "where the inputs of all positions mix, or samples differ in how many positions they have"
             return f'{text} with approx="reduce", {why}. Use approx="expand".'
         if self.bias == "joint" and form.kronecker(False) is not None:
             return f'{text} with bias="joint", as samples differ in how many positions they have. Use bias="separate".'
+        why = "is not the weight of a linear map or convolution, a table of which rows are read or added, nor a vector"
+        if isinstance(form, Sum):
+            why = "has several uses, whose factors do not add up (as those of an embedding tied to the last layer)"
         return (
-            f"{text}, which is not the weight of a linear map or convolution, a table whose rows data looks up, "
-            "nor a vector. Choose the parameters, px.backpack(..., parameters=[...]), or ask for DiagGGNExact or "
-            "DiagGGNMC."
+            f"{text}, which {why}. Choose the parameters, px.backpack(..., parameters=[...]), or ask for DiagGGNExact "
+            "or DiagGGNMC; an optimizer of px.optim takes it in a group with fallback=True."
         )
 
     def land(self, held: Any, n: int, factor: float) -> Any:
@@ -116,11 +121,18 @@ class KFAC(Sampled, _Kronecker):
     B is `[O, O]` and A `[I, I]`, with a leading axis of groups for a grouped convolution. A weight that is stored
     `[I, O]` has `[A, B]`, so that `linalg.kron_matvec(p.kfac, p.grad)` is right for all: the second factor of a product
     `x @ weight`; a transposed convolution (its positions are those of the input, and O the entries of the patch that
-    each is written to); an embedding, whose A is diagonal, `[V]`, and which needs "expand".
+    each is written to); an embedding, whose A is diagonal, `[V]`, and which needs "expand" where a sample reads several
+    rows. A bag, the sum or mean of rows, has the factors of an embedding with that sum (or mean) behind it; where bags
+    differ in size, S is the mean number of tokens that count.
+
+    A position table has those of an embedding, too: one that is read at constant indices (also sliced, transposed,
+    repeated or joined to others on the way), and a parameter of several axes that is added to data or multiplied with
+    it, as a table whose rows are its last axis of more than one entry: `[1, T, E]` has A `[T]`, of 1/T each, and B
+    `[E, E]`. Refused are values that are computed from a table, and those that meet data in several places.
 
     For parameters without positions they are BackPACK's; for convolutions BackPACK mixes A of "expand" with B of
     "reduce", which is off by a factor that grows with the number of positions. For a parameter that is no linear map's
-    weight, but a vector, such as a normalisation's, B is the block itself.
+    weight, but a vector, such as a normalisation's or a scale `[C, 1, 1]`, B is the block itself.
     """
 
     savefield = "kfac"

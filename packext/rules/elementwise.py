@@ -45,11 +45,17 @@ class ArgumentRule(Rule):
         extent = [1] * missing + list(value.shape)
         own = layout.occupied(g)
         if not own:
-            return {"value": Dense(g.sum_to_size(value.shape)[None])}
+            return {"value": Dense(g.sum_to_size(value.shape)[None], entrywise=True)}
         if any(extent[axis] != 1 for axis in own):
             # The value has entries along the samples' axis: each belongs to one sample.
             rows = lambda i: layout.only(g, i).sum_to_size(value.shape)  # noqa: E731
-            return {"value": Masked(layout.n, value, rows, g.numel() * g.element_size())}
+
+            def apart() -> tuple[Tensor, Tensor]:
+                samples = torch.arange(layout.n, device=g.device)
+                return g.sum_to_size(value.shape), layout.at(own[0] - missing).spread(samples, value).expand_as(value)
+
+            held = g.numel() * g.element_size()
+            return {"value": Masked(layout.n, value, rows, held, apart if type(layout) is Layout else None)}
         first, gained = layout._sample_first(g)
         rest = [size for axis, size in enumerate(extent) if axis not in own]
         if gained:
@@ -57,7 +63,7 @@ class ArgumentRule(Rule):
             rest.insert(own[0], 1)
         stretched = [axis + 1 for axis, size in enumerate(rest) if size == 1 and first.shape[axis + 1] != 1]
         rows_ = first.sum(stretched) if stretched else first
-        return {"value": Dense(rows_.reshape(layout.n, *value.shape))}
+        return {"value": Dense(rows_.reshape(layout.n, *value.shape), entrywise=True)}
 
 
 ARGUMENT = ArgumentRule()

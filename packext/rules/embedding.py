@@ -133,9 +133,9 @@ class Bag(Rule):
         bag = torch.searchsorted(starts, position, right=True) - 1
         padding = c["padding_idx"]
         real = torch.ones_like(index, dtype=torch.bool) if padding < 0 else index != padding
-        scale = torch.ones(len(index), dtype=g.dtype, device=g.device)
+        scale = real.to(g.dtype)
         if "per_sample_weights" in t:
-            scale = t["per_sample_weights"].to(g.dtype)
+            scale = scale * t["per_sample_weights"].to(g.dtype)
         if c["mode"] == 1:
             sizes = torch.zeros(bags, dtype=g.dtype, device=g.device).index_add(0, bag, real.to(g.dtype))
             scale = scale / sizes.clamp(min=1)[bag]
@@ -146,8 +146,10 @@ class Bag(Rule):
         ids[bag, slot] = torch.where(real, index, -1)
         weights = torch.zeros(bags, longest, dtype=g.dtype, device=g.device).index_put((bag, slot), scale)
         rows = g[:, None, :] * weights[:, :, None]
+        positions = (len(index) if padding < 0 else int(real.sum())) / layout.n
         ids, rows = layout.split(ids, 1).flatten(1, 2), layout.split(rows, 1).flatten(1, 2)
-        return {"weight": Lookup(ids, rows, t["weight"].shape, one_hot=False)}
+        # Each token is a position, as those of an embedding whose rows are summed up (or averaged) behind it.
+        return {"weight": Lookup(ids, rows, t["weight"].shape, positions=positions)}
 
 
 BAG = Bag()

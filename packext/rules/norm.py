@@ -80,7 +80,7 @@ class Norm(Rule):
                     rows = _channels(value, layout)
                 if rows is None:
                     return None
-                forms[name] = Dense(rows)
+                forms[name] = Dense(rows, entrywise=True)
         return forms
 
 

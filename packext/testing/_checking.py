@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from packext._backpack import backpack
 from packext._extend import extend
 from packext._quantity import HessianQuantity, Quantity
-from packext.quantities import GGNMP, HMP
+from packext.quantities import GGNMP, HMP, PCHMP
 from packext.testing._first_order import ORACLES, all_quantities, compare
 from packext.testing._reference import NoOracle, Reference
 from packext.testing._report import Entry, Report, relative_error
@@ -41,7 +41,10 @@ def check(
     Quantities of individual gradients are compared with a loop over the samples. Those of curvature are with dense
     matrices: a root of the GGN row by row, the Hessian by differentiating the gradient, and Kronecker factors from
     calls of the modules with one sample each. A root is one of many: its square is compared, by products with random
-    vectors, as `HMP` and `GGNMP` are, and a Gram matrix by what is the same for all roots.
+    vectors, as `HMP` and `GGNMP` are, and a Gram matrix by what is the same for all roots. So is the matrix that an
+    `EKFAC` without a basis stands for; a basis that it is given has to be by name. Of `TopEigenvalues`, vectors are to
+    be orthonormal, values their Rayleigh quotients and, within the residuals, the matrix's own. `KFRA` and `PCHMP` have
+    definitions for `nn.Sequential`s of modules that are one function each.
 
     Args:
         model: copied, so that it, its gradients and hooks stay as they are.
@@ -111,7 +114,7 @@ def _passes(reference: Reference, quantities: Sequence[Quantity], count: int) ->
     """An extended copy of the model after one pass, after another, and so on."""
     model = extend(copy.deepcopy(reference.whole), reference.batch_axis)
     loss_fn = extend(copy.deepcopy(reference.loss_fn))
-    keep = any(isinstance(q, (HMP, GGNMP)) for q in quantities)
+    keep = any(isinstance(q, (HMP, GGNMP, PCHMP)) for q in quantities)
     chosen = None if reference.chosen is None else [model.get_parameter(name) for name in reference.chosen]
     for _ in range(count):
         model.zero_grad(set_to_none=True)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from packext._lineage import disable
 from packext.testing._curvature import columns
 from packext.testing._samples import singles
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 #: Vectors of these stand for no linear map: B is the parameter's own block.
 VECTORS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU,
@@ -26,6 +29,12 @@ def _sides(module: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor]
     """Inputs `[G, S, I]` of the linear map that a module is at each position, and how a gradient there splits."""
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1]), lambda b: b.reshape(1, -1, y.shape[-1])
+    if isinstance(module, nn.EmbeddingBag):  # each token that counts is a position
+        counts = torch.ones_like(x, dtype=torch.bool) if module.padding_idx is None else x != module.padding_idx
+        bag = torch.arange(len(y)).repeat_interleave(x.numel() // len(y)).to(x.device)[counts.flatten()]
+        share = 1 / bag.bincount(minlength=len(y))[bag, None] if module.mode == "mean" else 1.0
+        hot = F.one_hot(x[counts], module.num_embeddings).to(module.weight)
+        return hot[None], lambda b: (b[bag] * share)[None]
     if isinstance(module, nn.Embedding):
         hot = F.one_hot(x.flatten(), module.num_embeddings).to(module.weight)
         if module.padding_idx is not None:
@@ -39,11 +48,11 @@ def _sides(module: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor]
 
 
 class Factors:
-    """A and B of the linear layers, convolutions and embeddings of a model.
+    """A and B of the linear layers, convolutions, embeddings and bags of them of a model.
 
     Attributes:
         modules: those of which they are defined, by the name of the weight: each weight belongs to one module, and to
-            no use outside of its calls; all samples have as many positions.
+            no use outside of its calls; all samples have as many positions, but for those of bags.
     """
 
     def __init__(
@@ -72,10 +81,11 @@ class Factors:
         self.modules = {
             names[id(w)]: m
             for m in model.modules()
-            if type(m) in (*CONVOLUTIONS, nn.Linear, nn.Embedding)
+            if type(m) in (*CONVOLUTIONS, nn.Linear, *TABLES)
             and (w := m._parameters.get("weight")) is not None
             and every.count(id(w)) == 1
             and not getattr(m, "scale_grad_by_freq", False)
+            and getattr(m, "mode", "sum") in ("sum", "mean")
             and any(p is not None and p.requires_grad for p in m._parameters.values())
         }
         #: Of each module and sample its calls: inputs `[G, S, I]`, and a gradient `[G, S, O]` for each column.
@@ -101,7 +111,7 @@ class Factors:
                 handle.remove()
         for name, each in list(self.calls.items()):
             sizes = {sum(a.shape[1] for a, _ in calls) for calls in each}
-            if len(sizes) > 1 or 0 in sizes:
+            if (len(sizes) > 1 and not isinstance(self.modules[name], nn.EmbeddingBag)) or sizes == {0}:
                 self._leave(name)
 
     def _leave(self, name: str) -> None:
@@ -133,8 +143,7 @@ class Factors:
             made = torch.zeros_like(row).flatten()
             for a, each in calls:
                 b = each[v]
-                table = isinstance(module, nn.Embedding)
-                part = b.sum(1) if p is not module.weight else (a.mT @ b if table else b.mT @ a)
+                part = b.sum(1) if p is not module.weight else (a.mT @ b if isinstance(module, TABLES) else b.mT @ a)
                 made += part.flatten()
             if not torch.allclose(made, row.flatten(), rtol=1e-6, atol=1e-9 * float(1 + row.abs().max())):
                 return False
@@ -143,13 +152,14 @@ class Factors:
     def inputs(self, name: str, approx: str, joint: bool) -> Tensor:
         """A `[G, I, I]`, of a weight's name; with an input more, which is 1, if it is joint with the bias."""
         total: Any = 0
+        terms = 0
         for calls in self.calls[name]:
             a = torch.cat([a for a, _ in calls], 1)
             if joint:
                 a = torch.cat([a, torch.ones_like(a[..., :1])], 2)
             a = a.mean(1, keepdim=True) if approx == "reduce" else a
-            total = total + a.mT @ a / (self.n * a.shape[1])
-        return total
+            total, terms = total + a.mT @ a, terms + a.shape[1]
+        return total / terms
 
     def outputs(self, name: str, approx: str, whole: bool = False) -> Tensor:
         """B `[G, O, O]`, of a weight's name; of all groups together `[1, G O, G O]` for a bias."""
@@ -161,6 +171,72 @@ class Factors:
                 b = b.sum(1, keepdim=True) if approx == "reduce" else b
                 total = total + b.mT @ b
         return total
+
+
+#: Functions in which a tensor meets another entry by entry, or stands beside it.
+ENTRYWISE = frozenset({"add", "sub", "mul", "__radd__", "__rsub__", "rsub", "__rmul__", "cat", "stack"})
+
+
+class _Meetings(TorchFunctionMode):
+    """Names of parameters, by whether all functions that they meet others in are entry by entry."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.at = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
+        self.met: set[str] = set()
+        self.otherwise: set[str] = set()
+
+    def _names(self, values: Any) -> list[str | None]:
+        leaves = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+        return [self.at.get(t.untyped_storage().data_ptr()) for t in leaves]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = self._names((args, kwargs)), self._names(out)
+        found = {name for name in given if name is not None}
+        if found and made and not found & set(made):  # neither a question nor a view
+            alone = len(found) == given.count(next(iter(found))) == 1 < len(given)
+            (self.met if alone and func.__name__ in ENTRYWISE else self.otherwise).update(found)
+        return out
+
+
+def entrywise(parameters: Mapping[str, Tensor], run: Callable[[], Any]) -> frozenset[str]:
+    """Which parameters meet data in sums and products entry by entry, and beside it in a tensor, and nowhere else.
+
+    Args:
+        parameters: by name.
+        run: the forward pass.
+
+    Returns:
+        Their names; not those of parameters that others are made of first.
+    """
+    with _Meetings(parameters) as seen:
+        run()
+    return frozenset(seen.met - seen.otherwise)
+
+
+def outputs_of_square(module: Any, x: Tensor, square: Tensor, whole: bool = False) -> Tensor:
+    """B `[G, O, O]` of a module (`[1, G O, G O]` for a bias, `whole`), from a matrix at its output.
+
+    Args:
+        module: a linear layer or convolution.
+        x: what one sample gives to it.
+        square: `[D, D]`, of all entries of its output for one sample.
+        whole: whether groups are to be seen as one.
+
+    Returns:
+        The blocks of each position, summed up.
+    """
+    with disable():
+        y = module(x)
+    _, split = _sides(module, x, y)
+    values, vectors = torch.linalg.eigh(square)
+    total: Any = 0
+    for row in (vectors * values.clamp(min=0).sqrt()).T:
+        b = split(row.reshape(y.shape))
+        b = b.movedim(0, 1).flatten(1)[None] if whole else b
+        total = total + b.mT @ b
+    return total
 
 
 def _cotangents(

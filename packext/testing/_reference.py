@@ -15,7 +15,8 @@ from packext._errors import PackextError
 from packext._extend import unextend
 from packext._lineage import disable
 from packext.testing import _curvature
-from packext.testing._kronecker import Factors
+from packext.testing._chains import Layers
+from packext.testing._kronecker import Factors, entrywise
 from packext.testing._report import relative_error
 from packext.testing._samples import Rows, batch_size, call, double, individual_gradients, wanted
 
@@ -159,6 +160,22 @@ class Reference:
         return self._factors[fisher]
 
     @functools.cached_property
+    def layers(self) -> Layers:
+        """Of a chain of modules."""
+        if self.batch_axis or not isinstance(self.inputs, Tensor):
+            raise NoOracle(_CHAIN.format("the input is no tensor with the samples along axis 0"))
+        try:
+            return Layers(*self._batch, self.weights)
+        except ValueError as error:
+            raise NoOracle(_CHAIN.format(error)) from None
+
+    @functools.cached_property
+    def entrywise(self) -> frozenset[str]:
+        """Names of the parameters that meet data entry by entry."""
+        with disable(), torch.no_grad():
+            return entrywise(self.parameters, lambda: call(self.model, self.inputs))
+
+    @functools.cached_property
     def plain(self) -> Rows:
         """Plain gradients of the batch's loss, of the parameters that it reaches."""
         with disable():
@@ -171,6 +188,9 @@ class Reference:
         """How far the plain gradient of the batch is from the sum over the samples, relative to the largest value."""
         errors = [relative_error(g, self.gradients[name].sum(0)) for name, g in self.plain.items()]
         return max(errors, default=0.0)
+
+
+_CHAIN = "check has definitions of KFRA and PCHMP for nested nn.Sequentials of modules that have no parts, and {}."
 
 
 def _names(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:

@@ -83,7 +83,7 @@ def individual_gradients(
 
 
 def singles(
-    model: nn.Module, inputs: Any, targets: Any, batch_axis: int, weights: Sequence[float] | None
+    model: Callable[..., Any], inputs: Any, targets: Any, batch_axis: int, weights: Sequence[float] | None
 ) -> Iterator[tuple[Any, Any, float]]:
     """Output, target and weight of one sample after another, each run by itself."""
     n = batch_size(inputs, batch_axis)

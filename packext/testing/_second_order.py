@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from packext._quantity import Quantity, Sampled
-from packext.linalg import Joint
+from packext.linalg import Joint, KronEigh
 from packext.quantities import (
+    EKFAC,
     GGNMP,
     HMP,
     KFAC,
     KFLR,
+    KFRA,
+    PCHMP,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
     BatchDiagHessian,
@@ -27,8 +31,9 @@ from packext.quantities import (
     HessianTrace,
     SqrtGGNExact,
     SqrtGGNMC,
+    TopEigenvalues,
 )
-from packext.testing._kronecker import VECTORS
+from packext.testing._kronecker import VECTORS, outputs_of_square
 from packext.testing._reference import NoOracle, Reference
 from packext.testing._samples import Rows
 
@@ -121,6 +126,52 @@ def _ggn_product(q: Any, ref: Reference, name: str) -> list[Tensor]:
     return [_vectors(ref, name).flatten(1) @ root.T @ root]
 
 
+def _positive_product(q: Any, ref: Reference, name: str) -> list[Tensor]:
+    path, _, own = name.rpartition(".")
+    block = ref.layers.positive(path, own, torch.abs if q.modify == "abs" else lambda r: r.clamp(min=0))
+    return [_vectors(ref, name).flatten(1) @ block]
+
+
+# -- eigenvalues -----------------------------------------------------------------------------------------------
+
+
+def _matrix(q: Any, ref: Reference) -> Tensor:
+    if q.curvature == "hessian":
+        return ref.hessian
+    ref.limit(ref.entries**2, "the GGN")
+    root = torch.cat([r.flatten(1) for r in ref.ggn_root.values()], 1)
+    return root.T @ root
+
+
+def _eigen(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[Tensor]:
+    """Inner products of the vectors, and three errors relative to the norm of the matrix.
+
+    Those of values as Rayleigh quotients of the vectors, of residuals, and of values as the matrix's own, beyond what
+    the residuals allow.
+
+    Returns:
+        These four.
+    """
+    matrix, found = _matrix(q, ref), results[name]
+    values = torch.linalg.eigvalsh(matrix)
+    order = {"LA": -values, "SA": values, "LM": -values.abs()}[q.which].argsort()[: q.k]
+    size = values.abs().max().clamp(min=1e-300)
+    parts = {k: found.vectors for k, found in results.items()}  # of those that the loss reaches
+    zeros = matrix.new_zeros(q.k, 1)
+    v = [parts[k].flatten(1) if k in parts else zeros.expand(-1, p.numel()) for k, p in ref.parameters.items()]
+    v = torch.cat(v, 1).to(matrix)
+    image = v @ matrix
+    quotients = (image * v).sum(1)
+    residuals = (image - found.values[:, None] * v).norm(dim=1)
+    beyond = ((found.values - values[order]).abs() - found.residuals).clamp(min=0)
+    return [v @ v.T, (found.values - quotients) / size, (found.residuals - residuals) / size, beyond / size]
+
+
+def _eigen_wanted(q: Any, ref: Reference, name: str) -> list[Tensor]:
+    none = torch.zeros(q.k, dtype=torch.float64)
+    return [torch.eye(q.k, dtype=torch.float64), none, none, none]
+
+
 # -- Kronecker factors -----------------------------------------------------------------------------------------
 
 
@@ -129,7 +180,7 @@ def _factors(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list
     found = results[name]
     if isinstance(found, Joint):
         return [torch.tensor(float(found.axis)).double()]
-    table = isinstance(_module(ref, name), nn.Embedding)
+    table = any(t.dim() == 1 for t in found)
     return list(found) if table else [t if t.dim() == 3 else t[None] for t in found]
 
 
@@ -137,17 +188,18 @@ def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
     fisher = "empirical" if getattr(q, "fisher", "exact") == "empirical" else "exact"
     factors = ref.factors(fisher)
     weights = {id(m): k for k, m in factors.modules.items()}
-    unknown = [k for k in ref.parameters if not isinstance(m := _module(ref, k), VECTORS) and id(m) not in weights]
+    alone = {k for k in ref.parameters if isinstance(_module(ref, k), VECTORS) or k in ref.entrywise}
+    unknown = [k for k in ref.parameters if k not in alone and id(_module(ref, k)) not in weights]
     if unknown:
         raise NoOracle(
             f"check has no definition of {type(q).__name__} for {', '.join(unknown)}: factors are defined for linear "
             "layers, convolutions and embeddings of torch.nn whose parameters are used in their calls alone, at as "
-            "many positions in each sample, and for normalisations. Choose the others: parameters=[...]."
+            "many positions in each sample, for normalisations, and for what is added to data or multiplied with it. "
+            "Choose the others: parameters=[...]."
         )
     p, module = ref.parameters[name], _module(ref, name)
-    if isinstance(module, VECTORS):
-        flat = (ref.roots if fisher == "exact" else ref.empirical)[name].reshape(-1, p.numel())
-        return [(flat.T @ flat)[None]]
+    if name in alone:
+        return _entrywise((ref.roots if fisher == "exact" else ref.empirical)[name].flatten(0, -1 - p.dim()), p)
     weight, approx, own = weights[id(module)], getattr(q, "approx", "expand"), getattr(module, "bias", None)
     joint = getattr(q, "bias", "") == "joint" and own is not None and own.requires_grad and module.weight.requires_grad
     if p is own and joint:  # the inputs of its weight are axis 1, if the loss reaches it
@@ -155,7 +207,76 @@ def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
     if p is own:
         return [factors.outputs(weight, approx, whole=True)]
     outputs, inputs = factors.outputs(weight, approx), factors.inputs(weight, approx, joint)
-    return [inputs[0].diagonal(), outputs[0]] if isinstance(module, nn.Embedding) else [outputs, inputs]
+    table = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return [inputs[0].diagonal(), outputs[0]] if table else [outputs, inputs]
+
+
+def _entrywise(rows: Tensor, p: Tensor) -> list[Tensor]:
+    """Of a vector its own block; of a tensor of several axes, those of a table all of whose rows are read."""
+    long = [size for size in p.shape if size != 1]
+    if len(long) < 2:
+        flat = rows.reshape(len(rows), p.numel())
+        return [(flat.T @ flat)[None]]
+    count = p.numel() // long[-1]
+    b = rows.reshape(len(rows), count, long[-1])
+    return [b.new_full((count,), 1 / count), torch.einsum("kse,ksf->ef", b, b)]
+
+
+def _averaged(q: Any, ref: Reference, name: str) -> list[Tensor]:
+    path, _, own = name.rpartition(".")
+    module, square = ref.layers.modules[path], ref.layers.averaged[path]
+    x = ref.layers.inputs[0][list(ref.layers.modules).index(path)]
+    if own == "bias":
+        return [outputs_of_square(module, x, square, whole=True)]
+    return [outputs_of_square(module, x, square), ref.factors("exact").inputs(name, "expand", False)]
+
+
+# -- their eigenvectors ------------------------------------------------------------------------------------------
+
+
+def _times(factors: Sequence[Tensor], x: Tensor, back: bool = False) -> Tensor:
+    """The Kronecker product of one or two factors `[n]`, `[n, n]` or `[G, n, n]`, transposed if `back`, times rows."""
+    matrices = [t.double().diag()[None] if t.dim() == 1 else t.double().reshape(-1, *t.shape[-2:]) for t in factors]
+    matrices = [m.mT for m in matrices] if back else matrices
+    y = matrices[0] @ x.reshape(len(x), max(map(len, matrices)), matrices[0].shape[-1], -1)
+    return (y if len(matrices) == 1 else y @ matrices[1].mT).reshape(x.shape)
+
+
+def _some(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(20251121)
+    return torch.randn(PRODUCTS, size, generator=generator, dtype=torch.float64)
+
+
+def _decomposed(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[Tensor]:
+    """Without a basis, products with the matrix and with its eigenvectors' square; with one, both of them."""
+    found = results[name]
+    if isinstance(found, Joint):
+        return [torch.tensor(float(found.axis)).double()]
+    values = found.eigenvalues.double().flatten()
+    turned = _times(found.vectors, _some(len(values)), back=True)
+    if q.basis is not None:
+        return [values, turned]
+    return [_times(found.vectors, turned * values), _times(found.vectors, turned)]
+
+
+def _corrected(q: Any, ref: Reference, name: str) -> list[Tensor]:
+    given = None if q.basis is None else q.basis.get(name)
+    if not isinstance(given, KronEigh):
+        factors = _kronecker(q, ref, name)
+        if factors[0].dim() == 0:  # of a bias that has one block with its weight
+            return factors
+        some = _some(math.prod(t.shape[-1] for t in factors) * max(len(t) if t.dim() == 3 else 1 for t in factors))
+        return [_times(factors, some), some]
+    all_rows = ref.empirical if q.fisher == "empirical" else ref.roots
+    p, entries = ref.parameters[name], given.eigenvalues.numel()
+    rows = all_rows[name].reshape(-1, *p.shape)
+    if entries > p.numel():  # with the bias as an input more
+        bias = all_rows[f"{name.rpartition('.')[0]}.bias"]
+        rows = torch.cat([rows.flatten(2), bias.reshape(len(rows), -1, 1)], 2)
+    return [
+        _times(given.vectors, rows.flatten(1), back=True).square().sum(0),
+        _times(given.vectors, _some(entries), back=True),
+    ]
 
 
 def _module(ref: Reference, name: str) -> Any:
@@ -174,6 +295,8 @@ CURVATURE_ORACLES: dict[type[Quantity], Definition] = {
     DiagEF: Definition(_same, lambda q, ref, k: [ref.empirical[k].square().sum(0)]),
     KFLR: Definition(_factors, _kronecker),
     KFAC: Definition(_factors, _kronecker),
+    KFRA: Definition(_factors, _averaged),
+    EKFAC: Definition(_decomposed, _corrected),
     DiagHessian: Definition(_same, lambda q, ref, k: [ref.hessian_diagonals[k].sum(0)]),
     BatchDiagHessian: Definition(_same, lambda q, ref, k: [ref.hessian_diagonals[k]]),
     DiagHessianMC: Definition(
@@ -182,12 +305,14 @@ CURVATURE_ORACLES: dict[type[Quantity], Definition] = {
     HessianTrace: Definition(_value, lambda q, ref, k: [ref.hessian_block(k).trace()]),
     HMP: Definition(_product, _hessian_product),
     GGNMP: Definition(_product, _ggn_product),
+    PCHMP: Definition(_product, _positive_product),
+    TopEigenvalues: Definition(_eigen, _eigen_wanted),
 }
 
 
 def exact_curvature() -> tuple[Quantity, ...]:
-    """One of each quantity of curvature that has a definition and draws nothing."""
+    """One of each quantity of curvature that has a definition and draws nothing, but for those of chains of layers."""
     return (
         DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), GGNGram(), DiagEF(), KFAC(fisher="exact"), KFLR(),
-        DiagHessian(), BatchDiagHessian(), HMP(), GGNMP(),
+        EKFAC(fisher="exact"), DiagHessian(), BatchDiagHessian(), HMP(), GGNMP(), TopEigenvalues(),
     )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Tables whose rows are read at constant indices: which row of a parameter stands where in a value made of it.
+
+A position table meets data as a value, `table[positions]` or a view of the table itself, in which entries of the
+parameter stand in other places. Where they stand is read from autograd's graph of the value, when it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packext._factored.base import table
+
+#: Autograd's nodes of functions that put entries in other places, several times, or nowhere.
+MOVES = frozenset(
+    f"{name}Backward{k}"
+    for name in (
+        "Alias", "Cat", "Clone", "Embedding", "Expand", "Flip", "Gather", "IndexSelect", "Index", "Permute", "Repeat",
+        "ReshapeAlias", "Roll", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "T", "ToCopy",
+        "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View",
+    )
+    for k in range(3)
+)  # fmt: skip
+
+#: Digits below this are exact in floating-point types of two bytes and more.
+BASE = 128
+
+
+def rows_in(value: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Where rows of a parameter stand in a value made of parameters alone: what `rows_of` gives, if they do."""
+    entries = entries_of(value, parameter)
+    return None if entries is None else rows_of(entries, table(parameter.shape)[1])
+
+
+def entries_of(value: Tensor, parameter: Tensor) -> Tensor | None:
+    """Which entry of a parameter each entry of a value made of parameters alone is.
+
+    Args:
+        value: with the graph that made it.
+        parameter: one of those that it is made of.
+
+    Returns:
+        Numbers of the parameter's entries, `[*value.shape]`, -1 where there is none of them. None where entries are
+        computed, and not put in other places.
+    """
+    if not _moves(value.grad_fn, parameter):
+        return None
+    number = torch.arange(1, parameter.numel() + 1, device=parameter.device).view(parameter.shape)
+    found = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
+    with torch.enable_grad():
+        # What pulls u back to the parameter is linear in u: its derivative by u puts numbers where the entries stand.
+        u = torch.zeros_like(value, requires_grad=True)
+        (pulled,) = torch.autograd.grad(value, parameter, u, retain_graph=True, create_graph=True)
+        unit = 1
+        while unit <= parameter.numel():
+            digit = (number // unit % BASE).to(pulled.dtype)
+            (part,) = torch.autograd.grad(pulled, u, digit, retain_graph=True)
+            found += part.long() * unit
+            unit *= BASE
+    return found - 1
+
+
+def _moves(root: Any, parameter: Tensor) -> bool:
+    """Whether a graph puts entries of a parameter in other places, and does no more with them."""
+    leads: dict[Any, int] = {}
+    stack = [(root, False)]
+    while stack:
+        node, ready = stack.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if not ready and node not in leads:
+            stack += [(node, True), *((child, False) for child in children if child not in leads)]
+            continue
+        leads[node] = sum(leads[child] for child in children) or int(getattr(node, "variable", None) is parameter)
+        name = node.name()
+        # In a sum with what other parameters make, entries of this one stand as they are.
+        added = name == "AddBackward0" and leads[node] == 1 and getattr(node, "_saved_alpha", 1) == 1
+        if children and leads[node] and not (added or (name in MOVES and _plain(node))):
+            return False
+        leads[node] = min(leads[node], 1)
+    return leads[root] > 0
+
+
+def _plain(node: Any) -> bool:
+    """Whether a node that may be an embedding's hands on each gradient as it is."""
+    if not node.name().startswith("Embedding"):
+        return True
+    padding = bool((node._saved_indices == node._saved_padding_idx).any()) if node._saved_padding_idx < 2**62 else False
+    return not (padding or node._saved_scale_grad_by_freq or node._saved_sparse)
+
+
+def rows_of(entries: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
+    """Where whole rows of a table stand in a value.
+
+    Args:
+        entries: of the table, as `entries_of` has them.
+        columns: E, of the table.
+
+    Returns:
+        Places in the flattened value `[M, E]`, a row of the table each, and its number `[M]`. None where the value
+        has no axes (or several) along which the columns of each row stand, all of them.
+    """
+    there, column = entries >= 0, entries % columns
+    across = [axis for axis in range(entries.dim()) if _varies(column, there, axis)]
+    along = [axis for axis in range(entries.dim()) if axis not in across]
+    count = max(1, torch.Size(entries.shape[axis] for axis in along).numel())
+    place = torch.arange(entries.numel(), device=entries.device).view(entries.shape)
+    place = place.permute(*along, *across).reshape(count, -1)
+    found = entries.flatten()[place]
+    place, found = (t[(found >= 0).any(1)][:, (found >= 0).any(0)] for t in (place, found))
+    if not len(found) or found.shape[1] != columns:
+        return None
+    order = (found[0] % columns).argsort()
+    place, found = place[:, order], found[:, order]
+    row = found[:, 0].div(columns, rounding_mode="floor")
+    whole = row[:, None] * columns + torch.arange(columns, device=row.device)
+    return (place, row) if torch.equal(found, whole) else None
+
+
+def _varies(column: Tensor, there: Tensor, axis: int) -> bool:
+    """Whether another column follows along an axis."""
+    size = column.shape[axis] - 1
+    both = there.narrow(axis, 0, size) & there.narrow(axis, 1, size)
+    return bool((both & (column.narrow(axis, 0, size) != column.narrow(axis, 1, size))).any())

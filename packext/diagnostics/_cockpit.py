@@ -17,12 +17,10 @@ from packext.diagnostics._observe import Observer
 from packext.diagnostics._ranks import Ranks, inside
 from packext.diagnostics._schedule import linear
 from packext.diagnostics._step import Absent, Count, Step
+from packext.diagnostics._united import HESSIAN
 from packext.diagnostics._verdict import Judge, Rule, Verdict
 from packext.diagnostics.instruments import LEVELS
 from packext.diagnostics.rules import RULES
-
-#: Quantities that are made of products with the Hessian and know no samples.
-HESSIAN = (px.HessianTrace, px.DiagHessianMC, px.TopEigenvalues)
 
 
 @runtime_checkable
@@ -286,6 +284,7 @@ class Watch:
         with torch.no_grad():
             observer.finish()
             monitor.ranks.merge(observer.step, self._needs)
+            monitor.ranks.unite(self._due)
             self._record(observer)
 
     def _record(self, observer: Observer) -> None:

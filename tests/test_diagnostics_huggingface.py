@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import packext as px
+from packext import optim
 from packext.diagnostics import Alpha, GradNorm, InnerTest, Instrument, Loss, NormTest, Run, SampleNorms, Step
 from packext.diagnostics._observe import _ACTIVE
 
@@ -42,14 +43,17 @@ def data(kind: str = "gpt2", n: int = 12) -> list[dict[str, Any]]:
     return rows
 
 
-def fit(net: Any, folder: Any, *callbacks: Any, kind: str = "gpt2", **options: Any) -> None:
+def fit(
+    net: Any, folder: Any, *callbacks: Any, kind: str = "gpt2", optimizer: Any = None, make: Any = None, **options: Any
+) -> None:
     args = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=4, num_train_epochs=2, use_cpu=True, report_to=[], seed=3,
         save_strategy="no", logging_strategy="no", disable_tqdm=True, learning_rate=1e-2, **options,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on devices
-        transformers.Trainer(net, args, train_dataset=data(kind), callbacks=list(callbacks)).train()
+        trainer = make or transformers.Trainer
+        trainer(net, args, train_dataset=data(kind), callbacks=list(callbacks), optimizers=(optimizer, None)).train()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +162,31 @@ def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: An
             assert values["InnerTest"] == pytest.approx(
                 float(along.std() / n**0.5 / g.mean(0).square().sum()), rel=1e-3
             )
+
+
+class Emitting(transformers.Trainer):
+    """Hands each of its passes to an optimizer of packext's."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with optim.emit(self.optimizer.optimizer):
+            return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_an_optimizer_that_reads_the_same_passes(private: bool, tmp_path: Any) -> None:
+    ends = []
+    for callbacks in ([], [CockpitCallback()]):
+        net = px.extend(model()) if not callbacks else model()
+        optimizer: Any = optim.MSVAG(net.parameters(), lr=1e-2)
+        if private:
+            optimizer = optim.DPSGD(
+                net.parameters(), 0.1, max_norm=0.5, noise_multiplier=0.5, expected_batch_size=8.0, seed=1
+            )
+        options = {"optimizer": optimizer, "make": Emitting, "max_grad_norm": 0.0 if private else 1.0}
+        fit(net, tmp_path, *callbacks, gradient_accumulation_steps=2, **options)
+        ends.append([p.detach() for p in net.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+    assert {"NormTest", "GradNorm", "UpdateSize"} <= callbacks[0].monitor.values.keys()
 
 
 def test_what_is_refused(tmp_path: Any) -> None:

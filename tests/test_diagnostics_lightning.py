@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -16,6 +17,8 @@ from packext.diagnostics import Alpha, Cockpit, GradNorm, Loss, NormTest, Sample
 from tests.test_diagnostics import traces
 
 lightning = pytest.importorskip("lightning")
+
+from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 from packext.diagnostics.lightning import CockpitCallback  # noqa: E402
 
@@ -65,6 +68,16 @@ class Keep:
         pass
 
 
+class Scaled(MixedPrecision):
+    """A `GradScaler` as with float16, in float32, where what differs is the factor alone."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=factor))
+
+    def autocast_context_manager(self) -> Any:
+        return contextlib.nullcontext()
+
+
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -77,6 +90,8 @@ def fit(model: Any, *callbacks: Any, epochs: int = 2, **options: Any) -> None:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
+    if "scaler" in options:
+        options["plugins"] = [Scaled(options.pop("scaler"))]
     torch.manual_seed(7)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders and devices
@@ -89,6 +104,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
     {"accumulate_grad_batches": 4},  # the last step of an epoch has two batches
     {"precision": "bf16-mixed"},
+    {"scaler": 1024.0, "accumulate_grad_batches": 2},
 ]
 
 
@@ -107,7 +123,7 @@ def test_training_is_the_same_to_the_last_bit(options: dict[str, Any]) -> None:
         assert "not symmetric to rounding, as under autocast" in callback.monitor.absent["HessMaxEV"]
 
 
-@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS[:2], OPTIONS[-1]], ids=str)
 def test_the_same_values_as_in_a_loop_of_ones_own(options: dict[str, Any]) -> None:
     def asked() -> list[Any]:
         return [Loss(), GradNorm(), NormTest(), SampleNorms(), UpdateSize(), Alpha()]

@@ -54,12 +54,14 @@ def _equal(one: Any, other: Any) -> bool:
 class Observer:
     """One step of one model under observation."""
 
-    def __init__(self, step: Step, asked: Sequence[Sequence[Any]], scale: str | float, losses: bool) -> None:
-        """Take the step to fill, each instrument's quantities, the scale, and whether to keep individual losses."""
+    def __init__(
+        self, step: Step, asked: Sequence[Sequence[Any]], scale: str | float, losses: bool, loss_scale: float
+    ) -> None:
+        """Take the step to fill, each instrument's quantities, the scale, whether to keep losses, and a factor."""
         self.step, self.asked, self._wanted = step, asked, losses
         # The number of samples in the step is known at its end: until then all is of the loss as written.
         self._counts = scale == "mean"
-        self.scale = 1.0 if self._counts else scale
+        self.scale = 1.0 / loss_scale if self._counts else scale
         self._open: Pass | None = None
         self._fresh: tuple[px.Results, list[dict[str, str]]] | None = None
         self._grads: dict[str, Tensor | None] = {}  # when the pass had ended: a private optimizer takes them away

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +17,10 @@ import packext as px
 from packext import testing
 from tests import test_diagnostics_huggingface as hugging
 from tests import test_diagnostics_lightning as lightning
+from tests.helpers import processes
 from tests.test_diagnostics import traces
 
+from lightning.pytorch.strategies import DDPStrategy  # isort: skip
 from packext.adapters.huggingface import EmitCallback as ForTransformers  # isort: skip
 from packext.adapters.lightning import EmitCallback as ForLightning  # isort: skip
 
@@ -50,8 +55,9 @@ def test_lightning(options: dict[str, Any], every: int) -> None:
     assert [len(n) for n in keep.norms] == ([4] * len(keep.steps) if parts == 1 else [16, 8, 16, 8])
 
 
-def test_lightning_values() -> None:
-    """Of a network without dropout, against gradients of one sample at a time."""
+@pytest.mark.parametrize("scale, options", [("sample", {}), ("sample", {"scaler": 64.0}), (4.0, {"scaler": 64.0})])
+def test_lightning_values(scale: str | float, options: dict[str, Any]) -> None:
+    """Of a network without dropout, against gradients of one sample at a time; a `GradScaler` is no part of them."""
     model = lightning.Net().double()
     model.net[2] = torch.nn.Identity()
     keep, logged = Keep(model), {}
@@ -60,7 +66,7 @@ def test_lightning_values() -> None:
     data = lightning.DataLoader(lightning.TensorDataset(x.double(), y), 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lightning, "loader", lambda: data)
-        lightning.fit(model, ForLightning(px.BatchL2Grad(), receive=keep, scale="sample"), epochs=1)
+        lightning.fit(model, ForLightning(px.BatchL2Grad(), receive=keep, scale=scale), epochs=1, **options)
     assert len(keep.steps) == len(data) == 6
     for k, (x, y) in enumerate(data):
         model.load_state_dict(keep.parameters[k])
@@ -92,13 +98,15 @@ def test_transformers(parts: int, every: int, tmp_path: Any) -> None:
     assert [line["largest"] for line in history] == [float(n.max().sqrt()) for n in keep.norms]
 
 
-def test_transformers_values(tmp_path: Any) -> None:
-    """Samples of all accumulated batches, each with its share of the loss."""
+@pytest.mark.parametrize("scaler", [0.0, 1024.0])
+def test_transformers_values(scaler: float, tmp_path: Any) -> None:
+    """Samples of all accumulated batches, each with its share of the loss; a `GradScaler` is no part of it."""
     net = hugging.model("gpt2").double().eval()
     net.train = lambda mode=True: net  # without dropout
     keep, batches = Keep(net), []
     handle = net.register_forward_pre_hook(lambda m, a, k: batches.append(k), with_kwargs=True)
-    hugging.fit(net, tmp_path, ForTransformers(px.BatchL2Grad(), receive=keep), gradient_accumulation_steps=3)
+    callback = ForTransformers(px.BatchL2Grad(), receive=keep)
+    hugging.fit(net, tmp_path, callback, gradient_accumulation_steps=3, scaler=scaler)
     handle.remove()
     assert keep.steps == [0, 1] and len(batches) == 6
     for k, norms in enumerate(keep.norms):
@@ -131,10 +139,17 @@ def test_what_is_refused(tmp_path: Any) -> None:
     with pytest.raises(px.PackextError, match="manual optimization"):
         lightning.fit(model, ForLightning(px.Variance(), receive=receive))
     assert not px.is_extended(model)
-    for options, what in (({"fp16": True}, "fp16"), ({"torch_compile": True}, "torch_compile")):
-        args = SimpleNamespace(**{"world_size": 1, "n_gpu": 0, "fp16": False, "torch_compile": False} | options)
+    for options, what in (
+        ({"n_gpu": 2}, "DataParallel"), ({"fsdp": "full_shard"}, "FSDP or DeepSpeed"),
+        ({"torch_compile": True}, "torch_compile"), ({"world_size": 2}, "no process knows the loss of all"),
+    ):  # fmt: skip
+        usual = {"world_size": 1, "n_gpu": 0, "fsdp": "", "deepspeed": None, "torch_compile": False}
+        args = SimpleNamespace(**usual | options)
         with pytest.raises(px.PackextError, match=what):
             ForTransformers(px.Variance(), receive=receive).on_train_begin(args, None, None, model=model)
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace())
+    with pytest.raises(px.PackextError, match="one process or DDPStrategy"):
+        ForLightning(px.Variance(), receive=receive, scale="sample").on_train_start(trainer, lightning.Net())
     model = lightning.Net()
     with pytest.raises(ArithmeticError, match="enough"):
         lightning.fit(model, ForLightning(px.Variance(), receive=receive))
@@ -174,3 +189,67 @@ def test_a_loss_of_the_models_own(tmp_path: Any) -> None:
     keep = Keep(net)
     hugging.fit(net, tmp_path, ForTransformers(px.BatchL2Grad(), receive=keep), kind="bert")
     assert [len(n) for n in keep.norms] == [4] * 6 and all((n > 0).all() for n in keep.norms)
+
+
+def norms_of(model: Any, loss: Any, x: Any, y: Tensor) -> Tensor:
+    rows = testing.individual_gradients(model, loss, x, y)
+    return torch.cat([r.flatten(1) for r in rows.values()], 1).square().sum(1)
+
+
+class Noting(lightning.Net):
+    """Keeps its batches."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen = [*getattr(self, "seen", []), batch]
+        return super().training_step(batch, batch_idx)
+
+
+def in_lightning(rank: int) -> None:
+    model = Noting().double()
+    model.net[2] = torch.nn.Identity()
+    keep, (x, y) = Keep(model), lightning.loader().dataset.tensors
+    lightning.loader = lambda: lightning.DataLoader(lightning.TensorDataset(x.double(), y), 4)
+    callback = ForLightning(px.BatchL2Grad(), receive=keep, scale="sample")
+    strategy = DDPStrategy(process_group_backend="gloo")
+    lightning.fit(model, callback, epochs=1, devices=2, strategy=strategy)
+    assert [len(n) for n in keep.norms] == [8, 8, 8] and not px.is_extended(model)
+    for k, norms in enumerate(keep.norms):
+        model.load_state_dict(keep.parameters[k])
+        torch.testing.assert_close(norms.chunk(2)[rank], norms_of(model, model.loss, *model.seen[k]))
+    assert not torch.equal(*keep.norms[0].chunk(2))
+
+
+def in_transformers(rank: int, folder: str) -> None:
+    net = hugging.model("bert").double().eval()
+    net.train = lambda mode=True: net  # without dropout
+    keep, batches = Keep(net), []
+    handle = net.register_forward_pre_hook(lambda m, a, k: batches.append(k), with_kwargs=True)
+    callback = ForTransformers(px.BatchL2Grad(), receive=keep, scale="sample")
+    hugging.fit(net, folder, callback, kind="bert", ddp_backend="gloo", gradient_accumulation_steps=2)
+    handle.remove()
+    assert [len(n) for n in keep.norms] == [16, 16] and len(batches) == 4
+    for k, norms in enumerate(keep.norms):
+        net.load_state_dict(keep.parameters[k])
+        for part, b in zip(norms.chunk(2)[rank].chunk(2), batches[2 * k :], strict=False):
+            inputs = {name: b[name] for name in ("input_ids", "attention_mask")}
+            loss = lambda out, labels: torch.nn.functional.cross_entropy(out.logits, labels)  # noqa: E731
+            torch.testing.assert_close(part, norms_of(net, loss, inputs, b["labels"]), rtol=1e-5, atol=0.0)
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    warnings.simplefilter("ignore")  # advice on devices and loaders
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        NODE_RANK="0", LOCAL_WORLD_SIZE="2",
+    )  # fmt: skip
+    in_lightning(rank)
+    in_transformers(rank, folder)
+    torch.distributed.barrier()
+    gc.collect()  # groups that outlive this in a model abort the process at its end
+    torch.distributed.destroy_process_group()
+
+
+def test_results_of_two_processes(tmp_path: Any) -> None:
+    processes(worker, str(tmp_path))

@@ -8,9 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.sparse import linalg as sparse
 
 import packext as px
-from packext.diagnostics import Alpha, GradNorm, InnerTest, Instrument, Loss, NormTest, Run, SampleNorms, Step
+from packext import optim
+from packext.diagnostics import (
+    Alpha,
+    GradNorm,
+    HessMaxEV,
+    HessTrace,
+    InnerTest,
+    Instrument,
+    Loss,
+    NormTest,
+    Run,
+    SampleNorms,
+    Step,
+)
 from packext.diagnostics._observe import _ACTIVE
 
 transformers = pytest.importorskip("transformers")
@@ -42,14 +56,28 @@ def data(kind: str = "gpt2", n: int = 12) -> list[dict[str, Any]]:
     return rows
 
 
-def fit(net: Any, folder: Any, *callbacks: Any, kind: str = "gpt2", **options: Any) -> None:
+def fit(
+    net: Any,
+    folder: Any,
+    *callbacks: Any,
+    kind: str = "gpt2",
+    optimizer: Any = None,
+    make: Any = None,
+    scaler: float = 0.0,
+    **options: Any,
+) -> None:
     args = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=4, num_train_epochs=2, use_cpu=True, report_to=[], seed=3,
         save_strategy="no", logging_strategy="no", disable_tqdm=True, learning_rate=1e-2, **options,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on devices
-        transformers.Trainer(net, args, train_dataset=data(kind), callbacks=list(callbacks)).train()
+        trainer = (make or transformers.Trainer)(
+            net, args, train_dataset=data(kind), callbacks=list(callbacks), optimizers=(optimizer, None)
+        )
+        if scaler:  # as with fp16, which needs a GPU
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scaler)
+        trainer.train()
 
 
 @pytest.mark.parametrize(
@@ -91,9 +119,37 @@ class Each(Instrument):
         return step.losses
 
 
+def trace_of_ggn(net: Any, logits: torch.Tensor) -> float:
+    """Of the cross-entropy of one sample with logits `[C]`, by the columns of a root of its Hessian."""
+    p = logits.detach().softmax(0)
+    values, vectors = torch.linalg.eigh(p.diag() - p[:, None] * p)
+    total = 0.0
+    for column in (vectors * values.clamp(min=0).sqrt()).mT:
+        grads = torch.autograd.grad(logits, list(net.parameters()), column, retain_graph=True, allow_unused=True)
+        total += sum(float(g.square().sum()) for g in grads if g is not None)
+    return total
+
+
+def largest(net: Any, loss: torch.Tensor) -> float:
+    """Largest eigenvalue of the Hessian of a loss, by scipy's Lanczos."""
+    parameters = list(net.parameters())
+    slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    pairs = [(s, p) for s, p in zip(slopes, parameters, strict=True) if s is not None]
+    flat = torch.cat([s.flatten() for s, _ in pairs])
+
+    def product(v: Any) -> Any:
+        found = torch.autograd.grad(flat, [p for _, p in pairs], torch.as_tensor(v).flatten(), retain_graph=True)
+        return torch.cat([f.flatten() for f in found]).numpy()
+
+    operator = sparse.LinearOperator((len(flat), len(flat)), product, dtype="float64")
+    return float(sparse.eigsh(operator, 1, which="LA", tol=1e-6, return_eigenvectors=False)[0])
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 @pytest.mark.parametrize("parts", [1, 2])  # of 3 batches to an epoch: with 2, its last step has a single one
 def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: Any) -> None:
+    """One with a `GradScaler`, whose factor is in no value."""
+    scaler = 1024.0 if (kind, parts) in (("gpt2", 2), ("bert", 1)) else 0.0
     net = model(kind)
     for m in net.modules():
         if isinstance(m, torch.nn.Dropout):
@@ -110,6 +166,8 @@ def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: An
             seen.append((copy.deepcopy({k: p.detach() for k, p in net.named_parameters()}), []))
 
     asked = [Loss(), GradNorm(), NormTest(), InnerTest(), SampleNorms(), Alpha(), Each()]
+    if kind == "bert":
+        asked += [HessTrace("ggn"), HessMaxEV(tol=1e-3)]
     callback = CockpitCallback(None, sinks=[spy], instruments=asked)
 
     def keep(module: Any, args: Any, kwargs: Any) -> None:
@@ -117,7 +175,7 @@ def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: An
             seen[-1][1].append({k: v for k, v in kwargs.items() if torch.is_tensor(v)})
 
     handle = net.register_forward_pre_hook(keep, with_kwargs=True)
-    fit(net, tmp_path, Watcher(), callback, kind=kind, gradient_accumulation_steps=parts)
+    fit(net, tmp_path, Watcher(), callback, kind=kind, gradient_accumulation_steps=parts, scaler=scaler)
     handle.remove()
     lines = [line for line in spy.lines if "Loss" in line[1]]
     assert len(lines) == len(seen) == (6 if parts == 1 else 4)
@@ -127,9 +185,10 @@ def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: An
     else:
         assert all("the samples' parts of the loss are not known" in absent["Alpha"] for _, _, absent in alphas)
     net.double()
-    for (_, values, _), (start, batches) in zip(lines, seen, strict=True):
+    for (number, values, _), (start, batches) in zip(lines, seen, strict=True):
         net.load_state_dict(start, strict=False)
         rows, losses, n = [], [], sum(len(b["labels"]) for b in batches)
+        ggn = 0.0
         total = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches) if kind == "gpt2" else 0
         for b in batches:
             for k in range(len(b["labels"])):
@@ -141,6 +200,7 @@ def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: An
                     own = own * (one["labels"][:, 1:] != -100).sum() / items * n
                 else:  # the model ignores the number of items, and the Trainer adds the means of the batches up
                     own = own * len(batches)
+                    ggn += trace_of_ggn(net, output.logits[0]) * len(batches) / n
                 net.zero_grad()
                 own.backward()
                 rows.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
@@ -153,6 +213,12 @@ def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: An
         assert values["SampleNorms"] == pytest.approx(float(g.norm(dim=1).mean()), rel=1e-3)
         trace = (g - g.mean(0)).square().sum() / (n - 1)
         assert values["NormTest"] == pytest.approx(float((trace / n).sqrt() / g.mean(0).norm()), rel=1e-3)
+        if kind == "bert":
+            assert values["HessTrace"] == pytest.approx(ggn, rel=1e-3)
+        if kind == "bert" and number == 0 and parts == 1:
+            named = {name: v for name, v in batches[0].items() if v.dim()}
+            top = largest(net, net(**named).loss)
+            assert abs(values["HessMaxEV"] - top) <= values["HessMaxEV.residual"] + 1e-3 * top
         if len(batches) == 1:
             along = g @ g.mean(0)
             assert values["InnerTest"] == pytest.approx(
@@ -160,9 +226,32 @@ def test_values_against_one_sample_at_a_time(kind: str, parts: int, tmp_path: An
             )
 
 
+class Emitting(transformers.Trainer):
+    """Hands each of its passes to an optimizer of packext's."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with optim.emit(self.optimizer.optimizer):
+            return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_an_optimizer_that_reads_the_same_passes(private: bool, tmp_path: Any) -> None:
+    ends = []
+    for callbacks in ([], [CockpitCallback()]):
+        net = px.extend(model()) if not callbacks else model()
+        optimizer: Any = optim.MSVAG(net.parameters(), lr=1e-2)
+        if private:
+            optimizer = optim.DPSGD(
+                net.parameters(), 0.1, max_norm=0.5, noise_multiplier=0.5, expected_batch_size=8.0, seed=1
+            )
+        options = {"optimizer": optimizer, "make": Emitting, "max_grad_norm": 0.0 if private else 1.0}
+        fit(net, tmp_path, *callbacks, gradient_accumulation_steps=2, **options)
+        ends.append([p.detach() for p in net.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+    assert {"NormTest", "GradNorm", "UpdateSize"} <= callbacks[0].monitor.values.keys()
+
+
 def test_what_is_refused(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match='level="economy" or None, got .full.'):
-        CockpitCallback("full")
     with pytest.raises(px.PackextError, match="does not work with label_smoothing_factor"):
         fit(model(), tmp_path, CockpitCallback(), label_smoothing_factor=0.1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,32 +16,46 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
+from packext import _curvature
 from packext.diagnostics import (
+    ActivationScale,
     Alpha,
+    BatchSize,
     Cockpit,
     DeadUnits,
     Distance,
+    EarlyStopping,
     EffectiveRank,
+    GradHist1d,
+    GradHist2d,
     GradNorm,
     GradSNR,
+    HessMaxEV,
     HessTrace,
     InnerTest,
+    InputScale,
+    Instrument,
     Loss,
+    MeanGSNR,
     NoiseScale,
     NormTest,
     OrthoTest,
+    OutputScale,
     Run,
     SampleNorms,
     TICDiag,
     UpdateCurvature,
     UpdateSize,
 )
+from packext.diagnostics._united import _chosen
 from tests.helpers import processes
 
 WORLD = 2
 ASKED: tuple[Callable[[], Any], ...] = (
     Loss, GradNorm, UpdateSize, Distance, NormTest, InnerTest, OrthoTest, NoiseScale, GradSNR, SampleNorms, Alpha,
-    UpdateCurvature, lambda: HessTrace("ggn"), lambda: TICDiag("ggn"),
+    UpdateCurvature, MeanGSNR, EarlyStopping, BatchSize, InputScale, OutputScale, ActivationScale,
+    lambda: GradHist1d(samples=100), lambda: GradHist2d(samples=100),
+    lambda: HessTrace("ggn"), lambda: TICDiag("ggn"),
 )  # fmt: skip
 ALONE: list[Any] = []
 WAYS: dict[str, Callable[[nn.Module], Any]] = {
@@ -90,12 +105,14 @@ def watched(model: Any, sinks: Any = (), asked: Any = ASKED, rate: float = 0.1) 
     return Cockpit(model, optimizer, None, 1, sinks, [make() for make in asked])
 
 
-def steps(model: nn.Module, monitor: Cockpit, loss: Callable[..., Tensor], batches: Any, parts: int = 1) -> None:
+def steps(
+    model: nn.Module, monitor: Cockpit, loss: Callable[..., Tensor], batches: Any, parts: int = 1, sync: bool = False
+) -> None:
     for x, y in batches:
         with monitor.step():
             monitor.optimizer.zero_grad()
             for k, (a, b) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
-                last = k == parts - 1 or not isinstance(model, DistributedDataParallel)
+                last = sync or k == parts - 1 or not isinstance(model, DistributedDataParallel)
                 with contextlib.nullcontext() if last else model.no_sync():  # type: ignore[operator]
                     (loss(model(a), b) / parts).backward()
             monitor.optimizer.step()
@@ -182,20 +199,146 @@ def uneven(rank: int) -> None:
 
 
 def accumulated(rank: int) -> None:
-    batches = [data(8, seed) for seed in range(2)]
+    """Passes of all processes together are those of one with twice the samples, in another order."""
+    batches = [data(8, seed) for seed in range(3)]
+    order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
     loss, alone, wanted = px.extend(nn.CrossEntropyLoss()), by_itself(network()), Keep()
-    steps(alone, watched(alone, [wanted]), loss, batches, 2)
-    model, found = WAYS["DDP(extend)"](network()), Keep()
+    steps(alone, watched(alone, [wanted]), loss, [(x[order], y[order]) for x, y in batches], 2)
+    assert "Alpha" in wanted.lines[1][1] and "within one backward pass" in wanted.lines[0][2]["InnerTest"]
     mine = [(x.chunk(WORLD)[rank], y.chunk(WORLD)[rank]) for x, y in batches]
-    steps(model, watched(model, [found]), loss, mine, 2)
-    if rank == 0:
-        lines = [line for line in wanted.lines if "Loss" in line[1]]  # without those of `Alpha`, which come later
-        assert len(lines) == len(found.lines) == 2
-        for (_, values, absent), (_, want, _) in zip(found.lines, lines, strict=True):
-            for name in ("Loss", "GradNorm", "GradNorm/0.weight", "UpdateSize", "Distance", "SampleNorms", "HessTrace"):
-                assert values[name] == pytest.approx(want[name]), name
-            assert "not checked over several backward passes in several processes" in absent["Alpha"]
-            assert "grad_dot is defined within one backward pass; this step had 2" in absent["NormTest"]
+    for sync in (False, True):
+        model, found = WAYS["DDP(extend)"](network()), Keep()
+        steps(model, watched(model, [found]), loss, mine, 2, sync)
+        for _, values, _ in found.lines + wanted.lines:
+            values.pop("SampleNorms.hardest", None)
+        if rank == 0:
+            same(found, wanted)
+
+
+def outside_in_passes(rank: int) -> None:
+    """A term that passes by the model is noticed in whichever pass it is."""
+    loss = px.extend(nn.CrossEntropyLoss())
+    for sync in (False, True):
+        for where in (0, 2, None):
+            model = WAYS["DDP(extend)"](network())
+            monitor = watched(model, asked=[NormTest, Alpha, GradNorm])
+            with monitor.step():
+                for k in range(3):
+                    x, y = data(4, 7 * rank + k)
+                    with contextlib.nullcontext() if sync or k == 2 else model.no_sync():
+                        decay = sum(p.square().sum() for p in model.parameters()) if k == where else 0.0
+                        (loss(model(x), y) + decay).backward()
+                monitor.optimizer.step()
+            if where is None:
+                assert "NormTest" in monitor.values and "Alpha" not in monitor.absent
+            else:
+                assert "terms of the loss pass by the model" in monitor.absent["NormTest"], (sync, where)
+                assert "terms of the loss pass by the model" in monitor.absent["Alpha"]
+            assert "GradNorm" in monitor.values
+
+
+def hessians(rank: int) -> None:
+    batches = [data(8, seed) for seed in range(2)]
+    mine = [(x.chunk(WORLD)[rank], y.chunk(WORLD)[rank]) for x, y in batches]
+    for scale in (1.0, 256.0):
+        loss, said = px.extend(nn.CrossEntropyLoss()), []
+        for model, parts in ((by_itself(network()), batches), (WAYS["DDP(extend)"](network()), mine)):
+            found = []
+            optimizer = torch.optim.SGD(model.parameters(), 0.1 / scale)
+            monitor = Cockpit(model, optimizer, None, 1, [], [HessTrace("hessian"), HessMaxEV(tol=1e-9)])
+            for k, batch in enumerate(parts):
+                _curvature._GENERATOR.manual_seed(k)  # for the same draws in one process and in two
+                steps(model, monitor, scaled(loss, scale), [batch])
+                assert not monitor.absent
+                found.append(monitor.values)
+            said.append(found)
+        for want, got in zip(*said, strict=True):
+            assert got.keys() == want.keys()
+            for name in want:
+                if name != "HessMaxEV.residual":
+                    assert got[name] == pytest.approx(want[name], rel=1e-8), name
+    # Of sums of 5 and 3 samples, by autograd's own second derivatives.
+    model, loss, (x, y) = WAYS["DDP(extend)"](network()), px.extend(nn.CrossEntropyLoss(reduction="sum")), batches[0]
+    alone, asked = by_itself(network()), [lambda: HessTrace("hessian"), lambda: HessMaxEV(tol=1e-9), BatchSize]
+    one, monitor = watched(alone, asked=asked), watched(model, asked=asked)
+    _curvature._GENERATOR.manual_seed(0)
+    steps(alone, one, scaled(loss, 0.5), [(x, y)])
+    _curvature._GENERATOR.manual_seed(0)
+    steps(model, monitor, loss, [(x.split([5, 3])[rank], y.split([5, 3])[rank])])
+    assert monitor.values["HessTrace"] == pytest.approx(one.values["HessTrace"], rel=1e-9)
+    net = network()
+    named = {k: p.detach() for k, p in net.named_parameters()}
+    flat = torch.cat([p.flatten() for p in named.values()])
+
+    def whole(flat: Tensor) -> Tensor:
+        parts = flat.split([p.numel() for p in named.values()])
+        values = {k: v.view_as(p) for (k, p), v in zip(named.items(), parts, strict=True)}
+        return nn.functional.cross_entropy(torch.func.functional_call(net, values, (x,)), y)
+
+    top = torch.linalg.eigvalsh(torch.autograd.functional.hessian(whole, flat))[-1]
+    assert monitor.values["HessMaxEV"] == pytest.approx(float(top), rel=1e-7)
+    # Before the pass that is averaged, processes may make different numbers of passes.
+    with monitor.step():
+        for k in range(2 + rank):
+            with contextlib.nullcontext() if k == 1 + rank else model.no_sync():
+                loss(model(x), y).backward()
+    assert "different numbers of backward passes: [2, 3]" in monitor.absent["HessMaxEV"]
+    model.module.register_module("1", nn.SyncBatchNorm(8))  # which only runs, and is only accepted, on GPUs
+    with watched(model, asked=[HessMaxEV]).step() as s:
+        assert "SyncBatchNorm couples the processes" in s._missing[0]
+
+
+def gated() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    net[0].bias.data[:2] = torch.tensor([-10.0, -1.0])  # a unit that is off, and one that is off for most samples
+    return net
+
+
+def looked_at(rank: int) -> None:
+    """What hooks on modules see, and histograms of all entries of all samples; of 5 and 3 samples."""
+    asked = [
+        DeadUnits, InputScale, OutputScale, ActivationScale,
+        lambda: GradHist1d(limit=0.5, samples=None, bins=7),
+        lambda: GradHist2d(limit=0.5, param_limit=1.0, samples=None, bins=5, param_bins=4),
+    ]  # fmt: skip
+    batches, loss = [data(8, 2)] * 2, px.extend(nn.CrossEntropyLoss(reduction="sum"))
+    for sizes, parts, order in (([5, 3], 1, list(range(8))), ([4, 4], 2, [0, 1, 4, 5, 2, 3, 6, 7])):
+        alone, model, said = by_itself(gated()), WAYS["DDP(extend)"](gated()), (Keep(), Keep())
+        whole = [(x[order], y[order]) for x, y in batches]
+        steps(alone, watched(alone, [said[0]], asked, 0.01), scaled(loss, 0.5), whole, parts)
+        mine = [(x.split(sizes)[rank], y.split(sizes)[rank]) for x, y in batches]
+        steps(model, watched(model, [said[1]], asked, 0.01), loss, mine, parts)
+        if rank == 0:
+            same(said[1], said[0])
+            values = said[0].lines[0][1]
+            assert 0 < values["DeadUnits"] < 1 and values["OutputScale.spread"] > 0
+            counted = torch.as_tensor(values["GradHist2d"])
+            assert (counted > 0).sum() > 10 and abs(float(counted.sum()) - 1) < 1e-12
+    # Means weigh the samples of the smaller batch more, which bins that were filled before do not know.
+    model = WAYS["DDP(extend)"](gated())
+    monitor = watched(model, asked=[asked[-2], lambda: GradHist2d(samples=100), OutputScale])
+    (x, y), loss = batches[0], px.extend(nn.CrossEntropyLoss())
+    steps(model, monitor, loss, [(x.split([5, 3])[rank], y.split([5, 3])[rank])])
+    assert "different weights" in monitor.absent["GradHist1d"]
+    assert {"GradHist2d", "OutputScale"} <= monitor.values.keys()
+    # Samples of different lengths have no variance together.
+    tokens = px.extend(nn.Linear(5, 3).double())
+    model = DistributedDataParallel(tokens)
+    monitor = watched(model, asked=[OutputScale])
+    with monitor.step():
+        model(torch.ones(2, 3 + rank, 5, dtype=torch.float64)).sum().backward()
+    assert "differ in shape" in monitor.absent["OutputScale.spread"] and "OutputScale" in monitor.values
+
+
+class Own(Instrument):
+    """Collects something, and does not say how it unites."""
+
+    def enter(self, step: int, model: nn.Module) -> None:
+        self.seen = step
+
+    def measure(self, step: Any) -> float:
+        return self.seen
 
 
 def unchanged(rank: int) -> None:
@@ -217,9 +360,8 @@ def unchanged(rank: int) -> None:
                 optimizer.step()
         ends.append([p.detach() for p in model.parameters()])
         if monitor and level == "full":
-            assert "NormTest" in monitor.values and "HessTrace" in monitor.values
-            assert "is defined within one process, and there are 2" in monitor.absent["GradHist1d"]
-            assert "MeanTopEigenvalues is defined within one process" in monitor.absent["HessMaxEV"]
+            assert {"NormTest", "HessTrace", "GradHist1d", "GradHist2d", "InputScale"} <= monitor.values.keys()
+            assert {"HessMaxEV"} <= monitor.values.keys() | monitor.absent.keys()
     for end in ends[1:]:
         assert all(torch.equal(p, q) for p, q in zip(end, ends[0], strict=True))
 
@@ -243,18 +385,18 @@ def refused(rank: int) -> None:
 
     with pytest.raises(OSError, match="no space"):  # in both, which otherwise would wait for each other
         watched(parallel, [Broken()])
-    gated = px.extend(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double())
-    whole = DistributedDataParallel(gated)
-    monitor = watched(whole, asked=[DeadUnits, EffectiveRank, Loss])
+    inside = px.extend(gated())
+    whole = DistributedDataParallel(inside)
+    monitor = watched(whole, asked=[Own, EffectiveRank, Loss])
     steps(whole, monitor, loss, [(x, y)])
-    assert "it looks at modules in one process" in monitor.absent["DeadUnits"]
+    assert "what it sees in one process does not unite" in monitor.absent["Own"]
     assert "BatchDotGrad is defined within one process, and there are 2" in monitor.absent["EffectiveRank"]
     assert "Loss" in monitor.values
-    steps(gated, monitor, loss, [(x, y)])
+    steps(inside, monitor, loss, [(x, y)])
     assert "`.grad` differs between the processes" in monitor.absent["Loss"]
     with monitor.step():
         if rank == 0:
-            loss(gated(x), y).backward()
+            loss(inside(x), y).backward()
     assert "different numbers of backward passes: [1, 0]" in monitor.absent["Loss"]
     with whole.join(), pytest.raises(px.PackextError, match=r"does not work within DistributedDataParallel.join"):
         with monitor.step():
@@ -296,7 +438,9 @@ def named(rank: int) -> None:
     assert hardest[0] == hardest[1] and min(hardest[0]) >= 100 and set(hardest[0]) - set(samples.tolist())
 
 
-TASKS = (as_one_process, uneven, accumulated, unchanged, refused, penalized, named)
+TASKS = (
+    as_one_process, uneven, accumulated, outside_in_passes, hessians, looked_at, unchanged, refused, penalized, named,
+)  # fmt: skip
 
 
 def worker(rank: int, port: int, path: str) -> None:
@@ -316,3 +460,22 @@ def worker(rank: int, port: int, path: str) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     processes(worker, str(tmp_path), world=WORLD)
+
+
+def test_draws_of_all_are_as_likely_from_each_process_as_from_one() -> None:
+    """Of 5 and 3 samples, and then of 2 and 9, four are drawn each time."""
+    counts, samples, draws = [[5, 2], [3, 9]], 4, 1000
+    seen = torch.zeros(2, 5)
+    for seed in range(draws):
+        first, second = _chosen(counts, samples, seed)
+        mine = [int((first < 4).sum()), int((first >= 4).sum())]  # the first process has drawn 4, and then 2
+        assert first.tolist() == [*range(mine[0]), *range(4, 4 + mine[1])]
+        other = [int((second < 3).sum()), int((second >= 3).sum())]  # the other one 3, and then 4
+        assert second.tolist() == [*range(other[0]), *range(3, 3 + other[1])]
+        assert mine[0] + other[0] == mine[1] + other[1] == samples
+        for k in range(2):
+            seen[k, mine[k]] += 1
+    for k, (a, b) in enumerate(((5, 3), (2, 9))):
+        want = torch.tensor([math.comb(a, j) * math.comb(b, samples - j) / math.comb(a + b, samples) for j in range(5)])
+        error = (want * (1 - want) / draws).sqrt()
+        assert ((seen[k] / draws - want).abs() <= 4 * error).all()

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
 from packext import _flight, optim
 from packext._pass import Pass
 from packext._statistics import Statistics
 from packext.diagnostics import Alpha, Cockpit, GradHist1d, GradNorm, GradSNR, HessTrace, NormTest, TICDiag, UpdateSize
-from tests.helpers import double_precision
+from tests.helpers import double_precision, processes
 
 LOSS = px.extend(nn.CrossEntropyLoss())
 PRIVATE: dict[str, Any] = {"lr": 0.1, "max_norm": 0.5, "noise_multiplier": 0.5, "expected_batch_size": 6.0, "seed": 1}
@@ -68,18 +70,20 @@ def emitting(optimizer: Any) -> Any:
     return optim.emit(optimizer) if hasattr(optimizer, "quantities") else nullcontext()
 
 
-def trained(name: str, watched: bool, level: str | None = None) -> tuple[list[list[Tensor]], list[Any]]:
+def trained(
+    name: str, watched: bool, level: str | None = None, wrap: Callable[[Any], Any] = lambda m: m, first: int = 0
+) -> tuple[list[list[Tensor]], list[Any]]:
     """Parameters after each step, and what the monitor said of it."""
     model = network()
-    optimizer = OPTIMIZERS[name](model)
-    monitor = watching(model, optimizer, level) if watched else None
+    optimizer, whole = OPTIMIZERS[name](model), wrap(model)
+    monitor = watching(whole, optimizer, level) if watched else None
     thetas, said = [], []
-    for k in range(2):
+    for k in range(first, first + 2):
         x, y = images(k)
         with nullcontext() if monitor is None else monitor.step():
             optimizer.zero_grad()
             with emitting(optimizer):
-                LOSS(model(x), y).backward()
+                LOSS(whole(x), y).backward()
             optimizer.step()
         thetas.append([p.detach().clone() for p in model.parameters()])
         assert not any(vars(p) for p in model.parameters())
@@ -88,16 +92,19 @@ def trained(name: str, watched: bool, level: str | None = None) -> tuple[list[li
     return thetas, said
 
 
-def by_itself(name: str, thetas: list[list[Tensor]]) -> list[Any]:
+def by_itself(
+    name: str, thetas: list[list[Tensor]], wrap: Callable[[Any], Any] = lambda m: m, first: int = 0
+) -> list[Any]:
     """What a monitor says that has a pass of its own, in a run with these parameters."""
     model = network()
-    monitor = watching(model, OPTIMIZERS[name](model))
+    whole = wrap(model)
+    monitor = watching(whole, OPTIMIZERS[name](model))
     said = []
-    for k, after in enumerate(thetas):
+    for k, after in enumerate(thetas, first):
         x, y = images(k)
         with monitor.step():
             monitor.optimizer.zero_grad()
-            LOSS(model(x), y).backward()
+            LOSS(whole(x), y).backward()
             with torch.no_grad():
                 for p, new in zip(model.parameters(), after, strict=True):
                     p.copy_(new)
@@ -105,17 +112,38 @@ def by_itself(name: str, thetas: list[list[Tensor]]) -> list[Any]:
     return said
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"GGN-MC"}))
-def test_a_monitor_and_an_optimizer_get_what_each_gets_by_itself(name: str) -> None:
-    (thetas, said), (without, _) = trained(name, True), trained(name, False)
+def same_as_alone(name: str, *where: Any) -> None:
+    (thetas, said), (without, _) = trained(name, True, None, *where), trained(name, False, None, *where)
     for one, other in zip(thetas, without, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
     assert not torch.equal(without[0][0], without[1][0])
-    for (values, absent), (want, wanting) in zip(said, by_itself(name, thetas), strict=True):
+    for (values, absent), (want, wanting) in zip(said, by_itself(name, thetas, *where), strict=True):
         assert absent == wanting and values.keys() == want.keys()
         assert {"NormTest", "GradNorm", "GradSNR", "HessTrace", "TICDiag", "UpdateSize"} <= values.keys()
         for key in want:
             np.testing.assert_allclose(values[key], want[key], rtol=1e-10, atol=1e-13, err_msg=key)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"GGN-MC"}))
+def test_a_monitor_and_an_optimizer_get_what_each_gets_by_itself(name: str) -> None:
+    same_as_alone(name)
+
+
+def worker(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        with double_precision():
+            for name in ("KFAC", "AdaHessian", "DPSGD"):
+                same_as_alone(name, DistributedDataParallel, 10 * rank)
+        dist.barrier()  # who ends first takes the store with it
+    finally:
+        gc.collect()  # groups that outlive this in a model abort the process at its end
+        dist.destroy_process_group()
+
+
+def test_in_two_processes() -> None:
+    processes(worker)
 
 
 @pytest.mark.parametrize(("name", "level"), [("KFAC", "economy"), ("GGN-MC", "business"), ("DPSGD", "full")])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 import packext as px
@@ -28,20 +29,39 @@ class Emission:
         self._quantities, self._receive, self._every, self._scale = quantities, receive, every, scale
         self._stack, self._results = ExitStack(), None
         self._extended: nn.Module | None = None
-        self._context()  # what it refuses, it refuses now
+        self._group: Any = None
+        self._context(1.0)  # what it refuses, it refuses now
 
-    def _context(self) -> px.backpack:
-        return px.backpack(*self._quantities, scale=self._scale, accumulate=True, attach=False, exact_grad=True)
+    def _context(self, loss_scale: float) -> px.backpack:
+        scale: str | float = self._scale
+        if scale != "sample" and loss_scale != 1.0:
+            scale = (1.0 if isinstance(scale, str) else scale) / loss_scale
+        return px.backpack(
+            *self._quantities, scale=scale, accumulate=True, attach=False, exact_grad=True, group=self._group
+        )
+
+    def over(self, size: int) -> None:
+        """Results are to be those of the samples of all `size` processes.
+
+        Raises:
+            PackextError: with scale "loss", as no process knows the loss of all.
+        """
+        self._group = dist.group.WORLD if size > 1 else None
+        if size > 1 and self._scale == "loss":
+            raise px.PackextError(
+                f'EmitCallback in {size} processes needs scale="sample" or a number: no process knows the loss of all.'
+            )
 
     def extend(self, model: nn.Module) -> None:
         """Extend the model, if it is not, until `close`."""
         if not px.is_extended(model):
             self._extended = px.extend(model)
 
-    def open(self, step: int) -> None:
-        """The first backward pass of a step comes, or another one."""
+    def open(self, step: int, scaler: Any = None) -> None:
+        """The first backward pass of a step comes, or another one; with the `GradScaler` that multiplies the loss."""
         if self._results is None and step % self._every == 0:
-            self._results = self._stack.enter_context(self._context())
+            loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
+            self._results = self._stack.enter_context(self._context(loss_scale))
 
     def land(self, step: int) -> dict[str, float]:
         """The step's passes are over: hand on their results.

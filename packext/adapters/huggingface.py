@@ -24,8 +24,8 @@ class EmitCallback(TrainerCallback):
         >>> Trainer(model, args, train_dataset=data, callbacks=[EmitCallback(px.BatchL2Grad(), receive=receive)])
 
     The training is the same to the last bit. A sample is a row of the batch. Batches that are accumulated for a step
-    are one, as `px.backpack` with `accumulate=True` has them. For instruments, verdicts and a page there is
-    `packext.diagnostics.huggingface`.
+    are one, as `px.backpack` with `accumulate=True` has them, and in several processes results are of the samples of
+    all, in each of them. For instruments, verdicts and a page there is `packext.diagnostics.huggingface`.
     """
 
     def __init__(self, *quantities: Any, receive: Receive, every: int = 1, scale: str | float = "loss") -> None:
@@ -37,7 +37,8 @@ class EmitCallback(TrainerCallback):
                 returns is put into the Trainer's `state.log_history` with the step, and into nothing else: log to other
                 places in `receive` itself.
             every: steps of the optimizer.
-            scale: as for `px.backpack`.
+            scale: as for `px.backpack`. The factor of a `GradScaler` (fp16) is taken out again; of a step that it
+                skips, results are not finite.
         """
         self._emission, self._hook = Emission(quantities, receive, every, scale), None
         self._held: list[Any] = []
@@ -52,15 +53,17 @@ class EmitCallback(TrainerCallback):
             **kwargs: `model` is used.
 
         Raises:
-            PackextError: for several processes or devices, a loss scale, or torch_compile.
+            PackextError: for several devices in one process, FSDP, DeepSpeed, torch_compile, or several processes with
+                scale "loss".
         """
         for wrong, what in (
-            (args.world_size > 1 or args.n_gpu > 1, "several processes or devices"),
-            (args.fp16, "fp16, whose loss scale is not known"),
+            (args.n_gpu > 1, "DataParallel, which cuts a batch among devices: start a process for each device"),
+            (args.fsdp or args.deepspeed, "FSDP or DeepSpeed, but with DistributedDataParallel"),
             (args.torch_compile, "torch_compile, under which no parameter is seen"),
         ):
             if wrong:
                 raise px.PackextError(f"EmitCallback does not work with {what}.")
+        self._emission.over(args.world_size)
         self._emission.extend(kwargs["model"])
         self._hook = kwargs["model"].register_forward_hook(self._ran)
 
@@ -71,9 +74,9 @@ class EmitCallback(TrainerCallback):
             args: of the Trainer.
             state: of the Trainer.
             control: of the Trainer.
-            **kwargs: not used.
+            **kwargs: `optimizer` is used.
         """
-        self._emission.open(state.global_step)
+        self._emission.open(state.global_step, getattr(kwargs["optimizer"], "scaler", None))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close it, and log.

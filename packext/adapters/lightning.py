@@ -9,6 +9,7 @@ from packext.adapters._emission import Emission, Receive
 
 try:
     from lightning.pytorch.callbacks import Callback  # pyright: ignore[reportMissingImports]
+    from lightning.pytorch.strategies import DDPStrategy  # pyright: ignore[reportMissingImports]
 except ImportError:
     raise ImportError("Lightning is not installed: pip install 'packext[lightning]'.") from None
 
@@ -22,7 +23,8 @@ class EmitCallback(Callback):
         >>> Trainer(callbacks=[EmitCallback(px.BatchL2Grad(), receive=receive, every=10)])
 
     The training is the same to the last bit. Batches that are accumulated for a step are one, as `px.backpack` with
-    `accumulate=True` has them. For instruments, verdicts and a page there is `packext.diagnostics.lightning`.
+    `accumulate=True` has them, and in several processes results are of the samples of all, in each of them. For
+    instruments, verdicts and a page there is `packext.diagnostics.lightning`.
     """
 
     def __init__(self, *quantities: Any, receive: Receive, every: int = 1, scale: str | float = "loss") -> None:
@@ -33,10 +35,11 @@ class EmitCallback(Callback):
             receive: called with the step's number, from 0, and its results, before the optimizer's step; what it
                 returns is logged by the module's `log_dict`.
             every: steps of the optimizer.
-            scale: as for `px.backpack`; "sample" needs a loss module that is an attribute of the LightningModule.
+            scale: as for `px.backpack`; "sample" needs a loss module that is an attribute of the LightningModule. The
+                factor of a `GradScaler` is taken out again; of a step that it skips, results are not finite.
         """
         super().__init__()
-        self._emission, self._scale = Emission(quantities, receive, every, scale), scale
+        self._emission = Emission(quantities, receive, every, scale)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Extend the module, if it is not, until the end of the training.
@@ -46,15 +49,17 @@ class EmitCallback(Callback):
             pl_module: the LightningModule.
 
         Raises:
-            PackextError: with manual optimization, several processes, or a loss scale.
+            PackextError: with manual optimization, several processes that are not those of Lightning's DDP strategy, or
+                these with scale "loss".
         """
+        alien = trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy)
         for wrong, what in (
             (not pl_module.automatic_optimization, "manual optimization: open px.backpack in training_step"),
-            (trainer.world_size > 1, "several processes: open px.backpack(group=...) in a loop of your own"),
-            (str(trainer.precision) == "16-mixed" and self._scale != "sample", '16-mixed, unless scale="sample"'),
+            (alien, f"{type(trainer.strategy).__name__}, but with one process or DDPStrategy"),
         ):
             if wrong:
                 raise px.PackextError(f"EmitCallback does not work with {what}.")
+        self._emission.over(trainer.world_size)
         self._emission.extend(pl_module)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -65,7 +70,7 @@ class EmitCallback(Callback):
             pl_module: the LightningModule.
             loss: not looked at.
         """
-        self._emission.open(trainer.global_step)
+        self._emission.open(trainer.global_step, getattr(trainer.precision_plugin, "scaler", None))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Close it, and log.

@@ -17,12 +17,10 @@ from packext.diagnostics._observe import Observer
 from packext.diagnostics._ranks import Ranks, inside
 from packext.diagnostics._schedule import linear
 from packext.diagnostics._step import Absent, Count, Step
+from packext.diagnostics._united import HESSIAN
 from packext.diagnostics._verdict import Judge, Rule, Verdict
 from packext.diagnostics.instruments import LEVELS
 from packext.diagnostics.rules import RULES
-
-#: Quantities that are made of products with the Hessian and know no samples.
-HESSIAN = (px.HessianTrace, px.DiagHessianMC, px.TopEigenvalues)
 
 
 @runtime_checkable
@@ -128,7 +126,7 @@ class Cockpit:
         self._left: tuple[int, list[int]] | None = None
         self._following: list[tuple[int, Instrument, tuple[Any, ...]]] = []
 
-    def step(self, scale: str | float = "sample", samples: Any = None) -> Watch:
+    def step(self, scale: str | float = "sample", samples: Any = None, loss_scale: float = 1.0) -> Watch:
         """A context around all that one training step does: forward, backward, update.
 
         Args:
@@ -138,15 +136,20 @@ class Cockpit:
                 many times its part of what the passes add up to.
             samples: indices of the step's samples in the data set `[N]`, in the order in which they go through the
                 model (over all backward passes). Samples are then named by them, and not by their place in the batch.
+            loss_scale: with "mean", the factor of a `GradScaler` on the loss (`scaler.get_scale()`); with "sample" it
+                is seen.
 
         Returns:
             The context. `with monitor.step(...) as step:` gives what has `step.losses(each)`.
 
         Raises:
-            ValueError: for another scale, or samples that are not a row of integers.
+            ValueError: for another scale, samples that are not a row of integers, or a loss scale that is not positive
+                or not with "mean".
         """
         if not (scale in ("sample", "mean") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
             raise ValueError(f'scale must be "sample", "mean" or a number, got {scale!r}.')
+        if not loss_scale > 0 or (loss_scale != 1 and scale != "mean"):
+            raise ValueError(f'loss_scale must be positive and goes with scale="mean"; got {loss_scale} and {scale!r}.')
         if samples is not None:
             samples = torch.as_tensor(samples, device="cpu")
             if samples.dim() != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
@@ -154,7 +157,7 @@ class Cockpit:
                     f"samples must be integers [N], one for each sample of the step, got {samples.dtype} "
                     f"{list(samples.shape)}."
                 )
-        return Watch(self, scale, samples)
+        return Watch(self, scale, samples, loss_scale)
 
     def log(self, **numbers: Any) -> None:
         """Record numbers of your own, such as `valid_loss`, with the step that was begun last.
@@ -203,9 +206,9 @@ class _Page:
 class Watch:
     """One step under the eyes of a monitor; made by `Cockpit.step`."""
 
-    def __init__(self, monitor: Cockpit, scale: str | float, samples: Tensor | None) -> None:
-        """Take the monitor, the scale of its quantities, and where in the data set the samples are."""
-        self._monitor, self._scale, self._samples = monitor, scale, samples
+    def __init__(self, monitor: Cockpit, scale: str | float, samples: Tensor | None, loss_scale: float) -> None:
+        """Take the monitor, the scale of its quantities, where in the data set the samples are, and a factor."""
+        self._monitor, self._scale, self._samples, self._loss_scale = monitor, scale, samples, loss_scale
         self._observer: Observer | None = None
 
     def losses(self, each: Tensor) -> None:
@@ -256,7 +259,7 @@ class Watch:
             self._needs.append((Count(),))
         wanted = any(i.losses for i, _ in readers)
         try:
-            observer = Observer(step, self._needs, self._scale, wanted)
+            observer = Observer(step, self._needs, self._scale, wanted, self._loss_scale)
             observer.begin()
         except BaseException:
             self._leave()
@@ -286,6 +289,7 @@ class Watch:
         with torch.no_grad():
             observer.finish()
             monitor.ranks.merge(observer.step, self._needs)
+            monitor.ranks.unite(self._due)
             self._record(observer)
 
     def _record(self, observer: Observer) -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from packext.diagnostics._step import Step
+
+
+@runtime_checkable
+class Processes(Protocol):
+    """The processes that train one model. All of them have to make the same calls in the same order."""
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each process has given, in the order of the processes."""
+        ...
+
+    def sum(self, mine: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes of a tensor that has one shape in all of them."""
+        ...
 
 
 class Instrument:
@@ -38,6 +51,12 @@ class Instrument:
 
     def leave(self) -> None:
         """The step has ended, with or without an error; comes before `measure`."""
+
+    def unite(self, processes: Processes) -> None:
+        """Make what `enter` has had collected in this process what all of them have, before `measure`.
+
+        An instrument that overrides `enter` and not this is absent in several processes.
+        """
 
     def measure(self, step: Step) -> Any:
         """The value for this step.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import packext as px
 from packext.diagnostics._step import COMBINE, OUTSIDE, Call, Count, Pass, Step, apart, rescaled
-from packext.diagnostics._tensors import norms
+from packext.diagnostics._tensors import inner, norms
 
 #: Steps under way, the innermost last. Where monitors are nested, the innermost context asks for all of them.
 _ACTIVE: list[Observer] = []
@@ -54,12 +54,14 @@ def _equal(one: Any, other: Any) -> bool:
 class Observer:
     """One step of one model under observation."""
 
-    def __init__(self, step: Step, asked: Sequence[Sequence[Any]], scale: str | float, losses: bool) -> None:
-        """Take the step to fill, each instrument's quantities, the scale, and whether to keep individual losses."""
+    def __init__(
+        self, step: Step, asked: Sequence[Sequence[Any]], scale: str | float, losses: bool, loss_scale: float
+    ) -> None:
+        """Take the step to fill, each instrument's quantities, the scale, whether to keep losses, and a factor."""
         self.step, self.asked, self._wanted = step, asked, losses
         # The number of samples in the step is known at its end: until then all is of the loss as written.
         self._counts = scale == "mean"
-        self.scale = 1.0 if self._counts else scale
+        self.scale = 1.0 / loss_scale if self._counts else scale
         self._open: Pass | None = None
         self._fresh: tuple[px.Results, list[dict[str, str]]] | None = None
         self._grads: dict[str, Tensor | None] = {}  # when the pass had ended: a private optimizer takes them away
@@ -232,12 +234,13 @@ class Observer:
         own = {k: vars(results[q]) for k, q in self.step.parameters.items() if results is not None and q in results}
         if not own and not any(bool(g.any()) for g in gradient.values()):
             return  # a pass through another model
-        p.before = {}
         raw = {held: {k: r[held] for k, r in own.items() if held in r} for part in fields for held in part.values()}
         p.n = _samples(raw, p)
         self._scale(p)
         p.results = [{field: raw[held] for field, held in part.items()} for part in fields]
         self.step.passes.append(p)
+        self._weigh(p, gradient, grads)
+        p.before = {}
         if len(self.step.passes) > 1:  # what is defined within one pass only is of no more use
             for part in (part for q in self.step.passes for part in q.results):
                 for field in part.keys() - COMBINE.keys():
@@ -287,6 +290,32 @@ class Observer:
         for name, g in gradient.items():
             g = g if factor == 1.0 else g * factor
             self._sum[name] = self._sum[name] + g if name in self._sum else g
+
+    def _weigh(self, p: Pass, gradient: dict[str, Tensor], grads: dict[str, Tensor | None]) -> None:
+        """Note of each of several passes what tells terms of the loss that pass by the model, in several processes."""
+        passes = self.step.passes
+        if len(passes) == 2:  # of the first one, now that it is not the only one
+            first = {k: g / passes[0].share for k, g in self._sum.items()}
+            passes[0].balance = self._balance(passes[0], first, p.before)
+        if len(passes) > 1:
+            after = {k: grads.get(k) if q.grad is None else q.grad for k, q in self.step.parameters.items()}
+            p.balance = self._balance(p, gradient, after)
+
+    def _balance(
+        self, p: Pass, added: dict[str, Tensor], after: Mapping[str, Tensor | None]
+    ) -> tuple[float, float, float] | None:
+        kept = next((part["kept"] for part in p.results if part.get("kept")), None)
+        if kept is None:
+            return None
+        rows = whole = along = 0.0
+        for name, grad in after.items():
+            if grad is not None:
+                direction = grad.detach().to_dense() if grad.is_sparse else grad.detach()
+                direction = direction.to(torch.promote_types(direction.dtype, torch.float32))
+                whole += inner(direction, direction)
+                along += inner(added[name], direction) if name in added else 0.0
+                rows += float(kept[name](direction).double().mean()) / p.share if name in kept else 0.0
+        return rows, along, whole
 
     def _compare(self, p: Pass, gradient: dict[str, Tensor]) -> None:
         """Note if `.grad` is not the mean of the individual gradients, judging by the squared norms of both."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,34 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
-from packext.diagnostics._step import OUTSIDE, Absent, Call, Count, Pass, Step, apart
-
-#: Results of which the samples of all processes are put side by side, and those that are sums over them; with the power
-#: in which an individual gradient is in them.
-SIDE_BY_SIDE = {"batch_l2": 2, "slope_dot": 1, "kept": 1}
-SUMS = {"sum_grad_squared": 2, "diag_ggn_exact": 1, "diag_ggn_mc": 1}
-
-
-class Kept(px.ClippedGrad):
-    """Individual gradients held to the end of the step as for clipping, in `kept`.
-
-    A function for each parameter that gives inner products with a direction `[*p]`: the gradient of all processes is
-    known only when the backward pass has ended.
-    """
-
-    savefield = "kept"
-
-    def __init__(self) -> None:
-        """Nothing is clipped: the norm is of no account."""
-        super().__init__(1.0)
-
-    def finish(self, asks: dict[int, Any]) -> dict[int, Any]:
-        """The functions."""
-        return {key: functools.partial(_dots, ask) for key, ask in asks.items()}
-
-
-def _dots(ask: Any, direction: Tensor) -> Tensor:
-    return ask.statistics.dots(direction.to(ask.statistics.form.acc)) * ask.factor
+from packext.diagnostics._step import OUTSIDE, Absent, Call, Count, Drawn, Pass, Step, apart
+from packext.diagnostics._tensors import square
+from packext.diagnostics._united import HESSIAN, Mean, Weighing, instead
 
 
 def inside(model: Any) -> Any:
@@ -52,28 +26,30 @@ class Ranks:
     """The processes that train one model.
 
     Attributes:
+        parallel: the `DistributedDataParallel` that averages their gradients; None in a process by itself.
         size: their number.
         rank: of this one among them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Take the model as it is trained."""
-        self._parallel = model if isinstance(model, DistributedDataParallel) else None
-        self._group = None if self._parallel is None else self._parallel.process_group
+        self.parallel = model if isinstance(model, DistributedDataParallel) else None
+        self._group = None if self.parallel is None else self.parallel.process_group
         self.size, self.rank = (1, 0) if self._group is None else (self._group.size(), self._group.rank())
         self._name = type(model).__name__
+        self._synced = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
         self.check()
 
     def check(self) -> None:
         """Refuse what is not averaged by `DistributedDataParallel`."""
-        if self._parallel is None:
+        if self.parallel is None:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 raise px.PackextError(
                     f"Cockpit in a process group of {dist.get_world_size()} ranks needs the DistributedDataParallel "
                     f"that averages their gradients, got {self._name}: pass it as the model. Sharded models (FSDP) "
                     "and gradients averaged by hand are not supported."
                 )
-        elif self._parallel._join_config.enable:
+        elif self.parallel._join_config.enable:
             raise px.PackextError(
                 "Cockpit does not work within DistributedDataParallel.join(): ranks without data take no steps, and "
                 "the others would wait for them. Drop the last incomplete round of batches instead."
@@ -99,17 +75,30 @@ class Ranks:
         """Why an instrument cannot look at several processes."""
         if self.size == 1:
             return None
-        known = {*SIDE_BY_SIDE, *SUMS, Count.savefield}
         for q in needs:
-            if q.savefield not in known and not _mean_direction(q):
-                return f"{type(q).__name__} is defined within one process, and there are {self.size}"
-        if type(instrument).enter is not Instrument.enter:
-            return f"it looks at modules in one process, and there are {self.size}"
+            if instead(q, self) is None:
+                return (
+                    f"{type(q).__name__} is defined within one process, and there are {self.size}: results of one do "
+                    "not unite with those of another"
+                )
+            if isinstance(q, HESSIAN) and self._synced:
+                return "SyncBatchNorm couples the processes, whose losses have no Hessians of their own"
+        kind = type(instrument)
+        if kind.enter is not Instrument.enter and kind.unite is Instrument.unite:
+            return f"what it sees in one process does not unite with what it sees in another, and there are {self.size}"
         return None
 
     def needs(self, needs: Sequence[Any]) -> tuple[Any, ...]:
         """What to ask for in this process."""
-        return tuple(Kept() if self.size > 1 and _mean_direction(q) else q for q in needs)
+        if self.size == 1:
+            return tuple(needs)
+        return tuple(one for q in needs for one in instead(q, self) or ())
+
+    def unite(self, instruments: Sequence[Instrument]) -> None:
+        """Have instruments tell each other what they have collected in their processes."""
+        for instrument in instruments if self.size > 1 else ():
+            if type(instrument).unite is not Instrument.unite:
+                instrument.unite(self)
 
     def merge(self, step: Step, asked: Sequence[Sequence[Any]]) -> None:
         """Make a step of this process one of all of them, which is as if one pass had seen all samples.
@@ -121,27 +110,24 @@ class Ranks:
         """
         if self.size == 1:
             return
-        local: dict[tuple[int, ...], tuple[str, Any]] = {}  # equal results of several instruments once
+        local: dict[tuple[int, ...], tuple[Any, Any]] = {}  # equal results of several instruments once
         where: list[dict[str, tuple[int, ...]]] = []
         for k, quantities in enumerate(asked):
             where.append({})
-            for field in (q.savefield for q in quantities if q.savefield != Count.savefield):
+            for q in (q for q in quantities if q.savefield not in (Count.savefield, Mean.savefield)):
+                field = q.savefield
                 key = tuple(id(p.results[k].get(field)) if p.results else 0 for p in step.passes)
-                view = step.seen_by(k, (field,))
-                local[key] = field, _attempt(lambda view=view, field=field: view.layers(field))
-                if field == "kept" and len(step.passes) > 1:
-                    reason = f"grad_dot is defined within one backward pass; this step had {len(step.passes)}"
-                    local[key] = field, reason
+                local[key] = q, _attempt(lambda k=k, field=field: _layers(step, k, field))
                 where[-1][field] = key
-        names = [(field, v if isinstance(v, str) else list(v)) for field, v in local.values()]
+        names = [(q.savefield, v if isinstance(v, str) else list(v)) for q, v in local.values()]
         mine = {
-            "passes": len(step.passes), "names": names,
+            "passes": len(step.passes), "names": names, "counts": [p.n for p in step.passes],
             "n": _attempt(lambda: step.n), "factor": _attempt(lambda: step.factor),
-            "square": _attempt(lambda: step.factor**2 * _square(step._gradient)),
+            "square": _attempt(lambda: step.factor**2 * square(step._gradient)),
             "loss": _attempt(lambda: step.loss), "losses": _attempt(lambda: step.losses.cpu()),
-            "samples": step.samples,
+            "samples": step.samples, "balances": [p.balance for p in step.passes],
         }  # fmt: skip
-        everyone = self._gather(mine)
+        everyone = self.gather(mine)
         if not any(r["passes"] for r in everyone):
             return
         step._void = _disagreement(everyone)
@@ -157,59 +143,75 @@ class Ranks:
                 weights = [s * total / (mean * self.size) for s in shares]
         if factors[self.rank] != mean:
             step._gradient = {k: g * (factors[self.rank] / mean) for k, g in step._gradient.items()}
-        done = self._results(local, step, weights)
+        weighing = Weighing(
+            self.sum, self.rank, [f / (mean * self.size) for f in factors], weights, [r["counts"] for r in everyone],
+            step.passes[0].multiplier, step._gradient,
+        )  # fmt: skip
+        done = self._results(local, step, weighing)
         merged = Pass(0, {}, n=total, share=1 / mean)
         merged.calls = [_call(step.passes[0].calls[0][0].kind, everyone, factors, weights, mean)]
-        several = len(step.passes) > 1
+        step._several = len(step.passes) > 1
         merged.results = [{("grad_dot" if f == "kept" else f): done[key] for f, key in part.items()} for part in where]
         step.passes = [merged]
         indices = [r["samples"] for r in everyone]
         step.samples = None if any(part is None for part in indices) else torch.cat(indices)
         step._shared.clear()  # it holds what this process alone has seen
-        if several:
-            step._outside = (
-                "whether terms of the loss pass by the model is not checked over several backward passes in several "
-                "processes"
-            )
+        if step._several:
+            _compare_passes(step, [r["balances"] for r in everyone])
         else:
             _compare(step, merged)
 
-    def _results(self, local: dict[Any, tuple[str, Any]], step: Step, weights: list[float]) -> dict[Any, Any]:
+    def _results(self, local: dict[Any, tuple[Any, Any]], step: Step, weighing: Weighing) -> dict[Any, Any]:
         """Results of all processes, by the same keys."""
-        mine: dict[int, dict[str, Tensor]] = {}
-        multiplier = step.passes[0].multiplier
+        mine: dict[int, dict[str, Any]] = {}
         done: dict[Any, Any] = {}
-        for position, (key, (field, found)) in enumerate(local.items()):
+        for position, (key, (quantity, found)) in enumerate(local.items()):
             if isinstance(found, str):
                 done[key] = found
-            elif field in SUMS:
-                weight = weights[self.rank] ** SUMS[field]
-                done[key] = {}
-                for name, value in found.items():
-                    done[key][name] = value * weight
-                    dist.all_reduce(done[key][name], group=self._group)
+            elif (added := weighing.added(quantity.savefield, found)) is not None:
+                done[key] = added
             else:
-                if field == "kept":
-                    found = {name: f(step._gradient[name]) / multiplier for name, f in found.items()}
-                mine[position] = {name: value.cpu() for name, value in found.items()}
-        gathered = self._gather(mine)
-        for position, (key, (field, _)) in enumerate(local.items()):
+                mine[position] = weighing.sent(quantity.savefield, found)
+        gathered = self.gather(mine)
+        for position, (key, (q, _)) in enumerate(local.items()):
             if position in mine:
                 done[key] = {}
-                powers = [w ** SIDE_BY_SIDE[field] for w in weights]
                 for name in mine[position]:
-                    parts = [part[position][name] * w for part, w in zip(gathered, powers, strict=True)]
-                    done[key][name] = torch.cat(parts).to(step.parameters[name].device)
+                    parts = [part[position][name] for part in gathered]
+                    joined = weighing.joined(q.savefield, parts, getattr(q, "samples", 0), step.number)
+                    done[key][name] = _moved(joined, step.parameters[name].device)
         return done
 
-    def _gather(self, mine: Any) -> list[Any]:
+    def gather(self, mine: Any) -> list[Any]:
+        """What each process has given, in their order."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine, group=self._group)
         return found
 
+    def sum(self, mine: Tensor) -> Tensor:
+        """The sum over the processes."""
+        total = mine.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        return total
 
-def _mean_direction(quantity: Any) -> bool:
-    return type(quantity) is px.GradDot and quantity.direction is None
+    def mean(self, mine: Tensor) -> Tensor:
+        """The mean over the processes."""
+        return self.sum(mine) / self.size
+
+
+def _layers(step: Step, k: int, field: str) -> dict[str, Any]:
+    """Results of an instrument by parameter; of a variance with the mean that it is about."""
+    found = step.seen_by(k, (field, Mean.savefield)).layers(field)
+    if field == "kept" and len(step.passes) > 1:
+        raise Absent(f"grad_dot is defined within one backward pass; this step had {len(step.passes)}")
+    if field != px.Variance.savefield:
+        return found
+    means = step.seen_by(k, (Mean.savefield,)).layers(Mean.savefield)
+    return {name: (value, means[name]) for name, value in found.items()}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return Drawn(*(t.to(device) for t in value)) if isinstance(value, Drawn) else value.to(device)
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
@@ -238,10 +240,6 @@ def _disagreement(ranks: list[dict[str, Any]]) -> str:
     return ""
 
 
-def _square(gradient: dict[str, Tensor]) -> float:
-    return sum(float(g.double().square().sum()) for g in gradient.values())
-
-
 def _call(kind: str, ranks: list[Any], factors: list[float], weights: list[float], mean: float) -> tuple[Call, Tensor]:
     """The loss of all processes, and the gradient with which the average of them arrives at it."""
     parts = [r["losses"] for r in ranks]
@@ -259,6 +257,16 @@ def _compare(step: Step, merged: Pass) -> None:
         dots = part.get("grad_dot")
         if isinstance(dots, dict) and dots:
             rows = sum(float(v.double().mean()) for v in dots.values())
-            if apart(rows, _square(step._gradient)):
+            if apart(rows, square(step._gradient)):
                 step._outside = OUTSIDE
             return
+
+
+def _compare_passes(step: Step, balances: list[list[Any]]) -> None:
+    """Of several passes: a pass that was averaged balances over all processes, another one in each."""
+    for of_pass in zip(*balances, strict=True):
+        if any(b is None for b in of_pass):
+            return  # nothing that needs it
+        rows, added, whole = (sum(each) for each in zip(*of_pass, strict=True))
+        if not abs(rows - added) <= 0.01 * whole:
+            step._outside = OUTSIDE

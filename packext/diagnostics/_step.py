@@ -47,6 +47,7 @@ COMBINE: dict[str, Callable[[list[Any]], Any]] = {
     "sum_grad_squared": _sum,
     "diag_ggn_exact": _sum,
     "diag_ggn_mc": _sum,
+    "grad_histogram": lambda parts: parts[0]._replace(counts=_sum([p.counts for p in parts])),
 }
 
 #: How results grow with a factor on the loss, by savefield: that power of it is divided out.
@@ -54,7 +55,7 @@ POWERS: dict[str, int] = {
     "batch_l2": 2, "grad_dot": 2, "batch_dot": 2, "sum_grad_squared": 2, "variance": 2,
     "grad_batch": 1, "drawn_grad": 1, "slope_dot": 1, "grad_projected": 1,
     "diag_ggn_exact": 1, "diag_ggn_mc": 1, "ggn_gram": 1, "hessian_trace": 1, "mean_hessian_trace": 1,
-    "top_eigenvalues": 1, "mean_top_eigenvalues": 1,
+    "top_eigenvalues": 1, "mean_top_eigenvalues": 1, "mean_grad": 1,
     "kept": 0,  # divided when it is read
 }  # fmt: skip
 
@@ -71,6 +72,8 @@ class Pass:
         n: number of samples, if known.
         multiplier: of the samples' own losses, known when the step has ended; divided out where that can be done.
         share: factor from the loss as written to the mean of the samples' own losses; NaN if that is not known.
+        balance: for several processes, along `.grad` as it was after the pass: the sum of the individual gradients as
+            written, what the pass has added to `.grad`, and `.grad` itself.
     """
 
     task: int
@@ -80,6 +83,7 @@ class Pass:
     n: int | None = None
     multiplier: float = 1.0
     share: float = 1.0
+    balance: tuple[float, float, float] | None = None
 
 
 @dataclass
@@ -124,6 +128,7 @@ class Step:
     _gradient: dict[str, Tensor] = field(default_factory=dict)
     _outside: str = ""
     _void: str = ""
+    _several: bool = False  # passes of each process, of which the one pass of all was made
     _start: dict[str, Tensor] = field(default_factory=dict)
     _update: dict[str, Tensor] | None = None
     _shared: dict[str, Any] = field(default_factory=dict)
@@ -142,6 +147,11 @@ class Step:
         if not self.passes:
             raise Absent("no backward pass through an extended loss in this step")
         return self.passes
+
+    @property
+    def several(self) -> bool:
+        """Whether the step had several backward passes."""
+        return len(self.passes) > 1 or self._several
 
     @property
     def n(self) -> int:
@@ -314,7 +324,7 @@ class Step:
 def rescaled(savefield: str, value: Any, multiplier: float) -> Any:
     """A result, with a factor on the loss divided out."""
     power = POWERS.get(savefield, 0)
-    if multiplier == 1.0 or not power:
+    if multiplier == 1.0 or not power or value is None:
         return value
     factor = multiplier**-power
     if isinstance(value, tuple):  # estimates and eigenvalues: vectors and positions have no scale

@@ -22,6 +22,11 @@ def inner(one: Tensor, other: Tensor) -> float:
     return float(blocks.double().sum() + torch.dot(a[size:], b[size:]))
 
 
+def square(tensors: dict[str, Tensor]) -> float:
+    """The squared Euclidean norm of all together, in float64."""
+    return sum(float(t.double().square().sum()) for t in tensors.values())
+
+
 def norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Euclidean norms: of all together in float64 under "", and of each."""
     each = [t.float() if t.itemsize < 4 else t for t in tensors.values()]

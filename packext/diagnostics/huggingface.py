@@ -46,19 +46,11 @@ class CockpitCallback(TrainerCallback):
         """Choose what `Cockpit` is to look at, when, and where to write it.
 
         Args:
-            level: "economy" or None; curvature needs a loss that is an extended module.
+            level: as for `Cockpit`; curvature needs a loss of `torch.nn.functional`, or an `nn` module, in the model.
             every: steps of the optimizer, as for `Cockpit`.
             sinks: as for `Cockpit`.
             instruments: as for `Cockpit`.
-
-        Raises:
-            ValueError: for another level.
         """
-        if level not in ("economy", None):
-            raise ValueError(
-                f'CockpitCallback takes level="economy" or None, got {level!r}: curvature needs a loss that is an '
-                "extended module, and the model computes its own."
-            )
         self._options = {"level": level, "every": every, "sinks": list(sinks), "instruments": list(instruments)}
         self._watch: Watch | None = None
         self._extended: Any = None
@@ -75,11 +67,11 @@ class CockpitCallback(TrainerCallback):
             **kwargs: `model` and `optimizer` are used.
 
         Raises:
-            PackextError: for several processes or devices, a loss scale, or a loss that the Trainer computes.
+            PackextError: for several processes or devices, a loss that the Trainer computes, or torch_compile.
         """
         for wrong, what in (
-            (args.world_size > 1 or args.n_gpu > 1, "several processes or devices"),
-            (args.fp16, "fp16, whose loss scale is not known"),
+            (args.n_gpu > 1, "DataParallel, which cuts a batch among devices"),
+            (args.world_size > 1, "several processes: callbacks are not told the module that averages their gradients"),
             (args.label_smoothing_factor, "label_smoothing_factor, with which the loss is not the model's"),
             (args.torch_compile, "torch_compile, under which no parameter is seen"),
         ):
@@ -99,9 +91,10 @@ class CockpitCallback(TrainerCallback):
             args: of the Trainer.
             state: of the Trainer.
             control: of the Trainer.
-            **kwargs: not used.
+            **kwargs: `optimizer` is used.
         """
-        self._watch = self.monitor.step("mean")
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        self._watch = self.monitor.step("mean", loss_scale=1.0 if scaler is None else float(scaler.get_scale()))
         self._watch.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._instrument import Instrument, Processes
 from packext.diagnostics._step import Absent, Step
 
 
@@ -71,6 +71,19 @@ class DeadUnits(_Hooked):
         alive = (units != 0).any(1)
         self._seen[path] = alive | self._seen[path] if isinstance(self._seen.get(path), Tensor) else alive
 
+    def unite(self, processes: Processes) -> None:
+        mine = {path: s.cpu() if isinstance(s, Tensor) else s for path, s in self._seen.items()}
+        self._seen = {}
+        for seen in processes.gather(mine):
+            for path, alive in seen.items():
+                known = self._seen.setdefault(path, alive)
+                if isinstance(alive, Absent):
+                    self._seen[path] = alive
+                elif isinstance(known, Tensor) and known.shape == alive.shape:
+                    self._seen[path] = known | alive
+                elif isinstance(known, Tensor):
+                    self._seen[path] = Absent(f"it has {len(known)} units in one process and {len(alive)} in another")
+
     def measure(self, step: Step) -> dict[str, Any]:
         if not self._seen:
             raise Absent("no ReLU has run in this step")
@@ -102,6 +115,14 @@ class ActivationScale(_Hooked):
         square, count = self._seen.get(path, (0.0, 0))
         self._seen[path] = (square + output.double().square().sum(), count + output.numel())
 
+    def unite(self, processes: Processes) -> None:
+        mine = {path: (float(square), count) for path, (square, count) in self._seen.items()}
+        self._seen = {}
+        for seen in processes.gather(mine):
+            for path, (square, count) in seen.items():
+                before = self._seen.get(path, (0.0, 0))
+                self._seen[path] = before[0] + square, before[1] + count
+
     def measure(self, step: Step) -> dict[str, Any]:
         if not self._seen:
             raise Absent("no module with parameters has put out a tensor in this step")
@@ -130,6 +151,9 @@ class InputScale(_Hooked):
 
         self._parts: list[tuple[float, float, float, int, int]] = []
         self._handles = [model.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def unite(self, processes: Processes) -> None:
+        self._parts = [part for parts in processes.gather(self._parts) for part in parts]
 
     def measure(self, step: Step) -> dict[str, Any]:
         if not sum(part[-1] for part in self._parts):
@@ -177,19 +201,36 @@ class OutputScale(_Hooked):
                 tensors = [y.detach() for y in tensors if y.dim() > 0 and y.numel()]
                 if tensors:
                     y = tensors[0].float() if tensors[0].itemsize < 4 else tensors[0]
-                    self._parts.append((len(y), float(y.square().mean()), float(y.var(0, correction=0).mean())))
+                    variance, mean = torch.var_mean(y, 0, correction=0)
+                    self._parts.append((len(y), float(y.square().mean()), float(variance.mean()), mean))
 
-        self._parts: list[tuple[int, float, float]] = []
+        self._parts: list[tuple[int, float, float | None, Tensor]] = []
         self._handles = [model.register_forward_hook(hook)]
+
+    def unite(self, processes: Processes) -> None:
+        parts = processes.gather([(n, square, variance, mean.shape) for n, square, variance, mean in self._parts])
+        mine, self._parts = self._parts, []
+        if len({tuple(shape for *_, shape in part) for part in parts}) > 1:  # so that no variance unites
+            self._parts = [(n, square, None, torch.empty(0)) for part in parts for n, square, *_ in part]
+            return
+        for (n, _, _, mean), *each in zip(mine, *parts, strict=True):
+            rows = sum(part[0] for part in each)
+            whole = processes.sum(mean * n) / rows
+            apart = processes.sum((mean - whole).square().mean() * n) / rows
+            within = sum(part[0] * part[2] for part in each) / rows
+            self._parts.append((rows, sum(part[0] * part[1] for part in each) / rows, within + float(apart), whole))
 
     def measure(self, step: Step) -> dict[str, Any]:
         if not self._parts:
             raise Absent("the model has put out no floating-point numbers in this step")
         rows = sum(part[0] for part in self._parts)
-        square = sum(n * s for n, s, _ in self._parts) / rows
-        variance = sum(n * v for n, _, v in self._parts) / rows
+        square = sum(n * s for n, s, *_ in self._parts) / rows
+        variances = [v for *_, v, _ in self._parts if v is not None]
+        variance = sum(n * v for (n, *_), v in zip(self._parts, variances, strict=False)) / rows
         spread: Any = (variance / square) ** 0.5 if square > 0 else Absent("the output is zero")
-        if min(part[0] for part in self._parts) < 2:
+        if len(variances) < len(self._parts):
+            spread = Absent("the outputs of the processes differ in shape or number")
+        elif min(part[0] for part in self._parts) < 2:
             spread = Absent("one sample does not differ from others")
         elif all(p.n for p in step.passes) and rows != step.n:
             spread = Absent(f"the output has {rows} rows for {step.n} samples")

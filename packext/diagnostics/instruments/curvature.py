@@ -35,8 +35,23 @@ class MeanTopEigenvalues(px.TopEigenvalues):
 
     savefield = "mean_top_eigenvalues"
 
+    def __init__(self, failures: list[str] | None = None, **options: Any) -> None:
+        """Take where to say why Lanczos has failed; the result is None then."""
+        super().__init__(**options)
+        self.failures = [] if failures is None else failures
+
+    def measure(self, point: Any, generator: torch.Generator) -> list[Any]:
+        self.failures.clear()
+        try:
+            return super().measure(point, generator)
+        except px.PackextError as error:
+            if not str(error).startswith("eigsh: "):  # of the model, not of what its products are
+                raise
+            self.failures.append(str(error))
+            return [None] * len(point.parameters)
+
     def land(self, held: Any, n: int, factor: float) -> Any:
-        return super().land(held, n, factor / n)
+        return None if held is None else super().land(held, n, factor / n)
 
 
 class HessTrace(Instrument):
@@ -84,7 +99,9 @@ class HessMaxEV(Instrument):
       until the residual is small enough; 20 in the first step, which starts from nothing
     - Source: Lanczos, with thick restarts (Wu & Simon 2000)
     - Absent: where the residual ends above a tenth of the value (or `tol` of it, if that is more): that may be no
-      eigenvalue, let alone the largest. The next step goes on from there. In a step of several backward passes
+      eigenvalue, let alone the largest. The next step goes on from there. Where products are not those of a
+      symmetric matrix to the rounding of the parameters' precision, as under autocast to bfloat16 or float16, or not
+      finite. In a step of several backward passes
     """
 
     def __init__(self, tol: float = 0.1) -> None:
@@ -97,15 +114,22 @@ class HessMaxEV(Instrument):
             raise ValueError(f"tol must be positive, got {tol!r}.")
         self.tol = tol
         self._vector: dict[Tensor, Tensor] | None = None
+        self._failures: list[str] = []
         self._generator = torch.Generator().manual_seed(0)
 
     @property
     def needs(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return (MeanTopEigenvalues(tol=self.tol, start=self._vector, ncv=None if self._vector is None else 5),)
+        ncv = None if self._vector is None else 5
+        return (MeanTopEigenvalues(self._failures, tol=self.tol, start=self._vector, ncv=ncv),)
 
     def measure(self, step: Step) -> dict[str, Any]:
         found = step.layers("mean_top_eigenvalues")
         first = next(iter(found.values()))
+        if first is None:
+            raise Absent(
+                "products with the Hessian are not symmetric to rounding, as under autocast to less than float32, or "
+                f"not finite ({self._failures[0]})"
+            )
         size = sum(e.vectors[0].numel() for e in found.values())
         self._vector = {
             step.parameters[name]: e.vectors[0]

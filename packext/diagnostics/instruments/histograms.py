@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import packext as px
-from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._instrument import Instrument, Processes
 from packext.diagnostics._step import Absent, Drawn, DrawnGrad, Step
 
 #: Entries of each parameter that are drawn for each sample; both histograms ask for the same.
@@ -22,6 +22,9 @@ class _Sampled(Instrument):
 
     def enter(self, step: int, model: nn.Module) -> None:
         self._seed = step
+
+    def unite(self, processes: Processes) -> None:
+        """Nothing: what is drawn is a result of the pass."""
 
     @property
     def needs(self) -> tuple[Any, ...]:  # type: ignore[override]

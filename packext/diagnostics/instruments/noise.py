@@ -31,7 +31,7 @@ def _traces(step: Step) -> tuple[list[str], Tensor, Tensor, int]:
 
 def _covariances(step: Step) -> tuple[list[str], Tensor, Tensor, int]:
     n, squares = _samples(step), step.layers("batch_l2")
-    if len(step.passes) == 1:
+    if not step.several:
         dots = step.layers("grad_dot")
         mean = torch.stack([dots[k] for k in squares]).double().mean(1)
     else:

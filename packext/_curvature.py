@@ -26,6 +26,7 @@ from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
 from packext._refusals import refuse_static, refuse_tensors, unseen
 from packext._residual import residual
+from packext._scratch import release
 from packext._statistics import Statistics
 from packext._taps import Gate
 from packext._use import Source
@@ -269,6 +270,7 @@ def _absorb(members: dict[Pass, list[Curvature]], sign: float, source: Source, f
         _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))
         for quantity in quantities:
             sums[id(quantity)] = quantity.absorb(ask, sums.get(id(quantity)))
+    release()
 
 
 def _apart(column: Tensor, layout: Layout) -> Iterator[Tensor]:

@@ -326,7 +326,7 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
     except RuntimeError as error:
         if isinstance(error, PackextError):
             raise
-        if "storage of size 0" in str(error):
+        if "storage of size 0" in str(error) or "data is not allocated" in str(error):
             raise UnsupportedUseError(
                 "Parameters that FSDP2 has sharded again are not there for a pass that looks at samples or carries "
                 "curvature. Call px.extend after fully_shard, or shard each module that has parameters by itself."

@@ -9,7 +9,9 @@ autograd's gradient of every parameter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
 from packext._layout import Layout, candidates, separating
-from packext._use import TARGET, Use
+from packext._use import TARGET, Source, Use
 
 if TYPE_CHECKING:
     from packext._record import Record
@@ -38,6 +40,11 @@ class Probe:
         self.found: dict[int, Tensor] = {}
         self.size: dict[int, float] = {}
         self.rules: dict[int, list[Use]] = {}
+        #: Whether a rule is at work, parameters whose gradient was compared, those with hooks of the user, and errors.
+        self.busy = False
+        self.compared: set[int] = set()
+        self.hooked: set[int] = set()
+        self.wrong: list[str] = []
 
     def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
         """A gradient arrives at a tap."""
@@ -68,6 +75,7 @@ class Probe:
             self.conflict = use
         if self.compare is not None and self.conflict is None:
             settle(use)
+            self.busy = True  # for a value made of parameters, it asks autograd for their gradients
             for source, form in use.factors(saved, gs):
                 key = id(source.tensor)
                 row = form.rows(self.compare, self.compare + 1)[0].detach()
@@ -75,6 +83,7 @@ class Probe:
                 size = sum(float(torch.linalg.vector_norm(g, 1)) for g in gs if g is not None)
                 self.size[key] = self.size.get(key, 0.0) + size
                 self.rules.setdefault(key, []).append(use)
+            self.busy = False
 
     def _apart(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> bool:
         """Whether the call itself keeps samples apart, seen at what it read (no tap may stand before that).
@@ -92,14 +101,8 @@ class Probe:
         ]
         if not reads or self.n == 1:
             return True
-        inner = {k: v.detach().requires_grad_(k in reads or k in use.sources) for k, v in tensors.items()}
-        with torch.enable_grad():
-            outputs = use.tapped(use.rule.call(use, inner))
-        live = [(y, g.to(y.dtype)) for y, g in zip(outputs, gs, strict=True) if g is not None and y.requires_grad]
-        grads = torch.autograd.grad(
-            [y for y, _ in live], [inner[k] for k in reads], [g for _, g in live], allow_unused=True
-        )
-        for name, grad in zip(reads, grads, strict=True):
+        grads = use.rule.pulled(use, tensors, gs, reads)
+        for name, grad in grads.items():
             if grad is None:
                 continue
             options = use.read_options.get(name)
@@ -161,7 +164,8 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
 
     Raises:
         CoupledSamplesError: if samples influence each other.
-        PackextError: if nothing tells the samples of an output apart, or a rule disagrees with autograd.
+        WrongRuleError: if a rule disagrees with autograd.
+        PackextError: if nothing tells the samples of an output apart.
     """
     key = (record.structure(), gates)
     plan = None if record.routed else record.extension.shared.plans.get(key)
@@ -200,19 +204,25 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         for members in cotangents_of:
             compare = lone if members is cotangents_of[-1] else None
             run = Probe(n, members, compare, scattered)
-            cotangents = [
-                _cotangent(start.meta, layout, members, generator) for start, layout in zip(starts, chosen, strict=True)
-            ]
             edges = [start.edge for start in starts]
             parameters = [] if compare is None else [s.tensor for s in record.parameters()]
-            grads = send(run, edges, cotangents, [TARGET, *parameters])
+            with nullcontext() if compare is None else _compared(run, record):
+                cotangents = (
+                    _cotangent(s.meta, layout, members, generator) for s, layout in zip(starts, chosen, strict=True)
+                )
+                grads = send(run, edges, list(cotangents), [TARGET, *parameters])
             conflict = run.conflict
             if conflict is not None:
                 for use in run.visited.values():
                     use.options, use.read_options = [], {}
                 break
             if compare is not None:
-                _compare(run, record, dict(zip(map(id, parameters), grads[1:], strict=True)))
+                expected = dict(zip(map(id, parameters), grads[1:], strict=True))
+                for source in record.parameters():  # those that had no gradient, or rows after it
+                    if (key_ := id(source.tensor)) not in run.compared or key_ in run.found:
+                        _compare(run, record, source, expected[key_])
+                if run.wrong:
+                    raise WrongRuleError(run.wrong[0])
         if conflict is None:
             record.places.update({s.gate: layout for s, layout in zip(starts, chosen, strict=True) if s.gate >= 0})
             break
@@ -278,43 +288,67 @@ def _starts(record: Record, gates: frozenset[int]) -> list[_Start]:
 
 def _cotangent(meta: tuple[Any, ...], layout: Layout, members: Tensor, generator: torch.Generator) -> Tensor:
     shape, dtype, device = meta
-    values = torch.rand(shape, generator=generator) + 0.5
-    values = values * (torch.randint(2, shape, generator=generator) * 2 - 1)
-    return torch.where(layout.spread(members, values), values, 0.0).to(device=device, dtype=dtype)
+    values = torch.rand(shape, generator=generator).mul_(2).sub_(1)
+    values += torch.copysign(torch.tensor(0.5), values)  # between 0.5 and 1.5 in size
+    return values.masked_fill_(~layout.spread(members, values), 0.0).to(device=device, dtype=dtype)
 
 
-def _compare(run: Probe, record: Record, expected: dict[int, Tensor | None]) -> None:
-    for source in record.parameters():
-        key, name = id(source.tensor), source.name
-        truth, mine = expected[key], run.found.get(key)
-        some = truth if truth is not None else mine
-        if some is None:
-            continue
-        truth = torch.zeros_like(some) if truth is None else truth
-        mine = torch.zeros_like(some) if mine is None else mine
-        truth, mine = truth.detach().to_dense().to(mine.dtype), mine.to_dense()
-        finite = torch.isfinite(truth) & torch.isfinite(mine)
-        error = float(((truth - mine).abs() * finite).nan_to_num(0.0).max()) if truth.numel() else 0.0
-        lowest = min((torch.finfo(t).eps for t in (record_dtype(record, key), mine.dtype)), default=0.0)
-        lowest = max(torch.finfo(record_dtype(record, key)).eps, lowest)
-        relative = TOLERANCE.get(record_dtype(record, key), 0.1)
-        allowed = relative * float(truth.abs().nan_to_num(0.0, 0.0, 0.0).max()) if truth.numel() else 0.0
-        allowed += 100 * lowest * run.size.get(key, 0.0)
-        if error > allowed:
-            uses = "; ".join(u.describe() for u in run.rules.get(key, [])) or "no use of it was recognised"
+@contextmanager
+def _compared(run: Probe, record: Record) -> Iterator[None]:
+    """Compare the gradient of each parameter as it arrives, and keep neither it nor what the rules made of it."""
+
+    def arrived(source: Source, g: Tensor) -> Tensor | None:
+        if run.busy or run.conflict is not None or g.layout != torch.strided:
+            return None
+        run.compared.add(id(source.tensor))
+        _compare(run, record, source, g)
+        return g.new_zeros(()).expand_as(g)
+
+    sources = record.parameters()
+    run.hooked = {id(s.tensor) for s in sources if s.tensor._backward_hooks}
+    leaves = [(s, s.tensor._backward_hooks is None) for s in sources if s.tensor.is_leaf]
+    hooks = [source.tensor.register_hook(functools.partial(arrived, source)) for source, _ in leaves]
+    try:
+        yield
+    finally:
+        for hook, (source, first) in zip(hooks, leaves, strict=True):
+            hook.remove()
+            if first:
+                source.tensor._backward_hooks = None
+
+
+def _compare(run: Probe, record: Record, source: Source, truth: Tensor | None) -> None:
+    """Note in `run.wrong` if the rules' gradient of one sample is not autograd's."""
+    key, name = id(source.tensor), source.name
+    mine = run.found.pop(key, None)
+    some = truth if truth is not None else mine
+    if some is None:
+        return
+    truth = torch.zeros_like(some) if truth is None else truth
+    mine = torch.zeros_like(some) if mine is None else mine
+    truth, mine = truth.detach().to_dense().to(mine.dtype), mine.to_dense()
+    finite = torch.isfinite(truth) & torch.isfinite(mine)
+    error = float(((truth - mine).abs() * finite).nan_to_num(0.0).max()) if truth.numel() else 0.0
+    lowest = min((torch.finfo(t).eps for t in (record_dtype(record, key), mine.dtype)), default=0.0)
+    lowest = max(torch.finfo(record_dtype(record, key)).eps, lowest)
+    relative = TOLERANCE.get(record_dtype(record, key), 0.1)
+    allowed = relative * float(truth.abs().nan_to_num(0.0, 0.0, 0.0).max()) if truth.numel() else 0.0
+    allowed += 100 * lowest * run.size.get(key, 0.0)
+    if error > allowed:
+        uses = "; ".join(u.describe() for u in run.rules.get(key, [])) or "no use of it was recognised"
+        why = (
+            "A part of its path was not seen: parameters must enter through torch functions called while the "
+            "extended model runs, and random functions must not be part of a use."
+        )
+        if key in run.hooked:
             why = (
-                "A part of its path was not seen: parameters must enter through torch functions called while the "
-                "extended model runs, and random functions must not be part of a use."
+                "It has a hook (Tensor.register_hook), which changes `.grad` and no individual gradient: take it "
+                "off, change `.grad` after the backward pass, or leave the parameter out (parameters=...)."
             )
-            if source.tensor._backward_hooks:
-                why = (
-                    "It has a hook (Tensor.register_hook), which changes `.grad` and no individual gradient: take it "
-                    "off, change `.grad` after the backward pass, or leave the parameter out (parameters=...)."
-                )
-            raise WrongRuleError(
-                f"The gradient of one sample that packext finds for {name} differs from autograd's by {error:.3g} "
-                f"(allowed {allowed:.3g}): {uses}. {why}"
-            )
+        run.wrong.append(
+            f"The gradient of one sample that packext finds for {name} differs from autograd's by {error:.3g} "
+            f"(allowed {allowed:.3g}): {uses}. {why}"
+        )
 
 
 def record_dtype(record: Record, key: int) -> torch.dtype:

@@ -132,7 +132,15 @@ def sampled(
         raise PackextError(f"{_name(loss, output)}: a sampled root needs at least 1 draw, got {draws}.")
     x, g = _ready(loss, output, args, kwargs, g)
     draw = _sampler(loss, x, args, kwargs, g, generator)
-    return ((draw() / math.sqrt(draws)).reshape(output.shape).to(output.dtype) for _ in range(draws))
+    return _drawn(draw, draws, output.shape, output.dtype)
+
+
+def _drawn(draw: Callable[[], Tensor], draws: int, shape: torch.Size, dtype: torch.dtype) -> Iterator[Tensor]:
+    for left in reversed(range(draws)):
+        column = (draw() / math.sqrt(draws)).reshape(shape).to(dtype)
+        if not left:
+            del draw  # and its tables: what follows is a pass with all activations alive
+        yield column
 
 
 def _sampler(
@@ -143,7 +151,7 @@ def _sampler(
     if kind is nn.CrossEntropyLoss:
         p, c = _softmax(loss, x, g, *args, **kwargs)
         root, minus = _positive(loss, x, g, c).sqrt()[:, None], -torch.ones_like(p[:, :1])
-        reached = p.double().cumsum(1).movedim(1, -1).contiguous()
+        reached = p.movedim(1, -1).clone(memory_format=torch.contiguous_format).double().cumsum_(-1)
 
         def softmax() -> Tensor:
             u = _uniform(c.shape, numbers, c.device)[..., None] * reached[..., -1:]

@@ -205,9 +205,11 @@ class Statistics:
                 # since the mean of m of N rows is within sqrt((N - m) / m) deviations of the mean of all.
                 if lo == 0:
                     centre = rows.mean(0)
-                own = isinstance(f, Outer) and out is None and not recorded  # nobody else sees these rows
-                apart = rows.sub_(centre) if own else rows - centre
-                shifted = _add_squares(shifted, apart, recorded)
+                if isinstance(f, Outer) and out is None and not recorded:  # nobody else sees these rows
+                    shifted = _add_squares(shifted, rows.sub_(centre), recorded)
+                else:
+                    for part in rows.split(max(1, 8 * SMALL // max(1, f.numel))):
+                        shifted = _add_squares(shifted, part - centre, recorded)
         found: dict[str, Tensor] = {}
         if "sq_norms" in wants:
             norm = torch.cat(norms) if norms else total.new_zeros(0)

@@ -38,6 +38,14 @@ class OwnedRule(Rule):
         """Gradients of the tensors named in `wanted`, in as few calls as torch has for them."""
         raise NotImplementedError
 
+    def pulled(
+        self, use: Use, tensors: dict[str, Tensor], gs: Sequence[Tensor | None], names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Gradients of the tensors in `names`: the function need not run again."""
+        (g,) = gs
+        assert g is not None
+        return self.gradients(use, tensors, g, names)
+
 
 class Owned(torch.autograd.Function):
     """Runs a call, and delivers the parameters' gradients in the backward pass."""

@@ -226,6 +226,19 @@ class Rule:
         """Run the function again on the saved tensors."""
         return use.func(**tensors, **use.consts)
 
+    def pulled(
+        self, use: Use, tensors: dict[str, Tensor], gs: Sequence[Tensor | None], names: Sequence[str]
+    ) -> Mapping[str, Tensor | None]:
+        """Gradients of the tensors in `names`, from those at the outputs: those of the function, run again."""
+        inner = {k: v.detach().requires_grad_(k in names or k in use.sources) for k, v in tensors.items()}
+        with torch.enable_grad():
+            outputs = use.tapped(self.call(use, inner))
+        live = [(y, g.to(y.dtype)) for y, g in zip(outputs, gs, strict=True) if g is not None and y.requires_grad]
+        found = torch.autograd.grad(
+            [y for y, _ in live], [inner[k] for k in names], [g for _, g in live], allow_unused=True
+        )
+        return dict(zip(names, found, strict=True))
+
     def factors(
         self,
         use: Use,

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import packext as px
-from packext import testing
+from packext import _statistics, testing
 from tests.cases import CASES, Case
 from tests.helpers import double_precision
 
@@ -74,6 +74,15 @@ def test_each_alone(case: Case) -> None:
     this = Prepared(case)
     for quantity in testing.all_quantities():
         this.check([quantity])
+
+
+@pytest.mark.parametrize("name", ["conv2d groups", "mlp", "lstm"])
+def test_deviations_in_parts_of_a_tile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inner products keep the rows, so that deviations from their mean are not taken in place."""
+    monkeypatch.setattr(_statistics, "SMALL", 1)
+    this = Prepared(next(case for case in CASES if case.name == name))
+    this.check([px.Variance(), px.GradDot()])
+    this.check([px.Variance(), px.BatchGrad()])
 
 
 @pytest.mark.parametrize("case", CASES[::7], ids=lambda c: c.name)

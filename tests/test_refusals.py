@@ -752,6 +752,7 @@ def test_a_hook_on_a_parameter_is_named_where_it_changes_the_gradient() -> None:
     x, y = torch.randn(4, 5), torch.randint(3, (4,))
     with pytest.raises(px.WrongRuleError, match=r"It has a hook \(Tensor.register_hook\)"), px.backpack(px.BatchGrad()):
         loss_fn(model(x), y).backward()
+    assert len(model[0].weight._backward_hooks) == 1 and model[0].bias._backward_hooks is None, "those of the user"
     hook.remove()
     with px.backpack(px.BatchGrad()):
         loss_fn(model(x), y).backward()

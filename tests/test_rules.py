@@ -15,7 +15,7 @@ import packext as px
 from packext import _flight, _probe, _scratch, testing
 from packext._factored import Factored, Masked, Pulled, Sum, gram
 from packext._use import Rule
-from packext.rules import convolution, elementwise, embedding, linear, norm, recurrent
+from packext.rules import _lstm, convolution, elementwise, embedding, linear, norm, recurrent
 from packext.rules._patches import Window
 from tests.cases import CASES, Case
 from tests.helpers import double_precision
@@ -248,10 +248,10 @@ def test_lookup_of_any_shape(n: int, shape: Sequence[int], words: int, width: in
 @given(
     n=st.integers(1, 4), t=st.integers(1, 4), layers=st.integers(1, 2),
     both=st.booleans(), bias=st.booleans(), first=st.booleans(),
-    kind=st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]),
+    kind=st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]), part=st.sampled_from([1, 100, 1 << 16]),
 )  # fmt: skip
 def test_recurrent_layers_of_any_shape(
-    n: int, t: int, layers: int, both: bool, bias: bool, first: bool, kind: Any
+    n: int, t: int, layers: int, both: bool, bias: bool, first: bool, kind: Any, part: int
 ) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -262,7 +262,8 @@ def test_recurrent_layers_of_any_shape(
             y = self.rnn(x if first else x.transpose(0, 1))[0]
             return y if first else y.transpose(0, 1)
 
-    with double_precision():
+    with double_precision(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_lstm, "PART", part)
         exact(Net(), torch.randn(n, t, 2))
 
 

@@ -343,7 +343,8 @@ class Outer(Factored):
         unfolded = self.groups * self.s * self.i if isinstance(self.a, Patches) and self._native is None else 0
         if self._alone:
             return 1
-        most = min(_scratch.TILE // max(1, self.numel), _scratch.TILE // max(1, unfolded))
+        copies = 1 if self._native is None else 3  # torch has two of its own of what it returns
+        most = min(_scratch.TILE // max(1, copies * self.numel), _scratch.TILE // max(1, unfolded))
         return max(1, min(self.n, max(most, TOGETHER)))
 
     def bytes_held(self) -> int:

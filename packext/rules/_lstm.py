@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Entries of gates for which the coefficients of the adjoint are there at once.
+PART = 1 << 16
+
 
 @dataclass
 class Run:
@@ -58,25 +61,29 @@ def forward(x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor | Non
 
 
 def backward(run: Run, g_y: Tensor | None, g_h: Tensor | None, g_c: Tensor | None) -> Tensor:
-    """Gradient at the gates before their nonlinearities, `[T, N, 4H]`, from those at outputs and last states."""
-    i, f, g, o = run.gates.chunk(4, 2)
-    tanh = run.cells[1:].tanh()
-    # What a unit of dc, the gradient at the cell, makes of i, f and g; and a unit of dh of o and of c.
-    of_cell = torch.stack([g * i * (1 - i), run.cells[:-1] * f * (1 - f), i * (1 - g * g)], 2)
-    of_output, to_cell = tanh * o * (1 - o), o * (1 - tanh * tanh)
-    steps, n, width = tanh.shape
-    found = run.gates.new_empty(steps, n, 4, width)
-    dh = torch.zeros_like(tanh[0]) if g_h is None else g_h
+    """Gradient at the gates before their nonlinearities, `[T, N, 4H]`, written over `run.gates`."""
+    steps, n, width = run.hidden.shape
+    found = run.gates.view(steps, n, 4, width)
+    dh = run.hidden.new_zeros(n, width) if g_h is None else g_h
     dc = torch.zeros_like(dh) if g_c is None else g_c
-    for step in range(steps - 1, -1, -1):
-        if g_y is not None:
-            dh = dh + g_y[step]
-        dc = torch.addcmul(dc, dh, to_cell[step])
-        torch.mul(dc[:, None], of_cell[step], out=found[step, :, :3])
-        torch.mul(dh, of_output[step], out=found[step, :, 3])
-        dh = found[step].reshape(n, 4 * width) @ run.w_hh
-        dc = dc * f[step]
-    return found.reshape(steps, n, 4 * width)
+    at_once = max(1, PART // max(1, 4 * n * width))
+    for lo in reversed(range(0, steps, at_once)):
+        part = found[lo : lo + at_once]
+        i, f, g, o = part.unbind(2)
+        cells = run.cells[lo : lo + at_once + 1]
+        tanh = cells[1:].tanh()
+        # What a unit of dc, the gradient at the cell, makes of i, f and g; and a unit of dh of o and of c.
+        of_cell = torch.stack([g * i * (1 - i), cells[:-1] * f * (1 - f), i * (1 - g * g)], 2)
+        of_output, to_cell = tanh * o * (1 - o), o * (1 - tanh * tanh)
+        for step in reversed(range(len(part))):
+            if g_y is not None:
+                dh = dh + g_y[lo + step]
+            dc = torch.addcmul(dc, dh, to_cell[step])
+            before = dc * f[step]  # which is written over next
+            torch.mul(dc[:, None], of_cell[step], out=part[step, :, :3])
+            torch.mul(dh, of_output[step], out=part[step, :, 3])
+            dh, dc = part[step].reshape(n, 4 * width) @ run.w_hh, before
+    return run.gates
 
 
 def pairs(consts: dict[str, Any], t: dict[str, Tensor], gs: Sequence[Tensor | None]) -> list[tuple[Run, Tensor]]:
@@ -106,10 +113,11 @@ def pairs(consts: dict[str, Any], t: dict[str, Tensor], gs: Sequence[Tensor | No
             biases = t.get(f"{k}.bih"), t.get(f"{k}.bhh")
             sequence = x.flip(0) if direction else x
             run = forward(sequence, t[f"{k}.ih"], t[f"{k}.hh"], biases, h[k], c[k])
-            outputs.append(run.outputs.flip(0) if direction else run.outputs)
             runs.append(run)
-        x = torch.cat(outputs, -1)
-    found: list[Tensor] = [x] * len(runs)
+            if layer + 1 < consts["layers"]:
+                outputs.append(run.outputs.flip(0) if direction else run.outputs)
+        x = torch.cat(outputs, -1) if outputs else x
+    found = [run.gates for run in runs]
     for layer in reversed(range(consts["layers"])):
         parts = [None] * directions if g_y is None else list(g_y.chunk(directions, -1))
         below = []

@@ -138,7 +138,8 @@ class Convolution(OwnedRule):
             # Samples side by side as groups of one convolution. All in one axis first: an axis with one entry may have
             # a stride by which torch takes a group for channels-last, and in float64 fails.
             beside = x[images].flatten().view(1, -1, *x.shape[2:])
-            parts = {"input": beside, "weight": w.expand(count, *w.shape).flatten(0, 1)}
+            # Of the weight, nothing but its shape is read: memory that is not written to takes no pages.
+            parts = {"input": beside, "weight": w.new_empty(count * w.shape[0], *w.shape[1:])}
             slope = g[images].flatten().view(1, -1, *g.shape[2:])
             rows = self._backward(use, parts, slope, [False, True, False], count)[1]
             return rows.unflatten(0, (count, -1))

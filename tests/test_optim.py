@@ -425,6 +425,37 @@ def test_what_was_emitted_is_forgotten_with_its_gradient(forget: str) -> None:
     assert same(*ends)
 
 
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_gradient_of_passes_that_emitted_nothing_is_refused(closure: bool) -> None:
+    """As where only the last of several micro-batches runs within `step(closure)`."""
+    model = network()
+    optimizer = CASES["KFLR"].make(model.parameters())
+    before, (x, y) = values(model), data()
+
+    def loss() -> Tensor:
+        total = LOSS(model(x), y)
+        total.backward()
+        return total
+
+    loss()
+    with pytest.raises(px.PackextError, match="had a gradient when px.optim.emit was entered"):
+        if closure:
+            optimizer.step(loss)
+        else:
+            with optim.emit(optimizer):
+                loss()
+            optimizer.step()
+    assert same(before, values(model))
+    for set_to_none in (True, False):
+        optimizer.zero_grad(set_to_none)
+        optimizer.step(loss)
+    with optim.emit(optimizer):  # the step's gradient is forgotten within
+        optimizer.zero_grad() if closure else model.zero_grad()
+        loss()
+    optimizer.step()
+    assert not same(before, values(model))
+
+
 def test_a_grad_scaler_changes_nothing_and_skips() -> None:
     ends = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)):

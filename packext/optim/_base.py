@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -89,8 +90,8 @@ class Optimizer(torch.optim.Optimizer):
         self.ranks = Ranks(process_group)
         self.skipped, self.lacking = 0, False
         self._received: dict[Tensor, dict[str, Any]] = {}
-        self._passes = 0
         self._open = False
+        self._forget()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -158,6 +159,8 @@ class Optimizer(torch.optim.Optimizer):
         if all(p.grad is None for p in wanted):
             self._forget()
         if not self._passes:
+            asked = [] if self._zeroed or not self.quantities() else wanted
+            self._older = {p: weakref.ref(p.grad) for p in asked if p.grad is not None}
             key = (self.param_groups[0]["seed"], self.steps, self.ranks.rank)
             self.generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
         self._open = True
@@ -172,6 +175,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _receive(self, results: px.Results) -> None:
         self._passes += 1
+        self._missed = self._missed or next((p for p, old in self._older.items() if old() is p.grad is not None), None)
+        self._older = {}
         new: dict[Tensor, dict[str, Any]] = {}
         for p in self.preconditioned():
             if p in results:
@@ -187,10 +192,14 @@ class Optimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was emitted for those gradients is forgotten with them."""
         self._forget()
+        self._zeroed = not set_to_none
         super().zero_grad(set_to_none)
 
     def _forget(self) -> None:
         self._received, self._passes = {}, 0
+        self._older: dict[Tensor, Any] = {}  # gradients that were there before the first pass that emits
+        self._missed: Tensor | None = None  # a parameter whose gradient such a pass has added to
+        self._zeroed = False
 
     # -- the step ----------------------------------------------------------------------------------
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -274,7 +283,7 @@ class Optimizer(torch.optim.Optimizer):
         fields = [q.savefield for q in self.quantities()]
         if not fields:
             return [{} for _ in params]
-        found, problem = [], None
+        found, problem = [], None if self._missed is None else self._mixed(self._missed)
         for p in params:
             held = self._received.get(p, {})
             missing = [field for field in fields if field not in held]
@@ -285,6 +294,15 @@ class Optimizer(torch.optim.Optimizer):
         if problem is None and empirical and self._passes > 1:
             problem = f"{type(self).__name__} with the empirical Fisher: {EMPIRICAL} Take a step after each pass."
         return self.ranks.merge(found, problem, empirical)
+
+    def _mixed(self, p: Tensor) -> str:
+        return (
+            f"{type(self).__name__}: {self.name_of(p)} had a gradient when px.optim.emit was entered, of a backward "
+            "pass that emitted nothing, and the passes within added to it: curvature would be that of some passes, "
+            "and .grad that of all. Run all backward passes between two steps in `with px.optim.emit(optimizer):`, and "
+            "call optimizer.zero_grad() before the first. (Lightning runs the passes of accumulate_grad_batches but "
+            "the last outside of it: leave that at 1.)"
+        )
 
     def _missing(self, p: Tensor, field: str) -> str:
         name, text = type(self).__name__, f"{self.name_of(p)} has a gradient, but no {field}"

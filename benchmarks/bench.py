@@ -131,7 +131,7 @@ def check(instance: Instance, row: Row, key: str, reference: Reference) -> tuple
             continue
         if verdict.status != "ok":
             cell.rejected[name] = str(verdict)
-        elif cell.trials[name] < (0.95 if name.endswith(REPLACED) else 1.0) * least:  # it has to be worth its memory
+        elif cell.trials[name] < (0.8 if name.endswith(REPLACED) else 1.0) * least:  # it has to be worth its memory
             least, best = cell.trials[name], contender
             cell.variant, cell.error = name, verdict.error
     if best is not None:

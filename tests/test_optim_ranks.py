@@ -96,6 +96,7 @@ def skipped_and_refused(rank: int) -> None:
     x, y = data(0)
 
     def passed(optimizer: optim.Optimizer, model: nn.Module, n: int = 8, emit: bool = True) -> None:
+        model.zero_grad()
         if emit:
             with optim.emit(optimizer):
                 LOSS(model(x[:n]), y[:n]).backward()

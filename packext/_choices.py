@@ -16,16 +16,21 @@ PICKS = frozenset(
     | {Tensor.gather, torch.gather, Tensor.take, torch.take, torch.take_along_dim, Tensor.take_along_dim}
 )
 
-#: Functions that order entries along an axis, with the position of that argument.
-ORDERS = {
-    getattr(owner, name): at
-    for names, at in (
-        (("sort", "argsort", "cummax", "cummin", "max", "min", "median", "nanmedian", "mode"), 1),
-        (("topk", "kthvalue"), 2),
+#: Functions that order entries along an axis: the position of that argument, and what it is if there is none.
+ORDERS: dict[Any, tuple[int, int | None]] = {
+    getattr(owner, name): (at, default)
+    for names, at, default in (
+        (("sort", "cummax", "cummin", "mode"), 1, -1),
+        (("max", "min", "median", "nanmedian"), 1, None),
+        (("topk", "kthvalue"), 2, -1),
+        (("msort",), 1, 0),
     )
     for name in names
     for owner in (torch, Tensor)
 }
+
+#: All of them: what to ask `chosen` about.
+CHOOSE = PICKS | ORDERS.keys()
 
 
 def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data: Callable[[Tensor], bool]) -> bool:
@@ -46,13 +51,8 @@ def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data:
         return False
     if func in PICKS:
         return any(map(is_data, tensors_in((args[1:], kwargs))))
-    if func in (torch.msort, Tensor.msort):
-        return axis == 0 and first.requires_grad
-    at = ORDERS[func]
-    plain = func in (torch.max, Tensor.max, torch.min, Tensor.min, torch.median, Tensor.median)
-    dim = kwargs.get("dim", args[at] if len(args) > at else None if plain else -1)
+    if not first.requires_grad:
+        return False
+    at, default = ORDERS[func]
+    dim = kwargs.get("dim", args[at] if len(args) > at else default)
     return isinstance(dim, int) and not isinstance(dim, bool) and dim % max(first.dim(), 1) == axis
-
-
-#: All of them: what to ask `chosen` about.
-CHOOSE = PICKS | ORDERS.keys() | {torch.msort, Tensor.msort}

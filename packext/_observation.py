@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from packext._backpack import backpack
 from packext._errors import PackextError
 from packext._factored import Factored, Lookup, Masked, Outer, Pulled, Sum
+from packext._graph import inputs_first
 from packext._lineage import LOCAL
 from packext._quantity import Ask, Quantity
 from packext._record import Record, tensors_in
-from packext._taps import Argument, inputs_first
+from packext._taps import Argument
 from packext._use import Source, Use
 
 #: What stands for the model's inputs in `Observation.after`.

@@ -25,9 +25,10 @@ from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, UnsupportedUseError
 from packext._flight import Look, silence
+from packext._graph import inputs_first
 from packext._layout import Layout, digits
 from packext._pass import Pass
-from packext._taps import Gate, OwnedRule, inputs_first
+from packext._taps import Gate, OwnedRule
 from packext._use import Source, Use
 from packext.rules.elementwise import ArgumentRule
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from packext._errors import CoupledSamplesError, PackextError
+from packext._graph import inputs_first
 from packext._layout import digits
 
 #: The most entries of an output per sample for which a loss without a closed form gets its blocks `[N, D, D]`.
@@ -432,7 +433,7 @@ def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) ->
             slope = torch.autograd.grad((g * value).sum(), x, create_graph=True, materialize_grads=True)[0]
         if not slope.requires_grad:
             raise zero
-        if any(node.name() == "torch::autograd::Error" for node in _nodes(slope.grad_fn)):
+        if any(node.name() == "torch::autograd::Error" for node in inputs_first([slope.grad_fn])):
             raise PackextError(f"{name} cannot be differentiated twice: a part of it is differentiable once.")
 
         def times(v: Tensor) -> Tensor:
@@ -460,16 +461,6 @@ def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) ->
     if not blocks.any():
         raise zero
     return blocks
-
-
-def _nodes(start: Any) -> set[Any]:
-    """All autograd nodes that can be reached from one. Those of an error need not lie on the way to the output."""
-    seen, open_ = {start}, [start]
-    while open_:
-        found = {node for node, _ in open_.pop().next_functions if node is not None} - seen
-        seen |= found
-        open_ += found
-    return seen
 
 
 def _state(loss: nn.Module, x: Tensor) -> Any:

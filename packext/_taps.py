@@ -15,7 +15,7 @@ What a tap keeps goes through `save_for_backward`, so that checkpointing and off
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,22 +134,6 @@ class Gate(torch.autograd.Function):
         if grads[0] is not None:
             _flight.enter(ctx.record)
         return None, grads[0]
-
-
-def inputs_first(roots: Sequence[Any]) -> Iterator[Any]:
-    """Nodes of a graph, each after all that it leads to."""
-    done: set[Any] = set()
-    stack = [(root, False) for root in roots]
-    while stack:
-        node, expanded = stack.pop()
-        if node is None or node in done:
-            continue
-        if expanded:
-            done.add(node)
-            yield node
-            continue
-        stack.append((node, True))
-        stack.extend((child, False) for child, _ in node.next_functions)
 
 
 def origins(t: Tensor, record: Record) -> tuple[list[Tensor], bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,7 @@ from packext.optim.control._gaussian import OFFSET, Posterior, kernel, quadrant
 from packext.optim.control.line_search import ProbabilisticLineSearch
 from tests.control_cases import Shift
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 # -- the process ----------------------------------------------------------------------------------------------

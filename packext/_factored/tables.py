@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from packext._factored.base import table
+from packext._graph import inputs_first
 
 #: Autograd's nodes of functions that put entries in other places, several times, or nowhere.
 MOVES = frozenset(
@@ -65,13 +66,8 @@ def entries_of(value: Tensor, parameter: Tensor) -> Tensor | None:
 def _moves(root: Any, parameter: Tensor) -> bool:
     """Whether a graph puts entries of a parameter in other places, and does no more with them."""
     leads: dict[Any, int] = {}
-    stack = [(root, False)]
-    while stack:
-        node, ready = stack.pop()
+    for node in inputs_first([root]):
         children = [child for child, _ in node.next_functions if child is not None]
-        if not ready and node not in leads:
-            stack += [(node, True), *((child, False) for child in children if child not in leads)]
-            continue
         leads[node] = sum(leads[child] for child in children) or int(getattr(node, "variable", None) is parameter)
         name = node.name()
         # In a sum with what other parameters make, entries of this one stand as they are.

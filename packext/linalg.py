@@ -232,7 +232,8 @@ def lanczos(matvec: Matvec, like: Any, k: int, generator: torch.Generator | None
     Returns:
         The diagonal alphas `[k]`, the betas `[k]` (all but the last beside the diagonal; the last is the norm of what
         follows), and the orthonormal basis in the structure of `like`, `[k, *p]`. Fewer than k steps, with a
-        last beta of zero, where the space is exhausted.
+        last beta of zero, where what follows is rounding: at most 100 eps of the largest norm of an `A v` seen. Beside
+        eigenvalues close to each other, rounding is more; the steps that follow then hardly weigh in the first vector.
     """
     space = _Space(like, "lanczos")
     _check(1 <= k <= space.size, f"lanczos: k must be between 1 and {space.size}, the entries of a vector; got {k}.")
@@ -245,7 +246,7 @@ def lanczos(matvec: Matvec, like: Any, k: int, generator: torch.Generator | None
         w = apply(v)
         alphas.append(v @ w)
         scale = max(scale, float(w.norm()))
-        v, beta = _orthonormal(w, basis[: len(alphas)], 10 * eps * scale)
+        v, beta = _orthonormal(w, basis[: len(alphas)], 100 * eps * scale)
         betas.append(beta)
     return Lanczos(torch.stack(alphas), basis.new_tensor(betas), space.unpack(basis[: len(alphas)]))
 

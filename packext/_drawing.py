@@ -21,12 +21,18 @@ COLOURS = {
     "factors": ("#e3f1ec", "#2a8c6b"),
     "tiles": ("#e6eefa", "#3b6fb6"),
     "factors and tiles": ("#e2eff6", "#25899f"),
+    "kernel": ("#efe8fa", "#7a4fb5"),
     "one sample at a time": ("#fdf2d8", "#c58a12"),
     "no gradient": ("#f2f2f2", "#9a9a9a"),
     "not known": ("#f2f2f2", "#9a9a9a"),
     "refused": ("#fbe3e1", "#c0392b"),
 }
-LABELS = {"factors": "from the factors", "tiles": "through tiles of rows", "factors and tiles": "some of both"}
+LABELS = {
+    "factors": "from the factors",
+    "tiles": "through tiles of rows",
+    "factors and tiles": "some of both",
+    "kernel": "by the fused kernel",
+}
 INK, FAINT, DATA, GRADIENT = "#22272e", "#6b7280", "#4b5563", "#b4423c"
 LEFT, RIGHT = 1.35, 7.65  # sides of the boxes, in inches
 GAP, TITLE, LINE, PAD = 0.34, 0.25, 0.21, 0.12

@@ -49,7 +49,8 @@ class ParameterUse:
         g: groups.
         i: features in.
         o: features out.
-        routes: for each statistic, whether it comes from the "factors" or from "tiles" of rows. If a parameter has
+        routes: for each statistic, whether it comes from the "factors", from "tiles" of rows, or from the fused
+            "kernel". If a parameter has
             several uses, the routes are those of their sum.
         cost: multiply-adds of all statistics (those of forming the rows included), relative to those of the ordinary
             gradient of all parameters of the use.
@@ -82,7 +83,7 @@ class ParameterUse:
     def route(self) -> str:
         """All routes in a few words, "" if there are none."""
         words = []
-        for way in ("factors", "tiles"):
+        for way in ("factors", "tiles", "kernel"):
             names = [_SHORT.get(k, k) for k in _ROUTES if self.routes.get(k) == way]
             if names:
                 words.append(f"{way}: {', '.join(names)}")
@@ -98,7 +99,7 @@ class ParameterUse:
         if "masked" in self.form:
             return "one sample at a time"
         ways = set(self.routes.values())
-        return "factors and tiles" if len(ways) > 1 else next(iter(ways), "factors")
+        return "factors and tiles" if {"factors", "tiles"} <= ways else min(ways, default="factors")
 
 
 @dataclass(frozen=True)

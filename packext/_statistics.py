@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from packext import _fused
 from packext._factored import Factored, Outer, Patches, Sum
 from packext._scratch import release, scratch
 
@@ -61,6 +62,24 @@ class Statistics:
         """
         missing = [w for w in dict.fromkeys(wants) if w not in self.known]
         visitors = list(visitors)
+        asked = list(dict.fromkeys([*missing, "total"])) if deliver and "total" not in self.known else missing
+        found = None if visitors else _fused.answers(self.form, asked, lambda: Statistics(self.form)._plainly(asked))
+        if found is None:
+            self._prepare(missing, visitors, deliver, buffer)
+        else:
+            self.known.update(found)
+            self.route.update(dict.fromkeys(found, "kernel"))
+
+    def _plainly(self, wants: list[str]) -> dict[str, Tensor]:
+        """What the kernel would answer, by the other routes."""
+        self._prepare([want for want in wants if want != "total"], [], "total" in wants, None)
+        return {want: self.known[want] if want in self.known else self._total() for want in wants}
+
+    def _total(self) -> Tensor:
+        self._prepare(["total"], [], False, None)
+        return self.known["total"]
+
+    def _prepare(self, missing: list[str], visitors: list[Visitor], deliver: bool, buffer: Tensor | None) -> None:
         f = self.form
         if (rows := f.all_rows()) is not None:
             self.known["rows"] = rows

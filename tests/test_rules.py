@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import packext as px
 from packext import _flight, _probe, _scratch, testing
 from packext._factored import Factored, Masked, Pulled, Sum, gram
+from packext._factored.windows import Window
 from packext._use import Rule
 from packext.rules import _lstm, convolution, elementwise, embedding, linear, norm, recurrent
-from packext.rules._patches import Window
 from tests.cases import CASES, Case
 from tests.helpers import double_precision
 from tests.test_quantities import Prepared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from packext import _scratch
 from packext._factored.base import Factored, Kronecker, Terms, accumulation_dtype, storage_bytes
 from packext._scratch import scratch
+
+if TYPE_CHECKING:
+    from packext._factored.windows import Window
 
 #: Outputs come in multiples of this where not all are taken at once.
 VECTOR = 16
@@ -44,10 +48,14 @@ class Patches:
         take: Callable[[int, int], Tensor],
         source: Tensor,
         second_moment: Callable[[], Tensor | None] = lambda: None,
+        window: Window | None = None,
     ) -> None:
-        """Take the sizes N, G, S, I, what unfolds samples lo to hi, its source, and a way to sum `a aᵀ`."""
+        """Take the sizes N, G, S, I, what unfolds samples lo to hi, its source, and a way to sum `a aᵀ`.
+
+        The window says how the source is unfolded, where there is no more to it.
+        """
         self.shape = (n, groups, positions, features)
-        self.take, self.source, self.second_moment = take, source, second_moment
+        self.take, self.source, self.second_moment, self.window = take, source, second_moment, window
 
     def __getitem__(self, where: slice) -> Tensor:
         """Unfold samples `where.start` to `where.stop`."""

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, Patches, Terms, accumulation_dtype
+from packext._factored.windows import Window
 from packext._layout import Layout
 from packext._taps import OwnedRule
 from packext._use import Use
 from packext.rules._common import bind, handles
-from packext.rules._patches import Window
 
 if TYPE_CHECKING:
     from packext._lineage import Tracer
@@ -144,7 +144,7 @@ class Convolution(OwnedRule):
             rows = self._backward(use, parts, slope, [False, True, False], count)[1]
             return rows.unflatten(0, (count, -1))
 
-        a = Patches(n, groups, positions, features, take, read, lambda: window.second_moment(read))
+        a = Patches(n, groups, positions, features, take, read, lambda: window.second_moment(read), window)
         alone = groups * positions * features * written.shape[1] // groups >= LARGE
         together = per == 1 and not c["transposed"] and groups == 1 and _suits(x, w)
         # Of a transposed convolution, every position of the input is written to a patch of the output.

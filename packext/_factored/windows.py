@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored import accumulation_dtype, gram
+from packext._factored.base import accumulation_dtype
+from packext._factored.outer import gram
 from packext._scratch import scratch
 
 

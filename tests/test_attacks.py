@@ -302,7 +302,7 @@ def test_who_knows_what_was_not_sent_finds_the_digit(defence: Any) -> None:
     model, (x, y), loss = sigmoid_net(), upscaled(1, 0), nn.CrossEntropyLoss()
     whole = attacks.share(model, loss, x, y)
     shared = defence(whole) if isinstance(defence, defences.Pruning) else defence(model, loss, x, y)
-    search = attacks.DeepLeakage(iterations=7)
+    search = attacks.DeepLeakage(iterations=12)
     blind = search(model, shared, (1, 16, 16), labels=y)
     found = search(model, shared, (1, 16, 16), labels=y, mask=attacks.sent(shared))
     assert attacks.psnr(blind.inputs, x) < 20 and not blind.matched

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
+from packext._owners import Owners
 from packext._pass import PASSES, Pass, wants_of
 from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 CONTEXTS: list[backpack] = []
 #: Those that hear a pass, of those that ask for anything: the innermost that does not overhear, and that does.
 _hearing: tuple[backpack, ...] = ()
-_probe: Probe | Check | None = None
+_probe: Probe | Check | Owners | None = None
 _sweep: Sweep | None = None
 _silent = False
 
@@ -315,7 +316,7 @@ def _current(record: Record | None) -> Pass:
     return PASSES[task]
 
 
-def _send_probe(run: Probe, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
+def _send_probe(run: Probe | Owners, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
     with _probing(run):
         return _send(edges, cotangents, targets)
 
@@ -354,7 +355,7 @@ def probe_taps(edge: Any, cotangent: Tensor, members: Tensor) -> bool:
 
 
 @contextmanager
-def _probing(run: Probe | Check) -> Any:
+def _probing(run: Probe | Check | Owners) -> Any:
     global _probe
     _probe, before = run, _probe
     try:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
-from packext._layout import Layout, candidates, separating
+from packext._layout import Layout, Scattered, candidates, separating
+from packext._owners import whose_now
 from packext._use import TARGET, Source, Use
 
 if TYPE_CHECKING:
@@ -168,17 +169,18 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         PackextError: if nothing tells the samples of an output apart.
     """
     key = (record.structure(), gates)
-    plan = None if record.routed else record.extension.shared.plans.get(key)
-    if plan is not None and _adopt(record, plan):
+    plan = record.extension.shared.plans.get(key)
+    if plan is not None and not record.routed and _adopt(record, plan):
         return
     n = record.n
     starts = _starts(record, gates)
     if not all(start.layouts for start in starts):
         # A loss computed inside of the model: from what it was computed from, or the outputs beside it.
         inside = [
-            _Start(-1, edge, list(candidates(meta[0], n, record.batch_axis)), meta)
-            for loss in record.losses
-            for edge, meta in zip(loss.edges, loss.inputs, strict=True)
+            _Start(-1 - k, edge, list(candidates(meta[0], n, record.batch_axis)), meta)
+            for k, (edge, meta) in enumerate(
+                (edge, meta) for loss in record.losses for edge, meta in zip(loss.edges, loss.inputs, strict=True)
+            )
         ]
         starts = starts + inside if inside else _starts(record, frozenset(range(len(record.gates))))
         starts = [start for start in starts if start.layouts]
@@ -190,6 +192,8 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             "px.extend(model, batch_axis=...)."
         )
     generator = torch.Generator().manual_seed(20250101)
+    if plan is not None and record.routed and _follow(record, starts, plan, send, generator):
+        return
     lone = int(torch.randint(n, (1,), generator=generator))
     cotangents_of = [*separating(n), torch.arange(n) == lone]
     # Rows in any order cost masks of what passes: where data chose none, they are looked for if all else has failed.
@@ -231,22 +235,55 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         assert first is not None
         raise CoupledSamplesError(_coupled(record, first))
     # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
-    if not record.routed and all(is_settled(use) for use in record.uses):
+    if record.routed or all(is_settled(use) for use in record.uses):
         layouts = [use.layouts if use.options else None for use in record.uses]
-        places = {start.gate: record.places[start.gate] for start in starts if start.gate >= 0}
-        record.extension.shared.remember(key, (layouts, places))
+        forgotten = [None if found is None else tuple(_here(at, record) for at in found) for found in layouts]
+        record.extension.shared.remember(
+            key, Plan(forgotten, {s.gate: at for s, at in zip(starts, chosen, strict=True)})
+        )
 
 
-def _adopt(record: Record, plan: tuple[list[tuple[Layout | None, ...] | None], dict[int, Layout]]) -> bool:
+class Plan(NamedTuple):
+    """What a probe found of a structure: layouts at each use (None: not reached), and at each gate it started from.
+
+    The input of a loss computed inside counts as gate -1, -2, ...
+    """
+
+    layouts: list[tuple[Layout | None, ...] | None]
+    places: dict[int, Layout]
+
+
+def _here(layout: Layout | None, record: Record) -> Any:
+    """A layout of a plan for the samples of this pass; of scattered rows, without whose they were."""
+    if layout is None or isinstance(layout, Scattered):
+        return layout and Scattered(layout.axis, record.n)
+    return Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
+
+
+def _follow(record: Record, starts: list[_Start], plan: Plan, send: Any, generator: torch.Generator) -> bool:
+    """Whether the plan holds, but for rows that have other places in this pass; these are found."""
+    places = {start.gate: _here(plan.places.get(start.gate), record) for start in starts}
+    if any(at is None for at in places.values()):
+        return False
+    everyone = torch.ones(record.n, dtype=torch.bool)
+    sent = [(_cotangent(s.meta, places[s.gate], everyone, generator), places[s.gate]) for s in starts]
+    layouts = [found and tuple(_here(at, record) for at in found) for found in plan.layouts]
+    if not whose_now(record.uses, layouts, [start.edge for start in starts], sent, send, generator):
+        return False
+    record.places.update({gate: at for gate, at in places.items() if gate >= 0})
+    return True
+
+
+def _adopt(record: Record, plan: Plan) -> bool:
     def here(layout: Layout) -> Layout:
-        return Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
+        return _here(layout, record)
 
-    places = {gate: here(layout) for gate, layout in plan[1].items()}
+    places = {gate: here(layout) for gate, layout in plan.places.items() if gate >= 0}
     for gate, layout in places.items():
         if layout.axis is not None and record.gates[gate][1][layout.axis] % record.n:
             return False
     record.places.update(places)
-    for use, layouts in zip(record.uses, plan[0], strict=True):
+    for use, layouts in zip(record.uses, plan.layouts, strict=True):
         if layouts is None:
             continue
         known = use.layouts or (None,) * len(layouts)
@@ -260,7 +297,7 @@ def _adopt(record: Record, plan: tuple[list[tuple[Layout | None, ...] | None], d
 
 
 class _Start(NamedTuple):
-    """A gate (its index) or the input of a loss computed inside (-1): the edge below it, its layouts, and its meta.
+    """A gate (its index) or the input of a loss computed inside (-1, -2, ...): the edge below it, its layouts and meta.
 
     Layouts are those that it allows; the meta are shape, dtype and device.
     """

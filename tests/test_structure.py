@@ -26,7 +26,7 @@ FLOORS = [
     {"_errors", "_layout", "_scratch", "_kronecker", "linalg", "_union", "_graph"},
     {"_factored", "_statistics", "_fused", "_kernel", "_roots"},
     {"_use", "_quantity"},
-    {"_taps", "_record", "_probe", "_gathering", "_refusals", "_results", "_compiler", "_pass", "_flight"},
+    {"_taps", "_record", "_probe", "_owners", "_gathering", "_refusals", "_results", "_compiler", "_pass", "_flight"},
     {"rules"},
     {"_lineage", "_scale", "_choices"},
     {"_extend", "_residual", "_chain", "_curvature"},

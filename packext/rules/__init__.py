@@ -8,7 +8,7 @@ and does not write in place.
 
 from __future__ import annotations
 
-from packext.rules import attention, convolution, elementwise, embedding, linear, norm, recurrent
+from packext.rules import attention, convolution, elementwise, embedding, grouped, linear, norm, recurrent
 from packext.rules._common import (
     FIRST_ONLY,
     HANDLERS,
@@ -31,6 +31,7 @@ __all__ = [
     "elementwise",
     "embedding",
     "generic",
+    "grouped",
     "handles",
     "linear",
     "norm",

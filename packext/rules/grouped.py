@@ -1,0 +1,77 @@
+"""Products of groups of rows with a matrix each, as the experts of a mixture have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packext._factored import Factored, Outer
+from packext._layout import Layout
+from packext._use import Rule, Use
+from packext.rules._common import bind, handles
+
+if TYPE_CHECKING:
+    from packext._lineage import Tracer
+
+_NAMES = ("input", "weight", "offs", "bias", "out_dtype")
+
+
+class Grouped(Rule):
+    """`y[r] = x[r] weight[e]`, with x `[R, I]`, weight `[E, I, O]`, and rows `offs[e - 1]` to `offs[e]` of expert e."""
+
+    name = "grouped"
+
+    def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
+        return use.func(tensors["input"], tensors["weight"], offs=tensors["offs"], **use.consts)
+
+    def factors(
+        self,
+        use: Use,
+        t: dict[str, Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None],
+    ) -> dict[str, Factored] | None:
+        (g,), (layout,) = gs, layouts
+        assert g is not None and layout is not None
+        x, (experts, features, outputs) = t["input"], t["weight"].shape
+        if layout.axis not in (None, 0):
+            return None
+        n, count = layout.n, len(x)
+        owner = layout.spread(torch.arange(n, device=g.device), g).flatten().expand(count)
+        expert = torch.searchsorted(t["offs"], torch.arange(count, device=g.device, dtype=t["offs"].dtype), right=True)
+        # Rows of a sample with an expert side by side, with zeros behind those that are fewer; rows behind the last
+        # expert belong to none.
+        known = expert < experts
+        pair = (owner * experts + expert)[known]
+        order = pair.argsort(stable=True)
+        row, pair = known.nonzero()[:, 0][order], pair[order]
+        each = pair.bincount(minlength=n * experts)
+        place = torch.arange(len(pair), device=g.device) - (each.cumsum(0) - each)[pair]
+        most = max(1, int(each.max()))
+
+        def filled(rows: Tensor) -> Tensor:
+            full = rows.new_zeros(n * experts, most, rows.shape[1]).index_put((pair, place), rows[row])
+            return full.view(n, experts, most, -1)
+
+        held = Outer(
+            filled(g), filled(x).mT, (experts, features, outputs), stored="IO", positions=count / (n * experts)
+        )
+        return {"weight": held}
+
+
+GROUPED = Grouped()
+
+
+@handles(F.grouped_mm, getattr(torch, "_grouped_mm"))  # noqa: B009 - not in torch's stubs
+def grouped(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`F.grouped_mm(input, weight, offs=offs)` of a matrix of rows; other forms go the generic way."""
+    tensors, consts = bind(_NAMES, args, kwargs)
+    if set(tensors) != {"input", "weight", "offs"} or tensors["input"].dim() != 2 or tensors["weight"].dim() != 3:
+        return NotImplemented
+    if tracer.sources(tensors["input"]) or not tracer.sources(tensors["weight"]):
+        return NotImplemented
+    return tracer.observed(GROUPED, func, tensors, {k: v for k, v in consts.items() if v is not None})

@@ -179,7 +179,10 @@ class Use:
             pull = functools.partial(view.pull, parameter)
             return Pulled(form, parameter, pull, functools.partial(view.rows_in, parameter), view, view)
         rows = functools.partial(self._rows_in, name, value, parameter)
-        return Pulled(form, parameter, _pull(value, parameter), rows, value=(value.grad_fn, value.output_nr))
+        node: Any = (value.grad_fn, value.output_nr)
+        while node[0] is not None and node[0].name() == "CloneBackward0":  # the same value, made contiguous for a use
+            (node,) = node[0].next_functions
+        return Pulled(form, parameter, _pull(value, parameter), rows, value=node)
 
     def _rows_in(self, name: str, value: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
         """What `rows_in` says of a value that this use meets; asked once of each pass forward."""

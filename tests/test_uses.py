@@ -261,3 +261,20 @@ def test_a_table_that_is_read_in_each_layer(fisher: str) -> None:
     first = run(copy.deepcopy(model), x, y, px.EKFAC(fisher=fisher))
     basis = {name: first[name].ekfac for name in first}
     check(model, x, y, px.EKFAC(basis, fisher=fisher))
+
+
+class Causal(Relative):
+    """Of which a mask leaves out the positions to come."""
+
+    def bias(self) -> Tensor:
+        return super().bias().masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -1e9)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_positions_that_a_mask_leaves_out_are_none(fisher: str) -> None:
+    model, x, y = Causal(), torch.randn(N, 4, 4), torch.randint(3, (N,))
+    factors = testing.Reference(model, nn.CrossEntropyLoss(), x, y).factors(fisher)
+    want = factors.outputs("table.weight", "expand", kind="IO")
+    counts, outputs = run(model, x, y, px.KFAC(fisher=fisher))["table.weight"].kfac
+    close(outputs, want[0])
+    close(counts, torch.tensor([0.0, 0, 0, 4, 3, 2, 1]) / 10)

@@ -19,9 +19,9 @@ from packext._graph import inputs_first
 MOVES = frozenset(
     f"{name}Backward{k}"
     for name in (
-        "Alias", "Cat", "Clone", "Embedding", "Expand", "Flip", "Gather", "IndexSelect", "Index", "Permute", "Repeat",
-        "ReshapeAlias", "Roll", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "T", "ToCopy",
-        "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View",
+        "Alias", "Cat", "Clone", "Embedding", "Expand", "Flip", "Gather", "IndexSelect", "Index", "MaskedFill",
+        "Permute", "Repeat", "ReshapeAlias", "Roll", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack",
+        "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View", "Where",
     )
     for k in range(3)
 )  # fmt: skip

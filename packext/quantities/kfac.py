@@ -195,13 +195,13 @@ class KFAC(Sampled, _Kronecker):
     it, as a table whose rows are its last axis of more than one entry: `[1, T, E]` has A `[T]`, of 1/T each, and B
     `[E, E]`. Refused are values that are computed from a table.
 
-    A parameter may have several uses. Calls of one layer, or reads of one table, count as positions of one. Equal blocks
-    of one tensor (experts in `[E, O, I]`, queries, keys and values as thirds of the rows) have factors of their own,
-    `[E, O, O]` and `[E, I, I]`, zeros for one that nothing met, and a mean over the tokens that each was given. A weight
-    that is also used transposed, as a table `[V, E]` tied to the last layer, has the Kronecker product that is nearest
-    to the sum over both (`linalg.nearest_kron`): dense `[V, V]` and `[E, E]`, of equal norm and neither
-    of them A or B. Cross terms between uses are dropped. Refused are uses that divide a
-    parameter in different ways, or into pieces of different sizes.
+    A parameter may have several uses. Calls of one layer, or reads of one table, count as positions of one. Equal
+    blocks of one tensor (experts in `[E, O, I]`, queries, keys and values as thirds of the rows) have factors of their
+    own, `[E, O, O]` and `[E, I, I]`, with a mean over the tokens that each was given, and zeros for one without any. A
+    weight that is also used transposed, as a table `[V, E]` tied to the last layer, has the Kronecker product that is
+    nearest to the sum over both (`linalg.nearest_kron`): dense `[V, V]` and `[E, E]`, of equal norm and neither of them
+    A or B. Cross terms between uses are dropped. Refused are uses that divide a parameter in different ways, or into
+    pieces of different sizes.
 
     For parameters without positions they are BackPACK's; for convolutions BackPACK mixes A of "expand" with B of
     "reduce", which is off by a factor that grows with the number of positions. For a parameter that is no linear map's

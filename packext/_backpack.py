@@ -380,7 +380,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             self._before, self._count = dict(found), n
         if self.ranks is not None:
             named = sorted((source.name, key) for key, (source, _) in found.items())
-            self.ranks.meet({name: _kind(found[key][0].tensor) for name, key in named}, n, asked=self._asked())
+            kinds = {
+                name: _kind(found[key][0].tensor, (by_field[f].ways(p) for f, p in found[key][1].items()))
+                for name, key in named
+            }
+            self.ranks.meet(kinds, n, asked=self._asked())
             for _, key in named:
                 source, parts_ = found[key]
                 found[key] = (source, {f: by_field[f].unite([parts_[f]], self.ranks) for f in sorted(parts_)})
@@ -448,8 +452,9 @@ def _identified(parameters: Any) -> dict[int, Tensor]:
 _PLAIN = (int, float, str, tuple, type(None))
 
 
-def _kind(t: Tensor) -> str:
-    return f"{list(t.shape)} {t.dtype}"
+def _kind(t: Tensor, ways: Iterable[str]) -> str:
+    used = ", ".join(filter(None, ways))
+    return f"{list(t.shape)} {t.dtype}{used and f' (stored {used})'}"
 
 
 def _will_arrive(parameter: Tensor) -> bool:

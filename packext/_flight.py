@@ -50,7 +50,8 @@ class Sweep:
     def __init__(self, flight: Pass, absorb: Callable[[Source, Factored], None]) -> None:
         """Hand the merged form of every parameter that the cotangent reaches to `absorb`."""
         self.flight, self.absorb = flight, absorb
-        self.gathering = Gathering(wants_of([f.context for f in flight.heard if f.context.curvature]))
+        wants = wants_of([f.context for f in flight.heard if f.context.curvature])
+        self.gathering = Gathering(wants, frees=False)
 
     def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
         """The cotangent arrives at a tap."""

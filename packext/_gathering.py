@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packext._errors import PackextError
-from packext._factored import Dense, Factored, Pulled
+from packext._factored import Factored, Pulled
 from packext._layout import Tokens
 from packext._use import Source, Use, live_nodes
 
@@ -22,14 +22,21 @@ class Gathering:
     """The forms that arrive at taps, until those of a parameter are complete."""
 
     def __init__(
-        self, wants: Callable[[Tensor], bool], tokens: Callable[[Record], Tokens | None] = lambda record: None
+        self,
+        wants: Callable[[Tensor], bool],
+        tokens: Callable[[Record], Tokens | None] = lambda record: None,
+        frees: bool = True,
+        tables: bool = False,
     ) -> None:
         """Start empty.
 
         Args:
             wants: tells of which parameters forms are wanted.
             tokens: those of a forward pass, if they are to take the place of its samples.
+            frees: whether autograd frees its graph behind the pass.
+            tables: whether it is asked which rows of tables were read, when all forms of a parameter are there.
         """
+        self.frees, self.tables = frees, tables
         self.wants, self.tokens = wants, functools.cache(tokens)
         self.fired: set[int] = set()
         self.held: dict[int, list[Factored]] = {}
@@ -86,7 +93,9 @@ class Gathering:
         for key, source in touched.items():
             if self._awaited(source.tensor):
                 # By the time the others arrive, autograd has freed the way back from a value to its parameters.
-                self.held[key] = [Dense(f.rows(0, f.n)) if isinstance(f, Pulled) else f for f in self.held[key]]
+                if self.frees:
+                    held = self.held[key]
+                    self.held[key] = [f.without_graph(self.tables) if isinstance(f, Pulled) else f for f in held]
                 continue
             self.emitted.add(key)
             complete.append((source, self.held.pop(key)))

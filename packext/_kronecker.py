@@ -100,6 +100,83 @@ def kron(factors: Sequence[Tensor]) -> Tensor:
     return torch.block_diag(*out)
 
 
+def nearest_kron(products: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The Kronecker product of two factors that is nearest to a sum of such products, in the Frobenius norm.
+
+    A sum of Kronecker products is in general none. Seen as a matrix of all pairs of the entries of its two sides, it
+    has as many terms of rank one as there are products, and the nearest product is its dominant singular pair (Van Loan
+    & Pitsianis 1993, "Approximation with Kronecker Products"). That takes inner products of the factors alone. Those of
+    positive semi-definite factors are not negative, so that the pair has weights of one sign (Perron-Frobenius), and
+    the result is positive semi-definite, too. It is the sum itself where that is a product: of one, or where all
+    products share one side.
+
+    Args:
+        products: of factors `[left, right]` each, of the same sizes, positive semi-definite: `[n, n]`, with groups
+            `[G, n, n]`, or diagonal, `[n]`.
+
+    Returns:
+        `[left, right]`, of equal Frobenius norms (in each group); diagonal where that side is in all products.
+    """
+    terms = [_batched(p) for p in products]
+    sizes = {tuple(m.shape[-1] for m in t) for t in terms}
+    check(
+        len(sizes) == 1 and len(terms[0]) == 2,
+        f"nearest_kron takes products of two factors each, of the same sizes; got those of sizes {sorted(sizes)}.",
+    )
+    lefts, rights = zip(*terms, strict=True)
+    (of_left, left), (of_right, right) = _gram(lefts), _gram(rights)
+    # The sum is that of `weight l rᵀ` with l and r of norm 1, seen as vectors.
+    weight = of_left * of_right
+    right = weight[..., None] * right * weight[..., None, :]
+    # Coefficients x of the l are the dominant eigenvector of `right left`; by the eigenvectors of a symmetric matrix.
+    values, vectors = torch.linalg.eigh(left)
+    root = vectors * values.clamp(min=0).sqrt()[..., None, :] @ vectors.mT
+    x = (right @ root @ torch.linalg.eigh(root @ right @ root)[1][..., -1:])[..., 0].abs()
+    x = x * _inverse_or_zero((x * (left @ x[..., None])[..., 0]).sum(-1, keepdim=True).sqrt())
+    z = (left @ x[..., None])[..., 0]
+    even = (z * (right @ z[..., None])[..., 0]).sum(-1, keepdim=True).clamp(min=0).sqrt().sqrt()
+    found = [
+        _weighted(lefts, x * even * _inverse_or_zero(of_left)),
+        _weighted(rights, z * of_left * _inverse_or_zero(even)),
+    ]
+    grouped = any(f.dim() == 3 for p in products for f in p)
+    return found if grouped else [m[0] for m in found]
+
+
+def _gram(side: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Norms `[G, R]` of R factors, and the cosines `[G, R, R]` between them, in float64."""
+    rows = [torch.stack(torch.broadcast_tensors(*(_inner(m, other) for other in side)), -1) for m in side]
+    gram = torch.stack(torch.broadcast_tensors(*rows), -2)
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = _inverse_or_zero(norms)
+    return norms, scale[..., None] * gram * scale[..., None, :]
+
+
+def _inverse_or_zero(t: Tensor) -> Tensor:
+    return torch.where(t > 0, 1 / t, 0.0)
+
+
+def _inner(m: Tensor, other: Tensor) -> Tensor:
+    """Inner products `[G]` of factors, of which diagonal ones are `[G, n]`, in float64."""
+    if m.dim() != other.dim():
+        m, other = _diagonal(m), _diagonal(other)
+    return (m * other).flatten(1).sum(1, dtype=torch.float64)
+
+
+def _weighted(matrices: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The sum over r of factors `[G, n, n]` or `[G, n]` times weights `[G, R]`; diagonal if all are."""
+    parts = [
+        m * w.reshape(-1, *[1] * (m.dim() - 1))
+        for m, w in zip(matrices, weights.to(matrices[0].dtype).unbind(-1), strict=True)
+    ]
+    dense = [part for part in parts if part.dim() == 3] or parts
+    total = functools.reduce(torch.add, dense)
+    for part in parts if len(dense) < len(parts) else ():
+        if part.dim() == 2:
+            total.diagonal(dim1=-2, dim2=-1).add_(part)
+    return total
+
+
 def kron_matvec(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     """Multiply by the matrix of Kronecker factors without forming it.
 

@@ -244,6 +244,7 @@ class Tracer(TorchFunctionMode):
         axis = self.record.batch_axis
         use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
         use.rooted = self._rooted
+        use.viewed(tensors)
         for group in sources.values():
             for source in group:
                 if source.tensor.is_complex():

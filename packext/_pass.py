@@ -39,7 +39,8 @@ class Pass:
         self.task = torch._C._current_graph_task_id()
         self.replaced: list[tuple[Tensor, str, Any]] = []
         self.wants = wants_of(contexts)
-        self.gathering = Gathering(wants_of([c for c in contexts if c.by_sample]), contexts[0]._tokens)
+        tables = any(q.root[0] == "empirical" for c in contexts for q in c.curvature)
+        self.gathering = Gathering(wants_of([c for c in contexts if c.by_sample]), contexts[0]._tokens, tables=tables)
         self.records: list[Record] = [] if main is None else main.records
         self.n = 0  # samples, or tokens, once a form has arrived
         self.losses: list[tuple[str, str, Tensor]] = [] if main is None else main.losses

@@ -92,6 +92,10 @@ class Quantity:
         """The result for the whole batch: `parts` of it are here, and the others where `over` fetches them from."""
         raise NotImplementedError
 
+    def ways(self, part: Part) -> str:
+        """What of a part has to be alike on all ranks, beside the parameter's shape."""
+        return ""
+
     def absent(self, part: Part, n: int) -> Part:
         """What n samples find that did not reach the parameter; `part` is what others have found."""
         raise UnsupportedUseError(

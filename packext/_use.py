@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from packext._errors import PackextError, UnsupportedUseError
-from packext._factored import Factored, Masked, Pulled, rows_in
+from packext._factored import Factored, Masked, Pulled, View, rows_in
 from packext._layout import Layout, Tokens
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class Use:
     #: The same of the data that the call reads, by name.
     read_options: dict[str, list[Layout]] = field(default_factory=dict)
     node: Callable[[], Any] = lambda: None
+    #: Where values stand in the parameter that they are views of, by the value's name and the parameter's id.
+    views: dict[tuple[str, int], View] = field(default_factory=dict)
     #: Where rows of a parameter stand in a value made of it, by the value's name and the parameter's id.
     rows: dict[tuple[str, int], tuple[Tensor, Tensor] | None] = field(default_factory=dict)
 
@@ -126,6 +128,14 @@ class Use:
             for source in group:
                 _remember(source.tensor, self.node)
 
+    def viewed(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember where values that are views stand in their parameters; what a tap keeps of them is none any more."""
+        for name, group in self.sources.items():
+            if name not in self.direct and len(group) == 1:
+                view = View.of(tensors[name], group[0].tensor)
+                if view is not None:
+                    self.views[name, id(group[0].tensor)] = view
+
     def factors(
         self, saved: Sequence[Tensor], gs: Sequence[Tensor | None], tokens: Tokens | None = None
     ) -> list[tuple[Source, Factored]]:
@@ -159,10 +169,20 @@ class Use:
                 if source.tensor is value or value.is_leaf:
                     result.append((source, form))
                 else:
-                    pull = _pull(value, source.tensor)
-                    rows = functools.partial(self._rows_in, name, value, source.tensor)
-                    result.append((source, Pulled(form, source.tensor, pull, rows)))
+                    result.append((source, self._pulled(form, name, value, source.tensor)))
         return result
+
+    def _pulled(self, form: Factored, name: str, value: Tensor, parameter: Tensor) -> Pulled:
+        """The form of a value, pulled back to a parameter that it is made of."""
+        view = self.views.get((name, id(parameter)))
+        if view is not None:
+            pull = functools.partial(view.pull, parameter)
+            return Pulled(form, parameter, pull, functools.partial(view.rows_in, parameter), view, view)
+        rows = functools.partial(self._rows_in, name, value, parameter)
+        node: Any = (value.grad_fn, value.output_nr)
+        while node[0] is not None and node[0].name() == "CloneBackward0":  # the same value, made contiguous for a use
+            (node,) = node[0].next_functions
+        return Pulled(form, parameter, _pull(value, parameter), rows, value=node)
 
     def _rows_in(self, name: str, value: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
         """What `rows_in` says of a value that this use meets; asked once of each pass forward."""

@@ -31,6 +31,7 @@ from packext._kronecker import kron_eigh as kron_eigh
 from packext._kronecker import kron_inv as kron_inv
 from packext._kronecker import kron_matvec as kron_matvec
 from packext._kronecker import kron_trace as kron_trace
+from packext._kronecker import nearest_kron as nearest_kron
 
 Matvec = Callable[[Any], Any]
 

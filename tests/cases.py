@@ -947,6 +947,69 @@ def _() -> Any:
     return Routed(sort=True), torch.randn(N, 3, 4), labels()
 
 
+class Pieces(nn.Module):
+    """Four matrices `[4, 4]` in one parameter, or each in one of its own."""
+
+    def __init__(self, how: str, together: bool = True) -> None:
+        super().__init__()
+        self.how = how
+        parts = [torch.randn(4, 4) for _ in range(4)]
+        self.head = nn.Linear(4, 3)
+        whole = torch.cat(parts) if how == "rows" else torch.stack(parts)
+        self.w = nn.Parameter(whole) if together else nn.ParameterList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.w, nn.ParameterList):
+            w: Any = list(self.w)
+        else:
+            w = self.w.chunk(4) if self.how == "rows" else self.w
+        q, k = (self.apply_to(x.roll(i, 1), w[i]) for i in range(2))
+        z = self.apply_to(q.tanh(), w[3])  # the third is not used at all
+        again = self.apply_to(k.tanh(), w[1])  # and the second twice
+        return self.head((z + again).tanh().mean(1))
+
+    def apply_to(self, x: Tensor, w: Tensor) -> Tensor:
+        return x @ w if self.how == "product" else x @ w.t() if self.how == "turned" else F.linear(x, w)
+
+
+@case("pieces of one weight")
+def _() -> Any:
+    return Pieces("rows"), torch.randn(N, 3, 4), labels()
+
+
+@case("stacked weights, transposed")
+def _() -> Any:
+    return Pieces("turned"), torch.randn(N, 3, 4), labels()
+
+
+class Relative(nn.Module):
+    """Scores of two layers with biases from one table of relative positions, read once, or in each layer."""
+
+    def __init__(self, once: bool = True) -> None:
+        super().__init__()
+        self.once = once
+        self.table = nn.Embedding(7, 2)
+        self.layers = nn.ModuleList(nn.Linear(4, 8) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def bias(self) -> Tensor:
+        at = torch.arange(4)
+        return self.table((at[:, None] - at).clamp(-2, 3) + 3).permute(2, 0, 1)[None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias()
+        for layer in self.layers:
+            bias = bias if self.once else self.bias()
+            q, k = layer(x).unflatten(-1, (2, 4)).transpose(1, 2).chunk(2, -1)
+            x = x + ((q @ k.mT + bias).softmax(-1) @ x[:, None]).sum(1)
+        return self.head(x.mean(1))
+
+
+@case("attention with biases from one table")
+def _() -> Any:
+    return Relative(), torch.randn(N, 4, 4), labels()
+
+
 class Buffers(nn.Module):
     """Masks and constants that are buffers, and a low-rank update with a scale."""
 

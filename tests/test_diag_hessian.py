@@ -28,7 +28,8 @@ N = 4
 REFUSED = {
     "uses it on data that already depends on it": {
         "tied embedding and head", "one linear called twice", "one convolution called twice",
-        "conv1d blocks with a tied head", "LSTMCell", "GRUCell", "RNNCell",
+        "conv1d blocks with a tied head", "pieces of one weight", "stacked weights, transposed",
+        "LSTMCell", "GRUCell", "RNNCell",
     },
     "is not linear in it": {
         "lstm", "lstm time first", "lstm 2 layers both ways", "lstm loss on states", "lstm projection", "gru",

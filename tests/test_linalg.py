@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from packext import PackextError, linalg
+from packext.testing._kronecker import nearest
 from tests.helpers import double_precision
 
 
@@ -99,6 +100,41 @@ def test_products_inverses_and_decompositions_are_those_of_the_dense_matrix(
         assert torch.allclose(exact.rotate(exact.rotate(x), back=True), x)
         close(exact.trace(), matrix.trace())
         close(exact.logdet(0.3), torch.logdet(damped(matrix, 0.3)))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_nearest_kronecker_product_to_a_sum(count: int, groups: int) -> None:
+    """By the singular values of the rearranged sum, whose terms are many powers of ten apart."""
+    torch.manual_seed(0)
+    products = [[10.0 ** (3 * k) * psd(groups, 4, 4), psd(groups, 3, 3, rank=1)] for k in range(count)]
+    products[-1][0] = 0 * products[-1][0] if count == 4 else products[-1][0]
+    got = linalg.nearest_kron(products if groups > 1 else [[f[0] for f in p] for p in products])
+    for g in range(groups):
+        want = nearest([(left[g], right[g]) for left, right in products])
+        for found, exact in zip(got, want, strict=True):
+            close(found[g] if groups > 1 else found, exact)
+    values = torch.linalg.eigvalsh(got[0])
+    assert (values[..., 0] > -1e-12 * values[..., -1]).all()
+
+
+def test_sums_that_are_kronecker_products_are_their_own_nearest() -> None:
+    a, b, c, d = psd(3, 3), psd(4, 4), psd(4, 4), torch.rand(4)
+    for products in (
+        [[b, a], [c, a]],
+        [[a, b], [a, c]],
+        [[d, a], [b, a]],
+        [[d, a]],
+        [[a, b]],
+        [[0 * b, a], [0 * c, a]],
+    ):
+        close(linalg.kron(linalg.nearest_kron(products)), sum(linalg.kron(p) for p in products))
+    assert [f.shape for f in linalg.nearest_kron([[d, a], [2 * d, a]])] == [(4,), (3, 3)]
+    want = linalg.nearest_kron([[d.diag(), a], [b, psd(3, 3)]])
+    assert want[0].shape == (4, 4)
+    for wrong in ([[a, b], [b, a]], [[a], [a]]):
+        with pytest.raises(ValueError, match="products of two factors each, of the same sizes"):
+            linalg.nearest_kron(wrong)
 
 
 def test_a_weight_of_any_shape_in_row_major_order() -> None:

@@ -137,9 +137,10 @@ def test_the_balance_of_the_damping_does_not_depend_on_the_factors_scales() -> N
         optimizer = optim.Preconditioned(model.parameters(), "kflr", lr=0.1, damping=0.1)
         passed(model, optimizer, data())
         for held in optimizer._received.values():
-            factors = held["kflr"]
-            if factors.inputs is not None:
-                held["kflr"] = type(factors)(factors.outputs / c, factors.inputs * c, factors.n, factors.stored)
+            (pair,) = held["kflr"].pairs
+            if pair.inputs is not None:
+                scaled = pair._replace(outputs=pair.outputs / c, inputs=pair.inputs * c)
+                held["kflr"] = type(held["kflr"])([scaled], held["kflr"].n)
         before = theta(model)
         optimizer.step()
         ends.append(theta(model))

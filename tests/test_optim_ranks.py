@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -79,13 +80,43 @@ def as_one_process(rank: int) -> None:
             assert torch.equal(*everyone), (name, k)
 
 
+class Tied(nn.Module):
+    """A weight that is used as it is and transposed, and two that are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.pair, self.head = nn.Linear(4, 6), nn.Parameter(torch.randn(2, 4, 4) / 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)[:, :4]
+        y = (self.w(x).tanh() @ self.w.weight).tanh()
+        return self.head(y @ self.pair[0] + y.tanh() @ self.pair[1])
+
+
+def several_uses(rank: int) -> None:
+    """The factors of all processes are put together before the nearest product is taken."""
+    torch.manual_seed(0)
+    start = Tied().double()
+    for name in ("kfac", "ekfac"):
+        ends = []
+        for together in (False, True):
+            model = px.extend(copy.deepcopy(start))
+            group = None if together else ALONE[rank]
+            optimizer = MAKE[name](model.parameters(), process_group=group)
+            net = DistributedDataParallel(model) if together else model
+            split = (lambda t: t.split(SIZES)[rank]) if together else (lambda t: t)
+            train(net, optimizer, split, SIZES[rank] * WORLD / 8 if together else 1.0)
+            ends.append([p.detach() for p in model.parameters()])
+        torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-10)
+
+
 def draws_differ(rank: int) -> None:
     model = px.extend(network())
     optimizer = optim.KFAC(model.parameters())
     x, y = data(0)
     with optim.emit(optimizer) as results:
         LOSS(model(x), y).backward()
-    mine = results["7.weight"].kfac.outputs
+    mine = results["7.weight"].kfac.pairs[0].outputs
     everyone = [torch.empty_like(mine) for _ in range(WORLD)]
     dist.all_gather(everyone, mine)
     assert not torch.equal(*everyone)
@@ -112,7 +143,7 @@ def skipped_and_refused(rank: int) -> None:
     passed(optimizer, model)
     if rank == 1:
         factors = optimizer._received[model[5].weight]["kfac"]
-        factors.outputs[0, 0] = float("nan")
+        factors.pairs[0].outputs[0, 0] = float("nan")
     with pytest.warns(optim.SkippedStep, match="the kfac of parameter 6 of group 0"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)) and not optimizer.state
@@ -202,7 +233,7 @@ def learned_rate(rank: int) -> None:
         both.optimizer.step()
 
 
-TASKS = (as_one_process, draws_differ, skipped_and_refused, controllers_agree, learned_rate)
+TASKS = (as_one_process, several_uses, draws_differ, skipped_and_refused, controllers_agree, learned_rate)
 
 
 def worker(rank: int, port: int) -> None:

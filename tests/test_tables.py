@@ -293,13 +293,21 @@ def test_bags_that_are_all_empty_have_no_factor_but_zero() -> None:
     assert not model.bag.weight.kflr[0].any() and not model.bag.weight.kflr[1].any()
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
-
-
 class Twice(Words):
     def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         read = self.wpe(AT)
         return self.head(((self.wte(ids) + read).tanh() * read).mean(1))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_rows_that_meet_data_in_two_places_are_read_once(fisher: str) -> None:
+    model, (ids, y) = Twice(lambda m: m), words()
+    asked = px.KFAC(fisher=fisher)
+    report = testing.check(model, nn.CrossEntropyLoss(), ids, y, [asked], parameters=[model.wpe.weight])
+    assert report.ok, str(report)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
 
 
 REFUSED: dict[str, Callable[[], nn.Module]] = {
@@ -309,7 +317,6 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "some columns": lambda: Words(lambda m: torch.cat([m.wpe(AT)[:, :2], m.types(AT % 2)[:, 2:]], 1)),
     "columns in two orders": lambda: Words(lambda m: torch.cat([m.wpe(AT[:2]), m.wpe(AT[2:]).flip(1)])),
     "interpolated": lambda: Words(lambda m: F.interpolate(m.wpe.weight.T[None], T, mode="linear")[0].T),
-    "in two places": lambda: Twice(lambda m: m),
 }
 
 

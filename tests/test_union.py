@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import packext as px
 from packext import linalg
 from packext._quantity import Quantity
-from tests.cases import Routed
+from tests.cases import Routed, Tied
 from tests.helpers import double_precision
 
 N = 10
@@ -214,6 +214,25 @@ def own(t: Tensor, rank: int, world: int) -> Tensor:
     return t.split((7, 3) if world == 2 else PARTS)[rank]
 
 
+def _tied(rank: int, world: int) -> None:
+    """Uses in both orientations, whose nearest product is that of the sums over all ranks; and experts."""
+    for make, x, y in (
+        (Tied, torch.randint(8, (N, 4)), torch.randint(8, (N,))),
+        (lambda: Routed(sort=True), torch.randn(N, 3, 4), torch.randint(3, (N,))),
+    ):
+        dist.broadcast(x, 0)
+        dist.broadcast(y, 0)
+        found = []
+        for group in (None, dist.group.WORLD):
+            torch.manual_seed(0)
+            model, loss = px.extend(make()), px.extend(nn.CrossEntropyLoss())
+            inputs, targets = (x, y) if group is None else (own(x, rank, world), own(y, rank, world))
+            with px.backpack(px.KFLR(), px.KFAC(fisher="empirical"), scale="sample", group=group):
+                loss(model(inputs), targets).backward()
+            found.append(values(model, [px.KFLR(), px.KFAC()]))
+        torch.testing.assert_close(*found)
+
+
 def _all_quantities(rank: int, world: int) -> None:
     whole, loss, x, y = problem()
     results = run(whole, loss, x, y, scale="sample")
@@ -239,6 +258,10 @@ def _all_quantities(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_with_uneven_batches(world: int) -> None:
     together(_all_quantities, world)
+
+
+def test_ranks_with_several_uses() -> None:
+    together(_tied)
 
 
 def _fails(rank: int, world: int) -> None:

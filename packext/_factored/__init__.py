@@ -16,10 +16,13 @@ Every form answers `rows(lo, hi)`; the other questions have a default through ti
 All arithmetic happens in `acc`: float32, or float64 where the inputs are.
 """
 
-from packext._factored.base import Dense, Factored, Kronecker, Terms, accumulation_dtype, two_sided
-from packext._factored.other import Lookup, Masked, Pulled, Sum, merge, side_by_side
+from packext._factored.base import Dense, Factored, Terms, accumulation_dtype, two_sided
+from packext._factored.kronecker import Kronecker, added
+from packext._factored.merging import merge, side_by_side
+from packext._factored.other import Lookup, Masked, Sum
 from packext._factored.outer import Outer, Patches, gram
-from packext._factored.tables import rows_in
+from packext._factored.pulled import Pulled
+from packext._factored.tables import View, rows_in
 
 __all__ = [
     "Dense",
@@ -32,7 +35,9 @@ __all__ = [
     "Pulled",
     "Sum",
     "Terms",
+    "View",
     "accumulation_dtype",
+    "added",
     "gram",
     "merge",
     "rows_in",

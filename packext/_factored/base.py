@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from packext import _scratch
+from packext._factored.kronecker import Kronecker
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,23 +51,6 @@ class Terms:
             return torch.matmul(g, g.mT).sum(0)
         columns = g.permute(1, 0, 3, 2).flatten(1, 2)
         return columns.mT @ columns
-
-
-class Kronecker(NamedTuple):
-    """Second moments of the two sides of a linear map that a parameter is.
-
-    Attributes:
-        outputs: sum of products of the gradients at its outputs, `[G, O, O]`.
-        inputs: gives the sum of products of its inputs, `[G, I, I]`; their diagonal `[1, I]` where no product of two
-            different inputs is there. None: the parameter is a vector, to which each output is its own.
-        positions: S, how many terms of a sample these sums have, on average over the samples.
-        stored: whether the parameter's first axes are the outputs ("OI"), or the inputs ("IO").
-    """
-
-    outputs: Tensor
-    inputs: Callable[[], Tensor] | None
-    positions: int | float
-    stored: str = "OI"
 
 
 class Factored:
@@ -160,20 +143,20 @@ class Factored:
         """Inner products of the rows with their sum, `[N]`, where there is a cheaper way than by the sum."""
         return None
 
-    def kronecker(self, reduce: bool) -> Kronecker | None:
-        """Second moments of the factors, for Kronecker-factored curvature.
+    def kronecker(self, reduce: bool) -> list[Kronecker]:
+        """Second moments of the factors of each use, for Kronecker-factored curvature; see `added`.
 
         Args:
             reduce: whether positions are pooled before the products are taken (gradients summed, inputs averaged, so
                 that there is one term of a sample), or each stands for itself.
 
         Returns:
-            They, or None where there are none of that kind.
+            They; nothing where there are none of that kind for some use.
         """
         if not is_vector(self.shape):
-            return None
+            return []
         parts = [self.rows(lo, hi).reshape(hi - lo, self.numel) for lo, hi in self.tiles()]
-        return Kronecker(torch.stack([rows.mT @ rows for rows in parts]).sum(0)[None], None, 1)
+        return [Kronecker(torch.stack([rows.mT @ rows for rows in parts]).sum(0)[None], None, 1)]
 
     def with_bias(self) -> Factored | None:
         """The rows of weight and bias as one matrix, where the bias is added to what the weight gives.
@@ -188,7 +171,8 @@ class Factored:
         """The rows in other bases, `basisᵀ` times each of their sides.
 
         Args:
-            bases: of each side in the order of the parameter's axes, `[G, n, n]`; `[1, n]` for a diagonal one.
+            bases: of each side in the order of the parameter's axes, `[G, n, n]`, with the groups or blocks that
+                `kronecker` has; `[1, n]` for a diagonal one.
 
         Returns:
             A form of the same shape, or None where the bases do not fit.
@@ -259,22 +243,23 @@ class Dense(Factored):
         if is_vector(self.shape) and shapes == [(1, self.numel, self.numel)]:
             return Dense((self.flat @ bases[0][0].to(self.acc)).reshape(self.n, *self.shape))
         rows, columns = table(self.shape)
-        if not self.entrywise or shapes != [(1, rows), (1, columns, columns)]:
+        if not self.entrywise or shapes[1:] != [(1, columns, columns)] or shapes[0] not in ((1, rows), (1, rows, rows)):
             return None
-        scale, basis = (b[0].to(self.acc) for b in bases)
-        turned = self.r.reshape(self.n, rows, columns) @ basis * scale[:, None]
+        left, right = (b[0].to(self.acc) for b in bases)
+        turned = self.r.reshape(self.n, rows, columns) @ right
+        turned = turned * left[:, None] if left.dim() == 1 else left.mT @ turned
         return Dense(turned.reshape(self.n, *self.shape))
 
-    def kronecker(self, reduce: bool) -> Kronecker | None:
+    def kronecker(self, reduce: bool) -> list[Kronecker]:
         if is_vector(self.shape):
             if reduce or self.terms is None:
-                return Kronecker((self.flat.T @ self.flat)[None], None, 1)
-            return Kronecker(self.terms.squared, None, self.terms.g.shape[3])
+                return [Kronecker((self.flat.T @ self.flat)[None], None, 1)]
+            return [Kronecker(self.terms.squared, None, self.terms.g.shape[3])]
         rows, columns = table(self.shape)
         if not self.entrywise or (reduce and rows > 1):
-            return None
+            return []
         b = self.r.reshape(-1, columns)
-        return Kronecker((b.T @ b)[None], lambda: b.new_full((1, rows), self.n), rows, "IO")
+        return [Kronecker((b.T @ b)[None], lambda: b.new_full((1, rows), self.n), rows, "IO")]
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor:
         return two_sided(self.r, left, right)

@@ -1,4 +1,4 @@
-"""Lookups, gradients pulled back or masked, sums of several uses, and how uses are merged."""
+"""Lookups, masked gradients and sums of several uses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from torch import Tensor
 
 from packext import _scratch
 from packext._factored.base import (
-    Dense,
     Factored,
-    Kronecker,
     Terms,
     accumulation_dtype,
     is_vector,
     storage_bytes,
-    table,
 )
+from packext._factored.kronecker import Kronecker
 from packext._factored.outer import Outer
 
 
@@ -120,21 +118,26 @@ class Lookup(Factored):
         _, ids, z = self.grouped()
         return self._over_samples((z * direction.reshape(self.shape)[ids]).sum(1))
 
-    def kronecker(self, reduce: bool) -> Kronecker | None:
+    def kronecker(self, reduce: bool) -> list[Kronecker]:
         if not self.one_hot or (reduce and self.s > 1):
-            return None
-        return Kronecker(Terms(self.g.mT[:, None]).squared, self._counts, 1 if reduce else self.positions or 1, "IO")
+            return []
+        return [Kronecker(Terms(self.g.mT[:, None]).squared, self._counts, 1 if reduce else self.positions or 1, "IO")]
 
     def _counts(self) -> Tensor:
         ids = self.index[self.index >= 0]
         return torch.bincount(ids, minlength=self.shape[0]).to(self.acc)[None]
 
     def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
-        if [basis.shape[1:] for basis in bases] != [self.shape[:1], (self.shape[1], self.shape[1])]:
+        v, e = self.shape
+        shapes = [basis.shape for basis in bases]
+        if shapes[1:] != [(1, e, e)] or shapes[0] not in ((1, v), (1, v, v)):
             return None
-        scale, basis = (b[0].to(self.acc) for b in bases)
-        turned = self.g.to(self.acc) @ basis * scale[self.index.clamp(min=0), None]
-        return Lookup(self.index, turned, self.shape, one_hot=False)
+        left, right = (b[0].to(self.acc) for b in bases)
+        turned, index = self.g.to(self.acc) @ right, self.index.clamp(min=0)
+        if left.dim() == 1:
+            return Lookup(self.index, turned * left[index, None], self.shape, one_hot=False)
+        picked = left[index] * (self.index >= 0)[..., None]  # [N, S, V], rows of the basis for one-hot vectors
+        return Outer(turned[:, None], picked.mT[:, None], self.shape)
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         if right is None:
@@ -178,68 +181,6 @@ class Masked(Factored):
         return self._held
 
 
-class Pulled(Factored):
-    """A form of a value `u` made of parameters alone, pulled back to one of them."""
-
-    def __init__(
-        self,
-        inner: Factored,
-        like: Tensor,
-        pull: Callable[[Tensor], Tensor],
-        rows_in: Callable[[], tuple[Tensor, Tensor] | None] = lambda: None,
-    ) -> None:
-        """Take the form of u, the parameter, `pull: [c, *u.shape] -> [c, *shape]`, and what `rows_in` says of them."""
-        self.inner, self.pull, self._rows_in = inner, pull, rows_in
-        self.n, self.shape = inner.n, like.shape
-        self.acc, self.device = inner.acc if like.is_complex() else inner.acc.to_real(), inner.device
-
-    def tile(self) -> int:
-        return max(1, min(super().tile(), self.inner.tile()))
-
-    def rows(self, lo: int, hi: int) -> Tensor:
-        if lo == hi:
-            return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
-        return self.pull(self.inner.rows(lo, hi)).to(self.acc)
-
-    def weighted(self, weight: Tensor | None) -> Tensor | None:
-        total = self.inner.weighted(None if weight is None else weight.to(self.inner.acc))
-        return None if total is None else self.pull(total[None])[0].to(self.acc)
-
-    def lookup(self) -> Lookup | None:
-        """The same as a lookup, where u holds rows of a table and meets data entry by entry."""
-        inner, shape = self.inner, table(self.shape)
-        entrywise = inner.own is not None if isinstance(inner, Masked) else isinstance(inner, Dense) and inner.entrywise
-        if not entrywise or (found := self._rows_in()) is None:
-            return None
-        place, row = found
-        if isinstance(inner, Dense):  # each sample has all of the value
-            return Lookup(row.expand(self.n, -1), inner.flat[:, place], shape)
-        assert isinstance(inner, Masked) and inner.own is not None
-        total, owner = inner.own()
-        sample = owner.flatten()[place]
-        count = sample[:, 0].bincount(minlength=self.n)
-        if not torch.equal(sample, sample[:, :1].expand_as(sample)) or not (count == count[0]).all():
-            return None  # samples along the rows, or with different numbers of them
-        order = sample[:, 0].argsort(stable=True)
-        index, g = row[order].view(self.n, -1), total.flatten()[place[order]].view(self.n, -1, shape[1])
-        return Lookup(index, g, shape)
-
-    def kronecker(self, reduce: bool) -> Kronecker | None:
-        if is_vector(self.shape):
-            return super().kronecker(reduce)
-        found = self.lookup()
-        return None if found is None else found.kronecker(reduce)
-
-    def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
-        if is_vector(self.shape):
-            return super().rotated(bases)
-        found = self.lookup()
-        return None if found is None else found.rotated(bases)
-
-    def bytes_held(self) -> int:
-        return self.inner.bytes_held()
-
-
 class Sum(Factored):
     """Several uses of one parameter: the row of a sample is the sum of its rows."""
 
@@ -276,19 +217,15 @@ class Sum(Factored):
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         return self._total([part.project(left, right) for part in self.parts])
 
-    def kronecker(self, reduce: bool) -> Kronecker | None:
-        """Positions of all uses count as those of one; where they are to be pooled, there are no factors."""
-        found = [k for part in self.parts if isinstance(part, Outer) and (k := part.kronecker(False))]
-        if not found and is_vector(self.shape):
+    def kronecker(self, reduce: bool) -> list[Kronecker]:
+        """Those of all uses; where positions are to be pooled, none of uses of one block in one orientation."""
+        if is_vector(self.shape) and not any(isinstance(part, Outer) for part in self.parts):
             return super().kronecker(reduce)
-        if reduce or len(found) < len(self.parts) or len({(k.stored, k.outputs.shape) for k in found}) > 1:
-            return None
-        outputs, positions = torch.stack([k.outputs for k in found]).sum(0), sum(k.positions for k in found)
-
-        def inputs() -> Tensor:
-            return torch.stack([k.inputs() for k in found if k.inputs is not None]).sum(0)
-
-        return Kronecker(outputs, inputs, positions, found[0].stored)
+        found = [part.kronecker(reduce) for part in self.parts]
+        uses = [(k.stored, block) for ks in found for k in ks for block in k.at or range(len(k.outputs))]
+        if not all(found) or (reduce and len(set(uses)) < len(uses)):
+            return []
+        return [k for ks in found for k in ks]
 
     def with_bias(self) -> Factored | None:
         parts = [p for part in self.parts if (p := part.with_bias()) is not None]
@@ -300,33 +237,3 @@ class Sum(Factored):
 
     def bytes_held(self) -> int:
         return sum(part.bytes_held() for part in self.parts)
-
-
-def side_by_side(parts: Sequence[Factored]) -> Factored:
-    """The rows of forms of one parameter one after the other, as if they were samples of one batch."""
-    pairs = [(p.a, p.g) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
-    if len(pairs) == len(parts):
-        return Outer(torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs]), parts[0].shape)
-    return Dense(torch.cat([p.rows(0, p.n) for p in parts]))
-
-
-def merge(parts: Sequence[Factored]) -> Factored:
-    """One form for all uses of a parameter; forms of a kind are joined along S."""
-    if len(parts) == 1:
-        return parts[0]
-    dense = [p for p in parts if isinstance(p, Dense)]
-    if len(dense) == len(parts):
-        terms = [p.terms for p in dense if p.terms is not None]
-        together = Terms(torch.cat([t.g for t in terms], 3)) if len(terms) == len(dense) else None
-        return Dense(torch.stack([p.r for p in dense]).sum(0), together, all(p.entrywise for p in dense))
-    lookups = [p for p in parts if isinstance(p, Lookup)]
-    if len(lookups) == len(parts):
-        index, g = torch.cat([p.index for p in lookups], 1), torch.cat([p.g for p in lookups], 1)
-        one_hot, positions = all(p.one_hot for p in lookups), sum(p.positions for p in lookups)
-        return Lookup(index, g, parts[0].shape, one_hot, positions)
-    outers = [(p.a, p.g, p.stored) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
-    if len(outers) == len(parts) and len({(a.shape[1], a.shape[3], g.shape[2], s) for a, g, s in outers}) == 1:
-        a, g = torch.cat([a for a, _, _ in outers], 2), torch.cat([g for _, g, _ in outers], 3)
-        positions = sum(p.positions for p in parts if isinstance(p, Outer))
-        return Outer(a, g, parts[0].shape, stored=outers[0][2], positions=positions)
-    return Sum(parts)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored.base import Factored, Kronecker, Terms, accumulation_dtype, storage_bytes
+from packext._factored.base import Factored, Terms, accumulation_dtype, storage_bytes
+from packext._factored.kronecker import Kronecker
 from packext._scratch import scratch
 
 if TYPE_CHECKING:
@@ -283,16 +284,16 @@ class Outer(Factored):
         a, g = self.pair(0, self.n)
         return (gram(a[:, :, 0].transpose(0, 1)) * gram(g[..., 0].transpose(0, 1))).sum((0, 1))
 
-    def kronecker(self, reduce: bool) -> Kronecker | None:
+    def kronecker(self, reduce: bool) -> list[Kronecker]:
         if reduce and self.positions != self.s:
-            return None  # a mean over S would count what fills up
+            return []  # a mean over S would count what fills up
         terms = Terms(self.g.sum(3, keepdim=True, dtype=self.acc)) if reduce else self.terms
         # Of the pair, a is averaged where positions are pooled, and g summed up.
         turn = self.s**2 if reduce else 1
         positions = 1 if reduce else self.positions
         if self.stored == "OI":
-            return Kronecker(terms.squared, lambda: self._moments(reduce), positions)
-        return Kronecker(self._moments(reduce) * turn, lambda: terms.squared / turn, positions, self.stored)
+            return [Kronecker(terms.squared, lambda: self._moments(reduce), positions)]
+        return [Kronecker(self._moments(reduce) * turn, lambda: terms.squared / turn, positions, self.stored)]
 
     def with_bias(self) -> Outer | None:
         a, g = self.a, self.g

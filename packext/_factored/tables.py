@@ -6,7 +6,8 @@ parameter stand in other places. Where they stand is read from autograd's graph 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +19,87 @@ from packext._graph import inputs_first
 MOVES = frozenset(
     f"{name}Backward{k}"
     for name in (
-        "Alias", "Cat", "Clone", "Embedding", "Expand", "Flip", "Gather", "IndexSelect", "Index", "Permute", "Repeat",
-        "ReshapeAlias", "Roll", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "T", "ToCopy",
-        "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View",
+        "Alias", "Cat", "Clone", "Embedding", "Expand", "Flip", "Gather", "IndexSelect", "Index", "MaskedFill",
+        "Permute", "Repeat", "ReshapeAlias", "Roll", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack",
+        "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View", "Where",
+    )
+    for k in range(3)
+)  # fmt: skip
+
+#: Those of them whose result is a view of what they read.
+VIEWS = frozenset(
+    f"{name}Backward{k}"
+    for name in (
+        "Alias", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "T", "Transpose",
+        "Unbind", "UnsafeView", "Unsqueeze", "View",
     )
     for k in range(3)
 )  # fmt: skip
 
 #: Digits below this are exact in floating-point types of two bytes and more.
 BASE = 128
+
+
+class View(NamedTuple):
+    """Where the entries of a value stand in the parameter that it is a view of, each of them once.
+
+    Attributes:
+        size: of the value.
+        stride: along its axes, in entries of the parameter, which is contiguous.
+        offset: of its first entry.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, value: Tensor, parameter: Tensor) -> View | None:
+        """Of a value with the graph that made it; None where it is no such view."""
+        if value._base is not parameter or not parameter.is_leaf or value.dtype != parameter.dtype:
+            return None
+        if not parameter.is_contiguous() or any(
+            n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)
+        ):
+            return None
+        node: Any = value.grad_fn
+        while node is not None and node.name() in VIEWS:
+            node = node.next_functions[0][0]
+        if getattr(node, "variable", None) is not parameter:
+            return None
+        return cls(tuple(value.shape), value.stride(), int(value.storage_offset() - parameter.storage_offset()))
+
+    def pull(self, parameter: Tensor, rows: Tensor) -> Tensor:
+        """`[c, *size] -> [c, *parameter.shape]`: zeros where the value has no entry."""
+        out, numel = rows.new_zeros(len(rows), *parameter.shape), parameter.numel()
+        there = (len(rows), *self.size), (numel, *self.stride), self.offset
+        if torch.is_grad_enabled():
+            return out.as_strided_scatter(rows, *there)
+        out.as_strided(*there).copy_(rows)
+        return out
+
+    def rows_in(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As the function of that name, without a graph."""
+        entries = torch.arange(parameter.numel(), device=parameter.device)
+        return rows_of(entries.as_strided(self.size, self.stride, self.offset), table(parameter.shape)[1])
+
+    def along(self, parts: Sequence[int]) -> tuple[int, ...] | None:
+        """Strides of the value seen with axes `parts`, as many entries in all; None where it has not one for each."""
+        axes = [(n, s) for n, s in zip(self.size, self.stride, strict=True) if n > 1]
+        found: list[int] = []
+        for part in reversed(parts):
+            stride, have = 0, 1
+            while have < part:
+                if not axes:
+                    return None
+                n, s = axes.pop()
+                if have > 1 and s != stride * have:
+                    return None
+                stride, have = (s if have == 1 else stride), have * n
+            if have != part:
+                return None
+            found.append(stride)
+        return tuple(reversed(found))
 
 
 def rows_in(value: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor] | None:

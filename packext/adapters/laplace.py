@@ -29,8 +29,15 @@ class _Kron(px.KFAC):
     share = 1.0
 
     def land(self, held: Any, n: int, factor: float) -> Any:
-        inputs = None if held.inputs is None else held.inputs * self.share
-        return super().land(held._replace(inputs=inputs), n, factor)
+        if len(held) > 1:
+            raise px.UnsupportedUseError(
+                f"laplace-torch adds up the Kronecker factors of batches, and those of the weight {held[0].shape} "
+                "are not made so, which is used as it is and transposed (as a table tied to the last layer): choose "
+                'hessian_structure="diag" or "full".'
+            )
+        (pair,) = held
+        inputs = None if pair.inputs is None else pair.inputs * self.share
+        return super().land([pair._replace(inputs=inputs)], n, factor)
 
 
 class _Passes(CurvatureInterface):
@@ -194,7 +201,7 @@ def _factors(p: Tensor, found: list[Tensor] | None) -> list[Tensor]:
     if any(f.dim() > 2 for f in found):
         raise px.UnsupportedUseError(
             f"laplace-torch has no Kronecker factors of groups, as the weight {list(p.shape)} of a grouped convolution "
-            'has: choose hessian_structure="diag" or "full".'
+            'or of experts has: choose hessian_structure="diag" or "full".'
         )
     return [(f.diag() if f.dim() == 1 else f).to(p.dtype) for f in found]
 

@@ -351,7 +351,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     found = []
     for value in values:
         if isinstance(value, Factors):
-            found += [value.outputs, value.inputs]
+            found += [t for pair in value.pairs for t in (pair.outputs, pair.inputs)]
         else:
             found.append(value.eigenvalues if isinstance(value, px.linalg.KronEigh) else value)
     return [t for t in found if isinstance(t, Tensor)]

@@ -1,8 +1,8 @@
 """What several backward passes and several processes give together: quantities of the loss that `.grad` is of.
 
 Passes before a step add their losses up, as `.grad` adds their gradients; `DistributedDataParallel` takes the mean of
-the processes' losses. With n samples each, second moments of inputs are means over the samples of all; whatever carries
-the scale of the loss is summed over passes, and averaged over processes.
+the processes' losses. Second moments of inputs are means over the positions of all samples; whatever carries the scale
+of the loss is summed over passes, and averaged over processes.
 """
 
 from __future__ import annotations
@@ -23,22 +23,28 @@ class Factors:
     """Kronecker factors that can be merged.
 
     Attributes:
-        outputs: B, of the gradients at the outputs, `[O, O]` or `[G, O, O]`, with the scale of the loss.
-        inputs: A, mean over the samples, `[I, I]`, `[G, I, I]`, or its diagonal `[I]`; None for a vector.
+        pairs: what `px.KFAC` has absorbed: B with the scale of the loss, and A, a mean over `terms`, for each of the
+            two ways in which a parameter may be stored.
         n: the number of samples.
-        stored: "OI", or "IO" for a weight whose first axis is that of the inputs.
     """
 
-    outputs: Tensor
-    inputs: Tensor | None
+    pairs: list[Any]
     n: int
-    stored: str
 
-    def matrices(self) -> list[Tensor]:
-        """In the order of the parameter's axes, as `px.linalg` takes them."""
-        if self.inputs is None:
-            return [self.outputs]
-        return [self.outputs, self.inputs] if self.stored == "OI" else [self.inputs, self.outputs]
+    def matrices(self, before: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """In the order of the parameter's axes, as `px.linalg` takes them.
+
+        Args:
+            before: those of earlier steps, of which blocks that no input met keep their A.
+
+        Returns:
+            One factor, or two.
+        """
+        found, first = px.KFAC.matrices(self.pairs), self.pairs[0]
+        if before and len(self.pairs) == 1 and len(first.outputs) > 1 and isinstance(first.terms, Tensor):
+            place = int(first.stored == "OI")
+            found[place] = torch.where((first.terms > 0)[:, None, None], found[place], before[place])
+        return found
 
 
 class _Counted:
@@ -46,11 +52,7 @@ class _Counted:
 
     def land(self, held: Any, n: int, factor: float) -> Any:
         """The factors, of a Hessian times `factor`."""
-        if isinstance(held, px.linalg.Joint):
-            return held
-        sides = [None if t is None else t[0] if len(t) == 1 else t for t in (held.outputs, held.inputs)]
-        assert sides[0] is not None
-        return Factors(sides[0] * factor, sides[1], n, held.stored)
+        return held if isinstance(held, px.linalg.Joint) else Factors([pair.scaled(factor) for pair in held], n)
 
 
 class CountedKFAC(_Counted, px.KFAC):
@@ -99,6 +101,11 @@ def absent(field: str, like: Any, others: Iterable[dict[str, Any]]) -> Any:
     return like.new_zeros(*rows.shape[: axis + 1], *like.shape[axis + 1 :])
 
 
+def _sum(one: Any, other: Any) -> Any:
+    """The factors of two passes that are stored in the same way, as one."""
+    return one.of_sums(a + b for a, b in zip(one.summands(), other.summands(), strict=True))
+
+
 def joined(field: str, one: Any, other: Any) -> Any:
     """The results of two passes as one.
 
@@ -113,9 +120,10 @@ def joined(field: str, one: Any, other: Any) -> Any:
     if isinstance(one, px.linalg.Joint):
         return one
     if isinstance(one, Factors):
-        n = one.n + other.n
-        inputs = None if one.inputs is None else (one.inputs * one.n + other.inputs * other.n) / n
-        return Factors(one.outputs + other.outputs, inputs, n, one.stored)
+        pairs = {pair.stored: pair for pair in one.pairs}
+        for pair in other.pairs:
+            pairs[pair.stored] = _sum(pairs[pair.stored], pair) if pair.stored in pairs else pair
+        return Factors([pairs[stored] for stored in sorted(pairs)], one.n + other.n)
     if isinstance(one, px.linalg.KronEigh):
         return px.linalg.KronEigh(one.vectors, one.eigenvalues + other.eigenvalues)
     if field in ROWS:
@@ -134,7 +142,7 @@ def _summands(field: str, value: Any, size: int) -> list[Tensor]:
     if isinstance(value, (int, px.linalg.Joint)):
         return []
     if isinstance(value, Factors):
-        return [value.outputs / size, *([] if value.inputs is None else [value.inputs * value.n])]
+        return [t for pair in value.pairs for t in pair.scaled(1 / size).summands()]
     if isinstance(value, px.linalg.KronEigh):
         return [value.eigenvalues / size]
     if field in SUMS:
@@ -146,7 +154,8 @@ def _merged(value: Any, sums: list[Tensor], n: int) -> Any:
     if isinstance(value, px.linalg.Joint):
         return value
     if isinstance(value, Factors):
-        return Factors(sums[0], None if value.inputs is None else sums[1] / n, n, value.stored)
+        each = iter(sums)
+        return Factors([pair.of_sums([next(each) for _ in pair.summands()]) for pair in value.pairs], n)
     if isinstance(value, px.linalg.KronEigh):
         return px.linalg.KronEigh(value.vectors, sums[0])
     return n if isinstance(value, int) else sums[0]

@@ -135,12 +135,13 @@ def has_all(work: Work, held: list[Any]) -> None:
 
 def matrices_of(work: Work, emitted: list[Any]) -> list[list[Tensor]]:
     """The Kronecker factors of each parameter; none for a bias that has one block with its weight, which is noted."""
+    before = work.old("factors")
     where = {p: k for k, p in enumerate(q for g in work.optimizer.param_groups for q in g["params"])}
     partners, found = [], []
-    for p, group, each in zip(work.params, work.groups, emitted, strict=True):
+    for p, group, each, old in zip(work.params, work.groups, emitted, before, strict=True):
         if not isinstance(each, px.linalg.Joint):
             partners.append(None)
-            found.append(each.matrices())
+            found.append(each.matrices(old))
             continue
         if all(each.weight is not other for other in group["params"]):
             raise px.PackextError(

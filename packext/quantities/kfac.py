@@ -17,7 +17,7 @@ than one entry, are all read once: A is 1/S for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,19 +25,53 @@ from torch import Tensor
 
 from packext import linalg
 from packext._errors import UnsupportedUseError
-from packext._factored import Factored, Sum
+from packext._factored import Factored, Sum, added
 from packext._quantity import Ask, Curvature, Sampled, sum_of
 from packext._statistics import Statistics
 from packext._union import Here, Part
 
 
 class _Pair(NamedTuple):
-    """B and A as they add up; A comes with the first column."""
+    """B `[G, O, O]` and A `[G, I, I]` or `[G, I]`, the mean over `terms`, a number or one for each group."""
 
     outputs: Tensor
     inputs: Tensor | None
     stored: str
-    terms: float
+    terms: int | float | Tensor
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the parameter, as a matrix."""
+        sizes = [self.outputs.shape[-1], *([] if self.inputs is None else [self.inputs.shape[-1]])]
+        return sizes if self.stored == "OI" else sizes[::-1]
+
+    def scaled(self, factor: float) -> _Pair:
+        """Of a Hessian times `factor`."""
+        return self._replace(outputs=self.outputs * factor)
+
+    def summands(self) -> list[Tensor]:
+        """Tensors that add up over parts of a batch."""
+        if self.inputs is None:
+            return [self.outputs]
+        terms = self.terms if isinstance(self.terms, Tensor) else self.outputs.new_full((1,), self.terms)
+        return [self.outputs, self.inputs * _along(terms, self.inputs), terms]
+
+    def of_sums(self, sums: Iterable[Tensor]) -> _Pair:
+        """The same of the sums of what `summands` gave."""
+        outputs, *rest = sums
+        if not rest:
+            return self._replace(outputs=outputs)
+        return self._replace(outputs=outputs, inputs=_mean(*rest), terms=rest[1])
+
+
+def _along(terms: Tensor, inputs: Tensor) -> Tensor:
+    """Terms of each group beside A."""
+    return terms.to(inputs).reshape(-1, *[1] * (inputs.dim() - 1))
+
+
+def _mean(total: Tensor, terms: int | float | Tensor) -> Tensor:
+    """A, from the sum over its terms; zeros for a group without any."""
+    return total / (_along(torch.where(terms > 0, terms, 1.0), total) if isinstance(terms, Tensor) else terms)
 
 
 class _Kronecker(Curvature):
@@ -48,14 +82,19 @@ class _Kronecker(Curvature):
         form = self._form(ask)
         if isinstance(form, linalg.Joint):
             return form
-        found = None if form is None else form.kronecker(self.approx == "reduce")
-        if found is None:
+        found = [] if form is None else added(form.kronecker(self.approx == "reduce"))
+        if not found:
             raise UnsupportedUseError(self._refusal(ask))
-        if held is not None:  # not in place: weight and bias may share what came first
-            return held._replace(outputs=held.outputs + found.outputs)
-        terms = ask.n * found.positions
-        inputs = None if found.inputs is None else found.inputs() / terms
-        return _Pair(found.outputs, inputs, found.stored, terms)
+        known = {pair.stored: pair for pair in held or ()}
+        for k in found:
+            if k.stored in known:  # not in place: weight and bias may share what came first
+                pair = known[k.stored]
+                known[k.stored] = pair._replace(outputs=pair.outputs + k.outputs)
+                continue
+            terms = ask.n * k.positions
+            inputs = None if k.inputs is None else _mean(k.inputs(), terms)
+            known[k.stored] = _Pair(k.outputs, inputs, k.stored, terms)
+        return [known[stored] for stored in sorted(known)]
 
     def _form(self, ask: Ask) -> Factored | linalg.Joint | None:
         """What is to be factored; of a bias that is part of its weight's block, where that is."""
@@ -67,52 +106,78 @@ class _Kronecker(Curvature):
     def _refusal(self, ask: Ask) -> str:
         form = ask.statistics.form
         text = f"{self.savefield.upper()} has no Kronecker factors for {ask.name} {list(form.shape)}"
-        if self.approx == "reduce" and form.kronecker(False) is not None:
+        if self.approx == "reduce" and added(form.kronecker(False)):
             why = "where the inputs of all positions mix, or samples differ in how many positions they have"
             return f'{text} with approx="reduce", {why}. Use approx="expand".'
-        if self.bias == "joint" and form.kronecker(False) is not None:
+        if self.bias == "joint" and added(form.kronecker(False)):
             return f'{text} with bias="joint", as samples differ in how many positions they have. Use bias="separate".'
         why = "is not the weight of a linear map or convolution, a table of which rows are read or added, nor a vector"
-        if isinstance(form, Sum):
-            why = "has several uses, whose factors do not add up (as those of an embedding tied to the last layer)"
+        if form.kronecker(False):
+            why = "is divided into blocks in one way by some of its uses, and in another by others"
+        elif isinstance(form, Sum) and any(part.kronecker(False) for part in form.parts):
+            why = f"in some of its {len(form.parts)} uses {why}"
         return (
             f"{text}, which {why}. Choose the parameters, px.backpack(..., parameters=[...]), or ask for DiagGGNExact "
             "or DiagGGNMC; an optimizer of px.optim takes it in a group with fallback=True."
         )
 
     def land(self, held: Any, n: int, factor: float) -> Any:
-        if isinstance(held, linalg.Joint):
-            return held
-        factors = [held.outputs * factor] if held.inputs is None else [held.outputs * factor, held.inputs]
-        return [t[0] if len(t) == 1 else t for t in (factors if held.stored == "OI" else factors[::-1])]
+        return held if isinstance(held, linalg.Joint) else self.matrices([pair.scaled(factor) for pair in held])
+
+    @staticmethod
+    def matrices(held: Any) -> list[Tensor]:
+        """Of what was absorbed, the factors in the order of the parameter's axes."""
+        sides = [
+            [p.outputs] if p.inputs is None else [p.outputs, p.inputs] if p.stored == "OI" else [p.inputs, p.outputs]
+            for p in held
+        ]
+        products = [[t[0] if len(t) == 1 else t for t in side] for side in sides]
+        return products[0] if len(products) == 1 else linalg.nearest_kron(products)
 
     indivisible = ""
 
-    def aside(self, ask: Ask, held: Any) -> tuple[int, float]:
-        """Where A stands, and how many terms it is the mean of."""
-        return (0, 0.0) if isinstance(held, linalg.Joint) else (int(held.stored == "OI"), float(held.terms))
+    def aside(self, ask: Ask, held: Any) -> Any:
+        """How A and B stand, and how many terms A is the mean of; where they stand in both ways, all of them."""
+        if isinstance(held, linalg.Joint):
+            return None
+        if len(held) == 1:
+            return held[0].stored, held[0].terms
+        factor = ask.factor * (ask.sample_factor() if self.root[0] == "empirical" else 1.0)
+        return [pair.scaled(factor) for pair in held]
+
+    def ways(self, part: Part) -> str:
+        return "" if part.aside is None else " and ".join(pair.stored for pair in self._pairs(part))
+
+    @staticmethod
+    def _pairs(part: Part) -> list[_Pair]:
+        """What `aside` tells of a part, with the factors."""
+        if not isinstance(part.aside, tuple):
+            return part.aside
+        stored, terms = part.aside
+        factors = [t if t.dim() == 3 else t[None] for t in part.value]
+        outputs, inputs = (*factors, None) if len(factors) == 1 else factors if stored == "OI" else factors[::-1]
+        return [_Pair(outputs, inputs, stored, terms)]
 
     def unite(self, parts: Sequence[Part], over: Here) -> Part:
-        """B adds up, and A is the mean over the terms of all."""
+        """B adds up, and A is the mean over the terms of all; the nearest product is that of these sums."""
         n = over.count(sum(p.n for p in parts))
-        first = parts[0]
-        if isinstance(first.value, linalg.Joint):
-            return Part(first.value, n, first.aside)
-        factors = [sum_of([p.value[k] for p in parts]) for k in range(len(first.value))]
-        place, terms = first.aside[0], sum(p.aside[1] for p in parts)
-        if len(factors) == 1:
-            return Part([over.sum(factors[0])], n, (place, terms))
-        factors[place] = sum_of([p.value[place] * p.aside[1] for p in parts])
-        factors = [over.sum(f) for f in factors]
-        device = factors[place].device  # that of the group's collectives
-        terms = float(over.sum(torch.tensor(terms, dtype=torch.float64, device=device)))
-        factors[place] = factors[place] / terms
-        return Part(factors, n, (place, terms))
+        if isinstance(parts[0].value, linalg.Joint):
+            return Part(parts[0].value, n)
+        every = [pair for part in parts for pair in self._pairs(part)]
+        united = []
+        for stored in sorted({pair.stored for pair in every}):
+            pairs = [pair for pair in every if pair.stored == stored]
+            summands = zip(*(pair.summands() for pair in pairs), strict=True)
+            united.append(pairs[0].of_sums(over.sum(sum_of(each)) for each in summands))
+        aside = (united[0].stored, united[0].terms) if len(united) == 1 else united
+        return Part(self.matrices(united), n, aside)
 
     def absent(self, part: Part, n: int) -> Part:
         if isinstance(part.value, linalg.Joint):
             return part
-        return Part([torch.zeros_like(f) for f in part.value], n, (part.aside[0], 0.0))
+        pairs = [p._replace(outputs=torch.zeros_like(p.outputs), terms=p.terms * 0) for p in self._pairs(part)]
+        zeros = [torch.zeros_like(f) for f in part.value]
+        return Part(zeros, n, (pairs[0].stored, pairs[0].terms) if len(pairs) == 1 else pairs)
 
 
 class KFAC(Sampled, _Kronecker):
@@ -128,7 +193,15 @@ class KFAC(Sampled, _Kronecker):
     A position table has those of an embedding, too: one that is read at constant indices (also sliced, transposed,
     repeated or joined to others on the way), and a parameter of several axes that is added to data or multiplied with
     it, as a table whose rows are its last axis of more than one entry: `[1, T, E]` has A `[T]`, of 1/T each, and B
-    `[E, E]`. Refused are values that are computed from a table, and those that meet data in several places.
+    `[E, E]`. Refused are values that are computed from a table.
+
+    A parameter may have several uses. Calls of one layer, or reads of one table, count as positions of one. Equal
+    blocks of one tensor (experts in `[E, O, I]`, queries, keys and values as thirds of the rows) have factors of their
+    own, `[E, O, O]` and `[E, I, I]`, with a mean over the tokens that each was given, and zeros for one without any. A
+    weight that is also used transposed, as a table `[V, E]` tied to the last layer, has the Kronecker product that is
+    nearest to the sum over both (`linalg.nearest_kron`): dense `[V, V]` and `[E, E]`, of equal norm and neither of them
+    A or B. Cross terms between uses are dropped. Refused are uses that divide a parameter in different ways, or into
+    pieces of different sizes.
 
     For parameters without positions they are BackPACK's; for convolutions BackPACK mixes A of "expand" with B of
     "reduce", which is off by a factor that grows with the number of positions. For a parameter that is no linear map's

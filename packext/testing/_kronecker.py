@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,12 +47,16 @@ def _sides(module: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor]
     return split(module._conv_forward(x, eye, None)).detach(), split
 
 
+#: Of a module: inputs `[G, S, I]`, and a gradient `[G, S, O]` for each column.
+Call = tuple[Any, Tensor, list[Tensor]]
+
+
 class Factors:
     """A and B of the linear layers, convolutions, embeddings and bags of them of a model.
 
     Attributes:
-        modules: those of which they are defined, by the name of the weight: each weight belongs to one module, and to
-            no use outside of its calls; all samples have as many positions, but for those of bags.
+        modules: those of which they are defined, by the name of the weight, which belongs to these alone, and to no use
+            outside of their calls; all samples have as many positions, but for those of bags.
     """
 
     def __init__(
@@ -78,27 +82,30 @@ class Factors:
         """
         names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         every = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
-        self.modules = {
-            names[id(w)]: m
-            for m in model.modules()
-            if type(m) in (*CONVOLUTIONS, nn.Linear, *TABLES)
-            and (w := m._parameters.get("weight")) is not None
-            and every.count(id(w)) == 1
-            and not getattr(m, "scale_grad_by_freq", False)
-            and getattr(m, "mode", "sum") in ("sum", "mean")
-            and any(p is not None and p.requires_grad for p in m._parameters.values())
-        }
-        #: Of each module and sample its calls: inputs `[G, S, I]`, and a gradient `[G, S, O]` for each column.
-        self.calls: dict[str, list[list[tuple[Tensor, list[Tensor]]]]] = {name: [] for name in self.modules}
+        held: dict[int, list[Any]] = {}
+        for m in model.modules():
+            if (
+                type(m) in (*CONVOLUTIONS, nn.Linear, *TABLES)
+                and (w := m._parameters.get("weight")) is not None
+                and not getattr(m, "scale_grad_by_freq", False)
+                and getattr(m, "mode", "sum") in ("sum", "mean")
+                and any(p is not None and p.requires_grad for p in m._parameters.values())
+            ):
+                held.setdefault(id(w), []).append(m)
+        self.modules = {names[w]: tuple(ms) for w, ms in held.items() if every.count(w) == len(ms)}
+        #: Of each weight and sample its calls: module, inputs `[G, S, I]`, and a gradient `[G, S, O]` for each column.
+        self.calls: dict[str, list[list[Call]]] = {name: [] for name in self.modules}
         self.n = 0
-        seen: list[tuple[str, Tensor, Tensor]] = []
+        seen: list[tuple[str, Any, Tensor, Tensor]] = []
 
-        def hook(name: str, _: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
-            seen.append((name, [*args, *kwargs.values()][0].detach().clone(), y))
+        def hook(name: str, module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+            seen.append((name, module, [*args, *kwargs.values()][0].detach().clone(), y))
             return y.clone()  # what follows may write into it
 
         hooks = [
-            m.register_forward_hook(functools.partial(hook, name), with_kwargs=True) for name, m in self.modules.items()
+            m.register_forward_hook(functools.partial(hook, name), with_kwargs=True)
+            for name, modules in self.modules.items()
+            for m in modules
         ]
         try:
             with disable(), torch.enable_grad():
@@ -110,67 +117,101 @@ class Factors:
             for handle in hooks:
                 handle.remove()
         for name, each in list(self.calls.items()):
-            sizes = {sum(a.shape[1] for a, _ in calls) for calls in each}
-            if (len(sizes) > 1 and not isinstance(self.modules[name], nn.EmbeddingBag)) or sizes == {0}:
+            sizes = {sum(a.shape[1] for _, a, _ in calls) for calls in each}
+            if (len(sizes) > 1 and not isinstance(self.modules[name][0], nn.EmbeddingBag)) or sizes == {0}:
                 self._leave(name)
 
     def _leave(self, name: str) -> None:
         self.calls.pop(name, None)
         self.modules.pop(name, None)
 
-    def _add(self, seen: list[tuple[str, Tensor, Tensor]], output: Tensor, root: Tensor) -> None:
+    def _add(self, seen: list[tuple[str, Any, Tensor, Tensor]], output: Tensor, root: Tensor) -> None:
         """Keep one sample's factors, and leave out modules of whose parameters they do not make the gradient."""
-        ours = [(name, p) for name, m in self.modules.items() for p in m._parameters.values() if p is not None]
-        ours = [(name, p) for name, p in ours if p.requires_grad]
-        targets = [*(y for *_, y in seen), *(p for _, p in ours)]
+        ours = {
+            (name, id(p)): p
+            for name, modules in self.modules.items()
+            for m in modules
+            for p in m._parameters.values()
+            if p is not None and p.requires_grad
+        }
+        targets = [*(y for *_, y in seen), *ours.values()]
         options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         found = [torch.autograd.grad(output, targets, column, **options) for column in root] if targets else []
-        each: dict[str, list[tuple[Tensor, list[Tensor]]]] = {name: [] for name in self.modules}
-        for k, (name, x, y) in enumerate(seen):
+        each: dict[str, list[Call]] = {name: [] for name in self.modules}
+        for k, (name, module, x, y) in enumerate(seen):
             if name in self.modules:
-                a, split = _sides(self.modules[name], x, y)
-                each[name].append((a, [split(g[k]).detach() for g in found]))
-        for k, (name, p) in enumerate(ours, len(seen)):
-            if name in self.modules and not self._makes(name, p, each[name], [g[k] for g in found]):
+                a, split = _sides(module, x, y)
+                each[name].append((module, a, [split(g[k]).detach() for g in found]))
+        for k, ((name, _), p) in enumerate(ours.items(), len(seen)):
+            if name in self.modules and not self._makes(p, each[name], [g[k] for g in found]):
                 self._leave(name)
         for name in self.modules:
             self.calls[name].append(each[name])
 
-    def _makes(self, name: str, p: Tensor, calls: list[tuple[Tensor, list[Tensor]]], rows: list[Tensor]) -> bool:
+    def _makes(self, p: Tensor, calls: list[Call], rows: list[Tensor]) -> bool:
         """Whether the factors make the rows of a parameter: it is not used elsewhere."""
-        module: Any = self.modules[name]
         for v, row in enumerate(rows):
             made = torch.zeros_like(row).flatten()
-            for a, each in calls:
+            for module, a, each in calls:
                 b = each[v]
-                part = b.sum(1) if p is not module.weight else (a.mT @ b if isinstance(module, TABLES) else b.mT @ a)
-                made += part.flatten()
+                if p is not module.weight:
+                    made += b.sum(1).flatten() if module.bias is p else 0.0
+                else:
+                    made += (a.mT @ b if isinstance(module, TABLES) else b.mT @ a).flatten()
             if not torch.allclose(made, row.flatten(), rtol=1e-6, atol=1e-9 * float(1 + row.abs().max())):
                 return False
         return True
 
-    def inputs(self, name: str, approx: str, joint: bool) -> Tensor:
+    def _of(self, name: str, kind: Any) -> Iterator[list[Call]]:
+        """Of each sample the calls of modules of a kind: tables, others, or one module."""
+        for calls in self.calls[name]:
+            if kind in ("IO", "OI"):
+                yield [call for call in calls if isinstance(call[0], TABLES) == (kind == "IO")]
+            else:
+                yield [call for call in calls if call[0] is kind]
+
+    def kinds(self, name: str) -> list[str]:
+        """How a weight is stored in its uses: "IO" for those of a table, "OI"."""
+        return [kind for kind in ("IO", "OI") if any(self._of(name, kind))]
+
+    def inputs(self, name: str, approx: str, joint: bool, kind: str = "OI") -> Tensor:
         """A `[G, I, I]`, of a weight's name; with an input more, which is 1, if it is joint with the bias."""
         total: Any = 0
         terms = 0
-        for calls in self.calls[name]:
-            a = torch.cat([a for a, _ in calls], 1)
+        for calls in self._of(name, kind):
+            a = torch.cat([a for _, a, _ in calls], 1)
             if joint:
                 a = torch.cat([a, torch.ones_like(a[..., :1])], 2)
             a = a.mean(1, keepdim=True) if approx == "reduce" else a
             total, terms = total + a.mT @ a, terms + a.shape[1]
         return total / terms
 
-    def outputs(self, name: str, approx: str, whole: bool = False) -> Tensor:
-        """B `[G, O, O]`, of a weight's name; of all groups together `[1, G O, G O]` for a bias."""
+    def outputs(self, name: str, approx: str, whole: bool = False, kind: Any = "OI") -> Tensor:
+        """B `[G, O, O]`, of a weight's name; of all groups together `[1, G O, G O]` for a bias, `kind` its module."""
         total: Any = 0
-        for calls in self.calls[name]:
-            for each in zip(*(cotangents for _, cotangents in calls), strict=True):
+        for calls in self._of(name, kind):
+            for each in zip(*(cotangents for *_, cotangents in calls), strict=True):
                 b = torch.cat(each, 1)
                 b = b.movedim(0, 1).flatten(1)[None] if whole else b
                 b = b.sum(1, keepdim=True) if approx == "reduce" else b
                 total = total + b.mT @ b
         return total
+
+
+def nearest(products: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The Kronecker product nearest to a sum of them, by the singular values of the rearranged matrix.
+
+    Args:
+        products: of dense factors `[n, n]` and `[m, m]`.
+
+    Returns:
+        Two factors of one norm.
+    """
+    left, right = products[0]
+    rearranged = torch.stack([torch.outer(one.flatten(), other.flatten()) for one, other in products]).sum(0)
+    u, s, v = torch.linalg.svd(rearranged, full_matrices=False)
+    sign = s[0].sqrt() * u[:, 0].view(left.shape).trace().sign()
+    return [sign * u[:, 0].view(left.shape), sign * v[0].view(right.shape)]
 
 
 #: Functions in which a tensor meets another entry by entry, or stands beside it.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from packext._quantity import Quantity, Sampled
 from packext.linalg import Joint, KronEigh
@@ -33,7 +33,7 @@ from packext.quantities import (
     SqrtGGNMC,
     TopEigenvalues,
 )
-from packext.testing._kronecker import VECTORS, outputs_of_square
+from packext.testing._kronecker import VECTORS, nearest, outputs_of_square
 from packext.testing._reference import NoOracle, Reference
 from packext.testing._samples import Rows
 
@@ -187,13 +187,13 @@ def _factors(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list
 def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
     fisher = "empirical" if getattr(q, "fisher", "exact") == "empirical" else "exact"
     factors = ref.factors(fisher)
-    weights = {id(m): k for k, m in factors.modules.items()}
+    weights = {id(m): k for k, modules in factors.modules.items() for m in modules}
     alone = {k for k in ref.parameters if isinstance(_module(ref, k), VECTORS) or k in ref.entrywise}
     unknown = [k for k in ref.parameters if k not in alone and id(_module(ref, k)) not in weights]
     if unknown:
         raise NoOracle(
             f"check has no definition of {type(q).__name__} for {', '.join(unknown)}: factors are defined for linear "
-            "layers, convolutions and embeddings of torch.nn whose parameters are used in their calls alone, at as "
+            "layers, convolutions and embeddings of torch.nn whose parameters are used in calls of such alone, at as "
             "many positions in each sample, for normalisations, and for what is added to data or multiplied with it. "
             "Choose the others: parameters=[...]."
         )
@@ -202,13 +202,20 @@ def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
         return _entrywise((ref.roots if fisher == "exact" else ref.empirical)[name].flatten(0, -1 - p.dim()), p)
     weight, approx, own = weights[id(module)], getattr(q, "approx", "expand"), getattr(module, "bias", None)
     joint = getattr(q, "bias", "") == "joint" and own is not None and own.requires_grad and module.weight.requires_grad
+    joint = joint and all(getattr(m, "bias", None) is own for m in factors.modules[weight])
     if p is own and joint:  # the inputs of its weight are axis 1, if the loss reaches it
         return [factors.outputs(weight, "expand").any().double()]
     if p is own:
-        return [factors.outputs(weight, approx, whole=True)]
-    outputs, inputs = factors.outputs(weight, approx), factors.inputs(weight, approx, joint)
-    table = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    return [inputs[0].diagonal(), outputs[0]] if table else [outputs, inputs]
+        return [factors.outputs(weight, approx, whole=True, kind=module)]
+    products = {}
+    for kind in factors.kinds(weight):
+        sides = factors.outputs(weight, approx, kind=kind), factors.inputs(weight, approx, joint, kind)
+        products[kind] = sides if kind == "OI" else sides[::-1]
+    if len(products) > 1:
+        ref.limit(p.numel() ** 2, "a sum of Kronecker products")
+        return [t[None] for t in nearest([(one[0], other[0]) for one, other in products.values()])]
+    ((kind, (left, right)),) = products.items()
+    return [left, right] if kind == "OI" else [left[0].diagonal(), right[0]]
 
 
 def _entrywise(rows: Tensor, p: Tensor) -> list[Tensor]:

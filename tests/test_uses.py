@@ -1,0 +1,280 @@
+"""Kronecker factors of parameters with several uses: tied, divided among experts or heads, or read in several places.
+
+The sum over uses is made dense, rearranged, and its dominant singular pair taken (Van Loan & Pitsianis 1993).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import packext as px
+from packext import linalg, testing
+from packext.testing._kronecker import nearest
+from tests.cases import Pieces, Relative, Routed, Tied
+from tests.helpers import double_precision
+
+N = 5
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    with double_precision():
+        torch.manual_seed(0)
+        yield
+
+
+def run(model: nn.Module, x: Tensor, y: Tensor, *asked: Any, parts: Any = (N,), **options: Any) -> px.Results:
+    px.extend(model)
+    loss = px.extend(nn.CrossEntropyLoss())
+    model.zero_grad()
+    with px.backpack(*asked, accumulate=len(parts) > 1, **options) as results:
+        for inputs, targets in zip(x.split(parts), y.split(parts), strict=True):
+            (loss(model(inputs), targets) * (len(inputs) / N)).backward()
+    return results
+
+
+def close(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+#: The choices that draw nothing, and draws that two models of one structure share.
+FISHERS = ("exact", "empirical", "mc")
+
+
+def kfac(fisher: str, **options: Any) -> px.KFAC:
+    return px.KFAC(fisher=fisher, generator=torch.Generator().manual_seed(3), **options)
+
+
+# -- a matrix used as it is and transposed -------------------------------------------------------------------
+
+
+class Both(nn.Module):
+    """A weight that reads the data, and whose transpose gives it back; with two weights, the same in two parameters."""
+
+    def __init__(self, tied: bool, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.w, self.head = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 3)
+        self.other = self.w if tied else nn.Parameter(self.w.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.w).tanh()
+        y = h @ self.other if self.how == "product" else F.linear(h, self.other.t())
+        return self.head(y.tanh().mean(1))
+
+
+def both(tied: bool, how: str) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Both(tied, how), torch.randn(N, 3, 4), torch.randint(3, (N,))
+
+
+def table(tied: bool, how: str) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = Tied()
+    if not tied:
+        model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
+    return model, torch.randint(8, (N, 4)), torch.randint(8, (N,))
+
+
+PAIRS = {
+    "transposed": (both, "w", "other"),
+    "product": (both, "w", "other"),
+    "table": (table, "embed.weight", "head.weight"),
+}
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("how", PAIRS)
+def test_uses_in_both_orientations_have_the_product_nearest_to_their_sum(how: str, approx: str, fisher: str) -> None:
+    build, one, other = PAIRS[how]
+    if how == "table" and approx == "reduce":
+        pytest.skip("a sample reads several rows")
+    apart, x, y = build(False, how)
+    results = run(apart, x, y, kfac(fisher, approx=approx))
+    products = [results[name].kfac for name in (one, other)]
+    dense = [tuple(f.diag() if f.dim() == 1 else f for f in product) for product in products]
+    tied, *_ = build(True, how)
+    got = run(tied, x, y, kfac(fisher, approx=approx))[one].kfac
+    for found, want in zip(got, nearest(dense), strict=True):
+        close(found, want)
+        assert torch.linalg.eigvalsh(found)[0] > -1e-12
+    total = sum(linalg.kron(product) for product in dense)
+    error = (linalg.kron(got) - total).norm()
+    assert 0 < error < min((linalg.kron(product) - total).norm() for product in dense)
+
+
+@pytest.mark.parametrize("how", PAIRS)
+def test_parts_of_a_batch_are_added_up_before_the_nearest_product_is_taken(how: str) -> None:
+    build, one, _ = PAIRS[how]
+    for fisher in ("exact", "empirical"):
+        for scale in ("loss", "sample"):
+            model, x, y = build(True, how)
+            whole = run(model, x, y, kfac(fisher), scale=scale)[one].kfac
+            close(run(model, x, y, kfac(fisher), scale=scale, parts=(1, 3, 1))[one].kfac, whole)
+
+
+@pytest.mark.parametrize("how", PAIRS)
+def test_corrected_eigenvalues_of_both_orientations(how: str) -> None:
+    build, one, _ = PAIRS[how]
+    model, x, y = build(True, how)
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)[one]
+    first = run(model, x, y, px.EKFAC(fisher="exact"), kfac("exact"))
+    basis = {name: first[name].ekfac for name in first}
+    close(basis[one].matvec(rows[0, 0]), linalg.kron_matvec(first[one].kfac, rows[0, 0]))
+    got = run(model, x, y, px.EKFAC(basis, fisher="exact"))[one].ekfac.eigenvalues
+    close(got.flatten(), basis[one].rotate(rows).square().sum((0, 1)).flatten())
+
+
+# -- blocks of one tensor --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("how", ["rows", "stacked", "product", "turned"])
+def test_blocks_of_a_parameter_have_the_factors_of_parameters_of_their_own(how: str, fisher: str) -> None:
+    x, y = torch.randn(N, 3, 4), torch.randint(3, (N,))
+    found = []
+    for together in (True, False):
+        torch.manual_seed(1)
+        found.append(run(Pieces(how, together), x, y, kfac(fisher)))
+    for side, factor in enumerate(found[0]["w"].kfac):
+        for block in (0, 1, 3):
+            close(factor[block], found[1][f"w.{block}"].kfac[side])
+        assert not factor[2].any() and "w.2" not in found[1]
+
+
+@pytest.mark.parametrize("how", ["rows", "stacked", "product", "turned"])
+def test_corrected_eigenvalues_of_blocks(how: str) -> None:
+    model, x, y = Pieces(how, True), torch.randn(N, 3, 4), torch.randint(3, (N,))
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)["w"]
+    first = run(model, x, y, px.EKFAC(fisher="exact"))
+    basis = {name: first[name].ekfac for name in first}
+    got = run(model, x, y, px.EKFAC(basis, fisher="exact"))["w"].ekfac.eigenvalues
+    close(got.flatten(), basis["w"].rotate(rows).square().sum((0, 1)).flatten())
+
+
+def test_experts_count_the_tokens_that_they_were_given() -> None:
+    """As matrices of their own do, whose A is a mean over these; also of a batch in parts, some of which miss some."""
+    model, x, y = Routed(sort=True), torch.randn(N, 3, 4), torch.randint(3, (N,))
+    separate = Separate(model)
+    for fisher in ("exact", "empirical"):
+        got, want = (run(m, x, y, kfac(fisher)) for m in (model, separate))
+        for k in range(3):
+            close([f[k] for f in got["w"].kfac], want[f"each.{k}"].kfac)
+        counts, outputs = got["b"].kfac
+        close(counts.sum(), torch.tensor(1.0))
+        assert outputs.shape == (5, 5)
+        united = run(model, x, y, kfac(fisher), parts=(1,) * N, scale="sample")
+        close(united["w"].kfac, run(model, x, y, kfac(fisher), scale="sample")["w"].kfac)
+
+
+class Separate(Routed):
+    """The same with a parameter for each expert."""
+
+    def __init__(self, model: Routed) -> None:
+        super().__init__(sort=True)
+        self.load_state_dict(model.state_dict())
+        self.each = nn.ParameterList([w.detach().clone() for w in model.w])
+        self.w = list(self.each)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "w" and isinstance(value, list):
+            del self._parameters["w"]
+            object.__setattr__(self, name, value)
+            return
+        super().__setattr__(name, value)
+
+
+def test_pieces_of_different_sizes_are_refused() -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.head = nn.Parameter(torch.randn(6, 4)), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([F.linear(x, part) for part in self.p.split([2, 4])], -1).tanh())
+
+    with pytest.raises(px.UnsupportedUseError, match=r"KFAC has no Kronecker factors for p \[6, 4\]"):
+        run(Uneven(), torch.randn(N, 4), torch.randint(3, (N,)), px.KFAC())
+
+
+def test_a_view_that_is_not_what_its_gradient_says_is_no_block() -> None:
+    """A function of its own between a parameter and its view may change the gradient."""
+
+    class Reversed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return -2 * grads[0]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.head = nn.Parameter(torch.randn(2, 4, 4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.linear(x, Reversed.apply(self.p)[0]).tanh())
+
+    model, x, y = Net(), torch.randn(N, 4), torch.randint(3, (N,))
+    rows = testing.individual_gradients(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+    close(run(model, x, y, px.BatchGrad())["p"].grad_batch, rows["p"])
+    with pytest.raises(px.UnsupportedUseError, match="for p"):
+        run(model, x, y, px.KFAC())
+
+
+# -- a table read in several places ----------------------------------------------------------------------------
+
+
+def check(model: Relative, x: Tensor, y: Tensor, asked: Any) -> None:
+    report = testing.check(model, nn.CrossEntropyLoss(), x, y, [asked], parameters=[model.table.weight])
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_table_that_is_read_once_for_all_layers(fisher: str) -> None:
+    """Its outputs are what the module gave: their gradients are those of all layers together."""
+    model, x, y = Relative(True), torch.randn(N, 4, 4), torch.randint(3, (N,))
+    report = testing.check(
+        model, nn.CrossEntropyLoss(), x, y, [px.KFAC(fisher=fisher)], parameters=[model.table.weight]
+    )
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_table_that_is_read_in_each_layer(fisher: str) -> None:
+    """The layers' positions are those of one table."""
+    model, x, y = Relative(False), torch.randn(N, 4, 4), torch.randint(3, (N,))
+    report = testing.check(
+        model, nn.CrossEntropyLoss(), x, y, [px.KFAC(fisher=fisher)], parameters=[model.table.weight]
+    )
+    assert report.ok, str(report)
+    first = run(copy.deepcopy(model), x, y, px.EKFAC(fisher=fisher))
+    basis = {name: first[name].ekfac for name in first}
+    check(model, x, y, px.EKFAC(basis, fisher=fisher))
+
+
+class Causal(Relative):
+    """Of which a mask leaves out the positions to come."""
+
+    def bias(self) -> Tensor:
+        return super().bias().masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -1e9)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_positions_that_a_mask_leaves_out_are_none(fisher: str) -> None:
+    model, x, y = Causal(), torch.randn(N, 4, 4), torch.randint(3, (N,))
+    factors = testing.Reference(model, nn.CrossEntropyLoss(), x, y).factors(fisher)
+    want = factors.outputs("table.weight", "expand", kind="IO")
+    counts, outputs = run(model, x, y, px.KFAC(fisher=fisher))["table.weight"].kfac
+    close(outputs, want[0])
+    close(counts, torch.tensor([0.0, 0, 0, 4, 3, 2, 1]) / 10)

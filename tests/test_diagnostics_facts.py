@@ -143,6 +143,12 @@ def test_losses_of_the_samples_by_index() -> None:
     assert "SampleLosses.hardest" not in monitor.values and max(monitor.values["SampleNorms.hardest"]) < 8
 
 
+def test_all_samples_of_a_usual_batch_are_named() -> None:
+    monitor, (x, y) = watch(mlp(), SampleLosses()), batch(64)
+    step(monitor, x, y, samples=torch.arange(64))
+    assert sorted(monitor.values["SampleLosses.hardest"].tolist()) == [*range(64)]
+
+
 def test_samples_of_several_passes() -> None:
     monitor, (x, y) = watch(mlp(), SampleLosses(8)), batch(8)
     each = F.cross_entropy(monitor.model(x), y, reduction="none").detach()

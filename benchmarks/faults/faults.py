@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.problems import BATCH, OPTIMIZERS, Data, Problem
+from benchmarks.faults.problems import BATCH, Data, Problem
 
 ONSET = 30
 """The step at which faults begin that begin in the middle of a run."""
@@ -49,7 +49,7 @@ class Fault:
         half: the same, half as severe.
         fits: whether a problem can have it.
         onset: the step at which it begins.
-        optimizers: with which it can happen.
+        optimizers: with which it can happen; with any, unless some are named.
     """
 
     verdict: str
@@ -58,7 +58,7 @@ class Fault:
     half: Callable[[Setup], Any]
     fits: Callable[[Problem], bool] = lambda problem: True
     onset: int = 0
-    optimizers: tuple[str, ...] = OPTIMIZERS
+    optimizers: tuple[str, ...] = ()
 
 
 def learning_rate(factor: float) -> Callable[[Setup], None]:
@@ -155,7 +155,7 @@ def wrong_labels(share: float) -> Callable[[Setup], None]:
     def change(s: Setup) -> None:
         g, y = s.generator(), s.data.y.clone()
         chosen = torch.randperm(len(y), generator=g)[: round(share * len(y))]
-        if y.is_floating_point():
+        if y.is_floating_point() or y.dim() > 1:
             y[chosen] = y[chosen].roll(1, 0)
         else:
             classes = int(y.max()) + 1

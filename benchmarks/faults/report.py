@@ -24,8 +24,8 @@ BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def share(part: int, whole: int) -> str:
-    """`9 / 12`, with a percentage."""
-    return f"{part} / {whole}" + (f" ({100 * part / whole:.0f} %)" if whole else "")
+    """`9 / 12`, with a percentage; a dash of none."""
+    return f"{part} / {whole} ({100 * part / whole:.0f} %)" if whole else "–"
 
 
 def markdown(rows: list[Row]) -> str:
@@ -62,6 +62,8 @@ def faults(rows: list[Row], healthy: list[Row]) -> str:
         )
     for severity in ("full", "half"):
         found = [r for r in rows if r.case.fault and r.case.severity == severity]
+        if not found:
+            continue
         hits = sum(delay(r) is not None for r in found)
         lines += ["", f"All faults at {severity} severity: {share(hits, len(found))}."]
     missed = [r.case for r in rows if r.case.fault and r.case.severity == "full" and delay(r) is None]

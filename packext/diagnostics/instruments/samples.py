@@ -14,7 +14,8 @@ class SampleLosses(Instrument):
 
     "SampleLosses.quantiles" has those at 0, 5, 25, 50, 75, 95 and 100 % (`[7]`), "SampleLosses.largest" the largest
     ones, the largest first (`[count]`). "SampleLosses.hardest" names their samples by index in the data set
-    (`[count]`), where the step was given indices (`monitor.step(samples=...)`).
+    (`[count]`), where the step was given indices (`monitor.step(samples=...)`). All of them in a batch of up to
+    `count`, so that the visits of a sample can be followed.
 
     - Formula: median of l_n, of an even number the lower of the two in the middle
     - Units: those of the loss
@@ -26,7 +27,7 @@ class SampleLosses(Instrument):
     losses = True
     needs = (Count(),)
 
-    def __init__(self, count: int = 16) -> None:
+    def __init__(self, count: int = 256) -> None:
         """Choose how many samples to name.
 
         Raises:

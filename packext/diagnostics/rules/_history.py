@@ -49,6 +49,36 @@ class Recent:
         return median(self.values)
 
 
+class Fall:
+    """Whether something falls, by ranks alone: the trend test of Mann (1945) and Kendall (1975).
+
+    Of n values in a row, S counts the pairs of which the later is lower, less those of which it is higher. Without a
+    trend, S has mean zero and variance n (n - 1) (2 n + 5) / 18, whatever the values' distribution. So neither the few
+    values from which all begins nor single jumps count for more than others, and values that are all noise seldom pass
+    five standard errors, however often one looks.
+    """
+
+    errors, length = 5.0, 1000
+
+    def __init__(self) -> None:
+        """Start before the first value."""
+        self.sure = False
+        self._values: deque[float] = deque()
+        self._pairs = 0
+
+    def add(self, value: float) -> None:
+        """Take one more; `sure` is whether the values have fallen for sure since the start, now or once before."""
+        if self.sure:
+            return
+        if len(self._values) == self.length:
+            old = self._values.popleft()
+            self._pairs -= sum((old > v) - (old < v) for v in self._values)
+        self._pairs += sum((v > value) - (v < value) for v in self._values)
+        self._values.append(value)
+        n = len(self._values)
+        self.sure = n > 1 and self._pairs >= self.errors * math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
+
+
 class SinceStart(Rule):
     """Base of rules that compare with how the run began; of a run whose step 0 they have not seen they say nothing."""
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from packext.diagnostics._verdict import Finding
-from packext.diagnostics.rules._history import Recent, SinceStart
+from packext.diagnostics.rules._history import Fall, Recent, SinceStart
 
 
 class LabelNoise(SinceStart):
@@ -22,22 +22,27 @@ class LabelNoise(SinceStart):
     above that of its first, 30 looks ago or more, and above 1.2 times the mean loss of the first step. Said when over
     20 looks the suspects' losses come to 7.5 % of what all samples' losses were in the first step, while the median
     loss is under half of that. Losses are summed, not suspects counted, because of two classes or of numbers the
-    hardest of right samples are many, and little above the line. Chance brings that about now and then for a few looks:
-    it has to be so by two standard errors over the 20 looks, or again in 20 others. Needs to know which samples are
-    which (`monitor.step(samples=...)`), and three epochs. Named are the suspects, the largest loss first.
+    hardest of right samples are many, and little above the line.
+
+    While a model learns, its right samples come to as much for a while, and again. So it has to be so by three standard
+    errors over the 20 looks; or, of those alone that were above in their last three visits, now and 20 looks ago or
+    more. Needs to know which samples are which (`monitor.step(samples=...)`), and three epochs. A visit is one that
+    `SampleLosses` names: of a batch larger than its `count`, these are the samples with the largest losses. Named are
+    the suspects, the largest loss first.
     """
 
     failure = "label noise"
     advice = "Look at the samples that are named and at their labels; train without them, or with a robust loss."
     reads = ("SampleLosses", "BatchSize", "Loss")
     hold, release = 1, 20
-    learned, above, share, errors, since, window, memory = 0.5, 1.2, 0.075, 2.0, 30, 20, 100_000
+    learned, above, share, errors, since, window, memory = 0.5, 1.2, 0.075, 3.0, 30, 20, 100_000
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
-        self._shares = Recent(self.window)
-        self._visits: dict[int, tuple[int, float, float]] = {}  # look and loss of the first one, loss of the last one
+        self._shares, self._lasting = Recent(self.window), Recent(self.window)
+        # Look and loss of the first visit, and losses of the last two, the later first.
+        self._visits: dict[int, tuple[int, float, float, float]] = {}
         self._looks = 0
         self._found: int | None = None
         self._suspects: dict[int, float] = {}
@@ -46,28 +51,30 @@ class LabelNoise(SinceStart):
         loss, n, samples = (values.get(name) for name in ("Loss", "BatchSize", "SampleLosses.hardest"))
         if loss is None or not self.begin(step, loss) or self.first is None or n is None or samples is None:
             return None
-        limit, found = self.above * self.first, 0.0
+        limit, found, lasting = self.above * self.first, 0.0, 0.0
         for sample, own in zip(samples.tolist(), values["SampleLosses.largest"].tolist(), strict=True):
-            since, first, last = self._visits.pop(sample, (self._looks, own, -math.inf))
+            since, first, last, before = self._visits.pop(sample, (self._looks, own, -math.inf, -math.inf))
             self._suspects.pop(sample, None)
             if self._looks - since >= self.since and min(own, last) > max(limit, first):
                 self._suspects[sample] = own
                 found += own
-            self._visits[sample] = since, first, own
+                lasting += own if before > max(limit, first) else 0.0
+            self._visits[sample] = since, first, own, last
         while len(self._visits) > self.memory:
             self._suspects.pop(next(iter(self._visits)), None)
             del self._visits[next(iter(self._visits))]
         self._looks += 1
         self._shares.add(found / (n * self.first))
-        if not self._shares.full or self._shares.mean < self.share:
+        self._lasting.add(lasting / (n * self.first))
+        if not self._shares.full or not values["SampleLosses"] < self.learned * self.first:
             return None
-        if not values["SampleLosses"] < self.learned * self.first:
-            return None
-        if self._found is None:
-            self._found = self._looks
-        sure = self._shares.mean - self.errors * self._shares.error >= self.share
-        if not sure and self._looks - self._found < self.window:
-            return None
+        if not self._shares.mean - self.errors * self._shares.error >= self.share:
+            if self._lasting.mean < self.share:
+                return None
+            if self._found is None:
+                self._found = self._looks
+            if self._looks - self._found < self.window:
+                return None
         worst = sorted(self._suspects, key=lambda sample: -self._suspects[sample])
         return Finding(
             f"{len(worst)} samples have losses above {limit:.3g} that have risen since their first visit, and come to "
@@ -212,10 +219,12 @@ class _Batch(SinceStart):
 
 
 class BatchTooSmall(_Batch):
-    """The gradient is noise before the model has learned what there is to learn.
+    """The gradient is noise, and nothing tells that the model learns.
 
-    The noise scale is more than 4 times the batch while the loss is above a fifth of where it began. Later that is
-    normal: the signal goes to zero where training ends, and the noise stays.
+    The noise scale is more than 4 times the batch while the loss is above a fifth of where it began, and has not fallen
+    for sure since then. Noise alone is no failure: a run whose loss falls learns through it, as many do early, before
+    the samples agree on anything, and later it is normal, since the signal goes to zero where training ends, and the
+    noise stays. For sure is five standard errors by ranks, once in the run (`Fall`).
     """
 
     failure = "batch too small"
@@ -224,9 +233,15 @@ class BatchTooSmall(_Batch):
     least, window = 40, 60
     times, unlearned = 4.0, 0.2
 
+    def __init__(self) -> None:
+        """Start before the first step."""
+        super().__init__()
+        self._fall = Fall()
+
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         found = self.averages(step, values)
-        if found is None:
+        self._fall.add(values.get("Loss", math.nan))
+        if found is None or self._fall.sure:
             return None
         n, scale, left = found
         if scale < self.times * n or left < self.unlearned:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
-from packext.diagnostics.rules._history import Recent, SinceStart
+from packext.diagnostics.rules._history import Fall, Recent, SinceStart
 
 
 class LearningRateTooHigh(SinceStart):
@@ -58,25 +58,27 @@ class LearningRateTooHigh(SinceStart):
 
 
 class LearningRateTooLow(SinceStart):
-    """After 20 steps nothing has been learned, and steps are so short that it could not be otherwise.
+    """After 40 looks nothing has been learned, and steps are so short that it could not be otherwise.
 
     The norm of the gradient times that of the update bounds what a step can take off the loss to first order. While the
     loss is where it began, that bound is under 0.5 % of it: hundreds of steps for a factor of e, if all of them went
     straight down. Steps are short compared with the parameters, too (0.1 % is usual), which tells this from a gradient
     that has vanished only under optimizers that make up for its size; and they are not growing, as they do while a rate
-    is warmed up.
+    is warmed up. Gradients are small where many runs begin, and grow as these leave it: so the loss must not have
+    fallen for sure, which is five standard errors by ranks since the start (`Fall`).
     """
 
     failure = "learning rate too low"
     advice = "Multiply the learning rate by 10 until the loss falls, or stops falling."
     reads = ("Loss", "UpdateSize", "ParamNorm", "GradNorm")
     hold, release = 5, 10
-    bound, short, unlearned = 5e-3, 2e-3, 0.9
+    bound, short, unlearned, least = 5e-3, 2e-3, 0.9, 40
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
-        self._loss, self._update, self._gain = Recent(20), Recent(20), Recent(20)
+        self._loss, self._update, self._gain, self._fall = Recent(20), Recent(20), Recent(20), Fall()
+        self._looks = 0
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, update, norm, gradient = (values.get(name) for name in self.reads)
@@ -87,7 +89,9 @@ class LearningRateTooLow(SinceStart):
         self._loss.add(abs(loss))
         self._update.add(update)
         self._gain.add(gradient * update)
-        if not self._loss.full:
+        self._fall.add(loss)
+        self._looks += 1
+        if self._looks < self.least or self._fall.sure:
             return None
         mean, gain, growing = self._loss.mean, self._gain.mean, self._update.values[-1] > 1.5 * self._update.values[0]
         if (

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from packext import rules
+from packext import _flight, rules
 from packext._choices import CHOOSE, chosen
 from packext._errors import UnsupportedUseError
 from packext._record import Record, modules_of, tensors_in
@@ -39,6 +39,7 @@ _UNMARKED = (0, None, None)
 class _Local(threading.local):
     tracer: Tracer | None = None
     unseen: nn.Module | None = None  # what runs without a tracer, and its parts with it
+    call: tuple[nn.Module, Any] | None = None  # of the outermost module, and its frame
     disabled: bool = False
 
 
@@ -473,7 +474,8 @@ def disable() -> Iterator[None]:
     """Context in which extended models run untapped, and contexts are deaf."""
     before, LOCAL.disabled = LOCAL.disabled, True
     try:
-        yield
+        with _flight.silence():  # passes on autograd's own threads, too
+            yield
     finally:
         LOCAL.disabled = before
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from packext._backpack import backpack
     from packext._record import Record
 
-#: Passes that have not ended, by the id of autograd's graph task.
-PASSES: dict[int, Pass] = {}
-
 _MISSING = object()
 
 
@@ -33,10 +30,16 @@ def wants_of(contexts: Sequence[backpack]) -> Callable[[Tensor], bool]:
 class Pass:
     """One backward pass as a context hears it; `also` is the same pass for the one that overhears."""
 
-    def __init__(self, contexts: Sequence[backpack], main: Pass | None = None) -> None:
-        """Start when the first gate is passed, for the first of `contexts`; what they share is that of `main`."""
+    def __init__(self, contexts: Sequence[backpack], among: dict[int, Pass], main: Pass | None = None) -> None:
+        """Start when the first gate is passed, for the first of `contexts`; what they share is that of `main`.
+
+        Args:
+            contexts: that hear it.
+            among: passes that have not ended, by the id of autograd's graph task; it leaves them when it ends.
+            main: the same pass for the context that comes first.
+        """
         self.context = contexts[0]
-        self.task = torch._C._current_graph_task_id()
+        self.task, self.among = torch._C._current_graph_task_id(), among
         self.replaced: list[tuple[Tensor, str, Any]] = []
         self.wants = wants_of(contexts)
         self.gathering = Gathering(wants_of([c for c in contexts if c.by_sample]), contexts[0]._tokens)
@@ -53,7 +56,7 @@ class Pass:
         self.measured: dict[int, tuple[Source, dict[int, Any]]] = {}
         self.asks: dict[int, dict[int, Any]] = {}
         self.owners: dict[int, tuple[Any, set[int]]] = {}
-        self.also = Pass(contexts[1:], self) if len(contexts) > 1 else None
+        self.also = Pass(contexts[1:], among, self) if len(contexts) > 1 else None
         if main is None:
             torch.autograd.Variable._execution_engine.queue_callback(self.finish)
 
@@ -110,7 +113,7 @@ class Pass:
 
     def finish(self) -> None:
         """The backward pass is over."""
-        PASSES.pop(self.task, None)
+        self.among.pop(self.task, None)
         for source, _, forms in self.gathering.rest():
             self.emit(source, merge(forms))
         for flight in reversed(self.heard):  # who overhears is first: a hook may take `.grad` away

@@ -143,6 +143,8 @@ def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
     extension: Extension = module.__dict__["_packext"]
     if LOCAL.call is not None and (not extension.path or module is LOCAL.call[0]) and _left(LOCAL.call[1]):
         _end()
+    if is_loss(module) and not _out_of_reach() and (LOCAL.loss is None or _left(LOCAL.loss[1])):
+        LOCAL.loss = module, sys._getframe(1)
     tracer = LOCAL.tracer
     if tracer is None:
         if LOCAL.unseen is not None or not torch.is_grad_enabled() or is_loss(module) or _out_of_reach():
@@ -193,6 +195,8 @@ def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not tracer.stack:
             _end()
             replaced = tracer.finish(output)
-    if is_loss(module) and isinstance(output, Tensor) and output.requires_grad and not _out_of_reach():
-        replaced = LossMark.mark(module, output, args, kwargs, record)
+    if LOCAL.loss is not None and LOCAL.loss[0] is module:  # one that another loss calls is a part of it
+        LOCAL.loss = None
+        if isinstance(output, Tensor) and output.requires_grad and not _out_of_reach():
+            replaced = LossMark.mark(module, output, args, kwargs, record)
     return replaced

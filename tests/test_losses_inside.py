@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import testing
+from tests.cases import Lambda
 from tests.helpers import double_precision
 
 N, T, C = 4, 3, 5
@@ -93,6 +94,57 @@ def test_a_module_inside_is_one_loss() -> None:
     other = px.extend(Model(entropy))
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(found, run(other, lambda: other(x, y)["loss"]))
+
+
+class Together(nn.Module):
+    """A loss that is made of losses: modules and functions, called by itself and by a part of it that is none."""
+
+    reduction = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entropy, self.part = nn.CrossEntropyLoss(), Lambda(lambda z: 0.3 * F.mse_loss(z, torch.zeros_like(z)))
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self.entropy(logits, y) + self.part(logits)
+
+
+def test_losses_that_a_loss_calls_are_parts_of_it() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, C)), (torch.randn(N, 6), torch.arange(N))
+    quantities = [px.DiagGGNExact(), px.SqrtGGNExact(), px.DiagHessian(), px.HMP(), px.BatchGrad()]
+    report = testing.check(model, Together(), x, y, quantities)
+    assert report.ok, str(report)
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.loss = model, Together()
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.net(x)
+            return self.loss(z, y), z
+
+    loss_fn, whole = px.extend(Together()), px.extend(Inside())
+    with px.backpack(*curvature()):
+        loss_fn(whole(x, y)[1], y).backward()
+    want = values(whole)
+    with px.backpack(*curvature()):
+        whole(x, y)[0].backward()
+    torch.testing.assert_close(values(whole), want)
+
+
+@pytest.mark.parametrize("error", [Exception, KeyboardInterrupt])
+def test_a_loss_that_fails_hides_no_later_one(error: type[BaseException]) -> None:
+    class Fails(nn.Module):
+        reduction = "mean"
+
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            raise error
+
+    fails, (x, y) = px.extend(Fails()), (torch.randn(N, 6), torch.arange(N))
+    with pytest.raises(error):
+        fails(x, y)
+    assert testing.check(nn.Linear(6, C), nn.CrossEntropyLoss(), x, y, [px.DiagGGNExact()]).ok
 
 
 def test_weighted_sums_of_losses_add_up() -> None:

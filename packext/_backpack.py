@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from packext import _compiler, _flight
-from packext._curvature import measure, spread
+from packext._curvature import account, measure, spread
 from packext._errors import NotExtendedError, PackextError
 from packext._layout import Tokens
 from packext._pass import Pass
@@ -274,6 +274,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     def _spread(self, flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         """An extended loss was reached: send its curvature ahead of the gradient."""
+        account(flight, seen, edge, g.detach())
         for each in flight.heard:
             if each.context.hessian:
                 flight.spread = True

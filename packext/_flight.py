@@ -17,7 +17,7 @@ from packext._factored import Factored, merge
 from packext._gathering import Gathering
 from packext._pass import Pass, wants_of
 from packext._probe import Check, Probe, forget, known, probe
-from packext._record import losses_inside
+from packext._record import losses_inside, only_losses
 from packext._refusals import (
     AGAIN,
     after_distributed,
@@ -251,6 +251,30 @@ def enter(record: Record) -> None:
         )
     probe(record, gates, _send_probe)
     record.probed |= gates
+
+
+def compare(gate: Any, g: Tensor) -> None:
+    """The gradient `g` at a gate is known: curvature of no more than a part of what it comes from is refused."""
+    state = here()
+    if state.probe is not None or state.sweep is not None or not state.listening:
+        return
+    flight = _current(gate.record)
+    if not flight.whole:
+        return
+    if flight.inside and not g.dim():
+        alone = only_losses(gate, flight.inside)
+    else:
+        known, wide = flight.accounted.pop(gate, torch.zeros_like(g)), torch.promote_types(g.dtype, torch.float32)
+        rest, size = (torch.linalg.vector_norm(t, dtype=wide) for t in (g - known, g))
+        alone = not rest > torch.finfo(g.dtype).eps ** 0.5 * size  # what is not a number tells nothing
+    if not alone:
+        asked = ", ".join(dict.fromkeys(type(q).__name__ for q in flight.whole))
+        raise PackextError(
+            f"{asked} asked for, and other terms than extended losses contribute to the gradient at an output "
+            f"{list(g.shape)} of the model: nothing is known of their curvature. Compute the whole loss in one "
+            "nn.Module with an attribute `reduction` ('mean' or 'sum') and extend that, or call backward() of the "
+            "extended loss by itself."
+        )
 
 
 def _agree(record: Record, gates: frozenset[int]) -> None:

@@ -49,6 +49,9 @@ class Pass:
         self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
         self.asides: dict[int, dict[str, Any]] = {}
         self.inside: set[Any] = set()  # marks of losses that the model computed
+        #: Quantities of which terms beside the extended losses would be a part, and what these losses send to gates.
+        self.whole = [q for c in contexts for q in (*c.spreading, *c.hessian) if q.whole]
+        self.accounted: dict[Any, Tensor] = {}
         self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
         #: Whether a loss has sent its curvature, and what quantities have summed up, by parameter and quantity.
         self.spread = False
@@ -121,6 +124,7 @@ class Pass:
         self._let_go()
 
     def _let_go(self) -> None:
+        self.accounted.clear()
         for flight in self.heard:
             flight.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected
 

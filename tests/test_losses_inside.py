@@ -176,6 +176,20 @@ def test_what_is_not_linear_in_a_loss_is_no_loss(compute: Any) -> None:
         model(x, y)["logits"].sum().backward()
 
 
+@pytest.mark.parametrize("quantity", [px.DiagGGNExact, px.DiagHessian, px.HMP])
+def test_other_terms_beside_a_loss_inside_are_refused(quantity: Any) -> None:
+    def penalised(hidden: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        return entropy(hidden, logits, y) + 0.1 * logits.exp().mean()
+
+    x, y = data()
+    model, other = px.extend(Model(penalised)), px.extend(Model(entropy))
+    with pytest.raises(px.PackextError, match="other terms"), px.backpack(quantity()):
+        model(x, y)["loss"].backward()
+    with pytest.raises(px.PackextError, match="other terms"), px.backpack(quantity()):
+        output = other(x, y)
+        (output["loss"] + output["logits"].exp().mean()).backward()
+
+
 class Distances(nn.Module):
     """Squared distances to prototypes are logits: a function of a loss's name that is a step on the way."""
 

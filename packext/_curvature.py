@@ -205,7 +205,8 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
     """
     sources: dict[int, Source] = {}
     inside = seen.record()
-    for record in [gate.record for e in seen.edges for gate in _gates(e)] if inside is None else [inside]:
+    before = [gate.record for e in seen.edges for gate in _gates(e)]  # a model may read what another one gave
+    for record in dict.fromkeys(before if inside is None else [*before, inside]):
         if record not in flight.records:
             flight.records.append(record)
         refuse_tensors(record, flight.context)
@@ -248,6 +249,9 @@ class Joined(nn.Module):
             for k, layout in zip(self.live, layouts, strict=True)
         ]
         self.reduction = getattr(loss, "reduction", "mean")
+
+    def _get_name(self) -> str:
+        return self.loss[0]._get_name()
 
     def output(self) -> Tensor:
         """The loss's input as `[N, D]`."""

@@ -192,6 +192,19 @@ def test_curvature_of_a_part_of_what_is_minimised_is_refused(where: str) -> None
         run(quantity)
 
 
+def test_an_error_names_a_loss_of_several_tensors() -> None:
+    class Saddle(nn.Module):
+        reduction = "mean"
+
+        def forward(self, outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+            z, h = outputs
+            return (z.square().sum(1) - h.square().sum(1)).mean()
+
+    model, loss_fn = px.extend(Two()), px.extend(Saddle())
+    with pytest.raises(px.PackextError, match="^Saddle of an output .* not convex"), px.backpack(px.DiagGGNExact()):
+        loss_fn(model(torch.randn(N, 5)), torch.arange(N)).backward()
+
+
 def test_two_forwards_before_one_loss() -> None:
     model, x, x2, y = mlp(), torch.randn(N, 5), torch.randn(N, 5), torch.randint(3, (N,))
     loss = nn.CrossEntropyLoss()

@@ -190,6 +190,31 @@ def test_other_terms_beside_a_loss_inside_are_refused(quantity: Any) -> None:
         (output["loss"] + output["logits"].exp().mean()).backward()
 
 
+def test_a_model_that_reads_another_one() -> None:
+    """The loss is computed in the second of two extended models."""
+    x, y = data()
+    first, second, plain = (
+        nn.Sequential(nn.Linear(6, 6), nn.Tanh()),
+        Model(entropy),
+        nn.CrossEntropyLoss(ignore_index=2),
+    )
+    whole = nn.Sequential(first, second.first, nn.Tanh(), second.second)
+    loss_fn = px.extend(plain)
+    px.extend(whole)
+
+    def found(loss: Callable[[], Tensor]) -> list[Any]:
+        for p in whole.parameters():
+            p.__dict__.clear()
+        with px.backpack(px.HMP(), px.DiagGGNExact()):
+            loss().backward(retain_graph=True)
+        return [(p.hmp(torch.ones(1, *p.shape)), p.diag_ggn_exact) for p in whole.parameters()]
+
+    want = found(lambda: loss_fn(whole(x).flatten(0, 1), y.flatten()))
+    px.unextend(whole)
+    px.extend(first), px.extend(second)
+    torch.testing.assert_close(found(lambda: second(first(x), y)["loss"]), want)
+
+
 class Distances(nn.Module):
     """Squared distances to prototypes are logits: a function of a loss's name that is a step on the way."""
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from packext import _compiler, _flight
-from packext._curvature import measure, spread
+from packext._curvature import account, measure, spread
 from packext._errors import NotExtendedError, PackextError
 from packext._layout import Tokens
-from packext._lineage import LOCAL
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record
@@ -183,8 +182,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         _flight.closed(self)
         self._restore.pop()()
-        if _flight.CONTEXTS:
-            _flight.CONTEXTS[-1]._inner += self._passes + self._inner
+        if around := _flight.here().contexts:
+            around[-1]._inner += self._passes + self._inner
         _flight.drop()
         if self.ranks is not None and kind is not Elsewhere:
             why = "" if kind is None else f"{kind.__name__}: {value}"
@@ -221,9 +220,6 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
     def _partner(self, parameter: Tensor) -> tuple[Tensor, int] | None:
         found = partner(parameter)
         return found if found is not None and self._wants(found[0]) else None
-
-    def _active(self) -> bool:
-        return bool(self.extensions) and not LOCAL.disabled
 
     # -- called by the pass in flight --------------------------------------------------------------
     def _factor(self, flight: Pass, record_n: int, sample: bool = False) -> float:
@@ -278,6 +274,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     def _spread(self, flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         """An extended loss was reached: send its curvature ahead of the gradient."""
+        account(flight, seen, edge, g.detach())
         for each in flight.heard:
             if each.context.hessian:
                 flight.spread = True

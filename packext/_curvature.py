@@ -19,7 +19,7 @@ from packext import _roots
 from packext._chain import Chain, Positive, average, kept
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Sweep, enter, probe_inputs, probe_taps
+from packext._flight import Sweep, enter, probe_inputs, probe_taps, silence
 from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
 from packext._pass import Pass
@@ -101,6 +101,19 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         for each, quantities in members.items():
             for q in quantities:
                 q.settle({source.name: sums[id(q)] for source, sums in each.sums.values() if id(q) in sums})
+
+
+def account(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
+    """Note what of the gradients at the outputs of models comes from a loss behind them, where `g` arrived."""
+    gates = list(dict.fromkeys(gate for e in seen.edges for gate in _gates(e))) if flight.whole else []
+    if not gates:
+        return
+    with silence():
+        edges = [GradientEdge(gate, 0) for gate in gates]
+        parts = torch.autograd.grad([edge], edges, [g], retain_graph=True, allow_unused=True)
+    for gate, part in zip(gates, parts, strict=True):
+        if part is not None:
+            flight.accounted[gate] = flight.accounted[gate] + part if gate in flight.accounted else part
 
 
 class Graph(Point):
@@ -192,7 +205,8 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
     """
     sources: dict[int, Source] = {}
     inside = seen.record()
-    for record in [gate.record for e in seen.edges for gate in _gates(e)] if inside is None else [inside]:
+    before = [gate.record for e in seen.edges for gate in _gates(e)]  # a model may read what another one gave
+    for record in dict.fromkeys(before if inside is None else [*before, inside]):
         if record not in flight.records:
             flight.records.append(record)
         refuse_tensors(record, flight.context)
@@ -235,6 +249,9 @@ class Joined(nn.Module):
             for k, layout in zip(self.live, layouts, strict=True)
         ]
         self.reduction = getattr(loss, "reduction", "mean")
+
+    def _get_name(self) -> str:
+        return self.loss[0]._get_name()
 
     def output(self) -> Tensor:
         """The loss's input as `[N, D]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -139,12 +140,17 @@ def _out_of_reach() -> bool:
 
 
 def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
-    tracer = LOCAL.tracer
     extension: Extension = module.__dict__["_packext"]
+    if LOCAL.call is not None and (not extension.path or module is LOCAL.call[0]) and _left(LOCAL.call[1]):
+        _end()
+    if is_loss(module) and not _out_of_reach() and (LOCAL.loss is None or _left(LOCAL.loss[1])):
+        LOCAL.loss = module, sys._getframe(1)
+    tracer = LOCAL.tracer
     if tracer is None:
         if LOCAL.unseen is not None or not torch.is_grad_enabled() or is_loss(module) or _out_of_reach():
             return
-        restore = None if not _flight.CONTEXTS and _compiler.compiled(module) else _compiler.eager()
+        restore = None if not _flight.here().contexts and _compiler.compiled(module) else _compiler.eager()
+        LOCAL.call = module, sys._getframe(1)
         if restore is None:
             LOCAL.unseen = module  # taps would have its parts run uncompiled, for nobody
             return
@@ -158,19 +164,39 @@ def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
     tracer.push(module, extension.path)
 
 
+def _left(frame: Any) -> bool:
+    """Whether the outermost call is over and no hook was told, as torch runs none after KeyboardInterrupt."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:  # Python's answer as long as the frame runs
+        return False
+    return True
+
+
+def _end() -> None:
+    """The forward pass is over."""
+    tracer = LOCAL.tracer
+    LOCAL.tracer = LOCAL.unseen = LOCAL.call = None
+    if tracer is not None:
+        tracer.__exit__(None, None, None)
+        tracer.restore()
+
+
 def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     if LOCAL.unseen is module:
-        LOCAL.unseen = None
+        _end()
     tracer = LOCAL.tracer
     record = tracer.record if tracer is not None else None
     replaced = None
     if tracer is not None and tracer.stack and tracer.stack[-1] is module:
         tracer.pop()
         if not tracer.stack:
-            LOCAL.tracer = None
-            tracer.__exit__(None, None, None)
-            tracer.restore()
+            _end()
             replaced = tracer.finish(output)
-    if is_loss(module) and isinstance(output, Tensor) and output.requires_grad and not _out_of_reach():
-        replaced = LossMark.mark(module, output, args, kwargs, record)
+    if LOCAL.loss is not None and LOCAL.loss[0] is module:  # one that another loss calls is a part of it
+        LOCAL.loss = None
+        if isinstance(output, Tensor) and output.requires_grad and not _out_of_reach():
+            replaced = LossMark.mark(module, output, args, kwargs, record)
     return replaced

@@ -16,9 +16,9 @@ from packext._errors import CoupledSamplesError, NotExtendedError, PackextError,
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
 from packext._owners import Owners
-from packext._pass import PASSES, Pass, wants_of
+from packext._pass import Pass, wants_of
 from packext._probe import Check, Probe, forget, known, probe
-from packext._record import losses_inside
+from packext._record import losses_inside, only_losses
 from packext._refusals import (
     AGAIN,
     after_distributed,
@@ -35,13 +35,45 @@ if TYPE_CHECKING:
     from packext._backpack import backpack
     from packext._record import Record
 
-#: Contexts, the innermost last. Backward passes of CUDA run on other threads, so this is global.
-CONTEXTS: list[backpack] = []
-#: Those that hear a pass, of those that ask for anything: the innermost that does not overhear, and that does.
-_hearing: tuple[backpack, ...] = ()
-_probe: Probe | Check | Owners | None = None
-_sweep: Sweep | None = None
-_silent = False
+
+class Here:
+    """What goes on in a thread of the user's: two that train at once do not hear each other.
+
+    Attributes:
+        contexts: that are open, the innermost last.
+        hearing: of those that ask for anything, the innermost that does not overhear, and that does: they hear a pass.
+        passes: backward passes that have not ended, by the id of autograd's graph task.
+        probe: whose cotangent is on its way.
+        sweep: whose cotangent is on its way.
+        silent: whether passes are nobody's business.
+    """
+
+    def __init__(self) -> None:
+        """Nothing goes on."""
+        self.contexts: list[backpack] = []
+        self.hearing: tuple[backpack, ...] = ()
+        self.passes: dict[int, Pass] = {}
+        self.probe: Probe | Check | Owners | None = None
+        self.sweep: Sweep | None = None
+        self.silent = False
+
+    @property
+    def listening(self) -> bool:
+        """Whether a context hears what arrives now."""
+        return not self.silent and bool(self.hearing)
+
+
+_KEY = "packext"
+_get, _set = torch._C._get_obj_in_tls, torch._C._stash_obj_in_tls
+
+
+def here() -> Here:
+    """Of the thread that called `backward()`: autograd hands it on to its own threads, on which passes of CUDA run."""
+    try:
+        return _get(_KEY)
+    except RuntimeError:
+        _set(_KEY, Here())
+        return _get(_KEY)
 
 
 class Sweep:
@@ -60,12 +92,12 @@ class Sweep:
 
     def send(self, edges: Any, cotangents: list[Tensor], targets: Any = (TARGET,)) -> Sequence[Tensor | None]:
         """Send `cotangents` from `edges` to all taps, or as far as `targets`; what arrives there."""
-        global _sweep
-        before, _sweep = _sweep, self
+        state = here()
+        before, state.sweep = state.sweep, self
         try:
             arrived = _send(edges, cotangents, targets)
         finally:
-            _sweep = before
+            state.sweep = before
         for source, _, forms in self.gathering.rest():
             self.absorb(source, merge(forms))
         return arrived
@@ -103,32 +135,36 @@ class Look(Sweep):
                 hook.remove()
 
     def _note(self, node: Any, gs: tuple[Tensor | None, ...]) -> None:
-        if _probe is None:  # which starts from within, where a gate is passed for the first time
+        if here().probe is None:  # which starts from within, where a gate is passed for the first time
             self.found[node] = gs
 
 
 def activations_only() -> bool:
     """Whether no parameter's gradient is wanted from the pass that runs."""
-    return _sweep is not None if _probe is None else _probe.compare is None
+    state = here()
+    return state.sweep is not None if state.probe is None else state.probe.compare is None
 
 
 def deaf() -> bool:
     """Whether what arrives at taps is nobody's business."""
-    return _probe is None and _sweep is None and not _listening()
+    state = here()
+    return state.probe is None and state.sweep is None and not state.listening
 
 
 def exact() -> bool:
     """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
-    return _probe is None and _sweep is None and _listening() and _hearing[0].exact_grad
+    state = here()
+    return state.probe is None and state.sweep is None and state.listening and state.hearing[0].exact_grad
 
 
 def unwanted(use: Use, name: str) -> bool:
     """Whether nobody reads the gradient of a tensor made of parameters, which a tap would compute for `.grad` alone."""
     if activations_only():
         return True
-    if _probe is not None or _sweep is not None or not _listening() or any(c.grad for c in _hearing):
+    state = here()
+    if state.probe is not None or state.sweep is not None or not state.listening or any(c.grad for c in state.hearing):
         return False
-    return all(_hearing[0]._wants(source.tensor) for source in use.sources.get(name, ()))
+    return all(state.hearing[0]._wants(source.tensor) for source in use.sources.get(name, ()))
 
 
 def arrive(
@@ -145,11 +181,12 @@ def arrive(
 def _arrive(
     use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    if _probe is not None:
-        _probe.visit(use, saved, gs)
+    state = here()
+    if state.probe is not None:
+        state.probe.visit(use, saved, gs)
         return {}
-    if _sweep is not None:
-        _sweep.visit(use, saved, gs)
+    if state.sweep is not None:
+        state.sweep.visit(use, saved, gs)
         return {}
     flight = _current(use.record)
     if not flight.by_sample:
@@ -159,10 +196,11 @@ def _arrive(
 
 def enter(record: Record) -> None:
     """A gate was reached: a backward pass enters an extended model."""
-    if _probe is not None or not _listening():
+    state = here()
+    if state.probe is not None or not state.listening:
         return
     gates = record.awaited_gates()
-    flight = _current(record) if _sweep is None else _sweep.flight
+    flight = _current(record) if state.sweep is None else state.sweep.flight
     refuse_tensors(record, flight.context)
     if any(i in record.strays for i in gates):
         raise PackextError(
@@ -174,7 +212,7 @@ def enter(record: Record) -> None:
         )
     if record not in flight.records:
         flight.records.append(record)
-        if _sweep is None:
+        if state.sweep is None:
             _agree(record, gates)
     if not flight.by_sample and flight.spread:
         return
@@ -183,15 +221,15 @@ def enter(record: Record) -> None:
         raise PackextError(f"Per-sample quantities need samples: {reason}. Pass the batch to the extended model.")
     if any((node := ref()) is not None and torch._C._will_engine_execute_node(node) for ref in record.again):
         raise PackextError(AGAIN)
-    if _sweep is not None and gates <= record.probed:
+    if state.sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
-    if flight.context.accumulate and _sweep is None:
+    if flight.context.accumulate and state.sweep is None:
         refuse_inputs_alone(record)
     flight.inside |= losses_inside(record, gates)
     if flight.losses or not flight.inside:
         flight.check(record.n)
     waiting = [q for f in flight.heard for q in (*f.context.spreading, *f.context.hessian)]
-    if _sweep is None and waiting and not (flight.spread or flight.inside):
+    if state.sweep is None and waiting and not (flight.spread or flight.inside):
         asked = ", ".join(type(q).__name__ for q in waiting)
         raise NotExtendedError(
             f"{asked} asked for, but the backward pass came through no extended loss. Use "
@@ -215,6 +253,30 @@ def enter(record: Record) -> None:
         )
     probe(record, gates, _send_probe)
     record.probed |= gates
+
+
+def compare(gate: Any, g: Tensor) -> None:
+    """The gradient `g` at a gate is known: curvature of no more than a part of what it comes from is refused."""
+    state = here()
+    if state.probe is not None or state.sweep is not None or not state.listening:
+        return
+    flight = _current(gate.record)
+    if not flight.whole:
+        return
+    if flight.inside and not g.dim():
+        alone = only_losses(gate, flight.inside)
+    else:
+        known, wide = flight.accounted.pop(gate, torch.zeros_like(g)), torch.promote_types(g.dtype, torch.float32)
+        rest, size = (torch.linalg.vector_norm(t, dtype=wide) for t in (g - known, g))
+        alone = not rest > torch.finfo(g.dtype).eps ** 0.5 * size  # what is not a number tells nothing
+    if not alone:
+        asked = ", ".join(dict.fromkeys(type(q).__name__ for q in flight.whole))
+        raise PackextError(
+            f"{asked} asked for, and other terms than extended losses contribute to the gradient at an output "
+            f"{list(g.shape)} of the model: nothing is known of their curvature. Compute the whole loss in one "
+            "nn.Module with an attribute `reduction` ('mean' or 'sum') and extend that, or call backward() of the "
+            "extended loss by itself."
+        )
 
 
 def _agree(record: Record, gates: frozenset[int]) -> None:
@@ -248,7 +310,8 @@ def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass 
     Returns:
         The pass; None if nobody listens, or what the model computed is no loss, but a step on the way to one.
     """
-    if _probe is not None or _sweep is not None or not _listening():
+    state = here()
+    if state.probe is not None or state.sweep is not None or not state.listening:
         return None
     flight = _current(None)
     if inside is not None and inside not in flight.inside:
@@ -259,62 +322,59 @@ def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass 
 
 def refuse_coupled(why: str, g: Tensor) -> None:
     """A value that couples samples was reached."""
-    if _listening():
+    if here().listening:
         raise CoupledSamplesError(why)
 
 
 def opened(context: backpack) -> None:
     """A context is entered."""
-    CONTEXTS.append(context)
+    here().contexts.append(context)
     _choose()
 
 
 def closed(context: backpack) -> None:
     """A context is left."""
-    CONTEXTS.remove(context)
+    here().contexts.remove(context)
     _choose()
 
 
 def _choose() -> None:
-    global _hearing
-    innermost = [next((c for c in reversed(CONTEXTS) if c.overhear == over), None) for over in (False, True)]
+    state = here()
+    innermost = [next((c for c in reversed(state.contexts) if c.overhear == over), None) for over in (False, True)]
     heard = tuple(c for c in innermost if c is not None and c.extensions)
-    _hearing = heard[:1] if heard and heard[0].per == "token" else heard  # whose rows are no samples'
+    state.hearing = heard[:1] if heard and heard[0].per == "token" else heard  # whose rows are no samples'
 
 
 def hearing() -> tuple[backpack, ...]:
     """The contexts that hear a pass which runs now."""
-    return _hearing
+    return here().hearing
 
 
 def drop() -> None:
     """Forget passes that did not come to their end."""
-    while PASSES:
-        PASSES.popitem()[1].abandon()
+    passes = here().passes
+    while passes:
+        passes.popitem()[1].abandon()
 
 
 @contextmanager
 def silence() -> Any:
     """Passes in here are nobody's business; taps are placed all the same, since what is checkpointed runs again."""
-    global _silent
-    before, _silent = _silent, True
+    state = here()
+    before, state.silent = state.silent, True
     try:
         yield
     finally:
-        _silent = before
-
-
-def _listening() -> bool:
-    return not _silent and bool(_hearing) and _hearing[0]._active()
+        state.silent = before
 
 
 def _current(record: Record | None) -> Pass:
-    task = torch._C._current_graph_task_id()
+    task, state = torch._C._current_graph_task_id(), here()
     for key in (task, record.born if record is not None else task):
-        if key in PASSES:
-            return PASSES[key]
-    PASSES[task] = Pass(_hearing)
-    return PASSES[task]
+        if key in state.passes:
+            return state.passes[key]
+    state.passes[task] = Pass(state.hearing, state.passes)
+    return state.passes[task]
 
 
 def _send_probe(run: Probe | Owners, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
@@ -357,9 +417,9 @@ def probe_taps(edge: Any, cotangent: Tensor, members: Tensor) -> bool:
 
 @contextmanager
 def _probing(run: Probe | Check | Owners) -> Any:
-    global _probe
-    _probe, before = run, _probe
+    state = here()
+    before, state.probe = state.probe, run
     try:
         yield
     finally:
-        _probe = before
+        state.probe = before

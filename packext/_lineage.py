@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from packext import rules
+from packext import _flight, rules
 from packext._choices import CHOOSE, chosen
 from packext._errors import UnsupportedUseError
 from packext._record import Record, modules_of, tensors_in
 from packext._refusals import Again, is_distributed
-from packext._scale import FUNCTIONS, LossMark, called, is_loss
+from packext._scale import FUNCTIONS, LossMark, called
 from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule, origins
 from packext._use import Rule, Source, Use, autocasts
 
@@ -39,6 +39,8 @@ _UNMARKED = (0, None, None)
 class _Local(threading.local):
     tracer: Tracer | None = None
     unseen: nn.Module | None = None  # what runs without a tracer, and its parts with it
+    call: tuple[nn.Module, Any] | None = None  # of the outermost module, and its frame
+    loss: tuple[nn.Module, Any] | None = None  # the outermost that runs, and its frame
     disabled: bool = False
 
 
@@ -178,7 +180,7 @@ class Tracer(TorchFunctionMode):
         if not sources:
             out = func(*args, **kwargs)
             if data:
-                if func in FUNCTIONS and out.requires_grad and not is_loss(self.stack[-1]):
+                if func in FUNCTIONS and out.requires_grad and LOCAL.loss is None:
                     found = called(func, args, kwargs)
                     out = out if found is None else LossMark.mark(found[0], out, found[1], {}, record)
                 if func in CHOOSE and not record.routed:
@@ -474,7 +476,8 @@ def disable() -> Iterator[None]:
     """Context in which extended models run untapped, and contexts are deaf."""
     before, LOCAL.disabled = LOCAL.disabled, True
     try:
-        yield
+        with _flight.silence():  # passes on autograd's own threads, too
+            yield
     finally:
         LOCAL.disabled = before
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from packext._backpack import backpack
     from packext._record import Record
 
-#: Passes that have not ended, by the id of autograd's graph task.
-PASSES: dict[int, Pass] = {}
-
 _MISSING = object()
 
 
@@ -33,10 +30,16 @@ def wants_of(contexts: Sequence[backpack]) -> Callable[[Tensor], bool]:
 class Pass:
     """One backward pass as a context hears it; `also` is the same pass for the one that overhears."""
 
-    def __init__(self, contexts: Sequence[backpack], main: Pass | None = None) -> None:
-        """Start when the first gate is passed, for the first of `contexts`; what they share is that of `main`."""
+    def __init__(self, contexts: Sequence[backpack], among: dict[int, Pass], main: Pass | None = None) -> None:
+        """Start when the first gate is passed, for the first of `contexts`; what they share is that of `main`.
+
+        Args:
+            contexts: that hear it.
+            among: passes that have not ended, by the id of autograd's graph task; it leaves them when it ends.
+            main: the same pass for the context that comes first.
+        """
         self.context = contexts[0]
-        self.task = torch._C._current_graph_task_id()
+        self.task, self.among = torch._C._current_graph_task_id(), among
         self.replaced: list[tuple[Tensor, str, Any]] = []
         self.wants = wants_of(contexts)
         tables = any(q.root[0] == "empirical" for c in contexts for q in c.curvature)
@@ -47,6 +50,9 @@ class Pass:
         self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
         self.asides: dict[int, dict[str, Any]] = {}
         self.inside: set[Any] = set()  # marks of losses that the model computed
+        #: Quantities of which terms beside the extended losses would be a part, and what these losses send to gates.
+        self.whole = [q for c in contexts for q in (*c.spreading, *c.hessian) if q.whole]
+        self.accounted: dict[Any, Tensor] = {}
         self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
         #: Whether a loss has sent its curvature, and what quantities have summed up, by parameter and quantity.
         self.spread = False
@@ -54,7 +60,7 @@ class Pass:
         self.measured: dict[int, tuple[Source, dict[int, Any]]] = {}
         self.asks: dict[int, dict[int, Any]] = {}
         self.owners: dict[int, tuple[Any, set[int]]] = {}
-        self.also = Pass(contexts[1:], self) if len(contexts) > 1 else None
+        self.also = Pass(contexts[1:], among, self) if len(contexts) > 1 else None
         if main is None:
             torch.autograd.Variable._execution_engine.queue_callback(self.finish)
 
@@ -111,7 +117,7 @@ class Pass:
 
     def finish(self) -> None:
         """The backward pass is over."""
-        PASSES.pop(self.task, None)
+        self.among.pop(self.task, None)
         for source, _, forms in self.gathering.rest():
             self.emit(source, merge(forms))
         for flight in reversed(self.heard):  # who overhears is first: a hook may take `.grad` away
@@ -119,6 +125,7 @@ class Pass:
         self._let_go()
 
     def _let_go(self) -> None:
+        self.accounted.clear()
         for flight in self.heard:
             flight.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected
 

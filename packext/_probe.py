@@ -409,8 +409,9 @@ def _coupled(record: Record, use: Use) -> str:
         f"BatchNorm uses the statistics of the batch in {', '.join(norms)}. Call model.eval() (or .eval() on these), "
         "or replace it by GroupNorm"
         if norms
-        else "either the code computes something across the batch, or the samples are along another axis: then "
-        "call px.extend(model, batch_axis=...)"
+        else "the code computes something across the batch, or calls a layer on some of the samples alone (in a loop, "
+        "or where a mask holds: call it on all and choose among its outputs), or the samples are along another axis: "
+        "then call px.extend(model, batch_axis=...)"
     )
     return (
         f"Samples influence each other: a gradient that belongs to some of the {record.n} samples (axis "

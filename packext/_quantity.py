@@ -162,6 +162,14 @@ class Curvature(Quantity):
         """
         return ("exact", 0, None)
 
+    @property
+    def whole(self) -> bool:
+        """Whether terms of what is minimised beside the extended losses would be a part of it.
+
+        Drawn targets are those of the distribution that an extended loss stands for: its Fisher has no other terms.
+        """
+        return self.root[0] != "mc"
+
     def absorb(self, ask: Ask, held: Any) -> Any:
         """Take one column; `held` is what the last call for this parameter returned, None at first."""
         raise NotImplementedError
@@ -207,6 +215,8 @@ class HessianQuantity(Quantity):
     They know no samples: what couples them, such as BatchNorm in training mode, is no obstacle.
     """
 
+    #: Whether terms of what is minimised beside the extended losses would be a part of it.
+    whole: ClassVar[bool] = True
     #: Whether the results of several losses in one pass may be added up.
     additive: ClassVar[bool] = True
 

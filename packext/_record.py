@@ -175,3 +175,16 @@ def losses_inside(record: Record, gates: frozenset[int]) -> set[Any]:
         if node is not None and not shape:
             found |= search(node.next_functions[0][0])
     return found
+
+
+def only_losses(gate: Any, marks: set[Any]) -> bool:
+    """Whether what stands at `gate` is one of the losses in `marks`, or a weighted sum of such and nothing else."""
+    todo = [gate.next_functions[0][0]]
+    while todo:
+        node = todo.pop()
+        if node is None or node in marks:
+            continue
+        if node.name().partition("Backward")[0] not in _LINEAR:
+            return False
+        todo += [function for function, _ in node.next_functions]
+    return True

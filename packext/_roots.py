@@ -183,7 +183,7 @@ def columns(loss: nn.Module, output: Tensor, compact: bool = False) -> int | Non
 
 
 def _name(loss: nn.Module, output: Tensor) -> str:
-    return f"{type(loss).__name__} of an output {list(output.shape)}"
+    return f"{loss._get_name()} of an output {list(output.shape)}"
 
 
 def _kind(loss: nn.Module) -> type[nn.Module] | None:

@@ -348,8 +348,9 @@ _LIVE: dict[int, list[Callable[[], Any]]] = {}
 def _remember(parameter: Tensor, node: Callable[[], Any]) -> None:
     key = id(parameter)
     if key not in _LIVE and len(_LIVE) & (len(_LIVE) - 1) == 0:  # a power of two: time to forget parameters that died
-        for other in [k for k, refs in _LIVE.items() if not any(ref() is not None for ref in refs)]:
-            del _LIVE[other]
+        for other, refs in list(_LIVE.items()):  # a list, for threads that add to it meanwhile
+            if not any(ref() is not None for ref in refs):
+                _LIVE.pop(other, None)
     refs = [ref for ref in _LIVE.get(key, ()) if ref() is not None]
     refs.append(node)
     _LIVE[key] = refs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -434,6 +435,44 @@ def test_threads_do_not_disturb_each_other() -> None:
         F.cross_entropy(model(x), y).backward()
     torch.testing.assert_close(model[0].weight.grad_batch, rows["0.weight"])
     torch.testing.assert_close(model[3].weight.grad_batch, rows["2.weight"])
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_a_thread_may_train_while_another_is_in_a_context(context: bool) -> None:
+    """In the middle of each inner pass of one thread, another takes a whole step."""
+    import threading
+
+    model, other, (x, y), (u, v) = mlp(), mlp(), batch(), batch(7)
+    loss_fn, plain = px.extend(nn.CrossEntropyLoss()), copy.deepcopy(other)
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / N)
+    others = rows_of(other, lambda: F.cross_entropy(other(u), v, reduction="none") / 7)
+    F.cross_entropy(plain(u), v).backward()
+    px.extend(other)
+    started, steps = [], []
+
+    def step() -> None:
+        started.append(1)
+        torch.set_default_dtype(torch.float64)
+        other.zero_grad()
+        with px.backpack(*[px.BatchGrad(), px.DiagGGNExact()] * context):
+            loss_fn(other(u), v).backward()
+        torch.testing.assert_close([p.grad for p in other.parameters()], [p.grad for p in plain.parameters()])
+        if context:
+            torch.testing.assert_close({n: p.grad_batch for n, p in other.named_parameters()}, others)
+        assert context or not any(vars(p) for p in other.parameters())
+        steps.append(1)
+
+    def beside(grad: Tensor) -> None:
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+
+    model[1].register_forward_hook(lambda module, args, output: output.register_hook(beside) and None)
+    px.extend(model)
+    with px.backpack(px.BatchGrad(), px.DiagGGNExact()):
+        loss_fn(model(x), y).backward()
+    assert len(started) == len(steps) > 5, "of the probe, of curvature, and of the gradient"
+    torch.testing.assert_close({n: p.grad_batch for n, p in model.named_parameters()}, rows)
 
 
 def test_lazy_modules_extended_before_they_know_their_sizes() -> None:

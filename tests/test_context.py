@@ -28,7 +28,7 @@ N = 4
 def _double() -> Iterator[None]:
     with double_precision():
         yield
-    assert not _flight.CONTEXTS and not _flight.PASSES, "a context or pass was left behind"
+    assert not _flight.here().contexts and not _flight.here().passes, "a context or pass was left behind"
 
 
 def rows_and_batch(model: nn.Module, n: int = N) -> tuple[testing.Rows, Tensor, Tensor]:

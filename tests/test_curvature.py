@@ -149,6 +149,62 @@ def test_multiples_and_sums_of_losses() -> None:
     compare(model, {k: torch.cat([one[k], two[k]]) for k in one})
 
 
+class Two(nn.Module):
+    """Logits, and features beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.first(x).tanh()
+        return self.second(h), h
+
+
+@pytest.mark.parametrize("where", ["logits", "features", "none"])
+def test_curvature_of_a_part_of_what_is_minimised_is_refused(where: str) -> None:
+    model, loss_fn, x, y = px.extend(Two()), px.extend(nn.CrossEntropyLoss()), torch.randn(N, 5), torch.arange(N) % 3
+    terms = {"logits": lambda z, h: z.exp().mean(), "features": lambda z, h: h.square().sum(), "none": lambda *_: 0.0}
+
+    def run(quantity: Any) -> None:
+        with px.backpack(quantity):
+            z, h = model(x)
+            decay = sum(p.square().sum() for p in model.parameters())  # passes by the outputs
+            (2 * loss_fn(z / 3, y) + terms[where](z, h) + 0.1 * decay).backward()
+
+    whole = [
+        px.DiagGGNExact(),
+        px.KFLR(),
+        px.DiagHessian(),
+        px.HessianTrace(),
+        px.HMP(),
+        px.GGNMP(),
+        px.TopEigenvalues(1),
+    ]
+    for quantity in whole:
+        if where == "none":
+            run(quantity)
+            continue
+        with pytest.raises(px.PackextError, match=f"{type(quantity).__name__} asked for.*other terms.*whole loss"):
+            run(quantity)
+        assert not any(hasattr(p, quantity.savefield) for p in model.parameters())
+    for quantity in (px.DiagGGNMC(), px.KFAC(), px.KFAC(fisher="empirical"), px.DiagEF(), px.BatchGrad()):
+        run(quantity)
+
+
+def test_an_error_names_a_loss_of_several_tensors() -> None:
+    class Saddle(nn.Module):
+        reduction = "mean"
+
+        def forward(self, outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+            z, h = outputs
+            return (z.square().sum(1) - h.square().sum(1)).mean()
+
+    model, loss_fn = px.extend(Two()), px.extend(Saddle())
+    with pytest.raises(px.PackextError, match="^Saddle of an output .* not convex"), px.backpack(px.DiagGGNExact()):
+        loss_fn(model(torch.randn(N, 5)), torch.arange(N)).backward()
+
+
 def test_two_forwards_before_one_loss() -> None:
     model, x, x2, y = mlp(), torch.randn(N, 5), torch.randn(N, 5), torch.randint(3, (N,))
     loss = nn.CrossEntropyLoss()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import testing
+from tests.cases import Lambda
 from tests.helpers import double_precision
 
 N, T, C = 4, 3, 5
@@ -95,6 +96,57 @@ def test_a_module_inside_is_one_loss() -> None:
     torch.testing.assert_close(found, run(other, lambda: other(x, y)["loss"]))
 
 
+class Together(nn.Module):
+    """A loss that is made of losses: modules and functions, called by itself and by a part of it that is none."""
+
+    reduction = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entropy, self.part = nn.CrossEntropyLoss(), Lambda(lambda z: 0.3 * F.mse_loss(z, torch.zeros_like(z)))
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self.entropy(logits, y) + self.part(logits)
+
+
+def test_losses_that_a_loss_calls_are_parts_of_it() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, C)), (torch.randn(N, 6), torch.arange(N))
+    quantities = [px.DiagGGNExact(), px.SqrtGGNExact(), px.DiagHessian(), px.HMP(), px.BatchGrad()]
+    report = testing.check(model, Together(), x, y, quantities)
+    assert report.ok, str(report)
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.loss = model, Together()
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.net(x)
+            return self.loss(z, y), z
+
+    loss_fn, whole = px.extend(Together()), px.extend(Inside())
+    with px.backpack(*curvature()):
+        loss_fn(whole(x, y)[1], y).backward()
+    want = values(whole)
+    with px.backpack(*curvature()):
+        whole(x, y)[0].backward()
+    torch.testing.assert_close(values(whole), want)
+
+
+@pytest.mark.parametrize("error", [Exception, KeyboardInterrupt])
+def test_a_loss_that_fails_hides_no_later_one(error: type[BaseException]) -> None:
+    class Fails(nn.Module):
+        reduction = "mean"
+
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            raise error
+
+    fails, (x, y) = px.extend(Fails()), (torch.randn(N, 6), torch.arange(N))
+    with pytest.raises(error):
+        fails(x, y)
+    assert testing.check(nn.Linear(6, C), nn.CrossEntropyLoss(), x, y, [px.DiagGGNExact()]).ok
+
+
 def test_weighted_sums_of_losses_add_up() -> None:
     parts = []
     for compute in (entropy, squares, lambda *args: 0.5 * entropy(*args) + squares(*args) / 3):
@@ -122,6 +174,45 @@ def test_what_is_not_linear_in_a_loss_is_no_loss(compute: Any) -> None:
         model(x, y)["loss"].backward()
     with px.backpack(px.BatchGrad()):
         model(x, y)["logits"].sum().backward()
+
+
+@pytest.mark.parametrize("quantity", [px.DiagGGNExact, px.DiagHessian, px.HMP])
+def test_other_terms_beside_a_loss_inside_are_refused(quantity: Any) -> None:
+    def penalised(hidden: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        return entropy(hidden, logits, y) + 0.1 * logits.exp().mean()
+
+    x, y = data()
+    model, other = px.extend(Model(penalised)), px.extend(Model(entropy))
+    with pytest.raises(px.PackextError, match="other terms"), px.backpack(quantity()):
+        model(x, y)["loss"].backward()
+    with pytest.raises(px.PackextError, match="other terms"), px.backpack(quantity()):
+        output = other(x, y)
+        (output["loss"] + output["logits"].exp().mean()).backward()
+
+
+def test_a_model_that_reads_another_one() -> None:
+    """The loss is computed in the second of two extended models."""
+    x, y = data()
+    first, second, plain = (
+        nn.Sequential(nn.Linear(6, 6), nn.Tanh()),
+        Model(entropy),
+        nn.CrossEntropyLoss(ignore_index=2),
+    )
+    whole = nn.Sequential(first, second.first, nn.Tanh(), second.second)
+    loss_fn = px.extend(plain)
+    px.extend(whole)
+
+    def found(loss: Callable[[], Tensor]) -> list[Any]:
+        for p in whole.parameters():
+            p.__dict__.clear()
+        with px.backpack(px.HMP(), px.DiagGGNExact()):
+            loss().backward(retain_graph=True)
+        return [(p.hmp(torch.ones(1, *p.shape)), p.diag_ggn_exact) for p in whole.parameters()]
+
+    want = found(lambda: loss_fn(whole(x).flatten(0, 1), y.flatten()))
+    px.unextend(whole)
+    px.extend(first), px.extend(second)
+    torch.testing.assert_close(found(lambda: second(first(x), y)["loss"]), want)
 
 
 class Distances(nn.Module):

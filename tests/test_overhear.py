@@ -309,7 +309,8 @@ def test_an_error_leaves_everything_as_it_was(where: str) -> None:
                 output.register_hook(boom)
             LOSS(output, y).backward()
         boom()
-    assert not _flight.CONTEXTS and not _flight._hearing and not _flight.PASSES and not monitor.values
+    here = _flight.here()
+    assert not here.contexts and not here.hearing and not here.passes and not monitor.values
     assert len(seen) == (where == "after")
     assert [dict(m.__dict__) for m in model.modules()] == before[0]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before[1], strict=True))

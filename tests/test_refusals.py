@@ -365,6 +365,24 @@ def test_convolution_without_a_batch() -> None:
     refused(nn.Conv2d(2, 3, 3), torch.randn(2, 5, 5), px.UnsupportedUseError, "no batch axis")
 
 
+def test_vectors_without_a_batch() -> None:
+    """A layer that is called on a single vector trains as ever, and one of a batch of one has individual gradients."""
+    refused(nn.Linear(5, 3), torch.randn(5), px.PackextError, "No output .* axis of 5 entries")
+    model = px.extend(nn.Sequential(Lambda(lambda x: x[0]), nn.Linear(5, 3), Lambda(lambda y: y[None])))
+    x, y = batch(1)
+    rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none"))
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x), y), rows)
+
+
+def test_layers_called_on_some_of_the_samples() -> None:
+    class Loop(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([super(Loop, self).forward(row) for row in x])
+
+    refused(Loop(5, 3), torch.randn(N, 5), px.CoupledSamplesError, "calls a layer on some of the samples")
+
+
 def test_parameter_written_in_place() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
@@ -634,6 +652,27 @@ def test_exception_in_the_forward_pass() -> None:
     model[1].f = torch.tanh
     assert not x.__dict__
     _works(model, x, y)
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_interrupt_in_the_forward_pass(context: bool) -> None:
+    """After KeyboardInterrupt, torch runs no hook that would end the forward pass."""
+
+    def fail(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    model = px.extend(nn.Sequential(nn.Linear(5, 6), Lambda(fail), nn.Linear(6, 3)))
+    x, y = batch()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), px.backpack(*[px.BatchGrad()] * context):
+            model(x)
+    _works(px.extend(mlp()), x, y)  # another model
+    assert not torch.overrides._get_current_function_mode_stack()
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    model[1].f = torch.tanh
+    _works(model, x, y)
+    assert not torch.overrides._get_current_function_mode_stack()
 
 
 @pytest.mark.parametrize("where", ["0.weight", "2.weight", "hidden"])

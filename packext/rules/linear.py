@@ -40,9 +40,9 @@ class Linear(OwnedRule):
         if "input" in wanted:
             w = t["weight"].to(g.dtype)
             found["input"] = g.matmul(w.t() if transposed else w).to(t["input"].dtype)
-        flat = g.flatten(0, -2)
+        flat = _rows(g)
         if "weight" in wanted:
-            x = t["input"].flatten(0, -2).to(g.dtype)
+            x = _rows(t["input"]).to(g.dtype)
             found["weight"] = (x.t() @ flat if transposed else flat.t() @ x).to(t["weight"].dtype)
         if "bias" in wanted:
             found["bias"] = flat.sum(0).to(t["bias"].dtype)
@@ -73,6 +73,11 @@ class Linear(OwnedRule):
         if "bias" in use.sources:
             forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
         return forms
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`[..., F]` as a matrix; a single vector is a row."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
 LINEAR = Linear()

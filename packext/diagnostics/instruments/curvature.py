@@ -131,16 +131,16 @@ class HessMaxEV(Instrument):
                 f"not finite ({self._failures[0]})"
             )
         size = sum(e.vectors[0].numel() for e in found.values())
-        self._vector = {
-            step.parameters[name]: e.vectors[0]
-            + torch.empty(e.vectors[0].shape).uniform_(-1, 1, generator=self._generator).to(e.vectors)
-            * (0.2 / size**0.5)
-            for name, e in found.items()
-        }
+        self._vector = {step.parameters[name]: self._shaken(e.vectors[0], 0.2 / size**0.5) for name, e in found.items()}
         value, residual = float(first.values[0]), float(first.residuals[0])
         if residual > max(self.tol, 0.1) * abs(value):
             raise Absent(f"Lanczos has not converged: {value:.6g} has a residual of {residual:.3g}")
         return {"": value, ".residual": residual}
+
+    def _shaken(self, vector: Tensor, by: float) -> Tensor:
+        """The vector, and a random part of entries up to `by`."""
+        noise = torch.empty(vector.shape).uniform_(-1, 1, generator=self._generator).to(vector)
+        return noise.mul_(by).add_(vector)
 
 
 class _Criterion(Instrument):

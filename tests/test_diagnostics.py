@@ -38,6 +38,7 @@ from packext.diagnostics import (
     logarithmic,
 )
 from packext.diagnostics._step import DrawnGrad, SlopeDot
+from packext.diagnostics._tensors import BLOCK, inner, largest
 from tests.helpers import batch, double_precision, mlp
 
 LR = 0.1
@@ -453,6 +454,22 @@ def test_not_finite() -> None:
     assert monitor.values["Loss"] != monitor.values["Loss"]
     for name in ("NoiseScale", "GradHist1d", "NormTest"):
         assert "not finite" in monitor.absent[name] or "not a number" in monitor.absent[name]
+
+
+def test_the_largest_magnitude_of_several_tensors() -> None:
+    tensors = [torch.tensor([1.0, -3.0]), torch.tensor([[2.0]], dtype=torch.float32)]
+    assert largest(tensors) == largest(tensors[::-1]) == 3.0
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        tensors[1][0, 0] = broken
+        assert not largest(tensors) < float("inf") and not largest(tensors[::-1]) < float("inf")
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 3 * BLOCK, 3 * BLOCK + 7])
+def test_inner_products_of_long_tensors(size: int) -> None:
+    one, other = torch.rand(2, size, dtype=torch.float32)
+    assert inner(one, other) == pytest.approx(float((one.double() * other.double()).sum()), rel=1e-6)
+    matrix = torch.rand(2, 7, 3).mT  # not in the order of memory
+    assert inner(matrix[0], matrix[1]) == pytest.approx(float((matrix[0] * matrix[1]).sum()))
 
 
 # -- other losses -----------------------------------------------------------------------------------------

@@ -334,6 +334,8 @@ def _moved(step: Step) -> Any:
 def _plain(value: Any) -> float | np.ndarray:
     if isinstance(value, (int, float)):
         return float(value)
+    if isinstance(value, Tensor) and not value.dim():
+        return float(value)
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     return float(array) if array.ndim == 0 else array.copy()
 

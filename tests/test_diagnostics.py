@@ -472,6 +472,42 @@ def test_inner_products_of_long_tensors(size: int) -> None:
     assert inner(matrix[0], matrix[1]) == pytest.approx(float((matrix[0] * matrix[1]).sum()))
 
 
+class Turn(Instrument):
+    """Inner product of an update with the one before, known with the step after; keeps the step that told it."""
+
+    needs = (px.BatchL2Grad(),)
+    reads = True
+
+    def measure(self, step: Step) -> None:
+        self.before = step.update
+
+    def follow(self) -> tuple[Any, ...]:
+        return (px.BatchL2Grad(),)
+
+    def conclude(self, step: Step) -> float:
+        self.step = step
+        return sum(float((u * self.before[k]).sum()) for k, u in step.update.items()) if self.reads else 0.0
+
+
+def test_the_update_of_a_step_that_only_completes_the_last_one() -> None:
+    turn = Turn()
+    monitor, loss = pair(turn, every=2)
+    places = []
+    for reads in (True, True, False, False):
+        turn.reads = reads
+        places.append([p.detach().clone() for p in monitor.model.parameters()])
+        train(monitor, loss, *batch())
+        if monitor.steps == 2:
+            places.append([p.detach().clone() for p in monitor.model.parameters()])
+            (a, b, c) = places
+            turned = sum(float(((y - x) * (z - y)).sum()) for x, y, z in zip(a, b, c, strict=True))
+            assert monitor.values["Turn"] == pytest.approx(turned, rel=1e-12)
+            assert turn.step.update is not None  # it has been formed
+    # Nobody has read it while it could be known.
+    with pytest.raises(px.PackextError, match="read it in conclude"):
+        _ = turn.step.update
+
+
 # -- other losses -----------------------------------------------------------------------------------------
 
 

@@ -199,7 +199,10 @@ class Outer(Factored):
         """By `(a aᵀ)(g gᵀ)`, without the rows; whether that is cheaper is for the caller to know."""
         if self.s == 1:
             a, g = self.pair(0, self.n)
-            return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
+            if torch.is_grad_enabled():  # of norms, the gradient at zero is not a number
+                return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
+            lengths = [torch.linalg.vector_norm(t, dim=(2, 3)) for t in (a, g)]  # makes no tensor of squares
+            return (lengths[0] * lengths[1]).square_().sum(1)
         parts = []
         step = max(1, _scratch.TILE // max(1, self.groups * self.s * max(self.s, self.i)))
         for lo in range(0, self.n, step):

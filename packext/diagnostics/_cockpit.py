@@ -287,10 +287,11 @@ class Watch:
                     ) from error
             return
         with torch.no_grad():
-            observer.finish()
+            observer.finish(bool(self._due))
             monitor.ranks.merge(observer.step, self._needs)
             monitor.ranks.unite(self._due)
             self._record(observer)
+        observer.step.close()
 
     def _record(self, observer: Observer) -> None:
         monitor, step = self._monitor, observer.step

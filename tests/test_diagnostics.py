@@ -32,13 +32,15 @@ from packext.diagnostics import (
     NormTest,
     SampleNorms,
     Step,
+    TICDiag,
+    TICTrace,
     Time,
     UpdateSize,
     linear,
     logarithmic,
 )
 from packext.diagnostics._step import DrawnGrad, SlopeDot
-from packext.diagnostics._tensors import BLOCK, inner, largest
+from packext.diagnostics._tensors import BLOCK, CHUNK, inner, largest, total
 from tests.helpers import batch, double_precision, mlp
 
 LR = 0.1
@@ -470,6 +472,25 @@ def test_inner_products_of_long_tensors(size: int) -> None:
     assert inner(one, other) == pytest.approx(float((one.double() * other.double()).sum()), rel=1e-6)
     matrix = torch.rand(2, 7, 3).mT  # not in the order of memory
     assert inner(matrix[0], matrix[1]) == pytest.approx(float((matrix[0] * matrix[1]).sum()))
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_long_tensors(size: int, dtype: torch.dtype) -> None:
+    t = torch.rand(size, dtype=dtype)
+    assert total(t).dtype == torch.float64
+    assert float(total(t)) == pytest.approx(float(t.double().sum()), rel=1e-13)
+
+
+def test_an_instrument_leaves_results_as_they_are() -> None:
+    x, y = batch()
+    found = []
+    for kinds in ((HessTrace, TICDiag, TICTrace), (TICTrace, TICDiag, HessTrace)):
+        torch.manual_seed(0)
+        monitor, loss = pair(*(kind("ggn") for kind in kinds))
+        train(monitor, loss, x, y)
+        found.append(monitor.values)
+    assert found[0] == found[1] and len(found[0]) > 3
 
 
 class Turn(Instrument):

@@ -174,7 +174,10 @@ class Outer(Factored):
             at = torch.randint(self.numel, (m, count), generator=generator).to(self.device)
             g, a = self.g[index].to(self.acc).flatten(1), self.a[index].to(self.acc).flatten(1)
             out = at // self.i
-            return g.gather(1, out) * a.gather(1, out // self.o * self.i + at % self.i), at
+            inside = at - out * self.i
+            if self.groups > 1:
+                inside += out // self.o * self.i
+            return g.gather(1, out) * a.gather(1, inside), at
         chosen = torch.rand(m, outputs, generator=generator).argsort(1)[:, : -(-count // self.i)].to(self.device)
         found = []
         for n, some in zip(index.tolist(), chosen, strict=True):

@@ -22,6 +22,14 @@ def inner(one: Tensor, other: Tensor) -> float:
     return float(torch.stack([torch.dot(a, b) for a, b in blocks]).double().sum())
 
 
+def total(t: Tensor) -> Tensor:
+    """The sum of all entries `[]`, in float64."""
+    if t.device.type != "cpu":
+        return t.sum(dtype=torch.double)
+    # torch's own sum of another dtype converts entry by entry.
+    return torch.stack([part.double().sum() for part in t.reshape(-1).split(CHUNK)]).sum()
+
+
 def largest(tensors: Iterable[Tensor]) -> float:
     """The largest magnitude of an entry; NaN if one is."""
     return float(torch.stack([torch.stack(t.aminmax()).abs().max().double().cpu() for t in tensors]).max())

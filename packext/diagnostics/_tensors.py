@@ -9,7 +9,7 @@ from torch import Tensor
 
 #: Products that are summed up in the precision of the tensors, before their sums are in float64; and where a sum is
 #: a tree, as on accelerators.
-BLOCK, TREE = 1 << 14, 1 << 30
+BLOCK, TREE = 1 << 15, 1 << 30
 
 #: Entries of a difference that are in memory at once.
 CHUNK = 1 << 16

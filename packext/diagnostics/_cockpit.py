@@ -291,7 +291,7 @@ class Watch:
             monitor.ranks.merge(observer.step, self._needs)
             monitor.ranks.unite(self._due)
             self._record(observer)
-        observer.step.close()
+        observer.step._shared["over"] = True  # the parameters may go on
 
     def _record(self, observer: Observer) -> None:
         monitor, step = self._monitor, observer.step

@@ -265,21 +265,14 @@ class Step:
     def _update_norms(self) -> dict[str, Tensor]:
         return self.once("update norms", lambda: norms(self._update or {}))
 
-    def _subtract(self) -> dict[str, Tensor]:
+    def subtract(self) -> dict[str, Tensor]:
+        """The parameters as they are, less what they were where the gradient was taken."""
         if "over" in self._shared:
             raise px.PackextError(
                 "step.update is read when the step is over, and the parameters may have moved on: of a step in which "
                 "no instrument is due, read it in conclude()."
             )
         return {name: p.detach() - self._start[name] for name, p in self.parameters.items()}
-
-    def end(self, update: bool) -> None:
-        """The step has ended, and is looked at: form what it has added to the parameters, or leave that to who asks."""
-        self._update = self._subtract() if update else None
-
-    def close(self) -> None:
-        """It has been looked at, and parameters may go on."""
-        self._shared["over"] = True
 
     def _moved(self) -> bool:
         update = self._update or {}
@@ -291,7 +284,7 @@ class Step:
         """What the step has added to the parameters, whoever did it."""
         self._passed()
         if self._update is None:
-            self._update = self.once("update", self._subtract)
+            self._update = self.once("update", self.subtract)
         if not self.once("moved", self._moved):
             raise Absent("no update: the parameters did not change between the backward pass and the end of the step")
         return self._update

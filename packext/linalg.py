@@ -73,9 +73,9 @@ class _Space:
             needed = "a tensor, or a list, tuple or dict of them" if like is tree else f"shapes {_shapes(like)}"
             raise ValueError(f"{self.name}: {what} is {_shapes(tree)}; needed {needed}.")
 
-    def pack(self, tree: Any, what: str) -> Tensor:
+    def pack(self, tree: Any, what: str, out: Tensor | None = None) -> Tensor:
         leaves = self._leaves(self.like, tree, what)
-        return torch.cat([leaf.detach().reshape(-1).to(self.device, self.dtype) for leaf in leaves])
+        return torch.cat([leaf.detach().reshape(-1).to(self.device, self.dtype) for leaf in leaves], out=out)
 
     def given(self, tree: Any, what: str) -> Tensor:
         """Pack an argument."""
@@ -98,13 +98,13 @@ class _Space:
 
         return build(self.like)
 
-    def operator(self, matvec: Matvec, what: str = "matvec") -> Callable[[Tensor], Tensor]:
-        def apply(flat: Tensor) -> Tensor:
+    def operator(self, matvec: Matvec, what: str = "matvec") -> Callable[..., Tensor]:
+        def apply(flat: Tensor, out: Tensor | None = None) -> Tensor:
             self.calls += 1
-            out = self.pack(matvec(self.unpack(flat)), f"the result of {what}")
-            if not _finite(out):
+            found = self.pack(matvec(self.unpack(flat)), f"the result of {what}", out)
+            if not _finite(found):
                 raise PackextError(f"{self.name}: {what} gave entries that are NaN or infinite.")
-            return out
+            return found
 
         return apply
 
@@ -200,17 +200,23 @@ def cg(
     return Solution(space.unpack(x * unit), norm * unit, iterations, norm <= target, None)
 
 
-def _orthonormal(w: Tensor, basis: Tensor, floor: float) -> tuple[Tensor | None, float]:
-    """What of `w` is orthogonal to the rows of `basis`, as a unit vector, and its norm; None if at most `floor`."""
-    w = torch.addmv(w, basis.mT, basis @ w, alpha=-1)
-    norm = float(w.norm())
+def _orthonormal(w: Tensor, basis: Tensor, floor: float, out: Tensor) -> float:
+    """Write to `out` (which may be `w`) what of `w` is orthogonal to the rows of `basis`, as a unit vector.
+
+    Returns:
+        Its norm before; 0 if that is at most `floor`, and `out` then holds nothing of use. All is written in place:
+        on the CPU, fresh pages of vectors as long as all parameters cost more than the arithmetic.
+    """
+    torch.addmv(w, basis.mT, basis @ w, alpha=-1, out=out)
+    norm = float(out.norm())
     if norm > floor:
-        w = w / norm
-        w = torch.addmv(w, basis.mT, basis @ w, alpha=-1)
-        again = float(w.norm())
+        out /= norm
+        out.addmv_(basis.mT, basis @ out, alpha=-1)
+        again = float(out.norm())
         if again > 0.5:  # else it was rounding
-            return w / again, norm * again
-    return None, 0.0
+            out /= again
+            return norm * again
+    return 0.0
 
 
 class Lanczos(NamedTuple):
@@ -240,14 +246,15 @@ def lanczos(matvec: Matvec, like: Any, k: int, generator: torch.Generator | None
     _check(1 <= k <= space.size, f"lanczos: k must be between 1 and {space.size}, the entries of a vector; got {k}.")
     apply, eps = space.operator(matvec), torch.finfo(space.dtype).eps
     basis = torch.zeros(k, space.size, dtype=space.dtype, device=space.device)
-    v, _ = _orthonormal(space.random(_own(generator)), basis[:0], 0.0)
+    beta = _orthonormal(space.random(_own(generator)), basis[:0], 0.0, basis[0])
     alphas, betas, scale = [], [], 0.0
-    while v is not None and len(alphas) < k:
-        basis[len(alphas)] = v
+    while beta and len(alphas) < k:
+        v = basis[len(alphas)]
         w = apply(v)
         alphas.append(v @ w)
         scale = max(scale, float(w.norm()))
-        v, beta = _orthonormal(w, basis[: len(alphas)], 100 * eps * scale)
+        used = len(alphas)
+        beta = _orthonormal(w, basis[:used], 100 * eps * scale, basis[used] if used < k else w)
         betas.append(beta)
     return Lanczos(torch.stack(alphas), basis.new_tensor(betas), space.unpack(basis[: len(alphas)]))
 
@@ -309,26 +316,28 @@ def eigsh(
     new = None if start is None else space.given(start, "start")
     for cycle in range(maxiter):
         for j in range(filled, m):
-            v = None if new is None else _orthonormal(new, basis[:j], 10 * eps * scale)[0]
-            while v is None:  # at first, looking for copies, or where the basis spans an invariant subspace
-                v = _orthonormal(space.random(generator), basis[:j], 0.0)[0]
-            basis[j] = v
-            images[j] = new = apply(v)
+            found = new is not None and _orthonormal(new, basis[:j], 10 * eps * scale, basis[j])
+            while not found:  # at first, looking for copies, or where the basis spans an invariant subspace
+                found = _orthonormal(space.random(generator), basis[:j], 0.0, basis[j])
+            new = apply(basis[j], images[j])
             scale, used = max(scale, float(new.norm())), j + 1
             if k == 1 and start is not None and 2 <= j < m - 1:
                 h = basis[:used] @ images[:used].mT
                 values, s = torch.linalg.eigh((h + h.mT) / 2)
                 share = s[j, orders[which](values).argmax()]
-                # Of the residual there is only what leads out of the basis.
-                if float((share * (new - h[:, j] @ basis[:used])).norm()) <= tol * scale:
+                # Of the residual there is only what leads out of the basis; the next row holds it for the moment.
+                away = torch.addmv(new, basis[:used].mT, h[:, j], alpha=-1, out=basis[used])
+                if abs(float(share * away.norm())) <= tol * scale:
                     break
-        h = basis[:used] @ images[:used].mT
+        else:
+            h = basis[:used] @ images[:used].mT
         if float((h - h.mT).abs().max()) > space.eps**0.5 * scale:
             raise PackextError("eigsh: matvec is not a symmetric operator, or not the same one at each call.")
         values, s = torch.linalg.eigh((h + h.mT) / 2)
         order = orders[which](values).argsort(descending=True)
         values, s = values[order], s.mT[order]  # Ritz values, and the coefficients of their vectors in rows
-        remainders = s[:k] @ images[:used] - values[:k, None] * (s[:k] @ basis[:used])
+        vectors, remainders = s[:k] @ basis[:used], s[:k] @ images[:used]
+        remainders.addcmul_(values[:k, None], vectors, value=-1)
         residuals = remainders.norm(dim=1)
         converged = float(residuals.max()) <= max(tol, m * eps) * scale
         if converged and (k == 1 or looking or m == space.size) or cycle == maxiter - 1:
@@ -336,7 +345,7 @@ def eigsh(
         looking, filled = converged, min(used, k + (m - k) // 2)
         new = None if converged else remainders[residuals.argmax()]
         basis[:filled], images[:filled] = s[:filled] @ basis[:used], s[:filled] @ images[:used]
-    return Eigenpairs(values[:k], space.unpack(s[:k] @ basis[:used]), residuals, converged, space.calls)
+    return Eigenpairs(values[:k], space.unpack(vectors), residuals, converged, space.calls)
 
 
 class Estimate(NamedTuple):

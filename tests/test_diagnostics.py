@@ -32,12 +32,15 @@ from packext.diagnostics import (
     NormTest,
     SampleNorms,
     Step,
+    TICDiag,
+    TICTrace,
     Time,
     UpdateSize,
     linear,
     logarithmic,
 )
 from packext.diagnostics._step import DrawnGrad, SlopeDot
+from packext.diagnostics._tensors import BLOCK, CHUNK, inner, largest, total
 from tests.helpers import batch, double_precision, mlp
 
 LR = 0.1
@@ -453,6 +456,77 @@ def test_not_finite() -> None:
     assert monitor.values["Loss"] != monitor.values["Loss"]
     for name in ("NoiseScale", "GradHist1d", "NormTest"):
         assert "not finite" in monitor.absent[name] or "not a number" in monitor.absent[name]
+
+
+def test_the_largest_magnitude_of_several_tensors() -> None:
+    tensors = [torch.tensor([1.0, -3.0]), torch.tensor([[2.0]], dtype=torch.float32)]
+    assert largest(tensors) == largest(tensors[::-1]) == 3.0
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        tensors[1][0, 0] = broken
+        assert not largest(tensors) < float("inf") and not largest(tensors[::-1]) < float("inf")
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 3 * BLOCK, 3 * BLOCK + 7])
+def test_inner_products_of_long_tensors(size: int) -> None:
+    one, other = torch.rand(2, size, dtype=torch.float32)
+    assert inner(one, other) == pytest.approx(float((one.double() * other.double()).sum()), rel=1e-6)
+    matrix = torch.rand(2, 7, 3).mT  # not in the order of memory
+    assert inner(matrix[0], matrix[1]) == pytest.approx(float((matrix[0] * matrix[1]).sum()))
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_long_tensors(size: int, dtype: torch.dtype) -> None:
+    t = torch.rand(size, dtype=dtype)
+    assert total(t).dtype == torch.float64
+    assert float(total(t)) == pytest.approx(float(t.double().sum()), rel=1e-13)
+
+
+def test_an_instrument_leaves_results_as_they_are() -> None:
+    x, y = batch()
+    found = []
+    for kinds in ((HessTrace, TICDiag, TICTrace), (TICTrace, TICDiag, HessTrace)):
+        torch.manual_seed(0)
+        monitor, loss = pair(*(kind("ggn") for kind in kinds))
+        train(monitor, loss, x, y)
+        found.append(monitor.values)
+    assert found[0] == found[1] and len(found[0]) > 3
+
+
+class Turn(Instrument):
+    """Inner product of an update with the one before, known with the step after; keeps the step that told it."""
+
+    needs = (px.BatchL2Grad(),)
+    reads = True
+
+    def measure(self, step: Step) -> None:
+        self.before = step.update
+
+    def follow(self) -> tuple[Any, ...]:
+        return (px.BatchL2Grad(),)
+
+    def conclude(self, step: Step) -> float:
+        self.step = step
+        return sum(float((u * self.before[k]).sum()) for k, u in step.update.items()) if self.reads else 0.0
+
+
+def test_the_update_of_a_step_that_only_completes_the_last_one() -> None:
+    turn = Turn()
+    monitor, loss = pair(turn, every=2)
+    places = []
+    for reads in (True, True, False, False):
+        turn.reads = reads
+        places.append([p.detach().clone() for p in monitor.model.parameters()])
+        train(monitor, loss, *batch())
+        if monitor.steps == 2:
+            places.append([p.detach().clone() for p in monitor.model.parameters()])
+            (a, b, c) = places
+            turned = sum(float(((y - x) * (z - y)).sum()) for x, y, z in zip(a, b, c, strict=True))
+            assert monitor.values["Turn"] == pytest.approx(turned, rel=1e-12)
+            assert turn.step.update is not None  # it has been formed
+    # Nobody has read it while it could be known.
+    with pytest.raises(px.PackextError, match="read it in conclude"):
+        _ = turn.step.update
 
 
 # -- other losses -----------------------------------------------------------------------------------------

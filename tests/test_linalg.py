@@ -640,6 +640,21 @@ def test_eigsh_finds_copies_of_multiple_eigenvalues(seed: int, k: int) -> None:
     assert torch.allclose(found.values, values.sort(descending=True).values[:k], atol=1e-6)
 
 
+def test_lanczos_and_eigsh_write_into_nothing_that_is_not_theirs() -> None:
+    a, start, images = with_spectrum(torch.arange(1.0, 9)), torch.randn(8), []
+
+    def product(v: Tensor) -> Tensor:
+        images.append((v.clone(), a @ v))
+        return images[-1][1]
+
+    kept = start.clone()
+    linalg.eigsh(product, torch.zeros(8), ncv=4, start=start, tol=1e-8)
+    linalg.lanczos(product, torch.zeros(8), 5)
+    assert len(images) > 9 and torch.equal(start, kept)  # the basis was filled, and restarted, in place
+    assert all(torch.equal(a @ v, image) for v, image in images)
+    assert all(float(v.norm()) == pytest.approx(1, abs=1e-12) for v, _ in images)
+
+
 def test_eigsh_in_float32() -> None:
     matrix = with_spectrum(SPECTRA["indefinite"])
     found = linalg.eigsh(lambda v: matrix.float() @ v, torch.zeros(80, dtype=torch.float32), 3)

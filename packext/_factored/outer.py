@@ -183,7 +183,10 @@ class Outer(Factored):
             at = torch.randint(self.numel, (m, count), generator=generator).to(self.device)
             g, a = self.g[index].to(self.acc).flatten(1), self.a[index].to(self.acc).flatten(1)
             out = at // self.i
-            return g.gather(1, out) * a.gather(1, out // self.o * self.i + at % self.i), at
+            inside = at - out * self.i
+            if self.groups > 1:
+                inside += out // self.o * self.i
+            return g.gather(1, out) * a.gather(1, inside), at
         chosen = torch.rand(m, outputs, generator=generator).argsort(1)[:, : -(-count // self.i)].to(self.device)
         found = []
         for n, some in zip(index.tolist(), chosen, strict=True):
@@ -208,7 +211,10 @@ class Outer(Factored):
         """By `(a aᵀ)(g gᵀ)`, without the rows; whether that is cheaper is for the caller to know."""
         if self.s == 1:
             a, g = self.pair(0, self.n)
-            return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
+            if torch.is_grad_enabled():  # of norms, the gradient at zero is not a number
+                return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
+            lengths = [torch.linalg.vector_norm(t, dim=(2, 3)) for t in (a, g)]  # makes no tensor of squares
+            return (lengths[0] * lengths[1]).square_().sum(1)
         parts = []
         step = max(1, _scratch.TILE // max(1, self.groups * self.s * max(self.s, self.i)))
         for lo in range(0, self.n, step):

@@ -287,10 +287,11 @@ class Watch:
                     ) from error
             return
         with torch.no_grad():
-            observer.finish()
+            observer.finish(bool(self._due))
             monitor.ranks.merge(observer.step, self._needs)
             monitor.ranks.unite(self._due)
             self._record(observer)
+        observer.step._shared["over"] = True  # the parameters may go on
 
     def _record(self, observer: Observer) -> None:
         monitor, step = self._monitor, observer.step
@@ -333,6 +334,8 @@ def _moved(step: Step) -> Any:
 
 def _plain(value: Any) -> float | np.ndarray:
     if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, Tensor) and not value.dim():
         return float(value)
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     return float(array) if array.ndim == 0 else array.copy()

@@ -79,5 +79,8 @@ class Instrument:
         return None
 
     def conclude(self, step: Step) -> Any:
-        """The value of the last step, as `measure` returns it, now that the next is known."""
+        """The value of the last step, as `measure` returns it, now that the next is known.
+
+        Where no instrument is due in the next step, its `update` is formed if it is read in here, and not later.
+        """
         raise NotImplementedError

@@ -110,8 +110,8 @@ class Observer:
             # The record says that a step had no backward pass; the context need not raise.
             self._context.__exit__(StopIteration, None, None)
 
-    def finish(self) -> None:
-        """Complete the step: the mean gradient, and what was added to the parameters."""
+    def finish(self, update: bool) -> None:
+        """Complete the step: the mean gradient, and what was added to the parameters; that late unless `update`."""
         step = self.step
         if not step.passes:
             return
@@ -123,8 +123,7 @@ class Observer:
             step._gradient = {name: g / total for name, g in self._sum.items()}
         if self._counts and all(counts):
             self._rescale(float(sum(n for n in counts if n)))
-        with torch.no_grad():
-            step._update = {name: p.detach() - step._start[name] for name, p in step.parameters.items()}
+        step._update = step.subtract() if update else None
 
     def _rescale(self, factor: float) -> None:
         """Multiply individual gradients and losses."""

@@ -265,6 +265,15 @@ class Step:
     def _update_norms(self) -> dict[str, Tensor]:
         return self.once("update norms", lambda: norms(self._update or {}))
 
+    def subtract(self) -> dict[str, Tensor]:
+        """The parameters as they are, less what they were where the gradient was taken."""
+        if "over" in self._shared:
+            raise px.PackextError(
+                "step.update is read when the step is over, and the parameters may have moved on: of a step in which "
+                "no instrument is due, read it in conclude()."
+            )
+        return {name: p.detach() - self._start[name] for name, p in self.parameters.items()}
+
     def _moved(self) -> bool:
         update = self._update or {}
         # The square of what is very small is zero.
@@ -274,7 +283,9 @@ class Step:
     def update(self) -> dict[str, Tensor]:
         """What the step has added to the parameters, whoever did it."""
         self._passed()
-        if self._update is None or not self.once("moved", self._moved):
+        if self._update is None:
+            self._update = self.once("update", self.subtract)
+        if not self.once("moved", self._moved):
             raise Absent("no update: the parameters did not change between the backward pass and the end of the step")
         return self._update
 

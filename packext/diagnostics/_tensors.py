@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-#: Products that are summed up in the precision of the tensors, before their sums are in float64.
-BLOCK = 1024
+#: Products that are summed up in the precision of the tensors, before their sums are in float64; and where a sum is
+#: a tree, as on accelerators.
+BLOCK, TREE = 1 << 15, 1 << 30
 
 #: Entries of a difference that are in memory at once.
 CHUNK = 1 << 16
@@ -16,10 +17,22 @@ CHUNK = 1 << 16
 
 def inner(one: Tensor, other: Tensor) -> float:
     """The inner product of two tensors of one shape and dtype."""
-    a, b = one.reshape(-1), other.reshape(-1)
-    size = a.numel() // BLOCK * BLOCK
-    blocks = torch.linalg.vecdot(a[:size].view(-1, BLOCK), b[:size].view(-1, BLOCK))
-    return float(blocks.double().sum() + torch.dot(a[size:], b[size:]))
+    size = BLOCK if one.device.type == "cpu" else TREE
+    blocks = zip(one.reshape(-1).split(size), other.reshape(-1).split(size), strict=True)
+    return float(torch.stack([torch.dot(a, b) for a, b in blocks]).double().sum())
+
+
+def total(t: Tensor) -> Tensor:
+    """The sum of all entries `[]`, in float64."""
+    if t.device.type != "cpu":
+        return t.sum(dtype=torch.double)
+    # torch's own sum of another dtype converts entry by entry.
+    return torch.stack([part.double().sum() for part in t.reshape(-1).split(CHUNK)]).sum()
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    """The largest magnitude of an entry; NaN if one is."""
+    return float(torch.stack([torch.stack(t.aminmax()).abs().max().double().cpu() for t in tensors]).max())
 
 
 def square(tensors: dict[str, Tensor]) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -48,6 +49,20 @@ class Verdict:
         return f"{self.name}{where}, {when}: {self.evidence} {self.advice}"
 
 
+class Said(dict[str, Any]):
+    """All that was said of a step so far, by the names in the record."""
+
+    @functools.cached_property
+    def by_layer(self) -> dict[str, dict[str, Any]]:
+        """What instruments say of each parameter, by their names and its own; what was said stays as it is."""
+        found: dict[str, dict[str, Any]] = {}
+        for key, value in self.items():
+            name, slash, layer = key.partition("/")
+            if slash:
+                found.setdefault(name, {})[layer] = value
+        return found
+
+
 class Rule:
     """Base of all rules: names one failure from what instruments say.
 
@@ -87,7 +102,7 @@ class Judge:
         """Take the rules, which keep state of their own and are heard by one judge."""
         self.rules = list(rules)
         self.standing: dict[Rule, Verdict] = {}
-        self._page: tuple[int, dict[str, float | np.ndarray]] = (-1, {})  # what was said of a step comes in parts
+        self._page = -1, Said()  # what was said of a step comes in parts
         self._run: dict[Rule, int] = {}  # findings in a row; while its verdict stands, misses in a row
 
     def hear(self, step: int, values: Mapping[str, float | np.ndarray]) -> list[Verdict]:
@@ -103,7 +118,7 @@ class Judge:
         said = []
         heard = {name.split("/")[0].split(".")[0] for name in values} if self.rules else set()
         before = self._page[1] if self._page[0] == step else {}
-        self._page = step, {**before, **values}
+        self._page = step, Said({**before, **values})
         for rule in self.rules:
             if heard.isdisjoint(rule.reads):
                 continue

@@ -165,7 +165,7 @@ class TopEigenvalues(HessianQuantity):
         product = point.hessian if self.curvature == "hessian" else point.ggn
         start = None
         if self.start is not None:
-            start = [self.start.get(p, torch.zeros_like(p)) for p in point.parameters]
+            start = [self.start[p] if p in self.start else torch.zeros_like(p) for p in point.parameters]
         found = linalg.eigsh(
             product, [p.detach() for p in point.parameters], self.k, self.which, self.ncv, self.maxiter, self.tol,
             self.generator or generator, start,

@@ -10,7 +10,7 @@ from torch import Tensor
 import packext as px
 from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._step import Absent, Step
-from packext.diagnostics._tensors import CHUNK
+from packext.diagnostics._tensors import CHUNK, total
 
 DIAGONALS = {"ggn_mc": px.DiagGGNMC, "ggn": px.DiagGGNExact}
 
@@ -77,7 +77,7 @@ class HessTrace(Instrument):
     def measure(self, step: Step) -> dict[str, Any]:
         if not self.hessian:
             n = step.n
-            found = {name: d.sum(dtype=torch.double) / n for name, d in step.layers(self.needs[-1].savefield).items()}
+            found = {name: total(d) / n for name, d in step.layers(self.needs[-1].savefield).items()}
             return {"": sum(found.values()), **found}
         traces = step.layers("mean_hessian_trace")
         draws = torch.stack([t.draws.double() for t in traces.values()]).sum(0)
@@ -131,16 +131,16 @@ class HessMaxEV(Instrument):
                 f"not finite ({self._failures[0]})"
             )
         size = sum(e.vectors[0].numel() for e in found.values())
-        self._vector = {
-            step.parameters[name]: e.vectors[0]
-            + torch.empty(e.vectors[0].shape).uniform_(-1, 1, generator=self._generator).to(e.vectors)
-            * (0.2 / size**0.5)
-            for name, e in found.items()
-        }
+        self._vector = {step.parameters[name]: self._shaken(e.vectors[0], 0.2 / size**0.5) for name, e in found.items()}
         value, residual = float(first.values[0]), float(first.residuals[0])
         if residual > max(self.tol, 0.1) * abs(value):
             raise Absent(f"Lanczos has not converged: {value:.6g} has a residual of {residual:.3g}")
         return {"": value, ".residual": residual}
+
+    def _shaken(self, vector: Tensor, by: float) -> Tensor:
+        """The vector, and a random part of entries up to `by`."""
+        noise = torch.empty(vector.shape).uniform_(-1, 1, generator=self._generator).to(vector)
+        return noise.mul_(by).add_(vector)
 
 
 class _Criterion(Instrument):
@@ -173,7 +173,12 @@ class TICDiag(_Criterion):
 
     def measure(self, step: Step) -> float:
         n, parts = step.n, [zip(s.split(CHUNK), h.split(CHUNK), strict=True) for s, h in self._pairs(step)]
-        return sum(float((s.double() / (h.double() + n * self.epsilon)).sum()) for part in parts for s, h in part)
+        return sum(self._ratios(s, h, n) for part in parts for s, h in part)
+
+    def _ratios(self, s: Tensor, h: Tensor, n: int) -> float:
+        # Copies even of float64, which are written over.
+        s, h = s.to(torch.double, copy=True), h.to(torch.double, copy=True)
+        return float(s.div_(h.add_(n * self.epsilon)).sum())
 
 
 class TICTrace(_Criterion):
@@ -187,5 +192,5 @@ class TICTrace(_Criterion):
     """
 
     def measure(self, step: Step) -> float:
-        s, h = (sum(float(t.sum(dtype=torch.double)) for t in parts) for parts in zip(*self._pairs(step), strict=True))
+        s, h = (sum(float(total(t)) for t in parts) for parts in zip(*self._pairs(step), strict=True))
         return s / (h + step.n * self.epsilon)

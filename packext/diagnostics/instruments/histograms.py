@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import packext as px
 from packext.diagnostics._instrument import Instrument, Processes
 from packext.diagnostics._step import Absent, Drawn, DrawnGrad, Step
+from packext.diagnostics._tensors import largest
 
 #: Entries of each parameter that are drawn for each sample; both histograms ask for the same.
 ENTRIES = 512
@@ -36,10 +37,10 @@ class _Sampled(Instrument):
 
 
 def _range(given: float | None, values: list[Tensor], what: str) -> float:
-    largest = max(float(torch.linalg.vector_norm(v, torch.inf)) for v in values)
-    if not largest < float("inf"):
+    found = largest(values)
+    if not found < float("inf"):
         raise Absent(f"not finite: a {what} is NaN or infinite")
-    return given or largest or 1.0
+    return given or found or 1.0
 
 
 def _bins(values: Tensor, bins: int, limit: float) -> Tensor:

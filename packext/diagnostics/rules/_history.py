@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from statistics import fmean, median, stdev
 from typing import Any
 
-from packext.diagnostics._verdict import Rule
+from packext.diagnostics._verdict import Rule, Said
 
 
 def by_layer(values: Mapping[str, Any], name: str) -> dict[str, float]:
     """What an instrument says of each parameter, by its name."""
-    prefix = f"{name}/"
-    return {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
+    said = values if isinstance(values, Said) else Said(values)
+    return said.by_layer.get(name, {})
 
 
 class Recent:

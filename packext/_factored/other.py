@@ -172,7 +172,8 @@ class Masked(Factored):
     def rows(self, lo: int, hi: int) -> Tensor:
         if lo == hi:
             return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
-        return torch.stack([self._vjp(i).to(self.acc) for i in range(lo, hi)])
+        rows = [self._vjp(i).to(self.acc) for i in range(lo, hi)]
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
     def bytes_held(self) -> int:
         return self._held
@@ -194,11 +195,14 @@ class Pulled(Factored):
         self.acc, self.device = inner.acc if like.is_complex() else inner.acc.to_real(), inner.device
 
     def tile(self) -> int:
-        return max(1, min(super().tile(), self.inner.tile()))
+        own = super().tile()
+        return own if isinstance(self.inner, Masked) else max(1, min(own, self.inner.tile()))
 
     def rows(self, lo: int, hi: int) -> Tensor:
         if lo == hi:
             return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
+        if isinstance(self.inner, Masked):  # a row of u at a time: each is as large as what all samples have there
+            return torch.cat([self.pull(self.inner.rows(i, i + 1)) for i in range(lo, hi)]).to(self.acc)
         return self.pull(self.inner.rows(lo, hi)).to(self.acc)
 
     def weighted(self, weight: Tensor | None) -> Tensor | None:

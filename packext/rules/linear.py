@@ -37,12 +37,14 @@ class Linear(OwnedRule):
     def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
         transposed = use.consts["transposed"]
         found: dict[str, Tensor] = {}
+        flat = g.flatten(0, -2) if g.dim() > 1 else g[None]  # once, as it may be a copy
         if "input" in wanted:
             w = t["weight"].to(g.dtype)
-            found["input"] = g.matmul(w.t() if transposed else w).to(t["input"].dtype)
-        flat = g.flatten(0, -2)
+            x = t["input"]
+            found["input"] = (flat @ (w.t() if transposed else w)).view(x.shape).to(x.dtype)
         if "weight" in wanted:
-            x = t["input"].flatten(0, -2).to(g.dtype)
+            x = t["input"]
+            x = (x.flatten(0, -2) if x.dim() > 1 else x[None]).to(g.dtype)
             found["weight"] = (x.t() @ flat if transposed else flat.t() @ x).to(t["weight"].dtype)
         if "bias" in wanted:
             found["bias"] = flat.sum(0).to(t["bias"].dtype)

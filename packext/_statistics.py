@@ -148,40 +148,41 @@ class Statistics:
         """Tiles of all samples and some outputs: each knows its own mean, and inner products are sums over them."""
         f = self.form
         assert isinstance(f, Outer)
-        shape, shapes = (f.groups, f.o, f.i), {"sq_norms": (f.n,), "dots": (f.n,), "gram": (f.n, f.n)}
-        known = self.known["total"].reshape(shape) if "total" in self.known else None
+        known = self.known["total"].reshape(f.groups, f.o, f.i) if "total" in self.known else None
         wants = [*wants, "total"] if known is None and ("scatter" in wants or "dots" in wants) else wants
-        # Sums over outputs begin with zeros; what has the parameter's shape is written once, by one of the tiles.
+        # What has the parameter's shape is written once, by one of the tiles; sums over outputs are kept of each.
         found = {
-            w: torch.zeros(shapes[w], dtype=f.acc, device=f.device)
-            if w in shapes
-            else torch.empty(shape, dtype=f.acc, device=f.device)
-            for w in dict.fromkeys(wants)
+            w: torch.empty(f.groups, f.o, f.i, dtype=f.acc, device=f.device)
+            for w in ("total", "second_moment", "scatter")
+            if w in wants
         }
-        total = None
-        for lo in range(0, f.o, step):
-            part = slice(lo, min(f.o, lo + step))
-            rows = f.outputs_in_scratch(part.start, part.stop)
+        parts = {w: value.split(step, 1) for w, value in found.items()}
+        totals = parts["total"] if "total" in found else () if known is None else known.split(step, 1)
+        norms: list[Tensor] = []
+        dots: list[Tensor] = []
+        grams: list[Tensor] = []
+        for k, rows in enumerate(f.outputs_in_scratch(step)):
             flat = rows.flatten(1)
             if "total" in found:
-                total = torch.sum(rows, 0, out=found["total"][:, part])
-            elif known is not None:
-                total = known[:, part]
-            if "sq_norms" in found:
-                found["sq_norms"] += torch.linalg.vector_norm(flat, dim=1).square_()
-            if "dots" in found:
-                assert total is not None
-                found["dots"] += flat @ total.flatten()
-            if "gram" in found:
-                found["gram"] += flat @ flat.T
+                torch.sum(rows, 0, out=totals[k])
+            if "sq_norms" in wants:
+                norms.append(torch.linalg.vector_norm(flat, dim=1))
+            if "dots" in wants:
+                dots.append(flat @ totals[k].flatten())
+            if "gram" in wants:
+                grams.append(flat @ flat.T)
             if "second_moment" in found:
-                _sum_squares(rows, found["second_moment"][:, part])
+                _sum_squares(rows, parts["second_moment"][k])
             if "scatter" in found:
-                assert total is not None
-                _sum_squares(rows.sub_(total, alpha=1.0 / f.n), found["scatter"][:, part])
+                _sum_squares(rows.sub_(totals[k], alpha=1.0 / f.n), parts["scatter"][k])
         for want, value in found.items():
-            self.known[want] = value.reshape(f.shape) if want not in shapes else value
-        self.route.update(dict.fromkeys(found, "tiles"))
+            self.known[want] = value.view(f.shape)
+        for want, values in (("dots", dots), ("gram", grams)):
+            if values:
+                self.known[want] = torch.stack(values).sum(0)
+        if norms:
+            self.known["sq_norms"] = torch.stack(norms).square_().sum(0)
+        self.route.update(dict.fromkeys([*found, *wants], "tiles"))
 
     def _tiles(self, wants: list[str], visitors: list[Visitor], buffer: Tensor | None) -> None:
         f = self.form

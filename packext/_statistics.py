@@ -268,7 +268,7 @@ class Statistics:
         return self.known[want]
 
     def scaled(self, want: str, factor: float) -> Tensor:
-        """A statistic times `factor`, in memory of its own: what it had where one quantity asked for it, and none has it."""
+        """A statistic times `factor`, for the caller to keep; in place where nobody else asked for it or holds it."""
         value = self[want]
         # Held by `known`, by this function, and by the argument of getrefcount.
         if self._asked.count(want) != 1 or torch.is_grad_enabled() or sys.getrefcount(value) > 3:
@@ -298,7 +298,7 @@ class Statistics:
 
 
 def _add_rows(rows: Tensor, into: Tensor | None, recorded: bool) -> Tensor:
-    """Sum of `rows` `[m, ...]`, and of `into` where there is something yet: then in place, unless a graph is recorded."""
+    """Sum of `rows` `[m, ...]` and, where there is something yet, `into`: in place, unless a graph is recorded."""
     if into is None:
         return rows.sum(0) if recorded or len(rows) != 1 else rows[0].clone()
     if recorded or len(rows) > 4:

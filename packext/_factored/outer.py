@@ -143,7 +143,7 @@ class Outer(Factored):
         return self.o if most >= self.o else most // VECTOR * VECTOR
 
     def outputs_in_scratch(self, step: int) -> Iterator[Tensor]:
-        """All samples' rows of `step` outputs after the other, `[N, G, step, I]`; they stand until the next are taken."""
+        """All samples' rows, so many outputs at a time, `[N, G, step, I]`; they stand until the next are taken."""
         if isinstance(self.a, Patches):
             assert self._native is not None
             for lo in range(0, self.o, step):

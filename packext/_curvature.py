@@ -329,6 +329,10 @@ def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
     if len(gates) == 1 and edge.node is gates[0]:
         return places[0]
     edges = [GradientEdge(gate, 0) for gate in gates]
+    moved = _moved(edge.node, gates[0]) if len(gates) == 1 and type(places[0]) is Layout else None
+    key = (places[0], n, axis, output.shape, moved)
+    if moved is not None and key in _MOVED:
+        return _MOVED[key]
 
     def agree(cotangent: Tensor, members: Tensor) -> bool:
         grads = probe_inputs(edge, edges, cotangent)
@@ -337,7 +341,37 @@ def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
             for place, grad in zip(places, grads, strict=True)
         )
 
-    return _search(seen, output, n, axis, agree)
+    found = _search(seen, output, n, axis, agree)
+    if moved is not None:
+        if len(_MOVED) > 99:
+            _MOVED.clear()
+        _MOVED[key] = found
+    return found
+
+
+#: Functions that give entries other places, which follow from the shapes and from what autograd's node keeps.
+_MOVES = {
+    "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
+    "PermuteBackward0": ("_saved_dims",),
+    "ViewBackward0": ("_saved_self_sym_sizes",),
+    "UnsafeViewBackward0": ("_saved_self_sym_sizes",),
+    "UnsqueezeBackward0": ("_saved_dim",),
+    "CloneBackward0": (),
+}
+#: Where the samples are behind such functions, by all that it depends on.
+_MOVED: dict[Any, Layout] = {}
+
+
+def _moved(node: Any, gate: Any) -> tuple[Any, ...] | None:
+    """What tells the places of entries at `node` from those at the gate; None if there is more on the way."""
+    way = []
+    while node is not gate:
+        name = node.name()
+        if name not in _MOVES or len(node.next_functions) != 1 or node.next_functions[0][1] != 0:
+            return None
+        way.append((name, *(getattr(node, what) for what in _MOVES[name])))
+        node = node.next_functions[0][0]
+    return tuple(way)
 
 
 def _found(seen: Seen, edge: GradientEdge, output: Tensor, record: Record) -> Layout:

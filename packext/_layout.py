@@ -69,6 +69,10 @@ class Layout:
 
     def only(self, t: Tensor, sample: int) -> Tensor:
         """`t` with the entries of every other sample set to zero (NaN as well)."""
+        if type(self) is Layout and self.axis is not None and t.shape[self.axis] == self.n:
+            out = torch.zeros_like(t)
+            out.select(self.axis, sample).copy_(t.select(self.axis, sample))
+            return out
         mask = torch.zeros(self.n, dtype=torch.bool, device=t.device)
         mask[sample] = True
         return torch.where(self.spread(mask, t), t, torch.zeros_like(t))

@@ -6,6 +6,7 @@ once and serve every statistic that asked for them, the sum of the rows (`.grad`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -23,6 +24,9 @@ KEEP = 3 << 20
 #: Entries of a row below which a call costs more than what it does.
 SMALL = 1 << 13
 
+#: Outputs of all samples' rows that a tile has to hold for its product to run at full speed.
+BROAD = 64
+
 #: Multiply-adds of a matrix product that take as long as one entry of an elementwise step in cache,
 #: and one entry unfolded or written to memory (2 threads of a CPU with AVX-512; the order is what counts).
 ELEMENTWISE = 20.0
@@ -37,6 +41,7 @@ class Statistics:
         self.form = form
         self.known: dict[str, Tensor] = {}
         self.route: dict[str, str] = {}
+        self._asked: list[str] = []
 
     def apart(self) -> Statistics:
         """The same for another listener, who may write to what it gets: all that is known but the rows, copied."""
@@ -60,7 +65,8 @@ class Statistics:
             deliver: the sum of the rows will be `.grad`, so it is wanted where tiles are formed anyway.
             buffer: where to write "rows", `[N, *shape]`.
         """
-        missing = [w for w in dict.fromkeys(wants) if w not in self.known]
+        self._asked = list(wants)
+        missing = [w for w in dict.fromkeys(self._asked) if w not in self.known]
         visitors = list(visitors)
         asked = list(dict.fromkeys([*missing, "total"])) if deliver and "total" not in self.known else missing
         found = None if visitors else _fused.answers(self.form, asked, lambda: Statistics(self.form)._plainly(asked))
@@ -102,7 +108,8 @@ class Statistics:
             if together:
                 tiled += ["total", "dots"]
             wanted = [w for w in dict.fromkeys(tiled) if w not in self.known]
-            if blocks and ("dots" in wanted or "gram" in wanted):
+            paired = "dots" in wanted or "gram" in wanted
+            if blocks and (paired or self._broad(blocks)):
                 self._by_outputs(wanted, blocks)
             else:
                 self._tiles(wanted, visitors, buffer)
@@ -133,7 +140,7 @@ class Statistics:
     def _blocks(self) -> int:
         """How many outputs of all samples make a tile, for what needs all samples at once; 0: no such tiles."""
         f = self.form
-        return f.outputs_at_once() if isinstance(f, Outer) and f.s > 1 and not torch.is_grad_enabled() else 0
+        return f.outputs_at_once() if isinstance(f, Outer) and f.s > 1 and f.n and not torch.is_grad_enabled() else 0
 
     def _tiles_beat_gram(self, tiles_run: bool, deliver: bool, dots: bool) -> bool:
         f = self.form
@@ -151,42 +158,54 @@ class Statistics:
             tiles += product
         return tiles < gram
 
+    def _broad(self, step: int) -> bool:
+        """Whether products for that many outputs of all samples run as fast as those for all outputs of a few."""
+        f = self.form
+        return isinstance(f, Outer) and not isinstance(f.a, Patches) and step >= min(f.o, BROAD)
+
     def _by_outputs(self, wants: list[str], step: int) -> None:
         """Tiles of all samples and some outputs: each knows its own mean, and inner products are sums over them."""
         f = self.form
         assert isinstance(f, Outer)
-        shapes = {"sq_norms": (f.n,), "dots": (f.n,), "gram": (f.n, f.n)}
+        known = self.known["total"].reshape(f.groups, f.o, f.i) if "total" in self.known else None
+        wants = [*wants, "total"] if known is None and ("scatter" in wants or "dots" in wants) else wants
+        # What has the parameter's shape is written once, by one of the tiles; sums over outputs are kept of each.
         found = {
-            w: torch.zeros(shapes.get(w, (f.groups, f.o, f.i)), dtype=f.acc, device=f.device)
-            for w in dict.fromkeys([*wants, "total"])
+            w: torch.empty(f.groups, f.o, f.i, dtype=f.acc, device=f.device)
+            for w in ("total", "second_moment", "scatter")
+            if w in wants
         }
-        for lo in range(0, f.o, step):
-            part = slice(lo, min(f.o, lo + step))
-            rows = f.outputs_in_scratch(part.start, part.stop)
-            flat, total = rows.flatten(1), rows.sum(0)
-            found["total"][:, part] = total
+        parts = {w: value.split(step, 1) for w, value in found.items()}
+        totals = parts["total"] if "total" in found else () if known is None else known.split(step, 1)
+        norms: list[Tensor] = []
+        dots: list[Tensor] = []
+        grams: list[Tensor] = []
+        for k, rows in enumerate(f.outputs_in_scratch(step)):
+            flat = rows.flatten(1)
+            if "total" in found:
+                torch.sum(rows, 0, out=totals[k])
             if "sq_norms" in wants:
-                found["sq_norms"] += torch.linalg.vector_norm(flat, dim=1).square_()
+                norms.append(torch.linalg.vector_norm(flat, dim=1))
             if "dots" in wants:
-                found["dots"] += flat @ total.flatten()
+                dots.append(flat @ totals[k].flatten())
             if "gram" in wants:
-                found["gram"] += flat @ flat.T
-            if "second_moment" in wants:
-                _add_squares(found["second_moment"][:, part], rows, False)
-            if "scatter" in wants:
-                _add_squares(found["scatter"][:, part], rows.sub_(total / f.n), False)
+                grams.append(flat @ flat.T)
+            if "second_moment" in found:
+                _sum_squares(rows, parts["second_moment"][k])
+            if "scatter" in found:
+                _sum_squares(rows.sub_(totals[k], alpha=1.0 / f.n), parts["scatter"][k])
         for want, value in found.items():
-            self.known[want] = value.reshape(f.shape) if want not in shapes else value
-        self.route.update(dict.fromkeys(found, "tiles"))
+            self.known[want] = value.view(f.shape)
+        for want, values in (("dots", dots), ("gram", grams)):
+            if values:
+                self.known[want] = torch.stack(values).sum(0)
+        if norms:
+            self.known["sq_norms"] = torch.stack(norms).square_().sum(0)
+        self.route.update(dict.fromkeys([*found, *wants], "tiles"))
 
     def _tiles(self, wants: list[str], visitors: list[Visitor], buffer: Tensor | None) -> None:
         f = self.form
-
-        def zeros(wanted: bool) -> Tensor:
-            return torch.zeros(f.shape if wanted else (), dtype=f.acc, device=f.device)
-
-        total, second = zeros("total" in wants or "scatter" in wants), zeros("second_moment" in wants)
-        shifted = centre = zeros("scatter" in wants)
+        total = second = shifted = centre = torch.zeros((), dtype=f.acc, device=f.device)
         norms: list[Tensor] = []
         kept: list[Tensor] = []
         dots: list[Tensor] = []
@@ -216,19 +235,22 @@ class Statistics:
             if direction is not None:
                 dots.append(flat @ direction)
             if "total" in wants or "scatter" in wants:
-                total = total + rows.sum(0) if recorded else total.add_(rows[0] if len(rows) == 1 else rows.sum(0))
+                total = _add_rows(rows, total if lo else None, recorded)
             if "second_moment" in wants:
-                second = _add_squares(second, rows, recorded)
+                second = _add_squares(rows, second if lo else None, recorded)
             if "scatter" in wants:
                 # Squares about the mean of the first tile: no cancellation where rows are nearly equal,
                 # since the mean of m of N rows is within sqrt((N - m) / m) deviations of the mean of all.
                 if lo == 0:
-                    centre = rows.mean(0)
+                    centre = total / hi
                 if isinstance(f, Outer) and out is None and not recorded:  # nobody else sees these rows
-                    shifted = _add_squares(shifted, rows.sub_(centre), recorded)
+                    shifted = _add_squares(rows.sub_(centre), shifted if lo else None, recorded)
                 else:
+                    before = shifted if lo else None
                     for part in rows.split(max(1, 8 * SMALL // max(1, f.numel))):
-                        shifted = _add_squares(shifted, part - centre, recorded)
+                        shifted = before = _add_squares(part - centre, before, recorded)
+        if not f.n:
+            total, second, shifted, centre = (torch.zeros(f.shape, dtype=f.acc, device=f.device) for _ in range(4))
         found: dict[str, Tensor] = {}
         if "sq_norms" in wants:
             norm = torch.cat(norms) if norms else total.new_zeros(0)
@@ -238,7 +260,12 @@ class Statistics:
         if "second_moment" in wants:
             found["second_moment"] = second
         if "scatter" in wants:
-            found["scatter"] = (shifted - f.n * (total / f.n - centre).square()).clamp(min=0)
+            if recorded:
+                shifted = shifted - f.n * (total / f.n - centre).square()
+            else:
+                off = centre.mul_(-f.n).add_(total)  # N times as far as the centre is from the mean
+                shifted.addcmul_(off, off, value=-1.0 / max(1, f.n))
+            found["scatter"] = shifted.clamp(min=0) if recorded else shifted.clamp_(min=0)
         if need_rows:
             rows = out if out is not None else torch.cat(kept)
             flat = rows.reshape(f.n, -1)
@@ -258,6 +285,14 @@ class Statistics:
         if want not in self.known:
             self.prepare([want])
         return self.known[want]
+
+    def scaled(self, want: str, factor: float) -> Tensor:
+        """A statistic times `factor`, for the caller to keep; in place where nobody else asked for it or holds it."""
+        value = self[want]
+        # Held by `known`, by this function, and by the argument of getrefcount.
+        if self._asked.count(want) != 1 or torch.is_grad_enabled() or sys.getrefcount(value) > 3:
+            return value * factor
+        return self.known.pop(want).mul_(factor)
 
     def dots(self, direction: Tensor) -> Tensor:
         """Inner products of the rows with `direction`, `[N]`."""
@@ -281,15 +316,42 @@ class Statistics:
         return answer
 
 
-def _add_squares(into: Tensor, rows: Tensor, recorded: bool) -> Tensor:
+def _add_rows(rows: Tensor, into: Tensor | None, recorded: bool) -> Tensor:
+    """Sum of `rows` `[m, ...]` and, where there is something yet, `into`: in place, unless a graph is recorded."""
+    if into is None:
+        return rows.sum(0) if recorded or len(rows) != 1 else rows[0].clone()
+    if recorded or len(rows) > 4:
+        return into + rows.sum(0) if recorded else into.add_(rows.sum(0))
+    for row in rows:
+        into.add_(row)
+    return into
+
+
+def _add_squares(rows: Tensor, into: Tensor | None, recorded: bool) -> Tensor:
+    """The same for the squares of the rows."""
     if recorded:
-        return into + rows.square().sum(0)
+        return rows.square().sum(0) if into is None else into + rows.square().sum(0)
+    if into is None:
+        return _sum_squares(rows, rows.new_empty(rows.shape[1:]))
     if into.numel() < SMALL:
-        squares = scratch("squares", rows.shape, rows.dtype, rows.device)
-        return into.add_(torch.mul(rows, rows, out=squares).sum(0))
+        return into.add_(_squares(rows).sum(0))
     for row in rows:
         into.addcmul_(row, row)
     return into
+
+
+def _sum_squares(rows: Tensor, out: Tensor) -> Tensor:
+    """Sum of the squares of `rows` `[m, ...]`, written to `out`."""
+    if out.numel() < SMALL:
+        return torch.sum(_squares(rows), 0, out=out)
+    torch.mul(rows[0], rows[0], out=out)
+    for row in rows[1:]:
+        out.addcmul_(row, row)
+    return out
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return torch.mul(rows, rows, out=scratch("squares", rows.shape, rows.dtype, rows.device))
 
 
 def is_pair(form: Factored) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import packext as px
-from packext import testing
+from packext import _curvature, testing
 from tests.cases import CASES, Case, Routed
 from tests.helpers import double_precision, mlp
 
@@ -109,6 +110,54 @@ def test_a_loss_on_tokens(fold: str, steps: int) -> None:
         else:
             loss(z.transpose(0, 1).reshape(-1, 3), y.T.flatten()).backward()
     compare(model, rows)
+
+
+def test_moves_between_model_and_loss_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where samples are behind a transposition follows from it; of other functions it is found out in each pass."""
+    sent: list[int] = []
+    look = _curvature.probe_inputs
+    monkeypatch.setattr(_curvature, "probe_inputs", lambda *a: sent.append(1) or look(*a))
+    monkeypatch.setattr(_curvature, "_MOVED", {})
+    model, loss = px.extend(Tokens()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randint(7, (N, N)), torch.randint(3, (N, N))
+    ways = {
+        "classes second": lambda z: (z.mT, y),
+        "time-major": lambda z: (z.transpose(0, 1).reshape(-1, 3), y.T.flatten()),
+        "by one": lambda z: (1.0 * z.mT, y),
+    }
+    plain = Tokens()
+    plain.load_state_dict(model.state_dict())
+    rows = testing.curvature_rows(plain, lambda z, t: nn.CrossEntropyLoss()(z.mT, t), x, y, weights=[1 / N] * N)
+    for k in range(3):
+        for way, meet in ways.items():
+            before = len(sent)
+            with px.backpack(px.DiagGGNExact()):
+                loss(*meet(model(x))).backward()
+            assert (len(sent) > before) == (k == 0 or way == "by one"), (way, k)
+            for name, p in model.named_parameters():
+                want = rows[name].square().flatten(0, 1).sum(0)
+                assert testing.relative_error(p.diag_ggn_exact, want) < 1e-8, (way, name)
+
+
+def test_a_moved_batch_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two moves of one shape, which leave the samples along different axes."""
+    monkeypatch.setattr(_curvature, "_MOVED", {})
+    plain = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, N))
+    x, y = torch.randint(7, (N, N)), torch.randn(N, N, N)
+    rows = testing.curvature_rows(plain, nn.MSELoss(), x, y, weights=[1 / N] * N)
+    model, loss = px.extend(copy.deepcopy(plain)), px.extend(nn.MSELoss())
+    axes = [*itertools.permutations(range(3))]
+    for _ in range(2):
+        moves = [lambda z, a=a: z.permute(a) for a in axes]
+        moves += [lambda z, a=a: z.transpose(*a) for a in ((0, 1), (1, 2), (0, 2))]
+        moves += [lambda z, a=a: z.unsqueeze(a) for a in (0, 1, -1)]
+        moves += [lambda z, a=a: z.view(a) for a in ((N, N * N), (N * N, N))] + [lambda z: z.clone()]
+        for k, move in enumerate(moves):
+            with px.backpack(px.DiagGGNExact()):
+                loss(move(model(x)), move(y)).backward()
+            for name, p in model.named_parameters():
+                want = rows[name].square().flatten(0, 1).sum(0)
+                assert testing.relative_error(p.diag_ggn_exact, want) < 1e-8, (name, k)
 
 
 def test_what_mixes_samples_before_the_loss_is_refused() -> None:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import packext as px
-from packext import _statistics, testing
+from packext import _scratch, _statistics, testing
+from packext._factored import Outer
 from tests.cases import CASES, Case
 from tests.helpers import double_precision
 
@@ -83,6 +85,58 @@ def test_deviations_in_parts_of_a_tile(name: str, monkeypatch: pytest.MonkeyPatc
     this = Prepared(next(case for case in CASES if case.name == name))
     this.check([px.Variance(), px.GradDot()])
     this.check([px.Variance(), px.BatchGrad()])
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("small", [1, 1 << 13])
+def test_tiles_of_some_outputs(groups: int, known: bool, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 64, 64 and 2 outputs of all samples give what the rows do: together, and each statistic alone."""
+    n, s, o, i = 4, 5, 130, 6
+    monkeypatch.setattr(_scratch, "TILE", 64 * n * groups * i)
+    monkeypatch.setattr(_statistics, "SMALL", small)
+    monkeypatch.setattr(_statistics.Statistics, "_tiles_beat_gram", lambda *_: True)
+    monkeypatch.setattr(_statistics.Statistics, "_keepable", lambda *_: True)
+    a, g = torch.randn(n, groups, s, i), torch.randn(n, groups, o, s)
+    rows = torch.einsum("ngos,ngsi->ngoi", g, a).reshape(n, groups * o, i)
+    flat, mean = rows.flatten(1), rows.mean(0)
+    wanted = {
+        "total": rows.sum(0), "sq_norms": flat.square().sum(1), "second_moment": rows.square().sum(0),
+        "scatter": (rows - mean).square().sum(0), "gram": flat @ flat.T, "dots": flat @ flat.sum(0),
+    }  # fmt: skip
+    for wants in (list(wanted), *([want] for want in wanted)):
+        statistics = _statistics.Statistics(Outer(a, g, (groups * o, i)))
+        with torch.no_grad():
+            if known:
+                statistics.known["total"] = rows.sum(0)
+            statistics.prepare(wants, deliver=not known)
+        for want in wants:
+            assert testing.relative_error(statistics[want], wanted[want]) < 1e-12, (want, wants)
+        for want in set(wants) - ({"total"} if wants != ["dots"] or not known else {"total", "dots"}):
+            assert statistics.route[want] == "tiles", (want, wants)
+
+
+class Tripled(px.SumGradSquared):
+    savefield = "tripled"
+
+    def result(self, ask: Any) -> Any:
+        return ask.statistics.scaled("second_moment", 3.0)
+
+
+@pytest.mark.parametrize("case", CASES[::9], ids=lambda c: c.name)
+def test_quantities_that_share_a_statistic(case: Case) -> None:
+    """What one makes of it in place is not what another gets, whichever comes first, declared or not."""
+    this = Prepared(case)
+    triple = [px.SumGradSquared(), Tripled(), px.BatchL2Grad()]
+    for quantities in (triple, triple[::-1], [px.SumGradSquared(), px.DiagEF()], [px.DiagEF(), px.SumGradSquared()]):
+        scale = 1 / this.factor  # with which `diag_ef` is the sum of squares of rows as the loss has them
+        with px.backpack(*quantities, scale=scale):
+            this.loss(testing.call(this.model, this.inputs), this.targets).backward()
+        for name, p in this.model.named_parameters():
+            squares = this.rows[name].square().sum(0) if p.grad is not None and p.requires_grad else None
+            for field, times in (("sum_grad_squared", scale**2), ("tripled", 3.0), ("diag_ef", 1.0)):
+                if squares is not None and hasattr(p, field):
+                    assert testing.relative_error(getattr(p, field), times * squares) < 1e-9, (name, field)
 
 
 @pytest.mark.parametrize("case", CASES[::7], ids=lambda c: c.name)

@@ -221,13 +221,14 @@ class Dense(Factored):
         return (weight @ self.flat).reshape(self.shape)
 
     def sq_norms(self) -> Tensor:
-        return self.flat.square().sum(1)
+        return torch.linalg.vecdot(self.flat, self.flat)
 
     def second_moment(self) -> Tensor:
         return self.r.square().sum(0)
 
     def scatter(self) -> Tensor:
-        return (self.r - self.r.mean(0)).square().sum(0)
+        off = self.r - self.r.mean(0)
+        return off.square().sum(0) if torch.is_grad_enabled() else off.square_().sum(0)
 
     def gram(self) -> Tensor:
         return self.flat @ self.flat.T

@@ -175,7 +175,8 @@ class Masked(Factored):
     def rows(self, lo: int, hi: int) -> Tensor:
         if lo == hi:
             return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
-        return torch.stack([self._vjp(i).to(self.acc) for i in range(lo, hi)])
+        rows = [self._vjp(i).to(self.acc) for i in range(lo, hi)]
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
     def bytes_held(self) -> int:
         return self._held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -151,18 +151,22 @@ class Outer(Factored):
         most = (3 if native else 1) * _scratch.TILE // max(1, self.n * self.groups * self.i)
         return self.o if most >= self.o else most // VECTOR * VECTOR
 
-    def outputs_in_scratch(self, lo: int, hi: int) -> Tensor:
-        """All samples' rows of outputs lo to hi, `[N, G, hi - lo, I]`; they stand until the next are asked for."""
-        rows = scratch("rows", (self.n, self.groups, hi - lo, self.i), self.acc, self.device)
+    def outputs_in_scratch(self, step: int) -> Iterator[Tensor]:
+        """All samples' rows, so many outputs at a time, `[N, G, step, I]`; they stand until the next are taken."""
         if isinstance(self.a, Patches):
             assert self._native is not None
-            for k in range(self.n):
-                rows[k] = self._native(k, k + 1, lo, hi).reshape(1, hi - lo, self.i)
-        else:
-            a, g = self.pair(0, self.n)
-            out = rows.view(-1, hi - lo, self.i)
-            torch.bmm(g[:, :, lo:hi].flatten(0, 1), a.flatten(0, 1), out=out)
-        return rows
+            for lo in range(0, self.o, step):
+                hi = min(self.o, lo + step)
+                rows = scratch("rows", (self.n, self.groups, hi - lo, self.i), self.acc, self.device)
+                for k in range(self.n):
+                    rows[k] = self._native(k, k + 1, lo, hi).reshape(1, hi - lo, self.i)
+                yield rows
+            return
+        a, g = (t.flatten(0, 1) for t in self.pair(0, self.n))
+        for part in g.split(step, 1):
+            rows = scratch("rows", (self.n, self.groups, part.shape[1], self.i), self.acc, self.device)
+            torch.bmm(part, a, out=rows.view(-1, part.shape[1], self.i))
+            yield rows
 
     def select(self, index: Tensor) -> Tensor:
         if isinstance(self.a, Patches):

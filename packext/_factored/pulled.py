@@ -69,11 +69,14 @@ class Pulled(Factored):
         return Pulled(self.inner, self.like, put, lambda: found, None, self.value)
 
     def tile(self) -> int:
-        return max(1, min(super().tile(), self.inner.tile()))
+        own = super().tile()
+        return own if isinstance(self.inner, Masked) else max(1, min(own, self.inner.tile()))
 
     def rows(self, lo: int, hi: int) -> Tensor:
         if lo == hi:
             return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
+        if isinstance(self.inner, Masked):  # a row of u at a time: each is as large as what all samples have there
+            return torch.cat([self.pull(self.inner.rows(i, i + 1)) for i in range(lo, hi)]).to(self.acc)
         return self.pull(self.inner.rows(lo, hi)).to(self.acc)
 
     def weighted(self, weight: Tensor | None) -> Tensor | None:

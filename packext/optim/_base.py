@@ -252,9 +252,10 @@ class Optimizer(torch.optim.Optimizer):
                     self._settle(work)
             except Skip as reason:
                 return self._skip(str(reason))
-            if not finite(work.updates):
-                bad = next(p for p, u in zip(work.params, work.updates, strict=True) if not finite([u]))
-                return self._skip(f"the update of {self.name_of(bad)} is NaN or infinite")
+        pairs = [(p, u) for work in works for p, u in zip(work.params, work.updates, strict=True)]
+        if not finite([u for _, u in pairs]):
+            bad = next(p for p, u in pairs if not finite([u]))
+            return self._skip(f"the update of {self.name_of(bad)} is NaN or infinite")
         self.lacking = False
         for work in works:
             if work.params:

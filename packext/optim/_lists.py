@@ -42,15 +42,23 @@ def lerp(one: Sequence[Tensor], other: Sequence[Tensor], weights: Sequence[float
     return _run("lerp", one, other, weights)
 
 
-def norms(one: Sequence[Tensor]) -> list[Tensor]:
-    """Euclidean norms, in float64."""
-    return [n.double() for n in _run("norm", one)]
-
-
 def norm(one: Sequence[Tensor]) -> float:
-    """The norm of all together."""
-    found = norms([t for t in one if t.numel()])
-    return float(torch.stack([n.to(found[0].device) for n in found]).norm()) if found else 0.0
+    """The norm of all together, in float64."""
+    return float(_stacked(_run("norm", [t for t in one if t.numel()])).norm())
+
+
+def dots(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Inner products of the two lists' tensors, `[len]` in float64."""
+    kinds = [torch.promote_types(a.dtype, b.dtype) for a, b in zip(one, other, strict=True)]
+    flat = [(a.reshape(-1).to(d), b.reshape(-1).to(d)) for a, b, d in zip(one, other, kinds, strict=True)]
+    return _stacked([torch.dot(a, b) for a, b in flat])
+
+
+def _stacked(numbers: Sequence[Tensor]) -> Tensor:
+    """Tensors of one entry, of any dtypes and devices, as one in float64."""
+    if len({(n.dtype, n.device) for n in numbers}) > 1:
+        numbers = [n.to(numbers[0].device, torch.float64) for n in numbers]
+    return torch.stack(list(numbers)).double() if numbers else torch.zeros(0, dtype=torch.float64)
 
 
 def add_(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:

@@ -54,16 +54,17 @@ class Adam(Part):
             averages.append(average(work, name, new, [b[k] for b in work.of("betas")]))
         first = [1 - b[0] ** t for b, t in zip(work.of("betas"), times, strict=True)]
         second = [1 - b[1] ** t for b, t in zip(work.of("betas"), times, strict=True)]
-        root = lists.sqrt(lists.div(averages[1], second))
-        work.updates = list(lists.div(lists.div(averages[0], first), lists.add(root, work.of("eps"))))
+        # m / first / (sqrt(v / second) + eps), with the roots of `second` taken out of the denominator
+        roots = [math.sqrt(s) for s in second]
+        below = lists.add(lists.sqrt(averages[1]), [e * r for e, r in zip(work.of("eps"), roots, strict=True)])
+        work.updates = lists.mul(lists.div(averages[0], below), [r / f for r, f in zip(roots, first, strict=True)])
         work.set("t", times)
 
 
 def average(work: Work, name: str, new: Sequence[Tensor], decays: Sequence[float]) -> list[Tensor]:
     """`decay old + (1 - decay) new`, from zero, kept in the state under `name`."""
     old = [torch.zeros_like(x) if m is None else m for m, x in zip(work.old(name), new, strict=True)]
-    weights = [1 - float(d) for d in decays]
-    mixed = lists.add(lists.mul(old, [1 - w for w in weights]), lists.mul(new, weights))
+    mixed = lists.lerp(old, new, [1 - float(d) for d in decays])
     work.set(name, mixed)
     return mixed
 
@@ -101,8 +102,8 @@ class KLClip(Part):
         bound = work.groups[0]["kl_clip"]
         if bound is None:
             return
-        pairs = zip(work.grads, work.updates, work.of("lr"), strict=True)
-        size = sum(float(torch.sum(g * u)) * lr**2 for g, u, lr in pairs)
+        slopes = lists.dots(work.grads, work.updates).tolist()
+        size = sum(slope * lr**2 for slope, lr in zip(slopes, work.of("lr"), strict=True))
         if size > bound:
             work.updates = lists.mul(work.updates, [math.sqrt(bound / size)] * len(work.updates))
 
@@ -134,8 +135,8 @@ class Momentum(Part):
         factors = work.of("momentum")
         if not any(factors):
             return
-        old = [
-            u if v is None else u + m * v for u, v, m in zip(work.updates, work.old("velocity"), factors, strict=True)
-        ]
-        work.updates = old
-        work.set("velocity", old)
+        old = [torch.zeros_like(u) if v is None else v for u, v in zip(work.updates, work.old("velocity"), strict=True)]
+        new = lists.mul(old, factors)
+        lists.add_(new, work.updates)
+        work.updates = new
+        work.set("velocity", new)

@@ -63,6 +63,7 @@ class Work:
         self.grads = [at_least_float32(p.grad) for p in self.params if p.grad is not None]
         self.updates = list(self.grads)
         self.new: list[dict[str, Any]] = [{} for _ in items]
+        self._states = [optimizer.state.get(p, {}) for p in self.params]
 
     def of(self, name: str) -> list[Any]:
         """A hyperparameter, for each parameter."""
@@ -70,8 +71,7 @@ class Work:
 
     def old(self, name: str, default: Any = None) -> list[Any]:
         """An entry of the state, for each parameter; `default` before its first step."""
-        states = [self.optimizer.state.get(p, {}) for p in self.params]
-        return [state.get(name, default) for state in states]
+        return [state.get(name, default) for state in self._states]
 
     def set(self, name: str, values: Iterable[Any]) -> None:
         """Set an entry of the state, for each parameter, if the step is taken."""

@@ -22,7 +22,7 @@ class SumGradSquared(Summed, Quantity):
         return ("second_moment",)
 
     def result(self, ask: Ask) -> Tensor:
-        return ask.statistics["second_moment"] * ask.factor**2
+        return ask.statistics.scaled("second_moment", ask.factor**2)
 
 
 class Variance(Quantity):
@@ -38,7 +38,7 @@ class Variance(Quantity):
         return ("scatter",)
 
     def result(self, ask: Ask) -> Tensor:
-        return ask.statistics["scatter"] * (ask.factor**2 / ask.n)
+        return ask.statistics.scaled("scatter", ask.factor**2 / ask.n)
 
     indivisible = ""
 

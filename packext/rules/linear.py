@@ -37,10 +37,11 @@ class Linear(OwnedRule):
     def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
         transposed = use.consts["transposed"]
         found: dict[str, Tensor] = {}
+        flat = _rows(g)  # once, as it may be a copy
         if "input" in wanted:
             w = t["weight"].to(g.dtype)
-            found["input"] = g.matmul(w.t() if transposed else w).to(t["input"].dtype)
-        flat = _rows(g)
+            x = t["input"]
+            found["input"] = (flat @ (w.t() if transposed else w)).view(x.shape).to(x.dtype)
         if "weight" in wanted:
             x = _rows(t["input"]).to(g.dtype)
             found["weight"] = (x.t() @ flat if transposed else flat.t() @ x).to(t["weight"].dtype)

@@ -77,7 +77,7 @@ class OwnVariance(_Own, px.Variance):
 
     def result(self, ask: Any) -> Tensor:
         """Of one parameter."""
-        return ask.statistics["scatter"] * (ask.sample_factor() ** 2 / ask.n)
+        return ask.statistics.scaled("scatter", ask.sample_factor() ** 2 / ask.n)
 
     def aside(self, ask: Any, held: Any) -> Tensor:
         """The mean."""

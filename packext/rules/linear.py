@@ -48,6 +48,9 @@ class Linear(OwnedRule):
             found["bias"] = flat.sum(0).to(t["bias"].dtype)
         return found
 
+    def back(self, use: Use, t: dict[str, Tensor]) -> tuple[Callable[..., Any], dict[str, Any]]:
+        return F.linear, {"transposed": not use.consts["transposed"]}
+
     def factors(
         self,
         use: Use,
@@ -154,7 +157,7 @@ class Contraction(Rule):
     positionwise = True
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
-        pair = (tensors["data"], tensors["weight"])
+        pair = (tensors["input"], tensors["weight"])
         return use.consts["run"](*(pair if use.consts["data first"] else pair[::-1]))
 
     def factors(
@@ -183,7 +186,7 @@ class Contraction(Rule):
         many = lambda letters: int(torch.Size([size[c] for c in letters]).numel())  # noqa: E731
         gs_ = layout.split(moved, lead)
         gs_ = gs_.reshape(*gs_.shape[:2], many(groups), many(writes)).permute(0, 2, 3, 1)
-        data = t["data"]
+        data = t["input"]
         extra = [c for c in x if c not in shared and c not in w]
         data = data.permute([x.index(c) for c in shared + groups + reads + extra])
         if extra:
@@ -200,7 +203,34 @@ class Contraction(Rule):
         return {"weight": Pulled(inner, t["weight"], lambda rows: rows.permute(0, *back))}
 
 
-CONTRACTION = Contraction()
+class OwnedContraction(Contraction, OwnedRule):
+    """The same where the loss may be made of its derivative, which is an `einsum` as well.
+
+    Every letter of the data is one of the weight or of the result.
+    """
+
+    def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        x, w, result = self._letters(use)
+        found: dict[str, Tensor] = {}
+        if "input" in wanted:
+            found["input"] = torch.einsum(f"{result},{w}->{x}", g, t["weight"].to(g.dtype)).to(t["input"].dtype)
+        if "weight" in wanted:
+            found["weight"] = torch.einsum(f"{result},{x}->{w}", g, t["input"].to(g.dtype)).to(t["weight"].dtype)
+        return found
+
+    def back(self, use: Use, t: dict[str, Tensor]) -> tuple[Callable[..., Any], dict[str, Any]]:
+        x, w, result = self._letters(use)
+        equation = f"{result},{w}->{x}"
+        run = functools.partial(torch.einsum, equation)
+        return torch.einsum, {"equation": equation, "run": run, "data first": True}
+
+    @staticmethod
+    def _letters(use: Use) -> list[str]:
+        inputs, result = use.consts["equation"].split("->")
+        return [*inputs.split(","), result]
+
+
+CONTRACTION, OWNED_CONTRACTION = Contraction(), OwnedContraction()
 
 
 def contraction(
@@ -222,4 +252,6 @@ def contraction(
     if any(c in left and x.shape[left.index(c)] != w.shape[right.index(c)] for c in right):
         return NotImplemented
     consts = {"equation": f"{left},{right}->{result}", "run": run, "data first": data_first}
-    return tracer.observed(CONTRACTION, func, {"data": x, "weight": w}, consts)
+    if tracer.has_slope(x) and all(c in right or c in result for c in left):
+        return tracer.owned(OWNED_CONTRACTION, func, {"input": x, "weight": w}, consts)
+    return tracer.observed(CONTRACTION, func, {"input": x, "weight": w}, consts)

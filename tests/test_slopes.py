@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
 import packext as px
-from packext import _flight, testing
+from packext import _flight, _pass, testing
+from packext._factored import Sum
 from packext._record import tensors_in
 from packext.rules.convolution import Convolution
 from packext.rules.linear import Linear, OwnedContraction
@@ -479,6 +480,20 @@ def test_the_first_pass_is_no_backward_pass_of_the_context() -> None:
         slope(model(x), x)
         assert all(p.grad_batch is before[name] for name, p in model.named_parameters())
     assert len(heard) == 1
+
+
+@pytest.mark.parametrize("name", ["mlp equation", "products equation"])
+def test_forms_of_all_uses_are_joined(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of two positions, of which norms need no rows; the head of `Products` is a value made of a parameter."""
+    model, total, x = built(name)
+    px.extend(model)
+    merged: list[Any] = []
+    merge = _pass.merge
+    monkeypatch.setattr(_pass, "merge", lambda parts: merged.append(merge(parts)) or merged[-1])
+    with px.backpack(px.BatchL2Grad()):
+        total(model, x).backward()
+    sums = [tuple(form.shape) for form in merged if isinstance(form, Sum)]
+    assert merged and set(sums) <= ({(1, 4)} if name.startswith("products") else set())
 
 
 def test_a_structure_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class Linear(OwnedRule):
         return found
 
     def back(self, use: Use, t: dict[str, Tensor]) -> tuple[Callable[..., Any], dict[str, Any]]:
-        return F.linear, {"transposed": not use.consts["transposed"]}
+        return F.linear, {"transposed": not use.consts["transposed"], "turned": not use.consts.get("turned")}
 
     def factors(
         self,
@@ -70,12 +70,18 @@ class Linear(OwnedRule):
         if "weight" in use.sources:
             xs = layout.split(t["input"], lead)  # [N, S, I]
             if use.consts["transposed"]:
-                forms["weight"] = Outer(gs_[:, None], xs.mT[:, None], t["weight"].shape, stored="IO", positions=own)
+                a, g_, stored, same = gs_[:, None], xs.mT[:, None], _stored(use, "IO"), None
             else:
-                forms["weight"] = Outer(xs[:, None], terms.g, t["weight"].shape, terms=terms, positions=own)
+                a, g_, stored, same = xs[:, None], terms.g, _stored(use, "OI"), terms
+            forms["weight"] = Outer(a, g_, t["weight"].shape, terms=same, stored=stored, positions=own)
         if "bias" in use.sources:
             forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
         return forms
+
+
+def _stored(use: Use, order: str) -> str:
+    """The order of a weight's axes, in a second use that of the first, so that their forms are joined."""
+    return order[::-1] if use.consts.get("turned") else order
 
 
 LINEAR = Linear()
@@ -195,8 +201,9 @@ class Contraction(Rule):
         xs = xs.reshape(*xs.shape[:2], many(groups), many(reads)).transpose(1, 2)
         own = layout.positions(moved, lead)
         if groups + reads + writes == list(w):
-            return {"weight": Outer(gs_.mT, xs.mT, t["weight"].shape, stored="IO", positions=own)}
-        inner = Outer(xs, gs_, [size[c] for c in groups + writes + reads], positions=own)
+            return {"weight": Outer(gs_.mT, xs.mT, t["weight"].shape, stored=_stored(use, "IO"), positions=own)}
+        shape = [size[c] for c in groups + writes + reads]
+        inner = Outer(xs, gs_, shape, stored=_stored(use, "OI"), positions=own)
         if groups + writes + reads == list(w):
             return {"weight": inner}
         back = [(groups + writes + reads).index(c) + 1 for c in w]
@@ -222,7 +229,8 @@ class OwnedContraction(Contraction, OwnedRule):
         x, w, result = self._letters(use)
         equation = f"{result},{w}->{x}"
         run = functools.partial(torch.einsum, equation)
-        return torch.einsum, {"equation": equation, "run": run, "data first": True}
+        turned = not use.consts.get("turned")
+        return torch.einsum, {"equation": equation, "run": run, "data first": True, "turned": turned}
 
     @staticmethod
     def _letters(use: Use) -> list[str]:

@@ -20,8 +20,9 @@ from packext._pass import Pass, wants_of
 from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside, only_losses
 from packext._refusals import (
-    AGAIN,
     after_distributed,
+    refuse_again,
+    refuse_curvature,
     refuse_inputs_alone,
     refuse_static,
     refuse_tensors,
@@ -46,6 +47,7 @@ class Here:
         probe: whose cotangent is on its way.
         sweep: whose cotangent is on its way.
         silent: whether passes are nobody's business.
+        aside: the last pass (autograd's number of it) that set a model aside.
     """
 
     def __init__(self) -> None:
@@ -56,6 +58,7 @@ class Here:
         self.probe: Probe | Check | Owners | None = None
         self.sweep: Sweep | None = None
         self.silent = False
+        self.aside = -2
 
     @property
     def listening(self) -> bool:
@@ -151,6 +154,30 @@ def deaf() -> bool:
     return state.probe is None and state.sweep is None and not state.listening
 
 
+def inner() -> bool:
+    """Whether the pass is one of packext's own."""
+    state = here()
+    return state.silent or state.probe is not None or state.sweep is not None
+
+
+def aside(use: Use) -> bool:
+    """Whether a pass is at `use` that computes derivatives by inputs, which the loss is yet to be made of."""
+    record = use.owner()
+    if record is None or inner():
+        return False
+    return record.running or record.aside == torch._C._current_graph_task_id()
+
+
+def _passes_by(record: Record) -> bool:
+    """Whether the pass makes a graph of derivatives by inputs alone: it is no backward pass, but a part of the loss."""
+    if inner() or not torch.is_grad_enabled():
+        return False
+    if any(will_accumulate(source.tensor) for source in record.parameters()):
+        return False
+    record.aside = here().aside = torch._C._current_graph_task_id()
+    return True
+
+
 def exact() -> bool:
     """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
     state = here()
@@ -197,8 +224,14 @@ def _arrive(
 def enter(record: Record) -> None:
     """A gate was reached: a backward pass enters an extended model."""
     state = here()
-    if state.probe is not None or not state.listening:
+    if state.probe is not None or _passes_by(record) or not state.listening:
         return
+    if state.aside == torch._C._current_graph_task_id():
+        raise PackextError(
+            "A pass with create_graph=True computes gradients of the parameters of one extended model, and passes "
+            "through another to its inputs alone, of which nothing was looked at. Extend a module that holds both, or "
+            "run the pass inside of `with px.disable():`."
+        )
     gates = record.awaited_gates()
     flight = _current(record) if state.sweep is None else state.sweep.flight
     refuse_tensors(record, flight.context)
@@ -214,19 +247,18 @@ def enter(record: Record) -> None:
         flight.records.append(record)
         if state.sweep is None:
             _agree(record, gates)
+    refuse_curvature(record, gates, [f.context for f in flight.heard])
     if not flight.by_sample and flight.spread:
         return
     if record.n == 0:
         reason = "the batch is empty" if record.sizes else f"no input tensor has an axis {record.batch_axis}"
         raise PackextError(f"Per-sample quantities need samples: {reason}. Pass the batch to the extended model.")
-    if any((node := ref()) is not None and torch._C._will_engine_execute_node(node) for ref in record.again):
-        raise PackextError(AGAIN)
     if state.sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
     if flight.context.accumulate and state.sweep is None:
         refuse_inputs_alone(record)
     flight.inside |= losses_inside(record, gates)
-    if flight.losses or not flight.inside:
+    if (flight.losses or not flight.inside) and not record.awaits_outputs(gates):
         flight.check(record.n)
     waiting = [q for f in flight.heard for q in (*f.context.spreading, *f.context.hessian)]
     if state.sweep is None and waiting and not (flight.spread or flight.inside):
@@ -243,14 +275,15 @@ def enter(record: Record) -> None:
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             refuse_static(module)
-    if gates <= record.probed:
-        return
     if record.batch_statistics and record.n > 1:
         raise CoupledSamplesError(
             f"BatchNorm uses the statistics of the batch in {', '.join(record.batch_statistics)}: samples influence "
             "each other, and individual gradients are not defined. Call model.eval() (or .eval() on these layers), or "
             "replace them by GroupNorm."
         )
+    refuse_again(record, gates, [f.context for f in flight.heard])
+    if gates <= record.probed:
+        return
     probe(record, gates, _send_probe)
     record.probed |= gates
 
@@ -260,6 +293,8 @@ def compare(gate: Any, g: Tensor) -> None:
     state = here()
     if state.probe is not None or state.sweep is not None or not state.listening:
         return
+    if gate.record.aside == torch._C._current_graph_task_id():
+        return  # a derivative by inputs, of which the loss is yet to be made
     flight = _current(gate.record)
     if not flight.whole:
         return

@@ -25,9 +25,9 @@ from packext import _flight, rules
 from packext._choices import CHOOSE, chosen
 from packext._errors import UnsupportedUseError
 from packext._record import Record, modules_of, tensors_in
-from packext._refusals import Again, is_distributed
+from packext._refusals import is_distributed
 from packext._scale import FUNCTIONS, LossMark, called
-from packext._taps import TARGET, Argument, Gate, Observed, Owned, OwnedRule, origins
+from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, origins, slope
 from packext._use import Rule, Source, Use, autocasts
 
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
@@ -148,7 +148,20 @@ class Tracer(TorchFunctionMode):
         setattr(t, _MARK, (self.record.token, None, None))
         self._marked_inputs.append(t)
         self._inputs.add(id(t))
-        self._grad_inputs |= t.requires_grad
+        if t.requires_grad:
+            self._grad_inputs = True
+            hook = t.register_hook(functools.partial(slope, self._record_ref))
+            weakref.finalize(self.record, hook.remove)
+
+    def has_slope(self, t: Tensor) -> bool:
+        """Whether `t` may have a derivative with respect to an input of the model, of which a loss can be made.
+
+        Returns:
+            False of all that is checkpointed: when it is computed again, its inputs are others.
+        """
+        if not (t.requires_grad and any(x.requires_grad for x in self._marked_inputs)):
+            return False
+        return self.record.born == -1 and not _checkpoints(_saved_tensor_hooks())
 
     def mark_data(self, t: Tensor) -> None:
         """A tensor that a handler computed from data itself."""
@@ -232,7 +245,7 @@ class Tracer(TorchFunctionMode):
     ) -> Use:
         """A use whose parameters are found among `tensors`."""
         hooks = _saved_tensor_hooks()
-        if hooks is not self._hooks[-1] and "_checkpoint_hook" in getattr(hooks, "__qualname__", ""):
+        if hooks is not self._hooks[-1] and _checkpoints(hooks):
             # Nothing tells when such a function runs again, and the taps must be there again.
             raise self.refuse(
                 func,
@@ -355,7 +368,7 @@ class Tracer(TorchFunctionMode):
         if not (record.uses or self.table or record.distributed):
             return output
 
-        def gate(y: Any) -> Any:
+        def behind_gate(y: Any) -> Any:
             if not isinstance(y, Tensor) or not y.requires_grad or y.is_leaf:
                 return y
             made_of = self.sources(y)
@@ -363,12 +376,10 @@ class Tracer(TorchFunctionMode):
                 record.strays[len(record.gates)] = made_of[0].name
             if is_distributed(y):
                 record.distributed_output = True
-            gated = Gate.apply(record, y)
-            gated.grad_fn.register_hook(functools.partial(Again.watch, record))
-            record.gates.append((weakref.ref(gated.grad_fn), y.shape, y.dtype, y.device))
-            return gated
+            return gate(record, y)
 
-        gated = _map_tensors(gate, output)
+        record.running = False
+        gated = _map_tensors(behind_gate, output)
         # The batch is the first input, unless the outputs are of the size of another one.
         sizes = {shape[record.batch_axis] for _, shape, _, _ in record.gates if len(shape) > record.batch_axis}
         if record.n not in sizes:
@@ -382,6 +393,11 @@ def _saved_tensor_hooks() -> Any:
     """The function that packs tensors saved for the backward pass, if there is one."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     return hooks[0] if hooks else None
+
+
+def _checkpoints(hooks: Any) -> bool:
+    """Whether a function that packs saved tensors is that of activation checkpointing."""
+    return "_checkpoint_hook" in getattr(hooks, "__qualname__", "")
 
 
 def _map_tensors(f: Callable[[Any], Any], output: Any) -> Any:

@@ -118,6 +118,8 @@ class Pass:
     def finish(self) -> None:
         """The backward pass is over."""
         self.among.pop(self.task, None)
+        if not self.records:  # it came to a loss, and to no model
+            return self._let_go()
         for source, _, forms in self.gathering.rest():
             self.emit(source, merge(forms))
         for flight in reversed(self.heard):  # who overhears is first: a hook may take `.grad` away

@@ -47,7 +47,14 @@ class Record:
         probed: which gates the probe has started from.
         places: where the samples are in the outputs, by gate, once it has.
         losses: losses that were computed inside.
-        again: nodes (weak) on gradients of the outputs of which a graph was made.
+        again: nodes (weak) on gradients of the outputs of which a graph was made, and whether those of parameters were.
+        running: whether the forward pass goes on.
+        entered: autograd's number of the last pass that made a graph, and came in by an output.
+        aside: autograd's number of the last pass that computed derivatives by the inputs alone, with a graph of them.
+        slopes: gates on what such passes gave, which are further outputs of the model.
+        inside: whether a derivative was computed, to be differentiated again, while the forward pass went on.
+        unfollowed: what such passes went through and cannot be right, with the parameters behind it, and whether they
+            were made while the forward pass went on.
     """
 
     def __init__(self, root: nn.Module, extension: Extension) -> None:
@@ -68,7 +75,12 @@ class Record:
         self.refused: list[tuple[str, tuple[Source, ...]]] = []
         self.probed: frozenset[int] = frozenset()
         self.places: dict[int, Layout] = {}
-        self.again: list[Any] = []
+        self.again: list[tuple[Any, bool]] = []
+        self.running = True
+        self.entered = self.aside = -1
+        self.slopes: set[int] = set()
+        self.inside = False
+        self.unfollowed: list[tuple[str, tuple[Source, ...], bool]] = []
         self.losses: list[Inside] = []
         self.routed = False
         self.strays: dict[int, str] = {}
@@ -106,6 +118,18 @@ class Record:
         return frozenset(
             i for i, node in nodes if node is not None and (node is current or torch._C._will_engine_execute_node(node))
         )
+
+    def half_followed(self, gates: frozenset[int]) -> Iterator[tuple[str, tuple[Source, ...]]]:
+        """Parameters of which a pass through `gates` meets uses that have no tap, and why."""
+        for why, sources, inside in self.unfollowed:
+            if inside or gates & self.slopes:
+                yield why, sources
+
+    def awaits_outputs(self, gates: frozenset[int]) -> bool:
+        """Whether a pass is at the gate of a derivative, and comes to outputs and their losses by others of `gates`."""
+        current = torch._C._current_autograd_node()
+        here = {i for i in gates if self.gates[i][0]() is current}
+        return here <= self.slopes and not gates <= self.slopes
 
     def modules(self) -> list[nn.Module]:
         """All modules of the model; none if it is gone."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from packext._errors import PackextError, UnsupportedUseError
+from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._use import live_nodes
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def refuse_tensors(record: Record, context: backpack) -> None:
             "this pass inside of `with px.disable():`."
         )
     for name, (kind, p) in record.distributed.items():
-        if torch.is_grad_enabled() or context.hessian or any(q.root[0] == "hessian" for q in context.curvature):
+        again = torch.is_grad_enabled() or record.slopes or record.inside
+        if again or context.hessian or any(q.root[0] == "hessian" for q in context.curvature):
             raise UnsupportedUseError(
                 f"{name} [{kind}] is a DTensor {list(p.shape)}, and torch's second derivatives through DTensors are "
                 "wrong where a layer is split. In a model that has one, ask for quantities of first order or for "
@@ -147,7 +148,12 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
 
 
 def will_accumulate(parameter: Tensor) -> bool:
-    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    """Whether the pass under way computes the gradient of `parameter`."""
+    return awaited(torch.autograd.graph.get_gradient_edge(parameter).node)
+
+
+def awaited(node: Any) -> bool:
+    """Whether the pass under way needs what arrives at autograd's `node`."""
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf whose gradient autograd.grad returns: it is executed
@@ -157,8 +163,8 @@ def will_accumulate(parameter: Tensor) -> bool:
 class Again(torch.autograd.Function):
     """Sits on the gradient that enters a model, where a graph of it is made (create_graph=True).
 
-    A later pass that differentiates this gradient reaches parameters through it, past the taps. All
-    parameters are inputs here, so that every such pass that has one of them for its aim is known by this node.
+    A later pass that differentiates this gradient reaches parameters through it. All parameters are inputs here, so
+    that every such pass that has one of them for its aim is known by this node.
     """
 
     @staticmethod
@@ -166,9 +172,16 @@ class Again(torch.autograd.Function):
         """Hook of a gate."""
         if not torch.is_grad_enabled():
             return None
-        parameters = [source.tensor for source in record.parameters()]
-        marked = tuple(None if g is None else Again.apply(g, *parameters) for g in grad_inputs)
-        record.again += [weakref.ref(g.grad_fn) for g in marked if g is not None and g.grad_fn is not None]
+        record.entered = torch._C._current_graph_task_id()
+        closed = record.aside != record.entered
+        return tuple(None if g is None else Again.on(g, record, closed) for g in grad_inputs)
+
+    @staticmethod
+    def on(g: Tensor, record: Record, closed: bool = True) -> Tensor:
+        """`g`, known to be passed by whoever differentiates it."""
+        marked = Again.apply(g, *(source.tensor for source in record.parameters()))
+        if marked.grad_fn is not None:
+            record.again.append((weakref.ref(marked.grad_fn), closed))
         return marked
 
     @staticmethod
@@ -182,6 +195,57 @@ class Again(torch.autograd.Function):
 
 
 AGAIN = (
-    "A pass through a gradient of the model (made with create_graph=True, as in a gradient penalty or a Hessian-vector "
-    "product) has no individual gradients: run it outside of the context, or inside of `with px.disable():`."
+    "A pass through a gradient of the model (made with create_graph=True) has individual gradients where that gradient "
+    "is one with respect to the model's inputs alone: torch.autograd.grad(output.sum(), x, create_graph=True), where x "
+    "is an argument of the extended model and requires grad when it is called. Gradients of parameters (a "
+    "Hessian-vector product, an update within the loss) and of activations have none, nor those that "
+    "backward(create_graph=True) leaves: run the pass outside of the context, or inside of `with px.disable():`. "
+    "torch.func.vmap(torch.func.grad(loss of one sample), (None, 0)) has them for any loss."
 )
+
+
+def refuse_curvature(record: Record, gates: frozenset[int], contexts: Sequence[backpack]) -> None:
+    """Refuse what is not individual gradients, of a loss that contains derivatives of the model.
+
+    Raises:
+        UnsupportedUseError: if it is asked for. Of derivatives made in forward, products with the Hessian are right.
+    """
+    slopes = record.slopes & gates
+    asked = [type(q).__name__ for c in contexts for q in (*c.curvature, *(c.hessian if slopes else ()))]
+    asked += ['per="token"' for c in contexts if c.per == "token"]
+    if asked and (slopes or record.inside):
+        raise UnsupportedUseError(
+            f"{', '.join(asked)} of a loss that contains derivatives with respect to the model's inputs: of such a "
+            "loss there are individual gradients and what is made of them. Ask for those, or compute it without that "
+            "term."
+        )
+
+
+def refuse_again(record: Record, gates: frozenset[int], contexts: Sequence[backpack]) -> None:
+    """Refuse a pass through derivatives of the model where what packext makes of it would not be right.
+
+    Args:
+        record: of the forward pass.
+        gates: through which the pass comes.
+        contexts: that hear it.
+
+    Raises:
+        PackextError: for gradients of parameters or activations.
+        CoupledSamplesError: for those of inputs that are not the samples' own.
+        UnsupportedUseError: for functions whose second derivatives are not followed.
+    """
+    slopes = record.slopes & gates
+    again = [closed for ref, closed in record.again if (node := ref()) is not None and awaited(node)]
+    if any(again) or again and not slopes:
+        raise PackextError(AGAIN)
+    for i in slopes:
+        shape = record.gates[i][1]
+        if record.n > 1 and shape[record.batch_axis : record.batch_axis + 1] != (record.n,):
+            raise CoupledSamplesError(
+                f"The loss contains the derivative with respect to an input {list(shape)}, in which samples are not "
+                f"told apart: axis {record.batch_axis} does not have {record.n} entries. Give each sample its own "
+                "copy: x.expand(N, ...), which requires grad as x does."
+            )
+    for why, sources in record.half_followed(gates):
+        if any(c._wants(s.tensor) and will_accumulate(s.tensor) for s in sources for c in contexts):
+            raise UnsupportedUseError(why)

@@ -15,13 +15,17 @@ What a tap keeps goes through `save_for_backward`, so that checkpointing and off
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from packext import _flight
+from packext._errors import PackextError
+from packext._refusals import Again, awaited, will_accumulate
 from packext._use import TARGET as TARGET
 from packext._use import Rule, Use
 
@@ -37,6 +41,14 @@ class OwnedRule(Rule):
     def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
         """Gradients of the tensors named in `wanted`, in as few calls as torch has for them."""
         raise NotImplementedError
+
+    def back(self, use: Use, t: dict[str, Tensor]) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+        """The input's gradient as a call of this rule on g and the weight.
+
+        Returns:
+            Its function and constants; None if it is no such call.
+        """
+        return None
 
     def pulled(
         self, use: Use, tensors: dict[str, Tensor], gs: Sequence[Tensor | None], names: Sequence[str]
@@ -66,20 +78,95 @@ class Owned(torch.autograd.Function):
         saved = ctx.saved_tensors
         if g is None:
             return (None, None, *(None for _ in saved))
+        g = strayed(use, g)
         t = dict(zip(use.names, saved, strict=True))
         rule = use.rule
         assert isinstance(rule, OwnedRule)
         wanted = [name for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True) if needed]
         grads_of: dict[str, Tensor] = {}
-        if not _flight.deaf():
+        if _flight.aside(use):
+            nodes = [node for node, _ in ctx.next_functions[1:]]
+            wanted = [k for k, node in zip(use.names, nodes, strict=True) if node is not None and awaited(node)]
+            inside(use)
+            if torch.is_grad_enabled() and "input" in wanted:
+                grads_of["input"] = further(use, t, g)
+        elif not _flight.deaf():
             wanted = [name for name in wanted if name == "input" or not _flight.unwanted(use, name)]
             if wanted and _flight.exact():  # torch's own, of which quantities of the sum of rows can be made
                 grads_of, wanted = rule.gradients(use, t, g, wanted), []
             delivered = _flight.arrive(use, saved, grads, grads_of)
             grads_of, wanted = {**delivered, **grads_of}, [name for name in wanted if name not in delivered]
+        wanted = [name for name in wanted if name not in grads_of]
         if wanted:
             grads_of = {**grads_of, **rule.gradients(use, t, g, wanted)}
         return (None, None, *[grads_of.get(name) for name in use.names])
+
+
+def further(use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
+    """The gradient of the input of `use`, where the loss is made of it: there its weight is used a second time.
+
+    Args:
+        use: of an owned call.
+        t: what its tap kept, by name.
+        g: gradient at the output.
+
+    Returns:
+        The gradient, through a tap of its own, so that derivatives of any order are uses like all others.
+    """
+    rule, record = use.rule, use.record
+    assert isinstance(rule, OwnedRule)
+    if "weight" in use.sources:
+        found = rule.back(use, t)
+        if found is None:
+            unfollowed(use, f"the derivative of {use.describe()} is no call of a kind that packext follows")
+        else:
+            shapes: dict[str, tuple[int, ...]] = {"input": g.shape, "weight": t["weight"].shape}
+            sources = {"weight": use.sources["weight"]}
+            again = Use(rule, found[0], ("input", "weight"), found[1], sources, use.where, shapes, use.owner)
+            again.direct, again.second = use.direct & {"weight"}, True
+            y = Owned.apply(again, TARGET, g, t["weight"])
+            again.placed(y.grad_fn, (y,))
+            record.uses.append(again)
+            return y.to(t["input"].dtype)
+    return rule.gradients(use, t, g, ["input"])["input"]
+
+
+def strayed(use: Use, g: Tensor) -> Tensor:
+    """`g`, marked if it has a graph and came from within the model: of what is made of it, no sample is known."""
+    record = use.owner()
+    if record is None or not torch.is_grad_enabled() or record.running or _flight.inner():
+        return g
+    return g if record.entered == torch._C._current_graph_task_id() else Again.on(g, record)
+
+
+def inside(use: Use) -> None:
+    """A pass that started while the forward pass went on is at `use`.
+
+    Raises:
+        PackextError: if a context listens, and the gradient of a parameter is accumulated.
+    """
+    record, graph = use.record, torch.is_grad_enabled()
+    if not record.running:
+        return
+    record.inside |= graph
+    if any(will_accumulate(source.tensor) for group in use.sources.values() for source in group):
+        if graph:
+            unfollowed(use, f"the gradient of parameters of {use.describe()} is computed inside of forward")
+        elif not _flight.deaf():
+            raise PackextError(use.bypassed())
+
+
+def unfollowed(use: Use, why: str) -> None:
+    """A derivative that a loss is made of, of which there will be no individual gradients."""
+    sources = tuple(source for group in use.sources.values() for source in group)
+    why = (
+        f"{why}: of a loss that is made of derivatives of the model there are individual gradients where the "
+        "parameters on their way belong to linear layers, convolutions, products (einsum, matmul, bmm), elementwise "
+        "functions and, not checkpointed, normalisations and PReLU. Leave these parameters out (parameters=...), run "
+        "the pass inside of `with px.disable():`, or take torch.func.vmap(torch.func.grad(loss of one sample), (None, "
+        "0)) for it."
+    )
+    use.record.unfollowed.append((why, sources, use.record.running))
 
 
 class Observed(torch.autograd.Function):
@@ -94,8 +181,15 @@ class Observed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if not _flight.deaf() and any(g is not None for g in grads):
-            _flight.arrive(ctx.use, ctx.saved_tensors, grads)
+        use: Use = ctx.use
+        if _flight.aside(use):
+            inside(use)
+            kept = dict(zip(use.names, ctx.saved_tensors, strict=True))
+            if torch.is_grad_enabled() and any(t.requires_grad for k, t in kept.items() if k not in use.sources):
+                unfollowed(use, f"{use.describe()} is differentiated twice, and packext does not follow its derivative")
+        elif not _flight.deaf() and any(g is not None for g in grads):
+            _flight.arrive(use, ctx.saved_tensors, grads)
+        grads = tuple(None if g is None else strayed(use, g) for g in grads)
         return (None, None, None, *grads, *(None for _ in range(ctx.kept)))
 
 
@@ -115,9 +209,28 @@ class Argument(torch.autograd.Function):
         if g is None:
             return None, None, None, None, None
         saved = ctx.saved_tensors
-        if not _flight.deaf():
+        if _flight.aside(ctx.use):
+            inside(ctx.use)
+        elif not _flight.deaf():
             _flight.arrive(ctx.use, saved, grads)
         return None, None, g.sum_to_size(saved[0].shape).to(saved[0].dtype), None, None
+
+
+def slope(owner: Callable[[], Record | None], g: Tensor) -> Tensor | None:
+    """Hook of an input: the derivative with respect to it, where the loss is made of it, is an output of the model."""
+    record = owner()
+    if record is None or not g.requires_grad or record.aside != torch._C._current_graph_task_id():
+        return None
+    record.slopes.add(len(record.gates))
+    return gate(record, g)
+
+
+def gate(record: Record, y: Tensor) -> Tensor:
+    """`y`, an output of the model, behind a gate."""
+    gated: Any = Gate.apply(record, y)
+    gated.grad_fn.register_hook(functools.partial(Again.watch, record))
+    record.gates.append((weakref.ref(gated.grad_fn), y.shape, y.dtype, y.device))
+    return gated
 
 
 class Gate(torch.autograd.Function):

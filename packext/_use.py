@@ -69,6 +69,8 @@ class Use:
     layouts: tuple[Layout | None, ...] | None = None
     positions: tuple[int, ...] = (0,)
     ties: frozenset[str] = frozenset()
+    #: Whether it is the second use of a weight, in a derivative of the model.
+    second: bool = False
     #: Names of the tensors that are parameters as they are, and not values made of them.
     direct: frozenset[str] = frozenset()
     #: Whether the data that it meets is what uses have made, so that their own samples have been told apart.
@@ -99,9 +101,10 @@ class Use:
         """What to say of a gradient that came another way than through an output of the model."""
         return (
             f"A gradient reached {self.describe()} without passing through an output of the extended model. "
-            "Return from forward whatever the loss is computed from. A pass through a gradient of the model (made "
-            "with create_graph=True, as in a gradient penalty or a Hessian-vector product) has no individual "
-            "gradients: run it outside of the context, or inside of `with px.disable():`."
+            "Return from forward whatever the loss is computed from. If it came through a gradient of the model (made "
+            "with create_graph=True), that has to be one with respect to arguments of the extended model, which "
+            "require grad when it is called: run other passes outside of the context, or inside of "
+            "`with px.disable():`."
         )
 
     def tapped(self, result: Any) -> list[Tensor]:
@@ -358,7 +361,7 @@ def _remember(parameter: Tensor, node: Callable[[], Any]) -> None:
 
 def partner(parameter: Tensor) -> tuple[Tensor, int] | None:
     """The bias that a weight meets in every use of either (or the weight that a bias does), and the `bias_axis`."""
-    uses = {id(node.use): node.use for node in live_nodes(parameter)}
+    uses = {id(node.use): node.use for node in live_nodes(parameter) if not node.use.second}
     found: dict[tuple[int, int], Tensor] = {}
     for use in uses.values():
         pair = [use.sources[k][0].tensor for k in ("weight", "bias") if k in use.direct]
@@ -370,7 +373,7 @@ def partner(parameter: Tensor) -> tuple[Tensor, int] | None:
     if len(found) != 1:
         return None
     ((_, axis), other) = found.popitem()
-    return (other, axis) if {id(node.use) for node in live_nodes(other)} == uses.keys() else None
+    return (other, axis) if {id(node.use) for node in live_nodes(other) if not node.use.second} == uses.keys() else None
 
 
 def live_nodes(parameter: Tensor) -> list[Any]:

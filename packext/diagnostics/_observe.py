@@ -123,7 +123,7 @@ class Observer:
             step._gradient = {name: g / total for name, g in self._sum.items()}
         if self._counts and all(counts):
             self._rescale(float(sum(n for n in counts if n)))
-        step._update = step.subtract() if update else None
+        step._update = step._subtract() if update else None
 
     def _rescale(self, factor: float) -> None:
         """Multiply individual gradients and losses."""

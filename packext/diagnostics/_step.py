@@ -265,7 +265,7 @@ class Step:
     def _update_norms(self) -> dict[str, Tensor]:
         return self.once("update norms", lambda: norms(self._update or {}))
 
-    def subtract(self) -> dict[str, Tensor]:
+    def _subtract(self) -> dict[str, Tensor]:
         """The parameters as they are, less what they were where the gradient was taken."""
         if "over" in self._shared:
             raise px.PackextError(
@@ -284,7 +284,7 @@ class Step:
         """What the step has added to the parameters, whoever did it."""
         self._passed()
         if self._update is None:
-            self._update = self.once("update", self.subtract)
+            self._update = self.once("update", self._subtract)
         if not self.once("moved", self._moved):
             raise Absent("no update: the parameters did not change between the backward pass and the end of the step")
         return self._update

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,24 @@ class Convolution(OwnedRule):
         found = self._backward(use, t, g, [name in wanted for name in names])
         some = {name: grad for name, grad in zip(names, found, strict=True) if name in wanted}
         return {k: v if v.dtype == t[k].dtype else v.to(t[k].dtype) for k, v in some.items()}
+
+    def back(self, use: Use, t: dict[str, Tensor]) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+        c, transposed = use.consts, not use.consts["transposed"]
+        stride, padding, dilation, kernel = c["stride"], c["padding"], c["dilation"], t["weight"].shape[2:]
+        read, written = t["input"].shape[2:], use.outputs[0][2:]
+        ends = [d * (k - 1) - 2 * p for p, d, k in zip(padding, dilation, kernel, strict=True)]
+        over = [0] * len(read)
+        if transposed:
+            over = [r - s * (w - 1) - e - 1 for r, w, s, e in zip(read, written, stride, ends, strict=True)]
+        elif any((w - 1 - e) // s + 1 != r for r, w, s, e in zip(read, written, stride, ends, strict=True)):
+            return None  # a transposed convolution whose output was padded by a stride or more
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": c["groups"]}
+        if transposed:
+            options["output_padding"] = over
+        d = len(read) - 1
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d] if transposed else (
+            F.conv1d, F.conv2d, F.conv3d)[d]  # fmt: skip
+        return function, {**options, "options": options, "transposed": transposed, "output_padding": over}
 
     def factors(
         self,

@@ -49,6 +49,9 @@ class Linear(OwnedRule):
             found["bias"] = flat.sum(0).to(t["bias"].dtype)
         return found
 
+    def back(self, use: Use, t: dict[str, Tensor]) -> tuple[Callable[..., Any], dict[str, Any]]:
+        return F.linear, {"transposed": not use.consts["transposed"], "turned": not use.consts.get("turned")}
+
     def factors(
         self,
         use: Use,
@@ -68,9 +71,10 @@ class Linear(OwnedRule):
         if "weight" in use.sources:
             xs = layout.split(t["input"], lead)  # [N, S, I]
             if use.consts["transposed"]:
-                forms["weight"] = Outer(gs_[:, None], xs.mT[:, None], t["weight"].shape, stored="IO", positions=own)
+                a, g_, stored, same = gs_[:, None], xs.mT[:, None], _stored(use, "IO"), None
             else:
-                forms["weight"] = Outer(xs[:, None], terms.g, t["weight"].shape, terms=terms, positions=own)
+                a, g_, stored, same = xs[:, None], terms.g, _stored(use, "OI"), terms
+            forms["weight"] = Outer(a, g_, t["weight"].shape, terms=same, stored=stored, positions=own)
         if "bias" in use.sources:
             forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
         return forms
@@ -79,6 +83,11 @@ class Linear(OwnedRule):
 def _rows(t: Tensor) -> Tensor:
     """`[..., F]` as a matrix; a single vector is a row."""
     return t.flatten(0, -2) if t.dim() > 1 else t[None]
+
+
+def _stored(use: Use, order: str) -> str:
+    """The order of a weight's axes, in a second use that of the first, so that their forms are joined."""
+    return order[::-1] if use.consts.get("turned") else order
 
 
 LINEAR = Linear()
@@ -160,7 +169,7 @@ class Contraction(Rule):
     positionwise = True
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
-        pair = (tensors["data"], tensors["weight"])
+        pair = (tensors["input"], tensors["weight"])
         return use.consts["run"](*(pair if use.consts["data first"] else pair[::-1]))
 
     def factors(
@@ -189,7 +198,7 @@ class Contraction(Rule):
         many = lambda letters: int(torch.Size([size[c] for c in letters]).numel())  # noqa: E731
         gs_ = layout.split(moved, lead)
         gs_ = gs_.reshape(*gs_.shape[:2], many(groups), many(writes)).permute(0, 2, 3, 1)
-        data = t["data"]
+        data = t["input"]
         extra = [c for c in x if c not in shared and c not in w]
         data = data.permute([x.index(c) for c in shared + groups + reads + extra])
         if extra:
@@ -198,15 +207,44 @@ class Contraction(Rule):
         xs = xs.reshape(*xs.shape[:2], many(groups), many(reads)).transpose(1, 2)
         own = layout.positions(moved, lead)
         if groups + reads + writes == list(w):
-            return {"weight": Outer(gs_.mT, xs.mT, t["weight"].shape, stored="IO", positions=own)}
-        inner = Outer(xs, gs_, [size[c] for c in groups + writes + reads], positions=own)
+            return {"weight": Outer(gs_.mT, xs.mT, t["weight"].shape, stored=_stored(use, "IO"), positions=own)}
+        shape = [size[c] for c in groups + writes + reads]
+        inner = Outer(xs, gs_, shape, stored=_stored(use, "OI"), positions=own)
         if groups + writes + reads == list(w):
             return {"weight": inner}
         back = [(groups + writes + reads).index(c) + 1 for c in w]
         return {"weight": Pulled(inner, t["weight"], lambda rows: rows.permute(0, *back))}
 
 
-CONTRACTION = Contraction()
+class OwnedContraction(Contraction, OwnedRule):
+    """The same where the loss may be made of its derivative, which is an `einsum` as well.
+
+    Every letter of the data is one of the weight or of the result.
+    """
+
+    def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        x, w, result = self._letters(use)
+        found: dict[str, Tensor] = {}
+        if "input" in wanted:
+            found["input"] = torch.einsum(f"{result},{w}->{x}", g, t["weight"].to(g.dtype)).to(t["input"].dtype)
+        if "weight" in wanted:
+            found["weight"] = torch.einsum(f"{result},{x}->{w}", g, t["input"].to(g.dtype)).to(t["weight"].dtype)
+        return found
+
+    def back(self, use: Use, t: dict[str, Tensor]) -> tuple[Callable[..., Any], dict[str, Any]]:
+        x, w, result = self._letters(use)
+        equation = f"{result},{w}->{x}"
+        run = functools.partial(torch.einsum, equation)
+        turned = not use.consts.get("turned")
+        return torch.einsum, {"equation": equation, "run": run, "data first": True, "turned": turned}
+
+    @staticmethod
+    def _letters(use: Use) -> list[str]:
+        inputs, result = use.consts["equation"].split("->")
+        return [*inputs.split(","), result]
+
+
+CONTRACTION, OWNED_CONTRACTION = Contraction(), OwnedContraction()
 
 
 def contraction(
@@ -228,4 +266,6 @@ def contraction(
     if any(c in left and x.shape[left.index(c)] != w.shape[right.index(c)] for c in right):
         return NotImplemented
     consts = {"equation": f"{left},{right}->{result}", "run": run, "data first": data_first}
-    return tracer.observed(CONTRACTION, func, {"data": x, "weight": w}, consts)
+    if tracer.has_slope(x) and all(c in right or c in result for c in left):
+        return tracer.owned(OWNED_CONTRACTION, func, {"input": x, "weight": w}, consts)
+    return tracer.observed(CONTRACTION, func, {"input": x, "weight": w}, consts)

@@ -141,7 +141,21 @@ def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[s
     if not tracer.is_data(tensors["input"]):
         return NotImplemented
     consts = {"training": False, **consts, "kind": kind}
-    return tracer.observed(NORM, func, tensors, consts)
+    coupled = kind == "batch" and consts["training"]
+    if coupled or not tracer.has_slope(tensors["input"]):
+        return tracer.observed(NORM, func, tensors, consts)
+    bare = {k: v for k, v in tensors.items() if k not in ("weight", "bias")}
+    y = tracer.observed(NORM, func, bare, consts)  # of data alone: no tap
+    tracer.mark_data(y)
+    with tracer:
+        if "weight" in tensors:
+            y = y * _stretched(tensors["weight"], y, kind)
+        return y + _stretched(tensors["bias"], y, kind) if "bias" in tensors else y
+
+
+def _stretched(value: Tensor, x: Tensor, kind: str) -> Tensor:
+    """A value for each feature or channel, with axes to be broadcast against `x`."""
+    return value if kind in ("layer", "rms") else value.view(-1, *[1] * (x.dim() - 2))
 
 
 class PReLU(Rule):
@@ -179,6 +193,10 @@ def prelu(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     tensors, _ = bind(("input", "weight"), args, kwargs)
     if not tracer.is_data(tensors["input"]):
         return NotImplemented
+    x, w = tensors["input"], tensors["weight"]
+    if tracer.has_slope(x):
+        with tracer:
+            return torch.where(x > 0, x, x.clamp(max=0) * (w if w.numel() == 1 else _stretched(w, x, "channels")))
     return tracer.observed(PRELU, func, tensors, {})
 
 
@@ -223,4 +241,10 @@ def bilinear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     tensors, _ = bind(("input1", "input2", "weight", "bias"), args, kwargs)
     if not (tracer.is_data(tensors["input1"]) and tracer.is_data(tensors["input2"])):
         return NotImplemented
+    first, second, w = tensors["input1"], tensors["input2"], tensors["weight"]
+    if tracer.has_slope(first) or tracer.has_slope(second):
+        products = (first[..., :, None] * second[..., None, :]).flatten(-2)
+        tracer.mark_data(products)
+        with tracer:
+            return F.linear(products, w.flatten(1), tensors.get("bias"))
     return tracer.observed(BILINEAR, func, tensors, {})

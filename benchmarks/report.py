@@ -58,15 +58,16 @@ def path_for(problem: str, device: str, *, whole: bool) -> Path:
 def save(problem: str, rows: dict[str, RowResult], about: dict[str, Any], options: dict[str, Any]) -> None:
     """Write one problem's results.
 
-    Those of some rows take the place of these rows in a whole run on the same machine with the same versions: rows are
-    timed one by one, each beside its own plain gradient. Anything else that is partial is kept beside it.
+    Those of some rows take the place of these rows in what is kept of the same machine with the same versions: rows are
+    timed one by one, each beside its own plain gradient. Those of all rows that are kept, or more, take the place of
+    everything. Anything else that is partial is kept beside it.
     """
     path = path_for(problem, options["device"], whole=options["whole"])
     before = path_for(problem, options["device"], whole=True)
     if options["complete"] and not options["whole"] and before.exists():
         known, place = load(problem, options["device"]) or ({}, {})
         same = all(about[k] == place[k] for k in about if k not in ("date", "load"))
-        if same and rows.keys() <= known.keys():
+        if known.keys() <= rows.keys() or (same and rows.keys() <= known.keys()):
             rows, path = {**known, **rows}, before
     path.parent.mkdir(exist_ok=True)
     content = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,15 +11,11 @@ from torch import Tensor, nn
 import packext as px
 from packext import testing
 from packext.adapters import Attributor
-from tests.helpers import batch, double_precision, mlp
+from tests.helpers import batch, mlp
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N, Q = 11, 3
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def network() -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import packext as px
 from packext import testing
-from tests.helpers import double_precision, fields
+from tests.helpers import fields
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of a function that asdl compiles
@@ -26,15 +25,10 @@ from packext.adapters.laplace import PackextEF, PackextGGN  # noqa: E402
 N = 11
 
 pytestmark = [
+    pytest.mark.usefixtures("double"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # in linear_operator, of curvlinops
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),  # BackPACK's, on a first layer
 ]
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def network() -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import packext as px
 from packext import testing
 from tests.cases import Pool
-from tests.helpers import batch, double_precision, fields, mlp
+from tests.helpers import batch, fields, mlp
 
 opacus = pytest.importorskip("opacus")
 from opacus import grad_sample, optimizers  # noqa: E402
@@ -22,13 +22,9 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
 from packext.adapters.opacus import emit  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("double")
+
 N, C = 6, 0.3
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def words() -> tuple[nn.Module, Tensor, Tensor]:

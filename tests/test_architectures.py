@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +12,11 @@ from torch import Tensor, nn
 import packext as px
 from packext import testing
 from tests.cases import running
-from tests.helpers import assert_exact, double_precision, rows_of
+from tests.helpers import assert_exact, rows_of
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N = 3
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 class Residual(nn.Module):

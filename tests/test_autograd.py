@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,11 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import checkpoint
 
 import packext as px
-from tests.helpers import assert_exact, batch, double_precision, mlp, rows_of
+from tests.helpers import assert_exact, batch, mlp, rows_of
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N = 4
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 # -- create_graph -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import backpack
@@ -20,17 +20,11 @@ import packext as px
 from packext import _chain, testing
 from packext._quantity import Point
 from tests.cases import CASES, Case
-from tests.helpers import double_precision, mlp
+from tests.helpers import mlp
 
 #: torch's own advice on even kernels, for the plain model as well.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 N = 4
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def run(model: nn.Module, loss: nn.Module, x: Any, y: Any, *asked: Any, axis: int = 0, **options: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,13 +14,9 @@ import packext as px
 from packext import _factored, linalg, testing
 from packext.testing import _checking, _reference
 from tests.cases import CASES
-from tests.helpers import batch, double_precision, fields, mlp
+from tests.helpers import batch, fields, mlp
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def drawn(draws: int) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,17 +16,11 @@ from torch.utils.checkpoint import checkpoint
 import packext as px
 from packext import _curvature, testing
 from tests.cases import CASES, Case, Routed
-from tests.helpers import double_precision, mlp
+from tests.helpers import mlp
 
 #: torch's own advice on even kernels, for the plain model as well.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 N = 4
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def quantities() -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import packext as px
 from packext import _residual, testing
 from tests.cases import CASES, Case
-from tests.helpers import double_precision, mlp
+from tests.helpers import mlp
 
 #: torch's own advice on even kernels, for the plain model as well.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 N = 4
 
 #: Cases that are refused, and why. All others are exact.
@@ -39,12 +39,6 @@ REFUSED = {
     "no tensor was found": {"output data class"},
     "has complex inputs": {"complex numbers of real parameters"},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def run(model: nn.Module, loss: nn.Module, x: Any, y: Any, *asked: Any, **options: Any) -> px.Results:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,15 +40,11 @@ from packext.diagnostics import (
 )
 from packext.diagnostics._step import DrawnGrad, SlopeDot
 from packext.diagnostics._tensors import BLOCK, CHUNK, inner, largest, total
-from tests.helpers import batch, double_precision, mlp
+from tests.helpers import batch, mlp
+
+pytestmark = pytest.mark.usefixtures("double")
 
 LR = 0.1
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def net() -> nn.Module:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -13,16 +11,9 @@ from packext import testing
 from packext._factored import Outer
 from packext.diagnostics._step import DrawnGrad
 from tests.cases import CASES, Case
-from tests.helpers import double_precision
 
 #: torch's own advice on even kernels, for the plain model as well.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

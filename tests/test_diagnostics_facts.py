@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,9 @@ from packext.diagnostics import (
     SampleNorms,
     Untrained,
 )
-from tests.helpers import batch, double_precision, mlp
+from tests.helpers import batch, mlp
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def watch(model: nn.Module, *instruments: Any, optimizer: Any = None, **options: Any) -> Cockpit:

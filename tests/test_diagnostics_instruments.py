@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,19 +41,13 @@ from packext.diagnostics import (
 )
 from packext.diagnostics.instruments.curvature import MeanTopEigenvalues
 from tests.cases import CASES, Case
-from tests.helpers import batch, double_precision, mlp
+from tests.helpers import batch, mlp
 from tests.test_curvature import curved
 
 #: torch's own advice on even kernels, for the plain model as well.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 N = 4
 LR = 0.1
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def flat(tensors: Any) -> Tensor:

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,9 @@ from torch import nn
 
 import packext as px
 from packext.diagnostics import Alpha, Cockpit, Distance, GradNorm, Loss, NTKCondition, Run, SampleNorms
-from tests.helpers import batch, double_precision, mlp
+from tests.helpers import batch, mlp
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def monitor(path: Path) -> Any:

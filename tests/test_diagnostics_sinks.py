@@ -29,13 +29,9 @@ from packext.diagnostics import (
     TensorBoard,
     WandB,
 )
-from tests.helpers import batch, double_precision, mlp
+from tests.helpers import batch, mlp
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
+pytestmark = pytest.mark.usefixtures("double")
 
 
 class There(Rule):

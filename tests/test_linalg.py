@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,7 @@ from packext import PackextError, linalg
 from packext.testing._kronecker import nearest
 from tests.helpers import double_precision
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def psd(*shape: int, rank: int | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,15 +13,10 @@ from torch import Tensor, nn
 import packext as px
 from packext import testing
 from tests.cases import Lambda
-from tests.helpers import double_precision
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N, T, C = 4, 3, 5
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 class Model(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +12,11 @@ from torch import Tensor, nn
 import packext as px
 from packext import _flight, testing
 from tests.cases import Attend, Pool
-from tests.helpers import assert_exact, batch, double_precision, mlp, rows_of
+from tests.helpers import assert_exact, batch, mlp, rows_of
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N = 4
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def each(output: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +20,8 @@ from packext._pass import Pass
 from packext._statistics import Statistics
 from packext.diagnostics import Alpha, Cockpit, GradHist1d, GradNorm, GradSNR, HessTrace, NormTest, TICDiag, UpdateSize
 from tests.helpers import double_precision, processes
+
+pytestmark = pytest.mark.usefixtures("double")
 
 LOSS = px.extend(nn.CrossEntropyLoss())
 PRIVATE: dict[str, Any] = {"lr": 0.1, "max_norm": 0.5, "noise_multiplier": 0.5, "expected_batch_size": 6.0, "seed": 1}
@@ -43,12 +45,6 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }
 #: What a monitor asks for at levels "economy" and "business", with the GGN exact, so that there is nothing to draw.
 INSTRUMENTS = (NormTest, GradNorm, GradSNR, GradHist1d, Alpha, UpdateSize)
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def network() -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,16 +23,12 @@ from torch.distributed.tensor.parallel import (
 
 import packext as px
 from tests import test_union
-from tests.helpers import double_precision, fields
+from tests.helpers import fields
 from tests.test_union import together
 
+pytestmark = pytest.mark.usefixtures("double")
+
 N = 8
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def perceptron(*front: nn.Module) -> nn.Sequential:

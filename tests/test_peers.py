@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,16 +10,11 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import linalg, testing
-from tests.helpers import double_precision
+
+pytestmark = pytest.mark.usefixtures("double")
 
 curvlinops = pytest.importorskip("curvlinops")
 N = 6
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def cnn() -> tuple[nn.Module, Tensor]:

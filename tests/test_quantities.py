@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,16 +12,9 @@ import packext as px
 from packext import _scratch, _statistics, testing
 from packext._factored import Outer
 from tests.cases import CASES, Case
-from tests.helpers import double_precision
 
 #: torch's own advice on even kernels, for the plain model as well.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 
 
 class Prepared:

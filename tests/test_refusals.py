@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,15 +14,11 @@ from torch import Tensor, nn
 
 import packext as px
 from tests.cases import Lambda, Pool
-from tests.helpers import assert_exact, batch, double_precision, fields, mlp, rows_of
+from tests.helpers import assert_exact, batch, fields, mlp, rows_of
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N = 4
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def refused(

@@ -14,15 +14,10 @@ from torch import Tensor, nn
 
 from packext import PackextError, _roots
 from packext._errors import CoupledSamplesError
-from tests.helpers import double_precision
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N, C = 4, 3
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def hessian(loss: nn.Module, output: Tensor, args: tuple, g: Tensor, kwargs: dict | None = None) -> Tensor:

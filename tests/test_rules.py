@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -21,7 +21,7 @@ from tests.cases import CASES, Case
 from tests.helpers import double_precision
 from tests.test_quantities import Prepared
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
 
 RULES: dict[str, Rule] = {
     "linear": linear.LINEAR,
@@ -50,12 +50,6 @@ EXAMPLES = {
     "bilinear": "bilinear",
     "recurrent": "gru",
 }
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def named(name: str) -> Case:

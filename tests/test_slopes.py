@@ -24,15 +24,10 @@ from packext.rules.convolution import Convolution
 from packext.rules.linear import Linear, OwnedContraction
 from tests.cases import CASES as CASES_OF_ALL
 from tests.cases import Case
-from tests.helpers import double_precision
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N = 4
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 # -- losses: sums over samples of what each has by itself ------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,16 +14,11 @@ import packext as px
 from packext import linalg, testing
 from packext._factored import tables
 from packext._factored.tables import entries_of
-from tests.helpers import double_precision
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N, T, E, ROWS = 4, 5, 6, 8
 LOSS = nn.CrossEntropyLoss()
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def run(model: nn.Module, x: Any, y: Tensor, *asked: Any, **options: Any) -> px.Results:

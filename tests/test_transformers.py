@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,16 +11,11 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import testing
-from tests.helpers import double_precision
+
+pytestmark = pytest.mark.usefixtures("double")
 
 transformers = pytest.importorskip("transformers")
 N, T, V = 3, 5, 9
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 LLAMA = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,14 +20,10 @@ from packext._quantity import Quantity
 from tests.cases import Routed, Tied
 from tests.helpers import double_precision
 
+pytestmark = pytest.mark.usefixtures("double")
+
 N = 10
 PARTS = (3, 5, 2)
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        yield
 
 
 def asked() -> list[Any]:

@@ -6,7 +6,6 @@ The sum over uses is made dense, rearranged, and its dominant singular pair take
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,16 +17,10 @@ import packext as px
 from packext import linalg, testing
 from packext.testing._kronecker import nearest
 from tests.cases import Pieces, Relative, Routed, Tied
-from tests.helpers import double_precision
+
+pytestmark = pytest.mark.usefixtures("double")
 
 N = 5
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    with double_precision():
-        torch.manual_seed(0)
-        yield
 
 
 def run(model: nn.Module, x: Tensor, y: Tensor, *asked: Any, parts: Any = (N,), **options: Any) -> px.Results:

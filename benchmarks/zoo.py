@@ -346,6 +346,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types, such as llama")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(1)  # models are small: threads wait for each other
     found = [asdict(f) for f in run(arguments.tasks, arguments.only)]
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     new = {(f["task"], f["name"]) for f in found}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import linalg, testing
+from packext._factored import View
 from packext.testing._kronecker import nearest
 from tests.cases import Pieces, Relative, Routed, Tied
 
@@ -271,3 +272,32 @@ def test_positions_that_a_mask_leaves_out_are_none(fisher: str) -> None:
     counts, outputs = run(model, x, y, px.KFAC(fisher=fisher))["table.weight"].kfac
     close(outputs, want[0])
     close(counts, torch.tensor([0.0, 0, 0, 4, 3, 2, 1]) / 10)
+
+
+class Cast(nn.Module):
+    """A layer of another type than what it meets, as routers are computed in float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3, bias=False)
+        self.last.weight.data = self.last.weight.data.float().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.first(x).tanh(), self.last.weight.to(x.dtype))
+
+
+@pytest.mark.parametrize("quantity", [px.KFAC(fisher="exact"), px.KFAC(fisher="exact", bias="joint"), px.KFLR()])
+def test_a_cast_is_no_other_parameter(quantity: Any) -> None:
+    x, y, found = torch.randn(N, 4), torch.randint(3, (N,)), []
+    for dtype in (torch.float64, torch.float32):
+        model = Cast(dtype)
+        run(model, x, y, quantity)
+        found.append([f.double() for f in getattr(model.last.weight, quantity.savefield)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
+
+
+def test_a_cast_to_complex_numbers_is_no_view() -> None:
+    p = nn.Parameter(torch.randn(3, 3))
+    assert View.of(p.to(torch.complex128), p) is None and View.of(p.float(), p) is not None
+    assert View.of(p.float().t(), p) is None and View.of((2 * p).float(), p) is None

@@ -55,8 +55,12 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor, parameter: Tensor) -> View | None:
-        """Of a value with the graph that made it; None where it is no such view."""
-        if value._base is not parameter or not parameter.is_leaf or value.dtype != parameter.dtype:
+        """Of a value with the graph that made it; None where it is no such view. A cast of all of it counts as one."""
+        if not parameter.is_leaf:
+            return None
+        if value.dtype != parameter.dtype:
+            return cls._cast(value, parameter)
+        if value._base is not parameter:
             return None
         if not parameter.is_contiguous() or any(
             n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)
@@ -68,6 +72,16 @@ class View(NamedTuple):
         if getattr(node, "variable", None) is not parameter:
             return None
         return cls(tuple(value.shape), value.stride(), int(value.storage_offset() - parameter.storage_offset()))
+
+    @classmethod
+    def _cast(cls, value: Tensor, parameter: Tensor) -> View | None:
+        node: Any = value.grad_fn
+        if node is None or node.name() != "ToCopyBackward0" or not value.is_floating_point():
+            return None
+        alike = value.stride() == parameter.stride() and value.device == parameter.device
+        if not alike or getattr(node.next_functions[0][0], "variable", None) is not parameter:
+            return None
+        return cls(tuple(value.shape), value.stride(), 0) if parameter.is_contiguous() else None
 
     def pull(self, parameter: Tensor, rows: Tensor) -> Tensor:
         """`[c, *size] -> [c, *parameter.shape]`: zeros where the value has no entry."""

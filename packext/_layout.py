@@ -6,7 +6,7 @@ and the probe keeps those that agree with what a cotangent of known samples leav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -127,13 +127,7 @@ class Scattered(Layout):
     def _sample_first(self, t: Tensor) -> tuple[Tensor, int]:
         """The rows of a sample where the axis was, with zeros behind those of samples that have fewer."""
         assert self.axis is not None
-        owner, rows = self.owner, t.movedim(self.axis, 0)
-        order = owner.argsort(stable=True)
-        owner, count = owner[order], owner.bincount(minlength=self.n)
-        place = torch.arange(len(order), device=owner.device) - (count.cumsum(0) - count)[owner]
-        most = max(1, int(count.max()))
-        padded = rows.new_zeros(self.n, most, *rows.shape[1:]).index_put((owner, place), rows[order])
-        return padded.movedim(1, self.axis + 1), 1
+        return gathered(self.owner, self.n)(t.movedim(self.axis, 0)).movedim(1, self.axis + 1), 1
 
     def fits(self, t: Tensor, lead: int) -> bool:
         """Whether the samples are among the first `lead` axes of `t`."""
@@ -220,6 +214,19 @@ class Tokens(Layout):
         token = None if self._folded(t.shape) else self._where(t.shape)
         turned = self.inner if token is None else self.axis is not None and token < self.axis
         return (entries.T if turned else entries).reshape(shape)
+
+
+def gathered(owner: Tensor, n: int) -> Callable[[Tensor], Tensor]:
+    """How rows with an `owner` `[rows]` below n are put together.
+
+    Returns:
+        `[rows, *rest] -> [n, most rows of one, *rest]`, with zeros behind those of an owner who has fewer.
+    """
+    order = owner.argsort(stable=True)
+    owner, count = owner[order], owner.bincount(minlength=n)
+    place = torch.arange(len(order), device=owner.device) - (count.cumsum(0) - count)[owner]
+    most = max(1, int(count.max()))
+    return lambda rows: rows.new_zeros(n, most, *rows.shape[1:]).index_put((owner, place), rows[order])
 
 
 def digits(n: int) -> list[Tensor]:

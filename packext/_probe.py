@@ -240,10 +240,8 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
     if record.routed or all(is_settled(use) for use in record.uses):
         layouts = [use.layouts if use.options else None for use in record.uses]
-        forgotten = [None if found is None else tuple(_here(at, record) for at in found) for found in layouts]
-        record.extension.shared.remember(
-            key, Plan(forgotten, {s.gate: at for s, at in zip(starts, chosen, strict=True)})
-        )
+        places = {start.gate: at for start, at in zip(starts, chosen, strict=True)}
+        record.extension.shared.remember(key, Plan(layouts, places).here(record))
 
 
 class Plan(NamedTuple):
@@ -255,44 +253,47 @@ class Plan(NamedTuple):
     layouts: list[tuple[Layout | None, ...] | None]
     places: dict[int, Layout]
 
+    def here(self, record: Record) -> Plan:
+        """The same for the samples of this pass; of scattered rows, without whose they were."""
 
-def _here(layout: Layout | None, record: Record) -> Any:
-    """A layout of a plan for the samples of this pass; of scattered rows, without whose they were."""
-    if layout is None or isinstance(layout, Scattered):
-        return layout and Scattered(layout.axis, record.n)
-    return Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
+        def of(layout: Layout) -> Layout:
+            if isinstance(layout, Scattered):
+                return Scattered(layout.axis, record.n)
+            return Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
+
+        layouts = [found and tuple(at and of(at) for at in found) for found in self.layouts]
+        return Plan(layouts, {gate: of(at) for gate, at in self.places.items()})
+
+    def place(self, record: Record) -> None:
+        """Tell the record where samples are in its outputs."""
+        record.places.update({gate: at for gate, at in self.places.items() if gate >= 0})
 
 
 def _follow(record: Record, starts: list[_Start], plan: Plan, send: Any, generator: torch.Generator) -> bool:
     """Whether the plan holds, but for rows that have other places in this pass; these are found."""
-    places = {start.gate: _here(plan.places.get(start.gate), record) for start in starts}
-    if any(at is None for at in places.values()):
+    plan = plan.here(record)
+    if {start.gate for start in starts} != plan.places.keys():
         return False
     everyone = torch.ones(record.n, dtype=torch.bool)
-    sent = [(_cotangent(s.meta, places[s.gate], everyone, generator), places[s.gate]) for s in starts]
-    layouts = [found and tuple(_here(at, record) for at in found) for found in plan.layouts]
-    if not whose_now(record.uses, layouts, [start.edge for start in starts], sent, send, generator):
+    begin = [(s, plan.places[s.gate]) for s in starts]
+    sent = [(_cotangent(s.meta, at, everyone, generator), at) for s, at in begin]
+    if not whose_now(record.uses, plan.layouts, [start.edge for start in starts], sent, send, generator):
         return False
-    record.places.update({gate: at for gate, at in places.items() if gate >= 0})
+    plan.place(record)
     return True
 
 
 def _adopt(record: Record, plan: Plan) -> bool:
-    def here(layout: Layout) -> Layout:
-        return _here(layout, record)
-
-    places = {gate: here(layout) for gate, layout in plan.places.items() if gate >= 0}
-    for gate, layout in places.items():
-        if layout.axis is not None and record.gates[gate][1][layout.axis] % record.n:
+    plan = plan.here(record)
+    for gate, layout in plan.places.items():
+        if gate >= 0 and layout.axis is not None and record.gates[gate][1][layout.axis] % record.n:
             return False
-    record.places.update(places)
+    plan.place(record)
     for use, layouts in zip(record.uses, plan.layouts, strict=True):
         if layouts is None:
             continue
         known = use.layouts or (None,) * len(layouts)
-        use.layouts = tuple(
-            before if layout is None else here(layout) for layout, before in zip(layouts, known, strict=True)
-        )
+        use.layouts = tuple(layout or before for layout, before in zip(layouts, known, strict=True))
         for layout, shape in zip(use.layouts, use.outputs, strict=True):
             if layout is not None and layout.axis is not None and shape[layout.axis] % record.n:
                 return False

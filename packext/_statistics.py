@@ -79,11 +79,9 @@ class Statistics:
     def _plainly(self, wants: list[str]) -> dict[str, Tensor]:
         """What the kernel would answer, by the other routes."""
         self._prepare([want for want in wants if want != "total"], [], "total" in wants, None)
-        return {want: self.known[want] if want in self.known else self._total() for want in wants}
-
-    def _total(self) -> Tensor:
-        self._prepare(["total"], [], False, None)
-        return self.known["total"]
+        if "total" in wants and "total" not in self.known:
+            self._prepare(["total"], [], False, None)
+        return {want: self.known[want] for want in wants}
 
     def _prepare(self, missing: list[str], visitors: list[Visitor], deliver: bool, buffer: Tensor | None) -> None:
         f = self.form

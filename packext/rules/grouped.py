@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packext._factored import Factored, Outer
-from packext._layout import Layout
+from packext._layout import Layout, gathered
 from packext._use import Rule, Use
 from packext.rules._common import bind, handles
 
@@ -43,24 +43,11 @@ class Grouped(Rule):
         n, count = layout.n, len(x)
         owner = layout.spread(torch.arange(n, device=g.device), g).flatten().expand(count)
         expert = torch.searchsorted(t["offs"], torch.arange(count, device=g.device, dtype=t["offs"].dtype), right=True)
-        # Rows of a sample with an expert side by side, with zeros behind those that are fewer; rows behind the last
-        # expert belong to none.
-        known = expert < experts
-        pair = (owner * experts + expert)[known]
-        order = pair.argsort(stable=True)
-        row, pair = known.nonzero()[:, 0][order], pair[order]
-        each = pair.bincount(minlength=n * experts)
-        place = torch.arange(len(pair), device=g.device) - (each.cumsum(0) - each)[pair]
-        most = max(1, int(each.max()))
-
-        def filled(rows: Tensor) -> Tensor:
-            full = rows.new_zeros(n * experts, most, rows.shape[1]).index_put((pair, place), rows[row])
-            return full.view(n, experts, most, -1)
-
-        held = Outer(
-            filled(g), filled(x).mT, (experts, features, outputs), stored="IO", positions=count / (n * experts)
-        )
-        return {"weight": held}
+        known = expert < experts  # rows behind the last expert belong to none
+        together = gathered((owner * experts + expert)[known], n * experts)
+        b, a = (together(rows[known]).unflatten(0, (n, experts)) for rows in (g, x))
+        positions = count / (n * experts)
+        return {"weight": Outer(b, a.mT, (experts, features, outputs), stored="IO", positions=positions)}
 
 
 GROUPED = Grouped()

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from packext import _fused
+from packext import _fused, _scratch
 from packext._factored import Factored, Outer, Patches, Sum
+from packext._factored.outer import DOUBT, ELEMENTWISE, WRITE
 from packext._scratch import release, scratch
 
 Visitor = Callable[[Tensor], None]
@@ -26,11 +27,6 @@ SMALL = 1 << 13
 
 #: Outputs of all samples' rows that a tile has to hold for its product to run at full speed.
 BROAD = 64
-
-#: Multiply-adds of a matrix product that take as long as one entry of an elementwise step in cache,
-#: and one entry unfolded or written to memory (2 threads of a CPU with AVX-512; the order is what counts).
-ELEMENTWISE = 20.0
-WRITE = 40.0
 
 
 class Statistics:
@@ -144,14 +140,14 @@ class Statistics:
         f = self.form
         if not isinstance(f, Outer) or f.s == 1:
             return False
-        gram = f.groups * f.s * (f.s * (f.i + f.o) + f.s * ELEMENTWISE)
+        inner = f.a.inner_cost() if isinstance(f.a, Patches) else f.s * f.s * f.i
+        gram = f.groups * (inner + f.s * f.s * (f.o + ELEMENTWISE))
         product = f.groups * f.s * f.i * f.o
         tiles = ELEMENTWISE * f.groups * f.o * f.i
         if dots:  # which then come from the tiles, too, and not from a product of their own
             gram, tiles = gram + product, 2 * tiles
         if isinstance(f.a, Patches):
-            unfold = WRITE * f.groups * f.s * f.i
-            gram, tiles = gram + unfold, tiles + (0 if tiles_run else unfold)
+            tiles += 0 if tiles_run else WRITE * f.groups * f.s * f.i
         if not (tiles_run or deliver):
             tiles += product
         return tiles < gram
@@ -191,7 +187,13 @@ class Statistics:
             if "second_moment" in found:
                 _sum_squares(rows, parts["second_moment"][k])
             if "scatter" in found:
-                _sum_squares(rows.sub_(totals[k], alpha=1.0 / f.n), parts["scatter"][k])
+                if "second_moment" in found:
+                    spread = parts["second_moment"][k]
+                else:
+                    spread = _sum_squares(rows, scratch("spread", rows.shape[1:], f.acc, f.device))
+                out = parts["scatter"][k]
+                if not _settled(spread, totals[k], f.n, out):
+                    _sum_squares(rows.sub_(totals[k], alpha=1.0 / f.n), out)
         for want, value in found.items():
             self.known[want] = value.view(f.shape)
         for want, values in (("dots", dots), ("gram", grams)):
@@ -203,7 +205,7 @@ class Statistics:
 
     def _tiles(self, wants: list[str], visitors: list[Visitor], buffer: Tensor | None) -> None:
         f = self.form
-        total = second = shifted = centre = torch.zeros((), dtype=f.acc, device=f.device)
+        total = second = rows = torch.zeros((), dtype=f.acc, device=f.device)
         norms: list[Tensor] = []
         kept: list[Tensor] = []
         dots: list[Tensor] = []
@@ -234,21 +236,10 @@ class Statistics:
                 dots.append(flat @ direction)
             if "total" in wants or "scatter" in wants:
                 total = _add_rows(rows, total if lo else None, recorded)
-            if "second_moment" in wants:
+            if "second_moment" in wants or ("scatter" in wants and not recorded):
                 second = _add_squares(rows, second if lo else None, recorded)
-            if "scatter" in wants:
-                # Squares about the mean of the first tile: no cancellation where rows are nearly equal,
-                # since the mean of m of N rows is within sqrt((N - m) / m) deviations of the mean of all.
-                if lo == 0:
-                    centre = total / hi
-                if isinstance(f, Outer) and out is None and not recorded:  # nobody else sees these rows
-                    shifted = _add_squares(rows.sub_(centre), shifted if lo else None, recorded)
-                else:
-                    before = shifted if lo else None
-                    for part in rows.split(max(1, 8 * SMALL // max(1, f.numel))):
-                        shifted = before = _add_squares(part - centre, before, recorded)
         if not f.n:
-            total, second, shifted, centre = (torch.zeros(f.shape, dtype=f.acc, device=f.device) for _ in range(4))
+            total, second = (torch.zeros(f.shape, dtype=f.acc, device=f.device) for _ in range(2))
         found: dict[str, Tensor] = {}
         if "sq_norms" in wants:
             norm = torch.cat(norms) if norms else total.new_zeros(0)
@@ -258,12 +249,11 @@ class Statistics:
         if "second_moment" in wants:
             found["second_moment"] = second
         if "scatter" in wants:
-            if recorded:
-                shifted = shifted - f.n * (total / f.n - centre).square()
-            else:
-                off = centre.mul_(-f.n).add_(total)  # N times as far as the centre is from the mean
-                shifted.addcmul_(off, off, value=-1.0 / max(1, f.n))
-            found["scatter"] = shifted.clamp(min=0) if recorded else shifted.clamp_(min=0)
+            spread = torch.empty_like(total)
+            if recorded or not _settled(second.view(-1), total.view(-1), f.n, spread.view(-1)):
+                there = out if out is not None else rows if f.tile() >= f.n else torch.cat(kept) if kept else None
+                spread = self._spread(total / max(1, f.n), there)
+            found["scatter"] = spread
         if need_rows:
             rows = out if out is not None else torch.cat(kept)
             flat = rows.reshape(f.n, -1)
@@ -277,6 +267,15 @@ class Statistics:
             found["dots"] = torch.cat(dots) if dots else total.new_zeros(0)
         self.known.update(found)
         self.route.update(dict.fromkeys(found, "tiles"))
+
+    def _spread(self, mean: Tensor, rows: Tensor | None) -> Tensor:
+        """Sum of the squared deviations from a mean that is known by now; of all rows, if they are there."""
+        f = self.form
+        found = torch.zeros_like(mean)
+        for lo, hi in f.tiles():
+            some = (f.rows(lo, hi) if rows is None else rows[lo:hi]) - mean
+            found = _add_squares(some, found if lo else None, torch.is_grad_enabled())
+        return found
 
     def __getitem__(self, want: str) -> Tensor:
         """A statistic by name, computed now if it is not known yet."""
@@ -316,12 +315,13 @@ class Statistics:
 
 def _add_rows(rows: Tensor, into: Tensor | None, recorded: bool) -> Tensor:
     """Sum of `rows` `[m, ...]` and, where there is something yet, `into`: in place, unless a graph is recorded."""
+    if recorded:
+        return rows.sum(0) if into is None else into + rows.sum(0)
+    # A product with ones takes half the time of `sum`.
+    flat, ones = rows.reshape(len(rows), -1).T, rows.new_ones(len(rows))
     if into is None:
-        return rows.sum(0) if recorded or len(rows) != 1 else rows[0].clone()
-    if recorded or len(rows) > 4:
-        return into + rows.sum(0) if recorded else into.add_(rows.sum(0))
-    for row in rows:
-        into.add_(row)
+        return torch.mv(flat, ones).view(rows.shape[1:])
+    into.view(-1).addmv_(flat, ones)
     return into
 
 
@@ -346,6 +346,24 @@ def _sum_squares(rows: Tensor, out: Tensor) -> Tensor:
     for row in rows[1:]:
         out.addcmul_(row, row)
     return out
+
+
+def _settled(spread: Tensor, total: Tensor, n: int, out: Tensor) -> bool:
+    """Write `spread - total² / n` to `out`: squared deviations from the mean, of n rows with that sum of squares.
+
+    Returns:
+        Whether that is all right: where most of an entry cancels, its deviations have to be formed. An accelerator is
+        not asked, which would make the host wait.
+    """
+    if out.device.type != "cpu":
+        return False
+    step = max(1, _scratch.TILE // 4 // max(1, out[:1].numel()))
+    for squares, shift, part in zip(*(t.split(step) for t in (spread, total, out)), strict=True):
+        torch.addcmul(squares, shift, shift, value=-1.0 / max(1, n), out=part)
+        margin = torch.add(part, squares, alpha=-DOUBT, out=scratch("margin", part.shape, part.dtype, part.device))
+        if margin.numel() and margin.amin() < 0:
+            return False
+    return True
 
 
 def _squares(rows: Tensor) -> Tensor:

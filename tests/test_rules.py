@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import _flight, _probe, _scratch, testing
-from packext._factored import Factored, Masked, Pulled, Sum, gram
+from packext._factored import Factored, Masked, Patches, Pulled, Sum, gram
 from packext._factored.windows import Window
 from packext._use import Rule
 from packext.rules import _lstm, convolution, elementwise, embedding, linear, norm, recurrent
@@ -293,6 +293,35 @@ def test_second_moment_of_patches_of_any_shape(
         wanted = columns.mT @ columns
         for value in (found, gram(columns.mT)):
             assert value is None or torch.allclose(value, wanted, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_inner_products_of_patches_from_pixels(dims: int, groups: int) -> None:
+    """Of windows that differ along each axis, whether a graph is recorded or not; and which way is taken."""
+    sizes, paddings = (7, 5, 4), (1, 0, 2)
+    for kernels, strides, dilations in [((3, 2, 1), (1, 2, 1), (2, 1, 3)), ((1, 3, 2), (3, 1, 2), (1, 1, 2))]:
+        parts = [values[:dims] for values in (kernels, strides, paddings, dilations, sizes)]
+        out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for k, s, p, d, n in zip(*parts, strict=True)]
+        window = Window(*parts[:4], out, groups)
+        x = torch.randn(3, 4, *sizes[:dims], dtype=torch.float64)
+        a = window.patches(x).clone()
+        ways = []
+        for some in (window, None):
+            patches = Patches(*a.shape, lambda lo, hi: a[lo:hi], x, window=some)  # noqa: B023
+            ways.append(patches.inner_cost())
+            for recorded in (True, False):
+                with torch.set_grad_enabled(recorded):
+                    found = patches.inner(1, 3, torch.float64)
+                torch.testing.assert_close(found, (a @ a.mT)[1:])
+        assert ways[0] <= ways[1]
+        with torch.no_grad():
+            torch.testing.assert_close(window.inner(x), a @ a.mT)
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1), (6, 6), 1)
+    costs = [
+        Patches(2, 1, 36, 864, window.patches, torch.zeros(2, 96, 6, 6), window=w).inner_cost() for w in (window, None)
+    ]
+    assert costs[0] < costs[1] / 4
 
 
 def test_samples_side_by_side_of_one_position(monkeypatch: pytest.MonkeyPatch) -> None:

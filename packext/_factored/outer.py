@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,14 @@ VECTOR = 16
 
 #: Samples that a product takes at once, however large their rows are: threads share samples better than one product.
 TOGETHER = 4
+
+#: What has to be left of a sum of squares that another is taken from.
+DOUBT = 1e-3
+
+#: Multiply-adds of a matrix product that take as long as one entry of an elementwise step in cache,
+#: and one entry unfolded or written to memory (2 threads of a CPU with AVX-512; the order is what counts).
+ELEMENTWISE = 20.0
+WRITE = 40.0
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -61,6 +70,26 @@ class Patches:
     def __getitem__(self, where: slice) -> Tensor:
         """Unfold samples `where.start` to `where.stop`."""
         return self.take(where.start, where.stop)
+
+    def inner(self, lo: int, hi: int, acc: torch.dtype) -> Tensor:
+        """`a aᵀ` of samples lo to hi, `[c, G, S, S]`: products of patches, or of pixels where these are cheaper."""
+        if self.window is not None and self._by_pixels() < self._by_patches():
+            return self.window.inner(self.source[lo:hi].to(acc))
+        a = self.take(lo, hi).to(acc)
+        return torch.matmul(a, a.mT)
+
+    def inner_cost(self) -> float:
+        """Multiply-adds of `inner` for a sample and group."""
+        return min(self._by_pixels(), self._by_patches())
+
+    def _by_patches(self) -> float:
+        _, _, positions, features = self.shape
+        return positions * features * (positions + WRITE)
+
+    def _by_pixels(self) -> float:
+        if self.window is None or len(self.source) != self.shape[0]:
+            return math.inf
+        return self.window.inner_cost(self.source.shape[1] // self.shape[1], ELEMENTWISE)
 
 
 class Outer(Factored):
@@ -222,9 +251,17 @@ class Outer(Factored):
         parts = []
         step = max(1, _scratch.TILE // max(1, self.groups * self.s * max(self.s, self.i)))
         for lo in range(0, self.n, step):
-            a, g = self.pair(lo, min(self.n, lo + step))
-            parts.append((torch.matmul(a, a.mT) * torch.matmul(g.mT, g)).sum((1, 2, 3)))
+            hi = min(self.n, lo + step)
+            g = self.g[lo:hi].to(self.acc)
+            products = torch.matmul(g.mT, g) * self._inner(lo, hi)
+            parts.append(products.sum((1, 2, 3)))
         return torch.cat(parts)
+
+    def _inner(self, lo: int, hi: int) -> Tensor:
+        if isinstance(self.a, Patches):
+            return self.a.inner(lo, hi, self.acc)
+        a = self.a[lo:hi].to(self.acc)
+        return torch.matmul(a, a.mT)
 
     def second_moment(self) -> Tensor | None:
         if self.s != 1:
@@ -233,12 +270,12 @@ class Outer(Factored):
         return torch.einsum("ngos,ngsi->goi", g.square(), a.square()).reshape(self.shape)
 
     def scatter(self) -> Tensor | None:
-        """Squared deviations from products of the centred factors, without cancellation.
+        """Squared deviations from products of the factors, without cancellation.
 
-        With b = g - mean g, c = a - mean a, the deviation of a row from (mean g)(mean a)ᵀ is
-        d_n = b_n (mean a)ᵀ + g_n c_nᵀ, all small where the rows are nearly equal, so that
-        `sum d² - N (mean d)²` is sound. Where a and g vary and their product hardly does, that
-        difference cancels all the same: those entries are recognised by it and formed exactly.
+        As a rule, `sum rows² - N mean²` will do. Where that cancels, the factors are centred: with b = g - mean g,
+        c = a - mean a, the deviation of a row from (mean g)(mean a)ᵀ is d_n = b_n (mean a)ᵀ + g_n c_nᵀ, all small
+        where the rows are nearly equal, so that `sum d² - N (mean d)²` is sound. Where a and g vary and their product
+        hardly does, that difference cancels all the same: those entries are recognised by it and formed exactly.
 
         Returns:
             `[*shape]`, or None where there are several positions, or too many entries are in doubt.
@@ -373,38 +410,47 @@ class Outer(Factored):
 def _scatter_of_products(g: Tensor, a: Tensor) -> Tensor | None:
     """Squared deviations `[O, I]` of g_n a_nᵀ from their mean, for g `[N, O]`, a `[N, I]`; None: too many in doubt."""
     n, o, i = len(g), g.shape[1], a.shape[1]
-    mean = a.mean(0)
-    c, b = a - mean, g - g.mean(0)
-    # sum d² is one product of what is made of g with what is made of a
-    left = torch.cat([g.square(), 2 * b * g, b.square().sum(0, keepdim=True)])
-    right = torch.cat([c.square(), c * mean, mean.square()[None]])
-    recorded = torch.is_grad_enabled()
-    result = left.T @ right if recorded else left.new_empty(o, i)
-    step = o if recorded else max(1, _scratch.TILE // max(1, 4 * i))
-    doubts = []
-    for lo in range(0, o, step):
-        hi = min(o, lo + step)
-        if recorded:
-            spread, shift = result, g.T @ c
-            result = torch.addcmul(spread, shift, shift, value=-1.0 / n)
-            margin = torch.add(result, spread, alpha=-1e-3)
-        else:
-            spread, shift = (scratch(name, (hi - lo, i), a.dtype, a.device) for name in ("spread", "shift"))
-            torch.mm(left[:, lo:hi].T, right, out=spread)
-            torch.mm(g[:, lo:hi].T, c, out=shift)
-            part = torch.addcmul(spread, shift, shift, value=-1.0 / n, out=result[lo:hi])
-            margin = torch.add(part, spread, alpha=-1e-3, out=shift)
-        doubts.append((margin < 0).flatten().nonzero()[:, 0] + lo * i)
-    where = torch.cat(doubts)
-    if len(where) * 4 > o * i:
+    result, doubts = _about(g.square(), a.square(), g, a)
+    if len(doubts) * 64 > o * i:
+        mean = a.mean(0)
+        c, b = a - mean, g - g.mean(0)
+        # sum d² is one product of what is made of g with what is made of a
+        left = torch.cat([g.square(), 2 * b * g, b.square().sum(0, keepdim=True)])
+        right = torch.cat([c.square(), c * mean, mean.square()[None]])
+        result, doubts = _about(left, right, g, c)
+    if len(doubts) * 4 > o * i:
         return None
-    if len(where):
+    if len(doubts):
         of_g, of_a = g.T.contiguous(), a.T.contiguous()
         parts = []
         step = max(1, _scratch.TILE // max(1, 4 * n))
-        for some in where.split(step):
+        for some in doubts.split(step):
             rows = of_g[some // i] * of_a[some % i]
             parts.append((rows - rows.mean(1, keepdim=True)).square().sum(1))
         flat = result.flatten()
-        result = (flat.index_put if recorded else flat.index_put_)((where,), torch.cat(parts)).view(o, i)
+        put = flat.index_put if torch.is_grad_enabled() else flat.index_put_
+        result = put((doubts,), torch.cat(parts)).view(o, i)
     return result
+
+
+def _about(left: Tensor, right: Tensor, g: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """`leftᵀ right - (gᵀ c)² / N` `[O, I]`, and which of the flattened entries are in doubt, as too much cancels."""
+    n, o, i = len(g), g.shape[1], c.shape[1]
+    if torch.is_grad_enabled():
+        spread = left.T @ right
+        shift = g.T @ c
+        result = torch.addcmul(spread, shift, shift, value=-1.0 / n)
+        return result, (result < DOUBT * spread).flatten().nonzero()[:, 0]
+    result = left.new_empty(o, i)
+    doubts = []
+    step = max(1, _scratch.TILE // max(1, 4 * i))
+    for lo in range(0, o, step):
+        hi = min(o, lo + step)
+        spread, shift = (scratch(name, (hi - lo, i), c.dtype, c.device) for name in ("spread", "shift"))
+        torch.mm(left[:, lo:hi].T, right, out=spread)
+        torch.mm(g[:, lo:hi].T, c, out=shift)
+        part = torch.addcmul(spread, shift, shift, value=-1.0 / n, out=result[lo:hi])
+        margin = torch.add(part, spread, alpha=-DOUBT, out=shift)
+        if margin.numel() and margin.amin() < 0:
+            doubts.append((margin < 0).flatten().nonzero()[:, 0] + lo * i)
+    return result, torch.cat(doubts) if doubts else torch.zeros(0, dtype=torch.long, device=g.device)

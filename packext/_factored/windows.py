@@ -27,17 +27,26 @@ class Window:
     out: Sequence[int]
     groups: int
 
-    def unfold(self, x: Tensor, first: int = 0) -> Tensor:
-        """`[c, C, *space]` unfolded along axes of space from `first` on, `[c, C, *out, *kernel]`: a view."""
+    def padded(self, x: Tensor) -> Tensor:
+        """`[c, C, *space]` with its padding, and without what no patch reads."""
         if any(self.padding):
             x = F.pad(x, [p for pad in reversed(self.padding) for p in (pad, pad)])
-        for axis in range(len(self.kernel)):
-            extent = (self.kernel[axis] - 1) * self.dilation[axis] + 1
-            x = x.narrow(axis + 2, 0, (self.out[axis] - 1) * self.stride[axis] + extent)
-            if axis >= first:
-                x = x.unfold(axis + 2, extent, self.stride[axis])
-                if self.dilation[axis] > 1:
-                    x = x[..., :: self.dilation[axis]]
+        for axis, size in enumerate(self._sizes()):
+            x = x.narrow(axis + 2, 0, size)
+        return x
+
+    def _sizes(self) -> list[int]:
+        """How much of the padded input is read along each axis of space."""
+        extents = zip(self.kernel, self.stride, self.dilation, self.out, strict=True)
+        return [(out - 1) * stride + (kernel - 1) * dilation + 1 for kernel, stride, dilation, out in extents]
+
+    def unfold(self, x: Tensor, first: int = 0) -> Tensor:
+        """`[c, C, *space]` unfolded along axes of space from `first` on, `[c, C, *out, *kernel]`: a view."""
+        x = self.padded(x)
+        for axis in range(first, len(self.kernel)):
+            x = x.unfold(axis + 2, (self.kernel[axis] - 1) * self.dilation[axis] + 1, self.stride[axis])
+            if self.dilation[axis] > 1:
+                x = x[..., :: self.dilation[axis]]
         return x
 
     def patches(self, x: Tensor) -> Tensor:
@@ -51,6 +60,45 @@ class Window:
         if not torch.is_grad_enabled():  # the next call writes over it
             x = scratch("patches", x.shape, x.dtype, x.device).copy_(x)
         return x.reshape(c, self.groups, rows, math.prod(self.out)).mT
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Inner products of the patches of each image, from products of its pixels, which patches only add up.
+
+        Those at s and t have `sum over k of <x[s + k], x[t + k]>`: entries of the pixels' matrix, shifted along its
+        diagonal, one axis of space after the other.
+
+        Returns:
+            `a aᵀ`, `[c, G, S, S]`.
+        """
+        x = self.padded(x)
+        d, sizes = len(self.kernel), x.shape[2:]
+        pixels = x.reshape(len(x), self.groups, -1, math.prod(sizes))
+        found = torch.matmul(pixels.mT, pixels).view(*pixels.shape[:2], *sizes, *sizes)
+        for axis, (kernel, stride, dilation, out) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, self.out, strict=True)
+        ):
+            shifted: Tensor | None = None
+            for first in range(0, kernel * dilation, dilation):
+                some = slice(first, first + (out - 1) * stride + 1, stride)
+                index = [slice(None)] * (2 + 2 * d)
+                index[2 + axis] = index[2 + axis + d] = some
+                part = found[tuple(index)]
+                if shifted is None or first == dilation:
+                    shifted = part if shifted is None else shifted + part
+                else:
+                    shifted += part
+            assert shifted is not None
+            found = shifted
+        return found.reshape(*pixels.shape[:2], math.prod(self.out), math.prod(self.out))
+
+    def inner_cost(self, channels: int, elementwise: float) -> float:
+        """Multiply-adds of `inner` for an image and group of so many channels; a sum counts as so many of them."""
+        sizes = self._sizes()
+        cost = math.prod(sizes) ** 2 * channels
+        for axis, kernel in enumerate(self.kernel):
+            sizes[axis] = self.out[axis]
+            cost += elementwise * math.prod(sizes) ** 2 * (kernel - 1)
+        return cost
 
     def second_moment(self, x: Tensor) -> Tensor | None:
         """Sum over images and positions of `a aᵀ`, from fewer products than patches take.

@@ -14,6 +14,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 from packext import _flight, rules
 from packext._choices import CHOOSE, chosen
 from packext._errors import UnsupportedUseError
-from packext._record import Record, modules_of, tensors_in
+from packext._record import Record, tensors_in
 from packext._refusals import is_distributed
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, origins, slope
@@ -58,6 +59,7 @@ class Tracer(TorchFunctionMode):
         self.stack: list[nn.Module] = []
         self._hooks: list[Any] = []
         self.table: dict[int, tuple[Source, Tensor]] = {}
+        self._held: dict[int, tuple[Tensor | None, ...]] = {}  # what modules held at the start
         self._marked_inputs: list[Tensor] = []
         self._inputs: set[int] = set()
         self._grad_inputs = False
@@ -69,7 +71,8 @@ class Tracer(TorchFunctionMode):
         """A module starts to run: learn the parameters it holds at this moment."""
         self.stack.append(module)
         self._hooks.append(_saved_tensor_hooks())
-        if module._parameters:
+        held = module._parameters
+        if held and not (len(held) == len(known := self._held.get(id(module), ())) and all(map(is_, held.values(), known))):
             self._register(module, path)
         self.record.trail = hash((self.record.trail, module.training))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
@@ -81,6 +84,7 @@ class Tracer(TorchFunctionMode):
         self._hooks.pop()
 
     def _register(self, module: nn.Module, path: str) -> None:
+        self._held.pop(id(module), None)
         for name, p in module._parameters.items():
             if p is None:
                 continue
@@ -345,9 +349,10 @@ class Tracer(TorchFunctionMode):
     # -- the two ends of the forward pass ----------------------------------------------------------
     def begin(self, args: Any, kwargs: Any) -> None:
         """Learn the parameters (some modules use those of others that never run), mark the inputs, count samples."""
-        for module in modules_of(self.stack[0]):
+        for module in self.record.modules():
             if module._parameters and "_packext" in module.__dict__:
                 self._register(module, module.__dict__["_packext"].path)
+                self._held[id(module)] = tuple(module._parameters.values())
         axis = self.record.batch_axis
         for t in tensors_in((args, kwargs)):
             if id(t) in self.table:

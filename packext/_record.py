@@ -86,6 +86,7 @@ class Record:
         self.strays: dict[int, str] = {}
         self.batch_statistics: list[str] = []
         self.born = torch._C._current_graph_task_id()
+        self._modules: list[Callable[[], nn.Module | None]] | None = None
 
     def structure(self) -> tuple[Any, ...]:
         """What must be equal for the layouts of an earlier forward to hold for this one.
@@ -134,7 +135,11 @@ class Record:
     def modules(self) -> list[nn.Module]:
         """All modules of the model; none if it is gone."""
         root = self.root()
-        return [] if root is None else modules_of(root)
+        if root is None:
+            return []
+        if self._modules is None:
+            self._modules = [weakref.ref(module) for module in modules_of(root)]
+        return [module for ref in self._modules if (module := ref()) is not None]
 
     def parameters(self) -> list[Source]:
         """Every parameter behind a use, once."""

@@ -140,7 +140,7 @@ class Statistics:
         f = self.form
         if not isinstance(f, Outer) or f.s == 1:
             return False
-        inner = f.a.inner_cost() if isinstance(f.a, Patches) else f.s * f.s * f.i
+        inner = f.a.inner_cost if isinstance(f.a, Patches) else f.s * f.s * f.i
         gram = f.groups * (inner + f.s * f.s * (f.o + ELEMENTWISE))
         product = f.groups * f.s * f.i * f.o
         tiles = ELEMENTWISE * f.groups * f.o * f.i
@@ -289,7 +289,8 @@ class Statistics:
         # Held by `known`, by this function, and by the argument of getrefcount.
         if self._asked.count(want) != 1 or torch.is_grad_enabled() or sys.getrefcount(value) > 3:
             return value * factor
-        return self.known.pop(want).mul_(factor)
+        value = self.known.pop(want)
+        return value if factor == 1.0 else value.mul_(factor)
 
     def dots(self, direction: Tensor) -> Tensor:
         """Inner products of the rows with `direction`, `[N]`."""

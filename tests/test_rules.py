@@ -309,7 +309,7 @@ def test_inner_products_of_patches_from_pixels(dims: int, groups: int) -> None:
         ways = []
         for some in (window, None):
             patches = Patches(*a.shape, lambda lo, hi: a[lo:hi], x, window=some)  # noqa: B023
-            ways.append(patches.inner_cost())
+            ways.append(patches.inner_cost)
             for recorded in (True, False):
                 with torch.set_grad_enabled(recorded):
                     found = patches.inner(1, 3, torch.float64)
@@ -319,7 +319,7 @@ def test_inner_products_of_patches_from_pixels(dims: int, groups: int) -> None:
             torch.testing.assert_close(window.inner(x), a @ a.mT)
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), (6, 6), 1)
     costs = [
-        Patches(2, 1, 36, 864, window.patches, torch.zeros(2, 96, 6, 6), window=w).inner_cost() for w in (window, None)
+        Patches(2, 1, 36, 864, window.patches, torch.zeros(2, 96, 6, 6), window=w).inner_cost for w in (window, None)
     ]
     assert costs[0] < costs[1] / 4
 

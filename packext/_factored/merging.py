@@ -23,7 +23,8 @@ def side_by_side(parts: Sequence[Factored]) -> Factored:
 
 def merge(parts: Sequence[Factored]) -> Factored:
     """One form for all uses of a parameter; forms of a kind are joined along S."""
-    parts = _by_value(parts)
+    if len(parts) > 1:
+        parts = _by_value(parts)
     if len(parts) == 1:
         return parts[0]
     dense = [p for p in parts if isinstance(p, Dense)]

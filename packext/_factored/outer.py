@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -73,23 +73,22 @@ class Patches:
 
     def inner(self, lo: int, hi: int, acc: torch.dtype) -> Tensor:
         """`a aᵀ` of samples lo to hi, `[c, G, S, S]`: products of patches, or of pixels where these are cheaper."""
-        if self.window is not None and self._by_pixels() < self._by_patches():
+        if self.window is not None and self.inner_cost < self._by_patches():
             return self.window.inner(self.source[lo:hi].to(acc))
         a = self.take(lo, hi).to(acc)
         return torch.matmul(a, a.mT)
 
+    @functools.cached_property
     def inner_cost(self) -> float:
         """Multiply-adds of `inner` for a sample and group."""
-        return min(self._by_pixels(), self._by_patches())
+        cost = self._by_patches()
+        if self.window is None or self.source.shape[0] != self.shape[0]:  # several images of a sample
+            return cost
+        return min(cost, self.window.inner_cost(self.source.shape[1] // self.shape[1], ELEMENTWISE))
 
     def _by_patches(self) -> float:
         _, _, positions, features = self.shape
         return positions * features * (positions + WRITE)
-
-    def _by_pixels(self) -> float:
-        if self.window is None or len(self.source) != self.shape[0]:
-            return math.inf
-        return self.window.inner_cost(self.source.shape[1] // self.shape[1], ELEMENTWISE)
 
 
 class Outer(Factored):
@@ -140,6 +139,8 @@ class Outer(Factored):
 
     def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """The factors of samples lo to hi, in the accumulation dtype."""
+        if hi - lo == self.n and isinstance(self.a, Tensor):
+            return self.a.to(self.acc), self.g.to(self.acc)
         return self.a[lo:hi].to(self.acc), self.g[lo:hi].to(self.acc)
 
     def rows(self, lo: int, hi: int) -> Tensor:
@@ -247,7 +248,8 @@ class Outer(Factored):
             if torch.is_grad_enabled():  # of norms, the gradient at zero is not a number
                 return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
             lengths = [torch.linalg.vector_norm(t, dim=(2, 3)) for t in (a, g)]  # makes no tensor of squares
-            return (lengths[0] * lengths[1]).square_().sum(1)
+            squared = lengths[0].mul_(lengths[1]).square_()
+            return squared[:, 0] if self.groups == 1 else squared.sum(1)
         parts = []
         step = max(1, _scratch.TILE // max(1, self.groups * self.s * max(self.s, self.i)))
         for lo in range(0, self.n, step):

@@ -21,7 +21,7 @@ class BatchL2Grad(PerSample, Quantity):
         return ("sq_norms",)
 
     def result(self, ask: Ask) -> Tensor:
-        return ask.statistics["sq_norms"] * ask.factor**2
+        return ask.statistics.scaled("sq_norms", ask.factor**2)
 
     def whole(self, values: dict[str, Any]) -> Tensor:
         return summed(values)
@@ -40,7 +40,7 @@ class BatchDotGrad(Quantity):
         return ("gram",)
 
     def result(self, ask: Ask) -> Tensor:
-        return ask.statistics["gram"] * ask.factor**2
+        return ask.statistics.scaled("gram", ask.factor**2)
 
     def whole(self, values: dict[str, Any]) -> Tensor:
         return summed(values)

@@ -72,7 +72,9 @@ class Tracer(TorchFunctionMode):
         self.stack.append(module)
         self._hooks.append(_saved_tensor_hooks())
         held = module._parameters
-        if held and not (len(held) == len(known := self._held.get(id(module), ())) and all(map(is_, held.values(), known))):
+        if held and not (
+            len(held) == len(known := self._held.get(id(module), ())) and all(map(is_, held.values(), known))
+        ):
             self._register(module, path)
         self.record.trail = hash((self.record.trail, module.training))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):

@@ -186,17 +186,97 @@ class Separate(Routed):
         super().__setattr__(name, value)
 
 
-def test_pieces_of_different_sizes_are_refused() -> None:
-    class Uneven(nn.Module):
+class Uneven(nn.Module):
+    """A weight of which rows are used in pieces, and sometimes the whole of it as well."""
+
+    def __init__(self, sizes: list[int], whole: bool = False) -> None:
+        super().__init__()
+        rows = sum(sizes)
+        self.sizes, self.whole = sizes, whole
+        self.p, self.head = nn.Parameter(torch.randn(rows, 4)), nn.Linear(rows, 3)
+
+    def pieces(self) -> tuple[Tensor, ...]:
+        return self.p.split(self.sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([F.linear(x.roll(k, -1), part) for k, part in enumerate(self.pieces())], -1)
+        return self.head((y + F.linear(x.sin(), self.p) if self.whole else y).tanh()).mean(1)
+
+
+class Even(Uneven):
+    """The same with a parameter for each piece."""
+
+    def __init__(self, model: Uneven) -> None:
+        super().__init__(model.sizes, model.whole)
+        self.load_state_dict(model.state_dict())
+        self.each = nn.ParameterList([part.detach().clone() for part in model.pieces()])
+        del self.p
+
+    def pieces(self) -> tuple[Tensor, ...]:
+        return tuple(self.each)
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("sizes, size", [([2, 4], 2), ([8, 2, 2], 2), ([3, 9, 6], 3), ([4, 4], 4)])
+def test_pieces_of_different_sizes_are_seen_as_blocks_of_one(sizes: list[int], size: int, approx: str) -> None:
+    """The blocks along the diagonals of what each piece has as a matrix of its own; and a basis of them fits."""
+    model, x, y = Uneven(sizes), torch.randn(N, 3, 4), torch.randint(3, (N,))
+    want = run(Even(model), x, y, px.KFAC(fisher="exact", approx=approx))
+    outputs, inputs = run(model, x, y, px.KFAC(fisher="exact", approx=approx))["p"].kfac
+    assert outputs.shape == (sum(sizes) // size, size, size) and inputs.shape == (len(outputs), 4, 4)
+    at = 0
+    for k, rows in enumerate(sizes):
+        b, a = want[f"each.{k}"].kfac
+        for lo in range(0, rows, size):
+            close(outputs[at], b[lo : lo + size, lo : lo + size])
+            close(inputs[at], a)
+            at += 1
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)["p"]
+    basis = {
+        name: run(model, x, y, px.EKFAC(fisher="exact", approx=approx))[name].ekfac
+        for name in ("p", "head.weight", "head.bias")
+    }
+    got = run(model, x, y, px.EKFAC(basis, fisher="exact"))["p"].ekfac.eigenvalues
+    close(got.flatten(), basis["p"].rotate(rows).square().sum((0, 1)).flatten())
+
+
+def test_a_weight_used_as_a_whole_and_in_pieces() -> None:
+    """Its factors are the sums over the uses of every block."""
+    model, x, y = Uneven([2, 4], whole=True), torch.randn(N, 3, 4), torch.randint(3, (N,))
+    outputs, inputs = run(model, x, y, kfac("exact"))["p"].kfac
+    close(inputs, (torch.stack([t.flatten(0, 1).mT @ t.flatten(0, 1) for t in (x, x.roll(1, -1), x.roll(1, -1))])
+                   + (x.sin().flatten(0, 1).mT @ x.sin().flatten(0, 1))) / (2 * N * 3))  # fmt: skip
+    first = run(model, x, y, px.EKFAC(fisher="exact"))
+    basis = {name: first[name].ekfac for name in first}
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)["p"]
+    got = run(model, x, y, px.EKFAC(basis, fisher="exact"))["p"].ekfac.eigenvalues
+    close(got.flatten(), basis["p"].rotate(rows).square().sum((0, 1)).flatten())
+    # The outputs' side of the whole use alone, beside those of its pieces, is linear in what arrives there.
+    assert outputs.shape == (3, 2, 2) and (torch.linalg.eigvalsh(outputs) > 0).all()
+
+
+def test_attention_to_other_tokens_has_factors() -> None:
+    """In its packed weight are the queries' rows, and in one piece those of keys and values: as blocks of three."""
+    layer = nn.TransformerDecoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+
+    class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.p, self.head = nn.Parameter(torch.randn(6, 4)), nn.Linear(6, 3)
+            self.layer, self.head = layer, nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.cat([F.linear(x, part) for part in self.p.split([2, 4])], -1).tanh())
+            return self.head(self.layer(x, x.roll(1, 1).tanh())).mean(1)
 
-    with pytest.raises(px.UnsupportedUseError, match=r"KFAC has no Kronecker factors for p \[6, 4\]"):
-        run(Uneven(), torch.randn(N, 4), torch.randint(3, (N,)), px.KFAC())
+    found = run(Net(), torch.randn(N, 3, 4), torch.randint(3, (N,)), kfac("exact"))
+    outputs, inputs = found["layer.multihead_attn.in_proj_weight"].kfac
+    assert outputs.shape == inputs.shape == (3, 4, 4)
+    close(inputs[1], inputs[2])
+    assert not torch.allclose(inputs[0], inputs[1])
+
+
+def test_pieces_with_no_common_size_are_refused() -> None:
+    with pytest.raises(px.UnsupportedUseError, match=r"KFAC has no Kronecker factors for p \[19, 4\]"):
+        run(Uneven([9, 10]), torch.randn(N, 3, 4), torch.randint(3, (N,)), px.KFAC())
 
 
 def test_a_view_that_is_not_what_its_gradient_says_is_no_block() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+#: Into how many blocks outputs of one use may be divided, so that all uses of a parameter have the same.
+FINEST = 8
 
 
 class Kronecker(NamedTuple):
@@ -34,6 +38,32 @@ class Kronecker(NamedTuple):
         """How many blocks of the parameter there are, and outputs of each."""
         return len(self.outputs) if self.at is None else self.blocks, self.outputs.shape[-1]
 
+    def divided(self, parts: int) -> Kronecker | None:
+        """The same with each block's outputs in so many blocks, without the products between these."""
+        if parts == 1:
+            return self
+        outputs, size = self.outputs, self.outputs.shape[-1] // parts
+        if self.stored == "IO" or self.inputs is None or size * parts != outputs.shape[-1]:
+            return None
+        inputs = self.inputs
+        apart = outputs.view(-1, parts, size, parts, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+        return self._replace(
+            outputs=apart.reshape(-1, size, size),
+            inputs=lambda: inputs().repeat_interleave(parts, 0),
+            at=None if self.at is None else tuple(parts * k + j for k in self.at for j in range(parts)),
+            blocks=self.blocks * parts,
+        )
+
+
+def overlap(found: Sequence[Kronecker]) -> bool:
+    """Whether two of them are of the same outputs, in one orientation."""
+    spans = sorted(
+        (k.stored, block * k.sides[1], (block + 1) * k.sides[1])
+        for k in found
+        for block in (range(len(k.outputs)) if k.at is None else k.at)
+    )
+    return any(a[0] == b[0] and a[2] > b[1] for a, b in zip(spans, spans[1:], strict=False))
+
 
 def added(found: Sequence[Kronecker]) -> list[Kronecker]:
     """Those of all uses of a parameter: where the same block is used in the same orientation, positions of one map.
@@ -42,8 +72,9 @@ def added(found: Sequence[Kronecker]) -> list[Kronecker]:
         found: of each use.
 
     Returns:
-        One for each orientation, "IO" first, for all blocks of the parameter; zeros for blocks without a use. Nothing
-        where uses divide the parameter into blocks in different ways.
+        One for each orientation, "IO" first, for all blocks of the parameter; zeros for blocks without a use. Where
+        uses divide it into blocks of different sizes, those of the largest size that divides all. Nothing where there
+        is no such size, or only a small one.
     """
     kinds = {stored: [k for k in found if k.stored == stored] for stored in ("IO", "OI")}
     sums = [_sum(kind) for kind in kinds.values() if kind]
@@ -55,11 +86,18 @@ def added(found: Sequence[Kronecker]) -> list[Kronecker]:
 
 def _sum(kind: Sequence[Kronecker]) -> Kronecker | None:
     """Those of one orientation."""
-    first = kind[0]
-    if len({k.sides for k in kind}) > 1 or len({k.inputs is None for k in kind}) > 1:
+    if len({k.inputs is None for k in kind}) > 1:
         return None
-    if len(kind) == 1 and first.at is None:
-        return first
+    if len(kind) == 1 and kind[0].at is None:
+        return kind[0]
+    sizes = [k.sides[1] for k in kind]
+    size = math.gcd(*sizes)
+    if size * FINEST < max(sizes):
+        return None
+    kind = [finer for k in kind if (finer := k.divided(k.sides[1] // size)) is not None]
+    if len(kind) < len(sizes) or len({k.sides for k in kind}) > 1:
+        return None
+    first = kind[0]
     blocks = first.sides[0]
     at = [tuple(range(blocks)) if k.at is None else k.at for k in kind]
     index = torch.tensor([block for each in at for block in each], device=first.outputs.device)

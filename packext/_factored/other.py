@@ -15,7 +15,7 @@ from packext._factored.base import (
     is_vector,
     storage_bytes,
 )
-from packext._factored.kronecker import Kronecker
+from packext._factored.kronecker import Kronecker, overlap
 from packext._factored.outer import Outer
 
 
@@ -219,14 +219,14 @@ class Sum(Factored):
         return self._total([part.project(left, right) for part in self.parts])
 
     def kronecker(self, reduce: bool) -> list[Kronecker]:
-        """Those of all uses; where positions are to be pooled, none of uses of one block in one orientation."""
+        """Those of all uses; where positions are to be pooled, none of uses of one row in one orientation."""
         if is_vector(self.shape) and not any(isinstance(part, Outer) for part in self.parts):
             return super().kronecker(reduce)
         found = [part.kronecker(reduce) for part in self.parts]
-        uses = [(k.stored, block) for ks in found for k in ks for block in k.at or range(len(k.outputs))]
-        if not all(found) or (reduce and len(set(uses)) < len(uses)):
+        every = [k for ks in found for k in ks]
+        if not all(found) or (reduce and overlap(every)):
             return []
-        return [k for ks in found for k in ks]
+        return every
 
     def with_bias(self) -> Factored | None:
         parts = [p for part in self.parts if (p := part.with_bias()) is not None]

@@ -363,7 +363,20 @@ class Outer(Factored):
             return Outer(longer, g, shape, terms=self.terms)
         return Outer(one_more(a), g, shape, terms=self.terms)
 
+    def apart(self, parts: int) -> Outer | None:
+        """The same as a map with its outputs in groups, to which all inputs go; None where it is no such map."""
+        if parts == 1:
+            return self
+        if self.groups > 1 or self.stored != "OI" or isinstance(self.a, Patches) or self.o % parts:
+            return None
+        a, g = self.a.expand(-1, parts, -1, -1), self.g.reshape(self.n, parts, self.o // parts, self.s)
+        return Outer(a, g, self.shape, positions=self.positions)
+
     def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
+        parts = len(bases[0])
+        if self.groups == 1 and parts > 1 and parts * bases[0].shape[-1] == self.o:
+            apart = self.apart(parts)
+            return None if apart is None else apart.rotated(bases)
         if [basis.shape[1:] for basis in bases] != [(self.o, self.o), (self.i, self.i)]:
             return None
         if any(len(basis) not in (1, self.groups) for basis in bases):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from packext._factored.base import Dense, Factored, is_vector, table
-from packext._factored.kronecker import Kronecker
+from packext._factored.kronecker import FINEST, Kronecker
 from packext._factored.other import Lookup, Masked
 from packext._factored.outer import Outer
 from packext._factored.tables import View
@@ -107,6 +107,26 @@ class Pulled(Factored):
         index, g = row[order].view(self.n, -1), total.flatten()[place[order]].view(self.n, -1, shape[1])
         return Lookup(index, g, shape)
 
+    def _rows_of_blocks(self, size: int = 0) -> tuple[tuple[int, ...], int, int] | None:
+        """Of a weight that is some rows of the parameter: blocks of so many of them, as many as can be by default.
+
+        Returns:
+            Which of how many blocks it is, and the rows of a block; None where it is not made of such.
+        """
+        inner, view = self.inner, self.view
+        if view is None or not isinstance(inner, Outer) or inner.shape != view.size:
+            return None
+        if inner.groups > 1 or inner.stored != "OI" or view.along((inner.o, inner.i)) != (inner.i, 1):
+            return None
+        first, rest = divmod(view.offset, inner.i)
+        count = math.prod(self.shape) // inner.i
+        size = size or math.gcd(inner.o, first, count)
+        if rest or count * inner.i != math.prod(self.shape) or size * FINEST < inner.o:
+            return None
+        if inner.o % size or first % size or count % size:
+            return None
+        return tuple(range(first // size, (first + inner.o) // size)), count // size, size
+
     def _blocks(self) -> tuple[tuple[int, ...], int, bool] | None:
         """Of a weight that is a block of the parameter: which of how many, of each group; whether it is transposed."""
         inner, view = self.inner, self.view
@@ -133,12 +153,25 @@ class Pulled(Factored):
                 k._replace(at=at, blocks=count, stored=other[k.stored] if turned else k.stored)
                 for k in self.inner.kronecker(reduce)
             ]
+        if (rows := self._rows_of_blocks()) is not None:
+            at, count, size = rows
+            parts = [k.divided(k.outputs.shape[-1] // size) for k in self.inner.kronecker(reduce)]
+            return [k._replace(at=at, blocks=count) for k in parts if k is not None]
         lookup = self.lookup()
         return [] if lookup is None else lookup.kronecker(reduce)
 
     def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
         if is_vector(self.shape):
             return super().rotated(bases)
+        inner = self.inner
+        if (rows := self._rows_of_blocks(bases[0].shape[-1])) is not None and isinstance(inner, Outer):
+            at, count, size = rows
+            if any(len(basis) not in (1, count) for basis in bases):
+                return None
+            own = [basis if len(basis) == 1 else basis[list(at)] for basis in bases]
+            apart = inner.apart(inner.o // size)
+            if apart is not None and (form := apart.rotated(own)) is not None:
+                return self.around(form)
         if (found := self._blocks()) is not None:
             at, count, turned = found
             if any(len(basis) not in (1, count) for basis in bases):

@@ -197,11 +197,13 @@ class KFAC(Sampled, _Kronecker):
 
     A parameter may have several uses. Calls of one layer, or reads of one table, count as positions of one. Equal
     blocks of one tensor (experts in `[E, O, I]`, queries, keys and values as thirds of the rows) have factors of their
-    own, `[E, O, O]` and `[E, I, I]`, with a mean over the tokens that each was given, and zeros for one without any. A
-    weight that is also used transposed, as a table `[V, E]` tied to the last layer, has the Kronecker product that is
-    nearest to the sum over both (`linalg.nearest_kron`): dense `[V, V]` and `[E, E]`, of equal norm and neither of them
-    A or B. Cross terms between uses are dropped. Refused are uses that divide a parameter in different ways, or into
-    pieces of different sizes.
+    own, `[E, O, O]` and `[E, I, I]`, with a mean over the tokens that each was given, and zeros for one without any.
+    Pieces of different sizes (queries, and keys and values together, where tokens attend to others) are seen as blocks
+    of the largest size that divides all of them. A weight that is also used transposed, as a table `[V, E]` tied to
+    the last layer, has the Kronecker product that is nearest to the sum over both (`linalg.nearest_kron`): dense
+    `[V, V]` and `[E, E]`, of equal norm and neither of them A or B. Cross terms between uses are dropped, and between
+    blocks of a piece. Refused are uses that divide a parameter otherwise than into rows, or where such blocks were less
+    than an eighth of a piece.
 
     For parameters without positions they are BackPACK's; for convolutions BackPACK mixes A of "expand" with B of
     "reduce", which is off by a factor that grows with the number of positions. For a parameter that is no linear map's

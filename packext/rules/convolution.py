@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +194,23 @@ def _tuple(value: Any, d: int) -> list[int]:
     return [value] * d if isinstance(value, int) else list(value) * (d // len(value) if len(value) == 1 else 1)
 
 
+@functools.cache
+def _flags(
+    d: int, groups: int, transposed: bool, stride: Any, padding: Any, dilation: Any, output_padding: Any
+) -> dict[str, Any]:
+    """The constants of a use, each in full length, and those that torch's function takes; all uses share them."""
+    options = {
+        "stride": _tuple(stride, d),
+        "padding": _tuple(padding, d),
+        "dilation": _tuple(dilation, d),
+        "groups": groups,
+    }
+    over = _tuple(output_padding, d)
+    if transposed:
+        options["output_padding"] = over
+    return {**options, "options": options, "transposed": transposed, "output_padding": over}
+
+
 def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[str, Any], transposed: bool) -> Any:
     x, w = tensors["input"], tensors["weight"]
     d = w.dim() - 2
@@ -204,10 +222,9 @@ def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[s
             f"the input {list(x.shape)} has no batch axis",
             "Pass it with an axis for the samples in front.",
         )
-    stride, dilation = _tuple(consts["stride"], d), _tuple(consts["dilation"], d)
     padding = consts["padding"]
     if padding == "same":
-        total = [dilation[k] * (w.shape[2 + k] - 1) for k in range(d)]
+        total = [f * (k - 1) for f, k in zip(_tuple(consts["dilation"], d), w.shape[2:], strict=True)]
         if any(p % 2 for p in total):
             # torch pads one more at the end; so do we, and the rest is symmetric.
             x = F.pad(x, [side for p in reversed(total) for side in (0, p % 2)])
@@ -215,23 +232,9 @@ def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[s
             tracer.mark_data(x)
         padding = [p // 2 for p in total]
     elif padding == "valid":
-        padding = [0] * d
-    padding = _tuple(padding, d)
-    options = {
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "groups": consts["groups"],
-    }
-    output_padding = _tuple(consts.get("output_padding", 0), d)
-    if transposed:
-        options["output_padding"] = output_padding
-    flags = {
-        **options,
-        "options": options,
-        "transposed": transposed,
-        "output_padding": output_padding,
-    }
+        padding = 0
+    given = (consts["stride"], padding, consts["dilation"], consts.get("output_padding", 0))
+    flags = _flags(d, consts["groups"], transposed, *(tuple(v) if isinstance(v, list) else v for v in given))
     ordered = {k: tensors[k] for k in ("input", "weight", "bias") if k in tensors}
     return tracer.owned(CONVOLUTION, func, ordered, flags)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from packext._copies import Apart
 from packext._extend import extend, is_extended
 from packext._observation import INPUT as INPUT
 from packext._observation import Observation, observe
@@ -257,7 +258,7 @@ def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | Non
     with torch.random.fork_rng(devices):
         while True:
             before = copy.deepcopy(twin)
-            run = observe(twin, inputs, kwargs, asked)
+            run = observe(twin, inputs, kwargs, asked, Apart(model, "explain"))
             observations.append(run)
             twin = before
             if not _set_aside(twin, run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -76,7 +77,9 @@ class Observation:
         return routes, (cost + formed) / max(1.0, work)
 
 
-def observe(model: nn.Module, args: Any, kwargs: Any, asked: Sequence[Quantity]) -> Observation:
+def observe(
+    model: nn.Module, args: Any, kwargs: Any, asked: Sequence[Quantity], watched: AbstractContextManager[Any]
+) -> Observation:
     run = Observation()
 
     def hold(path: str, *_: Any) -> None:
@@ -89,7 +92,7 @@ def observe(model: nn.Module, args: Any, kwargs: Any, asked: Sequence[Quantity])
         module.register_forward_pre_hook(partial(hold, path))
     run.inputs = tuple(tuple(t.shape) for t in tensors_in((args, kwargs)))
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), watched:
             output = model(*args, **kwargs)
     except PackextError as error:
         run.errors.append(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -104,6 +105,24 @@ def test_the_model_stays_as_it_was() -> None:
     assert fields(model) == before and all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True) if p.grad is not None)
     assert px.is_extended(model) and px.is_extended(loss)
+
+
+def test_a_copy_that_would_run_the_model_itself_is_refused() -> None:
+    class Closed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+            self.run = lambda x: self.first(x).relu()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.run(x))
+
+    (x, y), model = batch(), Closed()
+    said = r"forward of a copy of Closed uses first.weight \[4, 5\] of the model.*make it a method"
+    with pytest.raises(px.PackextError, match="check: " + said):
+        testing.check(model, nn.CrossEntropyLoss(), x, y)
+    assert re.search("explain: " + said, " ".join(str(px.explain(model, x)).split()))
+    assert all(p.grad is None for p in model.parameters()) and not any(fields(model).values())
 
 
 def test_a_subset_of_samples_and_a_parameter_that_is_not_reached() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -673,6 +674,11 @@ def test_products_with_blocks() -> None:
     for product in (model[0].weight.hmp, model[0].weight.ggnmp):
         with pytest.raises(px.PackextError, match="retain_graph=True"):
             product(torch.randn(1, *model[0].weight.shape))
+        with pytest.raises(TypeError, match=r"Delete it first \(`del parameter.(hmp|ggnmp)`\)"):
+            pickle.dumps(product)
+    for p in model.parameters():
+        del p.hmp, p.ggnmp
+    assert pickle.loads(pickle.dumps(model))[0].weight.equal(model[0].weight)
 
 
 def test_hessians_of_several_losses_add_up() -> None:

@@ -15,7 +15,7 @@ import torch
 from benchmarks.faults.faults import FAULTS
 from benchmarks.faults.problems import PROBLEMS
 from benchmarks.faults.run import HEALTHY_STEPS, WINDOW, Case
-from benchmarks.faults.score import Row, delay, score
+from benchmarks.faults.score import Row, delay, harmed, score
 from packext.diagnostics import RULES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "faults.json"
@@ -65,7 +65,9 @@ def faults(rows: list[Row], healthy: list[Row]) -> str:
         if not found:
             continue
         hits = sum(delay(r) is not None for r in found)
+        worse = [delay(r) is not None for r in found if harmed(r, healthy or found)]
         lines += ["", f"All faults at {severity} severity: {share(hits, len(found))}."]
+        lines[-1] += f" Of those that did harm: {share(sum(worse), len(worse))}."
     missed = [r.case for r in rows if r.case.fault and r.case.severity == "full" and delay(r) is None]
     words = "; ".join(f"{FAULTS[c.fault].verdict} ({c.problem} with {c.optimizer})" for c in missed)
     lines += ["", f"Not named at full severity: {words or 'none'}."]

@@ -184,6 +184,30 @@ class TopEigenvalues(HessianQuantity):
         return f"TopEigenvalues(k={self.k}, which={self.which!r})"
 
 
+class Product:
+    """A function `[V, *p] -> [V, *p]` that runs through the graph of a loss."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], factor: float, savefield: str) -> None:
+        """Call `function`, and scale what it gives by `factor`; parameters carry this as attribute `savefield`."""
+        self.function, self.factor, self.savefield = function, factor, savefield
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Products with the vectors in `matrix`, `[V, *p] -> [V, *p]`."""
+        products = self.function(matrix)
+        return products if self.factor == 1.0 else products * self.factor
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"A parameter's `{self.savefield}` multiplies through the graph of a loss, which cannot be pickled. "
+            f"Delete it first (`del parameter.{self.savefield}`), or save model.state_dict()."
+        )
+
+
 class _Products(HessianQuantity):
     def measure(self, point: Point, generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
         return [functools.partial(point.block, self._product(point), k) for k in range(len(point.parameters))]
@@ -194,8 +218,8 @@ class _Products(HessianQuantity):
     def add(self, held: Any, value: Any) -> Callable[[Tensor], Tensor]:
         return lambda matrix: held(matrix) + value(matrix)
 
-    def land(self, held: Any, n: int, factor: float) -> Callable[[Tensor], Tensor]:
-        return held if factor == 1.0 else lambda matrix: held(matrix) * factor
+    def land(self, held: Any, n: int, factor: float) -> Product:
+        return Product(held, factor, self.savefield)
 
 
 class PCHMP(_Products):

@@ -64,7 +64,8 @@ def check(
 
     Returns:
         One entry per parameter and quantity; `print` it, ask `.ok`. A model that is random (the loop over samples would
-        draw other numbers), or refused, is a `PackextError`. A quantity that has no definition, or one that is too
+        draw other numbers), of which a copy uses the parameters of the model itself (by a function that it keeps), or
+        which is refused, is a `PackextError`. A quantity that has no definition, or one that is too
         large to compute, is a `NoOracle`, which is a `ValueError`.
     """
     reference = Reference(model, loss_fn, inputs, targets, batch_axis, parameters=parameters)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from packext._copies import Apart
 from packext._errors import PackextError
 from packext._extend import unextend
 from packext._lineage import disable
@@ -82,7 +83,7 @@ class Reference:
         self.factor = float(self.n) if mean else 1.0
         self.weights = [1 / self.factor] * self.n if weights is None else list(weights)
         self._factors: dict[str, Factors] = {}
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), Apart(model, "check"):
             before = torch.get_rng_state()
             output = call(copy.deepcopy(self.model), self.inputs)
             if not torch.equal(before, torch.get_rng_state()):

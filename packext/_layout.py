@@ -87,6 +87,11 @@ class Layout:
         shape[self.axis] = t.shape[self.axis]
         return entries.reshape(shape)
 
+    def members(self, t: Tensor) -> Tensor:
+        """For each entry along the axis of `t`, whose it may be: `[entries, N]`."""
+        own = self.spread(torch.arange(self.n, device=t.device), t).flatten()
+        return own[:, None] == torch.arange(self.n, device=t.device)
+
     def agrees(self, g: Tensor, members: Tensor) -> bool:
         """Whether only the samples in `members` `[N]` have non-zero entries in `g` (NaN tells nothing)."""
         if self.axis is None:
@@ -132,6 +137,10 @@ class Scattered(Layout):
     def fits(self, t: Tensor, lead: int) -> bool:
         """Whether the samples are among the first `lead` axes of `t`."""
         return self.axis is not None and self.axis < lead
+
+    def members(self, t: Tensor) -> Tensor:
+        """For each row of `t`, whose it may be: `[rows, N]`."""
+        return self.possible[0]
 
     def positions(self, t: Tensor, lead: int) -> float:
         """How many positions of `split` are a sample's own on average."""

@@ -59,7 +59,7 @@ class Probe:
         self.visited[id(use)] = use
         if not use.options:
             use.options = [None] * len(use.outputs)
-        scattered = self.scattered and use.rooted
+        scattered = self.scattered and (use.rooted or use.rule.tells_rows(use))
         for i, g in enumerate(gs):
             if g is None:
                 continue
@@ -110,7 +110,7 @@ class Probe:
                 continue
             options = use.read_options.get(name)
             if options is None:
-                scattered = self.scattered and use.rooted
+                scattered = self.scattered and (use.rooted or use.rule.tells_rows(use))
                 own = [Layout(use.record.batch_axis, self.n)]
                 options = own if name in use.ties else candidates(grad.shape, self.n, 0, scattered)
             members = self.members.to(grad.device)

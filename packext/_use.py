@@ -245,6 +245,10 @@ class Rule:
         """The axis of the inputs in `weight`, if `bias` is added to what it gives, at every position; or None."""
         return None
 
+    def tells_rows(self, use: Use) -> bool:
+        """Whether it sees by itself that rows of a model's input, in whatever order, are of one sample each."""
+        return False
+
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Any:
         """Run the function again on the saved tensors."""
         return use.func(**tensors, **use.consts)

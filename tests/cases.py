@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
 @dataclass(frozen=True)
@@ -374,6 +375,39 @@ for _name, _rnn, _out, _ends in [
 @case("gru with initial state")
 def _() -> Any:
     return Recurrent(nn.GRU(5, 6), 6), (torch.randn(N, 4, 5), torch.randn(N, 1, 6)), labels()
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths, packed; all steps and the last states go on."""
+
+    def __init__(self, rnn: Any, words: int = 0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, 5) if words else nn.Identity()
+        self.rnn, self.head = rnn, nn.LazyLinear(3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        sequences = pack_padded_sequence(self.embed(x), lengths, batch_first=True, enforce_sorted=False)
+        rows, last = self.rnn(sequences)
+        steps, _ = pad_packed_sequence(rows, batch_first=True)
+        last = torch.cat(last, -1) if isinstance(last, tuple) else last
+        return self.head(torch.cat([steps.sum(1), *last.unbind()], -1))
+
+
+for _name, _rnn, _words in [
+    ("lstm packed", lambda: nn.LSTM(5, 6), 0),
+    ("lstm packed, 2 layers both ways", lambda: nn.LSTM(5, 4, 2, bidirectional=True), 7),
+    ("lstm packed, projection", lambda: nn.LSTM(5, 6, bias=False, proj_size=3), 7),
+    ("gru packed", lambda: nn.GRU(5, 6, 2), 7),
+    ("rnn packed, both ways", lambda: nn.RNN(5, 6, bidirectional=True), 0),
+]:
+
+    @case(_name)
+    def _(rnn: Any = _rnn, words: int = _words) -> Any:
+        lengths = torch.tensor([2, 4, 1, 4])
+        x = torch.randint(words, (N, 4)) if words else torch.randn(N, 4, 5)
+        model = Packed(rnn(), words)
+        model(x, lengths)  # the head learns its size
+        return model, (x, lengths), labels()
 
 
 class Cells(nn.Module):

@@ -33,7 +33,8 @@ REFUSED = {
     },
     "is not linear in it": {
         "lstm", "lstm time first", "lstm 2 layers both ways", "lstm loss on states", "lstm projection", "gru",
-        "gru both ways, loss on state", "rnn", "rnn relu", "gru with initial state",
+        "gru both ways, loss on state", "rnn", "rnn relu", "gru with initial state", "lstm packed", "gru packed",
+        "lstm packed, 2 layers both ways", "lstm packed, projection", "rnn packed, both ways",
         "weight norm", "spectral norm", "subclass of conv2d", "time first, 6 steps", "time first, 4 steps",
     },
     "no tensor was found": {"output data class"},

@@ -344,17 +344,52 @@ def test_max_norm() -> None:
         )
 
 
-def test_packed_sequences() -> None:
-    class Packed(nn.Module):
+class Sequences(nn.Module):
+    """An LSTM on packed sequences; `read` makes outputs of its steps `[N, T, H]` and last states `[N, H]`."""
+
+    def __init__(self, read: Callable[..., Tensor], pairs: bool = False) -> None:
+        super().__init__()
+        self.rnn, self.read, self.pairs = nn.LSTM(5, 6, batch_first=True), read, pairs
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        x = torch.cat([x, x.flip(0)]) if self.pairs else x
+        lengths = [4 - k // 2 for k in range(len(x))]
+        rows, (last, _) = self.rnn(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))
+        return self.read(nn.utils.rnn.pad_packed_sequence(rows, batch_first=True)[0], last[0], *more)
+
+
+def test_packed_sequences_that_are_not_one_samples_each() -> None:
+    x, error = torch.randn(N, 4, 5), px.CoupledSamplesError
+    refused(Sequences(lambda y, h: h + h[:1]), x, error, r"Samples influence each other.*rnn \[LSTM\]")
+    refused(
+        Sequences(lambda y, h: y[:, 0] + y.roll(1, 0)[:, 1]), x, error, r"Samples influence each other.*rnn \[LSTM\]"
+    )
+    # Whether both were made of the sample's own input cannot be seen where no parameter comes before.
+    twice = Sequences(lambda y, h: h[:N] + h[N:], pairs=True)
+    refused(twice, x, error, r"lstm.*rnn \[LSTM\].*packed sequences.*serve one.*Pass a padded batch")
+
+
+def test_a_learned_initial_state_beside_packed_sequences() -> None:
+    class Learned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.rnn = nn.LSTM(5, 6, batch_first=True)
+            self.rnn, self.start = nn.GRU(5, 6, batch_first=True), nn.Parameter(torch.randn(1, 1, 6))
 
-        def forward(self, x: Tensor) -> Tensor:
-            packed = nn.utils.rnn.pack_padded_sequence(x, [4, 3, 2, 1], batch_first=True)
-            return self.rnn(packed)[1][0][-1]
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.rnn(packed, self.start.expand(-1, len(x), -1))[1][0]
 
-    refused(Packed(), torch.randn(N, 4, 5), px.UnsupportedUseError, r"rnn \[LSTM\].*PackedSequence.*padded")
+    batch_of = torch.randn(N, 4, 5), torch.tensor([1, 4, 2, 3])
+    refused(Learned(), batch_of, px.CoupledSamplesError, r"index_select.*rnn \[GRU\], parameters start")
+
+
+def test_packed_sequences_that_serve_two_samples_from_the_second_pass_on() -> None:
+    model = px.extend(Sequences(lambda y, h, partner: y[:, 0] + y[partner, 1]))
+    x, own = torch.randn(N, 4, 5), torch.arange(N)
+    with px.backpack(px.BatchGrad()):
+        model(x, own).square().sum().backward()
+    with pytest.raises(px.CoupledSamplesError, match="serves two samples"), px.backpack(px.BatchGrad()):
+        model(x, own.roll(1)).square().sum().backward()
 
 
 def test_convolution_without_a_batch() -> None:

@@ -97,6 +97,7 @@ GENERIC = {
     "embedding bag offsets max",
     "embedding bag learned weights",
     "lstm projection",
+    "lstm packed, projection",
     "complex numbers of real parameters",  # gradients are products with conjugates
     "attention bias_kv zero",  # a parameter repeated over the batch, with entries of its own for each sample
 }

@@ -315,6 +315,7 @@ def test_the_second_use_is_what_makes_it_so(rule: Any, monkeypatch: pytest.Monke
 REFUSED = {
     "lstm", "lstm time first", "lstm 2 layers both ways", "lstm loss on states", "lstm projection", "gru", "rnn",
     "gru both ways, loss on state", "rnn relu", "gru with initial state", "LSTMCell", "GRUCell", "RNNCell",
+    "lstm packed", "rnn packed, both ways",
     "time first, 6 steps", "time first, 4 steps", "batch norm first, training, one sample",
     "complex numbers of real parameters", "tokens routed to experts", "tokens sorted by expert",
 }  # fmt: skip

@@ -2,6 +2,9 @@
 
 The fused call hides the gradients at its gates. When a quantity is wanted, the recurrence is run again
 in single steps, with a zero added to the gates before their nonlinearities; the gradient of that zero is g.
+
+Of a PackedSequence, the sequences are put side by side for that, in the order of their lengths, and those that are
+over keep their states.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packext._errors import CoupledSamplesError
 from packext._factored import Dense, Factored, Outer, Terms, accumulation_dtype
-from packext._layout import Layout
+from packext._layout import Layout, Scattered
 from packext._use import Rule, Use
 from packext.rules import _lstm
 from packext.rules._common import handles
@@ -62,6 +66,9 @@ class Recurrent(Rule):
 
     name = "recurrent"
 
+    def tells_rows(self, use: Use) -> bool:
+        return use.consts["sizes"] is not None
+
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Any:
         c = use.consts
         weights = [tensors[name] for name in c["weights"]]
@@ -69,15 +76,20 @@ class Recurrent(Rule):
             hidden = (tensors["h"], tensors["c"]) if c["kind"] == "lstm" else tensors["h"]
             return use.func(tensors["input"], hidden, *weights)
         hidden = (tensors["h"], tensors["c"]) if c["kind"] == "lstm" else tensors["h"]
-        flags = (c["bias"], c["layers"], 0.0, c["train"], c["bidirectional"], c["batch_first"])
-        return use.func(tensors["input"], hidden, weights, *flags)
+        flags = (c["bias"], c["layers"], 0.0, c["train"], c["bidirectional"])
+        if c["sizes"] is not None:
+            return use.func(tensors["input"], c["sizes"], hidden, weights, *flags)
+        return use.func(tensors["input"], hidden, weights, *flags, c["batch_first"])
 
     def _unroll(self, use: Use, t: dict[str, Tensor]) -> tuple[list[Tensor], list[Strand]]:
         c = use.consts
         kind, directions = c["kind"], 2 if c["bidirectional"] else 1
-        x = t["input"]
+        x, going = t["input"], None
         if c["cell"]:
             x = x[None]
+        elif c["sizes"] is not None:
+            going = _going(c["sizes"], x.device)
+            x = _padded(x, going)
         elif c["batch_first"]:
             x = x.transpose(0, 1)
         strands: list[Strand] = []
@@ -93,6 +105,7 @@ class Recurrent(Rule):
                 h = t["h"] if c["cell"] else t["h"][k]
                 state = None if kind != "lstm" else (t["c"] if c["cell"] else t["c"][k])
                 sequence = x.flip(0) if direction else x
+                on = going.flip(0) if direction and going is not None else going
                 inputs = F.linear(sequence, w_ih, b_ih)
                 at_input = torch.zeros_like(inputs).requires_grad_()
                 # Where input and hidden halves are added, one zero serves both.
@@ -104,10 +117,15 @@ class Recurrent(Rule):
                     from_hidden = F.linear(h, w_hh, b_hh)
                     if kind == "gru":
                         from_hidden = from_hidden + at_hidden[step]
+                    h_before, c_before = h, state
                     h, state = _step(kind, inputs[step], from_hidden, h, state)
                     if w_hr is not None:
                         raws.append(h)
                         h = F.linear(h, w_hr)
+                    if on is not None:
+                        h = torch.where(on[step, :, None], h, h_before)
+                        if state is not None and c_before is not None:
+                            state = torch.where(on[step, :, None], state, c_before)
                     outs.append(h)
                 raw = torch.stack(raws) if raws else None
                 strands.append(Strand(prefix, sequence, torch.stack(states), at_input, at_hidden, raw))
@@ -119,7 +137,7 @@ class Recurrent(Rule):
             x = torch.cat(outputs, -1)
         if c["cell"]:
             return [last_h[0], *last_c], strands
-        y = x.transpose(0, 1) if c["batch_first"] else x
+        y = x.transpose(0, 1) if c["batch_first"] else x if going is None else x[going]
         ends = [torch.stack(last_h)] + ([torch.stack(last_c)] if last_c else [])
         return [y, *ends], strands
 
@@ -133,15 +151,16 @@ class Recurrent(Rule):
         c = use.consts
         if any(name in ("h", "c") for name in use.sources):
             return None  # a learned initial state
-        found = next((at for g, at in zip(gs, layouts, strict=True) if g is not None and at is not None), None)
-        size = t["input"].shape[0 if c["cell"] or c["batch_first"] else 1]
-        if found is None or size % found.n or found.inner or any(name.endswith("hr") for name in use.sources):
+        if any(name.endswith("hr") for name in use.sources):
             return None
-        layout = Layout(None if found.axis is None else 1, found.n)  # of [T, N, features]
+        layout = _of_steps(use, t["input"], gs, layouts)
+        if layout is None:
+            return None
         keep = torch.is_grad_enabled()
         halves: list[tuple[str, Tensor, Tensor]] = []
         projected = any(name.endswith("hr") for name in c["weights"])
-        if c["kind"] == "lstm" and not keep and not projected and len(gs) == (2 if c["cell"] else 3):
+        whole = c["sizes"] is None and len(gs) == (2 if c["cell"] else 3)
+        if c["kind"] == "lstm" and not keep and not projected and whole:
             for k, (run, g) in enumerate(_lstm.pairs(c, {name: v.detach() for name, v in t.items()}, gs)):
                 halves += [(f"{k}.ih", run.inputs, g), (f"{k}.hh", run.hidden, g)]
         else:
@@ -151,7 +170,8 @@ class Recurrent(Rule):
             gs_ = layout.split(g, 2)
             terms = Terms(gs_.mT[:, None])
             if name in use.sources:
-                forms[name] = Outer(layout.split(a, 2)[:, None], terms.g, t[name].shape, terms=terms)
+                own = layout.positions(g, 2)
+                forms[name] = Outer(layout.split(a, 2)[:, None], terms.g, t[name].shape, terms=terms, positions=own)
             bias = name.replace(".", ".b")
             if bias in use.sources:
                 forms[bias] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
@@ -184,6 +204,54 @@ class Recurrent(Rule):
 RECURRENT = Recurrent()
 
 
+def _going(sizes: Tensor, device: torch.device) -> Tensor:
+    """Whether sequence n of a packed batch has a step t, `[T, N]`; its entries that hold are in the packed order."""
+    return (torch.arange(int(sizes[0])) < sizes[:, None]).to(device)
+
+
+def _padded(rows: Tensor, going: Tensor) -> Tensor:
+    """Packed rows `[*, F]` as `[T, N, F]`."""
+    return rows.new_zeros(*going.shape, rows.shape[1]).masked_scatter(going[..., None], rows)
+
+
+def _of_steps(use: Use, x: Tensor, gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]) -> Layout | None:
+    """Where the samples are in what there is of all steps, `[T, N, features]`.
+
+    Returns:
+        Their layout; None where they have no axis there.
+
+    Raises:
+        CoupledSamplesError: if sequences of a packed batch are not one sample's each, as far as can be seen.
+    """
+    c, live = use.consts, [(g, at) for g, at in zip(gs, layouts, strict=True) if g is not None and at is not None]
+    if not live:
+        return None
+    found = live[0][1]
+    if c["sizes"] is None:
+        size = x.shape[0 if c["cell"] or c["batch_first"] else 1]
+        return None if size % found.n or found.inner else Layout(None if found.axis is None else 1, found.n)
+    if found.axis is None:
+        return Layout(None, 1)
+    going = _going(c["sizes"], x.device)[..., None]
+    whose = torch.ones(going.shape[1], found.n, dtype=torch.bool, device=x.device)
+    for g, at in live:
+        axis = g.dim() - 2
+        if at.axis != axis:
+            return None
+        possible = at.members(g) | (g == 0).transpose(0, axis).flatten(1).all(1)[:, None]  # zeros tell nothing
+        if g.dim() == 2:  # of each step that there is; else of the last states
+            possible = (~going).expand(-1, -1, found.n).masked_scatter(going, possible).all(0)
+        whose &= possible
+    several = not use.rooted and int(whose[whose.sum(1) == 1].sum(0).max()) > 1
+    if several or not bool(whose.any(1).all()):
+        raise CoupledSamplesError(
+            f"{use.describe()} runs on packed sequences. One of them serves two samples, or two of them, packed from "
+            "inputs of the model itself, serve one: that samples are kept apart cannot be seen then. Pass a padded "
+            "batch, and mask the padding in the loss."
+        )
+    return Scattered(1, found.n, possible=[whose])
+
+
 def _weights(values: Sequence[Tensor], bias: bool, strands: int) -> dict[str, Tensor]:
     """Torch's flat list of weights, by strand and role."""
     per = len(values) // strands
@@ -195,14 +263,15 @@ def _fused(kind: str) -> Any:
     def handler(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
         if kwargs or len(args) != 9:
             return NotImplemented
-        if not isinstance(args[3], bool):
-            raise tracer.refuse(
-                func, "the input is a PackedSequence, whose samples have no axis of their own",
-                "Pass a padded batch, and mask the padding in the loss.",
-            )  # fmt: skip
-        x, hidden, weights, bias, layers, dropout, train, bidirectional, batch_first = args
+        packed = not isinstance(args[3], bool)
+        if packed:
+            x, sizes, hidden, weights, bias, layers, dropout, train, bidirectional = args
+            batch_first = False
+        else:
+            x, hidden, weights, bias, layers, dropout, train, bidirectional, batch_first = args
+            sizes = None
         state = list(hidden) if kind == "lstm" else [hidden]
-        if x.dim() != 3 or not tracer.is_data(x):
+        if x.dim() != (2 if packed else 3) or not tracer.is_data(x):
             return NotImplemented
         directions = 2 if bidirectional else 1
         per = len(weights) // (layers * directions)
@@ -213,17 +282,8 @@ def _fused(kind: str) -> Any:
                 part = slice(layer * directions, (layer + 1) * directions)
                 sub = [s[part] for s in state]
                 flat = list(weights[layer * directions * per : (layer + 1) * directions * per])
-                one = (
-                    x,
-                    tuple(sub) if kind == "lstm" else sub[0],
-                    flat,
-                    bias,
-                    1,
-                    0.0,
-                    train,
-                    bidirectional,
-                    batch_first,
-                )
+                one = (tuple(sub) if kind == "lstm" else sub[0], flat, bias, 1, 0.0, train, bidirectional)
+                one = (x, sizes, *one) if packed else (x, *one, batch_first)
                 out = handler(tracer, func, one, {})
                 for end, value in zip(ends, out[1:], strict=True):
                     end.append(value)
@@ -235,8 +295,10 @@ def _fused(kind: str) -> Any:
         named = _weights(weights, bias, layers * directions)
         consts = {
             "kind": kind, "cell": False, "bias": bias, "layers": layers, "train": train,
-            "bidirectional": bidirectional, "batch_first": batch_first, "weights": tuple(named),
+            "bidirectional": bidirectional, "batch_first": batch_first, "sizes": sizes, "weights": tuple(named),
         }  # fmt: skip
+        # Which sequence is whose goes by their lengths, which are others in the next pass.
+        tracer.record.routed = tracer.record.routed or packed
         states = dict(zip(("h", "c"), state, strict=False))
         return tracer.observed(RECURRENT, func, {"input": x, **states, **named}, consts)
 
@@ -252,7 +314,7 @@ def _cell(kind: str) -> Any:
         weights = [w for w in weights if w is not None]
         named = _weights(weights, len(weights) == 4, 1)
         consts = {
-            "kind": kind, "cell": True, "layers": 1,
+            "kind": kind, "cell": True, "layers": 1, "sizes": None,
             "bidirectional": False, "batch_first": False, "weights": tuple(named),
         }  # fmt: skip
         states = dict(zip(("h", "c"), state, strict=False))

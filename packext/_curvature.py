@@ -316,9 +316,11 @@ def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
             "call model = px.extend(model) before the forward pass."
         )
     records = [gate.record for gate in gates]
+    for record in records:
+        record.settle(record.awaited_gates())
     n, axis = records[0].n, records[0].batch_axis
     if n == 0:
-        raise PackextError("Curvature needs samples: the batch is empty. Pass the batch to the extended model.")
+        raise PackextError(f"Curvature needs samples: {records[0].without_samples()}")
     if any(record.n != n for record in records):
         raise PackextError(f"The extended {seen.name} joins forwards of different batches: run one loss for each.")
     places = []

@@ -26,7 +26,7 @@ PLANS = 64
 class Shared:
     """What the modules of one extended model share: its batch axis, and layouts found by the probe."""
 
-    batch_axis: int
+    batch_axis: int | None
     plans: dict[Any, Any] = field(default_factory=dict)
 
     def remember(self, key: Any, plan: Any) -> None:
@@ -47,19 +47,21 @@ class Extension:
     shared: Shared
 
     @property
-    def batch_axis(self) -> int:
-        """The axis of the samples in the model's inputs and outputs."""
+    def batch_axis(self) -> int | None:
+        """The axis of the samples in the model's inputs and outputs; None if the inputs have none."""
         return self.shared.batch_axis
 
 
-def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter: bool = False) -> M:
+def extend(module: M, batch_axis: int | None = 0, *, debug: bool = False, use_converter: bool = False) -> M:
     """Make a model or loss module report its per-sample quantities to `backpack`.
 
     Args:
         module: the model, or the loss module (which tells mean from sum). Changed in place: it gets
             hooks on its submodules and nothing else; parameters, buffers and `state_dict` stay. May be compiled
             (`torch.compile`): it runs as compiled outside of contexts, and as it was written inside.
-        batch_axis: the axis of the samples in the model's inputs and outputs.
+        batch_axis: the axis of the samples in the model's inputs and outputs. None where the inputs have none, as the
+            nodes and edges of a batch of graphs: then samples are along axis 0 of the outputs, and each row inside of
+            the model belongs to the one sample whose output uses it. A row that several use is an error.
         debug: accepted for code written for BackPACK; has no effect.
         use_converter: accepted for code written for BackPACK; no conversion is needed here.
 
@@ -68,13 +70,13 @@ def extend(module: M, batch_axis: int = 0, *, debug: bool = False, use_converter
 
     Raises:
         TypeError: if `module` is not an `nn.Module`, or TorchScript.
-        ValueError: if `batch_axis` is not an int of 0 or more.
+        ValueError: if `batch_axis` is not an int of 0 or more, or None.
     """
     if not isinstance(module, nn.Module):
         what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
         raise TypeError(f"extend expects an nn.Module instance, got {what}. Functions need no extend.")
-    if isinstance(batch_axis, bool) or not isinstance(batch_axis, int) or batch_axis < 0:
-        raise ValueError(f"batch_axis must be an int of 0 or more, got {batch_axis!r}.")
+    if batch_axis is not None and (type(batch_axis) is not int or batch_axis < 0):
+        raise ValueError(f"batch_axis must be an int of 0 or more, or None, got {batch_axis!r}.")
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
             f"extend got TorchScript ({type(module).__name__}), which runs where packext sees nothing. Extend the "

@@ -250,9 +250,9 @@ def enter(record: Record) -> None:
     refuse_curvature(record, gates, [f.context for f in flight.heard])
     if not flight.by_sample and flight.spread:
         return
+    record.settle(gates)
     if record.n == 0:
-        reason = "the batch is empty" if record.sizes else f"no input tensor has an axis {record.batch_axis}"
-        raise PackextError(f"Per-sample quantities need samples: {reason}. Pass the batch to the extended model.")
+        raise PackextError(f"Per-sample quantities need samples: {record.without_samples()}")
     if state.sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
     if flight.context.accumulate and state.sweep is None:

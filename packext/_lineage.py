@@ -263,8 +263,9 @@ class Tracer(TorchFunctionMode):
         use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self._record_ref)
         use.direct = frozenset([k for k, s in sources.items() if s[0].tensor is tensors[k]])
         axis = self.record.batch_axis
-        use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
-        use.rooted = self._rooted
+        if not self.record.by_use:
+            use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
+        use.rooted = self._rooted or self.record.by_use
         use.viewed(tensors)
         for group in sources.values():
             for source in group:
@@ -360,6 +361,8 @@ class Tracer(TorchFunctionMode):
             if id(t) in self.table:
                 continue
             self.mark_input(t)
+            if self.record.by_use:
+                continue
             if t.dim() > axis:
                 self.record.sizes.append(t.shape[axis])
             if t.dim() > max(axis, 1):
@@ -389,7 +392,8 @@ class Tracer(TorchFunctionMode):
         gated = _map_tensors(behind_gate, output)
         # The batch is the first input, unless the outputs are of the size of another one.
         sizes = {shape[record.batch_axis] for _, shape, _, _ in record.gates if len(shape) > record.batch_axis}
-        if record.n not in sizes:
+        record.settle(range(len(record.gates)))
+        if not record.by_use and record.n not in sizes:
             record.n = next((n for n in record.sizes if n in sizes), record.n)
         for use in record.uses:  # among the inputs may be some that are not of the batch
             use.ties = frozenset(k for k in use.ties if use.shapes[k][record.batch_axis] == record.n)

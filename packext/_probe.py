@@ -413,16 +413,25 @@ def _coupled(record: Record, use: Use) -> str:
         for path, m in (root.named_modules() if root is not None else ())
         if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and (m.training or not m.track_running_stats)
     ]
-    why = (
-        f"BatchNorm uses the statistics of the batch in {', '.join(norms)}. Call model.eval() (or .eval() on these), "
-        "or replace it by GroupNorm"
-        if norms
-        else "the code computes something across the batch, or calls a layer on some of the samples alone (in a loop, "
-        "or where a mask holds: call it on all and choose among its outputs), or the samples are along another axis: "
-        "then call px.extend(model, batch_axis=...)"
-    )
+    if norms:
+        why = (
+            f"BatchNorm uses the statistics of the batch in {', '.join(norms)}. Call model.eval() (or .eval() on "
+            "these), or replace it by GroupNorm"
+        )
+    elif record.by_use:
+        why = (
+            "a row inside of the model (a node of a graph) serves several samples, as where an edge joins two graphs "
+            "of the batch, or the code computes something over all of them"
+        )
+    else:
+        why = (
+            "the code computes something across the batch, or calls a layer on some of the samples alone (in a loop, "
+            "or where a mask holds: call it on all and choose among its outputs), or the samples are along another "
+            "axis: then call px.extend(model, batch_axis=...)"
+        )
+    where = "output" if record.by_use else "input"
     return (
         f"Samples influence each other: a gradient that belongs to some of the {record.n} samples (axis "
-        f"{record.batch_axis} of the input) reaches entries of others, or of all, at {use.describe()}, output "
+        f"{record.batch_axis} of the {where}) reaches entries of others, or of all, at {use.describe()}, output "
         f"{[list(o) for o in use.outputs]}. Individual gradients are not defined then. Cause: {why}."
     )

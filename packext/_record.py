@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,6 +35,8 @@ class Record:
         n: number of samples; 0 where no input has a batch axis.
         sizes: entries of the inputs along the batch axis.
         lengths: entries of the inputs along the axis of tokens, the other one of the first two.
+        batch_axis: where samples are in inputs and outputs.
+        by_use: whether inputs have no axis of samples, and rows of theirs belong to the sample that uses them.
         uses: in the order of the forward pass.
         gates: autograd nodes at the model's outputs (weak), with shape, dtype and device.
         routed: whether data chose which rows of an activation went on, so that layouts may differ in every pass.
@@ -65,7 +67,8 @@ class Record:
         self.n = 0
         self.sizes: list[int] = []
         self.lengths: list[int] = []
-        self.batch_axis = extension.batch_axis
+        self.batch_axis = extension.batch_axis or 0
+        self.by_use = extension.batch_axis is None
         self.uses: list[Use] = []
         self.gates: list[tuple[Any, torch.Size, torch.dtype, torch.device]] = []
         self.names: dict[str, Tensor] = {}
@@ -82,7 +85,7 @@ class Record:
         self.inside = False
         self.unfollowed: list[tuple[str, tuple[Source, ...], bool]] = []
         self.losses: list[Inside] = []
-        self.routed = False
+        self.routed = self.by_use
         self.strays: dict[int, str] = {}
         self.batch_statistics: list[str] = []
         self.born = torch._C._current_graph_task_id()
@@ -110,6 +113,24 @@ class Record:
                 for u in self.uses
             ),
         )
+
+    def settle(self, gates: Iterable[int]) -> None:
+        """Where inputs have no axis of samples and nothing is known, the size of outputs at `gates` is their number."""
+        if not self.by_use or self.n:
+            return
+        axis = self.batch_axis
+        self.sizes = sorted({shape[axis] for _, shape, *_ in [self.gates[i] for i in gates] if len(shape) > axis})
+        self.n = self.sizes[0] if len(self.sizes) == 1 else 0
+
+    def without_samples(self) -> str:
+        """Why there are none, and what to do."""
+        if self.by_use and len(self.sizes) != 1:
+            return (
+                f"with batch_axis=None they are along axis 0 of the outputs, of which sizes are {self.sizes}. Return "
+                "outputs with a row for each sample."
+            )
+        why = "the batch is empty" if self.sizes else f"no input tensor has an axis {self.batch_axis}"
+        return f"{why}. Pass the batch to the extended model."
 
     def awaited_gates(self) -> frozenset[int]:
         """Indices of the gates that the backward pass which runs will reach."""

@@ -32,7 +32,7 @@ def check(
     inputs: Any,
     targets: Any,
     quantities: Sequence[Quantity] | None = None,
-    batch_axis: int = 0,
+    batch_axis: int | None = 0,
     tolerance: float = 1e-8,
     parameters: Iterable[Tensor] | None = None,
 ) -> Report:

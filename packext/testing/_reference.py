@@ -47,7 +47,7 @@ class Reference:
         loss_fn: nn.Module,
         inputs: Any,
         targets: Any,
-        batch_axis: int = 0,
+        batch_axis: int | None = 0,
         weights: Sequence[float] | None = None,
         parameters: Iterable[Tensor] | None = None,
     ) -> None:
@@ -64,8 +64,14 @@ class Reference:
 
         Raises:
             PackextError: if the model is random: the loop over samples would draw other numbers.
+            NoOracle: without a batch axis, along which samples could be cut out of the inputs.
             ValueError: for an empty batch.
         """
+        if batch_axis is None:
+            raise NoOracle(
+                "check cuts samples out of the inputs, along their batch axis. Of a model with batch_axis=None compare "
+                "BatchGrad with the gradients of a loop over samples of your own."
+            )
         names = None if parameters is None else _names(model, parameters)
         self.whole = unextend(copy.deepcopy(model)).double()
         self.loss_fn = unextend(copy.deepcopy(loss_fn)).double()

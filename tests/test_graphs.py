@@ -1,0 +1,205 @@
+"""Batches whose inputs have no axis of samples: nodes and edges of several graphs, in any order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import packext as px
+from packext import testing
+
+pytestmark = pytest.mark.usefixtures("double")
+LOSS = nn.CrossEntropyLoss()
+
+
+class Graphs(nn.Module):
+    """Two rounds of messages along edges, a weight for each node, and the weighted sum of each graph."""
+
+    def __init__(self, kinds: int = 0, mix: str = "index_add") -> None:
+        super().__init__()
+        self.first = nn.Embedding(kinds, 6) if kinds else nn.Linear(5, 6)
+        self.second, self.norm, self.mix = nn.Linear(6, 6), nn.LayerNorm(6), mix
+        self.gate, self.last = nn.Linear(6, 1), nn.Linear(6, 3)
+
+    def messages(self, h: Tensor, edges: Tensor) -> Tensor:
+        source, target = edges
+        if self.mix == "sparse":
+            adjacency = torch.sparse_coo_tensor(
+                edges.flip(0), h.new_ones(edges.shape[1]), 2 * h.shape[:1], check_invariants=True
+            )
+            return torch.sparse.mm(adjacency, h)
+        if self.mix == "amax":
+            index = target[:, None].expand(-1, h.shape[1])
+            return torch.zeros_like(h).scatter_reduce(0, index, h[source], "amax")
+        return torch.zeros_like(h).index_add(0, target, h[source])
+
+    def forward(self, nodes: Tensor, edges: Tensor, graph: Tensor) -> Tensor:
+        h = self.first(nodes)
+        h = (h + self.messages(h, edges)).tanh()
+        h = self.norm(self.second(h))
+        h = h + self.messages(h, edges)
+        weight = self.gate(h).sigmoid()
+        count = int(graph.max()) + 1
+        return self.last(h.new_zeros(count, 6).index_add(0, graph, weight * h))
+
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def graphs(sizes: list[int], kinds: int = 0, shuffled: bool = True) -> tuple[Batch, list[Batch]]:
+    """Nodes, edges and the graph of each node; and the same of every graph by itself."""
+    singles, start, edges = [], 0, []
+    for size in sizes:
+        nodes = torch.randint(kinds, (size,)) if kinds else torch.randn(size, 5)
+        own = torch.randint(size, (2, 2 * size))
+        singles.append((nodes, own, torch.zeros(size, dtype=torch.long)))
+        edges.append(own + start)
+        start += size
+    graph = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    order = torch.randperm(start) if shuffled else torch.arange(start)
+    nodes = torch.cat([nodes for nodes, _, _ in singles])
+    return (nodes[order], order.argsort()[torch.cat(edges, 1)], graph[order]), singles
+
+
+def rows(model: nn.Module, singles: list[Batch], y: Tensor) -> list[Tensor]:
+    """Individual gradients `[N, *p]` of the mean loss, one graph at a time."""
+    with px.disable():
+        found = [
+            torch.autograd.grad(LOSS(model(*single), label[None]) / len(y), list(model.parameters()))
+            for single, label in zip(singles, y, strict=True)
+        ]
+    return [torch.stack(each) for each in zip(*found, strict=True)]
+
+
+def diagonals(model: nn.Module, singles: list[Batch], y: Tensor) -> list[Tensor]:
+    """The diagonal of the GGN, by a square root of the Hessian of each graph's loss."""
+    parameters = list(model.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    for single in singles:
+        with px.disable():
+            z = model(*single)[0]
+        chance = z.detach().softmax(0)
+        root = chance.sqrt().diag() - torch.outer(chance, chance.sqrt())
+        for column in root.T:
+            found = torch.autograd.grad(z @ column, parameters, retain_graph=True)
+            total = [t + g.square() / len(y) for t, g in zip(total, found, strict=True)]
+    return total
+
+
+def compare(model: nn.Module, sizes: list[int], kinds: int = 0, shuffled: bool = True) -> None:
+    batch, singles = graphs(sizes, kinds, shuffled)
+    y = torch.randint(3, (len(sizes),))
+    loss = px.extend(nn.CrossEntropyLoss())
+    quantities = (px.BatchGrad(), px.BatchL2Grad(), px.SumGradSquared(), px.Variance(), px.BatchDotGrad())
+    model.zero_grad()
+    with px.backpack(*quantities, px.DiagGGNExact()):
+        loss(model(*batch), y).backward()
+    for p, each, diagonal in zip(
+        model.parameters(), rows(model, singles, y), diagonals(model, singles, y), strict=True
+    ):
+        flat = each.flatten(1)
+        torch.testing.assert_close(p.grad_batch, each)
+        torch.testing.assert_close(p.batch_l2, flat.square().sum(1))
+        torch.testing.assert_close(p.sum_grad_squared, each.square().sum(0))
+        torch.testing.assert_close(p.batch_dot, flat @ flat.T)
+        torch.testing.assert_close(p.diag_ggn_exact, diagonal)
+        torch.testing.assert_close(p.grad, each.sum(0))
+
+
+@pytest.mark.parametrize("mix", ["index_add", "sparse", "amax"])
+@pytest.mark.parametrize("kinds", [0, 7])
+def test_graphs_of_any_size_and_order(kinds: int, mix: str) -> None:
+    model = px.extend(Graphs(kinds, mix), batch_axis=None)
+    for sizes in ([3, 5, 2, 4], [4, 1, 1, 6], [2, 2, 2, 2], [1, 1, 1, 1], [3, 2], [4]):
+        for shuffled in (True, False):
+            compare(model, sizes, kinds, shuffled)
+
+
+class Sums(nn.Module):
+    """Of the points of several sets, without an index by which rows are picked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, points: Tensor, edges: Tensor, group: Tensor) -> Tensor:
+        h = self.first(points).tanh()
+        return self.last(h.new_zeros(int(group.max()) + 1, 6).index_add(0, group, h))
+
+
+def test_sets_of_one_size_and_then_of_others() -> None:
+    model = px.extend(Sums(), batch_axis=None)
+    for sizes in ([2, 2, 2, 2], [1, 3, 3, 1], [2, 2, 2, 2], [5, 1, 1, 1]):
+        compare(model, sizes, shuffled=False)
+
+
+def test_in_float32_the_places_of_later_passes_are_found() -> None:
+    torch.set_default_dtype(torch.float32)
+    model = px.extend(Graphs(), batch_axis=None)
+    loss = px.extend(nn.CrossEntropyLoss())
+    for _ in range(4):
+        batch, singles = graphs(torch.randint(1, 30, (12,)).tolist())
+        y = torch.randint(3, (12,))
+        with px.backpack(px.BatchGrad()):
+            loss(model(*batch), y).backward()
+        for p, each in zip(model.parameters(), rows(model, singles, y), strict=True):
+            torch.testing.assert_close(p.grad_batch, each, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["at first", "later"])
+def test_an_edge_between_graphs_is_refused(first: bool) -> None:
+    model, y = px.extend(Graphs(), batch_axis=None), torch.randint(3, (4,))
+    (nodes, edges, graph), _ = graphs([3, 5, 2, 4], shuffled=False)
+    if not first:
+        with px.backpack(px.BatchGrad()):
+            LOSS(model(nodes, edges, graph), y).backward()
+    model.zero_grad()
+    joined = torch.cat([edges, torch.tensor([[0], [13]])], 1)
+    said = r"Samples influence each other.*4 samples \(axis 0 of the output\).*a row .* serves several samples"
+    with pytest.raises(px.CoupledSamplesError, match=said), px.backpack(px.BatchGrad()):
+        LOSS(model(nodes, joined, graph), y).backward()
+    assert all(p.grad is None and hasattr(p, "grad_batch") is not first for p in model.parameters())
+
+
+def test_statistics_over_all_nodes_are_refused() -> None:
+    model = Graphs()
+    model.norm = nn.BatchNorm1d(6)  # type: ignore[assignment]
+    batch, _ = graphs([3, 5, 2, 4])
+    px.extend(model, batch_axis=None)
+    with pytest.raises(px.CoupledSamplesError, match="BatchNorm"), px.backpack(px.BatchGrad()):
+        LOSS(model(*batch), torch.randint(3, (4,))).backward()
+
+
+class WithNodes(Graphs):
+    """Returns features of the nodes beside the outputs of the graphs."""
+
+    def forward(self, nodes: Tensor, edges: Tensor, graph: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(nodes, edges, graph), self.first(nodes)
+
+
+def test_outputs_of_the_graphs_beside_those_of_the_nodes() -> None:
+    batch, singles = graphs([3, 5, 2, 4])
+    model, y = px.extend(WithNodes(), batch_axis=None), torch.randint(3, (4,))
+    with px.backpack(px.BatchGrad()):
+        LOSS(model(*batch)[0], y).backward()
+    alone = Graphs()
+    alone.load_state_dict(model.state_dict())
+    for p, each in zip(model.parameters(), rows(alone, singles, y), strict=True):
+        torch.testing.assert_close(p.grad_batch, each)
+    with pytest.raises(px.PackextError, match=r"sizes are \[4, 14\]\. Return outputs"), px.backpack(px.BatchGrad()):
+        sum(part.sum() for part in model(*batch)).backward()  # type: ignore[union-attr]
+    with px.backpack(px.DiagGGNExact()):
+        px.extend(nn.CrossEntropyLoss())(model(*batch)[0], y).backward()
+    for p, diagonal in zip(model.parameters(), diagonals(alone, singles, y), strict=True):
+        torch.testing.assert_close(p.diag_ggn_exact, diagonal)
+
+
+def test_what_is_said_of_them() -> None:
+    model, (batch, _) = Graphs(), graphs([3, 5, 2, 4])
+    assert "N = 4;" in str(px.explain(px.extend(model, batch_axis=None), *batch))
+    with pytest.raises(testing.NoOracle, match="batch_axis=None"):
+        testing.check(model, LOSS, batch, torch.randint(3, (4,)), batch_axis=None)
+    for wrong in (True, -1):
+        with pytest.raises(ValueError, match="0 or more, or None"):
+            px.extend(model, batch_axis=wrong)

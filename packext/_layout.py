@@ -63,6 +63,10 @@ class Layout:
         """How many positions of `split` are a sample's own on average; None if all are."""
         return None
 
+    def own(self, lead: torch.Size) -> Tensor | None:
+        """Which positions of `split` are a sample's own, `[N, S]`, for `[*lead, *features]`; None if all are."""
+        return None
+
     def by_sample(self, t: Tensor) -> Tensor:
         """`[N, everything else]`."""
         return self._sample_first(t)[0].reshape(self.n, -1)
@@ -145,6 +149,10 @@ class Scattered(Layout):
     def positions(self, t: Tensor, lead: int) -> float:
         """How many positions of `split` are a sample's own on average."""
         return max(1, t.shape[:lead].numel()) / self.n
+
+    def own(self, lead: torch.Size) -> Tensor:
+        """Which positions of `split` are a sample's own, `[N, S]`, for tensors `[*lead, *features]`."""
+        return self.split(torch.ones(*lead, 1, device=self.possible[0].device), len(lead))[..., 0] > 0
 
     def spread(self, mask: Tensor, t: Tensor) -> Tensor:
         """A mask `[N]` over samples, shaped to broadcast against `t`."""

@@ -109,6 +109,7 @@ class Outer(Factored):
         terms: Terms | None = None,
         stored: str = "OI",
         positions: int | float | None = None,
+        own: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
 
@@ -123,7 +124,8 @@ class Outer(Factored):
             alone: whether `native` takes one row at a time.
             apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
             stored: "IO" for a weight of which g holds the inputs, and a the gradients.
-            positions: how many of the S a sample has on average, where those behind are zeros that fill up.
+            positions: how many of the S a sample has on average, where the others are zeros that fill up.
+            own: which these are, `[N, S]`; None where that is not known.
         """
         self.a, self.g = a, g
         self.terms = Terms(g) if terms is None else terms
@@ -135,7 +137,11 @@ class Outer(Factored):
         self.acc = accumulation_dtype(torch.promote_types(source.dtype, g.dtype))
         self.device = g.device
         self._weighted, self._apply, self.stored = weighted, apply, stored
-        self._native, self._alone = native, alone
+        self._native, self._alone, self._own = native, alone, own
+
+    def own(self) -> Tensor | None:
+        """Which positions are a sample's own and do not fill up, `[N, S]`; None where that is not known."""
+        return self.g.new_ones(self.n, self.s) if self.positions == self.s else self._own()
 
     def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """The factors of samples lo to hi, in the accumulation dtype."""
@@ -345,23 +351,23 @@ class Outer(Factored):
         return [Kronecker(self._moments(reduce) * turn, lambda: terms.squared / turn, positions, self.stored)]
 
     def with_bias(self) -> Outer | None:
-        a, g = self.a, self.g
-        if self.positions != self.s:
+        a, g, own = self.a, self.g, self.own()
+        if own is None:
             return None  # the bias is not added to what fills up
         if self.stored == "IO":
             if self.groups > 1 or isinstance(a, Patches):
                 return None
-            g = torch.cat([g, g.new_ones(self.n, 1, 1, self.s)], 2)
-            return Outer(a, g, (self.o + 1, self.i), stored=self.stored)
+            g = torch.cat([g, own.to(g)[:, None, None]], 2)
+            return Outer(a, g, (self.o + 1, self.i), stored=self.stored, positions=self.positions, own=self._own)
         shape = (self.groups * self.o, self.i + 1)
 
-        def one_more(part: Tensor) -> Tensor:
-            return torch.cat([part, part.new_ones(*part.shape[:3], 1)], 3)
+        def one_more(part: Tensor, own: Tensor) -> Tensor:
+            return torch.cat([part, own.to(part)[:, None, :, None].expand(-1, part.shape[1], -1, -1)], 3)
 
         if isinstance(a, Patches):
-            longer = Patches(*a.shape[:3], self.i + 1, lambda lo, hi: one_more(a[lo:hi]), a.source)
+            longer = Patches(*a.shape[:3], self.i + 1, lambda lo, hi: one_more(a[lo:hi], own[lo:hi]), a.source)
             return Outer(longer, g, shape, terms=self.terms)
-        return Outer(one_more(a), g, shape, terms=self.terms)
+        return Outer(one_more(a, own), g, shape, terms=self.terms, positions=self.positions, own=self._own)
 
     def apart(self, parts: int) -> Outer | None:
         """The same as a map with its outputs in groups, to which all inputs go; None where it is no such map."""
@@ -370,7 +376,7 @@ class Outer(Factored):
         if self.groups > 1 or self.stored != "OI" or isinstance(self.a, Patches) or self.o % parts:
             return None
         a, g = self.a.expand(-1, parts, -1, -1), self.g.reshape(self.n, parts, self.o // parts, self.s)
-        return Outer(a, g, self.shape, positions=self.positions)
+        return Outer(a, g, self.shape, positions=self.positions, own=self._own)
 
     def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
         parts = len(bases[0])

@@ -110,7 +110,7 @@ class _Kronecker(Curvature):
             why = "where the inputs of all positions mix, or samples differ in how many positions they have"
             return f'{text} with approx="reduce", {why}. Use approx="expand".'
         if self.bias == "joint" and added(form.kronecker(False)):
-            return f'{text} with bias="joint", as samples differ in how many positions they have. Use bias="separate".'
+            return f'{text} with bias="joint" for uses of different kinds, or unknown positions. Use bias="separate".'
         why = "is not the weight of a linear map or convolution, a table of which rows are read or added, nor a vector"
         if form.kronecker(False):
             why = "is divided into blocks in one way by some of its uses, and in another by others"

@@ -65,7 +65,7 @@ class Linear(OwnedRule):
         if not layout.fits(g, lead):
             return None
         gs_ = layout.split(g, lead)  # [N, S, O]
-        own = layout.positions(g, lead)
+        count, own = layout.positions(g, lead), functools.partial(layout.own, g.shape[:lead])
         forms: dict[str, Factored] = {}
         terms = Terms(gs_.mT[:, None])
         if "weight" in use.sources:
@@ -74,7 +74,8 @@ class Linear(OwnedRule):
                 a, g_, stored, same = gs_[:, None], xs.mT[:, None], _stored(use, "IO"), None
             else:
                 a, g_, stored, same = xs[:, None], terms.g, _stored(use, "OI"), terms
-            forms["weight"] = Outer(a, g_, t["weight"].shape, terms=same, stored=stored, positions=own)
+            shape = t["weight"].shape
+            forms["weight"] = Outer(a, g_, shape, terms=same, stored=stored, positions=count, own=own)
         if "bias" in use.sources:
             forms["bias"] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
         return forms

@@ -170,8 +170,8 @@ class Recurrent(Rule):
             gs_ = layout.split(g, 2)
             terms = Terms(gs_.mT[:, None])
             if name in use.sources:
-                own = layout.positions(g, 2)
-                forms[name] = Outer(layout.split(a, 2)[:, None], terms.g, t[name].shape, terms=terms, positions=own)
+                a = layout.split(a, 2)[:, None]
+                forms[name] = Outer(a, terms.g, t[name].shape, terms=terms, positions=layout.positions(g, 2))
             bias = name.replace(".", ".b")
             if bias in use.sources:
                 forms[bias] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)

@@ -134,6 +134,26 @@ def test_sets_of_one_size_and_then_of_others() -> None:
         compare(model, sizes, shuffled=False)
 
 
+def test_factors_of_rows_that_are_pooled_by_graph() -> None:
+    """Inputs are averaged over a graph's own nodes, and gradients summed (Eschenhagen et al., 2023)."""
+    model, (batch, _) = px.extend(Graphs(), batch_axis=None), graphs([3, 5, 2, 4])
+    seen: dict[str, Tensor] = {}
+
+    def look(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        seen["a"] = inputs[0].detach()
+        output.register_hook(lambda g: seen.__setitem__("g", g))
+
+    model.second.register_forward_hook(look)
+    loss, y, graph = px.extend(nn.CrossEntropyLoss()), torch.randint(3, (4,)), batch[2]
+    for bias in ("separate", "joint"):
+        with px.backpack(px.KFAC(fisher="empirical", approx="reduce", bias=bias), parameters=model.second.parameters()):
+            loss(model(*batch), y).backward()
+        a = torch.stack([seen["a"][graph == k].mean(0) for k in range(4)])
+        a = torch.cat([a, torch.ones(4, 1)], 1) if bias == "joint" else a
+        g = torch.stack([seen["g"][graph == k].sum(0) for k in range(4)])
+        torch.testing.assert_close(model.second.weight.kfac, [4 * g.T @ g, a.T @ a / 4])
+
+
 def test_in_float32_the_places_of_later_passes_are_found() -> None:
     torch.set_default_dtype(torch.float32)
     model = px.extend(Graphs(), batch_axis=None)

@@ -89,7 +89,7 @@ def test_wrong_factors_are_noticed(wrong: int, monkeypatch: pytest.MonkeyPatch) 
 
     moments, counts = _factored.Outer._moments, _factored.Lookup._counts
     if wrong == 0:
-        monkeypatch.setattr(_factored.Outer, "_moments", lambda self, reduce: moments(self, reduce) * (1 + 1e-6))
+        monkeypatch.setattr(_factored.Outer, "_moments", lambda self, *share: moments(self, *share) * (1 + 1e-6))
     elif wrong == 1:
         monkeypatch.setattr(_factored.Outer, "with_bias", lambda self: self)
     else:

@@ -340,15 +340,19 @@ class Outer(Factored):
         return (gram(a[:, :, 0].transpose(0, 1)) * gram(g[..., 0].transpose(0, 1))).sum((0, 1))
 
     def kronecker(self, reduce: bool) -> list[Kronecker]:
-        if reduce and self.positions != self.s:
+        if not reduce and self.stored == "OI":
+            return [Kronecker(self.terms.squared, self._moments, self.positions)]
+        if not reduce:
+            return [Kronecker(self._moments(), lambda: self.terms.squared, self.positions, self.stored)]
+        own = self.own()
+        if own is None:
             return []  # a mean over S would count what fills up
-        terms = Terms(self.g.sum(3, keepdim=True, dtype=self.acc)) if reduce else self.terms
-        # Of the pair, a is averaged where positions are pooled, and g summed up.
-        turn = self.s**2 if reduce else 1
-        positions = 1 if reduce else self.positions
+        # Of the pair, gradients are summed over positions, and inputs averaged.
+        share = own.sum(1).clamp(min=1).to(self.acc).reciprocal()[:, None, None, None]
+        g = self.g.sum(3, keepdim=True, dtype=self.acc)
         if self.stored == "OI":
-            return [Kronecker(terms.squared, lambda: self._moments(reduce), positions)]
-        return [Kronecker(self._moments(reduce) * turn, lambda: terms.squared / turn, positions, self.stored)]
+            return [Kronecker(Terms(g).squared, lambda: self._moments(share), 1)]
+        return [Kronecker(self._moments(torch.ones_like(share)), lambda: Terms(g * share).squared, 1, self.stored)]
 
     def with_bias(self) -> Outer | None:
         a, g, own = self.a, self.g, self.own()
@@ -394,16 +398,17 @@ class Outer(Factored):
             return Outer(turned, g, self.shape)
         return Outer(a.to(self.acc) @ right, g, self.shape)
 
-    def _moments(self, reduce: bool) -> Tensor:
-        """Sum of products of a, or of its mean over positions, `[G, I, I]`."""
-        if not reduce and isinstance(self.a, Patches) and (quick := self.a.second_moment()) is not None:
+    def _moments(self, share: Tensor | None = None) -> Tensor:
+        """Sum of products of a, or of its sum over positions times `share` `[N, 1, 1, 1]`: `[G, I, I]`."""
+        if share is None and isinstance(self.a, Patches) and (quick := self.a.second_moment()) is not None:
             return quick
         found = torch.zeros(self.groups, self.i, self.i, dtype=self.acc, device=self.device)
         step = max(1, min(self.n, _scratch.TILE // max(1, self.groups * self.s * self.i)))
         for lo in range(0, self.n, step):
-            a, _ = self.pair(lo, min(self.n, lo + step))
-            columns = a.mean(2).transpose(0, 1) if reduce else a.transpose(0, 1).flatten(1, 2)
-            found = found + gram(columns.mT)
+            hi = min(self.n, lo + step)
+            a, _ = self.pair(lo, hi)
+            a = a if share is None else a.sum(2, keepdim=True) * share[lo:hi]
+            found = found + gram(a.transpose(0, 1).flatten(1, 2).mT)
         return found
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:

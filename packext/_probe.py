@@ -426,8 +426,9 @@ def _coupled(record: Record, use: Use) -> str:
     else:
         why = (
             "the code computes something across the batch, or calls a layer on some of the samples alone (in a loop, "
-            "or where a mask holds: call it on all and choose among its outputs), or the samples are along another "
-            "axis: then call px.extend(model, batch_axis=...)"
+            "or where a mask holds: call it on all and choose among its outputs, or px.extend(model, batch_axis=None), "
+            "by which rows are whose output uses them), or the samples are along another axis: then call "
+            "px.extend(model, batch_axis=...)"
         )
     where = "output" if record.by_use else "input"
     return (

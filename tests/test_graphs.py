@@ -134,6 +134,48 @@ def test_sets_of_one_size_and_then_of_others() -> None:
         compare(model, sizes, shuffled=False)
 
 
+class Halves(nn.Module):
+    """One layer for the samples whose first entry is positive, and another for the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positive, self.rest = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, positive = x.new_zeros(len(x), 3), x[:, 0] > 0
+        out[positive], out[~positive] = self.positive(x[positive]), self.rest(x[~positive])
+        return out
+
+
+class OneByOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.last = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.last(self.rnn(sample[None, None])[1][0, 0]) for sample in x])
+
+
+@pytest.mark.parametrize("kind", [Halves, OneByOne])
+def test_layers_that_run_on_some_of_the_samples(kind: type[nn.Module]) -> None:
+    model, y = kind(), torch.randint(3, (6,))
+    px.extend(model)
+    said = r"px\.extend\(model, batch_axis=None\)"
+    with pytest.raises(px.CoupledSamplesError, match=said), px.backpack(px.BatchGrad()):
+        LOSS(model(torch.randn(6, 5)), y).backward()
+    px.extend(model, batch_axis=None)
+    for _ in range(3):
+        x = torch.randn(6, 5)
+        with px.backpack(px.BatchGrad()):
+            LOSS(model(x), y).backward()
+        for k in range(6):
+            with px.disable():
+                loss = LOSS(model(x[k : k + 1]), y[k : k + 1]) / 6
+            alone = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+            for p, g in zip(model.parameters(), alone, strict=True):
+                torch.testing.assert_close(p.grad_batch[k], g)
+
+
 def test_factors_of_rows_that_are_pooled_by_graph() -> None:
     """Inputs are averaged over a graph's own nodes, and gradients summed (Eschenhagen et al., 2023)."""
     model, (batch, _) = px.extend(Graphs(), batch_axis=None), graphs([3, 5, 2, 4])

@@ -240,6 +240,12 @@ def refuse_again(record: Record, gates: frozenset[int], contexts: Sequence[backp
         raise PackextError(AGAIN)
     for i in slopes:
         shape = record.gates[i][1]
+        if record.n > 1 and record.by_use:
+            raise CoupledSamplesError(
+                f"The loss contains the derivative with respect to an input {list(shape)} of a model with "
+                "batch_axis=None: which of its rows are whose is not known. Run the pass inside of "
+                "`with px.disable():`, or give the model one sample at a time."
+            )
         if record.n > 1 and shape[record.batch_axis : record.batch_axis + 1] != (record.n,):
             raise CoupledSamplesError(
                 f"The loss contains the derivative with respect to an input {list(shape)}, in which samples are not "

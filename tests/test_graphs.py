@@ -257,6 +257,17 @@ def test_outputs_of_the_graphs_beside_those_of_the_nodes() -> None:
         torch.testing.assert_close(p.diag_ggn_exact, diagonal)
 
 
+def test_derivatives_by_nodes_are_refused() -> None:
+    """Even where there are as many nodes as graphs, and the loss is of the derivative alone."""
+    model = px.extend(Sums(), batch_axis=None)
+    for sizes in ([3, 2], [1, 1]):
+        (nodes, edges, graph), _ = graphs(sizes)
+        nodes.requires_grad_()
+        with pytest.raises(px.CoupledSamplesError, match="rows are whose is not known"), px.backpack(px.BatchGrad()):
+            (slope,) = torch.autograd.grad(model(nodes, edges, graph).sum(), nodes, create_graph=True)
+            slope.square().sum().backward()
+
+
 def test_what_is_said_of_them() -> None:
     model, (batch, _) = Graphs(), graphs([3, 5, 2, 4])
     assert "N = 4;" in str(px.explain(px.extend(model, batch_axis=None), *batch))

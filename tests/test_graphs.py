@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import packext as px
 from packext import testing
+from tests.cases import CASES, Case
 
 pytestmark = pytest.mark.usefixtures("double")
 LOSS = nn.CrossEntropyLoss()
@@ -174,6 +177,32 @@ def test_layers_that_run_on_some_of_the_samples(kind: type[nn.Module]) -> None:
             alone = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
             for p, g in zip(model.parameters(), alone, strict=True):
                 torch.testing.assert_close(p.grad_batch[k], g)
+
+
+def results(case: Case, axis: int | None, *quantities: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model, inputs, targets = case.build()
+    loss = px.extend(case.loss())
+    px.extend(model, axis)
+    torch.manual_seed(1)
+    with px.backpack(*quantities, attach=False) as found:
+        loss(testing.call(model, inputs), targets).backward()
+    return {f"{name}.{q.savefield}": getattr(found[name], q.savefield) for name in found for q in quantities}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch_axis == 0], ids=lambda c: c.name)
+def test_every_model_with_an_axis_is_the_same_without(case: Case) -> None:
+    """Whose output uses a row decides as much as an axis does, where there is one."""
+    for quantities in ((px.BatchGrad(), px.Variance()), (px.DiagGGNExact(),)):
+        try:
+            wanted = results(case, 0, *quantities)
+        except px.PackextError:
+            continue
+        got = results(case, None, *quantities)
+        assert got.keys() == wanted.keys()
+        for name, want in wanted.items():
+            torch.testing.assert_close(got[name], want, msg=name)
 
 
 def test_factors_of_rows_that_are_pooled_by_graph() -> None:

@@ -221,22 +221,24 @@ def compare(problem: Problem, model: Any, asked: list[Any], want: Truth, n: int)
     return ""
 
 
-def examine(seed: int) -> Outcome:
-    """Compare packext with the oracles on one random model."""
+def examine(seed: int, by_use: bool = False) -> Outcome:
+    """Compare packext with the oracles on one random model; `by_use`: without telling where its samples are."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         problem = generate(seed)
         with routes(problem), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kind, detail = _examine(problem)
+            kind, detail = _examine(problem, None if by_use else problem.axis)
     finally:
         torch.set_default_dtype(before)
     return Outcome(seed, kind, problem.ill, problem.label, detail)
 
 
-def _examine(problem: Problem) -> tuple[str, str]:
-    model = px.extend(copy.deepcopy(problem.model), problem.axis)
+def _examine(problem: Problem, axis: int | None) -> tuple[str, str]:
+    if axis is None and problem.out_axis != 0:
+        return "void", ""
+    model = px.extend(copy.deepcopy(problem.model), axis)
     loss = px.extend(copy.deepcopy(problem.loss))
     refused, told = "", True
     for n, t in problem.sizes:
@@ -294,6 +296,16 @@ def test_random_models(request: pytest.FixtureRequest) -> None:
     refused = [o for o in well if o.kind == "refused"]
     assert len(refused) <= REFUSED * len(well), "\n" + "\n".join(map(str, refused[:20]))
     assert len(well) > 0.6 * count
+
+
+def test_random_models_whose_rows_are_whose_output_uses_them(request: pytest.FixtureRequest) -> None:
+    count, start = (request.config.getoption(k) for k in ("--fuzz-models", "--fuzz-start"))
+    outcomes = [examine(seed, by_use=True) for seed in range(start, start + count // 4)]
+    print("\n" + summary(outcomes))
+    bad = [o for o in outcomes if o.kind in ("wrong", "crashed")]
+    well = [o for o in outcomes if not o.ill and o.kind != "void"]
+    assert not bad, "\n" + "\n".join(map(str, bad[:20]))
+    assert sum(o.kind == "refused" for o in well) <= REFUSED * len(well) and len(well) > 0.4 * len(outcomes)
 
 
 def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

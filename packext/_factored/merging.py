@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,14 +42,14 @@ def merge(parts: Sequence[Factored]) -> Factored:
     if len(outers) == len(parts) and len({(a.shape[1], a.shape[3], g.shape[2], s) for a, g, s in outers}) == 1:
         a, g = torch.cat([a for a, _, _ in outers], 2), torch.cat([g for _, g, _ in outers], 3)
         uses = [p for p in parts if isinstance(p, Outer)]
-        own, positions = functools.partial(_own, uses), sum(p.positions for p in uses)
-        return Outer(a, g, parts[0].shape, stored=outers[0][2], positions=positions, own=own)
+        own = functools.partial(_own, [p.own for p in uses])
+        return Outer(a, g, parts[0].shape, stored=outers[0][2], positions=sum(p.positions for p in uses), own=own)
     return Sum(parts)
 
 
-def _own(parts: Sequence[Outer]) -> Tensor | None:
+def _own(parts: Sequence[Callable[[], Tensor | None]]) -> Tensor | None:
     """Which positions are a sample's own, of those of all parts."""
-    found = [own for p in parts if (own := p.own()) is not None]
+    found = [own for part in parts if (own := part()) is not None]
     return torch.cat(found, 1) if len(found) == len(parts) else None
 
 

@@ -137,11 +137,11 @@ class Outer(Factored):
         self.acc = accumulation_dtype(torch.promote_types(source.dtype, g.dtype))
         self.device = g.device
         self._weighted, self._apply, self.stored = weighted, apply, stored
-        self._native, self._alone, self._own = native, alone, own
-
-    def own(self) -> Tensor | None:
-        """Which positions are a sample's own and do not fill up, `[N, S]`; None where that is not known."""
-        return self.g.new_ones(self.n, self.s) if self.positions == self.s else self._own()
+        self._native, self._alone = native, alone
+        if self.positions == self.s:
+            own = functools.partial(torch.ones, self.n, self.s, dtype=torch.bool, device=self.device)
+        #: Gives the positions that are a sample's own and do not fill up, `[N, S]`; None where that is not known.
+        self.own = own
 
     def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """The factors of samples lo to hi, in the accumulation dtype."""
@@ -362,7 +362,7 @@ class Outer(Factored):
             if self.groups > 1 or isinstance(a, Patches):
                 return None
             g = torch.cat([g, own.to(g)[:, None, None]], 2)
-            return Outer(a, g, (self.o + 1, self.i), stored=self.stored, positions=self.positions, own=self._own)
+            return Outer(a, g, (self.o + 1, self.i), stored=self.stored, positions=self.positions, own=self.own)
         shape = (self.groups * self.o, self.i + 1)
 
         def one_more(part: Tensor, own: Tensor) -> Tensor:
@@ -371,7 +371,7 @@ class Outer(Factored):
         if isinstance(a, Patches):
             longer = Patches(*a.shape[:3], self.i + 1, lambda lo, hi: one_more(a[lo:hi], own[lo:hi]), a.source)
             return Outer(longer, g, shape, terms=self.terms)
-        return Outer(one_more(a, own), g, shape, terms=self.terms, positions=self.positions, own=self._own)
+        return Outer(one_more(a, own), g, shape, terms=self.terms, positions=self.positions, own=self.own)
 
     def apart(self, parts: int) -> Outer | None:
         """The same as a map with its outputs in groups, to which all inputs go; None where it is no such map."""
@@ -380,7 +380,7 @@ class Outer(Factored):
         if self.groups > 1 or self.stored != "OI" or isinstance(self.a, Patches) or self.o % parts:
             return None
         a, g = self.a.expand(-1, parts, -1, -1), self.g.reshape(self.n, parts, self.o // parts, self.s)
-        return Outer(a, g, self.shape, positions=self.positions, own=self._own)
+        return Outer(a, g, self.shape, positions=self.positions, own=self.own)
 
     def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
         parts = len(bases[0])

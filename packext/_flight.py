@@ -412,7 +412,7 @@ def _current(record: Record | None) -> Pass:
     return state.passes[task]
 
 
-def _send_probe(run: Probe | Owners, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
+def _send_probe(run: Probe | Check | Owners, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
     with _probing(run):
         return _send(edges, cotangents, targets)
 

@@ -156,7 +156,7 @@ class Tracer(TorchFunctionMode):
         self._inputs.add(id(t))
         if t.requires_grad:
             self._grad_inputs = True
-            hook = t.register_hook(functools.partial(slope, self._record_ref))
+            hook = t.register_hook(functools.partial(slope, self._record_ref, weakref.ref(t)))
             weakref.finalize(self.record, hook.remove)
 
     def has_slope(self, t: Tensor) -> bool:

@@ -24,7 +24,7 @@ from packext._owners import whose_now
 from packext._use import TARGET, Source, Use
 
 if TYPE_CHECKING:
-    from packext._record import Record
+    from packext._record import Record, Slope
 
 #: Relative disagreement between a rule and autograd beyond which the model is refused.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
@@ -175,7 +175,8 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     if plan is not None and not record.routed and _adopt(record, plan):
         return
     n = record.n
-    starts = _starts(record, gates)
+    generator = torch.Generator().manual_seed(20250101)
+    starts = _starts(record, gates, send, generator)
     if not all(start.layouts for start in starts):
         # A loss computed inside of the model: from what it was computed from, or the outputs beside it.
         inside = [
@@ -184,7 +185,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
                 (edge, meta) for loss in record.losses for edge, meta in zip(loss.edges, loss.inputs, strict=True)
             )
         ]
-        starts = starts + inside if inside else _starts(record, frozenset(range(len(record.gates))))
+        starts = starts + inside if inside else _starts(record, frozenset(range(len(record.gates))), send, generator)
         starts = [start for start in starts if start.layouts]
     if not starts:
         raise PackextError(
@@ -193,7 +194,6 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             "the batch from forward (a loss computed inside may stand beside them), or give "
             "px.extend(model, batch_axis=...)."
         )
-    generator = torch.Generator().manual_seed(20250101)
     if plan is not None and record.routed and _follow(record, starts, plan, send, generator):
         return
     lone = int(torch.randint(n, (1,), generator=generator))
@@ -275,7 +275,7 @@ def _follow(record: Record, starts: list[_Start], plan: Plan, send: Any, generat
     if {start.gate for start in starts} != plan.places.keys():
         return False
     everyone = torch.ones(record.n, dtype=torch.bool)
-    begin = [(s, plan.places[s.gate]) for s in starts]
+    begin = [(s, s.layouts[0] if s.gate in record.slopes else plan.places[s.gate]) for s in starts]
     sent = [(_cotangent(s.meta, at, everyone, generator), at) for s, at in begin]
     if not whose_now(record.uses, plan.layouts, [start.edge for start in starts], sent, send, generator):
         return False
@@ -312,19 +312,45 @@ class _Start(NamedTuple):
     meta: tuple[Any, ...]
 
 
-def _starts(record: Record, gates: frozenset[int]) -> list[_Start]:
+def _starts(record: Record, gates: frozenset[int], send: Any, generator: torch.Generator) -> list[_Start]:
     starts = []
     for i in sorted(gates):
         ref, shape, dtype, device = record.gates[i]
         node = ref()
         if node is None:
             continue
-        layouts = list(candidates(shape, record.n, record.batch_axis))
+        layouts: list[Layout] = list(candidates(shape, record.n, record.batch_axis))
         if record.n > 1 and len(shape) > record.batch_axis and shape[record.batch_axis] == record.n:
             layouts = [Layout(record.batch_axis, record.n)]  # where extend was told that they are
+        slope = record.slopes.get(i)
+        if slope is not None and record.n > 1:
+            layouts = [_of_input(slope, shape, record.n, send, generator)]
         function, index = node.next_functions[0]
         starts.append(_Start(i, GradientEdge(function, index), layouts, (shape, dtype, device)))
     return starts
+
+
+def _of_input(slope: Slope, shape: torch.Size, n: int, send: Any, generator: torch.Generator) -> Scattered:
+    """Whose the rows of an input are, by which outputs depend on them.
+
+    Returns:
+        The layout of its derivative.
+
+    Raises:
+        CoupledSamplesError: if the outputs of several samples depend on one.
+    """
+    whose = Scattered(0, n, possible=[torch.ones(shape[:1].numel(), n, dtype=torch.bool)])
+    outputs = [(edge, meta) for edge, meta in slope.outputs if meta[0][:1] == (n,)]
+    for members in separating(n) if outputs else ():
+        cotangents = [_cotangent(meta, Layout(0, n), members, generator) for _, meta in outputs]
+        (g,) = send(Check(members), [edge for edge, _ in outputs], cotangents, [slope.input])
+        if g is not None and not whose.agrees(g.cpu(), members):
+            raise CoupledSamplesError(
+                f"The loss contains the derivative with respect to an input {list(shape)} of a model with "
+                "batch_axis=None, and the outputs of several samples depend on one row of it: individual gradients are "
+                "not defined then."
+            )
+    return whose
 
 
 def _cotangent(meta: tuple[Any, ...], layout: Layout, members: Tensor, generator: torch.Generator) -> Tensor:

@@ -27,6 +27,13 @@ class Inside(NamedTuple):
     inputs: list[tuple[torch.Size, torch.dtype, torch.device]]
 
 
+class Slope(NamedTuple):
+    """A derivative by an input that has no axis of samples: where the input is in the graph, and the outputs are."""
+
+    input: GradientEdge
+    outputs: list[tuple[GradientEdge, tuple[Any, ...]]]
+
+
 class Record:
     """What a forward pass of an extended model leaves for the backward pass.
 
@@ -53,7 +60,7 @@ class Record:
         running: whether the forward pass goes on.
         entered: autograd's number of the last pass that made a graph, and came in by an output.
         aside: autograd's number of the last pass that computed derivatives by the inputs alone, with a graph of them.
-        slopes: gates on what such passes gave, which are further outputs of the model.
+        slopes: gates on what such passes gave, which are further outputs of the model; None where its axis is known.
         inside: whether a derivative was computed, to be differentiated again, while the forward pass went on.
         unfollowed: what such passes went through and cannot be right, with the parameters behind it, and whether they
             were made while the forward pass went on.
@@ -81,7 +88,7 @@ class Record:
         self.again: list[tuple[Any, bool]] = []
         self.running = True
         self.entered = self.aside = -1
-        self.slopes: set[int] = set()
+        self.slopes: dict[int, Slope | None] = {}
         self.inside = False
         self.unfollowed: list[tuple[str, tuple[Source, ...], bool]] = []
         self.losses: list[Inside] = []
@@ -119,8 +126,14 @@ class Record:
         if not self.by_use or self.n:
             return
         axis = self.batch_axis
-        self.sizes = sorted({shape[axis] for _, shape, *_ in [self.gates[i] for i in gates] if len(shape) > axis})
+        shapes = [self.gates[i][1] for i in gates if i not in self.slopes]
+        self.sizes = sorted({shape[axis] for shape in shapes if len(shape) > axis})
         self.n = self.sizes[0] if len(self.sizes) == 1 else 0
+
+    def below(self) -> list[tuple[GradientEdge, tuple[Any, ...]]]:
+        """The edges under the outputs that are still there, with shape, dtype and device."""
+        nodes = [(i, ref(), meta) for i, (ref, *meta) in enumerate(self.gates) if i not in self.slopes]
+        return [(GradientEdge(*node.next_functions[0]), tuple(meta)) for _, node, meta in nodes if node is not None]
 
     def without_samples(self) -> str:
         """Why there are none, and what to do."""
@@ -144,14 +157,14 @@ class Record:
     def half_followed(self, gates: frozenset[int]) -> Iterator[tuple[str, tuple[Source, ...]]]:
         """Parameters of which a pass through `gates` meets uses that have no tap, and why."""
         for why, sources, inside in self.unfollowed:
-            if inside or gates & self.slopes:
+            if inside or gates & self.slopes.keys():
                 yield why, sources
 
     def awaits_outputs(self, gates: frozenset[int]) -> bool:
         """Whether a pass is at the gate of a derivative, and comes to outputs and their losses by others of `gates`."""
         current = torch._C._current_autograd_node()
         here = {i for i in gates if self.gates[i][0]() is current}
-        return here <= self.slopes and not gates <= self.slopes
+        return here <= self.slopes.keys() and not gates <= self.slopes.keys()
 
     def modules(self) -> list[nn.Module]:
         """All modules of the model; none if it is gone."""

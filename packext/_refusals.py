@@ -210,7 +210,7 @@ def refuse_curvature(record: Record, gates: frozenset[int], contexts: Sequence[b
     Raises:
         UnsupportedUseError: if it is asked for. Of derivatives made in forward, products with the Hessian are right.
     """
-    slopes = record.slopes & gates
+    slopes = record.slopes.keys() & gates
     asked = [type(q).__name__ for c in contexts for q in (*c.curvature, *(c.hessian if slopes else ()))]
     asked += ['per="token"' for c in contexts if c.per == "token"]
     if asked and (slopes or record.inside):
@@ -234,18 +234,20 @@ def refuse_again(record: Record, gates: frozenset[int], contexts: Sequence[backp
         CoupledSamplesError: for those of inputs that are not the samples' own.
         UnsupportedUseError: for functions whose second derivatives are not followed.
     """
-    slopes = record.slopes & gates
+    slopes = record.slopes.keys() & gates
     again = [closed for ref, closed in record.again if (node := ref()) is not None and awaited(node)]
     if any(again) or again and not slopes:
         raise PackextError(AGAIN)
     for i in slopes:
         shape = record.gates[i][1]
         if record.n > 1 and record.by_use:
-            raise CoupledSamplesError(
-                f"The loss contains the derivative with respect to an input {list(shape)} of a model with "
-                "batch_axis=None: which of its rows are whose is not known. Run the pass inside of "
-                "`with px.disable():`, or give the model one sample at a time."
-            )
+            if record.slopes[i] is None:
+                raise CoupledSamplesError(
+                    f"The loss contains the derivative with respect to an input {list(shape)} of a model with "
+                    "batch_axis=None, and that input is not there any more to see which of its rows are whose: keep it "
+                    "until backward()."
+                )
+            continue
         if record.n > 1 and shape[record.batch_axis : record.batch_axis + 1] != (record.n,):
             raise CoupledSamplesError(
                 f"The loss contains the derivative with respect to an input {list(shape)}, in which samples are not "

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from packext import _flight
 from packext._errors import PackextError
+from packext._record import Slope
 from packext._refusals import Again, awaited, will_accumulate
 from packext._use import TARGET as TARGET
 from packext._use import Rule, Use
@@ -123,7 +125,7 @@ def further(use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
             shapes: dict[str, tuple[int, ...]] = {"input": g.shape, "weight": t["weight"].shape}
             sources = {"weight": use.sources["weight"]}
             again = Use(rule, found[0], ("input", "weight"), found[1], sources, use.where, shapes, use.owner)
-            again.direct, again.second = use.direct & {"weight"}, True
+            again.direct, again.second, again.rooted = use.direct & {"weight"}, True, use.rooted
             y = Owned.apply(again, TARGET, g, t["weight"])
             again.placed(y.grad_fn, (y,))
             record.uses.append(again)
@@ -216,12 +218,13 @@ class Argument(torch.autograd.Function):
         return None, None, g.sum_to_size(saved[0].shape).to(saved[0].dtype), None, None
 
 
-def slope(owner: Callable[[], Record | None], g: Tensor) -> Tensor | None:
+def slope(owner: Callable[[], Record | None], input: Callable[[], Tensor | None], g: Tensor) -> Tensor | None:
     """Hook of an input: the derivative with respect to it, where the loss is made of it, is an output of the model."""
     record = owner()
     if record is None or not g.requires_grad or record.aside != torch._C._current_graph_task_id():
         return None
-    record.slopes.add(len(record.gates))
+    x = input() if record.by_use else None
+    record.slopes[len(record.gates)] = None if x is None else Slope(get_gradient_edge(x), record.below())
     return gate(record, g)
 
 

@@ -286,15 +286,52 @@ def test_outputs_of_the_graphs_beside_those_of_the_nodes() -> None:
         torch.testing.assert_close(p.diag_ggn_exact, diagonal)
 
 
-def test_derivatives_by_nodes_are_refused() -> None:
-    """Even where there are as many nodes as graphs, and the loss is of the derivative alone."""
-    model = px.extend(Sums(), batch_axis=None)
-    for sizes in ([3, 2], [1, 1]):
-        (nodes, edges, graph), _ = graphs(sizes)
-        nodes.requires_grad_()
-        with pytest.raises(px.CoupledSamplesError, match="rows are whose is not known"), px.backpack(px.BatchGrad()):
-            (slope,) = torch.autograd.grad(model(nodes, edges, graph).sum(), nodes, create_graph=True)
-            slope.square().sum().backward()
+class Energy(nn.Module):
+    """The sum over edges of what a perceptron makes of the squared distances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 1, bias=False)
+
+    def forward(self, places: Tensor, edges: Tensor, graph: Tensor) -> Tensor:
+        source, target = edges
+        each = self.last(self.first((places[source] - places[target]).square()).tanh())
+        return each.new_zeros(int(graph.max()) + 1, 1).index_add(0, graph[target], each)
+
+
+def of_forces(model: nn.Module, batch: Batch, weight: float) -> Tensor:
+    """Squares of energies, times `weight`, and of forces."""
+    places, edges, graph = batch
+    places = places.clone().requires_grad_()
+    energies = model(places, edges, graph)
+    (forces,) = torch.autograd.grad(energies.sum(), places, create_graph=True)
+    return weight * energies.square().sum() + (forces - 1).square().sum()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_forces_on_the_nodes_of_graphs(weight: float) -> None:
+    """Of losses made of derivatives by nodes, whose each is, the energies say."""
+    model = px.extend(Energy(), batch_axis=None)
+    for sizes in ([3, 5, 2, 4], [6, 1, 2], [2, 2, 2], [1, 1, 1], [4]):
+        batch, singles = graphs(sizes)
+        model.zero_grad()
+        with px.backpack(px.BatchGrad(), px.BatchL2Grad()):
+            of_forces(model, batch, weight).backward()
+        with px.disable():
+            each = [torch.autograd.grad(of_forces(model, one, weight), list(model.parameters())) for one in singles]
+        for p, wanted in zip(model.parameters(), zip(*each, strict=True), strict=True):
+            torch.testing.assert_close(p.grad_batch, torch.stack(wanted))
+            torch.testing.assert_close(p.batch_l2, torch.stack(wanted).flatten(1).square().sum(1))
+
+
+def test_forces_between_graphs_are_refused() -> None:
+    model, places, graph = px.extend(Energy(), batch_axis=None), torch.randn(4, 5), torch.tensor([0, 0, 1, 1])
+    edges = torch.tensor([[0, 1, 2, 3, 0], [1, 0, 3, 2, 3]])  # the last one between the graphs
+    said = "outputs of several samples depend on one row"
+    for weight in (1.0, 0.0):
+        with pytest.raises(px.CoupledSamplesError, match=said), px.backpack(px.BatchGrad()):
+            of_forces(model, (places, edges, graph), weight).backward()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_what_is_said_of_them() -> None:

@@ -321,6 +321,10 @@ REFUSED = {
 }  # fmt: skip
 
 
+#: Those of them that are exact where rows are whose output uses them.
+BY_USE: set[str] = {"tokens routed to experts", "tokens sorted by expert"}
+
+
 def floats(inputs: Any) -> list[Tensor]:
     """Those among a case's inputs that a loss can be differentiated by."""
     leaves = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
@@ -329,9 +333,12 @@ def floats(inputs: Any) -> list[Tensor]:
 
 @pytest.mark.usefixtures("_twice_differentiable")
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("by_use", [False, True], ids=["by axis", "by use"])
 @pytest.mark.parametrize("case", CASES_OF_ALL, ids=lambda c: c.name)
-def test_every_model_is_exact_or_refused(case: Case) -> None:
+def test_every_model_is_exact_or_refused(case: Case, by_use: bool) -> None:
     """Each sample's weighted outputs, and the squared derivative of these with respect to all inputs."""
+    if by_use and case.batch_axis:
+        pytest.skip("samples are not along axis 0 of the outputs")
     torch.manual_seed(0)
     model, inputs, _ = case.build()
     xs = [x.requires_grad_() for x in floats(inputs)]
@@ -354,8 +361,8 @@ def test_every_model_is_exact_or_refused(case: Case) -> None:
         torch.autograd.grad(value, list(named.values()), retain_graph=True, materialize_grads=True)
         for value in each(plain)
     ]
-    px.extend(model, case.batch_axis)
-    if case.name in REFUSED:
+    px.extend(model, None if by_use else case.batch_axis)
+    if case.name in REFUSED - (BY_USE if by_use else set()):
         with pytest.raises(px.PackextError), px.backpack(px.BatchGrad()):
             each(model).sum().backward()
         return

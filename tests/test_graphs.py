@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import packext as px
 from packext import testing
-from tests.cases import CASES, Case
+from tests import test_union
+from tests.cases import CASES, Case, Packed
 
 pytestmark = pytest.mark.usefixtures("double")
 LOSS = nn.CrossEntropyLoss()
@@ -192,7 +196,7 @@ def results(case: Case, axis: int | None, *quantities: Any) -> dict[str, Tensor]
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("case", [c for c in CASES if c.batch_axis == 0], ids=lambda c: c.name)
-def test_every_model_with_an_axis_is_the_same_without(case: Case) -> None:
+def test_eversource_with_an_axis_is_the_same_without(case: Case) -> None:
     """Whose output uses a row decides as much as an axis does, where there is one."""
     for quantities in ((px.BatchGrad(), px.Variance()), (px.DiagGGNExact(),)):
         try:
@@ -332,6 +336,79 @@ def test_forces_between_graphs_are_refused() -> None:
         with pytest.raises(px.CoupledSamplesError, match=said), px.backpack(px.BatchGrad()):
             of_forces(model, (places, edges, graph), weight).backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+def _two_processes(rank: int, world: int) -> None:
+    """Each with graphs of its own, or packed sequences, in a plain model, under DDP and under FSDP2."""
+    quantities = (px.BatchGrad(), px.BatchL2Grad(), px.Variance(), px.KFAC(fisher="empirical"))
+    _, singles = graphs([3, 5, 2, 4])
+    y, lengths, words = torch.randint(3, (4,)), torch.tensor([2, 4, 1, 4]), torch.randint(7, (4, 4))
+    parts = ((slice(0, 2), slice(2, 4)), (slice(0, 3), slice(3, 4)))  # as many graphs on each, and not
+
+    def joined(some: list[Batch]) -> Batch:
+        starts = torch.tensor([0, *[len(nodes) for nodes, _, _ in some]]).cumsum(0)
+        edges = torch.cat([own + start for (_, own, _), start in zip(some, starts, strict=False)], 1)
+        graph = torch.arange(len(some)).repeat_interleave(starts.diff())
+        return torch.cat([nodes for nodes, _, _ in some]), edges, graph
+
+    def recurrent() -> nn.Module:
+        model = Packed(nn.GRU(5, 6), 7)
+        model(words, lengths)
+        return model
+
+    def step(model: nn.Module, part: slice, group: Any) -> px.Results:
+        batch = (words[part], lengths[part]) if isinstance(original, Packed) else joined(singles[part])
+        with px.backpack(*quantities, scale="sample", group=group, attach=False) as found:
+            px.extend(nn.CrossEntropyLoss())(model(*batch), y[part]).backward()
+        return found
+
+    for make, axis in ((Graphs, None), (recurrent, 0)):
+        torch.manual_seed(0)
+        original = make()
+        wanted = step(px.extend(copy.deepcopy(original), axis), slice(0, 4), None)
+        for kind in ("plain", "DDP", "FSDP2"):
+            model = px.extend(copy.deepcopy(original), axis)
+            wrapped: nn.Module = model
+            if kind == "DDP":
+                wrapped = nn.parallel.DistributedDataParallel(model)
+            if kind == "FSDP2":
+                for module in [m for m in model.children() if next(m.parameters(), None) is not None]:
+                    fully_shard(module)
+                fully_shard(model)
+            # Where data routes rows, FSDP2 has each pass probed, which takes as many samples on all ranks.
+            for part in parts if kind != "FSDP2" else parts[:1] * 2:
+                found = step(wrapped, part[rank], dist.group.WORLD)
+                for name in wanted:
+                    key = f"module.{name}" if f"module.{name}" in found else name
+                    for q in quantities:
+                        got, want = getattr(found[key], q.savefield), getattr(wanted[name], q.savefield)
+                        torch.testing.assert_close(got, want, msg=lambda m, n=name, k=kind: f"{k} {n}: {m}")
+
+
+def test_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_union, "_two_processes", _two_processes, raising=False)  # where forked processes look
+    test_union.together(_two_processes)
+
+
+def test_private_steps_and_half_precision() -> None:
+    model, y = px.extend(Graphs(), batch_axis=None), torch.randint(3, (4,))
+    batch, singles = graphs([3, 5, 2, 4])
+    each = [4 * g for g in rows(model, singles, y)]  # of the samples' own losses
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in each]).sum(0).sqrt()
+    bound = float(norms.median())
+    optimizer = px.optim.DPSGD(model.parameters(), 0.1, max_norm=bound, noise_multiplier=0.0, expected_batch_size=4)
+    with px.optim.emit(optimizer):
+        px.extend(nn.CrossEntropyLoss())(model(*batch), y).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    for p, old, g in zip(model.parameters(), before, each, strict=True):
+        step = torch.tensordot((bound / norms).clamp(max=1), g, 1) / 4
+        torch.testing.assert_close(p.detach(), old - 0.1 * step)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16), px.backpack(px.BatchGrad()):
+            px.extend(nn.CrossEntropyLoss())(model.float()(batch[0].float(), *batch[1:]), y).backward()
+        for p, wanted in zip(model.parameters(), rows(model.double(), singles, y), strict=True):
+            torch.testing.assert_close(p.grad_batch.double(), wanted, rtol=0.1, atol=0.02)
 
 
 def test_what_is_said_of_them() -> None:

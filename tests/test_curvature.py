@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import packext as px
 from packext import _curvature, testing
-from tests.cases import CASES, Case, Routed
+from tests.cases import CASES, Case, Packed, Routed
 from tests.helpers import mlp
 
 #: torch's own advice on even kernels, for the plain model as well.
@@ -529,6 +529,28 @@ def test_factors_where_samples_differ_in_their_rows() -> None:
         loss(model(x), y).backward()
     longer = torch.cat([a, torch.ones(len(a), 1)], 1)  # and what fills up has no bias
     torch.testing.assert_close(layer.weight.kfac, [5 * g.T @ g, longer.T @ longer / len(a)])
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_factors_of_packed_sequences(kind: type[nn.Module], approx: str) -> None:
+    """Those of the sequences by themselves; A is a mean over the steps that there are, or over the sequences."""
+    torch.manual_seed(0)
+    model, loss = Packed(kind(5, 4, 2, bidirectional=True)), px.extend(nn.CrossEntropyLoss())
+    x, y, lengths = torch.randn(N, 4, 5), torch.randint(3, (N,)), torch.tensor([2, 4, 1, 4])
+    model(x, lengths)
+    px.extend(model)
+
+    def factors(some: slice) -> list[list[Tensor]]:
+        with px.backpack(px.KFAC(approx=approx, fisher="empirical")):
+            loss(model(x[some], lengths[some]), y[some]).backward()
+        return [p.kfac for p in model.rnn.parameters() if p.dim() == 2]
+
+    alone = [factors(slice(k, k + 1)) for k in range(N)]
+    share = lengths / lengths.sum() if approx == "expand" else torch.full((N,), 1 / N)
+    for k, (b, a) in enumerate(factors(slice(0, N))):
+        torch.testing.assert_close(b, torch.stack([own[k][0] for own in alone]).mean(0))
+        torch.testing.assert_close(a, sum(s * own[k][1] for s, own in zip(share, alone, strict=True)))
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])

@@ -109,7 +109,7 @@ class Outer(Factored):
         terms: Terms | None = None,
         stored: str = "OI",
         positions: int | float | None = None,
-        own: Callable[[], Tensor | None] = lambda: None,
+        own: Callable[[], Tensor | None] | None = None,
     ) -> None:
         """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
 
@@ -125,7 +125,7 @@ class Outer(Factored):
             apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
             stored: "IO" for a weight of which g holds the inputs, and a the gradients.
             positions: how many of the S a sample has on average, where the others are zeros that fill up.
-            own: which these are, `[N, S]`; None where that is not known.
+            own: gives which these are, `[N, S]`, or None where that is not known.
         """
         self.a, self.g = a, g
         self.terms = Terms(g) if terms is None else terms
@@ -141,7 +141,7 @@ class Outer(Factored):
         if self.positions == self.s:
             own = functools.partial(torch.ones, self.n, self.s, dtype=torch.bool, device=self.device)
         #: Gives the positions that are a sample's own and do not fill up, `[N, S]`; None where that is not known.
-        self.own = own
+        self.own: Callable[[], Tensor | None] = own or (lambda: None)
 
     def pair(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """The factors of samples lo to hi, in the accumulation dtype."""

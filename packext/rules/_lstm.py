@@ -17,11 +17,22 @@ from torch import Tensor
 PART = 1 << 16
 
 
+def going(sizes: Tensor, device: torch.device) -> Tensor:
+    """Whether sequence n of a packed batch has a step t, `[T, N]`; its entries that hold are in the packed order."""
+    return (torch.arange(int(sizes[0])) < sizes[:, None]).to(device)
+
+
+def padded(rows: Tensor, mask: Tensor) -> Tensor:
+    """Packed rows `[*, F]` as `[T, N, F]`."""
+    return rows.new_zeros(*mask.shape, rows.shape[1]).masked_scatter(mask[..., None], rows)
+
+
 @dataclass
 class Run:
     """One direction of one layer: `inputs` `[T, N, I]`, `hidden` before each step `[T, N, H]`, and after.
 
     `gates` `[T, N, 4H]` are i, f, g, o after their nonlinearities, `cells` `[T + 1, N, H]` begin with the initial one.
+    `mask` `[T, N]` says which sequences have a step, where not all do.
     """
 
     inputs: Tensor
@@ -30,6 +41,7 @@ class Run:
     cells: Tensor
     last: Tensor
     w_hh: Tensor
+    mask: Tensor | None
 
     @property
     def outputs(self) -> Tensor:
@@ -37,8 +49,16 @@ class Run:
         return torch.cat([self.hidden[1:], self.last[None]])
 
 
-def forward(x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor | None], h: Tensor, c: Tensor) -> Run:
-    """Run one direction of one layer on `x` `[T, N, I]`."""
+def forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    biases: Sequence[Tensor | None],
+    h: Tensor,
+    c: Tensor,
+    mask: Tensor | None,
+) -> Run:
+    """Run one direction of one layer on `x` `[T, N, I]`; those that are not in `mask` `[T, N]` keep their states."""
     width = w_hh.shape[1]
     gates = F.linear(x, w_ih)
     for bias in biases:
@@ -54,10 +74,13 @@ def forward(x: Tensor, w_ih: Tensor, w_hh: Tensor, biases: Sequence[Tensor | Non
         gate[:, 2 * width : 3 * width].tanh_()
         gate[:, 3 * width :].sigmoid_()
         i, f, g, o = gate.chunk(4, 1)
+        before = h, c
         c = torch.addcmul(i * g, f, c)
-        cells[step + 1] = c
         h = o * c.tanh()
-    return Run(x, hidden, gates, cells, h, w_hh)
+        if mask is not None:
+            h, c = (torch.where(mask[step, :, None], new, old) for new, old in zip((h, c), before, strict=True))
+        cells[step + 1] = c
+    return Run(x, hidden, gates, cells, h, w_hh, mask)
 
 
 def backward(run: Run, g_y: Tensor | None, g_h: Tensor | None, g_c: Tensor | None) -> Tensor:
@@ -78,11 +101,17 @@ def backward(run: Run, g_y: Tensor | None, g_h: Tensor | None, g_c: Tensor | Non
         for step in reversed(range(len(part))):
             if g_y is not None:
                 dh = dh + g_y[lo + step]
-            dc = torch.addcmul(dc, dh, to_cell[step])
-            before = dc * f[step]  # which is written over next
-            torch.mul(dc[:, None], of_cell[step], out=part[step, :, :3])
+            at_cell = torch.addcmul(dc, dh, to_cell[step])
+            before = at_cell * f[step]  # which is written over next
+            torch.mul(at_cell[:, None], of_cell[step], out=part[step, :, :3])
             torch.mul(dh, of_output[step], out=part[step, :, 3])
-            dh, dc = part[step].reshape(n, 4 * width) @ run.w_hh, before
+            if run.mask is None:
+                dh, dc = part[step].reshape(n, 4 * width) @ run.w_hh, before
+                continue
+            on = run.mask[lo + step, :, None]
+            part[step].masked_fill_(~on[..., None], 0.0)
+            dh = torch.where(on, part[step].reshape(n, 4 * width) @ run.w_hh, dh)
+            dc = torch.where(on, before, dc)
     return run.gates
 
 
@@ -100,7 +129,10 @@ def pairs(consts: dict[str, Any], t: dict[str, Tensor], gs: Sequence[Tensor | No
     cell, directions = consts["cell"], 2 if consts["bidirectional"] else 1
     x, h, c = t["input"], t["h"], t["c"]
     g_y, g_h, g_c = (None, *gs) if cell else gs
-    if cell:
+    mask = None if consts["sizes"] is None else going(consts["sizes"], x.device)
+    if mask is not None:
+        x, g_y = padded(x, mask), None if g_y is None else padded(g_y, mask)
+    elif cell:
         x, h, c = x[None], h[None], c[None]
         g_h, g_c = (None if g is None else g[None] for g in (g_h, g_c))
     elif consts["batch_first"]:
@@ -112,7 +144,8 @@ def pairs(consts: dict[str, Any], t: dict[str, Tensor], gs: Sequence[Tensor | No
             k = layer * directions + direction
             biases = t.get(f"{k}.bih"), t.get(f"{k}.bhh")
             sequence = x.flip(0) if direction else x
-            run = forward(sequence, t[f"{k}.ih"], t[f"{k}.hh"], biases, h[k], c[k])
+            on = mask.flip(0) if direction and mask is not None else mask
+            run = forward(sequence, t[f"{k}.ih"], t[f"{k}.hh"], biases, h[k], c[k], on)
             runs.append(run)
             if layer + 1 < consts["layers"]:
                 outputs.append(run.outputs.flip(0) if direction else run.outputs)

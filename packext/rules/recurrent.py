@@ -9,6 +9,7 @@ over keep their states.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,8 +89,8 @@ class Recurrent(Rule):
         if c["cell"]:
             x = x[None]
         elif c["sizes"] is not None:
-            going = _going(c["sizes"], x.device)
-            x = _padded(x, going)
+            going = _lstm.going(c["sizes"], x.device)
+            x = _lstm.padded(x, going)
         elif c["batch_first"]:
             x = x.transpose(0, 1)
         strands: list[Strand] = []
@@ -159,19 +160,24 @@ class Recurrent(Rule):
         keep = torch.is_grad_enabled()
         halves: list[tuple[str, Tensor, Tensor]] = []
         projected = any(name.endswith("hr") for name in c["weights"])
-        whole = c["sizes"] is None and len(gs) == (2 if c["cell"] else 3)
-        if c["kind"] == "lstm" and not keep and not projected and whole:
+        if c["kind"] == "lstm" and not keep and not projected and len(gs) == (2 if c["cell"] else 3):
             for k, (run, g) in enumerate(_lstm.pairs(c, {name: v.detach() for name, v in t.items()}, gs)):
                 halves += [(f"{k}.ih", run.inputs, g), (f"{k}.hh", run.hidden, g)]
         else:
             halves = self._by_autograd(use, t, gs, keep)
         forms: dict[str, Factored] = {}
+        sizes = c["sizes"]
         for name, a, g in halves:
             gs_ = layout.split(g, 2)
             terms = Terms(gs_.mT[:, None])
             if name in use.sources:
+                count, own = None, None
+                if sizes is not None:  # steps of sequences that are over do not count
+                    on = _lstm.going(sizes, a.device)[..., None]
+                    on = on.flip(0) if c["bidirectional"] and int(name.partition(".")[0]) % 2 else on
+                    a, count, own = a * on, int(sizes.sum()) / layout.n, functools.partial(_own, layout, on)
                 a = layout.split(a, 2)[:, None]
-                forms[name] = Outer(a, terms.g, t[name].shape, terms=terms, positions=layout.positions(g, 2))
+                forms[name] = Outer(a, terms.g, t[name].shape, terms=terms, positions=count, own=own)
             bias = name.replace(".", ".b")
             if bias in use.sources:
                 forms[bias] = Dense(gs_.sum(1, dtype=accumulation_dtype(g.dtype)), terms)
@@ -204,14 +210,9 @@ class Recurrent(Rule):
 RECURRENT = Recurrent()
 
 
-def _going(sizes: Tensor, device: torch.device) -> Tensor:
-    """Whether sequence n of a packed batch has a step t, `[T, N]`; its entries that hold are in the packed order."""
-    return (torch.arange(int(sizes[0])) < sizes[:, None]).to(device)
-
-
-def _padded(rows: Tensor, going: Tensor) -> Tensor:
-    """Packed rows `[*, F]` as `[T, N, F]`."""
-    return rows.new_zeros(*going.shape, rows.shape[1]).masked_scatter(going[..., None], rows)
+def _own(layout: Layout, going: Tensor) -> Tensor:
+    """Which of a sample's positions are steps that there are, `[N, S]`, of `[T, sequences, 1]`."""
+    return layout.split(going.float(), 2)[..., 0] > 0
 
 
 def _of_steps(use: Use, x: Tensor, gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]) -> Layout | None:
@@ -232,7 +233,7 @@ def _of_steps(use: Use, x: Tensor, gs: Sequence[Tensor | None], layouts: Sequenc
         return None if size % found.n or found.inner else Layout(None if found.axis is None else 1, found.n)
     if found.axis is None:
         return Layout(None, 1)
-    going = _going(c["sizes"], x.device)[..., None]
+    going = _lstm.going(c["sizes"], x.device)[..., None]
     whose = torch.ones(going.shape[1], found.n, dtype=torch.bool, device=x.device)
     for g, at in live:
         axis = g.dim() - 2

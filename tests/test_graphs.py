@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import packext as px
 from packext import testing
@@ -69,7 +71,7 @@ def graphs(sizes: list[int], kinds: int = 0, shuffled: bool = True) -> tuple[Bat
     return (nodes[order], order.argsort()[torch.cat(edges, 1)], graph[order]), singles
 
 
-def rows(model: nn.Module, singles: list[Batch], y: Tensor) -> list[Tensor]:
+def rows(model: nn.Module, singles: Sequence[tuple[Tensor, ...]], y: Tensor) -> list[Tensor]:
     """Individual gradients `[N, *p]` of the mean loss, one graph at a time."""
     with px.disable():
         found = [
@@ -207,6 +209,36 @@ def test_eversource_with_an_axis_is_the_same_without(case: Case) -> None:
         assert got.keys() == wanted.keys()
         for name, want in wanted.items():
             torch.testing.assert_close(got[name], want, msg=name)
+
+
+class Starts(nn.Module):
+    """A GRU on packed sequences, two of each sample, from a state that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.start, self.last = nn.GRU(5, 6), nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x, lengths = torch.cat([x, x.flip(2)]), lengths.repeat(2)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        ends = self.rnn(packed, self.start.expand(-1, len(x), -1))[1][0]
+        return self.last(ends[: len(x) // 2] * ends[len(x) // 2 :])
+
+
+def test_several_packed_sequences_of_a_sample_and_a_learned_state() -> None:
+    model, loss = Starts(), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(4, 4, 5), torch.randint(3, (4,))
+    px.extend(model)
+    with pytest.raises(px.CoupledSamplesError, match="batch_axis=None"), px.backpack(px.BatchGrad()):
+        loss(model(x, torch.tensor([2, 4, 1, 4])), y).backward()
+    px.extend(model, batch_axis=None)
+    for lengths in (torch.tensor([2, 4, 1, 4]), torch.tensor([3, 3, 3, 3]), torch.tensor([1, 2, 3, 4])):
+        with px.backpack(px.BatchGrad()):
+            loss(model(x, lengths), y).backward()
+        for p, each in zip(
+            model.parameters(), rows(model, [(x[k : k + 1], lengths[k : k + 1]) for k in range(4)], y), strict=True
+        ):
+            torch.testing.assert_close(p.grad_batch, each)
 
 
 def test_factors_of_rows_that_are_pooled_by_graph() -> None:

@@ -248,7 +248,8 @@ def _of_steps(use: Use, x: Tensor, gs: Sequence[Tensor | None], layouts: Sequenc
         raise CoupledSamplesError(
             f"{use.describe()} runs on packed sequences. One of them serves two samples, or two of them, packed from "
             "inputs of the model itself, serve one: that samples are kept apart cannot be seen then. Pass a padded "
-            "batch, and mask the padding in the loss."
+            "batch, and mask the padding in the loss; or, for two of one sample, say px.extend(model, "
+            "batch_axis=None), by which sequences are whose output uses them."
         )
     return Scattered(1, found.n, possible=[whose])
 

@@ -67,6 +67,10 @@ class Layout:
         """Which positions of `split` are a sample's own, `[N, S]`, for `[*lead, *features]`; None if all are."""
         return None
 
+    def marked(self, mask: Tensor) -> Tensor:
+        """Which positions of `split` a mask over the leading axes marks, `[*lead]` as `[N, S]`; none that fill up."""
+        return self.split(mask.float()[..., None], mask.dim())[..., 0] > 0
+
     def by_sample(self, t: Tensor) -> Tensor:
         """`[N, everything else]`."""
         return self._sample_first(t)[0].reshape(self.n, -1)
@@ -152,7 +156,7 @@ class Scattered(Layout):
 
     def own(self, lead: torch.Size) -> Tensor:
         """Which positions of `split` are a sample's own, `[N, S]`, for tensors `[*lead, *features]`."""
-        return self.split(torch.ones(*lead, 1, device=self.possible[0].device), len(lead))[..., 0] > 0
+        return self.marked(torch.ones(lead, device=self.possible[0].device))
 
     def spread(self, mask: Tensor, t: Tensor) -> Tensor:
         """A mask `[N]` over samples, shaped to broadcast against `t`."""

@@ -153,7 +153,8 @@ class Tracer(TorchFunctionMode):
         """An input of the model."""
         setattr(t, _MARK, (self.record.token, None, None))
         self._marked_inputs.append(t)
-        self._inputs.add(id(t))
+        if not self.record.by_use:
+            self._inputs.add(id(t))
         if t.requires_grad:
             self._grad_inputs = True
             hook = t.register_hook(functools.partial(slope, self._record_ref, weakref.ref(t)))
@@ -215,7 +216,7 @@ class Tracer(TorchFunctionMode):
             base = args[0] if func in _EXPANDS and args and isinstance(args[0], Tensor) else None
             self._mark(out, tuple(dict.fromkeys(sources)), base)
             return out
-        self._rooted = (
+        self._rooted = record.by_use or (
             bool(record.uses)
             and not self._grad_inputs
             and any(t.requires_grad and self.is_data(t) for t in _shallow((*args, *kwargs.values())))
@@ -263,9 +264,8 @@ class Tracer(TorchFunctionMode):
         use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self._record_ref)
         use.direct = frozenset([k for k, s in sources.items() if s[0].tensor is tensors[k]])
         axis = self.record.batch_axis
-        if not self.record.by_use:
-            use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
-        use.rooted = self._rooted or self.record.by_use
+        use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
+        use.rooted = self._rooted
         use.viewed(tensors)
         for group in sources.values():
             for source in group:

@@ -59,7 +59,7 @@ class Probe:
         self.visited[id(use)] = use
         if not use.options:
             use.options = [None] * len(use.outputs)
-        scattered = self.scattered and (use.rooted or use.rule.tells_rows(use))
+        scattered = self._scattered(use)
         for i, g in enumerate(gs):
             if g is None:
                 continue
@@ -88,6 +88,10 @@ class Probe:
                 self.rules.setdefault(key, []).append(use)
             self.busy = False
 
+    def _scattered(self, use: Use) -> bool:
+        """Whether rows of `use` may be in any order."""
+        return self.scattered and (use.rooted or use.rule.tells_rows(use))
+
     def _apart(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> bool:
         """Whether the call itself keeps samples apart, seen at what it read (no tap may stand before that).
 
@@ -110,9 +114,8 @@ class Probe:
                 continue
             options = use.read_options.get(name)
             if options is None:
-                scattered = self.scattered and (use.rooted or use.rule.tells_rows(use))
                 own = [Layout(use.record.batch_axis, self.n)]
-                options = own if name in use.ties else candidates(grad.shape, self.n, 0, scattered)
+                options = own if name in use.ties else candidates(grad.shape, self.n, 0, self._scattered(use))
             members = self.members.to(grad.device)
             use.read_options[name] = [layout for layout in options if layout.agrees(grad, members)]
             if not use.read_options[name]:

@@ -132,8 +132,8 @@ class Record:
 
     def below(self) -> list[tuple[GradientEdge, tuple[Any, ...]]]:
         """The edges under the outputs that are still there, with shape, dtype and device."""
-        nodes = [(i, ref(), meta) for i, (ref, *meta) in enumerate(self.gates) if i not in self.slopes]
-        return [(GradientEdge(*node.next_functions[0]), tuple(meta)) for _, node, meta in nodes if node is not None]
+        nodes = [(ref(), tuple(meta)) for i, (ref, *meta) in enumerate(self.gates) if i not in self.slopes]
+        return [(GradientEdge(*node.next_functions[0]), meta) for node, meta in nodes if node is not None]
 
     def without_samples(self) -> str:
         """Why there are none, and what to do."""

@@ -240,15 +240,15 @@ def refuse_again(record: Record, gates: frozenset[int], contexts: Sequence[backp
         raise PackextError(AGAIN)
     for i in slopes:
         shape = record.gates[i][1]
-        if record.n > 1 and record.by_use:
-            if record.slopes[i] is None:
-                raise CoupledSamplesError(
-                    f"The loss contains the derivative with respect to an input {list(shape)} of a model with "
-                    "batch_axis=None, and that input is not there any more to see which of its rows are whose: keep it "
-                    "until backward()."
-                )
+        if record.n == 1 or record.slopes[i] is not None:
             continue
-        if record.n > 1 and shape[record.batch_axis : record.batch_axis + 1] != (record.n,):
+        if record.by_use:
+            raise CoupledSamplesError(
+                f"The loss contains the derivative with respect to an input {list(shape)} of a model with "
+                "batch_axis=None, and that input is not there any more to see which of its rows are whose: keep it "
+                "until backward()."
+            )
+        if shape[record.batch_axis : record.batch_axis + 1] != (record.n,):
             raise CoupledSamplesError(
                 f"The loss contains the derivative with respect to an input {list(shape)}, in which samples are not "
                 f"told apart: axis {record.batch_axis} does not have {record.n} entries. Give each sample its own "

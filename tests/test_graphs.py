@@ -75,7 +75,9 @@ def rows(model: nn.Module, singles: Sequence[tuple[Tensor, ...]], y: Tensor) -> 
     """Individual gradients `[N, *p]` of the mean loss, one graph at a time."""
     with px.disable():
         found = [
-            torch.autograd.grad(LOSS(model(*single), label[None]) / len(y), list(model.parameters()))
+            torch.autograd.grad(
+                LOSS(model(*single), label[None]) / len(y), list(model.parameters()), materialize_grads=True
+            )
             for single, label in zip(singles, y, strict=True)
         ]
     return [torch.stack(each) for each in zip(*found, strict=True)]
@@ -177,12 +179,8 @@ def test_layers_that_run_on_some_of_the_samples(kind: type[nn.Module]) -> None:
         x = torch.randn(6, 5)
         with px.backpack(px.BatchGrad()):
             LOSS(model(x), y).backward()
-        for k in range(6):
-            with px.disable():
-                loss = LOSS(model(x[k : k + 1]), y[k : k + 1]) / 6
-            alone = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
-            for p, g in zip(model.parameters(), alone, strict=True):
-                torch.testing.assert_close(p.grad_batch[k], g)
+        for p, each in zip(model.parameters(), rows(model, [(sample[None],) for sample in x], y), strict=True):
+            torch.testing.assert_close(p.grad_batch, each)
 
 
 def results(case: Case, axis: int | None, *quantities: Any) -> dict[str, Tensor]:

@@ -166,16 +166,16 @@ class Recurrent(Rule):
         else:
             halves = self._by_autograd(use, t, gs, keep)
         forms: dict[str, Factored] = {}
-        sizes = c["sizes"]
+        going = count = own = None
+        if c["sizes"] is not None:  # steps of sequences that are over do not count
+            going, count = _lstm.going(c["sizes"], t["input"].device), int(c["sizes"].sum()) / layout.n
         for name, a, g in halves:
             gs_ = layout.split(g, 2)
             terms = Terms(gs_.mT[:, None])
             if name in use.sources:
-                count, own = None, None
-                if sizes is not None:  # steps of sequences that are over do not count
-                    on = _lstm.going(sizes, a.device)[..., None]
-                    on = on.flip(0) if c["bidirectional"] and int(name.partition(".")[0]) % 2 else on
-                    a, count, own = a * on, int(sizes.sum()) / layout.n, functools.partial(_own, layout, on)
+                if going is not None:
+                    on = going.flip(0) if c["bidirectional"] and int(name.partition(".")[0]) % 2 else going
+                    a, own = a * on[..., None], functools.partial(layout.marked, on)
                 a = layout.split(a, 2)[:, None]
                 forms[name] = Outer(a, terms.g, t[name].shape, terms=terms, positions=count, own=own)
             bias = name.replace(".", ".b")
@@ -208,11 +208,6 @@ class Recurrent(Rule):
 
 
 RECURRENT = Recurrent()
-
-
-def _own(layout: Layout, going: Tensor) -> Tensor:
-    """Which of a sample's positions are steps that there are, `[N, S]`, of `[T, sequences, 1]`."""
-    return layout.split(going.float(), 2)[..., 0] > 0
 
 
 def _of_steps(use: Use, x: Tensor, gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]) -> Layout | None:

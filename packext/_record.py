@@ -195,9 +195,14 @@ def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item, depth)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not _calls(value):
         for item in vars(value).values():
             yield from tensors_in(item, depth - 1)
+
+
+def _calls(value: Any) -> bool:
+    """Whether `value` is a function or like one; batches of PyTorch Geometric can be called, but have items."""
+    return callable(value) and not hasattr(type(value), "__getitem__")
 
 
 def modules_of(root: nn.Module) -> list[nn.Module]:

@@ -426,7 +426,8 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
         if "storage of size 0" in str(error) or "data is not allocated" in str(error):
             raise UnsupportedUseError(
                 "Parameters that FSDP2 has sharded again are not there for a pass that looks at samples or carries "
-                "curvature. Call px.extend after fully_shard, or shard each module that has parameters by itself."
+                "curvature. Call px.extend after fully_shard, or shard each module that has parameters by itself. Of a "
+                "loss made of derivatives by the inputs, FSDP2 has no gradient: take DistributedDataParallel."
             ) from error
         if "use_reentrant" not in str(error):
             raise

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
@@ -22,6 +24,7 @@ from packext._factored import Sum
 from packext._record import tensors_in
 from packext.rules.convolution import Convolution
 from packext.rules.linear import Linear, OwnedContraction
+from tests import test_union
 from tests.cases import CASES as CASES_OF_ALL
 from tests.cases import Case
 
@@ -821,3 +824,94 @@ def test_what_torch_func_gives_instead() -> None:
 
     for k, v in vmap(grad(of_one), (None, 0))(named, x.detach()).items():
         torch.testing.assert_close(v, rows[k])
+
+
+# -- in several processes, in private steps, in half precision ---------------------------------------------------
+
+
+def normed() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(3, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 5), nn.Softplus(), nn.Linear(5, 1)
+    )  # fmt: skip
+
+
+def _penalised(rank: int, world: int) -> None:
+    """Each with some of the samples, in a plain model, under DDP and under FSDP2."""
+    quantities = (px.BatchL2Grad(), px.Variance(), px.SumGradSquared(), px.BatchGrad())
+    torch.manual_seed(0)
+    original, x = normed(), torch.randn(8, 3)
+
+    def step(model: nn.Module, total: Any, x: Tensor, group: Any) -> px.Results:
+        x = x.clone().requires_grad_()
+        with px.backpack(*quantities, scale=1.0, group=group, attach=False) as found:
+            total(model, x).backward()
+        return found
+
+    for total in (penalty, penalty_alone):
+        wanted = step(px.extend(copy.deepcopy(original)), total, x, None)
+        for kind in ("plain", "DDP", "FSDP2"):
+            model = px.extend(copy.deepcopy(original))
+            wrapped: nn.Module = nn.parallel.DistributedDataParallel(model) if kind == "DDP" else model
+            if kind == "FSDP2":
+                for module in [m for m in model.children() if next(m.parameters(), None) is not None]:
+                    fully_shard(module)
+                fully_shard(model)
+                with pytest.raises(px.UnsupportedUseError, match="take DistributedDataParallel"):
+                    step(wrapped, total, x[4 * rank :][:4], dist.group.WORLD)
+                continue
+            for part in (x[4 * rank :][:4], x[3 * rank :][: 3 + 2 * rank]):
+                found = step(wrapped, total, part, dist.group.WORLD)
+                for name in wanted:
+                    key = f"module.{name}" if f"module.{name}" in found else name
+                    for q in quantities:
+                        got, want = getattr(found[key], q.savefield), getattr(wanted[name], q.savefield)
+                        torch.testing.assert_close(got, want, msg=lambda m, n=name, k=kind: f"{k} {n}: {m}")
+
+
+def test_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_union, "_penalised", _penalised, raising=False)  # where forked processes look
+    test_union.together(_penalised)
+
+
+def test_private_steps() -> None:
+    model, x, squares = normed(), torch.randn(N, 3, requires_grad=True), px.extend(nn.MSELoss(reduction="sum"))
+
+    def total(model: nn.Module, x: Tensor) -> Tensor:
+        y = model(x)
+        return squares(y, x.detach().sum(1, keepdim=True)) + slope(y, x).square().sum()
+
+    rows = rows_of(model, total, x)
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in rows.values()]).sum(0).sqrt()
+    bound = float(norms.median())
+    px.extend(model)
+    optimizer = px.optim.DPSGD(model.parameters(), 0.1, max_norm=bound, noise_multiplier=0.0, expected_batch_size=N)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with px.optim.emit(optimizer):
+        total(model, x).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        step = torch.tensordot((bound / norms).clamp(max=1), rows[name], 1) / N
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * step)
+
+
+@pytest.mark.parametrize("half", ["autocast", "parameters"])
+def test_half_precision(half: str) -> None:
+    """As near to the rows in float64 as autograd's own gradient of one sample, in the same precision, is."""
+    model, x = normed().float(), torch.randn(8, 3).bfloat16().float()
+    if half == "parameters":
+        model, x = model.bfloat16(), x.bfloat16()
+
+    def total(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast" and x.dtype != torch.float64):
+            y = model(x)
+            return y.sum() + (slope(y, x).flatten(1).float().norm(dim=1) - 1).square().sum()
+
+    rows = rows_of(copy.deepcopy(model).double(), total, x.double())
+    one_by_one = rows_of(model, total, x)
+    px.extend(model)
+    for _ in range(2):
+        with px.backpack(px.BatchGrad()):
+            total(model, x.clone().requires_grad_()).backward()
+        for name, p in model.named_parameters():
+            off, allowed = ((each.double() - rows[name]).norm() for each in (p.grad_batch, one_by_one[name]))
+            assert off <= 1.5 * allowed + 1e-3 * rows[name].norm(), (name, float(off), float(allowed))

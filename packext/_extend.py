@@ -134,7 +134,6 @@ def _out_of_reach() -> bool:
     """Whether something else has taken over differentiation, so that taps would be in its way."""
     return (
         LOCAL.disabled
-        or torch.compiler.is_compiling()
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
@@ -142,6 +141,8 @@ def _out_of_reach() -> bool:
 
 
 def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return  # nothing of this becomes a part of compiled code, nor a condition for it
     extension: Extension = module.__dict__["_packext"]
     if LOCAL.call is not None and (not extension.path or module is LOCAL.call[0]) and _left(LOCAL.call[1]):
         _end()
@@ -168,8 +169,6 @@ def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
 
 def _left(frame: Any) -> bool:
     """Whether the outermost call is over and no hook was told, as torch runs none after KeyboardInterrupt."""
-    if torch.compiler.is_compiling():
-        return False
     try:
         frame.clear()
     except RuntimeError:  # Python's answer as long as the frame runs
@@ -187,6 +186,8 @@ def _end() -> None:
 
 
 def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return None
     if LOCAL.unseen is module:
         _end()
     tracer = LOCAL.tracer

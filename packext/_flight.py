@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -75,8 +77,12 @@ def here() -> Here:
     try:
         return _get(_KEY)
     except RuntimeError:
-        _set(_KEY, Here())
-        return _get(_KEY)
+        state = Here()
+        references = sys.getrefcount(state)
+        _set(_KEY, state)
+        if sys.getrefcount(state) == references:  # torch 2.9 gives back a reference that it has never taken
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(state))
+        return state
 
 
 class Sweep:

@@ -20,6 +20,8 @@ from packext._quantity import Ask, Quantity
 from packext._statistics import Statistics
 
 pytest.importorskip("triton")
+# The interpreter of Triton 3.5, which torch 2.9 comes with.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -14,6 +14,8 @@ from packext._factored import Factored
 from packext.rules.grouped import Grouped
 from tests.test_rules import Wrong, is_slow
 
+pytestmark = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch 2.10 or newer")
+
 N, T, D, E = 5, 7, 8, 3
 
 

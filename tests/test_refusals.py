@@ -800,7 +800,7 @@ def test_custom_functions_are_named_where_a_parameter_is_not_seen() -> None:
     assert torch.allclose(model.head.weight.grad_batch.sum(0), model.head.weight.grad)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_torchscript_is_refused_as_a_model_and_where_it_has_parameters() -> None:
     with pytest.raises(TypeError, match="extend got TorchScript"):
         px.extend(torch.jit.script(nn.Linear(5, 3)))

@@ -65,7 +65,7 @@ class Naive:
     def batch(self) -> dict[str, Tensor]:
         loss = F.cross_entropy(self.model(self.x), self.y)
         grads = torch.autograd.grad(loss, list(self.named.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(self.named, grads, strict=True))
+        return {name: g.detach() for name, g in zip(self.named, grads, strict=True)}
 
     def grad_norm(self) -> float:
         return sum(float(g.pow(2).sum().sqrt()) for g in self.batch().values() if g.dim() > 1)
@@ -121,7 +121,7 @@ class Naive:
             x = self.x[i : i + 1].clone().requires_grad_()
             grads = torch.autograd.grad(self.model(x).sum(), [x, *weights], allow_unused=True, materialize_grads=True)
             by_x.append(grads[0].flatten().numpy())
-            by_weights.append(np.concatenate([g.flatten().numpy() for g in grads[1:]]))
+            by_weights.append(np.concatenate([g.detach().flatten().numpy() for g in grads[1:]]))
         return np.stack(by_weights), np.stack(by_x)
 
     def jacob_cov(self) -> float:

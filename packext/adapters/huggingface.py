@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 import packext as px
 from packext.adapters._emission import Emission, Receive
@@ -114,4 +115,4 @@ class EmitCallback(TrainerCallback):
     def _ran(self, model: Any, args: Any, output: Any) -> None:
         if getattr(output, "loss", None) is not None:
             # The Trainer drops the outputs beside the loss, in which packext sees which sample is which.
-            self._held = [v.grad_fn for v in output.values() if isinstance(v, Tensor)]
+            self._held = [get_gradient_edge(v) for v in output.values() if isinstance(v, Tensor) and v.requires_grad]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 import packext as px
 from packext.diagnostics._cockpit import Cockpit, Sink, Watch
@@ -138,7 +139,7 @@ class CockpitCallback(TrainerCallback):
         loss = getattr(output, "loss", None)
         if self._watch is not None and isinstance(loss, Tensor) and loss.requires_grad:
             # The Trainer drops the outputs beside the loss, in which packext sees which sample is which.
-            self._held = [v.grad_fn for v in output.values() if isinstance(v, Tensor)]
+            self._held = [get_gradient_edge(v) for v in output.values() if isinstance(v, Tensor) and v.requires_grad]
             self._watch.loss(loss, lambda: _parts(model, kwargs, output))
 
 

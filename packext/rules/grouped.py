@@ -53,7 +53,7 @@ class Grouped(Rule):
 GROUPED = Grouped()
 
 
-@handles(F.grouped_mm, getattr(torch, "_grouped_mm"))  # noqa: B009 - not in torch's stubs
+@handles(getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
 def grouped(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`F.grouped_mm(input, weight, offs=offs)` of a matrix of rows; other forms go the generic way."""
     tensors, consts = bind(_NAMES, args, kwargs)

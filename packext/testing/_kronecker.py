@@ -158,7 +158,7 @@ class Factors:
                     made += b.sum(1).flatten() if module.bias is p else 0.0
                 else:
                     made += (a.mT @ b if isinstance(module, TABLES) else b.mT @ a).flatten()
-            if not torch.allclose(made, row.flatten(), rtol=1e-6, atol=1e-9 * float(1 + row.abs().max())):
+            if not torch.allclose(made, row.flatten(), rtol=1e-6, atol=1e-9 * float(1 + row.detach().abs().max())):
                 return False
         return True
 

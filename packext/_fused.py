@@ -189,13 +189,17 @@ def _case(form: Outer, wants: Sequence[str]) -> tuple:
 
 def _race(kernel: Callable[[], dict[str, Tensor]], plain: Callable[[], dict[str, Tensor]]) -> bool:
     """Whether the kernel gives what the plain routes give, and sooner."""
-    from triton import testing
+    theirs = plain()
+    try:  # Triton wants a compiler, a device that it knows, and memory for its measurements
+        from triton import testing
 
-    bench: Any = testing.do_bench
-    mine, theirs = kernel(), plain()
-    for want, value in theirs.items():
-        size = float(torch.nan_to_num(value).abs().max())
-        if not torch.allclose(mine[want], value, rtol=1e-2, atol=1e-2 * size, equal_nan=True):
-            return False
-    mine, theirs = (bench(way, warmup=2, rep=10, return_mode="median") for way in (kernel, plain))
+        bench: Any = testing.do_bench
+        mine = kernel()
+        for want, value in theirs.items():
+            size = float(torch.nan_to_num(value).abs().max())
+            if not torch.allclose(mine[want], value, rtol=1e-2, atol=1e-2 * size, equal_nan=True):
+                return False
+        mine, theirs = (bench(way, warmup=2, rep=10, return_mode="median") for way in (kernel, plain))
+    except Exception:
+        return False
     return bool(mine < theirs)

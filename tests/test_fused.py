@@ -20,8 +20,10 @@ from packext._quantity import Ask, Quantity
 from packext._statistics import Statistics
 
 pytest.importorskip("triton")
-# The interpreter of Triton 3.5, which torch 2.9 comes with.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [  # of torch 2.9 where it is asked for its precision, and of the interpreter of its Triton
+    pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -181,6 +183,13 @@ def test_what_is_faster_and_right_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     assert not _fused._race(lambda: _fused.moments(form, WANTS), lambda: plain)  # slower
     wrong = {**plain, "scatter": plain["scatter"] * 1.1}
     assert not _fused._race(lambda: wrong, lambda: plain)
+
+    def fails() -> dict[str, Tensor]:
+        raise RuntimeError("Failed to find C compiler")
+
+    assert not _fused._race(fails, lambda: plain)  # the plain routes are right without it
+    with pytest.raises(RuntimeError, match="C compiler"):
+        _fused._race(lambda: plain, fails)
 
 
 COMPILE = """

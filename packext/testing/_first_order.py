@@ -48,7 +48,7 @@ def _histogram(rows: Tensor, q: GradHistogram, p: Tensor) -> Histogram:
 
 
 def _projected(rows: Tensor, q: ProjectedGrad, name: str) -> Tensor:
-    left, right = (None if m is None else m.to(rows.dtype) for m in q.matrices(name, rows.shape[1:]))
+    left, right = (None if m is None else m.to(rows) for m in q.matrices(name, rows.shape[1:]))
     assert left is not None
     if right is None:
         return _flat(rows) @ left.T

@@ -48,7 +48,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
         return math.inf
     if not want.numel():
         return 0.0
-    got, want = got.detach().to(want.dtype), want.detach()
+    got, want = got.detach().to(want.dtype), want.detach().to(got.device)
     size = float(want.abs().max())
     error = float((got - want).abs().max())
     if not math.isfinite(error):

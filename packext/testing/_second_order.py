@@ -244,7 +244,7 @@ def _averaged(q: Any, ref: Reference, name: str) -> list[Tensor]:
 def _times(factors: Sequence[Tensor], x: Tensor, back: bool = False) -> Tensor:
     """The Kronecker product of one or two factors `[n]`, `[n, n]` or `[G, n, n]`, transposed if `back`, times rows."""
     matrices = [t.double().diag()[None] if t.dim() == 1 else t.double().reshape(-1, *t.shape[-2:]) for t in factors]
-    matrices = [m.mT for m in matrices] if back else matrices
+    matrices, x = [m.mT for m in matrices] if back else matrices, x.to(matrices[0])
     y = matrices[0] @ x.reshape(len(x), max(map(len, matrices)), matrices[0].shape[-1], -1)
     return (y if len(matrices) == 1 else y @ matrices[1].mT).reshape(x.shape)
 

@@ -20,10 +20,8 @@ from packext._quantity import Ask, Quantity
 from packext._statistics import Statistics
 
 pytest.importorskip("triton")
-pytestmark = [  # of torch 2.9 where it is asked for its precision, and of the interpreter of its Triton
-    pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
+# Of the interpreter of Triton 3.5, which torch 2.9 comes with.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -190,6 +188,21 @@ def test_what_is_faster_and_right_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     assert not _fused._race(fails, lambda: plain)  # the plain routes are right without it
     with pytest.raises(RuntimeError, match="C compiler"):
         _fused._race(lambda: plain, fails)
+
+
+def test_precision_is_what_the_user_asked_of_torch() -> None:
+    """By the older function or the newer attribute; where both were used, the former cannot be read any more."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for asked, precision in (("highest", "ieee"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(asked)
+            assert _fused._precision() == precision
+        for asked in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = asked
+            assert _fused._precision() == asked
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 COMPILE = """

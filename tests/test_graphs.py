@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import packext as px
@@ -398,21 +397,11 @@ def _two_processes(rank: int, world: int) -> None:
         wanted = step(px.extend(copy.deepcopy(original), axis), slice(0, 4), None)
         for kind in ("plain", "DDP", "FSDP2"):
             model = px.extend(copy.deepcopy(original), axis)
-            wrapped: nn.Module = model
-            if kind == "DDP":
-                wrapped = nn.parallel.DistributedDataParallel(model)
-            if kind == "FSDP2":
-                for module in [m for m in model.children() if next(m.parameters(), None) is not None]:
-                    fully_shard(module)
-                fully_shard(model)
+            wrapped = test_union.wrapped(model, kind)
             # Where data routes rows, FSDP2 has each pass probed, which takes as many samples on all ranks.
             for part in parts if kind != "FSDP2" else parts[:1] * 2:
                 found = step(wrapped, part[rank], dist.group.WORLD)
-                for name in wanted:
-                    key = f"module.{name}" if f"module.{name}" in found else name
-                    for q in quantities:
-                        got, want = getattr(found[key], q.savefield), getattr(wanted[name], q.savefield)
-                        torch.testing.assert_close(got, want, msg=lambda m, n=name, k=kind: f"{k} {n}: {m}")
+                test_union.agree(found, wanted, quantities, kind)
 
 
 def test_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:

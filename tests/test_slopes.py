@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
@@ -851,21 +850,14 @@ def _penalised(rank: int, world: int) -> None:
         wanted = step(px.extend(copy.deepcopy(original)), total, x, None)
         for kind in ("plain", "DDP", "FSDP2"):
             model = px.extend(copy.deepcopy(original))
-            wrapped: nn.Module = nn.parallel.DistributedDataParallel(model) if kind == "DDP" else model
+            wrapped = test_union.wrapped(model, kind)
             if kind == "FSDP2":
-                for module in [m for m in model.children() if next(m.parameters(), None) is not None]:
-                    fully_shard(module)
-                fully_shard(model)
                 with pytest.raises(px.UnsupportedUseError, match="take DistributedDataParallel"):
                     step(wrapped, total, x[4 * rank :][:4], dist.group.WORLD)
                 continue
             for part in (x[4 * rank :][:4], x[3 * rank :][: 3 + 2 * rank]):
                 found = step(wrapped, total, part, dist.group.WORLD)
-                for name in wanted:
-                    key = f"module.{name}" if f"module.{name}" in found else name
-                    for q in quantities:
-                        got, want = getattr(found[key], q.savefield), getattr(wanted[name], q.savefield)
-                        torch.testing.assert_close(got, want, msg=lambda m, n=name, k=kind: f"{k} {n}: {m}")
+                test_union.agree(found, wanted, quantities, kind)
 
 
 def test_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
@@ -203,6 +204,26 @@ def together(work: Callable[[int, int], None], world: int = 2) -> None:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.start_processes(_rank, (world, port, work.__name__), nprocs=world, start_method="fork")
+
+
+def wrapped(model: nn.Module, kind: str) -> nn.Module:
+    """An extended model "plain", under "DDP", or each part that has parameters, and the whole, under "FSDP2"."""
+    if kind == "DDP":
+        return DistributedDataParallel(model)
+    if kind == "FSDP2":
+        for module in [m for m in model.children() if next(m.parameters(), None) is not None]:
+            fully_shard(module)
+        fully_shard(model)
+    return model
+
+
+def agree(found: px.Results, wanted: px.Results, quantities: Sequence[Quantity], kind: str) -> None:
+    """Whether what a wrapped model gives is what the model itself gives in one process."""
+    for name in wanted:
+        key = f"module.{name}" if f"module.{name}" in found else name
+        for q in quantities:
+            got, want = getattr(found[key], q.savefield), getattr(wanted[name], q.savefield)
+            torch.testing.assert_close(got, want, msg=lambda m, n=name: f"{kind} {n}: {m}")
 
 
 def own(t: Tensor, rank: int, world: int) -> Tensor:

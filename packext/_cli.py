@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,17 +156,28 @@ class _Raw(argparse.RawTextHelpFormatter):
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    with _said("a number", text):
+        value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    with _said("a whole number", text):
+        value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
     return value
+
+
+@contextmanager
+def _said(what: str, text: str) -> Iterator[None]:
+    """By itself, argparse would name the function that reads the number."""
+    try:
+        yield
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text}") from None
 
 
 def _subject_options(parser: argparse.ArgumentParser, times: str | None, samples: int) -> None:

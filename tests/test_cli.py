@@ -186,6 +186,8 @@ def test_oracles_that_would_take_too_long_are_left_out(capsys: pytest.CaptureFix
         (("check", "net_of_mine:plain", "--batch", "net_of_mine:data", "--loss", "mse"), "the loss of outputs [4, 3]"),
         (("bench", "--quantities", "Foo"), "'Foo' is no quantity"),
         (("bench", "--seconds", "0"), "must be positive"),
+        (("audit", "--seconds", "long"), "--seconds: must be a number, got long"),
+        (("check", "net:model", "--samples", "2.5"), "--samples: must be a whole number, got 2.5"),
         (("check", "net_of_mine:plain", "--samples", "0"), "1 or more"),
         (("check",), "required: MODEL"),
         (("fly",), "invalid choice"),

@@ -190,6 +190,7 @@ def test_what_is_faster_and_right_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
         _fused._race(lambda: plain, fails)
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32")  # torch 2.9, of the older one
 def test_precision_is_what_the_user_asked_of_torch() -> None:
     """By the older function or the newer attribute; where both were used, the former cannot be read any more."""
     before = torch.backends.cuda.matmul.fp32_precision

@@ -8,7 +8,8 @@ BENCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS)
 
 .PHONY: demo test fuzz bench bench-monitors bench-privacy docs lint format clean
 

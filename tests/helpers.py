@@ -61,6 +61,35 @@ def assert_exact(
     return results
 
 
+def assert_exact_sum(model: nn.Module, loss: Callable[[], Tensor], rows: testing.Rows) -> None:
+    """The same of a sum over samples that no extended loss computes, so that clipping has to be told the scale."""
+    *quantities, clipped = testing.all_quantities()
+    for some, scale in ((quantities, "loss"), ([clipped], 1.0)):
+        model.zero_grad()
+        with px.backpack(*some, scale=scale):
+            loss().backward()
+        report = testing.compare(model, some, rows, 1.0, 1e-9)
+        assert report.ok, str(report)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            got = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(got, rows[name].sum(0), msg=lambda m, name=name: f"{name}: {m}")
+
+
+def assert_private_step(model: nn.Module, loss: Callable[[], Tensor], rows: testing.Rows) -> None:
+    """A step of DPSGD without noise is the mean of clipped `rows` `[N, *p]`, of the samples' own losses."""
+    n, norms = len(next(iter(rows.values()))), sum(g.flatten(1).square().sum(1) for g in rows.values()) ** 0.5
+    bound = float(norms.median())
+    optimizer = px.optim.DPSGD(model.parameters(), 0.1, max_norm=bound, noise_multiplier=0.0, expected_batch_size=n)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with px.optim.emit(optimizer):
+        loss().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        step = torch.tensordot((bound / norms).clamp(max=1), rows[name], 1) / n
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * step)
+
+
 def processes(worker: Callable[..., None], *arguments: Any, world: int = 2) -> None:
     """Run `worker(rank, port, *arguments)` in new processes, with a port for their process group.
 

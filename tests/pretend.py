@@ -122,7 +122,9 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     known = {id(t.held): t for t in ours}  # of what is changed in place
 
     def wrap(value: Any) -> Any:
-        return known.get(id(value), Held(value)) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return known[id(value)] if id(value) in known else Held(value)
 
     return tree_map(wrap, out)
 

@@ -13,7 +13,7 @@ from torch.utils import backend_registration
 
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="torch has no devices in Python",
+    reason="this torch has no devices in Python",
 )
 def test_everything_stays_on_the_device() -> None:
     """Cases of the table, optimizers, monitor, oracles, attacks: the numbers of the CPU, on the model's device."""

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import packext as px
-from packext import testing
+from tests.helpers import assert_exact_sum, rows_of
+from tests.test_graphs import diagonals
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of functions of torch that it takes
-    geometric = pytest.importorskip("torch_geometric")
+    pytest.importorskip("torch_geometric")
     import torch_geometric.nn as gnn
     from torch_geometric.data import Batch, Data
 
@@ -100,28 +101,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def rows_of(model: nn.Module, total: Callable[[nn.Module, Any], Tensor], several: list[Data]) -> testing.Rows:
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    each = [
-        torch.autograd.grad(total(model, Batch.from_data_list([one])), list(named.values()), materialize_grads=True)
-        for one in several
-    ]
-    return {name: torch.stack(rows) for name, rows in zip(named, zip(*each, strict=True), strict=True)}
+def one_by_one(several: list[Data]) -> list[tuple[Batch]]:
+    return [(Batch.from_data_list([one]),) for one in several]
 
 
 def exact(model: nn.Module, total: Callable[[nn.Module, Any], Tensor], *sizes: list[int]) -> None:
+    px.extend(model, batch_axis=None)
     for some in sizes:
         several = graphs(some)
-        rows = rows_of(model, total, several)
-        px.extend(model, batch_axis=None)
-        *quantities, clipped = testing.all_quantities()
-        for asked, scale in ((quantities, "loss"), ([clipped], 1.0)):
-            model.zero_grad()
-            with px.backpack(*asked, scale=scale):
-                total(model, Batch.from_data_list(several)).backward()
-            report = testing.compare(model, asked, rows, 1.0, 1e-9)
-            assert report.ok, str(report)
-        px.unextend(model)
+        rows = rows_of(model, lambda several=several: torch.stack([total(model, *one) for one in one_by_one(several)]))
+        assert_exact_sum(model, lambda several=several: total(model, Batch.from_data_list(several)), rows)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -158,21 +147,12 @@ def test_energies_and_forces_of_molecules() -> None:
 
 def test_curvature_of_graphs() -> None:
     """Diagonals of the GGN next to those of one graph at a time."""
-    model, several = Net(lambda i: gnn.GATConv(i, 4, heads=2)), graphs([4, 7, 3])
-    wanted = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for one in several:
-        output = model(Batch.from_data_list([one]))[0]
-        p = output.softmax(0).detach()
-        slopes = [torch.autograd.grad(output[c], list(model.parameters()), retain_graph=True) for c in range(3)]
-        for name, *each in zip(wanted, *slopes, strict=True):
-            jacobian = torch.stack(each).movedim(0, -1)
-            wanted[name] += (jacobian.square() @ p) - (jacobian @ p).square()
-    px.extend(model, batch_axis=None)
+    model, several = px.extend(Net(lambda i: gnn.GATConv(i, 4, heads=2)), batch_axis=None), graphs([4, 7, 3])
+    batch = Batch.from_data_list(several)
     with px.backpack(px.DiagGGNExact(), px.KFAC()):
-        px.extend(LOSS)(model(batch := Batch.from_data_list(several)), batch.y).backward()
-    px.unextend(LOSS)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.diag_ggn_exact, wanted[name])
+        px.extend(nn.CrossEntropyLoss())(model(batch), batch.y).backward()
+    for p, wanted in zip(model.parameters(), diagonals(model, one_by_one(several), batch.y), strict=True):
+        torch.testing.assert_close(p.diag_ggn_exact, wanted)
         assert p.kfac[0].isfinite().all()
 
 

@@ -26,6 +26,7 @@ from packext.rules.linear import Linear, OwnedContraction
 from tests import test_union
 from tests.cases import CASES as CASES_OF_ALL
 from tests.cases import Case
+from tests.helpers import assert_exact_sum, assert_private_step
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -265,21 +266,6 @@ def built(name: str, n: int = N) -> tuple[nn.Module, Any, Tensor]:
     return model, total, x.requires_grad_()
 
 
-def exact(model: nn.Module, loss: Callable[[], Tensor], rows: testing.Rows) -> None:
-    """All quantities of individual gradients, and `.grad`, against `rows`."""
-    *quantities, clipped = testing.all_quantities()
-    for some, scale in ((quantities, "loss"), ([clipped], 1.0)):
-        model.zero_grad()
-        with px.backpack(*some, scale=scale):
-            loss().backward()
-        report = testing.compare(model, some, rows, 1.0, 1e-9)
-        assert report.ok, str(report)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            got = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.testing.assert_close(got, rows[name].sum(0), msg=lambda m, name=name: f"{name}: {m}")
-
-
 @pytest.fixture
 def _twice_differentiable() -> Iterator[None]:
     with sdpa_kernel(SDPBackend.MATH):
@@ -295,7 +281,7 @@ def test_individual_gradients_are_exact(name: str, n: int) -> None:
     assert any(r.any() for r in rows.values())
     px.extend(model)
     for _ in range(2):  # probed, and remembered
-        exact(model, lambda: total(model, x), rows)
+        assert_exact_sum(model, lambda: total(model, x), rows)
 
 
 @pytest.mark.parametrize("rule", [Linear, Convolution, OwnedContraction])
@@ -873,17 +859,7 @@ def test_private_steps() -> None:
         return squares(y, x.detach().sum(1, keepdim=True)) + slope(y, x).square().sum()
 
     rows = rows_of(model, total, x)
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in rows.values()]).sum(0).sqrt()
-    bound = float(norms.median())
-    px.extend(model)
-    optimizer = px.optim.DPSGD(model.parameters(), 0.1, max_norm=bound, noise_multiplier=0.0, expected_batch_size=N)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with px.optim.emit(optimizer):
-        total(model, x).backward()
-    optimizer.step()
-    for name, p in model.named_parameters():
-        step = torch.tensordot((bound / norms).clamp(max=1), rows[name], 1) / N
-        torch.testing.assert_close(p.detach(), before[name] - 0.1 * step)
+    assert_private_step(px.extend(model), lambda: total(model, x), rows)
 
 
 @pytest.mark.parametrize("half", ["autocast", "parameters"])

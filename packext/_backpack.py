@@ -17,9 +17,9 @@ from packext._layout import Tokens
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record
-from packext._refusals import is_distributed
 from packext._results import Results
 from packext._scale import Seen
+from packext._shards import added, is_distributed, like
 from packext._statistics import Statistics
 from packext._union import HERE, Elsewhere, Part, Ranks
 from packext._use import Source, live_nodes, partner
@@ -388,6 +388,18 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         for key, (source, parts_) in found.items():
             flight.values[key] = (source, {f: part.value for f, part in parts_.items()})
 
+    def _assemble(self, flight: Pass) -> None:
+        """Results of parameters of which each process holds a part, in place of those of the parts."""
+        split = {s.name: (key, s.tensor, v) for key, (s, v) in flight.values.items() if is_distributed(s.tensor)}
+        for e in self.extensions if split else ():
+            field = e.savefield
+            found = {name: (p, values[field]) for name, (_, p, values) in split.items() if field in values}
+            whole = added(found) if e.parts == "sum" else {name: like(value, p) for name, (p, value) in found.items()}
+            for name, value in whole.items():
+                key = split[name][0]
+                source, values = flight.values[key]
+                flight.values[key] = (source, {**values, field: value})
+
     def _land(self, flight: Pass) -> None:
         for key, (source, found) in flight.measured.items():
             values = flight.values.setdefault(key, (source, {}))[1]
@@ -403,6 +415,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             self._unite(flight)
         if not flight.values:
             return
+        self._assemble(flight)
         fields = [e.savefield for e in self.extensions] if self.attach else []
         for record in flight.records:
             for module in record.modules():
@@ -435,12 +448,6 @@ def _identified(parameters: Any) -> dict[int, Tensor]:
     for p in found:
         if not isinstance(p, Tensor):
             raise ValueError(f"parameters must be tensors such as model.head.parameters() gives, got {p!r}.")
-        if is_distributed(p):
-            raise ValueError(
-                f"parameters has a DTensor of {list(p.shape)}. FSDP2 has another tensor in its place while it is used: "
-                "leave parameters=... out, and read results by name. Of layers that tensor parallelism splits there "
-                "are no results: give the parameters of the others."
-            )
     if not found:
         raise ValueError("parameters is empty: leave it out to ask for all (a generator can be used once only).")
     return {id(p): p for p in found}

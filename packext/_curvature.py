@@ -209,7 +209,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
     for record in dict.fromkeys(before if inside is None else [*before, inside]):
         if record not in flight.records:
             flight.records.append(record)
-        refuse_tensors(record, flight.context)
+        refuse_tensors(record, [flight.context])
         unseen(record, record.modules(), flight.context._wants)
         sources.update({id(s.tensor): s for s in record.parameters()})
     if not sources:

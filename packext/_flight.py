@@ -240,7 +240,7 @@ def enter(record: Record) -> None:
         )
     gates = record.awaited_gates()
     flight = _current(record) if state.sweep is None else state.sweep.flight
-    refuse_tensors(record, flight.context)
+    refuse_tensors(record, [f.context for f in flight.heard])
     if any(i in record.strays for i in gates):
         raise PackextError(
             f"The extended model returned a value made of parameters alone ({', '.join(record.strays.values())}), and "

@@ -26,8 +26,9 @@ from packext import _flight, rules
 from packext._choices import CHOOSE, chosen
 from packext._errors import UnsupportedUseError
 from packext._record import Record, tensors_in
-from packext._refusals import is_distributed
+from packext._refusals import of_parts
 from packext._scale import FUNCTIONS, LossMark, called
+from packext._shards import is_distributed
 from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, origins, slope
 from packext._use import Rule, Source, Use, autocasts
 
@@ -95,8 +96,8 @@ class Tracer(TorchFunctionMode):
                 continue
             if is_distributed(p):
                 self.record.distributed[full] = (type(module).__name__, p)
-                continue
-            self.record.distributed.pop(full, None)  # FSDP2 shards it when it is not in use
+            else:
+                self.record.distributed.pop(full, None)  # FSDP2 shards it when it is not in use
             if not p.requires_grad:
                 continue
             if getattr(p, _MARK, _UNMARKED)[0] == self.record.token:
@@ -130,14 +131,19 @@ class Tracer(TorchFunctionMode):
         mark = getattr(t, _MARK, _UNMARKED)
         if mark[0] == self.record.token:
             return mark[1]
-        return () if t.grad_fn is None else self._made_unseen(t)
+        if t.grad_fn is None:  # a DTensor is made where nothing is seen: of inputs, if of nothing that has a gradient
+            return None if is_distributed(t) and not isinstance(t, nn.Parameter) else ()
+        return self._made_unseen(t)
 
     def _made_unseen(self, t: Tensor) -> tuple[Source, ...] | None:
         """The same of what TorchScript, a torch.func transform or code outside of the model has made: by its graph."""
-        leaves, tapped = origins(t, self.record)
+        # What is checkpointed gets inputs that have a graph when it is computed again.
+        inputs = {x.grad_fn for x in self._marked_inputs if x.grad_fn is not None}
+        leaves, tapped = origins(t, self.record, inputs)
         behind = [self._behind(leaf) for leaf in leaves]
         known = tuple(dict.fromkeys(source for found in behind for source in found or ()))
-        made_of = None if tapped or None in behind else known
+        refused = {source for _, sources in self.record.refused for source in sources}  # which met data without a tap
+        made_of = None if tapped or None in behind or refused.intersection(known) else known
         setattr(t, _MARK, (self.record.token, made_of, None))
         return made_of
 
@@ -269,6 +275,8 @@ class Tracer(TorchFunctionMode):
         use.viewed(tensors)
         for group in sources.values():
             for source in group:
+                if is_distributed(source.tensor) and not rule.splits:
+                    raise self.refuse(func, *of_parts(source.name, source.tensor))
                 if source.tensor.is_complex():
                     raise self.refuse(
                         func,

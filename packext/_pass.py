@@ -94,7 +94,7 @@ class Pass:
             value = dict(zip(use.names, saved, strict=True))[direct] if direct else None
             deliver = value is not None and value.is_leaf and use.rule.delivers
             deliver = deliver and self.context.grad and not self.context.exact_grad
-            known = sums.get(direct) if direct and value is not None and value.is_leaf else None
+            known = sums.get(direct) if direct and value is not None and value.is_leaf and use.rule.delivers else None
             total = self.emit(source, merge(forms), deliver, known)
             if deliver and total is not None and direct is not None:
                 delivered[direct] = total.reshape(source.tensor.shape).to(source.tensor.dtype)

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge
 from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
 from packext._layout import Layout, Scattered, candidates, separating
 from packext._owners import whose_now
+from packext._shards import group_of, is_distributed, part, same
 from packext._use import TARGET, Source, Use
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
                     _cotangent(s.meta, layout, members, generator) for s, layout in zip(starts, chosen, strict=True)
                 )
                 grads = send(run, edges, list(cotangents), [TARGET, *parameters])
-            conflict = run.conflict
+            conflict = _of_all(record, run.conflict)
             if conflict is not None:
                 for use in run.visited.values():
                     use.options, use.read_options = [], {}
@@ -247,6 +248,15 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         layouts = [use.layouts if use.options else None for use in record.uses]
         places = {start.gate: at for start, at in zip(starts, chosen, strict=True)}
         record.extension.shared.remember(key, Plan(layouts, places).here(record))
+
+
+def _of_all(record: Record, conflict: Use | None) -> Use | None:
+    """Where parameters are split, and every pass has exchanges: a conflict on one of the ranks is one on all."""
+    if not record.distributed:
+        return conflict
+    here = -1 if conflict is None else next(k for k, use in enumerate(record.uses) if use is conflict)
+    found = max(same(here, group_of(next(iter(record.distributed.values()))[1])))
+    return conflict if found < 0 or conflict is not None else record.uses[found]
 
 
 class Plan(NamedTuple):
@@ -376,6 +386,8 @@ def _compared(run: Probe, record: Record) -> Iterator[None]:
             return None
         run.compared.add(id(source.tensor))
         _compare(run, record, source, g)
+        if is_distributed(g):
+            return None
         return g.new_zeros(()).expand_as(g)
 
     sources = record.parameters()
@@ -397,6 +409,7 @@ def _compare(run: Probe, record: Record, source: Source, truth: Tensor | None) -
     mine = run.found.pop(key, None)
     if key in run.unchecked:
         return
+    truth = None if truth is None else part(truth)
     some = truth if truth is not None else mine
     if some is None:
         return

@@ -57,6 +57,10 @@ class Quantity:
     #: Why the result for a batch cannot be made from those of its parts; nothing if it can.
     indivisible: str = "what they find by themselves does not tell it"
 
+    #: How results for parts of a parameter (of a DTensor) make the one for it: "split", as it is itself (its axes are
+    #: the last ones), or "sum"; nothing if they do not tell it.
+    parts: str = ""
+
     def wants(self, form: Factored) -> tuple[str, ...]:
         """Statistics that should be computed together."""
         return ()

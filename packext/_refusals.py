@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
+from packext._shards import is_distributed
 from packext._use import live_nodes
 
 if TYPE_CHECKING:
@@ -46,21 +48,29 @@ def sharding(modules: list[nn.Module]) -> Any:
     return None
 
 
-def is_distributed(t: Any) -> bool:
-    """Whether `t` is a DTensor, of which this process holds a part or one of several copies."""
-    module = sys.modules.get("torch.distributed.tensor")  # which torch does not import, and takes a while
-    return module is not None and isinstance(t, module.DTensor)
+def of_parts(name: str, p: Any) -> tuple[str, str]:
+    """Why there is nothing of a DTensor, and what to do."""
+    return (
+        f"{name} is a DTensor {list(p.shape)} placed {list(p.placements)}: of what tensor parallelism splits, there "
+        "are individual gradients of linear layers (ColwiseParallel, RowwiseParallel)",
+        "Leave it out (parameters=...), shard with fully_shard instead, whose parameters are whole while they are "
+        "used, or run this pass inside of `with px.disable():`.",
+    )
 
 
-def refuse_tensors(record: Record, context: backpack) -> None:
-    """Refuse tensors without numbers (on the meta device), and DTensors: parameters in tensor parallelism, and outputs.
+def refuse_tensors(record: Record, contexts: Sequence[backpack]) -> None:
+    """Refuse tensors without numbers (on the meta device), and what is not known of DTensors.
 
     Parameters that FSDP2 has sharded are whole while they are used: they get here only if something else splits them.
 
+    Args:
+        record: of the forward pass.
+        contexts: that hear the pass.
+
     Raises:
-        UnsupportedUseError: if the model has parameters without numbers, or returns a DTensor, if quantities are
-            wanted of a DTensor that the gradient will reach, or second derivatives of a model with one. All ranks find
-            the same, so that none waits for another.
+        UnsupportedUseError: if the model has parameters without numbers, or returns a DTensor, if something is wanted
+            of a DTensor that parts do not tell, or what ranks would draw apart, or second derivatives of a model with
+            one. All ranks find the same, so that none waits for another.
     """
     empty = [f"{name} {list(p.shape)}" for name, p in record.names.items() if p.is_meta]
     if empty:
@@ -68,35 +78,68 @@ def refuse_tensors(record: Record, context: backpack) -> None:
             f"Parameters of the extended model are on the meta device, where tensors have shapes and no numbers: "
             f"{', '.join(empty)}. Give them memory, model.to_empty(device=...), and their values, load_state_dict."
         )
-    if not record.distributed and not record.distributed_output:
+    whole = any(is_distributed(p) for c in contexts for p in (c.parameters or {}).values())
+    if not record.distributed and not record.distributed_output and not whole:
         return
+    sharded = sharding(record.modules()) is not None
+    if whole and sharded:
+        raise UnsupportedUseError(
+            "parameters=... has DTensors, and FSDP2 has other tensors in their place while they are used: leave "
+            "parameters=... out, and read results by name."
+        )
+    for context in contexts:
+        _refuse_parts(record, context, sharded)
+    if record.distributed_output:
+        raise UnsupportedUseError(
+            "The extended model returned a DTensor, in which samples cannot be told apart. Return its full_tensor() "
+            "(or its to_local() if it is replicated) from forward, as use_local_output=True of a parallel style does."
+        )
+
+
+def _refuse_parts(record: Record, context: backpack, sharded: bool) -> None:
+    """Refuse what `context` wants of DTensors and is not to be had."""
     found = {
         name: (kind, p)
         for name, (kind, p) in record.distributed.items()
         if p.requires_grad and context._wants(p) and will_accumulate(p)
     }
     for name, (kind, p) in found.items():
-        placements: Any = getattr(p, "placements", ())
         others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise UnsupportedUseError(
-            f"{name} [{kind}]{others} is a DTensor {list(p.shape)} placed {list(placements)}, as parallelize_module "
-            "and distribute_tensor make them: of these there are no individual gradients. Leave them out "
-            "(parameters=...), shard with fully_shard instead, whose parameters are whole while they are used, or run "
-            "this pass inside of `with px.disable():`."
-        )
+        where = f"{name} [{kind}]{others}"
+        why, what = of_parts(where, p)
+        if sharded:
+            raise UnsupportedUseError(f"{why}, and none where FSDP2 shards the parts further. {what}")
+        alone = ", ".join(repr(q) for q in context.extensions if not q.parts)
+        if alone:
+            raise UnsupportedUseError(f"{why}. Parts of a parameter do not tell {alone} of it. {what}")
+        if context.extension_hook is not None or context.overhear:
+            raise UnsupportedUseError(
+                f"{where} is a DTensor {list(p.shape)}, of which results are complete when the pass has ended: read "
+                "them then, or in a pass_hook. extension_hook and overhear=True (as a monitor's) read them before."
+            )
+        mesh: Any = getattr(p, "device_mesh")  # noqa: B009 - of a DTensor
+        ranks = {*mesh.mesh.flatten().tolist()}
+        if context.ranks is not None and len(ranks & {*dist.get_process_group_ranks(context.ranks.group)}) > 1:
+            raise UnsupportedUseError(
+                f"{where} is split over ranks {sorted(ranks)}, and group=... has several of them: they see the same "
+                "samples, which would count more than once. Give a group of ranks that see different samples (one "
+                "dimension of a mesh), or none."
+            )
     for name, (kind, p) in record.distributed.items():
+        where = f"{name} [{kind}] is a DTensor {list(p.shape)}"
         again = torch.is_grad_enabled() or record.slopes or record.inside
         if again or context.hessian or any(q.root[0] == "hessian" for q in context.curvature):
             raise UnsupportedUseError(
-                f"{name} [{kind}] is a DTensor {list(p.shape)}, and torch's second derivatives through DTensors are "
-                "wrong where a layer is split. In a model that has one, ask for quantities of first order or for "
-                "DiagGGNExact, KFAC and the like, and do not pass create_graph=True."
+                f"{where}, and torch's second derivatives through DTensors are wrong where a layer is split. In a "
+                "model that has one, ask for quantities of first order or for DiagGGNExact, KFLR and the like, and do "
+                "not pass create_graph=True."
             )
-    if record.distributed_output:
-        raise UnsupportedUseError(
-            "The extended model returned a DTensor, in which samples cannot be told apart. Return its full_tensor() "
-            "(or its to_local() if it is replicated) from forward, as use_local_output=True of a parallel style does."
-        )
+        drawn = ", ".join(repr(q) for q in context.curvature if q.root[0] == "mc")
+        if drawn:
+            raise UnsupportedUseError(
+                f"{where}, and ranks that share a layer might draw different targets for {drawn}. Ask for the exact "
+                "quantity (DiagGGNExact, KFLR)."
+            )
 
 
 def refuse_inputs_alone(record: Record) -> None:

@@ -253,8 +253,8 @@ class Gate(torch.autograd.Function):
         return None, grads[0]
 
 
-def origins(t: Tensor, record: Record) -> tuple[list[Tensor], bool]:
-    """Leaves from which autograd has computed `t`, and whether a tap of `record` is on the way: there it ends."""
+def origins(t: Tensor, record: Record, inputs: set[Any]) -> tuple[list[Tensor], bool]:
+    """Leaves from which autograd has computed `t`; whether a tap of `record` or one of `inputs` is on the way."""
     leaves, seen, open_ = [], set(), [t.grad_fn]
     while open_:
         node = open_.pop()
@@ -262,7 +262,7 @@ def origins(t: Tensor, record: Record) -> tuple[list[Tensor], bool]:
             continue
         seen.add(node)
         use = getattr(node, "use", None)
-        if isinstance(use, Use) and use.owner() is record:
+        if node in inputs or isinstance(use, Use) and use.owner() is record:
             return [], True
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves.append(leaf)

@@ -238,6 +238,8 @@ class Rule:
     positionwise = False
     #: Whether the tap computes `.grad` itself, so that a sum of rows can serve as it.
     delivers = False
+    #: Whether it knows what the part of a parameter that a process holds (of a DTensor) gives.
+    splits = False
     #: Whether it is right where gradients are products with conjugates, as those of complex numbers are.
     conjugates = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.utils.checkpoint import checkpoint
 
 import packext as px
 from tests import test_union
@@ -61,66 +63,226 @@ def refused(model: nn.Module, match: str, x: Any, y: Tensor, quantities: Any = N
     assert all(p.grad is None for p in model.parameters())
 
 
-def _tensor_parallel(rank: int, world: int) -> None:
-    """Parameters in shards or copies are refused; what is before them has its quantities."""
+# -- tensor parallelism ------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Plain layers around a pair of layers that are to be split, with a way around them."""
+
+    def __init__(self, width: int = 6, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.front, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.pair = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 6))
+        self.head, self.checkpointed = nn.Linear(6, 4), checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.front(x).tanh())
+        return self.head(h + (checkpoint(self.pair, h, use_reentrant=False) if self.checkpointed else self.pair(h)))
+
+
+PAIR = {"pair.0": ColwiseParallel(), "pair.2": RowwiseParallel()}
+SPLIT = [
+    px.BatchGrad(), px.BatchL2Grad(), px.BatchDotGrad(), px.GradDot(), px.SumGradSquared(), px.Variance(),
+    px.DiagGGNExact(), px.BatchDiagGGNExact(), px.SqrtGGNExact(), px.GGNGram(), px.DiagEF(),
+]  # fmt: skip
+
+
+def whole(t: Any) -> Any:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def as_in_one_process(
+    mesh: Any, model: nn.Module, x: Tensor, y: Tensor, plan: Any = None, quantities: Any = None, **options: Any
+) -> px.Results:
+    """Results and gradients of a model of which layers are split are those of the model in one process."""
+    quantities = SPLIT if quantities is None else quantities
+    found = []
+    for m in (copy.deepcopy(model), model):
+        if m is model:
+            parallelize_module(m, mesh, PAIR if plan is None else plan)
+        for _ in range(2):  # with the probe, and without
+            m.zero_grad()
+            with px.backpack(*quantities, **options) as results:
+                loss_of(m, x, y).backward()
+        found.append((results, {name: whole(p.grad) for name, p in m.named_parameters()}))
+    (wanted, grads), (results, others) = found
+    assert set(results) == set(wanted)
+    for name in wanted:
+        if options.get("grad", True):
+            torch.testing.assert_close(others[name], grads[name])
+        for q in quantities:
+            got, want = getattr(results[name], q.savefield), getattr(wanted[name], q.savefield)
+            torch.testing.assert_close(whole(got), want, msg=lambda m, n=name, q=q: f"{q!r} of {n}: {m}")
+    for q in quantities:
+        if q.parts == "sum":
+            torch.testing.assert_close(getattr(results, q.savefield), getattr(wanted, q.savefield))
+    return results
+
+
+def _split_layers(rank: int, world: int) -> None:
+    """Linear layers in parts: results are DTensors as the parameters are, and sums are sums of all parts."""
+    mesh = init_device_mesh("cpu", (world,))
+    x, y = torch.randn(N, 5, 6), torch.randint(4, (N,))
+    model: Any = px.extend(Block())
+    results = as_in_one_process(mesh, model, x, y)
+    batch, variance = model.pair[0].weight.grad_batch, results["pair.2.weight"].variance
+    assert batch.placements == (Shard(1),) and batch.to_local().shape == (N, 6 // world, 6)
+    assert variance.placements == (Shard(1),) and model.pair[2].bias.grad_batch.placements == (Replicate(),)
+    assert not isinstance(model.pair[0].weight.batch_l2, DTensor)
+    for options in (
+        {"scale": "sample"}, {"exact_grad": True}, {"attach": False}, {"grad": False}, {"per": "token"},
+        {"accumulate": True, "scale": 2.0},
+    ):  # fmt: skip
+        asked = [px.BatchGrad(), px.BatchL2Grad(), px.Variance()]
+        as_in_one_process(mesh, px.extend(Block()), x, y, quantities=asked, **options)
+    as_in_one_process(mesh, px.extend(Block(checkpointed=True)), x, y)
+    as_in_one_process(mesh, px.extend(Block()), x[0, :4], y[:4])
+    as_in_one_process(mesh, px.extend(Block()), x[:1], y[:1])
+    as_in_one_process(mesh, px.extend(Block()), x, y, {"pair.0": ColwiseParallel(output_layouts=Replicate())})
+    as_in_one_process(mesh, px.extend(Block()), x, y, {"pair.2": RowwiseParallel(input_layouts=Replicate())})
+    frozen = px.extend(Block())
+    frozen.pair[0].weight.requires_grad_(False)
+    frozen.pair[2].bias.requires_grad_(False)
+    as_in_one_process(mesh, frozen, x, y)
+    for width in (1, 7):  # no part for a rank; parts of two sizes
+        dtensors = {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()}
+        model = nn.Sequential(nn.Linear(6, width, bias=False), nn.Tanh(), nn.Linear(width, 4))
+        as_in_one_process(mesh, px.extend(model), x, y, dtensors)
+    sequence = {"0": ColwiseParallel(), "2": RowwiseParallel(output_layouts=Shard(1))}
+    sequence |= {"3": ColwiseParallel(input_layouts=Shard(1)), "5": RowwiseParallel()}
+    model = perceptron().extend([nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)])
+    as_in_one_process(mesh, px.extend(model), torch.randn(N, 4, 6), y, sequence)
+
+
+def _attention(rank: int, world: int) -> None:
+    """Llama with its heads and its MLP over the ranks, as torch's own tutorial splits it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    plan: dict[str, Any] = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    for k in range(2):
+        for names, style in (
+            (
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+                ColwiseParallel(),
+            ),
+            (("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel()),
+        ):
+            plan.update({f"model.layers.{k}.{name}": style for name in names})
+    ids = torch.randint(20, (4, 6))
+    model = transformers.LlamaForCausalLM(config).double()
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(input_ids=x).logits
+
+    as_in_one_process(
+        init_device_mesh("cpu", (world,)), px.extend(Loss()), ids, torch.randint(20, (4,)),
+        {f"model.{name}": style for name, style in plan.items()}, SPLIT[:6],
+    )  # fmt: skip
+
+
+def _split_refused(rank: int, world: int) -> None:
+    """What parts do not tell is refused on all ranks, and so are layers that are not followed."""
     mesh = init_device_mesh("cpu", (world,))
     x, y = torch.randn(N, 6), torch.randint(4, (N,))
     pair = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    sharded = r"0\.weight \[Linear\] \(and 3 more\) is a DTensor \[8, 6\] placed \[Shard\(dim=0\)\].*parameters=\.\.\."
-    refused(parallelize_module(perceptron(), mesh, pair), sharded, x, y)
-    for quantity in (px.DiagGGNMC(), px.KFAC(), px.HessianTrace(), px.TopEigenvalues()):
-        refused(parallelize_module(perceptron(), mesh, pair), sharded, x, y, [quantity])
+    sharded = r"0\.weight \[Linear\] \(and 3 more\) is a DTensor \[8, 6\] placed \[Shard\(dim=0\)\].*"
+    for quantity in (px.DiagGGNMC(), px.KFLR(), px.ClippedGrad(1.0), px.GradHistogram(), px.ProjectedGrad(2)):
+        told = f"{sharded}do not tell {re.escape(repr(quantity))} of it.*parameters="
+        refused(parallelize_module(perceptron(), mesh, pair), told, x, y, [quantity])
+    given = px.GradDot({name: torch.ones_like(p) for name, p in perceptron().named_parameters()})
+    refused(parallelize_module(perceptron(), mesh, pair), f"{sharded}do not tell GradDot", x, y, [given])
+    for quantity in (px.HessianTrace(), px.TopEigenvalues()):
+        refused(parallelize_module(perceptron(), mesh, pair), f"{sharded}do not tell", x, y, [quantity])
     united = {"group": dist.group.WORLD, "scale": "sample"}
-    refused(parallelize_module(px.extend(perceptron()), mesh, pair), sharded, x, y, **united)
+    refused(
+        parallelize_module(px.extend(perceptron()), mesh, pair), r"over ranks \[0, 1\].*same samples", x, y, **united
+    )
+    for early in ({"extension_hook": print}, {"overhear": True, "attach": False}):
+        refused(parallelize_module(perceptron(), mesh, pair), "complete when the pass has ended", x, y, **early)
     plan = {"0": SequenceParallel(), "1": ColwiseParallel(input_layouts=Shard(1)), "3": RowwiseParallel()}
     model = parallelize_module(perceptron(nn.LayerNorm(6)), mesh, plan)
-    refused(model, r"0\.weight \[LayerNorm\] .*\[Replicate\(\)\]", torch.randn(N, 4, 6), y)
+    refused(model, r"0\.weight is a DTensor .*\[Replicate\(\)\]", torch.randn(N, 4, 6), y)
     copies = perceptron()
     distribute_module(copies, mesh)
-    refused(copies, r"0\.weight \[Linear\] .*\[Replicate\(\)\]", DTensor.from_local(x, mesh, [Replicate()]), y)
+    copies.append(Local())
+    refused(copies, r"0\.weight is a DTensor .*\[Replicate\(\)\]", DTensor.from_local(x, mesh, [Replicate()]), y)
+    table = nn.Sequential(nn.Embedding(9, 6), *perceptron())
+    parallelize_module(table, mesh, {"0": RowwiseParallel(input_layouts=Replicate())})
+    refused(table, r"embedding in module 0 .*0\.weight is a DTensor", torch.randint(9, (N, 3)), y)
 
-    with pytest.raises(ValueError, match=r"parameters has a DTensor of \[8, 6\].*by name"):
-        px.backpack(px.BatchGrad(), parameters=parallelize_module(perceptron(), mesh, pair).parameters())
-
-    torch.manual_seed(1)
-    model = px.extend(perceptron(nn.Linear(6, 6), nn.Tanh()))
-    whole = copy.deepcopy(model)
-    plan = {"2": ColwiseParallel(), "4": RowwiseParallel()}
-    parallelize_module(model, mesh, plan)
-    asked = [px.BatchGrad(), px.BatchL2Grad(), px.Variance(), px.DiagGGNExact(), px.KFLR()]
-    for m in (model, whole):
-        with px.backpack(*asked, parameters=list(m[0].parameters())) as results:
+    model = px.extend(Block())
+    one = copy.deepcopy(model)
+    parallelize_module(model, mesh, PAIR)
+    asked = [px.BatchL2Grad(), px.KFLR()]
+    for m in (model, one):  # of other layers there is what there always is
+        with px.backpack(*asked, parameters=[*m.front.parameters(), *m.norm.parameters()]) as results:
             loss_of(m, x, y).backward()
-        assert {name for name in results} == {"0.weight", "0.bias"}
-    for p, q in zip(model[0].parameters(), whole[0].parameters(), strict=True):
-        for quantity in asked:
-            torch.testing.assert_close(getattr(p, quantity.savefield), getattr(q, quantity.savefield))
-    for part in (model[2], model[4]):
-        part.requires_grad_(False)
+        assert set(results) == {"front.weight", "front.bias", "norm.weight", "norm.bias"}
+    for p, q in zip(model.front.parameters(), one.front.parameters(), strict=True):
+        for field in ("batch_l2", "kflr"):
+            torch.testing.assert_close(getattr(p, field), getattr(q, field))
+    for part in (0, 2):
+        model.pair[part].requires_grad_(False)
     for quantity in (px.HessianTrace(), px.TopEigenvalues(), px.DiagHessian()):
-        refused(model, r"2\.weight \[Linear\] .*second derivatives through DTensors", x, y, [quantity])
+        refused(model, r"pair\.0\.weight \[Linear\] .*second derivatives through DTensors", x, y, [quantity])
+    refused(model, r"pair\.0\.weight .*might draw different targets for KFAC", x, y, [px.KFAC()])
     with pytest.raises(px.UnsupportedUseError, match="create_graph"), px.backpack(px.BatchGrad()):
         loss_of(model, x, y).backward(create_graph=True)
     returned = perceptron(nn.Linear(6, 6))
     parallelize_module(returned, mesh, {"3": ColwiseParallel(use_local_output=False)})
     refused(returned, "returned a DTensor", x, y, parameters=list(returned[0].parameters()))
-    behind = perceptron().append(nn.Linear(4, 4))
-    parallelize_module(behind, mesh, pair)
-    refused(behind, r"0\.weight \[Linear\] .*is a DTensor", x, y)
-    with pytest.raises(px.PackextError, match=r"3\.weight.* What 0\.weight \[Linear\] and other DTensors give"):
-        with px.backpack(px.BatchGrad(), parameters=list(behind[3].parameters())):
-            loss_of(behind, x, y).backward()
+
+    coupled = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8 // world), nn.Linear(8, 4))
+    parallelize_module(coupled, mesh, pair)
+    with pytest.raises(px.CoupledSamplesError, match="BatchNorm"), px.backpack(px.BatchGrad()):
+        loss_of(px.extend(coupled), x, y).backward()
+    mixed = px.extend(nn.Sequential(nn.Linear(6, 8), Mixes(on=0, rank=rank), nn.Linear(8, 4)))
+    parallelize_module(mixed, mesh, pair)
+    with pytest.raises(px.CoupledSamplesError, match="Samples influence each other"), px.backpack(px.BatchGrad()):
+        loss_of(mixed, x, y).backward()
 
     mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "tensor"))
     model = parallelize_module(perceptron(), mesh["tensor"], pair)
+    united = {"group": mesh["data"].get_group(), "scale": "sample"}
+    as_in_one_process(mesh["tensor"], px.extend(Block()), x, y, quantities=[px.Variance(), px.BatchL2Grad()], **united)
     for part in (*model.children(), model):
         fully_shard(part, mesh=mesh["data"])
     with warnings.catch_warnings():  # torch's own of what a parallel layer returns to FSDP2
         warnings.simplefilter("ignore")
-        with pytest.raises(px.UnsupportedUseError, match=r"0\.weight \[FSDPLinear\] .*placed \[Shard\(dim=0\)\]"):
-            with px.backpack(px.BatchGrad()):
+        options: dict[str, Any]
+        for options, match in (
+            ({}, r"0\.weight \[FSDPLinear\] .*placed \[Shard\(dim=0\)\].*FSDP2 shards the parts further"),
+            ({"parameters": list(model.parameters())}, "parameters=... has DTensors, and FSDP2 .*by name"),
+        ):
+            with pytest.raises(px.UnsupportedUseError, match=match), px.backpack(px.BatchGrad(), **options):
                 loss_of(px.extend(model), x, y).backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+class Local(nn.Module):
+    """Of a DTensor what is here."""
+
+    def forward(self, x: Any) -> Tensor:
+        return x.to_local()
+
+
+class Mixes(nn.Module):
+    """Adds the mean over the batch, on one rank alone."""
+
+    def __init__(self, on: int, rank: int) -> None:
+        super().__init__()
+        self.mixes = on == rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean(0) if self.mixes else x
 
 
 # -- pipelines ---------------------------------------------------------------------------------------------------
@@ -190,7 +352,13 @@ def _differ(rank: int, world: int) -> None:
 
 
 def _each(rank: int, world: int) -> None:
-    for work in (_tensor_parallel, _pipeline, _differ):  # in one pair of processes, as these take a second to start
+    for work in (
+        _split_layers,
+        _attention,
+        _split_refused,
+        _pipeline,
+        _differ,
+    ):  # in one pair of processes, as these take a second to start
         torch.manual_seed(0)
         work(rank, world)
 

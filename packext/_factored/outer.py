@@ -169,7 +169,7 @@ class Outer(Factored):
         if self.s == 1:
             torch.mul(g, a, out=out)
         else:
-            torch.bmm(g.flatten(0, 1), a.flatten(0, 1), out=out.view(-1, self.o, self.i))
+            torch.bmm(g.flatten(0, 1), a.flatten(0, 1), out=out.flatten(0, 1))
 
     def rows_in_scratch(self, lo: int, hi: int) -> Tensor:
         """Rows that stand until the next are asked for."""
@@ -201,7 +201,7 @@ class Outer(Factored):
         a, g = (t.flatten(0, 1) for t in self.pair(0, self.n))
         for part in g.split(step, 1):
             rows = scratch("rows", (self.n, self.groups, part.shape[1], self.i), self.acc, self.device)
-            torch.bmm(part, a, out=rows.view(-1, part.shape[1], self.i))
+            torch.bmm(part, a, out=rows.flatten(0, 1))
             yield rows
 
     def select(self, index: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class BatchGrad(PerSample, Quantity):
     """
 
     savefield = "grad_batch"
+    parts = "split"
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         """Give all samples, or those in `subsampling`."""
@@ -37,7 +38,9 @@ class BatchGrad(PerSample, Quantity):
         """The previous result, if nothing but the parameter and `holders` others refer to it, to be written over."""
         old = ask.parameter.__dict__.get(self.savefield)
         form = ask.statistics.form
-        if not ask.attached or self.subsampling is not None or old is None or old.requires_grad or ask.factor != 1.0:
+        if not ask.attached or self.subsampling is not None or ask.factor != 1.0:
+            return None
+        if type(old) is not Tensor or old.requires_grad:  # a DTensor has a part of it alone
             return None
         if old.shape != (form.n, *form.shape) or old.dtype != form.acc or old.device != form.device:
             return None

@@ -56,6 +56,7 @@ class DiagGGNExact(Diagonal, _Exact):
     """Diagonal of the GGN `[*p]`, in `diag_ggn_exact`."""
 
     savefield = "diag_ggn_exact"
+    parts = "split"
 
 
 class DiagGGNMC(Diagonal, _Sampled):
@@ -68,6 +69,7 @@ class BatchDiagGGNExact(BatchDiagonal, _Exact):
     """Each sample's share of the GGN's diagonal `[N, *p]`, in `diag_ggn_exact_batch`."""
 
     savefield = "diag_ggn_exact_batch"
+    parts = "split"
 
 
 class BatchDiagGGNMC(BatchDiagonal, _Sampled):
@@ -84,6 +86,7 @@ class DiagEF(Diagonal):
     """
 
     savefield = "diag_ef"
+    parts = "split"
 
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:
@@ -98,6 +101,7 @@ class GGNGram(_Exact):
     """
 
     savefield = "ggn_gram"
+    parts = "sum"
     indivisible = "pairs of samples of different parts have inner products too"
     compact = False
 
@@ -140,6 +144,7 @@ class SqrtGGNExact(_Root, _Exact):
     """
 
     savefield = "sqrt_ggn_exact"
+    parts = "split"
 
     def __init__(self, subsampling: Sequence[int] | None = None) -> None:
         """Take indices of the samples to keep (with the scale of the whole batch); all by default."""

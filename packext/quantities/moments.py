@@ -17,6 +17,7 @@ class SumGradSquared(Summed, Quantity):
     """Sum over samples of squared individual gradients, entry by entry `[*p]`, in `sum_grad_squared`."""
 
     savefield = "sum_grad_squared"
+    parts = "split"
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("second_moment",)
@@ -33,6 +34,7 @@ class Variance(Quantity):
     """
 
     savefield = "variance"
+    parts = "split"
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("scatter",)

@@ -16,6 +16,7 @@ class BatchL2Grad(PerSample, Quantity):
     """Squared Euclidean norms of individual gradients `[N]`, in `batch_l2`; summed over parameters in `results`."""
 
     savefield = "batch_l2"
+    parts = "sum"
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("sq_norms",)
@@ -34,6 +35,7 @@ class BatchDotGrad(Quantity):
     """
 
     savefield = "batch_dot"
+    parts = "sum"
     indivisible = "pairs of samples of different parts have inner products too"
 
     def wants(self, form: Factored) -> tuple[str, ...]:
@@ -56,12 +58,15 @@ class GradDot(PerSample, Quantity):
     """
 
     savefield = "grad_dot"
+    parts = "sum"
 
     def __init__(self, direction: Mapping[Any, Tensor] | None = None) -> None:
         """Take a direction for each parameter, by name or by the parameter itself."""
         self.direction = direction
         if direction is None:
             self.indivisible = "its direction is the gradient of all (pass direction=...)"
+        else:
+            self.parts = ""
 
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("dots",) if self.direction is None else ()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, Pulled, Terms, accumulation_dtype
 from packext._layout import Layout
+from packext._shards import is_distributed
 from packext._taps import OwnedRule
 from packext._use import Rule, Use
 from packext.rules._common import bind, handles
@@ -98,6 +99,10 @@ LINEAR = Linear()
 def linear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`F.linear(input, weight, bias)`."""
     tensors, _ = bind(("input", "weight", "bias"), args, kwargs)
+    if is_distributed(tensors["weight"]):
+        from packext.rules.parallel import linear_of_parts  # which is made of what is here
+
+        return linear_of_parts(tracer, func, tensors)
     if tensors["weight"].dim() != 2 or not tracer.is_data(tensors["input"]):
         return NotImplemented
     return tracer.owned(LINEAR, func, tensors, {"transposed": False})

@@ -1,0 +1,81 @@
+"""Parameters of which each process holds a part (DTensors): the part, and results of parts as those of the whole.
+
+Tensor parallelism splits a linear layer over processes that see the same samples. What a process finds of its part is
+the part of what there is to find, or a term of the sum that norms and inner products are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed(t: Any) -> bool:
+    """Whether `t` is a DTensor, of which this process holds a part or one of several copies."""
+    module = sys.modules.get("torch.distributed.tensor")  # which torch does not import, and takes a while
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def part(t: Any) -> Tensor:
+    """What this process holds of `t`, without a graph; `t` itself if that is all of it."""
+    if not is_distributed(t):
+        return t
+    with torch.no_grad():
+        return t.to_local()
+
+
+def like(value: Tensor, parameter: Any) -> Tensor:
+    """The DTensor of which `value` `[..., *p]` is this process's part, split as `parameter` is."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    lead = value.dim() - parameter.dim()
+    placements = [Shard(p.dim + lead) if p.is_shard() else p for p in parameter.placements]
+    shape = torch.Size([*value.shape[:lead], *parameter.shape])
+    return DTensor.from_local(
+        value.contiguous(), parameter.device_mesh, placements, run_check=False, shape=shape, stride=contiguous(shape)
+    )
+
+
+def contiguous(shape: torch.Size) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(shape[k + 1 :].numel() for k in range(len(shape)))
+
+
+def group_of(t: Any) -> Any:
+    """The process group over which a DTensor of one mesh dimension is spread."""
+    return t.device_mesh.get_group()
+
+
+def same(number: int, group: Any) -> list[int]:
+    """What every rank of `group` has for `number`."""
+    heard: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(heard, number, group=group)
+    return heard
+
+
+def added(values: Mapping[str, tuple[Any, Tensor]]) -> dict[str, Tensor]:
+    """Sums over the processes of what each has found for its parts, in one exchange for each shape.
+
+    Args:
+        values: parameters and what was found for them, by name; those of which all hold a copy are not summed.
+
+    Returns:
+        The sums, by name.
+    """
+    found = {name: value for name, (_, value) in values.items()}
+    alike: dict[Any, list[str]] = {}
+    for name in sorted(values):
+        parameter, value = values[name]
+        if parameter.placements[0].is_shard():
+            key = (parameter.device_mesh, tuple(value.shape), value.dtype)
+            alike.setdefault(key, []).append(name)
+    for (mesh, *_), names in alike.items():
+        together = torch.stack([found[name] for name in names])
+        dist.all_reduce(together, group=mesh.get_group())
+        found.update(zip(names, together, strict=True))
+    return found

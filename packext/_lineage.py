@@ -273,10 +273,12 @@ class Tracer(TorchFunctionMode):
         use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
         use.rooted = self._rooted
         use.viewed(tensors)
-        for group in sources.values():
+        for name, group in sources.items():
             for source in group:
-                if is_distributed(source.tensor) and not rule.splits:
-                    raise self.refuse(func, *of_parts(source.name, source.tensor))
+                # DistributedDataParallel makes DTensors of parameters that are parts, and look as if they were whole.
+                for t in (source.tensor, tensors[name]) if not rule.splits else ():
+                    if is_distributed(t):
+                        raise self.refuse(func, *of_parts(source.name, t))
                 if source.tensor.is_complex():
                     raise self.refuse(
                         func,

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import packext as px
@@ -253,6 +254,10 @@ def _split_refused(rank: int, world: int) -> None:
     model = parallelize_module(perceptron(), mesh["tensor"], pair)
     united = {"group": mesh["data"].get_group(), "scale": "sample"}
     as_in_one_process(mesh["tensor"], px.extend(Block()), x, y, quantities=[px.Variance(), px.BatchL2Grad()], **united)
+    parts = DistributedDataParallel(parallelize_module(Block(), mesh["tensor"], PAIR), device_mesh=mesh["data"])
+    match = r"linear in module module\.pair\.0 .*module\.pair\.0\.weight is a DTensor \[6, 6\]"
+    with pytest.raises(px.UnsupportedUseError, match=match), px.backpack(px.BatchGrad()):
+        loss_of(px.extend(parts), x, y).backward()
     for part in (*model.children(), model):
         fully_shard(part, mesh=mesh["data"])
     with warnings.catch_warnings():  # torch's own of what a parallel layer returns to FSDP2

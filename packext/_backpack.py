@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     A result is from the last backward pass that ran in a context which asked for it. Each such pass first
     forgets the context's savefields on all parameters of the model, so that a parameter which the pass did
-    not reach has none, and no older value is mistaken for a new one. A pass that fails changes nothing.
+    not reach has none, and no older value is mistaken for a new one. A pass that fails changes no attribute
+    (`.grad` of parameters that it had come by is as autograd left it).
     """
 
     def __init__(
@@ -146,10 +148,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self.parameters = None if parameters is None else _identified(parameters)
         if per not in ("sample", "token"):
             raise ValueError(f'per must be "sample" or "token", got {per!r}.')
-        if mask is not None and (per == "sample" or mask.dim() != 2 or mask.dtype != torch.bool):
-            raise ValueError(
-                f'mask goes with per="token", and is bool [N, T]; got {mask.dtype} {list(mask.shape)} with per={per!r}.'
-            )
+        if mask is not None and (
+            per == "sample" or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype != torch.bool
+        ):
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise ValueError(f'mask goes with per="token", and is a bool tensor [N, T]; got {got} with per={per!r}.')
         if per == "token" and (self.curvature or self.hessian):
             asked = ", ".join(type(e).__name__ for e in (*self.curvature, *self.hessian))
             raise ValueError(f'{asked}: curvature is no sum over tokens, so that it cannot be had with per="token".')
@@ -176,6 +179,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             )
         self._restore.append(restore)
         self._before, self._count = {}, 0
+        self._passes = self._inner = 0
         _flight.opened(self)
         return self.results
 
@@ -184,7 +188,6 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self._restore.pop()()
         if around := _flight.here().contexts:
             around[-1]._inner += self._passes + self._inner
-        _flight.drop()
         if self.ranks is not None and kind is not Elsewhere:
             why = "" if kind is None else f"{kind.__name__}: {value}"
             self.ranks.meet({"the end of the context": ""}, 0, why)
@@ -239,7 +242,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     def _sample_factor(self, flight: Pass, record_n: int) -> float:
         """The factor from the loss as written to the samples' own, by the losses that the pass came through."""
-        written: dict[str, float] = {}
+        written: list[tuple[str, float]] = []
         alone: set[float] = set()
         for name, reduction, g in flight.losses:
             low, high = torch.stack([g.min(), g.max()]).tolist() if g.dim() else (g.item(),) * 2  # read once
@@ -250,7 +253,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     "Pass scale=<number> to backpack."
                 )
             count = float(record_n) if reduction in ("mean", "batchmean") else 1.0
-            written[name] = count / (low if reduction == "none" else 1.0)
+            written.append((f"{name} ({reduction})", count / (low if reduction == "none" else 1.0)))
             alone.add(count / (low or 1.0))
         if not written:
             raise NotExtendedError(
@@ -259,10 +262,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 "mean, 1 for a sum)."
             )
         # Losses of different weights are terms of one; a weight that all have is none of the samples' own losses.
-        factors = alone if len(alone) == 1 else set(written.values())
+        factors = alone if len(alone) == 1 else {factor for _, factor in written}
         if len(factors) > 1:
+            each = ", ".join(f"{name} by {factor:g}" for name, factor in written)
             raise PackextError(
-                f"The losses scale samples differently: {written}. Give them one reduction, or pass scale=<number>."
+                f"The losses scale samples differently: {each}. Give them one reduction, or pass scale=<number>."
             )
         return factors.pop()
 
@@ -328,17 +332,14 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         return statistics.known.get("total")
 
     def _hook(self, flight: Pass, source: Source) -> None:
-        if not flight.owners:
-            for record in flight.records:
-                root = record.root()
-                for module in root.modules() if root is not None else ():
-                    own = {
-                        id(p)
-                        for p in module._parameters.values()
-                        if p is not None and self._wants(p) and _will_arrive(p)
-                    }
-                    if own:
-                        flight.owners[id(module)] = (module, own)
+        for record in flight.records[flight.owned :]:  # a model behind another one is entered later
+            for module in record.modules():
+                own = {
+                    id(p) for p in module._parameters.values() if p is not None and self._wants(p) and _will_arrive(p)
+                }
+                if own:
+                    flight.owners.setdefault(id(module), (module, own))
+        flight.owned = len(flight.records)
         for module, own in flight.owners.values():
             if id(source.tensor) in own:
                 own.discard(id(source.tensor))
@@ -377,6 +378,12 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             self._before, self._count = dict(found), n
         if self.ranks is not None:
             named = sorted((source.name, key) for key, (source, _) in found.items())
+            alike = [name for (name, _), (other, _) in itertools.pairwise(named) if name == other]
+            if alike:
+                raise PackextError(
+                    f"{alike[0]} is the name of parameters of several models that were extended one by one, so that "
+                    "ranks could not tell which is which: extend an nn.ModuleDict of the models, whose names differ."
+                )
             kinds = {
                 name: _kind(found[key][0].tensor, (by_field[f].ways(p) for f, p in found[key][1].items()))
                 for name, key in named
@@ -390,13 +397,14 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     def _assemble(self, flight: Pass) -> None:
         """Results of parameters of which each process holds a part, in place of those of the parts."""
-        split = {s.name: (key, s.tensor, v) for key, (s, v) in flight.values.items() if is_distributed(s.tensor)}
+        split = [key for key, (source, _) in flight.values.items() if is_distributed(source.tensor)]
+        split.sort(key=lambda key: flight.values[key][0].name)  # in the order in which passes come to them, if alike
         for e in self.extensions if split else ():
             field = e.savefield
-            found = {name: (p, values[field]) for name, (_, p, values) in split.items() if field in values}
-            whole = added(found) if e.parts == "sum" else {name: like(value, p) for name, (p, value) in found.items()}
-            for name, value in whole.items():
-                key = split[name][0]
+            here = [key for key in split if field in flight.values[key][1]]
+            found = [(flight.values[key][0].tensor, flight.values[key][1][field]) for key in here]
+            whole = added(found) if e.parts == "sum" else [like(value, p) for p, value in found]
+            for key, value in zip(here, whole, strict=True):
                 source, values = flight.values[key]
                 flight.values[key] = (source, {**values, field: value})
 
@@ -413,8 +421,6 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     flight.values[key][1][extension.savefield] = value
         if self._unites:
             self._unite(flight)
-        if not flight.values:
-            return
         self._assemble(flight)
         fields = [e.savefield for e in self.extensions] if self.attach else []
         for record in flight.records:
@@ -433,6 +439,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             for field, value in values.items() if self.attach else ():
                 setattr(source.tensor, field, value)
         results._keep = [source.tensor for source, _ in flight.values.values()]
+        if not flight.values:
+            return
         self._passes += 1
         if self.pass_hook is not None:
             self.pass_hook(results)

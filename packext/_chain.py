@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._factored import Factored, accumulation_dtype
-from packext._flight import Sweep, silence
+from packext._flight import Sweep, silence, undisturbed
 from packext._layout import Layout, separating
 from packext._pass import Pass
 from packext._taps import Argument, Observed, Owned
@@ -297,7 +297,7 @@ def _residual(upper: GradientEdge, lower: GradientEdge, slope: Tensor) -> Tensor
 def kept() -> Iterator[None]:
     """Passes through a graph that must still be there, unseen by contexts; a PackextError says so if it is not."""
     try:
-        with silence(), torch.enable_grad():
+        with silence(), undisturbed(), torch.enable_grad():
             yield
     except RuntimeError as error:
         if "second time" in str(error):

@@ -16,6 +16,18 @@ PICKS = frozenset(
     | {Tensor.gather, torch.gather, Tensor.take, torch.take, torch.take_along_dim, Tensor.take_along_dim}
 )
 
+#: Functions that put entries where the values of another argument say.
+PUTS = frozenset(
+    {Tensor.__setitem__}
+    | {
+        getattr(owner, name)
+        for stem in ("index_put", "index_copy", "index_add", "index_reduce", "scatter", "scatter_add", "scatter_reduce",
+                     "masked_scatter", "put")
+        for owner, name in ((Tensor, f"{stem}_"), (Tensor, stem), (torch, stem))
+        if hasattr(owner, name)
+    }
+)  # fmt: skip
+
 #: Functions that order entries along an axis: the position of that argument, and what it is if there is none.
 ORDERS: dict[Any, tuple[int, int | None]] = {
     getattr(owner, name): (at, default)
@@ -30,7 +42,7 @@ ORDERS: dict[Any, tuple[int, int | None]] = {
 }
 
 #: All of them: what to ask `chosen` about.
-CHOOSE = PICKS | ORDERS.keys()
+CHOOSE = PICKS | PUTS | ORDERS.keys()
 
 
 def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data: Callable[[Tensor], bool]) -> bool:
@@ -47,12 +59,20 @@ def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data:
         Whether a pass like this one may have its rows elsewhere the next time.
     """
     first = args[0] if args else kwargs.get("input")
+    if func in PUTS:
+        given = [t for t in tensors_in((args[1:], kwargs)) if is_data(t)]
+        return any(t.is_floating_point() for t in given) and not all(t.is_floating_point() for t in given)
     if not (isinstance(first, Tensor) and first.is_floating_point() and is_data(first)):
         return False
     if func in PICKS:
-        return any(map(is_data, tensors_in((args[1:], kwargs))))
+        return any(is_data(t) or _reorders(t, first.shape, axis) for t in tensors_in((args[1:], kwargs)))
     if not first.requires_grad:
         return False
     at, default = ORDERS[func]
     dim = kwargs.get("dim", args[at] if len(args) > at else default)
     return isinstance(dim, int) and not isinstance(dim, bool) and dim % max(first.dim(), 1) == axis
+
+
+def _reorders(index: Tensor, shape: torch.Size, axis: int) -> bool:
+    """Whether a constant may be an order of the samples, such as a random permutation: another one the next time."""
+    return index.dim() == 1 and len(shape) > axis and len(index) == shape[axis] and index.dtype != torch.bool

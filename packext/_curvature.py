@@ -56,7 +56,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         )
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     places = layouts = [_layout(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
-    direct = len(leaves) == 1 and isinstance(leaves[0], Tensor) and layouts[0].axis in (None, 0)
+    direct = seen.spec.is_leaf() and layouts[0].axis in (None, 0)  # and no dictionary of one tensor
     loss, output, back = seen.module, live[0].detach(), _alone
     if not direct:
         joined = Joined(seen.module, leaves, seen.spec, layouts)
@@ -139,6 +139,7 @@ class Graph(Point):
     def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         if self._leaves is None:
             raise PackextError(_GONE.format(self._seen.name))
+        _roots.refuse_arguments(f"The extended {self._seen.name}", self._seen.args, self._seen.kwargs)
         with kept():
             if self._pull is None:
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
@@ -169,7 +170,7 @@ class Graph(Point):
         leaves, seen = self._leaves, self._seen
         if leaves is None:
             raise PackextError(_GONE.format(seen.name))
-        if len(leaves) > 1 or not isinstance(leaves[0], Tensor):
+        if not seen.spec.is_leaf():
             raise PackextError(_SEVERAL.format("PCHMP", seen.name))
         with disable():  # for its refusals: of a loss that is not convex, or whose Hessian is zero
             _roots.exact(seen.module, leaves[0].detach(), seen.args, seen.kwargs, self._g)

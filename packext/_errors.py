@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PackextError(RuntimeError):
-    """Base of every error that packext raises on purpose."""
+    """Base of the errors that packext raises; what is wrong in an argument is a ValueError or TypeError."""
 
 
 class NotExtendedError(PackextError):
@@ -20,4 +20,4 @@ class CoupledSamplesError(PackextError):
 
 
 class WrongRuleError(PackextError):
-    """The probe found that a rule disagrees with autograd: a defect of the rule."""
+    """The probe found that rules disagree with autograd: a path not seen, randomness, a hook, or a defect of theirs."""

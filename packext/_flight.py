@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,28 @@ def here() -> Here:
         if sys.getrefcount(state) == references:  # torch 2.9 gives back a reference that it has never taken
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(state))
         return state
+
+
+#: Tensors (weak) that may have `retain_grad()`, by id: passes of packext's own come by them, too.
+_RETAINING: dict[int, Callable[[], Tensor | None]] = {}
+
+
+def may_retain(t: Tensor) -> None:
+    """Have `undisturbed` look at `t`, for as long as it lives."""
+    key = id(t)
+    _RETAINING[key] = weakref.ref(t, lambda _: _RETAINING.pop(key, None))
+
+
+@contextmanager
+def undisturbed() -> Any:
+    """Passes of packext's own in here leave `.grad` of tensors that retain it as it was."""
+    tensors = [t for ref in list(_RETAINING.values()) if (t := ref()) is not None and t.retains_grad]
+    before = [t.grad for t in tensors]
+    try:
+        yield
+    finally:
+        for t, g in zip(tensors, before, strict=True):
+            t.grad = g
 
 
 class Sweep:
@@ -261,7 +284,7 @@ def enter(record: Record) -> None:
         raise PackextError(f"Per-sample quantities need samples: {record.without_samples()}")
     if state.sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
-    if flight.context.accumulate and state.sweep is None:
+    if any(f.context.accumulate for f in flight.heard) and state.sweep is None:
         refuse_inputs_alone(record)
     flight.inside |= losses_inside(record, gates)
     if (flight.losses or not flight.inside) and not record.awaits_outputs(gates):
@@ -290,7 +313,8 @@ def enter(record: Record) -> None:
     refuse_again(record, gates, [f.context for f in flight.heard])
     if gates <= record.probed:
         return
-    probe(record, gates, _send_probe)
+    with undisturbed():
+        probe(record, gates, _send_probe)
     record.probed |= gates
 
 
@@ -391,13 +415,6 @@ def hearing() -> tuple[backpack, ...]:
     return here().hearing
 
 
-def drop() -> None:
-    """Forget passes that did not come to their end."""
-    passes = here().passes
-    while passes:
-        passes.popitem()[1].abandon()
-
-
 @contextmanager
 def silence() -> Any:
     """Passes in here are nobody's business; taps are placed all the same, since what is checkpointed runs again."""
@@ -412,7 +429,7 @@ def silence() -> Any:
 def _current(record: Record | None) -> Pass:
     task, state = torch._C._current_graph_task_id(), here()
     for key in (task, record.born if record is not None else task):
-        if key in state.passes:
+        if key in state.passes and tuple(f.context for f in state.passes[key].heard) == state.hearing:
             return state.passes[key]
     state.passes[task] = Pass(state.hearing, state.passes)
     return state.passes[task]

@@ -191,6 +191,8 @@ class Tracer(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _PASSIVE:
+            if func is Tensor.retain_grad:
+                _flight.may_retain(args[0])
             return func(*args, **kwargs)
         record = self.record
         record.trail = hash((record.trail, func))
@@ -213,7 +215,7 @@ class Tracer(TorchFunctionMode):
                     record.routed = chosen(func, args, kwargs, record.batch_axis, self.is_data)
                 self._mark(out, None)
                 if mutates(func):
-                    self._mark(_changed(args, kwargs), None)
+                    self._written(_changed(args, kwargs))
             return out
         if not data:
             out = func(*args, **kwargs)
@@ -245,8 +247,13 @@ class Tracer(TorchFunctionMode):
             out = func(*args, **kwargs)
         self._mark(out, None)
         if mutates(func):
-            self._mark(_changed(args, kwargs), None)
+            self._written(_changed(args, kwargs))
         return out
+
+    def _written(self, changed: Any) -> None:
+        """Data was written into a tensor, and so into the one that it is a view of."""
+        self._mark(changed, None)
+        self._mark([t._base for t in _shallow((changed,)) if t._base is not None and not self.sources(t._base)], None)
 
     # -- taps ------------------------------------------------------------------------------------
     def use(
@@ -336,7 +343,9 @@ class Tracer(TorchFunctionMode):
         for i, y in zip(live, tapped, strict=True):
             flat[i] = y
         self._placed(use, tapped[0].grad_fn, tapped)
-        return flat[0] if isinstance(out, Tensor) else type(out)(flat) if type(out) in (list, tuple) else tuple(flat)
+        if isinstance(out, Tensor):
+            return flat[0]
+        return type(out)(*flat) if hasattr(out, "_fields") else type(out)(flat)  # torch.return_types take a sequence
 
     def argument(self, value: Tensor, shape: Any, dtype: torch.dtype, func: Callable[..., Any]) -> Tensor:
         """A parameter-only value, tapped where it is broadcast to the data's `shape`."""
@@ -421,16 +430,16 @@ def _checkpoints(hooks: Any) -> bool:
     return "_checkpoint_hook" in getattr(hooks, "__qualname__", "")
 
 
-def _map_tensors(f: Callable[[Any], Any], output: Any) -> Any:
+def _map_tensors(f: Callable[[Any], Any], output: Any, depth: int = 4) -> Any:
     if isinstance(output, Tensor):
         return f(output)
     leaves, spec = pytree.tree_flatten(output)
     new = []
     for leaf in leaves:
-        if not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__") and any(True for _ in tensors_in(leaf)):
+        if not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__") and any(True for _ in tensors_in(leaf, depth)):
             clone = copy.copy(leaf)
             for key, item in vars(leaf).items():
-                object.__setattr__(clone, key, _map_tensors(f, item))
+                object.__setattr__(clone, key, _map_tensors(f, item, depth - 1))
             leaf = clone
         new.append(f(leaf))
     return pytree.tree_unflatten(new, spec)
@@ -468,7 +477,16 @@ def _changed(args: Any, kwargs: dict[str, Any]) -> Any:
 
 #: Functions that tell no more than what kind of tensor one is.
 _PASSIVE = frozenset(
-    {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.stride}
+    {
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.__len__,
+        Tensor.stride,
+        Tensor.retain_grad,
+    }
     | {getattr(Tensor, name).__get__ for name in ("shape", "requires_grad", "dtype", "device", "ndim", "is_leaf")}
 )
 

@@ -27,6 +27,20 @@ def wants_of(contexts: Sequence[backpack]) -> Callable[[Tensor], bool]:
     return lambda parameter: any(c._wants(parameter) for c in contexts)
 
 
+class End:
+    """Called by autograd when a pass has ended well, and let go of in any case."""
+
+    def __init__(self, flight: Pass) -> None:
+        """Stand for the end of `flight`."""
+        self.flight = flight
+
+    def __call__(self) -> None:
+        self.flight.finish()
+
+    def __del__(self) -> None:
+        self.flight.over()
+
+
 class Pass:
     """One backward pass as a context hears it; `also` is the same pass for the one that overhears."""
 
@@ -40,6 +54,7 @@ class Pass:
         """
         self.context = contexts[0]
         self.task, self.among = torch._C._current_graph_task_id(), among
+        self.landed = False
         self.replaced: list[tuple[Tensor, str, Any]] = []
         self.wants = wants_of(contexts)
         tables = any(q.root[0] == "empirical" for c in contexts for q in c.curvature)
@@ -51,7 +66,7 @@ class Pass:
         self.asides: dict[int, dict[str, Any]] = {}
         self.inside: set[Any] = set()  # marks of losses that the model computed
         #: Quantities of which terms beside the extended losses would be a part, and what these losses send to gates.
-        self.whole = [q for c in contexts for q in (*c.spreading, *c.hessian) if q.whole]
+        self.whole = [q for c in contexts for q in (*c.spreading, *c.hessian) if q.of_all_terms]
         self.accounted: dict[Any, Tensor] = {}
         self.values: dict[int, tuple[Source, dict[str, Any]]] = {}
         #: Whether a loss has sent its curvature, and what quantities have summed up, by parameter and quantity.
@@ -60,9 +75,10 @@ class Pass:
         self.measured: dict[int, tuple[Source, dict[int, Any]]] = {}
         self.asks: dict[int, dict[int, Any]] = {}
         self.owners: dict[int, tuple[Any, set[int]]] = {}
+        self.owned = 0  # records whose modules are among the owners
         self.also = Pass(contexts[1:], among, self) if len(contexts) > 1 else None
         if main is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+            torch.autograd.Variable._execution_engine.queue_callback(End(self))
 
     @property
     def heard(self) -> tuple[Pass, ...]:
@@ -117,14 +133,13 @@ class Pass:
 
     def finish(self) -> None:
         """The backward pass is over."""
-        self.among.pop(self.task, None)
         if not self.records:  # it came to a loss, and to no model
-            return self._let_go()
+            return
         for source, _, forms in self.gathering.rest():
             self.emit(source, merge(forms))
         for flight in reversed(self.heard):  # who overhears is first: a hook may take `.grad` away
             flight.context._land(flight)
-        self._let_go()
+        self.landed = True
 
     def _let_go(self) -> None:
         self.accounted.clear()
@@ -144,9 +159,10 @@ class Pass:
                 for field in [field for field in values if not hasattr(parameter, field)]:
                     del values[field]
 
-    def abandon(self) -> None:
-        """Take back what a pass that failed has attached."""
-        for parameter, field, old in reversed(self.replaced):
+    def over(self) -> None:
+        """Autograd has let go of the pass: take back what it has attached, if it failed."""
+        self.among.pop(self.task, None)
+        for parameter, field, old in () if self.landed else reversed(self.replaced):
             if old is not _MISSING:
                 setattr(parameter, field, old)
             elif hasattr(parameter, field):  # not deleted by the user

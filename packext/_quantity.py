@@ -167,7 +167,7 @@ class Curvature(Quantity):
         return ("exact", 0, None)
 
     @property
-    def whole(self) -> bool:
+    def of_all_terms(self) -> bool:
         """Whether terms of what is minimised beside the extended losses would be a part of it.
 
         Drawn targets are those of the distribution that an extended loss stands for: its Fisher has no other terms.
@@ -220,7 +220,7 @@ class HessianQuantity(Quantity):
     """
 
     #: Whether terms of what is minimised beside the extended losses would be a part of it.
-    whole: ClassVar[bool] = True
+    of_all_terms: ClassVar[bool] = True
     #: Whether the results of several losses in one pass may be added up.
     additive: ClassVar[bool] = True
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from packext._graph import inputs_first
 from packext._layout import Layout
 from packext._use import Source, Use
 
@@ -225,34 +226,33 @@ _LINEAR = ("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Sum", "Mean", "ToCopy", "
 def losses_inside(record: Record, gates: frozenset[int]) -> set[Any]:
     """Marks of losses that the model computed and returned, by themselves or in weighted sums, as scalars."""
     known = {node for loss in record.losses if (node := loss.node()) is not None}
-
-    def search(node: Any) -> set[Any]:
-        if node is None or node in known:
-            return {node} & known
-        kind = node.name().partition("Backward")[0]
-        if kind not in _LINEAR:
-            return set()
-        found = [search(function) for function, _ in node.next_functions]
-        if kind in ("Mul", "Div"):  # linear in one factor, and in the numerator
-            return found[0] if not any(found[1:]) else found[1] if kind == "Mul" and not found[0] else set()
-        return set().union(*found)
-
-    found: set[Any] = set()
-    for ref, shape, *_ in [record.gates[i] for i in gates] if known else ():
-        node = ref()
-        if node is not None and not shape:
-            found |= search(node.next_functions[0][0])
-    return found
+    nodes = [(record.gates[i][0](), record.gates[i][1]) for i in gates] if known else []
+    roots = [node.next_functions[0][0] for node, shape in nodes if node is not None and not shape]
+    ways: dict[Any, list[Any]] = {}  # of each node that a loss is linear in: its inputs with one behind them
+    for node in inputs_first(roots, lambda node: node not in known and _kind(node) in _LINEAR):
+        below = [child for child, _ in node.next_functions]
+        behind = [child in ways for child in below]
+        if node in known:
+            ways[node] = []
+        elif _kind(node) in ("Mul", "Div"):  # linear in one factor, and in the numerator
+            if sum(behind) == 1 and (behind[0] or _kind(node) == "Mul"):
+                ways[node] = [child for child in below if child in ways]
+        elif _kind(node) in _LINEAR and any(behind):
+            ways[node] = [child for child in below if child in ways]
+    found, todo = set(), [root for root in roots if root in ways]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += ways[node]
+    return found & known
 
 
 def only_losses(gate: Any, marks: set[Any]) -> bool:
     """Whether what stands at `gate` is one of the losses in `marks`, or a weighted sum of such and nothing else."""
-    todo = [gate.next_functions[0][0]]
-    while todo:
-        node = todo.pop()
-        if node is None or node in marks:
-            continue
-        if node.name().partition("Backward")[0] not in _LINEAR:
-            return False
-        todo += [function for function, _ in node.next_functions]
-    return True
+    inner = inputs_first([gate.next_functions[0][0]], lambda node: node not in marks and _kind(node) in _LINEAR)
+    return all(node in marks or _kind(node) in _LINEAR for node in inner)
+
+
+def _kind(node: Any) -> str:
+    return node.name().partition("Backward")[0]

@@ -19,6 +19,8 @@ class ParameterResults:
         self._name = name
 
     def __getattr__(self, field: str) -> Any:
+        if field.startswith("_"):  # asked for by copy and pickle before there is anything
+            raise AttributeError(field)
         have = ", ".join(k for k in self.__dict__ if not k.startswith("_")) or "nothing"
         raise AttributeError(f"no {field!r} for parameter {self._name}: the context asked for {have}.")
 
@@ -91,9 +93,13 @@ class Results:
                     raise AttributeError(
                         f"no {field!r} yet: no backward pass through an extended model has ended in this context"
                     )
-                return quantity.whole(
-                    {name: values[field] for name, values in self._by_parameter.values() if field in values}
-                )
+                found: dict[str, Any] = {}
+                for name, values in self._by_parameter.values():
+                    if field in values:  # parameters of models that were extended one by one may share a name
+                        found[name if name not in found else f"{name} ({len(found)})"] = values[field]
+                if not found:
+                    raise AttributeError(f"no {field!r}: it was deleted, or no parameter that the pass reached has it")
+                return quantity.whole(found)
         raise AttributeError(
             f"no {field!r}: the context asked for {', '.join(q.savefield for q in self._quantities) or 'nothing'}"
         )

@@ -199,16 +199,21 @@ def _ready(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor
     kind, name = _kind(loss), _name(loss, output)
     if output.dim() == 0 or output.numel() == 0 or not output.is_floating_point():
         raise PackextError(f"{name} of {output.dtype}: pass real numbers, with one sample or more along axis 0.")
+    refuse_arguments(name, args, kwargs)
+    if kind in LINEAR:
+        raise Flat(f"{name} has no root of a Hessian: {LINEAR[kind]}")
+    x = _widened(output.detach())
+    return x, g.detach().to(x.dtype)
+
+
+def refuse_arguments(name: str, args: tuple, kwargs: dict) -> None:
+    """Refuse other arguments of a loss through which the model may pass, too."""
     for t in pytree.tree_leaves((args, kwargs)):
         if isinstance(t, Tensor) and t.requires_grad:
             raise PackextError(
                 f"{name} has another argument, {list(t.shape)}, that requires grad. Only the Hessian in the first "
                 "argument is known. Pass .detach() of the other one if it should count as a constant."
             )
-    if kind in LINEAR:
-        raise Flat(f"{name} has no root of a Hessian: {LINEAR[kind]}")
-    x = _widened(output.detach())
-    return x, g.detach().to(x.dtype)
 
 
 def _widened(t: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
 _signature = functools.cache(inspect.signature)
 
 
+def _first(module: nn.Module) -> str:
+    """Name of the first argument of its forward, behind `self`."""
+    return next(iter(list(_signature(type(module).forward).parameters)[1:]), "input")
+
+
 def called(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[nn.Module, tuple[Any, ...]] | None:
     """The module that does what a call of a function in `FUNCTIONS` did, and what to call it with; None without one."""
     given = _signature(func).bind(*args, **kwargs).arguments
@@ -90,11 +95,12 @@ def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
     if asked or sum(t.numel() for t in tensors) <= SMALL:
         kept = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
         return lambda: kept
+    here = [isinstance(t, Tensor) for t in leaves]
     refs = [weakref.ref(t) if isinstance(t, Tensor) else (lambda t=t: t) for t in leaves]
 
     def again() -> list[Any] | None:
         found = [ref() for ref in refs]
-        return None if any(f is None for f in found) else found
+        return None if any(f is None for f, t in zip(found, here, strict=True) if t) else found
 
     return again
 
@@ -108,10 +114,12 @@ class LossMark(torch.autograd.Function):
     ) -> Tensor:
         """Put the mark on `output`; `record` is of the forward pass that goes on, if one does."""
         kwargs = dict(kwargs)
-        x, *rest = args if args else (kwargs.pop("input", None),)
+        x, *rest = args if args else (kwargs.pop(_first(module), None),)
         leaves, spec = pytree.tree_flatten(x)
         live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
         edges = [get_gradient_edge(t) for t in live]
+        for t in live:
+            _flight.may_retain(t)
         seen = Seen(
             module, edges, _keep(leaves), spec, tuple(rest), kwargs, weakref.ref(record) if record else lambda: None
         )
@@ -135,7 +143,8 @@ class LossMark(torch.autograd.Function):
             edge, record = GradientEdge(*ctx.next_functions[0]), ctx.seen.record()
             if record is not None:  # whose gate could not tell yet
                 flight.check(record.n)
-            flight.context._spread(flight, ctx.seen, edge, grads[0])
+            with _flight.undisturbed():
+                flight.context._spread(flight, ctx.seen, edge, grads[0])
         return grads[0], None, None, None
 
 

@@ -7,7 +7,7 @@ the part of what there is to find, or a term of the sum that norms and inner pro
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,24 +58,23 @@ def same(number: int, group: Any) -> list[int]:
     return heard
 
 
-def added(values: Mapping[str, tuple[Any, Tensor]]) -> dict[str, Tensor]:
+def added(values: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
     """Sums over the processes of what each has found for its parts, in one exchange for each shape.
 
     Args:
-        values: parameters and what was found for them, by name; those of which all hold a copy are not summed.
+        values: parameters and what was found for them, in an order that all have; copies of all are not summed.
 
     Returns:
-        The sums, by name.
+        The sums, in that order.
     """
-    found = {name: value for name, (_, value) in values.items()}
-    alike: dict[Any, list[str]] = {}
-    for name in sorted(values):
-        parameter, value = values[name]
+    found = [value for _, value in values]
+    alike: dict[Any, list[int]] = {}
+    for k, (parameter, value) in enumerate(values):
         if parameter.placements[0].is_shard():
-            key = (parameter.device_mesh, tuple(value.shape), value.dtype)
-            alike.setdefault(key, []).append(name)
-    for (mesh, *_), names in alike.items():
-        together = torch.stack([found[name] for name in names])
+            alike.setdefault((parameter.device_mesh, tuple(value.shape), value.dtype), []).append(k)
+    for (mesh, *_), which in alike.items():
+        together = torch.stack([found[k] for k in which])
         dist.all_reduce(together, group=mesh.get_group())
-        found.update(zip(names, together, strict=True))
+        for k, whole in zip(which, together, strict=True):
+            found[k] = whole
     return found

@@ -232,6 +232,7 @@ def gate(record: Record, y: Tensor) -> Tensor:
     """`y`, an output of the model, behind a gate."""
     gated: Any = Gate.apply(record, y)
     gated.grad_fn.register_hook(functools.partial(Again.watch, record))
+    _flight.may_retain(gated)
     record.gates.append((weakref.ref(gated.grad_fn), y.shape, y.dtype, y.device))
     return gated
 

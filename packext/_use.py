@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -352,6 +353,7 @@ def _pull(value: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor]:
 #: Autograd nodes (weak) of the taps of each parameter, by its id. A node keeps its use, and that the parameter:
 #: while one of them is alive, no other tensor can have that id.
 _LIVE: dict[int, list[Callable[[], Any]]] = {}
+_LOCK = threading.Lock()
 
 
 def _remember(parameter: Tensor, node: Callable[[], Any]) -> None:
@@ -360,9 +362,8 @@ def _remember(parameter: Tensor, node: Callable[[], Any]) -> None:
         for other, refs in list(_LIVE.items()):  # a list, for threads that add to it meanwhile
             if not any(ref() is not None for ref in refs):
                 _LIVE.pop(other, None)
-    refs = [ref for ref in _LIVE.get(key, ()) if ref() is not None]
-    refs.append(node)
-    _LIVE[key] = refs
+    with _LOCK:  # several threads may run one model
+        _LIVE[key] = [*(ref for ref in _LIVE.get(key, ()) if ref() is not None), node]
 
 
 def partner(parameter: Tensor) -> tuple[Tensor, int] | None:

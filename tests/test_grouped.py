@@ -63,7 +63,7 @@ def test_each_sample_has_its_own(transposed: bool, n: int, monkeypatch: pytest.M
         return emit(self, flights, source, statistics, *rest)
 
     monkeypatch.setattr(px.backpack, "_emit", spy)
-    for _ in range(2):  # as the probe sees it, and as two cotangents do
+    for _ in range(2):  # as the probe sees it, and as later cotangents do
         model.zero_grad()
         with px.backpack(px.BatchGrad(), px.BatchL2Grad(), px.Variance()):
             loss(model(x), y).backward()

@@ -65,6 +65,12 @@ class ClippedGrad(Summed, Quantity):
 
     def finish(self, asks: dict[int, Ask]) -> dict[int, Tensor]:
         groups: dict[str, list[int]] = {}
+        names = [ask.name for ask in asks.values()] if self.per_layer else []
+        if len(set(names)) < len(names):
+            raise ValueError(
+                "ClippedGrad(per_layer=True): modules of several models have equal names. Extend an nn.ModuleDict of "
+                "the models, whose names differ."
+            )
         for key, ask in asks.items():
             groups.setdefault(ask.name.rpartition(".")[0] if self.per_layer else "", []).append(key)
         results: dict[int, Tensor] = {}

@@ -296,7 +296,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             lambda: self._factor(flight, n, sample=True), partner=functools.partial(self._partner, source.tensor),
             attached=self.attach,
         )  # fmt: skip
-        wants = [w for e in self.first_order for w in e.wants(form)]
+        wants = [w for e in self.extensions if e not in self.spreading for w in e.wants(form)]
         visitors = []
         for extension in self.first_order:
             visitor = extension.visitor(ask)

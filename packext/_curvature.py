@@ -54,6 +54,9 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             f"The extended {seen.name} was called with {kinds}: no tensor was found that requires grad. Call it "
             "with the model's output as a tensor, or a tuple, list or dictionary of tensors."
         )
+    for quantity in (q for each in flight.heard for q in each.context.spreading if len(flight.losses) > 1):
+        if not quantity.additive:
+            raise PackextError(_ONE.format(quantity))
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     places = layouts = [_layout(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
     direct = seen.spec.is_leaf() and layouts[0].axis in (None, 0)  # and no dictionary of one tensor
@@ -83,7 +86,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             for column, sign in columns
             for part in ([column] if kind == "mc" else _apart(column, layouts[0]))
         )
-        absorb = functools.partial(_absorb, members)
+        absorb = functools.partial(_absorb, members, edge.node)
         if kind == "averaged":
             if not direct:
                 raise PackextError(_SEVERAL.format("KFRA", seen.name))
@@ -179,6 +182,7 @@ class Graph(Point):
         return [functools.partial(positive.product, p) for p in self.parameters]
 
 
+_ONE = "{!r} of a pass through several losses: add them up in one loss module."
 _SEVERAL = "{} needs a loss of one tensor with the samples along axis 0, and the extended {} has another input."
 
 
@@ -227,7 +231,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
         for source, value in zip(sources.values(), values, strict=True):
             found = flight.measured.setdefault(id(source.tensor), (source, {}))[1]
             if id(quantity) in found and not quantity.additive:
-                raise PackextError(f"{quantity!r} of a pass through several losses: add them up in one loss module.")
+                raise PackextError(_ONE.format(quantity))
             found[id(quantity)] = quantity.add(found[id(quantity)], value) if id(quantity) in found else value
 
 
@@ -274,7 +278,7 @@ class Joined(nn.Module):
         return self.loss[0].forward(pytree.tree_unflatten(leaves, self.spec), *args, **kwargs)
 
 
-def _absorb(members: dict[Pass, list[Curvature]], sign: float, source: Source, form: Factored) -> None:
+def _absorb(members: dict[Pass, list[Curvature]], loss: Any, sign: float, source: Source, form: Factored) -> None:
     statistics: Statistics | None = None
     for flight, quantities in members.items():
         if not flight.context._wants(source.tensor):
@@ -282,7 +286,7 @@ def _absorb(members: dict[Pass, list[Curvature]], sign: float, source: Source, f
         statistics = Statistics(form) if statistics is None else statistics.apart()
         ask = Ask(
             statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0, sign,
-            functools.partial(flight.context._partner, source.tensor),
+            loss, functools.partial(flight.context._partner, source.tensor),
         )  # fmt: skip
         statistics.prepare([w for q in quantities for w in q.wants(form)])
         _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))

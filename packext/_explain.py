@@ -15,7 +15,7 @@ from packext._copies import Apart
 from packext._extend import extend, is_extended
 from packext._observation import INPUT as INPUT
 from packext._observation import Observation, observe
-from packext._quantity import Quantity
+from packext._quantity import HessianQuantity, Quantity
 from packext._scale import is_loss
 from packext._use import Use
 from packext.quantities import BatchL2Grad, GradDot, Variance
@@ -233,7 +233,7 @@ def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | Non
     Args:
         model: extended or not (then the batch axis is 0).
         *inputs: what the model is called with.
-        quantities: whose routes and costs are shown; norms, variance and inner products by default.
+        quantities: of gradients, whose routes and costs are shown; norms, variance and inner products by default.
         **kwargs: keyword arguments of the model.
 
     Returns:
@@ -241,6 +241,7 @@ def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | Non
 
     Raises:
         TypeError: if `model` is no module with parameters.
+        ValueError: for quantities of a loss's curvature.
 
     Example:
         >>> print(px.explain(model, x))
@@ -248,6 +249,13 @@ def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | Non
     if not isinstance(model, nn.Module) or is_loss(model):
         raise TypeError(f"explain expects a model with parameters, got {model!r:.80}.")
     asked = (BatchL2Grad(), Variance(), GradDot()) if quantities is None else tuple(quantities)
+    blind = [
+        type(q).__name__
+        for q in asked
+        if isinstance(q, HessianQuantity) or getattr(q, "root", ("empirical",))[0] != "empirical"
+    ]
+    if blind:
+        raise ValueError(f"explain runs no loss, of which {', '.join(blind)} are: ask for what is of gradients alone.")
     batch_axis = model.__dict__["_packext"].batch_axis if is_extended(model) else 0
     frozen = tuple(name for name, p in model.named_parameters() if not p.requires_grad)
     twin = extend(copy.deepcopy(model), batch_axis)

@@ -279,6 +279,9 @@ class Tracer(TorchFunctionMode):
         axis = self.record.batch_axis
         use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
         use.rooted = self._rooted
+        device = next(iter(tensors.values())).device.type
+        if autocasts(device):
+            use.autocast = device, torch.get_autocast_dtype(device)
         use.viewed(tensors)
         for name, group in sources.items():
             for source in group:

@@ -442,8 +442,9 @@ def _compare(run: Probe, record: Record, source: Source, truth: Tensor | None) -
 
 
 def record_dtype(record: Record, key: int) -> torch.dtype:
-    """The lowest precision among the outputs through which a parameter's gradient passed."""
+    """The lowest precision of a parameter, the model's outputs and, under autocast, what is between them."""
     dtypes = [meta[2] for meta in record.gates] + [s.tensor.dtype for s in record.parameters() if id(s.tensor) == key]
+    dtypes += [use.autocast[1] for use in record.uses if use.autocast is not None]
     return max(dtypes, key=lambda d: torch.finfo(d).eps)
 
 

@@ -28,6 +28,7 @@ class Ask:
         scale: the context's scale.
         sample_factor: gives the factor to the samples' own losses, whatever the scale.
         sign: of the column that arrives, where curvature may be negative.
+        loss: whose column it is: the same object for all columns of one call of a loss.
         partner: gives the bias that this weight meets in every use of either (or the weight that this bias does), and
             the axis of the inputs in the weight; or None.
         notes: what a quantity keeps between its calls for this parameter.
@@ -42,6 +43,7 @@ class Ask:
     scale: str | float
     sample_factor: Callable[[], float]
     sign: float = 1.0
+    loss: Any = None
     partner: Callable[[], tuple[Tensor, int] | None] = lambda: None
     notes: dict[Any, Any] = field(default_factory=dict)
     attached: bool = True
@@ -54,6 +56,8 @@ class Quantity:
     savefield: ClassVar[str]
     #: Whether the result needs all parameters, and comes from `finish` at the end of the pass.
     deferred: ClassVar[bool] = False
+    #: Whether curvature may be that of several losses in one pass.
+    additive: ClassVar[bool] = True
     #: Why the result for a batch cannot be made from those of its parts; nothing if it can.
     indivisible: str = "what they find by themselves does not tell it"
 
@@ -221,8 +225,6 @@ class HessianQuantity(Quantity):
 
     #: Whether terms of what is minimised beside the extended losses would be a part of it.
     of_all_terms: ClassVar[bool] = True
-    #: Whether the results of several losses in one pass may be added up.
-    additive: ClassVar[bool] = True
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Any]:
         """What is found for each parameter; `generator` is packext's own."""

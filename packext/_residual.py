@@ -202,7 +202,7 @@ def _refuse_nonlinear(wants: Callable[[Tensor], bool], use: Use, saved: Sequence
         if linear and not isinstance(use.rule, (OwnedRule, ArgumentRule)):
             inner = {k: v.detach().requires_grad_(k in use.sources) for k, v in tensors.items()}
             with torch.enable_grad():
-                outputs = use.tapped(use.rule.call(use, inner))
+                outputs = use.again(inner)
             linear = _is_linear(outputs, [inner[k] for k in names])
         if not linear:
             raise UnsupportedUseError(

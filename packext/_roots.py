@@ -172,16 +172,6 @@ def _sampler(
     return lambda: (roots * _signs((len(roots), 1, roots.shape[2]), numbers, roots)).sum(2)
 
 
-def columns(loss: nn.Module, output: Tensor, compact: bool = False) -> int | None:
-    """How many cotangents `exact` gives; None where only the Hessian itself can tell."""
-    kind = _kind(loss)
-    if kind is None or kind in LINEAR:
-        return None
-    if kind is nn.CrossEntropyLoss:
-        return (output.shape[1] - compact) * output.shape[2:].numel()
-    return output.shape[1:].numel()
-
-
 def _name(loss: nn.Module, output: Tensor) -> str:
     return f"{loss._get_name()} of an output {list(output.shape)}"
 

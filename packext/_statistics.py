@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packext import _fused, _scratch
-from packext._factored import Factored, Outer, Patches, Sum
+from packext._factored import Factored, Outer, Patches
 from packext._factored.outer import DOUBT, ELEMENTWISE, WRITE
 from packext._scratch import release, scratch
 
@@ -369,8 +369,3 @@ def _settled(spread: Tensor, total: Tensor, n: int, out: Tensor) -> bool:
 
 def _squares(rows: Tensor) -> Tensor:
     return torch.mul(rows, rows, out=scratch("squares", rows.shape, rows.dtype, rows.device))
-
-
-def is_pair(form: Factored) -> bool:
-    """Whether the rows are products that need not be formed (and not small rows already)."""
-    return isinstance(form, Outer) or (isinstance(form, Sum) and any(is_pair(p) for p in form.parts))

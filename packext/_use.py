@@ -81,6 +81,8 @@ class Use:
     #: The same of the data that the call reads, by name.
     read_options: dict[str, list[Layout]] = field(default_factory=dict)
     node: Callable[[], Any] = lambda: None
+    #: The type of device and what autocast computed in there, while the call ran; None where it was off.
+    autocast: tuple[str, torch.dtype] | None = None
     #: Where values stand in the parameter that they are views of, by the value's name and the parameter's id.
     views: dict[tuple[str, int], View] = field(default_factory=dict)
     #: Where rows of a parameter stand in a value made of it, by the value's name and the parameter's id.
@@ -107,6 +109,13 @@ class Use:
             "require grad when it is called: run other passes outside of the context, or inside of "
             "`with px.disable():`."
         )
+
+    def again(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        """The tapped outputs of the call, run again on other tensors as it ran in the forward pass."""
+        if self.autocast is None:
+            return self.tapped(self.rule.call(self, tensors))
+        with torch.autocast(*self.autocast, cache_enabled=False):
+            return self.tapped(self.rule.call(self, tensors))
 
     def tapped(self, result: Any) -> list[Tensor]:
         """Those of a call's outputs that the tap sits on."""
@@ -262,7 +271,7 @@ class Rule:
         """Gradients of the tensors in `names`, from those at the outputs: those of the function, run again."""
         inner = {k: v.detach().requires_grad_(k in names or k in use.sources) for k, v in tensors.items()}
         with torch.enable_grad():
-            outputs = use.tapped(self.call(use, inner))
+            outputs = use.again(inner)
         live = [(y, g.to(y.dtype)) for y, g in zip(outputs, gs, strict=True) if g is not None and y.requires_grad]
         found = torch.autograd.grad(
             [y for y, _ in live], [inner[k] for k in names], [g for _, g in live], allow_unused=True
@@ -301,7 +310,7 @@ def masked(
     if not keep_graph:
         inner = {k: v.detach().requires_grad_(k in use.sources) for k, v in tensors.items()}
     with torch.enable_grad():
-        outputs = use.tapped(use.rule.call(use, inner))
+        outputs = use.again(inner)
     live = [
         (y, g, layout)
         for y, g, layout in zip(outputs, gs, layouts, strict=True)
@@ -319,8 +328,7 @@ def masked(
         )[0]
         return torch.zeros_like(inner[name]) if grad is None else grad
 
-    held = sum(v.numel() * v.element_size() for v in tensors.values())
-    return {name: Masked(n, inner[name], lambda i, name=name: vjp(name, i), held) for name in wanted}
+    return {name: Masked(n, inner[name], lambda i, name=name: vjp(name, i)) for name in wanted}
 
 
 def _pull(value: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor]:

@@ -412,3 +412,31 @@ def test_an_output_that_refers_to_itself() -> None:
     with px.backpack(px.BatchGrad()):
         cross_entropy()(model(x).logits, y).backward()
     assert getattr(model.layer.weight, "grad_batch").shape == (N, 2, 3)  # noqa: B009
+
+
+class Without(nn.Module):
+    """Layers that have no features on one side, beside one that has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.into, self.out = nn.Linear(3, 2), nn.Linear(3, 0), nn.Linear(0, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.out(self.into(x))
+
+
+@pytest.mark.parametrize("shape", [(), (5,)], ids=["rows", "positions"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_features(shape: tuple[int, ...]) -> None:
+    x, y = torch.randn(N, *shape, 3), torch.randn(N, *shape, 2)
+    quantities = [
+        px.BatchGrad(), px.BatchL2Grad(), px.BatchDotGrad(), px.GradDot(), px.SumGradSquared(), px.Variance(),
+        px.DiagGGNExact(), px.GGNGram(), px.DiagHessian(),
+    ]  # fmt: skip
+    model = px.extend(Without())
+    for q in quantities:
+        with px.backpack(q):
+            px.extend(nn.MSELoss())(model(x), y).backward()
+        found, plain = getattr(model.out.bias, q.savefield), getattr(model.layer.bias, q.savefield)
+        torch.testing.assert_close(found, plain)  # they are added to each other
+        assert getattr(model.into.weight, q.savefield).sum() == 0

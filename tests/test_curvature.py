@@ -593,7 +593,7 @@ def test_bad_arguments(make: Any) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "conv2d groups", "gru", "raw parameters", "tied embedding and head"])
 def test_gram_and_empirical_fisher(name: str) -> None:
-    case = next((c for c in CASES if c.name == name), CASES[0])
+    case = next(c for c in CASES if c.name == name)
     model, inputs, targets = case.build()
     loss = case.loss()
     n = testing.batch_size(inputs)
@@ -743,3 +743,25 @@ def test_the_empirical_fisher_is_linear_in_a_number(scale: float) -> None:
         loss_fn(model(x), y).backward()
     for name in written:
         torch.testing.assert_close(results[name].diag_ef, scale * written[name].diag_ef)
+
+
+def test_quantities_of_one_root_do_not_share_their_sums() -> None:
+    class Another(px.DiagGGNExact):
+        savefield = "another"
+
+    model, loss_fn, x, y = px.extend(mlp()), px.extend(nn.CrossEntropyLoss()), torch.randn(N, 5), torch.arange(N) % 3
+    with px.backpack(px.DiagGGNExact()):
+        loss_fn(model(x), y).backward()
+    alone = [p.diag_ggn_exact for p in model.parameters()]
+    with px.backpack(px.DiagGGNExact(), Another()):
+        loss_fn(model(x), y).backward()
+    for want, p in zip(alone, model.parameters(), strict=True):
+        torch.testing.assert_close(p.diag_ggn_exact, want)
+        torch.testing.assert_close(p.another, want)
+
+
+def test_columns_of_several_losses_have_no_gram_matrix_of_the_whole_model() -> None:
+    model, loss_fn, x = px.extend(Two()), px.extend(nn.MSELoss()), torch.randn(N, 5)
+    with pytest.raises(px.PackextError, match="several losses"), px.backpack(px.GGNGram()):
+        z, h = model(x)
+        (loss_fn(z, torch.zeros(N, 3)) + loss_fn(h, torch.zeros(N, 4))).backward()

@@ -88,3 +88,22 @@ def test_a_broken_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = batch()
     with pytest.raises(px.WrongRuleError, match="differs from autograd's"), px.backpack(px.BatchGrad()):
         loss(model(x), y).backward()
+
+
+def test_factors_count_the_tokens_of_each_expert() -> None:
+    model, x = Experts(False), torch.randn(N, T, 4)
+    px.extend(model)
+    loss_fn, read = px.extend(nn.MSELoss(reduction="sum")), []
+    original = F.grouped_mm
+
+    def watched(h: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        read.append((h.detach(), offs))
+        return original(h, w, offs=offs)
+
+    with pytest.MonkeyPatch.context() as patch, px.backpack(px.KFLR()):
+        patch.setattr(F, "grouped_mm", watched)
+        loss_fn(model(x), torch.zeros(N, 3)).backward()
+    ((h, offs),) = read
+    for expert, rows in enumerate(h.tensor_split(offs[:-1].tolist())):
+        want = rows.T @ rows / max(1, len(rows))
+        torch.testing.assert_close(model.w.kflr[0][expert], want, rtol=1e-4, atol=1e-5)

@@ -443,3 +443,37 @@ def test_a_bias_counts_positions_as_its_weight_does(kind: Any, approx: str) -> N
     assert pairs
     for weight, bias in pairs:
         torch.testing.assert_close(found[bias].kfac[0], found[weight].kfac[0])
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_a_table_that_is_read_by_samples_of_different_sizes(bag: bool) -> None:
+    """Rows that fill up read nothing, and row 0 of the table least of all."""
+
+    class Graphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.EmbeddingBag(5, 3, mode="sum") if bag else nn.Embedding(5, 3)
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, kind: Tensor, owner: Tensor) -> Tensor:
+            rows = self.table(kind)
+            return self.last(rows.new_zeros(2, 3).index_add(0, owner, rows))
+
+    kind = torch.tensor([[1, 2], [3, 3], [4, 1], [2, 2]]) if bag else torch.tensor([1, 2, 3, 1])
+    model, loss_fn = px.extend(Graphs().double(), batch_axis=None), px.extend(nn.MSELoss())
+    with px.backpack(px.KFLR()):
+        loss_fn(model(kind, torch.tensor([0, 0, 0, 1])), torch.zeros(2, 2).double()).backward()
+    want = kind.flatten().bincount(minlength=5) / kind.numel()
+    torch.testing.assert_close(model.table.weight.kflr[0], want.double())
+
+
+@pytest.mark.parametrize("quantity", [px.KFLR(), px.KFAC(fisher="exact", bias="joint"), px.KFRA()])
+def test_several_losses_are_parts_of_one_batch(quantity: Any) -> None:
+    x, y = torch.randn(8, 3).double() * torch.tensor([1.0] * 4 + [10.0] * 4)[:, None], torch.zeros(8, 2).double()
+    model, loss_fn, found = px.extend(nn.Linear(3, 2).double()), px.extend(nn.MSELoss(reduction="sum")), []
+    for parts in ([slice(8)], [slice(4), slice(4, 8)], [slice(4, 8), slice(4)]):
+        with px.backpack(quantity):
+            sum(loss_fn(model(x[part]), y[part]) for part in parts).backward()
+        found.append(getattr(model.weight, quantity.savefield))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])

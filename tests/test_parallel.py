@@ -100,7 +100,10 @@ def as_in_one_process(
     found = []
     for m in (copy.deepcopy(model), model):
         if m is model:
+            frozen = {name for name, p in m.named_parameters() if not p.requires_grad}
             parallelize_module(m, mesh, PAIR if plan is None else plan)
+            for name, p in m.named_parameters():  # of which torch 2.9 has all require grad
+                p.requires_grad_(name not in frozen)
         for _ in range(2):  # with the probe, and without
             m.zero_grad()
             with px.backpack(*quantities, **options) as results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,15 +36,13 @@ def tokens() -> tuple[nn.Module, Tensor]:
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"image": image, "tokens": tokens}
 
 
-def exact(model: nn.Module, x: Tensor, y: Tensor, quantities: Any) -> testing.Rows:
+def exact(model: nn.Module, x: Tensor, y: Tensor) -> testing.Rows:
     """Rows of the float64 copy."""
-    import copy
-
     twin = px.unextend(copy.deepcopy(model)).double()
     return testing.individual_gradients(twin, nn.CrossEntropyLoss(), x.double(), y, weights=[1 / N] * N)
 
 
-def emit(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[px.Quantity, ...] | Any:
+def emit(loss: Callable[[], Tensor]) -> tuple[px.Quantity, ...]:
     quantities = testing.all_quantities()
     with px.backpack(*quantities, scale=float(N)):
         loss().backward()
@@ -61,9 +60,9 @@ def worst(model: nn.Module, quantities: Any, rows: testing.Rows) -> dict[str, fl
 def test_float32(build: Any) -> None:
     model, x = build()
     y = torch.randint(3, (N,))
-    rows = exact(model, x, y, ())
+    rows = exact(model, x, y)
     px.extend(model)
-    quantities = emit(model, lambda: F.cross_entropy(model(x), y))
+    quantities = emit(lambda: F.cross_entropy(model(x), y))
     for kind, error in worst(model, quantities, rows).items():
         assert error < 2e-4, kind
 
@@ -73,9 +72,9 @@ def test_bfloat16_modules(build: Any) -> None:
     """Values are those of float32 within the accuracy of bfloat16; what is squared or summed over is in float32."""
     model, x = build()
     model, x, y = model.bfloat16(), x.bfloat16(), torch.randint(3, (N,))
-    rows = exact(model, x, y, ())
+    rows = exact(model, x, y)
     px.extend(model)
-    quantities = emit(model, lambda: F.cross_entropy(model(x).float(), y))
+    quantities = emit(lambda: F.cross_entropy(model(x).float(), y))
     for kind, error in worst(model, quantities, rows).items():
         assert error < 0.15, kind
     for p in model.parameters():
@@ -89,7 +88,7 @@ def test_bfloat16_modules(build: Any) -> None:
 def test_autocast(build: Any, inside: bool) -> None:
     model, x = build()
     y = torch.randint(3, (N,))
-    rows = exact(model, x, y, ())
+    rows = exact(model, x, y)
     px.extend(model)
     quantities = testing.all_quantities()
     with px.backpack(*quantities, scale=float(N)):
@@ -134,7 +133,7 @@ def test_coupling_is_found_in_bfloat16() -> None:
 def test_a_loss_scale_is_undone_by_a_number() -> None:
     model, x = image()
     y = torch.randint(3, (N,))
-    rows = exact(model, x, y, ())
+    rows = exact(model, x, y)
     px.extend(model)
     with px.backpack(px.Variance(), px.BatchL2Grad(), scale=N / 65536):
         (65536 * F.cross_entropy(model(x), y)).backward()
@@ -241,3 +240,37 @@ def test_a_sum_that_torch_has_rounded_is_not_what_inner_products_are_taken_with(
         found.append(results["0.weight"].grad_dot)
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
+
+
+class Scaled(nn.Module):
+    """A layer that autocast rounds, before one that it leaves in float32."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.scale = first, nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = (y[0] if isinstance(y, tuple) else y) * self.scale
+        return y.mean(1) if y.dim() == 3 else y
+
+
+AGAIN: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(5, 4),
+    "prelu": lambda: nn.Sequential(nn.Linear(5, 4), nn.PReLU()),
+    **{kind.__name__: lambda kind=kind: kind(5, 4, batch_first=True) for kind in (nn.RNN, nn.LSTM, nn.GRU)},
+    "after linear": lambda: nn.Sequential(nn.Linear(5, 5), nn.GRU(5, 4, batch_first=True)),
+}
+
+
+@pytest.mark.parametrize("build", AGAIN.values(), ids=AGAIN)
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+def test_functions_run_again_as_autocast_ran_them(build: Any, inside: bool) -> None:
+    model, x, y = Scaled(build()), torch.randn(N, 6, 5), torch.randint(4, (N,))
+    rows = exact(model, x, y)
+    px.extend(model)
+    with px.backpack(px.BatchGrad(), scale=float(N)), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.cross_entropy(model(x), y)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            loss.backward()
+    assert worst(model, (px.BatchGrad(),), rows)["BatchGrad"] < 0.15

@@ -133,9 +133,6 @@ class Wrong(Factored):
     def rows(self, lo: int, hi: int) -> Tensor:
         return self.form.rows(lo, hi) * 1.01
 
-    def bytes_held(self) -> int:
-        return self.form.bytes_held()
-
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_broken_rule_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,10 +183,6 @@ class Factored:
         """Rows seen as matrices `[shape[0], rest]`, times `left` `[r, shape[0]]` and `right` `[q, rest]`."""
         return None
 
-    def bytes_held(self) -> int:
-        """Memory that the factors keep alive."""
-        raise NotImplementedError
-
 
 class Dense(Factored):
     """The rows themselves, `[N, *shape]`; for tensors whose rows are no larger than activations."""
@@ -264,9 +260,6 @@ class Dense(Factored):
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor:
         return two_sided(self.r, left, right)
-
-    def bytes_held(self) -> int:
-        return storage_bytes(self.r)
 
 
 def two_sided(rows: Tensor, left: Tensor, right: Tensor | None) -> Tensor:

@@ -113,11 +113,10 @@ def _sum(kind: Sequence[Kronecker]) -> Kronecker | None:
         dense = any(part.dim() == 3 for part in parts)
         return placed([part.diag_embed() if dense and part.dim() == 2 else part for part in parts])
 
-    counts = [float(k.positions) for k in kind]
-    each = first.outputs.new_tensor([count for count, blocks_ in zip(counts, at, strict=True) for _ in blocks_])
+    counts = [torch.as_tensor(k.positions).to(first.outputs).expand(len(own)) for k, own in zip(kind, at, strict=True)]
     return first._replace(
         outputs=placed([k.outputs for k in kind]),
         inputs=None if first.inputs is None else inputs,
-        positions=sum(counts) if blocks == 1 else each.new_zeros(blocks).index_add(0, index, each),
+        positions=first.outputs.new_zeros(blocks).index_add(0, index, torch.cat(counts)),
         at=None,
     )

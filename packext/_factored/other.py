@@ -148,6 +148,7 @@ class Lookup(Factored):
         return out.index_add(0, sample, pairs)
 
     def bytes_held(self) -> int:
+        """Memory that the factors keep alive."""
         return storage_bytes(self.index, self.g)
 
 
@@ -164,22 +165,18 @@ class Masked(Factored):
         n: int,
         like: Tensor,
         vjp: Callable[[int], Tensor],
-        held: int,
         own: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        """Take the number of samples, the tensor, `vjp(n) -> row n`, the bytes it keeps alive, and `own`."""
+        """Take the number of samples, the tensor, `vjp(n) -> row n`, and `own`."""
         self.n, self.shape, self.own = n, like.shape, own
         self.acc, self.device = accumulation_dtype(like.dtype), like.device
-        self._vjp, self._held = vjp, held
+        self._vjp = vjp
 
     def rows(self, lo: int, hi: int) -> Tensor:
         if lo == hi:
             return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
         rows = [self._vjp(i).to(self.acc) for i in range(lo, hi)]
         return rows[0][None] if len(rows) == 1 else torch.stack(rows)
-
-    def bytes_held(self) -> int:
-        return self._held
 
 
 class Sum(Factored):
@@ -235,6 +232,3 @@ class Sum(Factored):
     def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
         parts = [p for part in self.parts if (p := part.rotated(bases)) is not None]
         return Sum(parts) if len(parts) == len(self.parts) else None
-
-    def bytes_held(self) -> int:
-        return sum(part.bytes_held() for part in self.parts)

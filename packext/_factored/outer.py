@@ -108,7 +108,7 @@ class Outer(Factored):
         alone: bool = False,
         terms: Terms | None = None,
         stored: str = "OI",
-        positions: int | float | None = None,
+        positions: int | float | Tensor | None = None,
         own: Callable[[], Tensor | None] | None = None,
     ) -> None:
         """Take the pair, the parameter's shape, and a faster weighted sum where torch has one.
@@ -124,7 +124,8 @@ class Outer(Factored):
             alone: whether `native` takes one row at a time.
             apply: `direction [*shape] -> direction a` `[N, G, O, S]`, the use with other parameters.
             stored: "IO" for a weight of which g holds the inputs, and a the gradients.
-            positions: how many of the S a sample has on average, where the others are zeros that fill up.
+            positions: how many of the S a sample has on average, where the others are zeros that fill up; `[G]` where
+                groups have different numbers.
             own: gives which these are, `[N, S]`, or None where that is not known.
         """
         self.a, self.g = a, g
@@ -138,7 +139,7 @@ class Outer(Factored):
         self.device = g.device
         self._weighted, self._apply, self.stored = weighted, apply, stored
         self._native, self._alone = native, alone
-        if self.positions == self.s:
+        if not isinstance(self.positions, Tensor) and self.positions == self.s:
             own = functools.partial(torch.ones, self.n, self.s, dtype=torch.bool, device=self.device)
         #: Gives the positions that are a sample's own and do not fill up, `[N, S]`; None where that is not known.
         self.own: Callable[[], Tensor | None] = own or (lambda: None)
@@ -430,6 +431,7 @@ class Outer(Factored):
         return max(1, min(self.n, max(most, TOGETHER)))
 
     def bytes_held(self) -> int:
+        """Memory that the factors keep alive."""
         return storage_bytes(self.a.source if isinstance(self.a, Patches) else self.a, self.g)
 
 

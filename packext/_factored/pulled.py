@@ -181,6 +181,3 @@ class Pulled(Factored):
             return None if inner is None else self.around(inner)
         lookup = self.lookup()
         return None if lookup is None else lookup.rotated(bases)
-
-    def bytes_held(self) -> int:
-        return self.inner.bytes_held()

@@ -44,7 +44,8 @@ class ClippedGrad(Summed, Quantity):
         """Whether the form outlives the backward pass: where its factors take less memory than its rows would."""
         parts = form.parts if isinstance(form, Sum) else [form]
         rows = form.n * form.numel * torch.finfo(form.acc).bits // 8
-        return all(isinstance(part, (Outer, Lookup)) for part in parts) and form.bytes_held() < rows
+        factored = [part for part in parts if isinstance(part, (Outer, Lookup))]
+        return len(factored) == len(parts) and sum(part.bytes_held() for part in factored) < rows
 
     def result(self, ask: Ask) -> None:
         ask.sample_factor()

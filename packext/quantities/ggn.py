@@ -38,7 +38,7 @@ class Diagonal(Summed, Curvature):
 
     def absorb(self, ask: Ask, held: Any) -> Tensor:
         new = ask.statistics["second_moment"]
-        return new if held is None else held.add_(new)
+        return new.clone() if held is None else held.add_(new)  # others may have asked for it
 
 
 class BatchDiagonal(PerSample, Curvature):
@@ -104,6 +104,7 @@ class GGNGram(_Exact):
     parts = "sum"
     indivisible = "pairs of samples of different parts have inner products too"
     compact = False
+    additive = False  # a parameter that one of them does not reach has none of its columns
 
     def absorb(self, ask: Ask, held: Any) -> list[Factored]:
         form = ask.statistics.form

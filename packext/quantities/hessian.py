@@ -77,8 +77,8 @@ class DiagHessianMC(_Hutchinson):
 class HessianTrace(_Hutchinson):
     """Hutchinson's estimate of the trace of the Hessian's block of a parameter, in `hessian_trace`.
 
-    Value and standard error; in `results` those of the whole Hessian. The mean over signs z of `z H z`
-    (Hutchinson, 1989), for any model and loss that autograd can differentiate twice.
+    Value, standard error and the draws `[mc_samples]`; in `results` those of the whole Hessian. The mean over signs z
+    of `z H z` (Hutchinson, 1989), for any model and loss that autograd can differentiate twice.
     """
 
     savefield = "hessian_trace"

@@ -66,7 +66,8 @@ class GradHistogram(Quantity):
         ask.notes[self] = counts
         offset: Tensor | None = None
         if self.dim == 2:
-            offset = _bin(ask.parameter.detach(), self.param_bins, *self.param_range) * self.bins
+            values = ask.parameter.detach().to(ask.statistics.form.acc)
+            offset = _bin(values, self.param_bins, *self.param_range) * self.bins
 
         def visit(rows: Tensor) -> None:
             rows = rows.detach() * ask.factor

@@ -28,16 +28,20 @@ from packext._errors import UnsupportedUseError
 from packext._factored import Factored, Sum, added
 from packext._quantity import Ask, Curvature, Sampled, sum_of
 from packext._statistics import Statistics
-from packext._union import Here, Part
+from packext._union import HERE, Here, Part
 
 
 class _Pair(NamedTuple):
-    """B `[G, O, O]` and A `[G, I, I]` or `[G, I]`, the mean over `terms`, a number or one for each group."""
+    """B `[G, O, O]` and A `[G, I, I]` or `[G, I]`, the mean over `terms`, a number or one for each group.
+
+    `loss` is the last whose columns are in B: A has what the parameter met once for each loss, and B all columns.
+    """
 
     outputs: Tensor
     inputs: Tensor | None
     stored: str
     terms: int | float | Tensor
+    loss: Any = None
 
     @property
     def shape(self) -> list[int]:
@@ -74,6 +78,12 @@ def _mean(total: Tensor, terms: int | float | Tensor) -> Tensor:
     return total / (_along(torch.where(terms > 0, terms, 1.0), total) if isinstance(terms, Tensor) else terms)
 
 
+def _joined(pairs: Sequence[_Pair], over: Here) -> _Pair:
+    """B adds up, and A is the mean over the terms of all."""
+    summands = zip(*(pair.summands() for pair in pairs), strict=True)
+    return pairs[0].of_sums(over.sum(sum_of(each)) for each in summands)
+
+
 class _Kronecker(Curvature):
     approx: str = "expand"
     bias: str = "separate"
@@ -87,13 +97,14 @@ class _Kronecker(Curvature):
             raise UnsupportedUseError(self._refusal(ask))
         known = {pair.stored: pair for pair in held or ()}
         for k in found:
-            if k.stored in known:  # not in place: weight and bias may share what came first
-                pair = known[k.stored]
+            pair = known.get(k.stored)
+            if pair is not None and pair.loss is ask.loss:  # not in place: weight and bias may share what came first
                 known[k.stored] = pair._replace(outputs=pair.outputs + k.outputs)
                 continue
             terms = ask.n * k.positions
             inputs = None if k.inputs is None else _mean(k.inputs(), terms)
-            known[k.stored] = _Pair(k.outputs, inputs, k.stored, terms)
+            new = _Pair(k.outputs, inputs, k.stored, terms, ask.loss)
+            known[k.stored] = new if pair is None else _joined([new, pair], HERE)
         return [known[stored] for stored in sorted(known)]
 
     def _form(self, ask: Ask) -> Factored | linalg.Joint | None:
@@ -167,8 +178,7 @@ class _Kronecker(Curvature):
         united = []
         for stored in sorted({pair.stored for pair in every}):
             pairs = [pair for pair in every if pair.stored == stored]
-            summands = zip(*(pair.summands() for pair in pairs), strict=True)
-            united.append(pairs[0].of_sums(over.sum(sum_of(each)) for each in summands))
+            united.append(_joined(pairs, over))
         aside = (united[0].stored, united[0].terms) if len(united) == 1 else united
         return Part(self.matrices(united), n, aside)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from packext._factored import Factored
@@ -88,7 +87,7 @@ class GradDot(PerSample, Quantity):
             raise ValueError(
                 f"GradDot: direction for {ask.name} has shape {list(d.shape)}, needed {list(ask.parameter.shape)}."
             )
-        return d.to(device=ask.parameter.device, dtype=torch.promote_types(d.dtype, ask.statistics.form.acc))
+        return d.to(ask.parameter.device)
 
     def whole(self, values: dict[str, Any]) -> Tensor:
         return summed(values)

@@ -16,7 +16,7 @@ from torch import Tensor
 from packext._factored import Dense, Factored, Masked, accumulation_dtype
 from packext._layout import Layout
 from packext._use import Rule, Use
-from packext.rules._common import handles, writes_in_place
+from packext.rules._common import bind, handles, writes_in_place
 
 if TYPE_CHECKING:
     from packext._lineage import Tracer
@@ -54,8 +54,7 @@ class ArgumentRule(Rule):
                 samples = torch.arange(layout.n, device=g.device)
                 return g.sum_to_size(value.shape), layout.at(own[0] - missing).spread(samples, value).expand_as(value)
 
-            held = g.numel() * g.element_size()
-            return {"value": Masked(layout.n, value, rows, held, apart if type(layout) is Layout else None)}
+            return {"value": Masked(layout.n, value, rows, apart if type(layout) is Layout else None)}
         first, gained = layout._sample_first(g)
         rest = [size for axis, size in enumerate(extent) if axis not in own]
         if gained:
@@ -164,14 +163,11 @@ def filled(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
 @handles(F.scaled_dot_product_attention)
 def attention(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Learned queries, keys, values or biases, broadcast over the batch axes of the others."""
-    names = ("query", "key", "value", "attn_mask")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    rest = args[len(names) :]
-    operands = {k: given[k] for k in names if isinstance(given.get(k), Tensor)}
-    batch = torch.broadcast_shapes(*(t.shape[:-2] for t in operands.values()))
+    operands, rest = bind(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, kwargs)
+    own = 3 if rest.get("enable_gqa") else 2  # then queries have more heads than keys
+    batch = torch.broadcast_shapes(*(t.shape[:-own] for t in operands.values()))
     for name, t in operands.items():
         if tracer.sources(t):
-            given[name] = tracer.argument(t, (*batch, *t.shape[-2:]), t.dtype, func)
-    if rest:
-        return NotImplemented
-    return func(**given)
+            shape = (*batch, *[1] * (own - t.dim()), *t.shape[-own:])
+            operands[name] = tracer.argument(t, shape, t.dtype, func)
+    return func(**operands, **rest)

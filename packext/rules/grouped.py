@@ -46,7 +46,7 @@ class Grouped(Rule):
         known = expert < experts  # rows behind the last expert belong to none
         together = gathered((owner * experts + expert)[known], n * experts)
         b, a = (together(rows[known]).unflatten(0, (n, experts)) for rows in (g, x))
-        positions = count / (n * experts)
+        positions = expert[known].bincount(minlength=experts) / n  # of each expert
         return {"weight": Outer(b, a.mT, (experts, features, outputs), stored="IO", positions=positions)}
 
 

@@ -123,7 +123,7 @@ def addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
 @handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def matmul(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`x @ w` is a linear layer with a transposed weight; other products go the way of einsum."""
-    if len(args) != 2:
+    if len(args) != 2 or kwargs:
         return NotImplemented
     x, w = args
     if tracer.sources(w) and tracer.is_data(x) and w.dim() == 2 and x.dim() >= 2:
@@ -135,7 +135,7 @@ def matmul(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
 @handles(torch.bmm, Tensor.bmm)
 def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Batched products."""
-    if len(args) != 2:
+    if len(args) != 2 or kwargs:
         return NotImplemented
     return contraction(tracer, func, "abc,acd->abd", *args, run=torch.bmm)
 

@@ -40,7 +40,6 @@ class Strand:
     hidden: Tensor
     at_input: Tensor
     at_hidden: Tensor
-    raw: Tensor | None
 
 
 def _step(
@@ -112,7 +111,7 @@ class Recurrent(Rule):
                 # Where input and hidden halves are added, one zero serves both.
                 at_hidden = torch.zeros_like(inputs).requires_grad_() if kind == "gru" else at_input
                 inputs = inputs + at_input
-                states, outs, raws = [], [], []
+                states, outs = [], []
                 for step in range(len(sequence)):
                     states.append(h)
                     from_hidden = F.linear(h, w_hh, b_hh)
@@ -121,15 +120,13 @@ class Recurrent(Rule):
                     h_before, c_before = h, state
                     h, state = _step(kind, inputs[step], from_hidden, h, state)
                     if w_hr is not None:
-                        raws.append(h)
                         h = F.linear(h, w_hr)
                     if on is not None:
                         h = torch.where(on[step, :, None], h, h_before)
                         if state is not None and c_before is not None:
                             state = torch.where(on[step, :, None], state, c_before)
                     outs.append(h)
-                raw = torch.stack(raws) if raws else None
-                strands.append(Strand(prefix, sequence, torch.stack(states), at_input, at_hidden, raw))
+                strands.append(Strand(prefix, sequence, torch.stack(states), at_input, at_hidden))
                 last_h.append(h)
                 if state is not None:
                     last_c.append(state)
@@ -158,6 +155,8 @@ class Recurrent(Rule):
         if layout is None:
             return None
         keep = torch.is_grad_enabled()
+        dtype = functools.reduce(torch.promote_types, (v.dtype for v in t.values()))  # under autocast there are several
+        t, gs = {k: v.to(dtype) for k, v in t.items()}, [None if g is None else g.to(dtype) for g in gs]
         halves: list[tuple[str, Tensor, Tensor]] = []
         projected = any(name.endswith("hr") for name in c["weights"])
         if c["kind"] == "lstm" and not keep and not projected and len(gs) == (2 if c["cell"] else 3):

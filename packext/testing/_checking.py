@@ -20,6 +20,8 @@ from packext.testing._report import Entry, Report, relative_error
 from packext.testing._samples import call
 from packext.testing._second_order import CURVATURE_ORACLES, drawn
 
+#: How far a sum of the samples' gradients may be from that of the batch, relative to it, by rounding in the model.
+UNEQUAL = 1e-2
 #: Passes that the mean of a random quantity is taken over.
 PASSES = 100
 #: Standard errors that Student's t of 100 values exceeds once in 100,000 times.
@@ -42,9 +44,10 @@ def check(
     matrices: a root of the GGN row by row, the Hessian by differentiating the gradient, and Kronecker factors from
     calls of the modules with one sample each. A root is one of many: its square is compared, by products with random
     vectors, as `HMP` and `GGNMP` are, and a Gram matrix by what is the same for all roots. So is the matrix that an
-    `EKFAC` without a basis stands for; a basis that it is given has to be by name. Of `TopEigenvalues`, vectors are to
-    be orthonormal, values their Rayleigh quotients and, within the residuals, the matrix's own. `KFRA` and `PCHMP` have
-    definitions for `nn.Sequential`s of modules that are one function each.
+    `EKFAC` without a basis stands for; a basis that it is given has to be by name, and so has the direction of a
+    `GradDot`. Of `TopEigenvalues`, vectors are to be orthonormal, values their Rayleigh quotients and, within the
+    residuals, the matrix's own. `KFRA` and `PCHMP` have definitions for `nn.Sequential`s of modules that are one
+    function each.
 
     Args:
         model: copied, so that it, its gradients and hooks stay as they are.
@@ -96,6 +99,12 @@ def against(reference: Reference, quantities: Sequence[Quantity], tolerance: flo
     twin = next(_passes(reference, [*first_order, *curvature] or random, 1))
     apart = not all(isinstance(q, HessianQuantity) for q in quantities)
     if apart:  # those of the Hessian know no samples
+        if reference.rounding > UNEQUAL:
+            raise NoOracle(
+                f"check: the gradient of the batch differs from the sum over the samples by {reference.rounding:.1e}: "
+                "the loss does not weight them equally, as a mean with class weights or ignored targets does not. Pass "
+                'one with reduction="sum".'
+            )
         tolerance = max(tolerance, min(1e-4, 30 * reference.rounding))
     report = compare(twin, first_order, reference.gradients, reference.factor, tolerance) if first_order else Report()
     for quantity in curvature:

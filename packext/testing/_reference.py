@@ -85,8 +85,10 @@ class Reference:
         self.n = batch_size(self.inputs, batch_axis)
         if not self.n:
             raise ValueError("check: the batch is empty, pass a few samples.")
-        mean = getattr(self.loss_fn, "reduction", "mean") == "mean"
-        self.factor = float(self.n) if mean else 1.0
+        reduction = getattr(self.loss_fn, "reduction", "mean")
+        if reduction not in ("mean", "batchmean", "sum"):
+            raise NoOracle(f"check: {self.loss_fn} has reduction={reduction!r}. Pass one with 'mean' or 'sum'.")
+        self.factor = 1.0 if reduction == "sum" else float(self.n)
         self.weights = [1 / self.factor] * self.n if weights is None else list(weights)
         self._factors: dict[str, Factors] = {}
         with torch.no_grad(), torch.random.fork_rng(), Apart(model, "check"):

@@ -48,6 +48,7 @@ def step(monitor: Cockpit, x: Tensor, y: Tensor, **options: Any) -> None:
 def test_scale_of_inputs_and_outputs() -> None:
     monitor, (x, y) = watch(mlp(), InputScale(), OutputScale(), BatchSize()), batch(6)
     x = x * 3 + 1
+    hooks = dict(monitor.model._forward_pre_hooks), dict(monitor.model._forward_hooks)
     with torch.no_grad():
         out = monitor.model(x)
     step(monitor, x, y)
@@ -60,7 +61,7 @@ def test_scale_of_inputs_and_outputs() -> None:
     spread = (out - out.mean(0)).square().mean() ** 0.5 / out.square().mean() ** 0.5
     assert np.isclose(values["OutputScale.spread"], spread)
     assert values["BatchSize"] == 6
-    assert not monitor.model._forward_pre_hooks or len(monitor.model._forward_pre_hooks) == 1  # extend's own
+    assert (dict(monitor.model._forward_pre_hooks), dict(monitor.model._forward_hooks)) == hooks
     bad = x.clone()
     bad[0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     step(monitor, bad, y)
@@ -224,6 +225,8 @@ def test_how_weights_started() -> None:
     want = {"InitialScale.alike": 1.0, "InitialScale/3.weight": 0.5 * 6**0.5, "InitialScale/4.weight": 0.0}
     want["InitialScale/2.weight"] = float(model[2].weight.detach().norm()) / 48**0.5 * 8**0.5
     monitor, y = watch(model, InitialScale(), Loss()), torch.randint(3, (4,))
+    with monitor.step():  # in which nothing happens
+        pass
     step(monitor, torch.randint(9, (4, 2)), y)
     assert {k: v for k, v in monitor.values.items() if "Initial" in k} == pytest.approx(want)
     step(monitor, torch.randint(9, (4, 2)), y)

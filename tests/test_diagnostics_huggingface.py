@@ -25,7 +25,7 @@ from packext.diagnostics import (
     SampleNorms,
     Step,
 )
-from packext.diagnostics._observe import _ACTIVE
+from packext.diagnostics._observe import _HERE
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -268,9 +268,35 @@ def test_after_an_error(tmp_path: Any) -> None:
     handle.remove()
     assert px.is_extended(net)
     callback.close()
-    assert not px.is_extended(net) and not net._forward_hooks and not _ACTIVE
+    assert not px.is_extended(net) and not net._forward_hooks and not _HERE.steps
     fit(net, tmp_path, callback)
     assert "NormTest" in callback.monitor.values
+    handle = net.lm_head.register_forward_hook(boom)
+    with pytest.raises(ZeroDivisionError):
+        fit(net, tmp_path, callback)
+    handle.remove()
+    fit(net, tmp_path, callback)  # which leaves nothing behind of what has failed before
+    assert "NormTest" in callback.monitor.values
+    assert not px.is_extended(net) and not net._forward_hooks and not _HERE.steps
+
+
+class Own(torch.nn.Module):
+    """A module that is none of transformers' and computes its loss itself, by a module that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.loss = torch.nn.Linear(8, 3), torch.nn.CrossEntropyLoss()
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> Any:
+        logits = self.head(input_ids.float())
+        return transformers.modeling_outputs.SequenceClassifierOutput(loss=self.loss(logits, labels), logits=logits)
+
+
+def test_a_module_of_ones_own(tmp_path: Any) -> None:
+    callback = CockpitCallback(None, instruments=[Loss(), NormTest(), Alpha()])
+    fit(Own(), tmp_path, callback, kind="bert", remove_unused_columns=False)
+    assert {"Loss", "NormTest"} <= callback.monitor.values.keys()
+    assert callback.monitor.absent["Alpha"] == "the samples' parts of the loss are not known"
 
 
 def test_a_record(tmp_path: Any) -> None:

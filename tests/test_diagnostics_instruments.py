@@ -393,6 +393,47 @@ def test_dead_units_and_scale_of_activations() -> None:
     assert "axis" in tokens.absent["DeadUnits/1"] and "DeadUnits" not in tokens.values
 
 
+def test_a_relu_that_is_called_for_several_layers() -> None:
+    for width in (4, 6):
+        relu = nn.ReLU()
+        first, second = nn.Linear(5, 4), nn.Linear(4, width)
+        with torch.no_grad():
+            first.bias[:] = torch.tensor([-100.0, -100.0, 100.0, 100.0])
+            second.weight.zero_()
+            second.bias[:] = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, 1.0][:width])
+        monitor, model, loss = watched(DeadUnits(), model=nn.Sequential(first, relu, second, relu))
+        step_of(monitor, model, loss, torch.randn(N, 5), torch.randint(4, (N,)))
+        if width == 4:
+            assert monitor.values["DeadUnits/1"] == 1 / 4  # off in both
+        else:
+            assert monitor.absent["DeadUnits/1"] == "it has 4 units in one call and 6 in another"
+
+
+def test_a_condition_without_a_pass() -> None:
+    monitor, model, loss = watched(NTKCondition())
+    with monitor.step():
+        pass
+    assert "no backward pass" in monitor.absent["NTKCondition"]
+    step_of(monitor, model, loss, *batch(N))
+    assert monitor.absent["NTKCondition"].endswith("of MSELoss, not of CrossEntropyLoss")
+
+
+class Second(HessMaxEV):
+    """Asks for the same as the first, at first."""
+
+
+def test_two_that_ask_for_eigenvalues_of_what_is_not_symmetric() -> None:
+    monitor, model, loss = watched(HessMaxEV(), Second(), model=mlp().float())
+    x, y = batch(N)
+    for _ in range(2):
+        with monitor.step():
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss(model(x.float()), y)
+            value.backward()
+        for name in ("HessMaxEV", "Second"):
+            assert "eigsh: matvec is not a symmetric operator" in monitor.absent[name]
+
+
 def test_sampled_histograms_agree_with_those_of_all_samples_within_their_error() -> None:
     n = 64
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 5))
@@ -433,15 +474,16 @@ def test_noise_scale_over_steps_is_a_ratio_of_averages() -> None:
         assert "all noise" in monitor.absent["NoiseScale.critical_batch"]
 
 
-def test_rows_that_do_not_differ_have_no_ratio() -> None:
-    monitor, model, loss = watched(GradSNR(), NormTest(), Alpha())
+def test_rows_that_do_not_differ_have_no_noise() -> None:
+    monitor, model, loss = watched(GradSNR(), NormTest(), NoiseScale(), Alpha())
     x, y = torch.ones(N, 5), torch.zeros(N, dtype=torch.long)
     for _ in range(2):
         with monitor.step():
             loss(model(x), y).backward()
             monitor.optimizer.step()
             monitor.optimizer.zero_grad()
-    assert monitor.values["NormTest"] < 1e-6
+    assert monitor.values["NormTest"] < 1e-6 and monitor.values["NoiseScale"] < 1e-12
+    assert monitor.values.get("GradSNR", 1e99) > 1e12  # but for rounding, there is no variance to divide by
     assert "Alpha" in monitor.values
 
 

@@ -404,15 +404,29 @@ def refused(rank: int) -> None:
 
 
 def penalized(rank: int) -> None:
-    """A term of the loss that passes by the model is noticed."""
+    """A term of the loss that passes by the model is noticed: inner products with the gradient are then of both."""
     model = WAYS["DDP(extend)"](network())
-    monitor = watched(model, asked=[Alpha, GradNorm])
+    apart = [Alpha, NormTest, InnerTest, OrthoTest, NoiseScale, GradSNR, MeanGSNR]
+    monitor = watched(model, asked=[*apart, GradNorm, SampleNorms])
     x, y = data(4, rank)
     loss = px.extend(nn.CrossEntropyLoss())
     with monitor.step():
         (loss(model(x), y) + sum(p.square().sum() for p in model.parameters())).backward()
         monitor.optimizer.step()
-    assert "terms of the loss pass by the model" in monitor.absent["Alpha"] and "GradNorm" in monitor.values
+    for kind in apart:
+        assert "terms of the loss pass by the model" in monitor.absent[kind.__name__]
+    assert {"GradNorm", "SampleNorms"} <= monitor.values.keys()
+
+
+def climbed(rank: int) -> None:
+    """A loss with a negative factor."""
+    (x, y), found, loss = data(8, 3), [], px.extend(nn.CrossEntropyLoss())
+    for model in (by_itself(network()), WAYS["DDP(extend)"](network())):
+        monitor = watched(model, asked=[Loss, NormTest, GradNorm, SampleNorms])
+        a, b = (t if monitor.ranks.size == 1 else t.chunk(WORLD)[rank] for t in (x, y))
+        steps(model, monitor, scaled(loss, -2.0), [(a, b)])
+        found.append({k: v for k, v in monitor.values.items() if isinstance(v, float)})
+    assert found[1] == pytest.approx(found[0], rel=1e-9) and "NormTest" in found[0]
 
 
 def continued(rank: int, path: str) -> None:
@@ -439,7 +453,8 @@ def named(rank: int) -> None:
 
 
 TASKS = (
-    as_one_process, uneven, accumulated, outside_in_passes, hessians, looked_at, unchanged, refused, penalized, named,
+    as_one_process, uneven, accumulated, outside_in_passes, hessians, looked_at, unchanged, refused, penalized, climbed,
+    named,
 )  # fmt: skip
 
 

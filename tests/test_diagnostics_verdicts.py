@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -49,6 +49,22 @@ def test_a_verdict_stands_until_findings_fail_to_come() -> None:
 def test_what_is_absent_speaks_neither_for_nor_against() -> None:
     assert list(hear([2, None, 2, 0, 0, {"Other": 1.0}, {"Other": 1.0}, 2])) == [2]
     assert list(hear([{"Other": 9.0}] * 5)) == []
+
+
+def test_a_step_is_heard_whole_though_the_last_one_is_completed_meanwhile() -> None:
+    class Seen(Rule):
+        failure, advice, reads = "seen", "Look.", ("Loss", "Alpha", "mine")
+        pages: ClassVar[list[tuple[int, list[str]]]] = []
+
+        def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+            self.pages.append((step, sorted(values)))
+
+    judge = Judge([Seen()])
+    for step, names in ((0, ["Loss"]), (1, ["mine"]), (0, ["Alpha"]), (1, ["Loss"]), (2, ["Loss"]), (1, ["Alpha"])):
+        judge.hear(step, dict.fromkeys(names, 1.0))
+    assert Seen.pages[2:] == [
+        (0, ["Alpha", "Loss"]), (1, ["Loss", "mine"]), (2, ["Loss"]), (1, ["Alpha", "Loss", "mine"]),
+    ]  # fmt: skip
 
 
 def test_other_places_are_said() -> None:

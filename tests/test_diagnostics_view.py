@@ -179,6 +179,23 @@ def test_layers_are_in_the_order_of_the_model(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values, [[np.nan, 3], [4, 3]])
 
 
+def test_layers_that_come_one_after_another_are_sent_in_one_order(tmp_path: Path) -> None:
+    """As where a model is unfrozen from its end: the page has rows of the steps before."""
+    run, content, page, since = Run(tmp_path), Content(tmp_path), {}, -1
+    run.begin([])
+    for step, trained in enumerate((["2"], ["1", "2"], ["0", "1", "2"])):
+        frozen = {f"Untrained/{name}": 1.0 for name in "012" if name not in trained}
+        run.write(step, {f"GradNorm/{name}": 1.0 + int(name) for name in trained} | frozen, {})
+        content.update()
+        table, since = content.message(since)["maps"]["GradNorm"], content.revision
+        rows = np.frombuffer(base64.b64decode(table["values"]), "<f4").reshape(-1, len(table["layers"]))
+        page |= dict(zip(table["at"], rows, strict=True))
+    names = table["layers"]
+    for step, trained in enumerate((["2"], ["1", "2"], ["0", "1", "2"])):
+        wanted = [1.0 + int(name) if name in trained else np.nan for name in names]
+        np.testing.assert_array_equal(page[step], wanted)
+
+
 def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.begin([])
@@ -222,6 +239,8 @@ def test_every_instrument_has_a_place() -> None:
     assert {kind.__name__ for kind in LEVELS["full"]} - once <= shown | HEATS.keys()
     [own] = [panel for panel in panels_of(["Loss", "valid_loss"], []) if panel.title == "valid_loss"]
     assert own.column == "Other" and own.names == {"valid_loss": "valid_loss"}
+    titles = [panel.title for panel in panels_of(["HessTrace", "Trace"], [])]  # by which the page knows panels
+    assert titles == ["Trace", "Trace (your own)"]
 
 
 # -- server --------------------------------------------------------------------------------------------
@@ -305,10 +324,11 @@ def test_a_record_that_comes_late_goes_away_and_comes_back(tmp_path: Path, serve
 def test_a_record_of_which_files_are_missing(tmp_path: Path, serve: Any) -> None:
     record(tmp_path)
     server, said = serve(tmp_path)
-    for name, cut in (("arrays.bin", 40), ("layers.bin", 40), ("arrays.bin", None), ("layers.bin", None)):
+    cuts: tuple[int | None, ...] = (40, 41, 0, None)
+    for name, cut in ((name, cut) for cut in cuts for name in ("arrays.bin", "layers.bin")):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
-        if cut:
+        if cut is not None:
             (tmp_path / name).write_bytes(whole[:cut])
         server.runs[0].content = None
         for _ in range(2):

@@ -224,7 +224,7 @@ class Watch:
         """Hand over a scalar loss that no extended module has computed, before `backward()`.
 
         Args:
-            value: the loss.
+            value: the loss; of extended losses that are parts of it, none counts by itself.
             each: gives the samples' parts of it `[N]`, which add up to it; called if an instrument reads them.
         """
         if self._observer is not None:
@@ -234,32 +234,16 @@ class Watch:
         monitor = self._monitor
         number, monitor.steps, monitor._begun = monitor.steps, monitor.steps + 1, True
         self._due = monitor.instruments if monitor.every(number) else []
+        self._entered: list[Instrument] = []
         self._following, monitor._following = monitor._following, []
         if not self._due and not self._following:
             return self
         monitor.ranks.check()
         model = monitor.model
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
         step = Step(number, model, monitor.optimizer, parameters, monitor.born, samples=self._samples)
-        coupled = _coupled(model)
-        self._missing: dict[int, str] = {}
-        self._needs: list[tuple[Any, ...]] = []
-        self._fields: list[tuple[str, ...]] = []
-        for instrument in self._due:
-            instrument.enter(number, model)
-        readers = [(i, tuple(i.needs)) for i in self._due] + [(i, needs) for _, i, needs in self._following]
-        for k, (_, needs) in enumerate(readers):
-            if coupled and any(not isinstance(q, HESSIAN) for q in needs):
-                self._missing[k], needs = coupled, ()
-            elif (obstacle := monitor.ranks.obstacle(readers[k][0], needs)) is not None:
-                self._missing[k], needs = obstacle, ()
-            self._needs.append(monitor.ranks.needs(needs))
-            self._fields.append(tuple(q.savefield for q in needs))
-        if any(not isinstance(q, HESSIAN) for needs in self._needs for q in needs):
-            self._needs.append((Count(),))
-        wanted = any(i.losses for i, _ in readers)
         try:
-            observer = Observer(step, self._needs, self._scale, wanted, self._loss_scale)
+            observer = Observer(step, *self._ask(model, number), self._scale, self._loss_scale)
             observer.begin()
         except BaseException:
             self._leave()
@@ -267,8 +251,29 @@ class Watch:
         self._observer = observer
         return self
 
-    def _leave(self) -> None:
+    def _ask(self, model: nn.Module, number: int) -> tuple[list[tuple[Any, ...]], bool]:
+        """Have the instruments enter the step; each one's quantities, and whether one reads individual losses."""
+        monitor, coupled = self._monitor, _coupled(model)
+        self._missing: dict[int, str] = {}
+        self._needs: list[tuple[Any, ...]] = []
+        self._fields: list[tuple[str, ...]] = []
         for instrument in self._due:
+            instrument.enter(number, model)
+            self._entered.append(instrument)
+        readers = [(i, tuple(i.needs)) for i in self._due] + [(i, needs) for _, i, needs in self._following]
+        for k, (instrument, needs) in enumerate(readers):
+            if coupled and any(not isinstance(q, HESSIAN) for q in needs):
+                self._missing[k], needs = coupled, ()
+            elif (obstacle := monitor.ranks.obstacle(instrument, needs)) is not None:
+                self._missing[k], needs = obstacle, ()
+            self._needs.append(monitor.ranks.needs(needs))
+            self._fields.append(tuple(q.savefield for q in needs))
+        if any(not isinstance(q, HESSIAN) for needs in self._needs for q in needs):
+            self._needs.append((Count(),))
+        return self._needs, any(i.losses for i, _ in readers)
+
+    def _leave(self) -> None:
+        for instrument in self._entered:
             instrument.leave()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -337,7 +342,10 @@ def _plain(value: Any) -> float | np.ndarray:
         return float(value)
     if isinstance(value, Tensor) and not value.dim():
         return float(value)
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # which has no bfloat16
+    array = np.asarray(value)
     return float(array) if array.ndim == 0 else array.copy()
 
 

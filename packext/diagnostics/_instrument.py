@@ -44,7 +44,7 @@ class Instrument:
         """Raise a `ValueError` if the instrument does not fit the model or the optimizer."""
 
     def start(self, step: int) -> None:
-        """The monitor starts at `step`, which is not 0 where it continues a record."""
+        """A monitor starts at `step`, not 0 where it continues a record; forget what was kept of another run."""
 
     def enter(self, step: int, model: nn.Module) -> None:
         """A step that is tracked begins."""
@@ -65,7 +65,7 @@ class Instrument:
             step: what was seen of it.
 
         Returns:
-            A number (or tensor or array with one entry); an array; or a dictionary of them: "" for the whole, by the
+            A number (or tensor or array without axes); an array; or a dictionary of them: "" for the whole, by the
             names of parameters or modules (recorded as "Name/0.weight"), or of parts that begin with a dot
             ("Name.part"). A member may be an `Absent`. None where the value comes with the next step.
 

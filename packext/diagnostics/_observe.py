@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -17,8 +18,21 @@ import packext as px
 from packext.diagnostics._step import COMBINE, OUTSIDE, Call, Count, Pass, Step, apart, rescaled
 from packext.diagnostics._tensors import inner, norms
 
-#: Steps under way, the innermost last. Where monitors are nested, the innermost context asks for all of them.
-_ACTIVE: list[Observer] = []
+
+class _Here(threading.local):
+    """Steps under way in this thread, the innermost last: two threads that train at once do not see each other.
+
+    Where monitors are nested, the innermost context asks for all of them.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Observer] = []
+
+
+_HERE = _Here()
+
+#: Kinds of losses that are handed over.
+GIVEN = ("loss()", "losses()")
 
 
 class Union:
@@ -55,27 +69,30 @@ class Observer:
     """One step of one model under observation."""
 
     def __init__(
-        self, step: Step, asked: Sequence[Sequence[Any]], scale: str | float, losses: bool, loss_scale: float
+        self, step: Step, asked: Sequence[Sequence[Any]], losses: bool, scale: str | float, loss_scale: float
     ) -> None:
-        """Take the step to fill, each instrument's quantities, the scale, whether to keep losses, and a factor."""
+        """Take the step to fill, each instrument's quantities, whether to keep losses, the scale, and a factor."""
         self.step, self.asked, self._wanted = step, asked, losses
         # The number of samples in the step is known at its end: until then all is of the loss as written.
         self._counts = scale == "mean"
         self.scale = 1.0 / loss_scale if self._counts else scale
         self._open: Pass | None = None
+        self._held: dict[str, tuple[Tensor | None, int]] = {}  # `.grad` when the pass began, and its version
         self._fresh: tuple[px.Results, list[dict[str, str]]] | None = None
         self._grads: dict[str, Tensor | None] = {}  # when the pass had ended: a private optimizer takes them away
         self._running: nn.Module | None = None
         self._hooks: dict[nn.Module, Any] = {}
+        self._computed: list[tuple[Call, Any]] = []  # by extended losses since the last pass, with autograd's nodes
         self._versions: list[int] | None = None
         self._sum: dict[str, Tensor] = {}
 
     def begin(self) -> None:
         """Install what listens."""
-        _ACTIVE.append(self)
+        self._around = _HERE.steps
+        self._around.append(self)
         try:
             union = Union()
-            self._asking = [(o, [union.add(part) for part in o.asked]) for o in _ACTIVE if any(o.asked)]
+            self._asking = [(o, [union.add(part) for part in o.asked]) for o in self._around if any(o.asked)]
             if len({o.scale for o, _ in self._asking}) > 1:
                 raise px.PackextError(
                     f"Nested monitors have different scales, {[o.scale for o, _ in self._asking]}: "
@@ -93,7 +110,7 @@ class Observer:
                 )
                 self._context.__enter__()
         except BaseException:
-            _ACTIVE.remove(self)
+            self._around.remove(self)
             raise
         self._listener = register_module_forward_pre_hook(self._called)
         self.step.began = perf_counter()
@@ -105,7 +122,8 @@ class Observer:
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
-        _ACTIVE.remove(self)
+        self._computed.clear()
+        self._around.remove(self)
         if self._context is not None:
             # The record says that a step had no backward pass; the context need not raise.
             self._context.__exit__(StopIteration, None, None)
@@ -128,6 +146,7 @@ class Observer:
     def _rescale(self, factor: float) -> None:
         """Multiply individual gradients and losses."""
         step, done = self.step, {}
+        step._shared.clear()  # it may hold the gradient's norms
         step._gradient = {name: g * factor for name, g in step._gradient.items()}
         for p in step.passes:
             p.share *= factor
@@ -147,15 +166,17 @@ class Observer:
         reduction = module.__dict__.get("reduction") or getattr(type(module), "reduction", None)
         if not isinstance(reduction, str) or self._running is not None or not px.is_extended(module):
             return
+        if self not in _HERE.steps:  # another thread's
+            return
         if next(module.parameters(), None) is not None:
             return
         self._running = module  # a loss may be made of losses: the outermost counts
         if module not in self._hooks:
-            # Registered now, it comes after the hook by which packext marks the loss.
-            self._hooks[module] = module.register_forward_hook(self._ran, with_kwargs=True)
+            # Registered now, it comes after the hook by which packext marks the loss; also of a call that fails.
+            self._hooks[module] = module.register_forward_hook(self._ran, with_kwargs=True, always_call=True)
 
     def _ran(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if module is not self._running:
+        if module is not self._running or self not in _HERE.steps:
             return
         self._running = None
         if not (isinstance(output, Tensor) and output.requires_grad):
@@ -166,7 +187,9 @@ class Observer:
             each = output.detach()
         elif self._wanted:
             each = _individual(module, args, kwargs)
-        self._listen(Call(type(module).__name__, reduction, output.detach(), each), output)
+        call = Call(type(module).__name__, reduction, output.detach(), each)
+        self._computed.append((call, output.grad_fn))
+        self._listen(call, output)
 
     def given(self, losses: Tensor) -> None:
         """The user's own losses `[N]`, before the backward pass."""
@@ -180,21 +203,24 @@ class Observer:
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"loss() takes the scalar that backward() will go through, got {what}.")
+        for call, node in self._computed:  # a model that holds its loss as a module
+            call.part = call.part or _leads(value.grad_fn, node)
         rows = each() if self._wanted else None
         unknown = "the samples' parts of the loss are not known"
-        self._listen(Call("loss()", "mean", value.detach(), unknown if rows is None else rows), value)
+        self._listen(Call("loss()", "mean", value.detach(), unknown if rows is None else rows.detach()), value)
 
     def _listen(self, call: Call, output: Tensor) -> None:
         output.register_hook(functools.partial(self._reached, call))
 
     # -- backward passes ---------------------------------------------------------------------------
     def _reached(self, call: Call, g: Tensor) -> None:
-        if self not in _ACTIVE:
+        if self not in self._around or call.part:
             return
         task = torch._C._current_graph_task_id()
         if self._open is None or self._open.task != task:
             self._fresh = None
             grads = {name: p.grad for name, p in self.step.parameters.items()}
+            self._held = {k: (v, 0 if v is None else v._version) for k, v in grads.items()}
             self._open = Pass(task, {k: None if v is None else v.detach().clone() for k, v in grads.items()})
             if self._versions is None:
                 self.step._start = {name: p.detach().clone() for name, p in self.step.parameters.items()}
@@ -203,10 +229,11 @@ class Observer:
             # Queued from a callback, it runs after those that are queued during the pass, such as the context's.
             queue(lambda: queue(functools.partial(self._ended, task)))
         self._open.calls.append((call, g.detach()))
-        if len({c.kind in ("loss()", "losses()") for c, _ in self._open.calls}) > 1:
+        given, computed = ([c for c, _ in self._open.calls if (c.kind in GIVEN) == own] for own in (True, False))
+        if given and computed:
             raise px.PackextError(
-                f"losses() was given what an extended {call.kind} has computed as well: it is for losses that are not "
-                "extended modules."
+                f"{given[0].kind} was given what an extended {computed[0].kind} has computed as well: it is for losses "
+                "that are not extended modules."
             )
 
     def _emitted(self, results: px.Results) -> None:
@@ -225,20 +252,23 @@ class Observer:
         if p is None or p.task != task:
             return
         self._open = self._fresh = None
-        grads, self._grads = self._grads, {}
+        self._computed.clear()  # and with it the graphs
+        # Where a private optimizer has taken it away by now, `.grad` as it was at the end of the pass.
+        after = {k: self._grads.get(k) if q.grad is None else q.grad for k, q in self.step.parameters.items()}
+        held, self._held, self._grads = self._held, {}, {}
         if self.versions() != self._versions:
             return  # a closure that was evaluated elsewhere, as in LBFGS: not where the step began
-        gradient = self._increments(p, grads)
+        if all(g is held[k][0] and (g is None or g._version == held[k][1]) for k, g in after.items()):
+            return  # a pass through another model, or to something else than parameters (the inputs of an attack)
+        gradient = self._increments(p, after)
         results, fields = fresh or (None, [])
         own = {k: vars(results[q]) for k, q in self.step.parameters.items() if results is not None and q in results}
-        if not own and not any(bool(g.any()) for g in gradient.values()):
-            return  # a pass through another model
         raw = {held: {k: r[held] for k, r in own.items() if held in r} for part in fields for held in part.values()}
         p.n = _samples(raw, p)
         self._scale(p)
         p.results = [{field: raw[held] for field, held in part.items()} for part in fields]
         self.step.passes.append(p)
-        self._weigh(p, gradient, grads)
+        self._weigh(p, gradient, after)
         p.before = {}
         if len(self.step.passes) > 1:  # what is defined within one pass only is of no more use
             for part in (part for q in self.step.passes for part in q.results):
@@ -247,11 +277,10 @@ class Observer:
         self._compare(p, gradient)
         self._add(p, gradient)
 
-    def _increments(self, p: Pass, grads: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        """What the pass has added to `.grad`, by parameter; of those that have none any more, to that in `grads`."""
+    def _increments(self, p: Pass, after: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        """What the pass has added to `.grad`, by parameter, from what that was after it."""
         found = {}
-        for name, q in self.step.parameters.items():
-            grad = grads.get(name) if q.grad is None else q.grad
+        for name, grad in after.items():
             if grad is None:
                 continue
             g, before = grad.detach(), p.before[name]
@@ -290,19 +319,18 @@ class Observer:
             g = g if factor == 1.0 else g * factor
             self._sum[name] = self._sum[name] + g if name in self._sum else g
 
-    def _weigh(self, p: Pass, gradient: dict[str, Tensor], grads: dict[str, Tensor | None]) -> None:
+    def _weigh(self, p: Pass, gradient: dict[str, Tensor], after: dict[str, Tensor | None]) -> None:
         """Note of each of several passes what tells terms of the loss that pass by the model, in several processes."""
         passes = self.step.passes
         if len(passes) == 2:  # of the first one, now that it is not the only one
-            first = {k: g / passes[0].share for k, g in self._sum.items()}
-            passes[0].balance = self._balance(passes[0], first, p.before)
+            passes[0].balance = self._balance(passes[0], self._sum, p.before, passes[0].share)
         if len(passes) > 1:
-            after = {k: grads.get(k) if q.grad is None else q.grad for k, q in self.step.parameters.items()}
             p.balance = self._balance(p, gradient, after)
 
     def _balance(
-        self, p: Pass, added: dict[str, Tensor], after: Mapping[str, Tensor | None]
+        self, p: Pass, added: dict[str, Tensor], after: Mapping[str, Tensor | None], times: float = 1.0
     ) -> tuple[float, float, float] | None:
+        """`Pass.balance`, from `times` what the pass has added to `.grad`; None if nothing needs it."""
         kept = next((part["kept"] for part in p.results if part.get("kept")), None)
         if kept is None:
             return None
@@ -314,7 +342,7 @@ class Observer:
                 whole += inner(direction, direction)
                 along += inner(added[name], direction) if name in added else 0.0
                 rows += float(kept[name](direction).double().mean()) / p.share if name in kept else 0.0
-        return rows, along, whole
+        return rows, along / times, whole
 
     def _compare(self, p: Pass, gradient: dict[str, Tensor]) -> None:
         """Note if `.grad` is not the mean of the individual gradients, judging by the squared norms of both."""
@@ -336,11 +364,26 @@ def _samples(raw: dict[str, dict[str, Any]], p: Pass) -> int | None:
     return counts[0] if counts else None
 
 
+def _leads(start: Any, end: Any) -> bool:
+    """Whether a way in autograd's graph leads from one of its nodes to another."""
+    seen, todo = set(), [start]
+    while todo:
+        node = todo.pop()
+        if node is not None and node is end:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return False
+
+
 def _individual(module: nn.Module, args: Any, kwargs: Any) -> Tensor | str:
     """Losses of the entries of a loss's input, before they are reduced; or why there are none."""
     name = type(module).__name__
     if not type(module).__module__.startswith("torch.nn"):
         return f"{name} is not one of torch's losses: calling it again might change it"
+    if name == "CTCLoss" and module.reduction == "mean":
+        return "CTCLoss divides losses by the lengths of their targets before their mean: take reduction='sum'"
     again = copy.copy(module)
     again.reduction = "none"  # type: ignore[assignment]
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))

@@ -268,7 +268,17 @@ class Run:
         return [*self._arrays, *dict.fromkeys(name for k in self._stacks for name in self._groups[k])]
 
     def column(self, name: str) -> np.ndarray:
-        """Values of one name at all of `steps`, float64; NaN where there is none (`absent` says why)."""
+        """Numbers of one name over the steps.
+
+        Args:
+            name: as in `names`.
+
+        Returns:
+            `[steps]`, float64, at all of `steps`; NaN where there is none (`absent` says why).
+
+        Raises:
+            KeyError: for another name.
+        """
         if name not in self._columns and name not in self.names:
             raise KeyError(f"{name!r} is no column of the record: {', '.join(self.names) or 'it is empty'}")
         if name in self._columns:
@@ -320,19 +330,30 @@ class Run:
         found = np.full((len(steps), len(names)), math.nan)
         if not found.size:
             return steps, found
-        rows = np.memmap(self.path / LAYERS, "<f8", "r")
+        written = (self.path / LAYERS).stat().st_size // 8  # without a number that was not finished
+        if (places + np.array([len(group) for group in self._groups])[groups]).max() > written:
+            raise lacking(self.path / LAYERS)
+        rows = np.memmap(self.path / LAYERS, "<f8", "r", shape=(written,))
         for group in np.unique(groups).tolist():
             at = {name: k for k, name in enumerate(self._groups[group])}
             columns = [k for k, name in enumerate(names) if name in at]
             here = np.flatnonzero(groups == group)
             offsets = np.array([at[names[k]] for k in columns], dtype=np.int64)
-            if places[here].max() + len(at) > len(rows):
-                raise lacking(self.path / LAYERS)
             found[here[:, None], columns] = rows[places[here][:, None] + offsets]
         return steps, found
 
     def arrays(self, name: str) -> Arrays:
-        """Arrays of one name by step, each read from disk when it is asked for."""
+        """Arrays of one name.
+
+        Args:
+            name: as in `array_names`.
+
+        Returns:
+            The arrays by step, each read from disk when it is asked for.
+
+        Raises:
+            KeyError: for another name.
+        """
         if name not in self.array_names:
             raise KeyError(f"{name!r} is no array of the record: {', '.join(self.array_names) or 'it has none'}")
         places: dict[int, tuple[int, int | None]] = {}

@@ -68,7 +68,7 @@ class Pass:
         task: autograd's number of it.
         calls: the losses that it came through: value, individual losses (or why there are none), gradient that arrived.
         before: `.grad` of each parameter when it began.
-        results: of each instrument, by savefield and parameter.
+        results: of each instrument, by savefield and parameter; of several processes also why there are none.
         n: number of samples, if known.
         multiplier: of the samples' own losses, known when the step has ended; divided out where that can be done.
         share: factor from the loss as written to the mean of the samples' own losses; NaN if that is not known.
@@ -79,7 +79,7 @@ class Pass:
     task: int
     before: dict[str, Tensor | None]
     calls: list[tuple[Call, Tensor]] = field(default_factory=list)
-    results: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
     n: int | None = None
     multiplier: float = 1.0
     share: float = 1.0
@@ -88,12 +88,21 @@ class Pass:
 
 @dataclass
 class Call:
-    """One call of a loss."""
+    """One call of a loss.
+
+    Attributes:
+        kind: the class of an extended loss; "loss()" or "losses()" for one that was handed over.
+        reduction: "mean", "sum", "none", or another word for a mean.
+        value: what it gave.
+        each: individual losses (or those of entries), or why there are none.
+        part: whether it is part of a loss that was handed over, which stands for it.
+    """
 
     kind: str
     reduction: str
     value: Tensor
     each: Tensor | str
+    part: bool = False
 
 
 @dataclass
@@ -108,7 +117,7 @@ class Step:
         number: of the step, from 0.
         model: the monitored model.
         optimizer: as given to the monitor.
-        parameters: those that require grad, by name.
+        parameters: those that require grad and have entries, by name.
         born: when the monitor was made, on the clock of `time.perf_counter`.
         began: when the step began, on that clock.
         seconds: from there to the end of the step.
@@ -145,7 +154,7 @@ class Step:
         if self._void:
             raise Absent(self._void)
         if not self.passes:
-            raise Absent("no backward pass through an extended loss in this step")
+            raise Absent("no backward pass through an extended loss has added to `.grad` in this step")
         return self.passes
 
     @property
@@ -200,9 +209,9 @@ class Step:
         for p in self._passed():
             parts: list[Tensor] = []
             for call, g in p.calls:
-                each = call.each
-                if isinstance(each, str):
-                    raise Absent(each)
+                if isinstance(call.each, str):
+                    raise Absent(call.each)
+                each = torch.atleast_1d(call.each)  # of a single sample it may have no axis
                 if len(each) != p.n:
                     raise Absent(f"{call.kind} has {len(each)} rows for {p.n or 'unknown'} samples")
                 if call.reduction == "none":
@@ -259,8 +268,12 @@ class Step:
 
     def along(self, gradient: dict[str, Tensor], direction: dict[str, Tensor]) -> float:
         """The inner product of the gradient with a direction, by parameter."""
-        total = lambda: sum(inner(g, direction[k].to(g.dtype)) for k, g in gradient.items())  # noqa: E731
-        return self.once(("along", id(direction)), total)
+
+        def make() -> tuple[float, Any]:
+            total = sum(inner(g, direction[k].to(g.dtype)) for k, g in gradient.items())
+            return total, (gradient, direction)  # held, so that nothing else gets their ids
+
+        return self.once(("along", id(gradient), id(direction)), make)[0]
 
     def _update_norms(self) -> dict[str, Tensor]:
         return self.once("update norms", lambda: norms(self._update or {}))
@@ -301,7 +314,7 @@ class Step:
         self._known_share()
         one = len(self.passes) == 1
         factors = [p.share if one else p.share * (p.n or 0) / self.n for p in self.passes]
-        if max(factors) - min(factors) > 1e-6 * max(factors):
+        if max(factors) - min(factors) > 1e-6 * max(map(abs, factors)):
             raise Absent("the backward passes of the step weigh their samples differently")
         return 1 / factors[0]
 
@@ -335,7 +348,7 @@ class Step:
 def rescaled(savefield: str, value: Any, multiplier: float) -> Any:
     """A result, with a factor on the loss divided out."""
     power = POWERS.get(savefield, 0)
-    if multiplier == 1.0 or not power or value is None:
+    if multiplier == 1.0 or not power or isinstance(value, str):
         return value
     factor = multiplier**-power
     if isinstance(value, tuple):  # estimates and eigenvalues: vectors and positions have no scale

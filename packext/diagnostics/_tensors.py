@@ -36,8 +36,8 @@ def largest(tensors: Iterable[Tensor]) -> float:
 
 
 def square(tensors: dict[str, Tensor]) -> float:
-    """The squared Euclidean norm of all together, in float64."""
-    return sum(float(t.double().square().sum()) for t in tensors.values())
+    """The squared Euclidean norm of all together."""
+    return sum(inner(t, t) for t in tensors.values())
 
 
 def norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class TogetherEigenvalues(MeanTopEigenvalues):
 
     Every product with the Hessian is averaged, within the backward pass that `DistributedDataParallel` averages. Of
     those before it (`no_sync()`) the processes need not have equally many: nothing is exchanged in them, and nothing
-    found.
+    found. (What is defined within one pass is absent then.)
     """
 
     def __init__(self, one: MeanTopEigenvalues, average: Callable[[Tensor], Tensor], parallel: Any) -> None:
@@ -77,7 +77,7 @@ class TogetherEigenvalues(MeanTopEigenvalues):
         """The eigenvalues."""
         if self._parallel.require_backward_grad_sync:
             return super().measure(_Averaged(point, self._average), generator)
-        return [None] * len(point.parameters)
+        return ["a pass that is not averaged"] * len(point.parameters)
 
 
 class _Averaged:
@@ -145,7 +145,7 @@ class Weighing:
         if field == "mean_top_eigenvalues":
             # They are of the average of the losses as written, over what this process's mean counts in its own.
             factor = share * len(self.shares)
-            return {name: None if e is None else _times(e, factor) for name, e in found.items()}
+            return {name: e if isinstance(e, str) else _times(e, factor) for name, e in found.items()}
         return None
 
     def _variance(self, variance: Tensor, mean: Tensor) -> Tensor:

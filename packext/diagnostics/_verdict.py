@@ -102,7 +102,8 @@ class Judge:
         """Take the rules, which keep state of their own and are heard by one judge."""
         self.rules = list(rules)
         self.standing: dict[Rule, Verdict] = {}
-        self._page = -1, Said()  # what was said of a step comes in parts
+        # What was said of a step comes in parts, of which the last may come when the next step has begun.
+        self._pages: dict[int, Said] = {}
         self._run: dict[Rule, int] = {}  # findings in a row; while its verdict stands, misses in a row
 
     def hear(self, step: int, values: Mapping[str, float | np.ndarray]) -> list[Verdict]:
@@ -117,12 +118,13 @@ class Judge:
         """
         said = []
         heard = {name.split("/")[0].split(".")[0] for name in values} if self.rules else set()
-        before = self._page[1] if self._page[0] == step else {}
-        self._page = step, Said({**before, **values})
+        page = self._pages[step] = Said({**self._pages.pop(step, {}), **values})
+        if len(self._pages) > 2:
+            del self._pages[min(self._pages)]
         for rule in self.rules:
             if heard.isdisjoint(rule.reads):
                 continue
-            finding, verdict = rule.look(step, self._page[1]), self.standing.get(rule)
+            finding, verdict = rule.look(step, page), self.standing.get(rule)
             if verdict is None:
                 self._run[rule] = self._run.get(rule, 0) + 1 if finding else 0
                 if finding and self._run[rule] >= rule.hold:

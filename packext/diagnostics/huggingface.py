@@ -78,6 +78,7 @@ class CockpitCallback(TrainerCallback):
         ):
             if wrong:
                 raise px.PackextError(f"CockpitCallback does not work with {what}.")
+        self.close()  # after an error nobody need have done so
         model = kwargs["model"]
         if not px.is_extended(model):
             self._extended = px.extend(model)
@@ -124,7 +125,7 @@ class CockpitCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the model as it was; for you to call after an error in the training, which callbacks are not told."""
+        """Leave the model as it was; for you to call after an error in training, of which callbacks are not told."""
         watch, self._watch = self._watch, None
         self._held = []
         if watch is not None:
@@ -146,7 +147,8 @@ class CockpitCallback(TrainerCallback):
 def _parts(model: Any, kwargs: Any, output: Any) -> Tensor | None:
     """The samples' parts of a language model's loss `[N]`; None where they are not known."""
     labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-    if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss" or labels is None or items is None:
+    function = getattr(getattr(model, "loss_function", None), "__name__", "")  # a module of the user's own has none
+    if function != "ForCausalLMLoss" or labels is None or items is None:
         return None
     size, logits = model.config.get_text_config().vocab_size, output.logits.detach()
     with torch.no_grad():

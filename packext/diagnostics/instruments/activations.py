@@ -48,8 +48,8 @@ class DeadUnits(_Hooked):
     - Units: a share
     - Cost: outputs are compared with 0 in the forward pass; no quantity
     - Source: the definition
-    - Absent: if no ReLU has run, or which axis holds the units is not known. A model without modules `nn.ReLU` or
-      `nn.ReLU6` is refused when the monitor is made
+    - Absent: if no ReLU has run; of one of which it is not known which axis holds the units, or that was called with
+      different numbers of them. A model without modules `nn.ReLU` or `nn.ReLU6` is refused when the monitor is made
     """
 
     def __init__(self, axis: int | None = None) -> None:
@@ -65,24 +65,29 @@ class DeadUnits(_Hooked):
 
     def see(self, path: str, output: Tensor) -> None:
         if self.axis is None and (output.dim() < 2 or output.dim() == 3):
-            self._seen[path] = Absent(f"which axis of {list(output.shape)} holds the units: pass DeadUnits(axis=...)")
+            self._add(path, Absent(f"which axis of {list(output.shape)} holds the units: pass DeadUnits(axis=...)"))
             return
         units = output.movedim(1 if self.axis is None else self.axis, 0).flatten(1)
-        alive = (units != 0).any(1)
-        self._seen[path] = alive | self._seen[path] if isinstance(self._seen.get(path), Tensor) else alive
+        self._add(path, (units != 0).any(1))
+
+    def _add(self, path: str, alive: Tensor | Absent, where: str = "call") -> None:
+        """Take the units that were alive in one call (or process), or why these are not known."""
+        known = self._seen.setdefault(path, alive)
+        if isinstance(known, Absent):
+            return
+        if isinstance(alive, Absent):
+            self._seen[path] = alive
+        elif known.shape == alive.shape:
+            self._seen[path] = known | alive
+        else:
+            self._seen[path] = Absent(f"it has {len(known)} units in one {where} and {len(alive)} in another")
 
     def unite(self, processes: Processes) -> None:
         mine = {path: s.cpu() if isinstance(s, Tensor) else s for path, s in self._seen.items()}
         self._seen = {}
         for seen in processes.gather(mine):
             for path, alive in seen.items():
-                known = self._seen.setdefault(path, alive)
-                if isinstance(alive, Absent):
-                    self._seen[path] = alive
-                elif isinstance(known, Tensor) and known.shape == alive.shape:
-                    self._seen[path] = known | alive
-                elif isinstance(known, Tensor):
-                    self._seen[path] = Absent(f"it has {len(known)} units in one process and {len(alive)} in another")
+                self._add(path, alive, "process")
 
     def measure(self, step: Step) -> dict[str, Any]:
         if not self._seen:

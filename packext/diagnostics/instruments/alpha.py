@@ -112,7 +112,7 @@ class Alpha(_Parabola):
       loss alone is evaluated once more at both, without its reduction
     - Source: Schneider, Dangel & Hennig 2021, section 3.1, where the variances are those of samples
     - Absent: where the parabola has no minimum ("concave") or starts at it ("flat"); without an update; for one sample;
-      if the parameters have changed between the two steps
+      if the parameters have changed between the two steps; where `SampleLosses` is
     """
 
     def read(self, fit: np.ndarray, length: float) -> float:

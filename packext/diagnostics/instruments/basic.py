@@ -102,7 +102,7 @@ class Distance(Instrument):
         self._resumed = False
 
     def start(self, step: int) -> None:
-        self._resumed = step > 0
+        self._first, self._resumed = None, step > 0
 
     def measure(self, step: Step) -> dict[str, Any]:
         if self._resumed:

@@ -31,27 +31,20 @@ class MeanHessianTrace(px.HessianTrace):
 
 
 class MeanTopEigenvalues(px.TopEigenvalues):
-    """Of the mean of the samples' own losses, in `mean_top_eigenvalues`."""
+    """Of the mean of the samples' own losses, in `mean_top_eigenvalues`; why Lanczos has failed, where it has."""
 
     savefield = "mean_top_eigenvalues"
 
-    def __init__(self, failures: list[str] | None = None, **options: Any) -> None:
-        """Take where to say why Lanczos has failed; the result is None then."""
-        super().__init__(**options)
-        self.failures = [] if failures is None else failures
-
     def measure(self, point: Any, generator: torch.Generator) -> list[Any]:
-        self.failures.clear()
         try:
             return super().measure(point, generator)
         except px.PackextError as error:
             if not str(error).startswith("eigsh: "):  # of the model, not of what its products are
                 raise
-            self.failures.append(str(error))
-            return [None] * len(point.parameters)
+            return [str(error)] * len(point.parameters)
 
     def land(self, held: Any, n: int, factor: float) -> Any:
-        return None if held is None else super().land(held, n, factor / n)
+        return held if isinstance(held, str) else super().land(held, n, factor / n)
 
 
 class HessTrace(Instrument):
@@ -113,22 +106,24 @@ class HessMaxEV(Instrument):
         if not tol > 0:
             raise ValueError(f"tol must be positive, got {tol!r}.")
         self.tol = tol
+        self.start(0)
+
+    def start(self, step: int) -> None:
         self._vector: dict[Tensor, Tensor] | None = None
-        self._failures: list[str] = []
         self._generator = torch.Generator().manual_seed(0)
 
     @property
     def needs(self) -> tuple[Any, ...]:  # type: ignore[override]
         ncv = None if self._vector is None else 5
-        return (MeanTopEigenvalues(self._failures, tol=self.tol, start=self._vector, ncv=ncv),)
+        return (MeanTopEigenvalues(tol=self.tol, start=self._vector, ncv=ncv),)
 
     def measure(self, step: Step) -> dict[str, Any]:
         found = step.layers("mean_top_eigenvalues")
         first = next(iter(found.values()))
-        if first is None:
+        if isinstance(first, str):
             raise Absent(
                 "products with the Hessian are not symmetric to rounding, as under autocast to less than float32, or "
-                f"not finite ({self._failures[0]})"
+                f"not finite ({first})"
             )
         size = sum(e.vectors[0].numel() for e in found.values())
         self._vector = {step.parameters[name]: self._shaken(e.vectors[0], 0.2 / size**0.5) for name, e in found.items()}

@@ -127,7 +127,7 @@ class InitialScale(Instrument):
     def measure(self, step: Step) -> dict[str, Any]:
         if self._late:
             return {}
-        self._late = True
+        start, self._late = step.start, True
         looked_up = {
             id(p)
             for m in step.model.modules()
@@ -136,7 +136,7 @@ class InitialScale(Instrument):
         }
         weights = {
             name: w
-            for name, w in step.start.items()
+            for name, w in start.items()
             if w.dim() > 1 and len(w) > 1 and id(step.parameters[name]) not in looked_up
         }
         alike = [bool((w == w[:1]).all()) and bool(w.any()) for w in weights.values()]
@@ -167,6 +167,9 @@ class IdleUnits(Instrument):
         if steps < 1:
             raise ValueError(f"steps must be an int of 1 or more, got {steps!r}.")
         self.steps = steps
+        self.start(0)
+
+    def start(self, step: int) -> None:
         self._idle: dict[str, Tensor] = {}  # tracked steps since the last gradient, by parameter
         self._seen = 0
 

@@ -21,7 +21,8 @@ class SampleLosses(Instrument):
     - Units: those of the loss
     - Cost: the loss alone is evaluated once more, without its reduction; no quantity
     - Source: the definition
-    - Absent: where the loss is none of torch's and was not handed over, or its rows are not samples
+    - Absent: where the loss is none of torch's and was not handed over, or its rows are not samples; for the mean of
+      `CTCLoss`, which divides by the lengths of the targets
     """
 
     losses = True

@@ -58,10 +58,10 @@ class NTKCondition(Instrument):
     needs = (px.GGNGram(),)
 
     def measure(self, step: Step) -> float:
+        gram = step["ggn_gram"].flatten(2).flatten(0, 1)
         kinds = {call.kind for p in step.passes for call, _ in p.calls}
         if kinds != {"MSELoss"}:
             raise Absent(f"the tangent kernel is read from the GGN of MSELoss, not of {', '.join(sorted(kinds))}")
-        gram = step["ggn_gram"].flatten(2).flatten(0, 1)
         eigenvalues = torch.linalg.eigvalsh(gram.double())
         if not eigenvalues[0] > len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]:
             raise Absent("singular: the smallest eigenvalue is zero to working precision")

@@ -87,8 +87,8 @@ WHY = {
 class FrozenByMistake(Rule):
     """Parameters are not trained though others before them are, or though they require grad.
 
-    Parameters at the front of the model that do not require grad are a frozen backbone, and where nine tenths of all
-    entries do not require it, what trains is an adapter: neither is a mistake.
+    Parameters at the front of the model that do not require grad are a frozen backbone; and where nine tenths of all
+    entries are not trained, those that do not require grad are what an adapter was put into. Neither is a mistake.
     """
 
     failure = "frozen by mistake"

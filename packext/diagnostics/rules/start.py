@@ -67,10 +67,10 @@ class BadInitialisation(SinceStart):
         low = tuple(name for name, gain in gains.items() if gain < self.small)
         if high:
             worst = max(high, key=lambda name: gains[name])
-            return Finding(f"{worst} started {gains[worst]:.3g} / sqrt(fan-in) large; 0.5 to 1.5 is usual.", high)
+            return Finding(f"{worst} started {gains[worst]:.3g} / sqrt(fan-in) large; 0.3 to 1.5 is usual.", high)
         if 2 * len(low) > len(gains):
             worst = min(low, key=lambda name: gains[name])
-            return Finding(f"{worst} started {gains[worst]:.2g} / sqrt(fan-in) large; 0.5 to 1.5 is usual.", low)
+            return Finding(f"{worst} started {gains[worst]:.2g} / sqrt(fan-in) large; 0.3 to 1.5 is usual.", low)
         if alike:
             return Finding(f"In {alike:.0f} matrices all rows started the same: their units are copies of each other.")
         return None

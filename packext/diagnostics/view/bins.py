@@ -36,6 +36,8 @@ class Bins:
         none = np.isnan(numbers)
         rows = [np.where(none, empty, numbers) for empty in (np.inf, -np.inf, 0.0)] + [(~none).astype(float)]
         more = numbers.shape[1] - self._folded[0].shape[1]
+        if more:  # which may stand among the others: rows of old and of new bins are of the same names
+            self._changed[:] = revision
         for k, empty in enumerate((np.inf, -np.inf, 0.0, 0.0)):
             old = np.pad(self._folded[k], ((0, 0), (0, more)), constant_values=empty)
             self._folded[k] = np.concatenate([old, rows[k]])

@@ -171,11 +171,12 @@ class Content:
             None if there is none.
         """
         kind = name.split("/")[0]
-        if name not in self.run.array_names or step not in (arrays := self.run.arrays(name)):
+        array = self.run.arrays(name).get(step) if name in self.run.array_names else None
+        if array is None:
             return None
         if HISTOGRAMS.get(kind) == "samples":
-            return self._samples(step, arrays[step])
-        found: dict[str, Any] = {"step": step, "shares": _short(arrays[step])}
+            return self._samples(step, array)
+        found: dict[str, Any] = {"step": step, "shares": _short(array)}
         for limit in ("limit", "param_limit"):
             number = self._number(f"{kind}.{limit}", step)
             if number is not None:

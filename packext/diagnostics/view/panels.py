@@ -123,7 +123,6 @@ PANELS = (
         "Outputs", "Other", {"OutputScale": "root mean square", "OutputScale.spread": "differs between samples"},
         "output", says="What the model puts out.",
     ),
-    Panel("Idle units", "Other", {"IdleUnits": "of all"}, "share of units", log=False),
     Panel("Untrained parameters", "Other", {"Untrained": "how many"}, "tensors", log=False),
     Panel("Dead units", "Other", {"DeadUnits": "of all"}, "share of units", log=False),
     Panel("Time of a step", "Other", {"Time.step": "time"}, "seconds"),
@@ -165,10 +164,15 @@ def panels_of(names: Iterable[str], arrays: Iterable[str]) -> list[Panel]:
         arrays: names of arrays.
 
     Returns:
-        Panels in the order of the table, and one for each other name of a number of the whole model.
+        Panels in the order of the table, and one for each other name of a number of the whole model. No two have one
+        title, by which the page knows them.
     """
-    known = {name for panel in PANELS for name in panel.names} | HIDDEN
+    known, titles = {name for panel in PANELS for name in panel.names} | HIDDEN, {panel.title for panel in PANELS}
     there = {name for name in names if "/" not in name}
-    own = [Panel(name, "Other", {name: name}, name, log=False) for name in names if name in there - known]
+    own = [
+        Panel(f"{name} (your own)" if name in titles else name, "Other", {name: name}, name, log=False)
+        for name in names
+        if name in there - known
+    ]
     there |= {name for name in arrays if "/" not in name}
     return [panel for panel in PANELS if there & panel.names.keys()] + own

@@ -170,12 +170,19 @@ def test_goes_on_from_a_saved_state_to_the_last_bit() -> None:
     others, other, again = searching(5.0, 1.0, 0.3)
     others.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
-    for f in (closure, again):  # both draw alike from here
-        f.__closure__[0].cell_contents.manual_seed(5)
+    copied, third = copy.deepcopy((model, optimizer))
+    px.extend(copied)
+    draw = torch.Generator()
+
+    def copies() -> Tensor:
+        return copied(0.3 * torch.randn(16, 2, generator=draw)).square().sum(1) / 2
+
+    for g in (*(f.__closure__[0].cell_contents for f in (closure, again)), draw):  # all draw alike from here
+        g.manual_seed(5)
     for _ in range(4):
-        one, two = optimizer.step(closure), other.step(again)
-        assert one == two and optimizer.evaluations == other.evaluations
-    assert torch.equal(model.theta, others.theta)
+        one, two, three = optimizer.step(closure), other.step(again), third.step(copies)
+        assert one == two == three and optimizer.evaluations == other.evaluations == third.evaluations
+    assert torch.equal(model.theta, others.theta) and torch.equal(model.theta, copied.theta)
     with torch.no_grad():
         model.theta.add_(1.0)  # what was seen is no longer where the search starts, so that it looks there first
     start, seen = model.theta.detach().clone(), []
@@ -226,6 +233,8 @@ def test_wrong_inputs_leave_everything_as_it_was() -> None:
         with pytest.raises(error, match=text):
             optimizer.step(wrong)
         assert torch.equal(model.theta, before) and str(optimizer.state_dict()) == str(state)
+    with pytest.raises(ValueError, match="takes one group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(ValueError, match="takes one group"):
         ProbabilisticLineSearch([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))]}])
     stray = nn.Parameter(torch.ones(2))

@@ -205,16 +205,32 @@ def test_goes_on_from_a_saved_state_to_the_last_bit(name: str) -> None:
     assert same(state_of(optimizer), state_of(resumed))
 
 
-def test_half_precision_keeps_its_state_in_single() -> None:
+@pytest.mark.parametrize("name", KINDS)
+def test_half_precision_keeps_its_state_in_single(name: str) -> None:
     model = network().bfloat16()
-    optimizer = optim.Preconditioned(model.parameters(), "diag_ggn_exact", lr=0.1)
+    optimizer = CASES[name].make(model.parameters())
     x, y = data()
     step(model, optimizer, (x.bfloat16(), y))
-    again = optim.Preconditioned(model.parameters(), "diag_ggn_exact", lr=0.1)
+    again = CASES[name].make(model.parameters())
     again.load_state_dict(optimizer.state_dict())
     assert same(state_of(optimizer), state_of(again))
-    assert {s["diagonal"].dtype for s in optimizer.state.values()} == {torch.float32}
+    held = [each for s in optimizer.state.values() for each in s.values()]
+    tensors = [t for each in held for t in (each if isinstance(each, list) else [each]) if isinstance(t, Tensor)]
+    kinds = {t.dtype for t in tensors if t.is_floating_point()}
+    assert kinds == {torch.float32} and optimizer.steps == 1
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_hooks_of_the_step_run_once(name: str) -> None:
+    """Also where torch has prepared the class that all derive from."""
+    optim.Optimizer(network().parameters(), [optim.Descend()])
+    model, calls = network(), []
+    optimizer = CASES[name].make(model.parameters())
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    step(model, optimizer, data())
+    assert calls == ["before", "after"]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -320,6 +336,10 @@ def test_refuses_what_is_out_of_range(name: str) -> None:
             if what in group:
                 with pytest.raises(ValueError, match=f"{what} must be finite and not negative, got {bad}"):
                     CASES[name].make([{"params": list(network().parameters()), what: bad}])
+                optimizer, more = CASES[name].make(network().parameters()), {"params": [nn.Parameter(torch.ones(2))]}
+                with pytest.raises(ValueError, match=what):
+                    optimizer.add_param_group({**more, "fallback": True, "lr": 0.1, what: bad})
+                assert len(optimizer.param_groups) == 1
     with pytest.raises(ValueError, match="empty parameter list"):
         CASES[name].make([])
 

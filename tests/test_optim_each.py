@@ -61,9 +61,9 @@ def test_any_object_with_quantities_gets_them_as_attributes() -> None:
 def test_emit_refuses_what_the_optimizer_chooses() -> None:
     model = network()
     optimizer = optim.KFAC(model.parameters())
-    for options in ({"scale": "sample"}, {"attach": True}, {"parameters": []}, {"pass_hook": print}):
-        text = rf"emit\(KFAC, {next(iter(options))}=...\)"
-        with pytest.raises(ValueError, match=text), optim.emit(optimizer, **options):
+    chosen = {"attach": True, "parameters": [], "pass_hook": print, "accumulate": True, "group": None}
+    for name, value in {"scale": "sample", **chosen}.items():
+        with pytest.raises(ValueError, match=rf"emit\(KFAC, {name}=...\)"), optim.emit(optimizer, **{name: value}):
             pass
     empirical = optim.KFAC(model.parameters(), fisher="empirical")
     with pytest.raises(ValueError, match="squares of gradients do not scale"), optim.emit(empirical, scale=0.5):
@@ -106,6 +106,28 @@ def test_a_first_gradient_between_two_batches_is_reported_and_waits_one_step() -
     optimizer.step()
     assert optimizer.steps == 2 and optimizer.quantities() == []
     assert all(not torch.equal(p, before[k]) for k, p in model.named_parameters())
+
+
+def test_a_run_that_is_saved_while_it_waits_goes_on_alike() -> None:
+    model = network()
+    model[2].requires_grad_(False)
+    optimizer = optim.KFAC(model.parameters(), factors_every=4, inverses_every=4)
+    passed(model, optimizer, data())
+    optimizer.step()
+    model[2].requires_grad_(True)
+    passed(model, optimizer, data())
+    with pytest.warns(optim.SkippedStep, match="between two batches"):
+        optimizer.step()
+    other = network()
+    other.load_state_dict(model.state_dict())
+    resumed = optim.KFAC(other.parameters(), factors_every=4, inverses_every=4)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert optimizer.lacking and resumed.lacking
+    for m, o in ((model, optimizer), (other, resumed)):
+        passed(m, o, data())
+        o.step()
+        assert o.steps == 2 and not o.lacking
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_a_singular_factor_is_refused_by_name() -> None:
@@ -283,6 +305,32 @@ def test_damping_follows_the_reduction_ratio() -> None:
         assert optimizer.param_groups[0]["damping"] == pytest.approx(damping * factor)
 
 
+def test_damping_where_the_model_predicts_no_progress() -> None:
+    model, batch = network(), data()
+    for lr, damping in ((0.0, 1e-3), (100.0, 1e-3)):  # nothing predicted, and a rise
+        optimizer = optim.KFAC(
+            model.parameters(), lr=lr, factors_every=1, inverses_every=1, adapt_every=1, kl_clip=None
+        )
+        value = passed(model, optimizer, batch)
+        optimizer.step()
+        assert math.isnan(optimizer.adapt(value, value)) and optimizer.param_groups[0]["damping"] == damping
+        value = passed(model, optimizer, batch)
+        optimizer.step()
+        assert optimizer.adapt(value, math.inf) == -math.inf
+        assert optimizer.param_groups[0]["damping"] == pytest.approx(damping / 0.95)
+
+
+def test_a_step_that_was_skipped_at_its_end_is_none_to_adapt_to() -> None:
+    model, rest = network(), nn.Parameter(torch.full((2,), math.inf))
+    apart = {"params": [rest], "fallback": True, "lr": 0.1, "weight_decay": 0.1}
+    optimizer = optim.KFAC([{"params": list(model.parameters())}, apart], adapt_every=1)
+    passed(model, optimizer, data())
+    rest.grad = torch.ones(2)
+    with pytest.warns(optim.SkippedStep, match="the update of parameter 0 of group 1"):
+        optimizer.step()
+    assert not optimizer.adapts
+
+
 def test_intervals_that_do_not_fit_are_refused() -> None:
     params = list(network().parameters())
     for make, text in (
@@ -293,10 +341,20 @@ def test_intervals_that_do_not_fit_are_refused() -> None:
         (lambda: optim.Preconditioned(params, "hessian"), "curvature must be one of kfac, kflr, kfra, got 'hessian'"),
         (lambda: optim.KFAC(params, fisher="true"), "fisher must be one of mc, exact, empirical"),
         (lambda: optim.KFAC(params, momentum=1.0), "momentum must be at least 0 and less than 1, got 1.0"),
+        (lambda: optim.KFAC(params, decay=1.5), "Kronecker: decay must be at least 0 and less than 1, got 1.5"),
+        (lambda: optim.Preconditioned(params, "diag_ggn_mc", decay=-1.0), "Diagonal: decay must be at least 0"),
+        (lambda: optim.SINGD(params, precondition_momentum=-3.0), "precondition_momentum must be at least 0"),
+        (lambda: optim.Sophia([{"params": params, "betas": [0.9, 1.0]}]), "betas must be at least 0 and less than 1"),
         (lambda: optim.Sophia(params, betas=(0.9, 1.0)), "betas must be at least 0 and less than 1"),
         (lambda: optim.AdaHessian(params, power=2.0), "power must be between 0 and 1, got 2.0"),
         (lambda: optim.SPRING(params, max_step=0.0), "max_step must be positive, or None, got 0.0"),
         (lambda: optim.SPRING([{"params": params[:2]}, {"params": params[2:]}]), "give it one group"),
+        (
+            lambda: optim.SPRING(
+                [{"params": params[:1], "fallback": True, "lr": 0.1}, {"params": params[1:2]}, {"params": params[2:]}]
+            ),
+            "give it one group",
+        ),
         (lambda: optim.KFAC([nn.Parameter(torch.zeros(2, dtype=torch.cfloat))]), "takes real parameters, got complex"),
     ):
         with pytest.raises(ValueError, match=text):

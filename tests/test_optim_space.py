@@ -94,7 +94,7 @@ def test_a_pass_that_misses_a_parameter_has_rows_of_zeros_for_it(order: tuple[bo
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.weight, self.shift = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(1))
+            self.weight, self.shift = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(()))
 
         def forward(self, x: Tensor, shifted: bool) -> Tensor:
             y = torch.tanh(nn.functional.linear(x, self.weight))
@@ -115,5 +115,5 @@ def test_a_pass_that_misses_a_parameter_has_rows_of_zeros_for_it(order: tuple[bo
     s, r = torch.cat(rows), torch.cat(residuals)
     optimizer.step()
     d = torch.linalg.solve(s.T @ s + 0.01 * torch.eye(5), s.T @ r)[:, 0]
-    change = torch.cat([(w - model.weight.detach()).flatten(), b - model.shift.detach()])
+    change = torch.cat([(w - model.weight.detach()).flatten(), (b - model.shift.detach())[None]])
     torch.testing.assert_close(change, d, rtol=1e-9, atol=1e-11)

@@ -170,6 +170,17 @@ def test_batches_of_several_sizes() -> None:
             torch.testing.assert_close(p.grad, s / 10, rtol=1e-9, atol=1e-12)
 
 
+def test_what_the_optimizer_chooses_is_refused() -> None:
+    """Sums that were united before, or are over tokens, would have more of a sample in them than the noise hides."""
+    model, _ = extended()
+    o = optimizer(model)
+    chosen = {"accumulate": True, "group": "world", "per": "token", "pass_hook": print, "attach": True}
+    for name, value in chosen.items():
+        with pytest.raises(ValueError, match=rf"emit\(DPSGD, {name}=...\): the optimizer chooses that itself"):
+            with px.optim.emit(o, **{name: value}):
+                pass
+
+
 class Words(nn.Module):
     """A table that is the last layer, too, a narrow waist, and a layer that reads the first of six tokens."""
 
@@ -727,3 +738,7 @@ def test_gradients_of_another_origin_are_clipped_alike(per_layer: bool) -> None:
         torch.testing.assert_close(p.grad, s / 10, rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match="rows"):
         o.contribute(extra[1:])
+    scalar = nn.Parameter(torch.zeros(()))
+    o = DPSGD([("one", scalar)], 0.1, **{**SETTINGS, "noise_multiplier": 0.0})
+    o.contribute([torch.tensor([1.0, -2.0 * C])])
+    torch.testing.assert_close(o.pending[0], torch.tensor(1.0 - C))

@@ -376,6 +376,12 @@ def test_a_search_goes_on_where_it_was_saved() -> None:
         assert int(search._races[edge].steps.sum()) == 7
     with pytest.raises(px.PackextError, match="edges"):
         resumed.load_state_dict({"races": {}})
+    fewer = network()
+    fewer[3] = MixedOp({"a": nn.Tanh(), "b": nn.Identity()})
+    other = ProxylessNAS(fewer, nn.CrossEntropyLoss())
+    with pytest.raises(px.PackextError, match="A race of 2 operations"):
+        other.load_state_dict(kept[1])
+    assert not other._races["1"].steps.any() and other.steps == 0
 
 
 class Mixes(nn.Module):
@@ -455,6 +461,10 @@ def test_bad_input_is_refused() -> None:
             search.step(bad, target)
     with pytest.raises(px.PackextError, match="scalar"):
         ProxylessNAS(net, nn.CrossEntropyLoss(reduction="none")).step(x, y)
+    broken = network()
+    broken[0].weight.data[0] = torch.nan
+    with pytest.raises(px.PackextError, match=r"At 1, values \[8, 4, 6, 6\] are not finite"):
+        ProxylessNAS(broken, nn.CrossEntropyLoss()).step(x, y)
     failing = ProxylessNAS(net, nn.MSELoss())
     drawn = failing.state_dict()["generator"]
     with pytest.raises(px.PackextError, match="is nan: it must be finite"):

@@ -96,10 +96,7 @@ def delayed_as_simulated(rank: int, world: int) -> None:
         assert optimizer.payload == 9 // every * total * 8 and optimizer.steps == 9
         optimizer.flush()
         same_everywhere(model)
-        w = delayed(world, 9, 10**6, every, schedule)  # with no mean at all
-        if every >= 9:  # the telescope: processes have taken the same gradients only if none has seen a mean
-            close(model, {k: sum(v[k] for v in w) / world for k in w[0]}, "flushed")
-    model = network()
+    model = network()  # the telescope: a mean of processes of which none has seen a mean before
     optimizer = pd.DSSGD(torch.optim.SGD(model.parameters(), 0.3), delay=100, every=100)
     local_steps(model, optimizer, rank, range(9))
     optimizer.flush()
@@ -115,13 +112,16 @@ def no_drift(rank: int, world: int) -> None:
     if rank:
         with torch.no_grad():
             model[0].weight.mul_(2)  # the first process's count
-    optimizer = pd.DSSGD(torch.optim.Adam(model.parameters(), 0.01), 3, 2)
+    optimizer, stepped = pd.DSSGD(torch.optim.Adam(model.parameters(), 0.01), 3, 2), []
+    optimizer.register_step_pre_hook(lambda *_: stepped.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: stepped.append("post"))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), network().parameters(), strict=True))
     for step in range(41):
         local_steps(model, optimizer, rank, range(step, step + 1))
         if step % 10 == 0:
             optimizer.flush()
             same_everywhere(model)
+    assert stepped == ["pre", "post"] * 41
 
 
 def delayed_saved_and_refused(rank: int, world: int) -> None:
@@ -264,6 +264,27 @@ def spread_as_predicted(rank: int, world: int) -> None:
     assert averager.period in (9, 10)  # half the rate, twice the steps; rounded down
 
 
+def measured(rank: int, world: int) -> None:
+    """The target is the mean over the averages of the calibration: those of a flush, or of a rate of zero, are none."""
+    torch.set_default_dtype(torch.float64)
+    p, frozen = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2), requires_grad=False)
+    averager, spreads = pd.AdaptiveAverager(1, calibration=4), []
+    for k, lr in enumerate((0.0, 0.5, 1.0, 2.0)):
+        groups = [{"params": [frozen], "lr": 0.0}, {"params": [p], "lr": lr}]
+        with torch.no_grad():
+            p.add_((k + 1.0) * rank)
+        if lr:
+            spreads.append(3 * (k + 1) ** 2 * float(torch.arange(1.0 * world).var(correction=0)) / lr)
+        averager.average_parameters(groups)
+        averager.flush(groups)
+    assert averager.averages == 8 and averager.target == pytest.approx(sum(spreads) / 3)
+    again = pd.AdaptiveAverager()
+    again.load_state_dict(averager.state_dict())
+    again.calibration = 5
+    again.average_parameters(groups)
+    assert again.target == pytest.approx(sum(spreads) / 4)
+
+
 def unlike(rank: int, world: int) -> None:
     """A parameter that only some have a gradient of is averaged; what is no number is not."""
     torch.set_default_dtype(torch.float64)
@@ -358,6 +379,11 @@ def gathered_and_refused(rank: int, world: int) -> None:
         names = {} if rank == 0 else {"s": torch.tensor(1.0)}
         while not target.add(1, names):
             time.sleep(0.005)
+    dist.barrier()
+    own = 0 if rank == 0 else world  # who has no samples hears of the others
+    with pytest.raises(px.PackextError, match=f"TargetBatch, batch 4: rank 1: sums .*; rank {world - 1}: sums"):
+        while not target.add(own, {} if rank == 1 else {"s": torch.tensor(1.0)}):
+            time.sleep(0.005)
     with pytest.raises(px.PackextError, match="has a target of 9 samples" if rank else "has a target of 5 samples"):
         pd.TargetBatch(model.parameters(), 5 if rank else 9)
     with pytest.raises(ValueError, match="at least one sample"):
@@ -422,6 +448,6 @@ def late(rank: int, world: int) -> None:
 
 
 TASKS = (
-    delayed_as_simulated, no_drift, delayed_saved_and_refused, averages, spread_as_predicted, unlike, gathered,
-    gathered_and_refused, joined,
+    delayed_as_simulated, no_drift, delayed_saved_and_refused, averages, spread_as_predicted, measured, unlike,
+    gathered, gathered_and_refused, joined,
 )  # fmt: skip

@@ -55,7 +55,6 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         skipped: how many steps were skipped since the optimizer was made or loaded.
-        lacking: whether the last step was skipped, as a parameter had no curvature yet.
         ranks: the processes.
     """
 
@@ -78,7 +77,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for hyperparameters out of range, or two parts that want the same one.
         """
-        defaults: dict[str, Any] = {"fallback": False, "steps": 0, "seed": seed}
+        defaults: dict[str, Any] = {"fallback": False, "steps": 0, "lacking": False, "seed": seed}
         for part in parts:
             twice = defaults.keys() & part.defaults.keys()
             if twice:
@@ -88,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         self._last = [Adam(), DecoupledDecay(), Descend()]
         self.generator = torch.Generator()
         self.ranks = Ranks(process_group)
-        self.skipped, self.lacking = 0, False
+        self.skipped = 0
         self._received: dict[Tensor, dict[str, Any]] = {}
         self._open = False
         self._forget()
@@ -108,16 +107,24 @@ class Optimizer(torch.optim.Optimizer):
             param_group = {**param_group, "steps": self.steps}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name, value in group.items():
-            _check(type(self).__name__, name, value)
-        if any(p.is_complex() for p in group["params"]):
+        try:
+            for name, value in group.items():
+                check(type(self).__name__, name, value)
+            if any(p.is_complex() for p in group["params"]):
+                raise ValueError(f"{type(self).__name__} takes real parameters, got complex ones.")
+        except BaseException:
             self.param_groups.pop()
-            raise ValueError(f"{type(self).__name__} takes real parameters, got complex ones.")
+            raise
 
     @property
     def steps(self) -> int:
         """How many steps were taken."""
         return self.param_groups[0]["steps"]
+
+    @property
+    def lacking(self) -> bool:
+        """Whether the last step was skipped, as a parameter had no curvature yet."""
+        return self.param_groups[0]["lacking"]
 
     def preconditioned(self) -> list[Tensor]:
         """Parameters that the parts are for: all that require grad, but those of groups with `fallback=True`."""
@@ -142,7 +149,9 @@ class Optimizer(torch.optim.Optimizer):
             PackextError: if one is open already.
             ValueError: for options with which results would be others, or come to nobody.
         """
-        taken = [name for name in ("attach", "pass_hook", "parameters") if name in options]
+        # Results of several passes and processes are put together here, and not by `px.backpack`.
+        own = ("attach", "pass_hook", "parameters", "accumulate", "group")
+        taken = [name for name in own if name in options]
         if taken or options.get("scale") == "sample":
             raise ValueError(
                 f"px.optim.emit({type(self).__name__}, {taken[0] if taken else 'scale'}=...): the optimizer chooses "
@@ -215,18 +224,26 @@ class Optimizer(torch.optim.Optimizer):
         A parameter with a gradient but not the quantity that this step needs, and a singular curvature, are refused by
         a `PackextError`; nothing has changed then.
         """
+        return self._take(closure)
+
+    def _take(self, closure: Callable[[], Any] | None) -> Any:
+        """What `step` does; subclasses call this and not the other `step`, around either of which torch runs hooks."""
         loss = None
         if closure is not None:
             with torch.enable_grad(), emit(self):
                 loss = closure()
         try:
             with torch.no_grad():
-                self._step()
+                why = self._step()
         finally:
             self._forget()
+        if why:
+            self.skipped += 1
+            warnings.warn(f"{type(self).__name__} skipped a step: {why}.", SkippedStep, stacklevel=4)
         return loss
 
-    def _step(self) -> None:
+    def _step(self) -> str:
+        """Why the step was not taken; empty if it was."""
         main, rest = [], []
         for group in self.param_groups:
             for p in group["params"]:
@@ -243,7 +260,7 @@ class Optimizer(torch.optim.Optimizer):
         if not finite(
             [t for w in works for t in (*w.grads, *_tensors([v for each in w.values for v in each.values()]))]
         ):
-            return self._skip(f"{next(filter(None, map(self._infinite, works)))} is NaN or infinite")
+            return f"{next(filter(None, map(self._infinite, works)))} is NaN or infinite"
         for work, parts in zip(works, (self.parts, self._last), strict=True):
             try:
                 for part in parts if work.params else ():
@@ -251,12 +268,12 @@ class Optimizer(torch.optim.Optimizer):
                 if work is works[0]:
                     self._settle(work)
             except Skip as reason:
-                return self._skip(str(reason))
+                return str(reason)
         pairs = [(p, u) for work in works for p, u in zip(work.params, work.updates, strict=True)]
         if not finite([u for _, u in pairs]):
             bad = next(p for p, u in pairs if not finite([u]))
-            return self._skip(f"the update of {self.name_of(bad)} is NaN or infinite")
-        self.lacking = False
+            return f"the update of {self.name_of(bad)} is NaN or infinite"
+        self.param_groups[0]["lacking"] = False
         for work in works:
             if work.params:
                 lists.add_(work.params, work.updates)
@@ -264,6 +281,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[p].update(new)
         for group in self.param_groups:
             group["steps"] += 1
+        return ""
 
     def _settle(self, work: Work) -> None:
         """Called when all parts have run; the last word on the updates."""
@@ -274,10 +292,6 @@ class Optimizer(torch.optim.Optimizer):
                 if not finite(tensors):
                     return f"the {what} of {self.name_of(p)}"
         return ""
-
-    def _skip(self, what: str) -> None:
-        self.skipped += 1
-        warnings.warn(f"{type(self).__name__} skipped a step: {what}.", SkippedStep, stacklevel=5)
 
     def _merged(self, params: list[Tensor]) -> list[dict[str, Any]]:
         """Of each parameter what was emitted, in all processes."""
@@ -332,7 +346,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what torch keeps, and the parts."""
-        kept = ("parts", "_last", "ranks", "skipped", "lacking")
+        kept = ("parts", "_last", "ranks", "skipped")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -368,13 +382,23 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 #: Hyperparameters that are at least zero, and those that are averages' weights.
 NOT_NEGATIVE = ("lr", "damping", "weight_decay", "eps", "kl_clip", "max_norm", "rho", "precondition_lr")
-FRACTIONS = ("momentum", "decay", "curvature_decay", "betas")
+FRACTIONS = ("momentum", "precondition_momentum", "decay", "betas")
 
 
-def _check(name: str, what: str, value: Any) -> None:
+def check(name: str, what: str, value: Any) -> None:
+    """Refuse a hyperparameter that is out of its range.
+
+    Args:
+        name: of who has it.
+        what: its own.
+        value: a number, None, or several.
+
+    Raises:
+        ValueError: if it is.
+    """
     if what in NOT_NEGATIVE and not (value is None or (math.isfinite(value) and value >= 0)):
         raise ValueError(f"{name}: {what} must be finite and not negative, got {value}.")
     if what in FRACTIONS:
-        for each in value if isinstance(value, tuple) else (value,):
+        for each in value if isinstance(value, (tuple, list)) else (value,):
             if each is not None and not 0 <= each < 1:
                 raise ValueError(f"{name}: {what} must be at least 0 and less than 1, got {value}.")

@@ -15,7 +15,8 @@ import packext as px
 class Emitting(Protocol):
     """An optimizer or controller that reads more than the gradient.
 
-    It may have a method `options`, too, which gives keyword arguments of `px.backpack` for its passes.
+    It may have a method `options`, too, which gives keyword arguments of `px.backpack` for its passes; `emit` refuses
+    others in their place.
     """
 
     def quantities(self) -> Sequence[Any]:
@@ -49,14 +50,20 @@ def emit(*emitting: Emitting, **options: Any) -> Iterator[px.Results]:
 
     Raises:
         UnsupportedUseError: where a parameter has no such quantity.
-        ValueError: for several that cannot share one pass.
+        ValueError: for several that cannot share one pass, or an option that the optimizer chooses itself.
     """
     if not emitting:
         raise ValueError("px.optim.emit() needs an optimizer or a controller.")
     with ExitStack() as stack:
         if len(emitting) == 1:
             optimizer = emitting[0]
-            own = {**getattr(optimizer, "options", dict)(), **options}
+            own = getattr(optimizer, "options", dict)()
+            taken = [name for name in options if name in own]
+            if taken:
+                raise ValueError(
+                    f"px.optim.emit({type(optimizer).__name__}, {taken[0]}=...): the optimizer chooses that itself."
+                )
+            own = {**own, **options}
             receiving = getattr(optimizer, "receiving", None)
             own = stack.enter_context(nullcontext(own) if receiving is None else receiving(own))
             asked = list(optimizer.quantities())

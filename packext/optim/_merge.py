@@ -176,17 +176,21 @@ class Ranks:
         self.size = dist.get_world_size(group) if several else 1
         self.rank = dist.get_rank(group) if several else 0
 
+    def everyone(self, mine: Any) -> list[Any]:
+        """What all processes have, in the order of their ranks."""
+        found: list[Any] = [mine] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, mine, group=self._group)
+        return found
+
     def agree(self, problem: str | None) -> None:
         """Raise in all processes what is wrong in one, so that none waits for another.
 
         Raises:
             PackextError: if there is a problem in any.
         """
-        found: list[str | None] = [problem]
-        if self.size > 1:
-            found = [None] * self.size
-            dist.all_gather_object(found, problem, group=self._group)
-        wrong = [f"rank {k}: {text}" if self.size > 1 else text for k, text in enumerate(found) if text]
+        found = enumerate(self.everyone(problem))
+        wrong = [f"rank {k}: {text}" if self.size > 1 else text for k, text in found if text]
         if wrong:
             raise px.PackextError("; ".join(wrong))
 
@@ -210,32 +214,20 @@ class Ranks:
             parts = [_summands(field, value, self.size) for field, value in entries]
         except px.PackextError as error:
             problem = problem or str(error)
-        everyone: list[Any] = [None] * self.size
         shapes = [[list(t.shape) for t in part] for part in parts]
-        dist.all_gather_object(everyone, (shapes, [_count(value) for _, value in entries]), group=self._group)
+        everyone = self.everyone((shapes, [_count(value) for _, value in entries]))
         if problem is None and any(other != shapes for other, _ in everyone):
             problem = "the processes have results for different parameters, or of different shapes"
         sizes = {max(counts, default=0) for _, counts in everyone}
         if problem is None and even and (len(sizes) > 1 or 0 in sizes):
             problem = "the empirical Fisher of several processes needs Kronecker factors, and batches of one size"
         self.agree(problem)
-        sums = iter(self._summed([t for part in parts for t in part]))
+        sums = iter(summed([t for part in parts for t in part], self._group))
         counts = [sum(each) for each in zip(*(counts for _, counts in everyone), strict=True)]
         merged = iter(
             [_merged(v, [next(sums) for _ in p], n) for (_, v), p, n in zip(entries, parts, counts, strict=True)]
         )
         return [{field: next(merged) for field in found} for found in values]
-
-    def _summed(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Sums over the processes, in one message for each dtype and device."""
-        out = list(tensors)
-        for kind in sorted({(str(t.dtype), str(t.device)) for t in tensors}):
-            where = [k for k, t in enumerate(tensors) if (str(t.dtype), str(t.device)) == kind]
-            flat = torch.cat([tensors[k].reshape(-1) for k in where])
-            dist.all_reduce(flat, group=self._group)
-            for k, part in zip(where, flat.split([tensors[k].numel() for k in where]), strict=True):
-                out[k] = part.view(tensors[k].shape)
-        return out
 
     def spread(self, tensors: list[Tensor], owner: int) -> None:
         """Send what one process has computed to all others, which have room for it."""
@@ -244,8 +236,16 @@ class Ranks:
 
     def mean(self, value: float) -> float:
         """The mean of a number over the processes."""
-        if self.size == 1:
-            return value
-        held = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(held, group=self._group)
-        return float(held) / self.size
+        return sum(self.everyone(value)) / self.size
+
+
+def summed(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """Sums over the processes of a group, in one message for each dtype and device."""
+    out = list(tensors)
+    for kind in sorted({(str(t.dtype), str(t.device)) for t in tensors}):
+        where = [k for k, t in enumerate(tensors) if (str(t.dtype), str(t.device)) == kind]
+        flat = torch.cat([tensors[k].reshape(-1) for k in where])
+        dist.all_reduce(flat, group=group)
+        for k, part in zip(where, flat.split([tensors[k].numel() for k in where]), strict=True):
+            out[k] = part.view(tensors[k].shape)
+    return out

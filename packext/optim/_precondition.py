@@ -10,7 +10,7 @@ from torch import Tensor
 
 import packext as px
 from packext.optim import _lists as lists
-from packext.optim._base import Optimizer
+from packext.optim._base import Optimizer, check
 from packext.optim._merge import CountedKFAC, CountedKFLR, CountedKFRA
 from packext.optim._work import Part, Skip, Work
 
@@ -37,15 +37,14 @@ class Diagonal(Part):
             decay: of the exponential average over steps; None: all steps count alike.
             mc_samples: draws for each sample, with "diag_ggn_mc".
         """
-        known(curvature, ("diag_ggn_exact", "diag_ggn_mc", "diag_ef"))
+        check(type(self).__name__, "decay", decay)
+        diagonal(curvature, mc_samples)  # refuses what is unknown
         super().__init__(damping=damping)
         self.curvature, self.decay, self.mc_samples = curvature, decay, mc_samples
 
     def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
         """The diagonal, at each step."""
-        if self.curvature == "diag_ggn_mc":
-            return [px.DiagGGNMC(self.mc_samples, optimizer.generator)]
-        return [px.DiagGGNExact() if self.curvature == "diag_ggn_exact" else px.DiagEF()]
+        return [diagonal(self.curvature, self.mc_samples, optimizer.generator)]
 
     def __call__(self, work: Work) -> None:
         """Average and divide."""
@@ -82,7 +81,8 @@ class Kronecker(Part):
             inverses_every: how many steps there are from one inversion to the next, after the first three batches.
             options: of `px.KFAC`: mc_samples, approx, fisher, bias.
         """
-        known(curvature, ("kfac", "kflr", "kfra"))
+        _known(curvature, ("kfac", "kflr", "kfra"))
+        check(type(self).__name__, "decay", decay)
         super().__init__(damping=damping)
         self.curvature, self.decay, self.options = curvature, decay, options
         self.every, self.inverses_every = interval(every), interval(inverses_every)
@@ -126,7 +126,7 @@ def has_all(work: Work, held: list[Any]) -> None:
     """
     for p, each in zip(work.params, held, strict=True):
         if each is None:
-            work.optimizer.lacking = True
+            work.optimizer.param_groups[0]["lacking"] = True
             raise Skip(
                 f"{work.optimizer.name_of(p)} has its first gradient between two batches of curvature; "
                 "the next step has one"
@@ -256,8 +256,24 @@ def apply(matrices: Sequence[Tensor], x: Tensor) -> Tensor:
     return px.linalg.kron_matvec(matrices, x)
 
 
-def known(curvature: str, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError for a choice that is none."""
+def diagonal(curvature: str, mc_samples: int, generator: torch.Generator | None = None) -> Any:
+    """The quantity of a diagonal of the curvature; a ValueError refuses a choice that is none.
+
+    Args:
+        curvature: "diag_ggn_exact", "diag_ggn_mc" or "diag_ef".
+        mc_samples: draws for each sample, with "diag_ggn_mc".
+        generator: of the draws.
+
+    Returns:
+        The quantity.
+    """
+    _known(curvature, ("diag_ggn_exact", "diag_ggn_mc", "diag_ef"))
+    if curvature == "diag_ggn_mc":
+        return px.DiagGGNMC(mc_samples, generator)
+    return px.DiagGGNExact() if curvature == "diag_ggn_exact" else px.DiagEF()
+
+
+def _known(curvature: str, choices: tuple[str, ...]) -> None:
     if curvature not in choices:
         raise ValueError(f"curvature must be one of {', '.join(choices)}, got {curvature!r}.")
 

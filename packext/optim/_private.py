@@ -173,7 +173,10 @@ class Private(torch.optim.Optimizer):
     def options(self) -> dict[str, Any]:
         """How the passes are to run: of the parameters here, without `.grad`, and with the sums handed over."""
         parameters = [p for _, p in self._private_parameters()]
-        return {"pass_hook": self._collect, "attach": False, "grad": False, "parameters": parameters}
+        # What passes and processes have is added up here: a sample that is in a sum twice, or once for each token, is
+        # more than the noise hides.
+        once = {"accumulate": False, "group": None, "per": "sample"}
+        return {"pass_hook": self._collect, "attach": False, "grad": False, "parameters": parameters, **once}
 
     def _collect(self, results: px.Results) -> None:
         """A backward pass has ended: its sums are added to those of the step."""
@@ -215,7 +218,7 @@ class Private(torch.optim.Optimizer):
             layers.setdefault(name.rpartition(".")[0] if self.per_layer else "", []).append(i)
         sums: dict[int, Tensor] = {}
         for indices in layers.values():
-            norms = torch.stack([rows[i].flatten(1).square().sum(1) for i in indices]).sum(0).sqrt()
+            norms = torch.stack([rows[i].reshape(len(rows[i]), -1).square().sum(1) for i in indices]).sum(0).sqrt()
             weight = clip.weight(norms)
             sums |= {i: torch.tensordot(weight, rows[i], 1) for i in indices}
         self._add([sums[i].to(p.dtype) for i, (_, p) in enumerate(named)], clip.balance)

@@ -12,8 +12,8 @@ from packext.optim import _lists as lists
 from packext.optim._base import Optimizer
 from packext.optim._merge import Count
 from packext.optim._parts import DecoupledDecay, Descend, average
-from packext.optim._precondition import interval, known
-from packext.optim._work import Part, Work
+from packext.optim._precondition import diagonal, interval
+from packext.optim._work import Part, Work, at_least_float32
 
 
 class Sophia(Optimizer):
@@ -82,18 +82,13 @@ class ClippedNewton(Part):
         self, betas: tuple[float, float], rho: float, eps: float, every: int, curvature: str, mc_samples: int
     ) -> None:
         """As for `Sophia`."""
-        known(curvature, ("diag_ggn_mc", "diag_ggn_exact", "diag_ef"))
+        diagonal(curvature, mc_samples)  # refuses what is unknown
         super().__init__(betas=betas, rho=rho, eps=eps)
         self.every, self.curvature, self.mc_samples = interval(every), curvature, mc_samples
-        px.DiagGGNMC(mc_samples)  # refuses what is none
 
     def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
         """The diagonal, every so many steps."""
-        if optimizer.steps % self.every:
-            return []
-        if self.curvature == "diag_ggn_mc":
-            return [px.DiagGGNMC(self.mc_samples, optimizer.generator)]
-        return [px.DiagGGNExact() if self.curvature == "diag_ggn_exact" else px.DiagEF()]
+        return [] if optimizer.steps % self.every else [diagonal(self.curvature, self.mc_samples, optimizer.generator)]
 
     def __call__(self, work: Work) -> None:
         """Average and clip."""
@@ -175,7 +170,7 @@ class HessianMoments(Part):
         """Average and divide."""
         diagonals = [
             d.mean(tuple(range(2, d.dim())), keepdim=True).expand(d.shape) if d.dim() > 2 else d
-            for d in work.emitted("diag_h_mc")
+            for d in map(at_least_float32, work.emitted("diag_h_mc"))
         ]
         times = [t + 1 for t in work.old("t", 0)]
         work.set("t", times)

@@ -117,7 +117,7 @@ class KFAC(Optimizer):
             after: the loss of the same batch after it: `with torch.no_grad(): loss_fn(model(x), y)`.
 
         Returns:
-            ρ.
+            ρ; NaN where it means nothing, and -inf if the loss after the step is not finite.
 
         Raises:
             PackextError: if the step just taken is not one of those every `adapt_every`.
@@ -129,19 +129,21 @@ class KFAC(Optimizer):
             )
         (predicted, decay), self._predicted = self._predicted, None
         change = self.ranks.mean(float(torch.as_tensor(after).detach()) - float(torch.as_tensor(before).detach()))
-        ratio = (change + decay) / predicted
         if predicted >= 0 and math.isfinite(change):
             return math.nan
+        ratio = (change + decay) / predicted if math.isfinite(change) else -math.inf
         omega = 0.95**self.adapt_every
-        factor = 1 / omega if not ratio >= 0.25 else omega if ratio > 0.75 else 1.0
+        factor = 1 / omega if ratio < 0.25 else omega if ratio > 0.75 else 1.0
         for group in self.param_groups:
             group["damping"] *= factor
         return ratio
 
-    def step(self, closure: Any = None) -> Any:
-        """As `Optimizer.step`."""
+    def _step(self) -> str:
         self._predicted = None
-        return super().step(closure)
+        why = super()._step()
+        if why:  # after the step was settled, it may be
+            self._predicted = None
+        return why
 
     def _settle(self, work: Work) -> None:
         if not self.adapt_every or (self.steps + 1) % self.adapt_every or not work.params:

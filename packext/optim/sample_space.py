@@ -71,7 +71,7 @@ class SPRING(Optimizer):
         Raises:
             ValueError: for a second group.
         """
-        if self.param_groups and not (param_group.get("fallback") or self.param_groups[0]["fallback"]):
+        if not param_group.get("fallback") and any(not group["fallback"] for group in self.param_groups):
             raise ValueError(f"{type(self).__name__} solves one system for all parameters: give it one group.")
         super().add_param_group(param_group)
 
@@ -89,7 +89,7 @@ class SPRING(Optimizer):
         """
         self._evaluate = evaluate
         try:
-            return super().step(closure)
+            return self._take(closure)
         finally:
             self._evaluate = None
 
@@ -160,12 +160,12 @@ class SampleSpace(Part):
         """Solve; where rounding hides a part of the matrix, without that part."""
         group = work.groups[0]
         roots, rows = work.emitted("sqrt_ggn_exact"), work.emitted("grad_batch")
-        root = torch.cat([s.flatten(2).double() for s in roots], 2)  # [V, N, P]
+        root = torch.cat([s.reshape(*s.shape[:2], -1).double() for s in roots], 2)  # [V, N, P]
         s = root.flatten(0, 1)
         memory = [torch.zeros_like(g) if d is None else d for g, d in zip(work.grads, work.old("d"), strict=True)]
         before = group["momentum"] * _flat(memory)
         if s.shape[0] <= s.shape[1]:
-            rho = _residuals(root, torch.cat([g.flatten(1).double() for g in rows], 1))
+            rho = _residuals(root, torch.cat([g.reshape(len(g), -1).double() for g in rows], 1))
             d = before + s.mT @ _solved(s @ s.mT, rho - s @ before, group["damping"], s.shape[1])
         else:
             d = before + _solved(s.mT @ s, _flat(work.grads) - s.mT @ (s @ before), group["damping"], s.shape[0])

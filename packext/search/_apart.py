@@ -18,7 +18,7 @@ def check_apart(net: nn.Module, edges: dict[str, MixedOp], x: Tensor) -> None:
     whole model would find is looked for here, in forward passes. Samples with a binary digit of their number are
     replaced by another one: the rows of all others must stay, at each edge and at the output. Any two samples differ
     in a digit. An edge that does not run once in a pass, or has no row for each sample, is refused,
-    too. Buffers and torch's generator stay as they are; the paths do not.
+    too, and so is one whose values are not finite. Buffers and torch's generator stay as they are; the paths do not.
 
     Args:
         net: the network, in the mode in which it is to run.
@@ -68,6 +68,8 @@ def _one(edge: str, values: list[Any], n: int, edges: dict[str, MixedOp]) -> Ten
     if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != n:
         what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise px.PackextError(f"At {edge}, one tensor [N, ...] with N = {n} samples is needed, not {what}.")
+    if not value.isfinite().all():
+        raise px.PackextError(f"At {edge}, values {list(value.shape)} are not finite (paths {shown(edges)}).")
     return value
 
 

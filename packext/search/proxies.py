@@ -39,7 +39,8 @@ def scores(
     in its mode: with BatchNorm in training mode samples have no gradients of their own, and it is refused.
 
     Args:
-        model: as it was initialised; extended or not. Parameters that require no grad count only in "flops".
+        model: as it was initialised; extended or not. Sums over parameters leave out those that require no grad; what
+            is counted of outputs, channels and paths is of a model that has them.
         loss_fn: a loss module with `reduction` "mean" or "sum"; scores do not depend on which.
         x: inputs `[N, ...]`. "jacob_cov" needs fewer samples than a sample has entries.
         y: targets.

@@ -209,14 +209,16 @@ class ProxylessNAS:
             state: of a search of the same edges.
 
         Raises:
-            PackextError: if the edges are others.
+            PackextError: if the edges are others. Nothing has changed then.
         """
         if state["races"].keys() != self._races.keys():
             raise px.PackextError(f"The state is of edges {list(state['races'])}, the network has {list(self._races)}.")
-        for edge, race in self._races.items():
+        races = {edge: Race(len(m.ops), self.level) for edge, m in self._edges.items()}
+        for edge, race in races.items():
             race.load_state_dict(state["races"][edge])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._generator.set_state(state["generator"])
+        self._races = races
+        self._generator.set_state(state["generator"].cpu().clone())  # a view would be read from its storage's start
         self.pruned, self.steps = list(state["pruned"]), state["steps"]
 
     def _draw(self, p: Tensor, count: int) -> list[int]:

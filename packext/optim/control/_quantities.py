@@ -123,10 +123,6 @@ class WrittenDots(px.GradDot):
 
     savefield = "written_dots"
 
-    def __init__(self) -> None:
-        """The direction is the sum."""
-        super().__init__()
-
     def result(self, ask: Any) -> Tensor:
         """Of one parameter."""
         return ask.statistics["dots"]

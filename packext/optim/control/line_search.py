@@ -104,8 +104,9 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
             lr: the first trial step, in units of the gradient; later ones are in `param_groups[0]["lr"]`.
 
         Raises:
-            ValueError: for a trial step that is not positive, or several groups.
             PackextError: in one of several processes.
+
+        A ValueError refuses a trial step that is not positive, and several groups.
         """
         positive(self, lr=lr)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -114,11 +115,19 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
                 "take steps of its own."
             )
         super().__init__(params, {"lr": lr, "average": lr})
-        if len(self.param_groups) > 1:
-            raise ValueError("ProbabilisticLineSearch takes one group: there is one step for all.")
         self.skipped = self.evaluations = 0
         self._start: Seen | None = None
         self._versions: list[int] = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, once.
+
+        Raises:
+            ValueError: for a second group.
+        """
+        if self.param_groups:
+            raise ValueError("ProbabilisticLineSearch takes one group: there is one step for all.")
+        super().add_param_group(param_group)
 
     def _params(self) -> list[Tensor]:
         return [p for p in self.param_groups[0]["params"] if p.requires_grad]
@@ -259,6 +268,17 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
         if numbers is not None and all("gradient" in self.state[p] for p in params):
             self._start = Seen(*numbers, gradients=[self.state[p]["gradient"] for p in params])
             self._versions = [p._version for p in params]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what torch keeps, the counts, and where the next search starts."""
+        start = self._start if self._versions == [p._version for p in self._params()] else None
+        own = {"skipped": self.skipped, "evaluations": self.evaluations, "_start": start}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The copy's parameters are as they were."""
+        super().__setstate__(state)
+        self._versions = [p._version for p in self._params()]
 
 
 def _move(params: list[Tensor], origin: list[Tensor], along: list[Tensor] | None = None, factor: float = 0.0) -> None:

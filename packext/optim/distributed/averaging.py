@@ -80,7 +80,7 @@ class AdaptiveAverager(ModelAverager):
         super().__init__(process_group)
         self.period, self.calibration, self.low, self.high, self.predicted = period, calibration, low, high, predicted
         self.target: float | None = None
-        self.averages = self.payload = self._since = 0
+        self.averages = self.payload = self._since = self._measured = 0
 
     def average_parameters(self, params: Iterable[dict[str, Any]]) -> None:
         """Count a step, and average if the period is over; `PostLocalSGDOptimizer` calls it.
@@ -102,7 +102,8 @@ class AdaptiveAverager(ModelAverager):
         if spread is None:  # a learning rate of zero
             return
         if self.step <= self.calibration or self.target is None:
-            self.target = spread if self.target is None else self.target + (spread - self.target) / self.averages
+            self._measured += 1  # fewer than `averages`, which counts those of `flush` and of a rate of zero, too
+            self.target = spread if self.target is None else self.target + (spread - self.target) / self._measured
         elif not self.predicted:
             self.period += (spread < self.low * self.target) - (spread > self.high * self.target)
             self.period = max(1, self.period)
@@ -124,12 +125,13 @@ class AdaptiveAverager(ModelAverager):
             raise ValueError(f"a variance needs at least two samples, got {samples}.")
         if self.target is None:
             raise px.PackextError("AdaptiveAverager.predict: there is no target before the first average.")
-        noise = torch.tensor(float(trace) / (samples - 1), dtype=torch.float64)
+        parts: list[Any] = [None] * self.size
         with waiting("AdaptiveAverager.predict"):
-            dist.all_reduce(noise, group=self.process_group)
-        if not (noise.isfinite() and noise >= 0):
-            raise px.PackextError(f"AdaptiveAverager.predict: the variances sum to {float(noise)} over all processes.")
-        growth = (1 - 1 / self.size) * lr * float(noise) / self.size
+            dist.all_gather_object(parts, float(trace) / (samples - 1), group=self.process_group)
+        noise = sum(parts)
+        if not 0 <= noise < math.inf:
+            raise px.PackextError(f"AdaptiveAverager.predict: the variances sum to {noise} over all processes.")
+        growth = (1 - 1 / self.size) * lr * noise / self.size
         if self.predicted and self.step >= self.calibration and growth > 0:
             self.period = max(1, math.floor(self.target / growth))
 
@@ -144,6 +146,7 @@ class AdaptiveAverager(ModelAverager):
     @torch.no_grad()
     def _average(self, groups: Sequence[dict[str, Any]]) -> float | None:
         """Average the parameters; s, or None where a learning rate is zero."""
+        groups = [group for group in groups if any(p.requires_grad for p in group["params"])]
         parameters = [[p for p in group["params"] if p.requires_grad] for group in groups]
         flat = [torch.cat([p.detach().reshape(-1) for p in group]) for group in parameters]
         with waiting(f"AdaptiveAverager, step {self.step}"):
@@ -170,7 +173,7 @@ class AdaptiveAverager(ModelAverager):
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state, which `PostLocalSGDOptimizer.state_dict` has not; a file for each rank."""
-        fields = ("period", "target", "averages", "payload", "step", "_since")
+        fields = ("period", "target", "averages", "payload", "step", "_since", "_measured")
         return {"world": (self.size, self.rank), **{name: getattr(self, name) for name in fields}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 import packext as px
+from packext.optim._merge import summed
 from packext.optim.distributed._processes import waiting, world
 
 
@@ -124,7 +125,8 @@ class TargetBatch:
         if samples < 0:
             raise ValueError(f"a part has no {samples} samples.")
         for name, value in (sums or {}).items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.detach().clone()
+            value = value.detach()  # a loss may be given, whose graph nobody needs
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._samples += samples
         with waiting("TargetBatch"):
             if self._store.add(str(self.batches), samples) < self.target:
@@ -143,17 +145,15 @@ class TargetBatch:
         everyone = self._exchange((own, used, shapes, finite))
         if self.rank == 0:  # all have left this batch's count behind
             self._store.delete_key(str(self.batches - 1))
-        problems = [
-            f"rank {k}: " + ("a gradient or sum is not finite" if not good else f"sums {theirs}, and here {shapes}")
-            for k, (n, _, theirs, good) in enumerate(everyone)
-            if not good or (n and own and theirs != shapes)
-        ]
-        # Everyone hears the same: what is compared with this process is compared everywhere.
-        if any(not good for *_, good in everyone) or len({str(theirs) for n, _, theirs, _ in everyone if n}) > 1:
-            raise px.PackextError(f"TargetBatch, batch {self.batches}: {'; '.join(problems)}. No gradient was changed.")
+        wrong = [f"rank {k}: a gradient or sum is not finite" for k, (*_, good) in enumerate(everyone) if not good]
+        given = {k: theirs for k, (n, _, theirs, _) in enumerate(everyone) if n}
+        shapes = next(iter(given.values()))
+        if not wrong and any(theirs != shapes for theirs in given.values()):
+            wrong = [f"rank {k}: sums {theirs}" for k, theirs in given.items()]
+        if wrong:
+            raise px.PackextError(f"TargetBatch, batch {self.batches}: {'; '.join(wrong)}. No gradient was changed.")
         shares = [n for n, *_ in everyone]
         total = sum(shares)
-        shapes = next(theirs for n, _, theirs, _ in everyone if n)
         anywhere = [any(each) for each in zip(*(flags for _, flags, *_ in everyone), strict=True)]
         parts = [
             torch.zeros_like(p) if g is None else g
@@ -162,23 +162,12 @@ class TargetBatch:
         ]
         like = self.parameters[0]
         parts += [held.get(name, like.new_zeros(shape, dtype=dtype)) for name, (shape, dtype) in shapes.items()]
-        summed = iter(self._sum(parts))
+        with waiting(f"TargetBatch, batch {self.batches}"):
+            sums = iter(summed(parts, self.process_group))
         for p, reached in zip(self.parameters, anywhere, strict=True):
             if reached:
-                p.grad = next(summed) / total
-        return Gathered(total, shares, {name: next(summed) for name in shapes})
-
-    def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Sums over the processes, in one message for each dtype."""
-        out = list(tensors)
-        for dtype in sorted({t.dtype for t in tensors}, key=str):
-            where = [k for k, t in enumerate(tensors) if t.dtype == dtype]
-            flat = torch.cat([tensors[k].reshape(-1) for k in where])
-            with waiting(f"TargetBatch, batch {self.batches}"):
-                dist.all_reduce(flat, group=self.process_group)
-            for k, part in zip(where, flat.split([tensors[k].numel() for k in where]), strict=True):
-                out[k] = part.view(tensors[k].shape)
-        return out
+                p.grad = next(sums) / total
+        return Gathered(total, shares, {name: next(sums) for name in shapes})
 
     def _exchange(self, mine: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.size

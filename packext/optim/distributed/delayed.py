@@ -132,6 +132,14 @@ class DSSGD(torch.optim.Optimizer):
         """Of the wrapped optimizer."""
         return self.optimizer.defaults
 
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """Of the wrapped optimizer's step."""
+        return self.optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """Of the wrapped optimizer's step, before anything is sent."""
+        return self.optimizer.register_step_post_hook(hook)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none)

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import packext as px
 from packext.optim import _lists as lists
 from packext.optim._emit import Emitting
+from packext.optim._merge import Ranks
 from packext.optim._work import name_of
 from packext.optim.learned.policy import Averages, Policy, observation, trained, trained_for
 
@@ -218,7 +218,7 @@ class LearnedRate:
         moving = [p for p in self._parameters() if p.grad is not None]
         problem = self._problem(moving)
         mine = torch.cat([torch.zeros(0), *(losses.double().cpu() for losses, _ in self._losses)])
-        everyone = self._gather((problem, mine))
+        everyone = Ranks(self.process_group).everyone((problem, mine))
         wrong = [f"rank {k}: {text}" if len(everyone) > 1 else text for k, (text, _) in enumerate(everyone) if text]
         if wrong:
             raise px.PackextError("LearnedRate: " + "; ".join(wrong))
@@ -275,7 +275,7 @@ class LearnedRate:
             after = p.detach().clone()
             p.copy_(before)
             updates[p] = before.neg_().add_(after)
-        changes = torch.cat(self._gather(self._changes(updates, passes, given)))
+        changes = torch.cat(Ranks(self.process_group).everyone(self._changes(updates, passes, given)))
         if not bool(changes.isfinite().all()):
             raise px.PackextError(
                 "LearnedRate: changes of losses that the update predicts are NaN or infinite. Parameters are as before "
@@ -305,14 +305,6 @@ class LearnedRate:
                     total += held[p].statistics.dots(update).double().cpu()
             found.append(total / arrived.double().cpu())  # a sample's share of what backward() was called on
         return torch.cat(found)
-
-    def _gather(self, mine: Any) -> list[Any]:
-        """What all processes have, in the order of their ranks."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return [mine]
-        everyone: list[Any] = [None] * dist.get_world_size(self.process_group)
-        dist.all_gather_object(everyone, mine, group=self.process_group)
-        return everyone
 
     # -- saving ------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

@@ -71,6 +71,20 @@ def test_what_a_client_shares(train: bool) -> None:
     assert not torch.allclose(other.gradient["4.weight"], shared.gradient["4.weight"])
     with pytest.raises(px.PackextError, match=r"CrossEntropyLoss gave a tensor of shape \[6\]"):
         attacks.share(model, nn.CrossEntropyLoss(reduction="none"), x, y)
+    with pytest.raises(
+        px.PackextError, match="Sequential has no parameter or buffer '4.bais'; it has 1.weight, 1.bias"
+    ):
+        attacks.share(model, loss, x, y, {"4.bais": torch.arange(10.0)})
+
+
+def test_a_received_state_of_tied_parameters() -> None:
+    model, other = (nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)) for _ in range(2))
+    for m in (model, other):
+        m[1].weight = m[0].weight
+    x, loss = torch.arange(7), nn.CrossEntropyLoss()
+    found = attacks.share(model, loss, x, x, other.state_dict()).gradient
+    assert list(found) == ["0.weight"]
+    torch.testing.assert_close(found["0.weight"], attacks.share(other, loss, x, x).gradient["0.weight"])
 
 
 # -- label counts -------------------------------------------------------------------------------------
@@ -143,7 +157,13 @@ def test_counts_that_are_guessed_and_rounded() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(weight=torch.ones(10)), nn.MultiMarginLoss()]
+    "loss",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.ones(10)),
+        nn.CrossEntropyLoss(ignore_index=0),
+        nn.MultiMarginLoss(),
+    ],
 )
 def test_rules_are_of_plain_cross_entropy(loss: nn.Module) -> None:
     model, (x, y) = relu_net(), some(4)
@@ -162,6 +182,8 @@ def test_rules_refuse_what_they_cannot_read() -> None:
         attacks.Yin()(model, shared)
     with pytest.raises(px.PackextError, match="'0' is a Conv2d"):
         attacks.LLG()(model, shared, head="0")
+    with pytest.raises(px.PackextError, match="'7' is no module of Sequential; the last layer must be"):
+        attacks.LLG()(model, shared, head="7")
     with pytest.raises(px.PackextError, match="'5.weight' is not in what was shared"):
         attacks.LLG()(model, attacks.Shared({"0.weight": torch.zeros(1)}, 12, loss))
     bad = {k: g * math.nan for k, g in shared.gradient.items()}
@@ -182,6 +204,9 @@ def test_the_input_of_a_fully_connected_layer() -> None:
     x, y = some(2)
     with pytest.raises(px.PackextError, match=r"'1' \[16, 64\] is not of one input .* 2 sample"):
         attacks.fully_connected_input(attacks.share(model, loss, x, y), "1")
+    (x, y), layer = some(1), nn.Linear(64, 10)  # a model that is a layer itself
+    found = attacks.fully_connected_input(attacks.share(layer, loss, x.flatten(1), y), "")
+    torch.testing.assert_close(found, x.flatten(), rtol=0, atol=1e-12)
     empty = attacks.Shared({"1.weight": torch.zeros(16, 64), "1.bias": torch.zeros(16)}, 1, loss)
     with pytest.raises(px.PackextError, match="is zero"):
         attacks.fully_connected_input(empty, "1")
@@ -228,6 +253,8 @@ def test_tokens_and_the_span_of_inputs() -> None:
         attacks.spanned(many, "1.weight", torch.randn(2, 64))
     with pytest.raises(px.PackextError, match="All 10 rows"):
         attacks.tokens_present(attacks.Shared({"w": torch.ones(10, 2)}, 1, nn.MSELoss()), "w")
+    with pytest.raises(px.PackextError, match=r"'w' has shape \[10\]; it must be a matrix"):
+        attacks.tokens_present(attacks.Shared({"w": torch.ones(10)}, 1, nn.MSELoss()), "w")
 
 
 # -- inversion ----------------------------------------------------------------------------------------
@@ -261,6 +288,29 @@ def test_deep_leakage_of_a_batch() -> None:
     assert attacks.psnr(found.inputs[order], x).min() > 30 and steps == [*range(len(found.objective))]
     turns = attacks.DeepLeakage(iterations=8, in_turn=True)(model, shared, (1, 16, 16), labels=y)
     assert turns.objective[-1] < 0.3 * turns.objective[0] and not turns.matched
+
+
+def test_deep_leakage_with_targets_that_are_no_classes() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(1, 6), torch.randn(1, 3)
+    found = attacks.DeepLeakage(40)(model, attacks.share(model, nn.MSELoss(), x, y), (6,), labels=y)
+    assert found.matched and torch.equal(found.labels, y)
+    torch.testing.assert_close(found.inputs, x, rtol=0, atol=1e-6)
+
+
+def test_the_last_objective_is_that_of_the_inputs() -> None:
+    torch.manual_seed(0)
+    model, x, y, loss = nn.Linear(6, 3), torch.rand(2, 6), torch.tensor([0, 2]), nn.CrossEntropyLoss()
+    shared = attacks.share(model, loss, x, y)
+    for search in (attacks.InvertingGradients(5, tv=0.0), attacks.DeepLeakage(2)):
+        found = search(model, shared, (6,), labels=y)
+        one, other = (
+            torch.cat([g.flatten() for g in s.gradient.values()])
+            for s in (attacks.share(model, loss, found.inputs, y), shared)
+        )
+        deep = isinstance(search, attacks.DeepLeakage)
+        want = ((one - other).norm() / other.norm()) ** 2 if deep else 1 - torch.cosine_similarity(one, other, 0)
+        assert found.objective[-1] == pytest.approx(float(want), rel=1e-6)
 
 
 def test_a_failed_search_says_so() -> None:
@@ -309,6 +359,15 @@ def test_who_knows_what_was_not_sent_finds_the_digit(defence: Any) -> None:
         search(model, shared, (1, 16, 16), labels=y, mask={"0.weight": torch.ones(3), "x": torch.ones(2)})
 
 
+@pytest.mark.parametrize(
+    ("n", "batch", "want"),
+    [(5, 2, ["01", "23", "4", "01"]), (5, 8, ["01234"] * 3), (4, 2, ["01", "23", "01"]), (3, None, ["012"] * 2)],
+)
+def test_local_steps_begin_again_after_the_last_sample(n: int, batch: int | None, want: list[str]) -> None:
+    local = attacks.LocalSteps(len(want), 0.1, batch)
+    assert ["01234"[local.part(step, n)] for step in range(len(want))] == want
+
+
 def test_local_steps_are_unrolled() -> None:
     model, (x, y), loss = sigmoid_net(), upscaled(2, 2), nn.CrossEntropyLoss()
     local = attacks.LocalSteps(steps=3, lr=0.1, batch=1)
@@ -349,6 +408,9 @@ def test_inversion_refuses_what_does_not_fit() -> None:
         attacks.DeepLeakage()(model, attacks.Shared({"other": torch.zeros(1)}, 1, loss), (1, 16, 16), classes=10)
     with pytest.raises(px.PackextError, match=r"'0.bias' has shape \[3\] for \[12\]"):
         attacks.DeepLeakage()(model, attacks.Shared({"0.bias": torch.zeros(3)}, 1, loss), (1, 16, 16), classes=10)
+    broken = attacks.Shared({"0.bias": torch.full((12,), torch.nan)}, 1, loss)
+    with pytest.raises(px.PackextError, match="'0.bias' has entries that are not finite"):
+        attacks.DeepLeakage()(model, broken, (1, 16, 16), classes=10)
     with pytest.raises(px.PackextError, match="pass tv=0"):
         attacks.InvertingGradients(1)(
             nn.Linear(3, 2), attacks.share(nn.Linear(3, 2), loss, x[0, 0, :1, :3], y % 2), (3,), y % 2

@@ -51,7 +51,7 @@ def test_leverage_needs_a_ridge() -> None:
 def test_what_is_not_finite_is_named() -> None:
     x = torch.randn(4, 6).double()
     x[2] = math.inf
-    with pytest.raises(px.PackextError):
+    with pytest.raises(px.PackextError, match=r"Loss or gradient of samples \[2\] is not finite"):
         attacks.signals(net(), nn.CrossEntropyLoss(), x, torch.zeros(4, dtype=torch.int64))
 
 
@@ -77,6 +77,9 @@ def test_the_largest_advantage_of_a_threshold() -> None:
     best = max(abs(float((m <= t).double().mean() - (o <= t).double().mean())) for t in torch.cat([m, o]))
     assert attacks.membership_bound(m, o) == pytest.approx(best) == 0.5
     assert attacks.membership_bound(m, m) == 0.0 and attacks.membership_bound(m, m + 2) == 1.0
+    for bad in ([], [1.0, math.nan]):
+        with pytest.raises(ValueError, match=r"membership_bound\(\) needs scores without NaN"):
+            attacks.membership_bound(m, bad)
 
 
 class Memory(nn.Module):
@@ -113,6 +116,8 @@ def test_lira_takes_how_hard_a_sample_is_into_account() -> None:
     assert attacks.judge(-losses[: n // 2], -losses[n // 2 :]).auc < 0.65
     with pytest.raises(ValueError, match="4 shadows or more"):
         attacks.LiRA(2)(target, train, x, y)
+    with pytest.raises(px.PackextError, match=r"scores of samples \[0, 1, .* are not finite"):
+        attacks.LiRA(4)(target, lambda inputs, labels: target, x, y)  # all shadow models are one
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0, 4.0])

@@ -94,6 +94,25 @@ def test_unknown_sizes() -> None:
     assert (found.counts == true).all()
     with pytest.raises(px.PackextError, match='for reduction="sum"'):
         attacked(vgg(100), 100, 5, "mean", known=False)
+    with pytest.raises(px.PackextError, match="without clipping and weights"):
+        attacked(vgg(100), 100, 5, "sum", known=False, weighted=True)
+
+
+class Described(nn.Module):
+    """Has a table of the last layer's shape, which it does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.words = mlp(10), nn.Embedding(10, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_the_last_layer_is_that_of_the_plan() -> None:
+    torch.manual_seed(0)
+    true, found, _ = attacked(Described(), 10, 5)
+    assert (found.counts == true).all() and found.error.max() < 1e-3
 
 
 def test_no_more_than_d_plus_1_clients() -> None:
@@ -108,9 +127,11 @@ def test_a_skip_connection_weighs_less_the_larger_the_shift() -> None:
         torch.manual_seed(1)
         attack = attacks.SecureAggregationLabels(magnitude=magnitude)
         true, found, _ = attacked(resnet(10), 10, 8, attack=attack)
-        errors.append((int((found.counts - true).abs().sum()), float(found.error.mean())))
-    (wrong, first), (_, second), (right, third) = errors
-    assert wrong > 0 == right and first > second > third
+        spread = attack.plan(resnet(10), torch.randn(4, 3, 8, 8), 2).spread
+        errors.append((int((found.counts - true).abs().sum()), float(found.error.mean()), spread))
+    (wrong, first, some), (_, second, less), (right, third, least) = errors
+    assert wrong > 0 == right and first > second > third and some > less > least > 0
+    assert attacks.SecureAggregationLabels().plan(vgg(10), torch.randn(4, 3, 8, 8), 2).spread < 1e-6
 
 
 # -- what clients can do ------------------------------------------------------------------------------
@@ -206,13 +227,20 @@ def test_the_attack_refuses_what_does_not_fit() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     with pytest.raises(px.PackextError, match="Sequential has no normalisation"):
         attacks.SecureAggregationLabels().plan(plain, x, 2)
-    with pytest.raises(px.PackextError, match=r"'1' \(Linear\)|no normalisation"):
-        attacks.SecureAggregationLabels(norm="0").plan(plain, x, 2)
+    for name, kind in (("0", "Flatten"), ("1", "Linear"), ("2", "NoneType")):
+        with pytest.raises(px.PackextError, match=rf"'{name}' \({kind}\) has no normalisation"):
+            attacks.SecureAggregationLabels(norm=name).plan(plain, x, 2)
     with pytest.raises(px.PackextError, match="'1' is not the last layer"):
         attacks.SecureAggregationLabels(head="1").plan(mlp(10), x, 2)
     attack, loss = attacks.SecureAggregationLabels(), nn.CrossEntropyLoss()
     plan = attack.plan(mlp(10), x, 2)
-    with pytest.raises(px.PackextError, match=r"weight \[10, 16\] is not in the sum"):
+    with pytest.raises(px.PackextError, match=r"'4', the last layer's weight \[10, 16\], is not in the sum, of 1"):
         attack.counts(plan, {"1.weight": torch.zeros(16, 192)}, [1, 1], loss)
+    with pytest.raises(px.PackextError, match="'4' in the sum has entries that are not finite"):
+        attack.counts(plan, {"4.weight": torch.full((10, 16), torch.nan)}, [1, 1], loss)
+    broken = mlp(10)
+    nn.init.constant_(broken[-1].bias, torch.nan)  # type: ignore[arg-type]
+    with pytest.raises(px.PackextError, match="shift of 100 in '2' gives probabilities that are not finite"):
+        attack.plan(broken, x, 2)
     with pytest.raises(px.PackextError, match="Labels are read off"):
         attack.counts(plan, {"4.weight": torch.zeros(10, 16)}, [1, 1], nn.MSELoss())

@@ -17,15 +17,15 @@ import packext as px
 from packext import _cli, attacks, defences, demo
 from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit.case import Case, Clock, fingerprint
-from packext.audit.closed import divided
-from packext.audit.findings import beyond
+from packext.audit.closed import closed, divided
+from packext.audit.findings import beyond, findings
 from packext.audit.inversion import inversion
 from packext.audit.labels import labels
 from packext.audit.records import membership, records, roc
 from packext.audit.section import plain, restored
 from packext.audit.setting import integrity
 from packext.audit.sharing import fresh, name_of
-from packext.audit.sweep import sweep
+from packext.audit.sweep import Defended, local, sweep
 
 FEW = Budget(1e6, draws=2, seeds=1, restarts=1, iterations=2, shadows=4)
 LOSS = nn.CrossEntropyLoss()
@@ -254,10 +254,128 @@ def test_a_defence_is_that_of_a_client_which_sends_for_the_first_time() -> None:
     want = defences.Clipped(0.1)(clipped.model, LOSS, x, y)
     assert torch.equal(flat(clipped.message(x, y)), flat(want))
     assert fresh(None, 1) is None and name_of(len) == "builtins.len"
+    top(attacks.share(seen.model, LOSS, x, y))  # which holds something back from now on
+    assert top.residual and torch.equal(flat(again.message(x, y)), second)
     assert name_of(defences.Compose(noise, top)) == "GaussianNoise(std=0.1, seed=3) + TopK(share=0.5, residual={})"
 
 
+def test_each_client_of_a_cohort_holds_back_by_itself() -> None:
+    sharing = Sharing(batch_size=4, secure_aggregation=True, clients=3, defence=defences.TopK(0.2))
+    seen = case(sharing=sharing)
+    batches = [(seen.x[4 * k : 4 * k + 4], seen.y[4 * k : 4 * k + 4]) for k in range(3)]
+    total = seen.cohort(batches).round([{}] * 3)
+    want = sum(flat(defences.TopK(0.2)(attacks.share(seen.model, LOSS, x, y))) for x, y in batches)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in total.values()]), want, rtol=0, atol=1e-6)
+
+
+def test_samples_that_are_withheld_are_not_counted() -> None:
+    sharing = Sharing(batch_size=4, secure_aggregation=True, clients=2, defence=defences.Withholding(1))
+    seen = case(sharing=sharing)
+    assert seen.message(seen.x[:8], seen.y[:8]).n == 6
+    absent = inversion(seen, Clock(1e6)).absent
+    assert "6 of 8 samples are behind the message" in absent["Inverting Gradients, 8 samples"]
+
+
 # Sections
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_model_that_is_a_layer_itself() -> None:
+    x, y = images()
+    audit = run(nn.Linear(16, 5), LOSS, (x.flatten(1), y), Sharing(batch_size=1), budget=FEW)
+    (layer,) = audit.closed.layers
+    assert layer.name == "Linear" and layer.divided is not None and layer.divided.value == layer.rank == 1.0
+    assert "Layer 'Linear' gives the clients' inputs themselves away" in titles(audit, "high")
+
+
+def test_a_model_that_does_not_run_on_one_sample_is_audited_as_far_as_it_goes(no_sweep: None) -> None:
+    audit = run(normed().train(), LOSS, images(), Sharing(batch_size=1), budget=FEW)
+    for section in (audit.closed, audit.labels):
+        assert "more than 1 value per channel" in section.absent["message"]
+    assert not audit.closed.layers and audit.integrity.feature_variance
+    swept = sweep(case(normed().train(), sharing=Sharing(batch_size=1)), Clock(1.0))
+    assert "more than 1 value per channel" in swept.absent["noise"] and swept.rows[0].signal is None
+    few = closed(case(normed().train(), images(9)), Clock(1.0))  # one sample is left over
+    assert few.layers[0].rank and "more than 1 value" in few.absent["inputs that were not in the batch"]
+
+
+def test_what_a_client_s_batchnorm_sees_is_its_own_batch() -> None:
+    """Inputs of layers behind it are those of each client by itself, and lie in the span of the sum."""
+    sharing = Sharing(batch_size=2, secure_aggregation=True, clients=2)
+    found = closed(case(normed().train(), images(80), sharing), Clock(1e6))
+    assert found.layers[-1].spanned is not None and found.layers[-1].spanned.value == 1.0
+
+
+@pytest.mark.usefixtures("bare")
+def test_samples_without_a_gradient() -> None:
+    """More than half of them: there is no median to clip to, and single ones make up a batch's gradient."""
+    torch.manual_seed(0)
+    x = torch.zeros(40, 16)
+    x[:, 0], y = 10.0, torch.zeros(40, dtype=torch.int64)
+    y[::10] = 1
+    model = nn.Linear(16, 2)
+    with torch.no_grad():
+        model.weight.zero_()[0, 0] = 1.0
+    audit = run(model, nn.MultiMarginLoss(), (x, y), Sharing(batch_size=4), budget=FEW)
+    assert audit.records.suggested_clip is None and audit.records.dominating
+    (finding,) = (f for f in audit.findings if f.section == "records")
+    assert finding.advice == "Look at these records; clip gradients of samples."
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_loss_that_is_not_finite_is_absent(tmp_path: Path) -> None:
+    data = Data(images(), (3e38 * images(seed=1)[0], images(seed=1)[1]))
+    for _ in range(2):  # the second time, sections are read
+        audit = run(linear(), LOSS, data, budget=FEW, out=tmp_path)
+        assert "their mean loss is" in audit.setting.absent["loss of others"]
+        assert set(audit.setting.training_stage) == {"loss of members", "accuracy of members"}
+
+
+def test_generators_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch, bare: None) -> None:
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds all devices"))
+    assert run(nn.Linear(16, 5), LOSS, (images()[0].flatten(1), images()[1]), budget=FEW).labels.rules
+
+
+def test_labels_of_a_class_that_the_loss_ignores() -> None:
+    found = labels(case(loss=nn.CrossEntropyLoss(ignore_index=0)), Clock(1.0))
+    assert "ignores class 0" in found.absent["labels"] and found.identity is None
+
+
+@pytest.mark.parametrize("what", [{"label_smoothing": 0.1}, {"weight": torch.ones(5)}])
+def test_a_cross_entropy_that_no_rule_reads(what: dict[str, Any]) -> None:
+    found = labels(case(loss=nn.CrossEntropyLoss(**what)), Clock(1.0))
+    assert not found.rules and found.identity is None and found.guess is not None
+    assert all("Labels are read off" in found.absent[rule] for rule in ("LLG", "iLRG", "LLG*"))
+
+
+def test_a_layer_that_not_all_rules_read() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5, bias=False))
+    found = labels(case(model), Clock(1.0))
+    assert {r.rule for r in found.rules} == {"LLG", "LLG*"} and "has no bias" in found.absent["iLRG"]
+    frozen = labels(
+        case(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 5).requires_grad_(False))), Clock(1.0)
+    )
+    assert not frozen.rules and "'2.weight' is not in what was shared" in frozen.absent["LLG"]
+
+
+class Keyword(nn.Module):
+    """Calls its layer by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=self.norm(x.flatten(1)).relu())
+
+
+def test_a_layer_that_is_called_by_keyword() -> None:
+    model, (x, y) = Keyword(), images()
+    (layer,) = closed(case(model), Clock(1.0)).layers
+    assert layer.alone is not None and layer.alone.value == 1.0
+    assert not defences.check_received(model, LOSS, x, y).suspicious
+    assert defences.sensitivity(model, x)[0].shape == (40, 16)
+    assert attacks.SecureAggregationLabels().plan(model, x, 3).features.shape == (3, 16)
 
 
 def test_bias_division_by_hand() -> None:
@@ -482,6 +600,33 @@ def test_a_sweep() -> None:
     assert rows["as audited: Pruning(share=0.5)"].psnr > rows["noise of 1 x RMS"].psnr
 
 
+@pytest.mark.parametrize("what", [{"label_smoothing": 0.1}, {"weight": torch.arange(1.0, 6.0)}])
+def test_labels_that_cannot_be_read_are_searched_for(what: dict[str, Any]) -> None:
+    seen = case(sharing=Sharing(batch_size=2), loss=nn.CrossEntropyLoss(**what))
+    found = sweep(seen, Clock(1e6))
+    assert "reconstruction" not in found.absent and all(r.seeds == 1 for r in found.rows)
+    both = inversion(seen, Clock(1e6))
+    assert len(both.searches) == 4 and not both.absent
+
+
+def test_a_way_to_share_is_called_as_share_is() -> None:
+    x, y = images(8)
+    for defence in (defences.Pruning(0.5), defences.Clipped(1.0)):
+        assert local(defence)(linear(), LOSS, x, y, state={"1.bias": torch.zeros(5)}).n == 8
+
+
+@pytest.mark.parametrize("recovered", [True, False])
+def test_defences_that_change_nothing_are_named_where_there_was_something_to_lose(recovered: bool, bare: None) -> None:
+    audit = run(linear(), LOSS, images(), budget=FEW)
+    names = ("nothing", "8 bits", "pruning 90 %")
+    audit.sweep.rows = [
+        Defended(name, psnr=30.0, psnr_best=30.0, recovered=4 * recovered, seeds=4, signal=1.0) for name in names
+    ]
+    found = [f for f in findings(audit) if f.section == "sweep"]
+    assert [f.title for f in found] == ["Some defences change next to nothing."] * recovered
+    assert not found or "With 8 bits, pruning 90 %" in found[0].evidence
+
+
 def test_the_better_search_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(case: Case, attack: Any, *args: Any) -> Any:
         return SimpleNamespace(psnr=torch.tensor([30.0 if isinstance(attack, tuple) else 10.0]))
@@ -511,6 +656,7 @@ def test_an_extended_model_stays_extended() -> None:
         ({"local_steps": 3}, 'belong to what="update"'),
         ({"what": "update", "local_steps": 3}, "lr must be positive"),
         ({"what": "update", "lr": 0.1, "samples": 2}, "has no batch of 8"),
+        ({"what": "update", "lr": 0.1, "samples": 20, "local_steps": 2}, r"2 local step\(s\) of 8 do not see 20"),
         ({"secure_aggregation": True}, "clients must be 2 or more"),
         ({"epsilon": 1.0}, "needs epsilon >= 0 and 0 <= delta < 1"),
         ({"canaries": (1, 2, 3)}, "pass delta="),
@@ -532,6 +678,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"data": (x[:0], y[:0])}, "same number of samples"),
         ({"data": (bad, y)}, r"inputs of members: samples \[3\] are not finite"),
         ({"data": Data((x, y), (x[:, :, :2], y))}, "heldout has inputs"),
+        ({"data": Data((x, y), (x, y.float()))}, "heldout has labels"),
         ({"data": Data((x, y), auxiliary=x.double())}, "auxiliary has inputs"),
         ({"data": (x[:, :, :2], y)}, "do not run on inputs"),
         ({"data": (x, y + 5)}, "do not run on inputs"),

@@ -126,6 +126,8 @@ def test_what_is_chosen_after_looking_is_paid_for() -> None:
     assert several.epsilon < one.epsilon
     odd = canaries.audit(1e-5, 3)
     assert odd.guesses == 3 and odd.correct <= 3
+    private = DPSGD(nn.Linear(3, 2).parameters(), max_norm=1.0, noise_multiplier=1.0, expected_batch_size=4.0)
+    assert GradientCanaries(private, 1).audit(1e-5).guesses == 1
     for wrong in (0, 301, []):
         with pytest.raises(ValueError, match="from 1 to the 300 canaries"):
             canaries.audit(1e-5, wrong)

@@ -75,6 +75,14 @@ def test_error_feedback_sends_everything_in_the_end() -> None:
     torch.testing.assert_close(sent + top.residual["0"], gave)
 
 
+@pytest.mark.parametrize(
+    ("share", "n", "want"), [(0.9, 10, 9), (0.7, 10, 7), (0.07, 100, 7), (0.01, 10, 1), (0.0, 9, 0)]
+)
+def test_as_many_entries_are_sent_as_the_share_says(share: float, n: int, want: int) -> None:
+    part = only(defences.TopK(share)(shared(torch.arange(1.0, n + 1))))
+    assert part.nonzero()[:, 0].tolist() == list(range(n - want, n))
+
+
 def test_composition_is_in_order() -> None:
     g = torch.tensor([1.0, 2.0, 3.0, 4.0])
     both = defences.Compose(defences.Pruning(0.5), defences.GaussianNoise(1.0))
@@ -116,6 +124,7 @@ def test_levels_that_mean_nothing_are_refused() -> None:
         lambda: defences.Quantisation("int4"),
         lambda: defences.Quantisation("float16", stochastic=True),
         lambda: defences.Clipped(0.0),
+        lambda: defences.Clipped(math.inf),
         lambda: defences.Clipped(1.0, -1.0),
     ]
     for call in calls:
@@ -124,6 +133,35 @@ def test_levels_that_mean_nothing_are_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with pytest.raises(px.CoupledSamplesError):
         defences.Clipped(1.0)(model, nn.CrossEntropyLoss(), torch.randn(5, 4), torch.randint(2, (5,)))
+
+
+def test_a_state_with_names_that_the_model_has_not_is_refused() -> None:
+    x, y, loss = torch.randn(5, 4), torch.randint(2, (5,)), nn.CrossEntropyLoss()
+    model, state = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"1.bais": torch.zeros(2)}
+    for call in (
+        lambda: defences.Clipped(1.0)(model, loss, x, y, state),
+        lambda: defences.Withholding(1).kept(model, loss, x, y, state),
+        lambda: defences.sensitivity(model, x, state=state),
+        lambda: defences.Soteria(0.5)(model, loss, x, y, state),
+    ):
+        with pytest.raises((px.PackextError, RuntimeError), match="1.bais"):
+            call()
+
+
+def test_a_layer_that_is_not_run_tells_nothing_of_the_model() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.other = nn.Linear(6, 3), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model, loss, x, y = Unused(), nn.CrossEntropyLoss(), torch.randn(40, 6), torch.randint(3, (40,))
+    with pytest.raises(px.PackextError, match=r"Unused does not run 'other' \(Linear \[2, 6\]\): pass head="):
+        defences.check_received(model, loss, x, y)
+    assert not defences.check_received(model, loss, x, y, "head").zero_scales
 
 
 @pytest.mark.parametrize("classes", [1, 2])

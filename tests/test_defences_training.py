@@ -261,6 +261,19 @@ def test_nopeek_refuses_what_it_cannot_see() -> None:
         assert nopeek(frozen(x), y).isfinite()
 
 
+def test_nopeek_after_an_error_of_the_model() -> None:
+    """The layer runs by itself again, as often as one likes."""
+    model, (x, y) = split(), data()
+    with NoPeek(model, "1", nn.CrossEntropyLoss(), 0.5) as nopeek:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(torch.randn(8, 7).double())
+        for _ in range(2):
+            model[:2](x)
+        with pytest.raises(px.PackextError, match="last ran"):
+            nopeek(torch.randn(8, 3).double(), y)
+        assert nopeek(model(x), y).isfinite()
+
+
 def test_nopeek_under_checkpointing() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -314,8 +327,9 @@ def test_soteria_against_a_loop(n: int, reduction: str) -> None:
     scores = [sum(v) / len(v) if v else math.inf for v in ratios]
     assert math.inf in scores or n > 1  # features that no ReLU lets through
     dropped = sorted(range(20), key=lambda d: scores[d])[:7]
-    state = copy.deepcopy(model.state_dict())
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     found = Soteria(0.39)(model, loss, x, y).gradient  # int(0.39 * 20) = 7
+    assert torch.equal(random, torch.get_rng_state())
     plain = attacks.share(model, loss, x, y).gradient
     for name, g in plain.items():
         want = g.clone()

@@ -65,15 +65,22 @@ def share(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mappin
         The gradient of every parameter that requires it; zeros for one that the loss does not depend on.
 
     Raises:
-        PackextError: if the loss is no scalar, or depends on no parameter.
+        PackextError: if the loss is no scalar, or depends on no parameter; or the model has none of a name in `state`.
     """
     own = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
+    first: dict[int, str] = {}  # a tensor with several names goes by the first, as in `own`
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = {name: first.setdefault(id(value), name) for name, value in held}
     for name, value in (state or {}).items():
-        if name in own:
-            own[name] = value.detach().clone().requires_grad_()
+        if name not in names:
+            raise px.PackextError(
+                f"{type(model).__name__} has no parameter or buffer {name!r}; it has {', '.join(names)}."
+            )
+        if names[name] in own:
+            own[names[name]] = value.detach().clone().requires_grad_()
         else:
-            buffers[name] = value.detach().clone()
+            buffers[names[name]] = value.detach().clone()
     arguments = x if isinstance(x, tuple) else (x,)
     loss = loss_fn(torch.func.functional_call(model, {**own, **buffers}, arguments), y)
     if loss.dim() or not loss.requires_grad:
@@ -151,9 +158,10 @@ class Head:
         if name is None and not linear:
             raise px.PackextError(f"{type(model).__name__} has no nn.Linear whose gradient could tell labels.")
         name = linear[-1] if name is None else name
-        layer = model.get_submodule(name)
+        layer = dict(model.named_modules()).get(name)
         if not isinstance(layer, nn.Linear):
-            raise px.PackextError(f"{name!r} is a {type(layer).__name__}; the last layer must be an nn.Linear.")
+            what = f"no module of {type(model).__name__}" if layer is None else f"a {type(layer).__name__}"
+            raise px.PackextError(f"{name!r} is {what}; the last layer must be an nn.Linear.")
         return cls(name, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
     def weight_gradient(self, shared: Shared) -> Tensor:
@@ -186,9 +194,14 @@ def plain_cross_entropy(loss_fn: nn.Module) -> None:
     Raises:
         PackextError: unless it is `nn.CrossEntropyLoss` with nothing but a reduction.
     """
-    plain = isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.weight is None and loss_fn.label_smoothing == 0.0
-    if not plain or loss_fn.reduction not in ("mean", "sum"):
-        raise px.PackextError(
-            f"Labels are read off gradients of nn.CrossEntropyLoss without class weights and label smoothing, with "
-            f'reduction "mean" or "sum"; got {loss_fn}.'
-        )
+    got = type(loss_fn).__name__
+    if isinstance(loss_fn, nn.CrossEntropyLoss):
+        weight, ignored, smoothing = loss_fn.weight, loss_fn.ignore_index, loss_fn.label_smoothing
+        if weight is None and ignored < 0 and smoothing == 0.0 and loss_fn.reduction in ("mean", "sum"):
+            return
+        got += f"(weight={'None' if weight is None else list(weight.shape)}, ignore_index={ignored}, "
+        got += f"label_smoothing={smoothing}, reduction={loss_fn.reduction!r})"
+    raise px.PackextError(
+        "Labels are read off gradients of nn.CrossEntropyLoss without class weights, label smoothing and a class that "
+        f'is ignored, with reduction "mean" or "sum"; got {got}.'
+    )

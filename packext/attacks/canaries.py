@@ -158,7 +158,7 @@ class GradientCanaries:
         """
         count = len(self.included)
         if guesses is None:
-            guesses = [max(2, count * part // 100) for part in (5, 10, 20, 50, 100)]
+            guesses = [min(count, max(2, count * part // 100)) for part in (5, 10, 20, 50, 100)]
         tried = [guesses] if isinstance(guesses, int) else list(dict.fromkeys(guesses))
         if not tried or not all(1 <= r <= count for r in tried):
             raise ValueError(f"guesses must be from 1 to the {count} canaries, got {tried}.")

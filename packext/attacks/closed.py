@@ -21,7 +21,7 @@ def fully_connected_input(shared: Shared, layer: str) -> Tensor:
 
     Args:
         shared: of one sample, without positions.
-        layer: the layer's name.
+        layer: the layer's name; "" if the model is the layer.
 
     Returns:
         `[I]`, up to rounding.
@@ -30,7 +30,8 @@ def fully_connected_input(shared: Shared, layer: str) -> Tensor:
         PackextError: if the gradient of weight and bias was not shared, is zero, or is of several samples or positions:
             then rows disagree.
     """
-    weight, bias = _gradient(shared, f"{layer}.weight"), _gradient(shared, f"{layer}.bias")
+    # A model that is a layer itself has no name.
+    weight, bias = (_gradient(shared, f"{layer}.{part}".removeprefix(".")) for part in ("weight", "bias"))
     row = bias.abs().argmax()
     if not bias[row]:
         raise px.PackextError(f"The bias gradient of {layer!r} is zero: its input cannot be read off.")
@@ -60,9 +61,9 @@ def tokens_present(shared: Shared, embedding: str) -> Tensor:
         Tokens, ascending, int64. Without order and number.
 
     Raises:
-        PackextError: if the gradient was not shared, or no row is zero.
+        PackextError: if the gradient was not shared or is no matrix, or no row is zero.
     """
-    rows = _gradient(shared, embedding).flatten(1).any(1)
+    rows = _matrix(shared, embedding).any(1)
     if bool(rows.all()):
         raise px.PackextError(
             f"All {len(rows)} rows of {embedding!r} have a gradient: it is used for more than looking tokens up."
@@ -139,5 +140,5 @@ def _gradient(shared: Shared, name: str) -> Tensor:
 def _matrix(shared: Shared, name: str) -> Tensor:
     g = _gradient(shared, name)
     if g.dim() != 2:
-        raise px.PackextError(f"{name!r} has shape {list(g.shape)}; a span is of a matrix [O, I].")
+        raise px.PackextError(f"{name!r} has shape {list(g.shape)}; it must be a matrix.")
     return g

@@ -25,8 +25,8 @@ class Reconstruction:
 
     Attributes:
         inputs: `[N, ...]`; for text, vectors in place of the embeddings.
-        labels: `[N]`, int64.
-        objective: after each iteration of the best restart; the last is that of `inputs`.
+        labels: `[N]`, int64; those that were given, where they were known.
+        objective: of each iteration of the best restart; the last is that of `inputs`.
         matched: whether the gradient was matched: the last objective is below the attack's `tolerance`. A gradient with
             noise or without some entries is that of no input, and is not matched even where inputs are recovered.
         restarts: how many were made.
@@ -57,10 +57,9 @@ class Matching:
             raise px.PackextError(f"{unknown or 'Nothing'} was shared; the model's parameters are {', '.join(held)}.")
         for name, g in shared.gradient.items():
             if g.shape != held[name].shape or not g.isfinite().all():
-                raise px.PackextError(
-                    f"The shared gradient of {name!r} has shape {list(g.shape)} for {list(held[name].shape)}, or "
-                    "entries that are not finite."
-                )
+                fits = g.shape == held[name].shape
+                what = "entries that are not finite" if fits else f"shape {list(g.shape)} for {list(held[name].shape)}"
+                raise px.PackextError(f"The shared gradient of {name!r} has {what}.")
         wrong = {k: list(m.shape) for k, m in (mask or {}).items() if k not in held or m.shape != held[k].shape}
         if wrong:
             raise px.PackextError(f"The mask has entries that fit no parameter: {wrong}.")
@@ -162,7 +161,7 @@ class DeepLeakage:
             shared: what the client sent.
             shape: of one input.
             classes: how many there are, where labels are searched for.
-            labels: `[N]`, where they are known.
+            labels: `[N]`, or `[N, ...]` for other losses than of classes, where they are known.
             forward: how the model is run on what is searched for; `model(x)` by default.
             mask: entries that are matched, by parameter name, such as `packext.attacks.sent` gives; all by default.
             progress: called after each outer iteration with its number and the objective.
@@ -184,13 +183,14 @@ class DeepLeakage:
             y = labels
             if y is None:
                 y = torch.randn(shared.n, classes, generator=generator, dtype=torch.float64).to(like)  # type: ignore[arg-type]
-            found.append(self._search(matching, x, y, progress))
+            found.append(self._search(matching, x, y, labels is None, progress))
         return _best(found)
 
     def _search(
-        self, matching: Matching, x: Tensor, y: Tensor, progress: Callable[[int, float], None] | None
+        self, matching: Matching, x: Tensor, y: Tensor, soft: bool, progress: Callable[[int, float], None] | None
     ) -> Reconstruction:
-        soft, size = y.is_floating_point(), 1 if self.in_turn else len(x)
+        """One search from given inputs, and from logits of labels where those are soft and searched for as well."""
+        size = 1 if self.in_turn else len(x)
         rows = [part.clone().requires_grad_() for part in x.split(size)]
         words = [part.clone().requires_grad_(soft) for part in y.split(size)]
         n = len(rows)
@@ -246,8 +246,8 @@ class LocalSteps:
 
     def part(self, step: int, n: int) -> slice:
         """The samples of a step."""
-        size = self.batch or n
-        start = step * size % n
+        size = min(self.batch or n, n)
+        start = step % math.ceil(n / size) * size
         return slice(start, min(start + size, n))
 
 
@@ -273,7 +273,7 @@ def share_update(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, loc
 
 
 def _unrolled(matching: Matching, x: Tensor, y: Tensor, local: LocalSteps | None) -> list[Tensor]:
-    """The sum of gradients along local steps, with a graph back to the inputs."""
+    """The sum of gradients along local steps, with a graph back to the inputs if they require grad."""
     if local is None:
         return matching.gradient(x, y)
     now, names = dict(matching.parameters), list(matching.parameters)
@@ -281,7 +281,7 @@ def _unrolled(matching: Matching, x: Tensor, y: Tensor, local: LocalSteps | None
         part = local.part(step, len(y))
         loss = matching.shared.loss_fn(matching.outputs(now, x[part]), y[part])
         grads = torch.autograd.grad(
-            loss, list(now.values()), create_graph=True, allow_unused=True, materialize_grads=True
+            loss, list(now.values()), create_graph=x.requires_grad, allow_unused=True, materialize_grads=True
         )
         now = {name: now[name] - local.lr * g for name, g in zip(names, grads, strict=True)}
     return [(matching.parameters[name] - now[name]) / local.lr for name in names]
@@ -348,7 +348,7 @@ class InvertingGradients:
             shape: of one input.
             labels: `[N]`.
             mask: entries that are matched, by parameter name, such as `packext.attacks.sent` gives; all by default.
-            progress: called after each iteration with its number and the cosine distance.
+            progress: called after each iteration with its number and the cosine distance before its step.
 
         Returns:
             The best restart.
@@ -364,8 +364,12 @@ class InvertingGradients:
             at = [int(self.iterations * k / 8) for k in (3, 5, 7)]
             schedule = torch.optim.lr_scheduler.MultiStepLR(adam, at)
             seen: list[float] = []
+
+            def objective(x: Tensor = x) -> Tensor:
+                return cosine_distance(matching.seen(_unrolled(matching, x, labels, self.local)), matching.target)
+
             for i in range(self.iterations):
-                distance = cosine_distance(matching.seen(_unrolled(matching, x, labels, self.local)), matching.target)
+                distance = objective()
                 whole = distance + self.tv * total_variation(x) if self.tv else distance
                 x.grad = torch.autograd.grad(whole, x)[0].sign()
                 adam.step()
@@ -377,6 +381,7 @@ class InvertingGradients:
                     progress(i, seen[-1])
                 if not math.isfinite(seen[-1]):
                     break
+            seen[-1] = float(objective().detach())  # each was before its step
             found.append(Reconstruction(x.detach().clone(), labels, tuple(seen), seen[-1] < self.tolerance, 1))
         return _best(found)
 

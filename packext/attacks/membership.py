@@ -126,7 +126,7 @@ def judge(members: Tensor, others: Tensor, draws: int = 500, seed: int = 0) -> J
         ValueError: if one of them is empty or holds NaN.
     """
     m, o = members.double().flatten().cpu(), others.double().flatten().cpu()
-    if not len(m) or not len(o) or m.isnan().any() or o.isnan().any():
+    if _tell_nothing(m, o):
         raise ValueError(f"judge() needs scores without NaN of members and others, got {len(m)} and {len(o)}.")
     generator = torch.Generator().manual_seed(seed)
     areas = torch.stack(
@@ -145,6 +145,11 @@ def judge(members: Tensor, others: Tensor, draws: int = 500, seed: int = 0) -> J
         # The threshold is a score of one of the others: with none allowed beyond it, it would be a matter of luck.
         rates[fpr] = float((m > o.sort(descending=True).values[allowed]).double().mean()) if allowed else None
     return Judged(float(_area(m, o)), rates, (low, high))
+
+
+def _tell_nothing(*scores: Tensor) -> bool:
+    """Whether members or others have none, or NaN among them."""
+    return any(not len(v) or bool(v.isnan().any()) for v in scores)
 
 
 def _area(members: Tensor, others: Tensor) -> Tensor:
@@ -166,7 +171,7 @@ class LiRA:
     - Formula: `log N(φ; μ_in, σ_in²) - log N(φ; μ_out, σ_out²)`
     - Cost: as many trainings as there are shadow models; no gradient
     - Source: Carlini et al., S&P 2022; one variance for all after its section VI-C
-    - Refused: fewer than 4 shadow models
+    - Refused: fewer than 4 shadow models; models whose probabilities make no finite score
 
     Args:
         shadows: how many models; a few dozen for a stable variance.
@@ -206,6 +211,7 @@ class LiRA:
 
         Raises:
             ValueError: with fewer than 4 shadow models.
+            PackextError: if scores are not finite: shadow models all give a sample the same probabilities, or none.
         """
         if self.shadows < 4:
             raise ValueError(f"LiRA needs models with and without each sample: 4 shadows or more, got {self.shadows}.")
@@ -228,6 +234,12 @@ class LiRA:
             # One variance over all samples: with few shadow models a sample's own is mostly noise (section VI-C there).
             variance = ((seen - mean).square() * mask).sum() / (mask.sum() - n).clamp_min(1)
             ratio += sign * (-0.5 * (own - mean).square() / variance - 0.5 * variance.log())
+        if not ratio.isfinite().all():
+            bad = (~ratio.isfinite()).nonzero().flatten().tolist()
+            raise px.PackextError(
+                f"LiRA's scores of samples {bad[:10]} are not finite: the target's or a shadow model's probabilities "
+                "are not, or all shadow models give the same ones. train(x, y) must start from new weights each time."
+            )
         return ratio
 
 
@@ -248,7 +260,7 @@ def membership_bound(training: Sequence[float] | Tensor, test: Sequence[float] |
     - Formula: largest `|TPR - FPR|` over all thresholds
     - Cost: the scores are sorted
     - Source: the definition
-    - Refused: nothing
+    - Refused: no scores, and NaN among them
 
     Args:
         training: scores (such as losses) of members.
@@ -256,9 +268,15 @@ def membership_bound(training: Sequence[float] | Tensor, test: Sequence[float] |
 
     Returns:
         Between 0 and 1.
+
+    Raises:
+        ValueError: if one of them is empty or holds NaN.
     """
-    m = torch.as_tensor(training, dtype=torch.float64).flatten().sort().values
-    o = torch.as_tensor(test, dtype=torch.float64).flatten().sort().values
+    m, o = (torch.as_tensor(v, dtype=torch.float64).flatten().sort().values for v in (training, test))
+    if _tell_nothing(m, o):
+        raise ValueError(
+            f"membership_bound() needs scores without NaN of members and others, got {len(m)} and {len(o)}."
+        )
     at = torch.cat([m, o])
     gap = torch.searchsorted(m, at, side="right") / len(m) - torch.searchsorted(o, at, side="right") / len(o)
     return float(gap.abs().max())

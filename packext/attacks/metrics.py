@@ -45,8 +45,11 @@ def in_order(found: Tensor, true: Tensor) -> Tensor:
         Indices into `found` `[N]`.
 
     Raises:
+        ValueError: if their shapes differ.
         ImportError: if SciPy is not installed, for more than one sample.
     """
+    if found.shape != true.shape:
+        raise ValueError(f"in_order() compares samples one to one, got {list(found.shape)} and {list(true.shape)}.")
     if len(true) == 1:
         return torch.zeros(1, dtype=torch.int64)
     try:

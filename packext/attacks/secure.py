@@ -154,6 +154,7 @@ class Plan:
         probabilities: of the model's output, by client `[K, C]`.
         spread: how far features still depend on the input, relative to their norm; 0 where the layer fixes them.
         factors: by which a client's clipping shrinks the gradient of a sample of each class `[K, C]`; ones without.
+        head: name of the last fully connected layer.
     """
 
     states: list[dict[str, Tensor]]
@@ -161,6 +162,7 @@ class Plan:
     probabilities: Tensor
     spread: float
     factors: Tensor
+    head: str
 
 
 class Counted(NamedTuple):
@@ -227,14 +229,16 @@ class SecureAggregationLabels:
 
         Args:
             model: the classifier, in the mode in which clients run it.
-            example: inputs of the right shape `[N, ...]`, N >= 2; their values matter only to measure `spread`.
+            example: inputs of the right shape `[N, ...]`, N >= 2. Their values matter as far as the layer does not fix
+                the features (`spread`), and for how much clipping takes off.
             clients: how many.
 
         Returns:
             The plan.
 
         Raises:
-            PackextError: if there is no such layer, or it cannot tell so many clients apart.
+            PackextError: if there is no such layer, it cannot tell so many clients apart, or the model's output is not
+                finite.
         """
         head = Head.of(model, self.head)
         name = self._norm(model)
@@ -260,10 +264,15 @@ class SecureAggregationLabels:
                 + ". Take fewer clients, or another layer."
             )
         probabilities = torch.stack([z.softmax(1).mean(0) for z in logits])
+        if not probabilities.isfinite().all():
+            raise px.PackextError(
+                f"{type(model).__name__} with a shift of {self.magnitude:g} in {name!r} gives probabilities that are "
+                "not finite: take a smaller magnitude, or a model whose parameters are finite."
+            )
         factors = torch.ones_like(probabilities)
         if self.clip is not None:
             factors = torch.stack([_clipped(model, example, state, len(head.weight), self.clip) for state in states])
-        return Plan(states, features, probabilities, spread, factors.cpu())
+        return Plan(states, features, probabilities, spread, factors.cpu(), head.name)
 
     def _norm(self, model: nn.Module) -> str:
         if self.norm is not None:
@@ -274,8 +283,9 @@ class SecureAggregationLabels:
                 for name, m in model.named_modules()
                 if isinstance(m, NORMS) and m.weight is not None and getattr(m, "bias", None) is not None
             ]
-        layer = model.get_submodule(found[-1]) if found else None
-        if layer is None or getattr(layer, "weight", None) is None or getattr(layer, "bias", None) is None:
+        layer = dict(model.named_modules()).get(found[-1]) if found else None
+        weight, bias = (getattr(layer, part, None) for part in ("weight", "bias"))
+        if weight is None or bias is None or weight.shape != bias.shape:
             what = f"{found[-1]!r} ({type(layer).__name__})" if found else type(model).__name__
             raise px.PackextError(f"{what} has no normalisation with scale and shift that could fix what follows it.")
         return found[-1]
@@ -288,8 +298,8 @@ class SecureAggregationLabels:
         Args:
             plan: by which the clients' models were made.
             total: the sum of their gradients.
-            sizes: samples of each client; None if they are not known, for a loss with reduction "sum", no clipping, and
-                clients that lack a class that the model deems possible (a matter of a small magnitude).
+            sizes: samples of each client; None if they are not known, for a loss with reduction "sum", no clipping, no
+                weights, and clients that lack a class that the model deems possible (a matter of a small magnitude).
             loss_fn: of the clients.
             weighted: whether each gradient was weighted with the client's share of all samples.
 
@@ -297,14 +307,16 @@ class SecureAggregationLabels:
             Counts, and how far they were from whole numbers.
 
         Raises:
-            PackextError: if the loss is not cross-entropy, or the layer's gradient is not in the sum.
+            PackextError: if the loss is not cross-entropy, sizes are not known where they must be, or the layer's
+                gradient is not in the sum, or not finite.
         """
         plain_cross_entropy(loss_fn)
         found, p = self.separated(plan, total), plan.probabilities.double().cpu()
         if sizes is None:
-            if loss_fn.reduction != "sum" or self.clip is not None:
+            if loss_fn.reduction != "sum" or self.clip is not None or weighted:
                 raise px.PackextError(
-                    'Labels can be counted without the clients\' sizes for reduction="sum" and without clipping alone.'
+                    'Labels can be counted without the clients\' sizes for reduction="sum" alone, without clipping and '
+                    "weights: pass sizes=."
                 )
             sizes = [round(float((d / q)[q > 0.01 / len(q)].max())) for d, q in zip(found, p, strict=True)]
         n = torch.tensor([float(size) for size in sizes], dtype=torch.float64)
@@ -330,17 +342,17 @@ class SecureAggregationLabels:
             The solution of the linear system, in least squares.
 
         Raises:
-            PackextError: if the layer's gradient is not in the sum.
+            PackextError: if the layer's gradient is not in the sum, or not finite.
         """
-        d = plan.features.shape[1]
-        c = plan.probabilities.shape[1]
-        heads = [k[: -len("weight")] for k, g in total.items() if k.endswith("weight") and list(g.shape) == [c, d]]
-        name = f"{self.head}." if self.head else (heads[-1] if heads else "")
-        weight, bias = total.get(f"{name}weight"), total.get(f"{name}bias")
-        if weight is None:
+        shape = [plan.probabilities.shape[1], plan.features.shape[1]]
+        weight, bias = (total.get(f"{plan.head}.{part}") for part in ("weight", "bias"))
+        if weight is None or list(weight.shape) != shape:
             raise px.PackextError(
-                f"The gradient of the last layer's weight [{c}, {d}] is not in the sum: {', '.join(total)}."
+                f"The gradient of {plan.head!r}, the last layer's weight {shape}, is not in the sum, of "
+                f"{', '.join(total)}."
             )
+        if not all(g.isfinite().all() for g in (weight, bias) if g is not None):
+            raise px.PackextError(f"The gradient of {plan.head!r} in the sum has entries that are not finite.")
         left, right = plan.features.double().cpu(), weight.double().cpu()
         if bias is not None and int(torch.linalg.matrix_rank(left)) < len(left):
             # One more client can be told apart with the bias. Its entries are the smallest, and the first to be pruned.
@@ -352,7 +364,9 @@ class SecureAggregationLabels:
 def _seen(model: nn.Module, head: Head, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The last layer's input and the model's output on an example, without touching the model."""
     got: list[Tensor] = []
-    handle = model.get_submodule(head.name).register_forward_pre_hook(lambda module, args: got.append(args[0]))
+    handle = model.get_submodule(head.name).register_forward_pre_hook(
+        lambda module, args, kwargs: got.append(*args, *kwargs.values()), with_kwargs=True
+    )
     try:
         values = {k: v.detach().clone() for k, v in [*model.named_parameters(), *model.named_buffers()]}
         with torch.no_grad(), px.disable():

@@ -157,7 +157,7 @@ def run(
     before, devices = 0.0, [case.x.device] if case.x.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         for name, (kind, share) in SECTIONS.items():
-            torch.manual_seed(seed)
+            _seed(seed, devices)
             done = store.read(name, kind) if store else None
             if done is None:
                 tell = _teller(progress, name, before, share)
@@ -176,6 +176,14 @@ def run(
     if out is not None:
         audit.write(out)
     return audit
+
+
+def _seed(seed: int, devices: list[torch.device]) -> None:
+    """Of the generators that are put back afterwards alone: `torch.manual_seed` would set those of all devices."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _teller(
@@ -223,7 +231,8 @@ class _Store:
         """Keep a section; the JSON last, so that a process that is killed leaves none that is half."""
         file = self.path / f"{name}.json"
         if section.arrays:
-            np.savez_compressed(file.with_suffix(".npz"), allow_pickle=False, **section.arrays)
+            # To NumPy 2.1 and older, allow_pickle=False would be one more array.
+            np.savez_compressed(file.with_suffix(".npz"), **section.arrays)  # pyright: ignore[reportArgumentType]
         part = file.with_suffix(".part")
         part.write_text(json.dumps(plain(section), allow_nan=False), "utf-8")
         part.replace(file)

@@ -130,6 +130,11 @@ class Case:
                 f"Labels lie between {int(self.y.min())} and {int(self.y.max())}, and the model tells {c} classes: "
                 "with targets that the loss ignores, the number of samples behind a gradient is not known."
             )
+        if bool((self.y == self.loss_fn.ignore_index).any()):
+            raise px.PackextError(
+                f"The loss ignores class {self.loss_fn.ignore_index}, which some members have: the number of samples "
+                "behind a gradient is not known."
+            )
         head = Head.of(self.model)
         if len(head.weight) != c:
             raise px.PackextError(f"{head.name!r} makes {len(head.weight)} outputs, not the {c} logits.")
@@ -151,40 +156,45 @@ class Case:
 
     def draw(self, k: int, n: int) -> Tensor:
         """Indices of members of the k-th batch of n samples, without repeats."""
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + k)
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + k) % 2**63)
         return torch.randperm(len(self.x), generator=generator)[:n].to(self.x.device)
 
     def client(self, x: Tensor, y: Tensor, defended: bool = True, defence: Any = None) -> Shared:
         """What one client sends: with the audited defence, with another one, or without."""
         defence = defence if defence is not None else (self.sharing.defence if defended else None)
-        defence = fresh(defence, self._messages)
-        self._messages += 1
-        local = self.sharing.local
-        if local is not None:
-            if defence is not None and in_place(defence):
-                raise px.PackextError(
-                    f"{defence!r} takes the place of one gradient; what leaves the client is an update of "
-                    f"{local.steps} local steps."
-                )
-            sent = share_update(self.model, self.loss_fn, x, y, local)
-            return defence(sent) if defence is not None else sent
-        if defence is not None and in_place(defence):
+        local, instead = self.sharing.local, defence is not None and in_place(defence)
+        if local is not None and instead:
+            raise px.PackextError(
+                f"{defence!r} takes the place of one gradient; what leaves the client is an update of {local.steps} "
+                "local steps."
+            )
+        defence = self._first_of(defence)
+        if instead:
             return defence(self.model, self.loss_fn, x, y)
-        sent = share(self.model, self.loss_fn, x, y)
-        return defence(sent) if defence is not None else sent
+        args = self.model, self.loss_fn, x, y
+        sent = share(*args) if local is None else share_update(*args, local)
+        return sent if defence is None else defence(sent)
+
+    def _first_of(self, defence: Any) -> Any:
+        """A defence as a client has it that sends for the first time, with noise of its own."""
+        self._messages += 1
+        return fresh(defence, self._messages - 1)
+
+    def by_client(self, samples: Tensor) -> tuple[Tensor, ...]:
+        """Samples behind what the server sees, as the clients hold them."""
+        return samples.chunk(self.sharing.clients) if self.sharing.secure_aggregation else (samples,)
 
     def message(self, x: Tensor, y: Tensor, **how: Any) -> Shared:
         """What the server sees: a client's, or the mean over clients of equal size (their sum for a summed loss)."""
         if not self.sharing.secure_aggregation:
             return self.client(x, y, **how)
-        k = self.sharing.clients
-        sent = [self.client(a, b, **how) for a, b in zip(x.chunk(k), y.chunk(k), strict=True)]
+        sent = [self.client(a, b, **how) for a, b in zip(self.by_client(x), self.by_client(y), strict=True)]
         total = {name: sum((s.gradient[name] for s in sent[1:]), sent[0].gradient[name]) for name in sent[0].gradient}
-        factor = 1 / k if self.loss_fn.reduction == "mean" else 1.0
-        return Shared({name: g * factor for name, g in total.items()}, len(y), self.loss_fn)
+        factor = 1 / len(sent) if self.loss_fn.reduction == "mean" else 1.0
+        return Shared({name: g * factor for name, g in total.items()}, sum(s.n for s in sent), self.loss_fn)
 
     def as_gradient(self, shared: Shared) -> Shared:
-        """An update as what it is to first order in the learning rate: the gradient of the client's samples."""
+        """An update as what whole epochs are to first order in the learning rate: the gradient of the samples."""
         local = self.sharing.local
         if local is None:
             return shared
@@ -194,10 +204,14 @@ class Case:
 
     def cohort(self, batches: list[tuple[Tensor, Tensor]]) -> Cohort:
         """Clients that send what the audited ones do, behind a secure sum."""
-        defence = fresh(self.sharing.defence, 10_000)
+        defence = self.sharing.defence
         if defence is None:
             return Cohort(self.model, self.loss_fn, batches)
-        part = {"local": defence} if in_place(defence) else {"send": defence}
+
+        def own(*args: Any) -> Shared:
+            return self._first_of(defence)(*args)
+
+        part: dict[str, Any] = {"local" if in_place(defence) else "send": own}
         return Cohort(self.model, self.loss_fn, batches, **part)
 
     def precise(self) -> tuple[nn.Module, torch.dtype]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class LayerCheck:
     """A fully connected layer.
 
     Attributes:
-        name: of the layer.
+        name: of the layer; of a model that is a layer itself, its class.
         features: of its input.
         outputs: rows of its weight.
         is_input: whether its input is the client's input itself.
@@ -112,13 +112,18 @@ def closed(case: Case, clock: Clock) -> Closed:
     while layers and clock.go_on(found.draws, case.budget.draws):
         whole = case.draw(found.draws, min(len(case.x), 2 * case.sharing.behind))
         index, rest = whole[: case.sharing.behind], whole[case.sharing.behind :]
-        one = index[:1]
-        inputs = _inputs(case.model, case.x[index], list(layers))
-        others = _inputs(case.model, case.x[rest], list(layers)) if len(rest) else {}
-        message = case.message(case.x[index], case.y[index])
-        alone = None
+        found.draws += 1
+        message, inputs, others, alone = None, {}, {}, None
+        with found.unless_refused("message"):
+            inputs = _inputs(case.model, case.by_client(case.x[index]), list(layers))
+            message = case.message(case.x[index], case.y[index])
+        if message is None:
+            continue
+        with found.unless_refused("inputs that were not in the batch"):
+            others = _inputs(case.model, case.by_client(case.x[rest]), list(layers)) if len(rest) else {}
         with found.unless_refused("messages with one sample"):
-            alone = case.client(case.x[one], case.y[one]), _inputs(case.model, case.x[one], list(layers))
+            x, y = case.x[index[:1]], case.y[index[:1]]
+            alone = case.client(x, y), _inputs(case.model, (x,), list(layers))
         for name, layer in layers.items():
             if name not in inputs:
                 found.absent[name] = "the model does not call it with data"
@@ -127,7 +132,7 @@ def closed(case: Case, clock: Clock) -> Closed:
             if isinstance(layer, nn.Embedding):
                 with found.unless_refused(f"{name}: rows with a gradient"):
                     true = set(inputs[name].flatten().tolist()) - {layer.padding_idx}
-                    seen = set(tokens_present(message, f"{name}.weight").tolist())
+                    seen = set(tokens_present(message, _entry(name, "weight")).tolist())
                     note.setdefault("tokens", []).append(len(true))
                     note.setdefault("found", []).append(int(seen == true))
                 continue
@@ -135,9 +140,8 @@ def closed(case: Case, clock: Clock) -> Closed:
             sizes[name] = len(e), _same(inputs[name], case.x[index])
             _try_linear(found, layer, name, message, e, others.get(name), note)
             if layer.bias is not None and alone is not None and name in alone[1]:
-                with found.unless_refused(f"{name}: bias division, one sample"):
+                with found.unless_refused(f"{_shown(name, layer)}: bias division, one sample"):
                     note.setdefault("alone", []).append(divided(alone[0], name, alone[1][name].flatten(0, -2)))
-        found.draws += 1
     for name, note in tried.items():
         _conclude(found, layers[name], name, note, sizes.get(name))
     return found
@@ -147,27 +151,36 @@ def _try_linear(
     found: Closed, layer: nn.Linear, name: str, message: Shared, e: Tensor, others: Tensor | None, note: dict[str, list]
 ) -> None:
     """All forms for a fully connected layer and one message."""
+    shown, weight = _shown(name, layer), _entry(name, "weight")
     if layer.bias is not None:
-        with found.unless_refused(f"{name}: bias division"):
+        with found.unless_refused(f"{shown}: bias division"):
             note.setdefault("divided", []).append(divided(message, name, e))
-    with found.unless_refused(f"{name}: rank"):
-        note.setdefault("rank", []).append(rank(message, f"{name}.weight"))
-    with found.unless_refused(f"{name}: span test"):
-        distances = spanned(message, f"{name}.weight", e[:CANDIDATES])
+    with found.unless_refused(f"{shown}: rank"):
+        note.setdefault("rank", []).append(rank(message, weight))
+    with found.unless_refused(f"{shown}: span test"):
+        distances = spanned(message, weight, e[:CANDIDATES])
         note.setdefault("spanned", []).append(float((distances < NEAR).double().mean()))
         if others is not None:
-            away = spanned(message, f"{name}.weight", others.flatten(0, -2)[:CANDIDATES])
+            away = spanned(message, weight, others.flatten(0, -2)[:CANDIDATES])
             note.setdefault("false", []).append(float((away < NEAR).double().mean()))
+
+
+def _entry(layer: str, part: str) -> str:
+    """Name of a layer's parameter; a model that is a layer itself has no name."""
+    return f"{layer}.{part}".removeprefix(".")
+
+
+def _shown(name: str, layer: nn.Module) -> str:
+    return name or type(layer).__name__
 
 
 def _conclude(found: Closed, layer: nn.Module, name: str, note: dict[str, list], size: tuple[int, bool] | None) -> None:
     if isinstance(layer, nn.Embedding) and note:
         hits, tokens = note["found"], note["tokens"]
-        found.embeddings.append(
-            EmbeddingCheck(name, layer.num_embeddings, sum(tokens) / len(tokens), Interval.share(sum(hits), len(hits)))
-        )
+        share, mean = Interval.share(sum(hits), len(hits)), sum(tokens) / len(tokens)
+        found.embeddings.append(EmbeddingCheck(name, layer.num_embeddings, mean, share))
     elif isinstance(layer, nn.Linear) and size is not None:
-        check = LayerCheck(name, layer.in_features, layer.out_features, size[1], size[0])
+        check = LayerCheck(_shown(name, layer), layer.in_features, layer.out_features, size[1], size[0])
         check.divided, check.alone, check.spanned = (
             Interval.mean(note[k]) if note.get(k) else None for k in ("divided", "alone", "spanned")
         )
@@ -186,7 +199,7 @@ def divided(shared: Shared, layer: str, inputs: Tensor) -> float:
 
     Args:
         shared: what the attacker sees.
-        layer: name of a fully connected layer with bias.
+        layer: name of a fully connected layer with bias; "" if the model is the layer.
         inputs: that the layer had `[M, I]`.
 
     Returns:
@@ -195,7 +208,7 @@ def divided(shared: Shared, layer: str, inputs: Tensor) -> float:
     Raises:
         PackextError: if the layer's gradient was not shared, or is not finite.
     """
-    parts = [shared.gradient.get(f"{layer}.{part}") for part in ("weight", "bias")]
+    parts = [shared.gradient.get(_entry(layer, part)) for part in ("weight", "bias")]
     if any(p is None or not p.isfinite().all() for p in parts):
         raise px.PackextError(f"The gradient of {layer!r} (weight and bias) was not shared, or is not finite.")
     weight, bias = (p.double() for p in parts if p is not None)
@@ -209,22 +222,24 @@ def divided(shared: Shared, layer: str, inputs: Tensor) -> float:
     return float(((apart < NEAR * norms) & (norms > 0)).double().mean())
 
 
-def _inputs(model: nn.Module, x: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """What layers receive on a batch; of a layer that is called several times, all of it."""
+def _inputs(model: nn.Module, batches: Sequence[Tensor], names: list[str]) -> dict[str, Tensor]:
+    """What layers receive on batches, run one by one; of a layer that is called several times in a run, all of it."""
     twin = copy.deepcopy(model)
+    calls: dict[str, list[Tensor]] = {}
     got: dict[str, list[Tensor]] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, args: got.setdefault(name, []).append(args[0].detach())
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, kwargs: calls.setdefault(name, []).append(*args, *kwargs.values())
 
     for name in names:
-        twin.get_submodule(name).register_forward_pre_hook(hook(name))
-    with torch.no_grad():
-        twin(x)
-    return {
-        name: parts[0] if len(parts) == 1 else torch.cat([p.flatten(0, -2) for p in parts])
-        for name, parts in got.items()
-    }
+        twin.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
+    for x in batches:
+        calls.clear()
+        with torch.no_grad():
+            twin(x)
+        for name, seen in calls.items():
+            got.setdefault(name, []).extend(seen if len(seen) == 1 else [c.flatten(0, -2) for c in seen])
+    return {name: torch.cat(parts) for name, parts in got.items()}
 
 
 def _same(inputs: Tensor, x: Tensor) -> bool:

@@ -156,7 +156,7 @@ def _inversion(audit: Audit) -> Iterator[Finding]:
             "high" if shown.recovered.value > 0 or shown.identified.value > 0.5 else "medium",
             "inversion",
             "Inputs can be reconstructed from what is shared." if shown.recovered.value > 0 else RECOGNISED,
-            _evidence(shown) + (" " + _evidence(alone) if alone is not shown else ""),
+            _evidence(shown) + (f" {_evidence(alone)}" if alone not in (shown, None) else ""),
             "Look at the pictures. Larger batches, more local steps, noise on clipped gradients; see the sweep.",
         )
         return
@@ -299,7 +299,8 @@ def _records(audit: Audit) -> Iterator[Finding]:
             "Single records make up most of a batch's gradient.",
             f"{whole(s.dominating)} of the records are more than half of the norm of their batch's gradient "
             f"({s.batch} samples). Highest leverage: members {names}.",
-            f"Look at these records; clip gradients of samples, to about {s.suggested_clip:.2g} to begin with.",
+            "Look at these records; clip gradients of samples"
+            + (f", to about {s.suggested_clip:.2g} to begin with." if s.suggested_clip else "."),
         )
 
 
@@ -309,7 +310,7 @@ def _sweep(audit: Audit) -> Iterator[Finding]:
         return
     weak = [r.name for r in rows[1:] if r.psnr is not None and r.psnr > rows[0].psnr - 3]
     strong = [r for r in rows[1:] if not r.recovered and r.name not in weak]
-    if not strong:  # without a defence nothing was found that could be lost
+    if not strong and not rows[0].recovered:  # without a defence nothing was found that could be lost
         return
     if weak:
         yield Finding(

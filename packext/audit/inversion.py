@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -127,7 +129,7 @@ def inversion(case: Case, clock: Clock) -> Inversion:
         sizes = sorted({1, case.sharing.behind})
         jobs = [(name, n) for n in sizes for name in searches]
         for k, (name, n) in enumerate(jobs):
-            part = Clock((clock.left) / (len(jobs) - k), lambda done, k=k: clock.tell((k + done) / len(jobs)))
+            part = Clock(clock.left / (len(jobs) - k), lambda done, k=k: clock.tell((k + done) / len(jobs)))
             what = f"{name}, {n} sample" + ("s" if n > 1 else "")
             with found.unless_refused(what):
                 made, attack = _repeat(case, searches[name], n, part)
@@ -201,18 +203,26 @@ def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor, mask
 
     Returns:
         What was found.
+
+    Raises:
+        PackextError: if the message is of other samples than these.
     """
+    if message.n != len(x):
+        raise px.PackextError(
+            f"{message.n} of {len(x)} samples are behind the message; which ones, no search here knows."
+        )
     model, dtype = case.precise()
-    sent = replace(message, gradient={k: g.to(dtype) for k, g in message.gradient.items()})
+    gradient = {k: g.to(dtype) for k, g in message.gradient.items()}
+    sent = replace(message, gradient=gradient, loss_fn=copy.deepcopy(message.loss_fn).to(dtype))
     shape = tuple(x.shape[1:])
     known = y.to(dtype) if y.is_floating_point() else y
     if isinstance(attack, tuple):
         deep, classes = attack
-        if len(y) == 1:  # iDLG: the label first, which is exact for one sample
-            counts = IDLG()(model, sent)
-            result = deep(model, sent, shape, labels=counts.argmax()[None].to(y.device), mask=mask)
-        else:
-            result = deep(model, sent, shape, classes=classes, mask=mask)
+        given: dict[str, Any] = {"classes": classes}
+        if len(y) == 1:  # iDLG: the label first, which is exact for one sample, where the loss lets it be read
+            with suppress(px.PackextError):
+                given = {"labels": IDLG()(model, sent).argmax()[None].to(y.device)}
+        result = deep(model, sent, shape, mask=mask, **given)
     else:
         result = attack(model, sent, shape, known, mask=mask)
     low, high = case.bounds()

@@ -97,27 +97,30 @@ def labels(case: Case, clock: Clock) -> Labels:
         return found
     rules = rules_for(case, found.absent)
     scores: dict[str, list[tuple[float, float]]] = {}
-    bounds, made = [], 0
+    bounds: list[float] = []
+    guesses: list[float] = []
+    made = 0
     while clock.go_on(made, case.budget.draws):
         index = case.draw(made, case.sharing.behind)
         x, y = case.x[index], case.y[index]
         with found.unless_refused("message"):
             message = case.as_gradient(case.message(x, y))
-            guess = guessed(y, found.classes)
+            guesses.append(guessed(y, found.classes))
             for name, rule in rules.items():
                 with found.unless_refused(name):
-                    scores.setdefault(name, []).append((count_accuracy(rule(case.model, message), y), guess))
+                    accuracy = count_accuracy(rule(case.model, message), y)
+                    scores.setdefault(name, []).append((accuracy, guesses[-1]))
                     found.threats[name] = rule.threat
-            with found.unless_refused("identity"):
-                bounds.append((count_accuracy(_identity(case, message, x), y), guess))
-            found.guess = (found.guess or 0.0) * made / (made + 1) + guess / (made + 1)
+            if scores:  # the identity is of the losses that rules read
+                with found.unless_refused("identity"):
+                    bounds.append(count_accuracy(_identity(case, message, x), y))
         made += 1
     for name, pairs in scores.items():
         accuracy = [a for a, _ in pairs]
         exact = Interval.share(sum(a == 1 for a in accuracy), len(accuracy))
         over = Interval.mean([a - g for a, g in pairs])
         found.rules.append(RuleResult(name, Interval.mean(accuracy), exact, over, len(pairs)))
-    found.identity = sum(a for a, _ in bounds) / len(bounds) if bounds else None
+    found.guess, found.identity = (sum(v) / len(v) if v else None for v in (guesses, bounds))
     _through_aggregation(case, found)
     return found
 
@@ -154,8 +157,8 @@ def _identity(case: Case, message: Shared, x: Tensor) -> Tensor:
     if any(m.training for m in case.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)):
         raise px.PackextError("dropout draws other probabilities each time.")
     with torch.no_grad():
-        parts = x.chunk(case.sharing.clients) if case.sharing.secure_aggregation else (x,)
-        probabilities = torch.cat([copy.deepcopy(case.model)(part) for part in parts]).double().softmax(1)
+        outputs = [copy.deepcopy(case.model)(part) for part in case.by_client(x)]
+        probabilities = torch.cat(outputs).double().softmax(1)
     return identity(probabilities, Head.of(case.model).bias_gradient(message)).round().long()
 
 

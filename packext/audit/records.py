@@ -221,13 +221,13 @@ def membership(case: Case, clock: Clock, train: Train | None = None) -> Membersh
 
 def _lira(case: Case, found: Membership, train: Train, x: Tensor, y: Tensor, clock: Clock) -> Tensor:
     """LiRA with the shadow models that there is time for, by the first one's training."""
+    target, wide = case.readable(evaluating=True)
+    if wide(x).dtype != x.dtype:
+        raise px.PackextError(f"confidences are compared in float32, and the model's inputs are {x.dtype}.")
     start = perf_counter()
     train(x[::2], y[::2])
     each = perf_counter() - start
     found.shadows = max(4, min(case.budget.shadows, int(clock.left / max(each, 1e-9))))
-    target, wide = case.readable(evaluating=True)
-    if wide(x).dtype != x.dtype:
-        raise px.PackextError(f"confidences are compared in float32, and the model's inputs are {x.dtype}.")
     return LiRA(found.shadows, case.seed)(target, train, x, y, lambda k: clock.tell((k + 1) / found.shadows))
 
 

@@ -139,10 +139,7 @@ def _section(name: str, audit: Audit, png: bytes | None) -> str:
         parts.append(f'<img alt="{TITLES[name]}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
     parts.append(TABLES[name](section))
     if section.absent:
-        items = "".join(
-            f"<li><b>{escape(k)}</b>: not measured, because {escape(_because(v))}</li>"
-            for k, v in section.absent.items()
-        )
+        items = "".join(f"<li><b>{escape(k)}</b> was not measured: {escape(v)}</li>" for k, v in section.absent.items())
         parts.append(f'<ul class="absent">{items}</ul>')
     if section.threats:
         by_threat: dict[Any, list[str]] = {}
@@ -155,10 +152,6 @@ def _section(name: str, audit: Audit, png: bytes | None) -> str:
         table_ = table(["attack", "sees", "knows", "server", "assumes"], rows)
         parts.append(f"<details><summary>Who attacks</summary>{table_}</details>")
     return "".join([*parts, "</section>"])
-
-
-def _because(reason: str) -> str:
-    return reason if not reason[:1].isupper() or reason[1:2].isupper() else reason[0].lower() + reason[1:]
 
 
 def table(head: list[str], rows: Iterable[list[Any]]) -> str:
@@ -232,7 +225,7 @@ def _closed(s: Any) -> str:
             _rate(r.alone),
             r.rank,
             _rate(r.spanned),
-            None if r.false_alarms is None else f"{whole(r.false_alarms)}",
+            None if r.false_alarms is None else whole(r.false_alarms),
         ]
         for r in s.layers
     ]
@@ -257,9 +250,9 @@ def _labels(s: Any) -> str:
         [r.rule, _rate(r.accuracy), _rate(r.exact), r.draws] for r in sorted(s.rules, key=lambda r: -r.accuracy.value)
     ]
     if s.guess is not None:
-        rows.append(["guessing", f"{whole(s.guess)}", None, None])
+        rows.append(["guessing", whole(s.guess), None, None])
     if s.identity is not None:
-        rows.append(["identity (knows the probabilities: the bound)", f"{whole(s.identity)}", None, None])
+        rows.append(["identity (knows the probabilities: the bound)", whole(s.identity), None, None])
     found = table(["rule", "labels counted", "all counts exact", "messages"], rows)
     if s.clients_exact is not None:
         found += table(
@@ -290,7 +283,7 @@ def _inversion(s: Any) -> str:
             _rate(r.recovered),
             f"{percent(r.identified)} of {r.candidates}",
             *(f"{v:.1f}" for v in (r.psnr, r.psnr_worst, r.psnr_best)),
-            "known" if r.labels is None else f"{whole(r.labels)}",
+            "known" if r.labels is None else whole(r.labels),
             f"{r.matched} of {r.seeds}",
             r.objective,
             f"{r.seeds} × {r.restarts} × {r.iterations}",
@@ -307,8 +300,7 @@ def _inversion(s: Any) -> str:
 
 def _records(s: Any) -> str:
     rows = [
-        [r.index, r.label, r.loss, r.norm, r.leverage, None if r.share is None else f"{whole(r.share)}"]
-        for r in s.worst
+        [r.index, r.label, r.loss, r.norm, r.leverage, None if r.share is None else whole(r.share)] for r in s.worst
     ]
     return table(["member", "label", "loss", "norm", "leverage", "share of its batch's gradient"], rows)
 
@@ -353,11 +345,11 @@ def _sweep(s: Any) -> str:
             None if r.psnr is None else f"{r.psnr:.1f}",
             None if r.psnr_best is None else f"{r.psnr_best:.1f}",
             f"{r.recovered} of {r.seeds}" if r.seeds else None,
-            None if r.labels is None else f"{whole(r.labels)}",
+            None if r.labels is None else whole(r.labels),
             r.rule,
-            None if r.guess is None else f"{whole(r.guess)}",
+            None if r.guess is None else whole(r.guess),
             r.signal,
-            None if r.accuracy is None else f"{whole(r.accuracy)}",
+            None if r.accuracy is None else whole(r.accuracy),
             None if r.time is None else f"× {r.time:.1f}",
         ]
         for k, r in enumerate(s.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -112,7 +113,7 @@ def setting(case: Case, clock: Clock) -> Setting:
 
 
 def _now(case: Case, x: Tensor, y: Tensor) -> tuple[float, float | None]:
-    """Mean loss, and the accuracy of a classifier."""
+    """Mean loss, and the accuracy of a classifier; a loss that is not finite is refused."""
     model, loss_fn = copy.deepcopy(case.model).eval(), copy.deepcopy(case.loss_fn)
     total, right = 0.0, 0
     classifier = isinstance(loss_fn, nn.CrossEntropyLoss) and not y.is_floating_point() and y.dim() == 1
@@ -121,6 +122,8 @@ def _now(case: Case, x: Tensor, y: Tensor) -> tuple[float, float | None]:
             output = model(a)
             total += float(loss_fn(output, b)) * (len(b) if loss_fn.reduction == "mean" else 1)
             right += int((output.argmax(1) == b).sum()) if classifier else 0
+    if not math.isfinite(total):
+        raise px.PackextError(f"their mean loss is {total}.")
     return total / len(x), right / len(x) if classifier else None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import packext as px
 from packext.attacks import LocalSteps
-from packext.defences import Compose
+from packext.defences import Compose, TopK
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Sharing:
         batch_size: samples of one gradient, or of one local step.
         local_steps: of plain SGD, for an update.
         lr: learning rate of the local steps.
-        samples: that a client holds for an update, taken `batch_size` at a time; one batch by default.
+        samples: that a client holds for an update, taken `batch_size` at a time, no more than all steps see; one batch
+            by default.
         secure_aggregation: whether the server sees the mean over clients alone.
         clients: in one aggregate.
         server: "honest" if it follows the protocol and looks, "malicious" if it may send other models than agreed.
@@ -66,6 +67,11 @@ class Sharing:
             raise ValueError(f"an update is of local steps with a learning rate: lr must be positive, got {self.lr}.")
         if self.samples is not None and self.samples < self.batch_size:
             raise ValueError(f"a client with {self.samples} samples has no batch of {self.batch_size}.")
+        if self.what == "update" and self.local_steps * self.batch_size < self.held:
+            raise ValueError(
+                f"{self.local_steps} local step(s) of {self.batch_size} do not see {self.samples} samples: what a "
+                "client sends is of those alone that it sees. Take more local_steps, or fewer samples."
+            )
         if self.secure_aggregation and self.clients < 2:
             raise ValueError("secure_aggregation hides a client among others: clients must be 2 or more.")
         if self.epsilon is not None and (not self.epsilon >= 0 or self.delta is None or not 0 <= self.delta < 1):
@@ -138,6 +144,8 @@ def fresh(defence: Any, draw: int) -> Any:
     if isinstance(defence, Compose):
         return Compose(*[fresh(d, draw) for d in defence.defences])
     made = copy.deepcopy(defence)
+    if isinstance(made, TopK):
+        made.residual.clear()
     if is_dataclass(made) and any(f.name == "seed" for f in fields(made)):
         made = replace(made, seed=made.seed + draw)  # type: ignore[attr-defined, type-var]
     return made
@@ -147,8 +155,10 @@ def name_of(value: Any) -> Any:
     """A name that is the same in the next process, which the default repr of a function or an object is not."""
     if isinstance(value, Compose):
         return " + ".join(name_of(d) for d in value.defences)
-    if value is None or isinstance(value, tuple) or is_dataclass(value):
-        return repr(value) if value is not None else None
+    if value is None:
+        return None
+    if isinstance(value, tuple) or is_dataclass(value):
+        return repr(fresh(value, 0))
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -195,12 +205,15 @@ class Data:
                 )
             _finite(x, f"inputs of {name}")
             _finite(y, f"labels of {name}")
-        x = made.members[0]
-        others = {"heldout": made.heldout[0] if made.heldout else None, "auxiliary": made.auxiliary}
-        for name, other in others.items():
-            if other is not None and (other.shape[1:] != x.shape[1:] or other.dtype != x.dtype or not len(other)):
+        x, y = made.members
+        others = [("auxiliary", "inputs", made.auxiliary, x)]
+        if made.heldout is not None:
+            others += [("heldout", "inputs", made.heldout[0], x), ("heldout", "labels", made.heldout[1], y)]
+        for name, what, other, own in others:
+            if other is not None and (other.shape[1:] != own.shape[1:] or other.dtype != own.dtype or not len(other)):
                 raise px.PackextError(
-                    f"{name} has inputs {list(other.shape)} of {other.dtype}, and members {list(x.shape)} of {x.dtype}."
+                    f"{name} has {what} {list(other.shape)} of {other.dtype}, and members {list(own.shape)} of "
+                    f"{own.dtype}."
                 )
         if made.auxiliary is not None:
             _finite(made.auxiliary, "auxiliary")

@@ -43,7 +43,8 @@ class Defended:
         seeds: searched.
         signal: cosine of what is shared and the undefended gradient, at the real batch size, mean over draws.
         accuracy: of a training with the defence; None if no way to train was given.
-        time: processor time of a client's call over that without a defence; median of alternations.
+        time: of a client's call over that without a defence, the processor's, or for a model on a GPU the clock's;
+            median of alternations.
     """
 
     name: str
@@ -138,10 +139,11 @@ def candidates(case: Case, found: Sweep) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if case.sharing.defence is not None:
         made[f"as audited: {name_of(case.sharing.defence)}"] = case.sharing.defence
-    index = case.draw(50, case.sharing.held)
-    whole = _flat(case.client(case.x[index], case.y[index], defended=False))
-    rms = float(whole.square().mean().sqrt())
-    made |= {f"noise of {level:g} x RMS": GaussianNoise(level * rms, seed=case.seed) for level in (0.1, 1.0)}
+    with found.unless_refused("noise"):
+        index = case.draw(50, case.sharing.held)
+        whole = _flat(case.client(case.x[index], case.y[index], defended=False))
+        rms = float(whole.square().mean().sqrt())
+        made |= {f"noise of {level:g} x RMS": GaussianNoise(level * rms, seed=case.seed) for level in (0.1, 1.0)}
     made |= {"pruning 90 %": Pruning(0.9), "8 bits": Quantisation("int8")}
     with found.unless_refused("clipping"):
         each = [case.client(case.x[i, None], case.y[i, None], defended=False) for i in case.draw(51, 32).tolist()]
@@ -165,7 +167,7 @@ def local(defence: Any) -> Callable[..., Shared]:
         The way.
     """
     own = fresh(defence, 0)
-    return own if in_place(defence) else lambda *args: own(share(*args))
+    return own if in_place(defence) else lambda *args, **kwargs: own(share(*args, **kwargs))
 
 
 def _signal(case: Case, defence: Any) -> float:

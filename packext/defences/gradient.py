@@ -7,6 +7,7 @@ individual gradients and takes the place of `packext.attacks.share`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -121,12 +122,17 @@ class Pruning:
         """The rest."""
 
         def prune(_: str, g: Tensor) -> Tensor:
-            kept, flat = torch.zeros_like(g).flatten(), g.flatten()
-            order = flat.abs().argsort(descending=True)[: g.numel() - int(self.share * g.numel())]
-            kept[order] = flat[order]
-            return kept.view_as(g)
+            return _largest(g, g.numel() - int(self.share * g.numel()))
 
         return _each(shared, prune)
+
+
+def _largest(g: Tensor, count: int) -> Tensor:
+    """The entries of largest magnitude, and zeros for the rest."""
+    kept, flat = torch.zeros_like(g).flatten(), g.flatten()
+    order = flat.abs().argsort(descending=True)[:count]
+    kept[order] = flat[order]
+    return kept.view_as(g)
 
 
 @dataclass
@@ -187,7 +193,7 @@ class TopK:
     - Refused: what is no share
 
     Attributes:
-        share: of the entries that are sent, from 0 to 1, in each tensor by itself.
+        share: of the entries that are sent, from 0 to 1, in each tensor by itself; rounded up.
         residual: what was held back, by name.
     """
 
@@ -203,7 +209,7 @@ class TopK:
 
         def send(name: str, g: Tensor) -> Tensor:
             whole = g + self.residual[name] if name in self.residual else g
-            sent = Pruning(1 - self.share)(replace(shared, gradient={name: whole})).gradient[name]
+            sent = _largest(whole, math.ceil(self.share * g.numel() - 1e-9))  # 0.07 * 100 is 7.000000000000001
             self.residual[name] = whole - sent
             return sent
 
@@ -221,7 +227,8 @@ class Clipped:
       standard normal draws
     - Cost: `ClippedGrad` in one pass of a copy of the model, and a draw for each entry
     - Source: Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1
-    - Refused: a negative level; a model whose samples influence each other (BatchNorm in training mode), by the engine
+    - Refused: a negative level; a norm that is not positive and finite; a model whose samples influence each other
+      (BatchNorm in training mode), by the engine
 
     Attributes:
         max_norm: C, of a sample's gradient over all parameters.
@@ -234,8 +241,10 @@ class Clipped:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a negative level."""
+        """Refuse a negative level, and a norm that bounds nothing."""
         _not_negative("noise_multiplier", self.noise_multiplier)
+        if not 0 < self.max_norm < math.inf:
+            raise ValueError(f"max_norm must be positive and finite, got {self.max_norm}.")
         self._quantity = px.ClippedGrad(self.max_norm)
         self._generator = torch.Generator().manual_seed(self.seed)
 
@@ -253,10 +262,11 @@ class Clipped:
 
         Returns:
             The sum of clipped gradients and noise, over N for a mean. A model whose samples have no gradients of their
-            own, as with BatchNorm in training mode, is refused by the engine.
+            own, as with BatchNorm in training mode, is refused by the engine, and a state with names that the model
+            has not by torch.
         """
         model, loss_fn = px.extend(copy.deepcopy(model)), px.extend(copy.deepcopy(loss_fn))
-        model.load_state_dict(dict(state or {}), strict=False)
+        model.load_state_dict({**model.state_dict(), **(state or {})})
         arguments = x if isinstance(x, tuple) else (x,)
         with px.backpack(self._quantity, attach=False) as results:
             loss_fn(model(*arguments), y).backward()

@@ -146,7 +146,7 @@ class NoPeek(nn.Module):
         self._hooks = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             modules[named].register_forward_hook(self._leave),
-            model.register_forward_hook(self._end),
+            model.register_forward_hook(self._end, always_call=True),  # after an error as well
         ]
 
     def forward(self, output: Any, y: Any) -> Tensor:

@@ -71,7 +71,7 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
         What was found.
 
     Raises:
-        PackextError: if the batch is too small or too uniform to tell.
+        PackextError: if the batch is too small or too uniform to tell, or the layer is not run.
     """
     if len(y) < 8 or len(y.unique()) < 2 or bool((x == x[:1]).all()):
         raise px.PackextError(
@@ -81,9 +81,16 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
     layer = Head.of(model, head)
     features: list[Tensor] = []
     twin = copy.deepcopy(model)
-    twin.get_submodule(layer.name).register_forward_pre_hook(lambda module, args: features.append(args[0].detach()))
+    twin.get_submodule(layer.name).register_forward_pre_hook(
+        lambda module, args, kwargs: features.append(*args, *kwargs.values()), with_kwargs=True
+    )
     shared = share(twin, loss_fn, x, y)
-    e = features[-1].double().flatten(0, -2)
+    if not features:
+        raise px.PackextError(
+            f"{type(model).__name__} does not run {layer.name!r} (Linear {list(layer.weight.shape)}): pass head=<name> "
+            "of its last fully connected layer."
+        )
+    e = features[-1].detach().double().flatten(0, -2)
     variance = float((e - e.mean(0)).square().sum(1).mean() / e.square().sum(1).mean().clamp_min(1e-300))
     g = layer.weight_gradient(shared)
     if layer.bias is not None:

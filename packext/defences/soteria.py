@@ -100,9 +100,12 @@ def sensitivity(
         what = str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise px.PackextError(f"The derivative by the input needs one floating tensor; x is {what}.")
     layer, twin, seen = Head.of(model, head).name, copy.deepcopy(model).requires_grad_(False), []
-    twin.get_submodule(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    twin.get_submodule(layer).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(*args, *kwargs.values()), with_kwargs=True
+    )
     x = x.detach().clone().requires_grad_()
-    torch.func.functional_call(twin, {k: v.detach().clone() for k, v in (state or {}).items()}, (x,))
+    twin.load_state_dict({**twin.state_dict(), **(state or {})})
+    twin(x)
     shapes = [list(r.shape) for r in seen]
     if len(seen) != 1 or seen[0].dim() != 2 or len(seen[0]) != len(x) or not seen[0].requires_grad:
         raise px.PackextError(
@@ -124,11 +127,12 @@ def sensitivity(
 
 def _apart(r: Tensor, x: Tensor, layer: str) -> None:
     """Refuse samples that influence each other: any two differ in a binary digit of their number."""
-    n = torch.arange(len(x), device=x.device)
+    n, generator = torch.arange(len(x), device=x.device), torch.Generator().manual_seed(0)
     for digit in range((len(x) - 1).bit_length()):
         for side in (0, 1):
             one = (n >> digit) & 1 == side
-            (g,) = torch.autograd.grad(r, x, torch.randn_like(r) * one[:, None], retain_graph=True)
+            drawn = torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r)
+            (g,) = torch.autograd.grad(r, x, drawn * one[:, None], retain_graph=True)
             if g[~one].any():
                 raise px.CoupledSamplesError(
                     f"The input of {layer!r} of a sample depends on other samples of the batch: samples have no "

@@ -86,6 +86,6 @@ class Withholding:
                 f"Withholding needs a batch as one tensor, of more samples than it leaves out: {what}."
             )
         twin = copy.deepcopy(model)
-        twin.load_state_dict(dict(state or {}), strict=False)
+        twin.load_state_dict({**twin.state_dict(), **(state or {})})
         order = signals(twin, loss_fn, x, y, self.ridge).leverage.argsort(stable=True)
         return torch.sort(order[: len(y) - self.count]).values

@@ -72,17 +72,23 @@ def rows(names: Sequence[str]) -> dict[str, Callable[[], list[Any]]]:
         By the row's name.
 
     Raises:
-        Mistake: for a name that is none.
+        Mistake: for a name that is none, or a row that is no context of its own (the same quantity twice).
     """
     known = {n for n, v in vars(px).items() if isinstance(v, type) and hasattr(v, "savefield")}
     for name in names:
         for part in name.split("+"):
             if part not in known:
                 raise Mistake(f"{part!r} is no quantity. There are {', '.join(sorted(known))}.")
-    return {
+    found = {
         name: lambda name=name: [getattr(px, part)(**ARGUMENTS.get(part, {})) for part in name.split("+")]
         for name in names
     }
+    for name, make in found.items():
+        try:
+            px.backpack(*make())
+        except ValueError as error:
+            raise Mistake(f"{name}: {error}") from None
+    return found
 
 
 def costs(subject: Subject, wanted: Sequence[str], seconds: float) -> Iterator[Cost]:
@@ -130,13 +136,15 @@ def against(plain: Step, step: Step, seconds: float) -> list[float]:
 def _time(step: Step, turns: int = 1) -> float:
     """Seconds of one step, as the mean of some, with the garbage collector out of the way."""
     gc.disable()
-    _synchronise()
-    start = perf_counter()
-    for _ in range(turns):
-        step()
-    _synchronise()
-    elapsed = perf_counter() - start
-    gc.enable()
+    try:
+        _synchronise()
+        start = perf_counter()
+        for _ in range(turns):
+            step()
+        _synchronise()
+        elapsed = perf_counter() - start
+    finally:
+        gc.enable()
     return max(elapsed, 1e-9) / turns
 
 
@@ -150,7 +158,7 @@ def peak_memory(step: Work) -> int:
     step()
     step.clear()
     gc.collect()
-    if torch.cuda.is_initialized():
+    if next(step.model.parameters()).is_cuda:
         _synchronise()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -183,7 +191,7 @@ def _silent() -> Iterator[None]:
 
 
 class Work:
-    """A step of a copy of the model: the plain gradient, or one with quantities."""
+    """A step of a copy of the model, forward and backward: the plain gradient, or one with quantities."""
 
     def __init__(self, subject: Subject, make: Callable[[], list[Any]] | None = None) -> None:
         """Copy the model; `make` gives the quantities of a step, none by default."""

@@ -59,8 +59,8 @@ for few outputs and parameters.
 """
 
 BENCH = f"""\
-Time backward passes with quantities against the plain gradient of the same model and batch, in turns, and print
-medians of the ratios: 1.50 is a pass that takes half as long again. Quartiles, and a second copy of the plain
+Time passes, forward and backward, with quantities against those of the plain gradient of the same model and batch, in
+turns, and print medians of the ratios: 1.50 takes half as long again. Quartiles, and a second copy of the plain
 gradient in the first row, say how much of that is noise. Memory is the ratio of what tensors of a step take at
 their peak. Without MODEL, a small convolutional network on 3 x 32 x 32.
 
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     length.add_argument("--quick", action="store_true", help="about 20 seconds, with few attempts")
     audit.add_argument("--fresh", action="store_true", help="remove another audit that the folder holds")
     for each in (demo, bench, check, audit):
-        each.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+        each.add_argument("--seed", type=_seed, default=0, help="random seed (default: 0)")
     arguments = parser.parse_args(argv)
     if arguments.command == "watch" and len(arguments.runs) > 2:
         watch.error(f"it shows one run or two, not {len(arguments.runs)}")
@@ -171,6 +171,14 @@ def _count(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    with _said("a whole number", text):
+        value = int(text)
+    if abs(value) > 10**12:  # an audit draws by multiples of it, and torch takes 64 bits
+        raise argparse.ArgumentTypeError(f"must be at most 10^12 in magnitude, got {text}")
+    return value
+
+
 @contextmanager
 def _said(what: str, text: str) -> Iterator[None]:
     """By itself, argparse would name the function that reads the number."""
@@ -182,9 +190,10 @@ def _said(what: str, text: str) -> Iterator[None]:
 
 def _subject_options(parser: argparse.ArgumentParser, times: str | None, samples: int) -> None:
     parser.add_argument("model", nargs=times, metavar="MODEL", help="module:name or file.py:name")
-    parser.add_argument("--input", metavar="SHAPE", help="of one sample's input, as in 3x32x32")
+    called = parser.add_mutually_exclusive_group()
+    called.add_argument("--input", metavar="SHAPE", help="of one sample's input, as in 3x32x32")
+    called.add_argument("--batch", metavar="NAME", help="module:name of a function that returns (inputs, targets)")
     parser.add_argument("--tokens", type=_count, metavar="V", help="draw indices below V in place of numbers")
-    parser.add_argument("--batch", metavar="NAME", help="module:name of a function that returns (inputs, targets)")
     parser.add_argument(
         "--loss", metavar="NAME", help="cross-entropy, mse, bce, or module:name (default: by the output)"
     )
@@ -192,11 +201,10 @@ def _subject_options(parser: argparse.ArgumentParser, times: str | None, samples
     parser.add_argument("--train", action="store_true", help="in training mode (default: evaluation)")
 
 
-def _subject(arguments: argparse.Namespace, model: str, shape: str | None) -> Subject:
+def _subject(a: argparse.Namespace, model: str, shape: str | None, device: str | None = None) -> Subject:
     from packext._subject import subject
 
-    a = arguments
-    return subject(model, shape, a.tokens, a.batch, a.loss, a.samples, a.seed, a.train)
+    return subject(model, shape, a.tokens, a.batch, a.loss, a.samples, a.seed, a.train, device)
 
 
 def _needs_rich() -> None:
@@ -218,19 +226,16 @@ def _bench(arguments: argparse.Namespace) -> int:
     import torch
 
     from packext._bench import USUAL, costs, rows
-    from packext._subject import Mistake
     from packext._tables import show_costs
 
     names = USUAL if arguments.quantities is None else tuple(arguments.quantities.split(","))
     rows(names)
-    if arguments.device != "cpu" and not torch.cuda.is_available():
-        raise Mistake(f"--device {arguments.device}: this torch finds no such device.")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    own = arguments.model is not None
-    subject = _subject(arguments, arguments.model if own else "packext._bench:SmallNet",
-                       arguments.input if own else "3x32x32")  # fmt: skip
-    subject = subject.to(arguments.device)
+    model, shape = arguments.model, arguments.input
+    if model is None:
+        model, shape = "packext._bench:SmallNet", shape or (None if arguments.batch else "3x32x32")
+    subject = _subject(arguments, model, shape, arguments.device)
     show_costs(subject, costs(subject, names, arguments.seconds), len(names) + 1)
     return 0
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,6 @@ class Subject:
     targets: Any
     about: str
 
-    def to(self, device: str) -> Subject:
-        """The same on a device."""
-
-        def move(t: Tensor) -> Tensor:
-            return t.to(device)
-
-        inputs, targets = pytree.tree_map_only(Tensor, move, (self.inputs, self.targets))
-        return replace(
-            self, model=self.model.to(device), loss_fn=self.loss_fn.to(device), inputs=inputs, targets=targets
-        )
-
     def loss(self, model: nn.Module, loss_fn: nn.Module) -> Tensor:
         """The loss of a copy of the model on the batch."""
         return loss_fn(testing.call(model, self.inputs), self.targets)
@@ -73,8 +63,9 @@ def subject(
     samples: int = 4,
     seed: int = 0,
     train: bool = False,
+    device: str | None = None,
 ) -> Subject:
-    """Build it.
+    """Build it, and take its plain gradient once, without which there is nothing to look at.
 
     Args:
         model: `module:name` or `file.py:name`, of a model, a class of models, or a function that returns one.
@@ -85,6 +76,7 @@ def subject(
         samples: N of what is drawn.
         seed: of all draws, the model's initial values included.
         train: whether the model is looked at in training mode.
+        device: to which all of it goes; where each part is, if omitted.
 
     Returns:
         The subject.
@@ -96,9 +88,11 @@ def subject(
     net = _made(model, nn.Module, "a model (an nn.Module, or a function that returns one)")
     if not any(p.requires_grad for p in net.parameters()):
         raise Mistake(f"{model}: {type(net).__name__} has no parameter that requires a gradient.")
-    net.train(train)
+    _run(lambda: net.train(train).to(device), f"--device {device}")
     targets = None
     if batch is not None:
+        if shape is not None or tokens is not None:
+            raise Mistake(f"{batch} returns the inputs: leave out --input and --tokens, by which some are drawn.")
         given = _made(batch, tuple, "a function that returns (inputs, targets)")
         if len(given) != 2:
             raise Mistake(f"{batch} must return (inputs, targets), and returned {len(given)} things.")
@@ -111,6 +105,8 @@ def subject(
             "what the model is called with is not known. Say --input 3x32x32, the shape of one sample's input (with "
             "--tokens V for indices below V), or --batch module:name, a function that returns (inputs, targets)."
         )
+    if device is not None:
+        inputs, targets = pytree.tree_map_only(Tensor, lambda t: t.to(device), (inputs, targets))
     with torch.no_grad():
         output = _run(lambda: testing.call(net, inputs), f"{type(net).__name__} on {_shapes(inputs)}")
     if not isinstance(output, Tensor):
@@ -118,7 +114,10 @@ def subject(
             f"{type(net).__name__} returns a {type(output).__name__}, where a tensor is needed. Name a function that "
             "returns a module whose forward gives the tensor that the loss takes."
         )
+    if not output.is_floating_point():
+        raise Mistake(f"{type(net).__name__} returns {output.dtype}, of which parameters have no gradient.")
     name, loss_fn = _loss(loss, output, targets)
+    loss_fn.to(device)
     if targets is None:
         targets = _targets(name, output)
     with torch.no_grad():
@@ -127,7 +126,13 @@ def subject(
         raise Mistake(f"the loss must be a scalar tensor, and {type(loss_fn).__name__} gave {_shapes(value)}.")
     mode = "training" if train else "evaluation"
     about = f"{type(net).__name__}, {mode} mode; inputs {_shapes(inputs)}, outputs {list(output.shape)}, {name}"
-    return Subject(net, loss_fn, inputs, targets, about)
+    made = Subject(net, loss_fn, inputs, targets, about)
+    # Of copies, since a model that keeps what it has computed could not be copied any more.
+    trial = _run(lambda: made.loss(*copy.deepcopy((net, loss_fn))), f"a copy of {type(net).__name__}")
+    if not trial.requires_grad:
+        raise Mistake(f"{type(net).__name__} has no gradient: is its output detached, or made under torch.no_grad()?")
+    _run(trial.backward, f"the gradient of {type(net).__name__}")
+    return made
 
 
 def _made(path: str, kind: type, what: str) -> Any:
@@ -150,11 +155,7 @@ def _named(path: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        if not Path(place).is_file() or spec is None or spec.loader is None:
-            raise Mistake(f"{place} is not a file.")
-        value: Any = importlib.util.module_from_spec(spec)
-        _run(lambda: spec.loader and spec.loader.exec_module(value), place)
+        value: Any = _file(place)
     else:
         try:
             found = importlib.util.find_spec(place)
@@ -171,11 +172,27 @@ def _named(path: str) -> Any:
     return value
 
 
+def _file(place: str) -> Any:
+    """The module that a file makes, once for model, batch and loss, and where data classes in it look for it."""
+    name = f"file {Path(place).resolve()}".replace(".", "_")  # no import is of that name
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, place)
+        if not Path(place).is_file() or spec is None or spec.loader is None:
+            raise Mistake(f"{place} is not a file.")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            _run(lambda: spec.loader and spec.loader.exec_module(sys.modules[name]), place)
+        except Mistake:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
 def _run(call: Callable[[], Any], what: str) -> Any:
-    """Run code that is not ours; what it raises is said in a line, with its place."""
+    """Run code that is not ours; what it raises is said in a line, with its place, and so is that it ends Python."""
     try:
         return call()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise Mistake(f"{what}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})") from None
 
@@ -206,7 +223,7 @@ def _targets(name: str, output: Tensor) -> Tensor:
     if name == "cross-entropy":
         if output.dim() < 2:
             raise Mistake(f"cross entropy needs outputs [N, classes, ...], and these are {list(output.shape)}.")
-        return torch.randint(output.shape[1], (output.shape[0], *output.shape[2:]))
+        return torch.randint(output.shape[1], (output.shape[0], *output.shape[2:])).to(output.device)
     if name == "bce":
         return torch.randint(2, output.shape).to(output)
     if name == "mse":

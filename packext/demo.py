@@ -160,8 +160,9 @@ def race(x: Tensor, y: Tensor, seconds: float) -> dict[str, tuple[int, float]]:
         For each optimizer the steps that it took, and the loss over all samples at the end.
     """
     found: dict[str, tuple[int, float]] = {}
+    start = torch.get_rng_state()
     for name in ("SGD", "K-FAC"):
-        torch.manual_seed(0)
+        torch.set_rng_state(start)
         model, loss_function = px.extend(network()), px.extend(nn.CrossEntropyLoss())
         if name == "SGD":
             optimizer, emitting = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.8), nullcontext
@@ -270,6 +271,7 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     Returns:
         The noise of each layer over the training.
     """
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     x, y, truth = load_data()
     model = network()
@@ -280,7 +282,6 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
 
     wrong, top = y != truth, norms.argsort(descending=True)[:SHOWN]
     columns = {"label": y, "predicted": predicted, "true digit": truth, "mean |g_n|": norms}
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "packext-demo.png"
     titles = [f"label {y[n]}, pred. {predicted[n]}" for n in top]
     draw(layers, x[top], titles, wrong[top]).savefig(path, dpi=150)

@@ -99,6 +99,8 @@ def test_parameters_that_were_chosen_and_gradients_that_stay() -> None:
         some.fit([data])
     rows = testing.individual_gradients(model, nn.CrossEntropyLoss(), *data)
     torch.testing.assert_close(some.features, rows["2.weight"].flatten(1))
+    one = Attributor(model, some.loss, None, parameters=model[2].weight).fit([data])
+    torch.testing.assert_close(one.features, some.features)
     assert all((p.grad == 1).all() and not hasattr(p, "grad_batch") for p in model.parameters())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import time
@@ -20,8 +21,18 @@ pytest.importorskip("rich")
 
 MODELS = '''
 """Models of a user's own."""
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+
+@dataclass
+class Config:
+    """Which looks for its own module, as annotations are strings."""
+    width: int
 
 class Net(nn.Sequential):
     def __init__(self):
@@ -34,6 +45,47 @@ class Norm(nn.Sequential):
 class Coupled(nn.Linear):
     def forward(self, x):
         return super().forward(x) - super().forward(x).mean(0)
+
+class Four(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.view(4, 6))
+
+def four():
+    return Four(6, 3)
+
+class Detached(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+def detached():
+    return Detached(6, 3)
+
+class Indices(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+def indices():
+    return Indices(6, 3)
+
+class Broken(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).exp().sqrt().add_(1)
+
+def broken():
+    return Broken(6, 3)
+
+class Keeping(nn.Linear):
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+def keeping():
+    return Keeping(6, 3)
+
+def locked():
+    model = nn.Linear(6, 3)
+    model.lock = threading.Lock()
+    return model
 
 class Pair(nn.Linear):
     def forward(self, x):
@@ -54,6 +106,9 @@ def data():
 def measured():
     return torch.ones(4, 6), torch.ones(4, 3)
 
+def nobody():
+    return torch.ones(0, 6), torch.ones(0).long()
+
 def one():
     return (torch.ones(4, 6),)
 
@@ -67,6 +122,7 @@ number = 3
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "net_of_mine.py").write_text(MODELS)
+    (tmp_path / "quits.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "net_of_mine", raising=False)
@@ -142,6 +198,32 @@ def test_what_is_refused_is_no_error_in_a_number(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.usefixtures("few")
+def test_a_crash_of_packext_is_not_blamed_on_the_oracle(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(px.SumGradSquared, "result", lambda self, ask: [][0])
+    monkeypatch.setattr(px.DiagHessian, "land", lambda self, held, n, factor: [][0])
+    status, out, _ = run(capsys, "check", "net_of_mine:Net", "--input", "2x5x5")
+    found = verdicts(out)
+    assert status == 1 and {k for k, v in found.items() if v != "right"} == {"SumGradSquared", "DiagHessian"}
+    assert "SumGradSquared, DiagHessian: packext has failed" in out and "IndexError: list index out of range" in out
+    assert found["SumGradSquared"] == found["DiagHessian"] == "wrong"
+
+
+@pytest.mark.usefixtures("few")
+def test_a_model_that_takes_no_single_sample_is_not_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "check", "net_of_mine:four", "--input", "6")
+    assert status == 1 and set(verdicts(out).values()) == {"not"} and "one sample at a time" in out
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_model_that_keeps_what_it_has_computed(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    options = ("--seconds", "0.1", "--quantities", "Variance") if command == "bench" else ()
+    assert run(capsys, command, "net_of_mine:keeping", "--input", "6", *options)[0] == 0
+
+
+@pytest.mark.usefixtures("few")
 def test_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "check", "net_of_mine:words", "--input", "5", "--tokens", "9")
     assert status == 0 and "inputs [4, 5]" in out and verdicts(out)["Variance"] == "right"
@@ -171,7 +253,7 @@ def test_oracles_that_would_take_too_long_are_left_out(capsys: pytest.CaptureFix
         (("check", "nothing_here:Net", "--input", "3"), "no module 'nothing_here'"),
         (("check", "nothing.py:Net", "--input", "3"), "nothing.py is not a file"),
         (("check", "net_of_mine", "--input", "3"), "module:name"),
-        (("check", "net_of_mine:Nat", "--input", "3"), "no 'Nat'. It has torch, nn, Net"),
+        (("check", "net_of_mine:Nat", "--input", "3"), "no 'Nat'. It has annotations, threading, dataclass"),
         (("check", "net_of_mine:number", "--input", "3"), "is a int, not a model"),
         (("check", "net_of_mine:data", "--input", "3"), "gave a tuple, not a model"),
         (("check", "net_of_mine:breaks", "--input", "3"), "net_of_mine:breaks: KeyError: 'nothing is configured' ("),
@@ -184,6 +266,18 @@ def test_oracles_that_would_take_too_long_are_left_out(capsys: pytest.CaptureFix
         (("check", "net_of_mine:plain", "--input", "6", "--loss", "hinge"), "cross-entropy, mse, bce"),
         (("check", "net_of_mine:plain", "--input", "6", "--loss", "torch.nn:HuberLoss"), "say --batch"),
         (("check", "net_of_mine:plain", "--batch", "net_of_mine:data", "--loss", "mse"), "the loss of outputs [4, 3]"),
+        (("check", "net_of_mine:plain", "--batch", "net_of_mine:nobody"), "the batch is empty"),
+        (("check", "net_of_mine:plain", "--batch", "net_of_mine:data", "--input", "6"), "not allowed with"),
+        (("check", "net_of_mine:plain", "--batch", "net_of_mine:data", "--tokens", "6"), "leave out --input and"),
+        (("check", "net_of_mine:detached", "--input", "6"), "Detached has no gradient: is its output detached"),
+        (("check", "net_of_mine:indices", "--input", "6"), "Indices returns torch.int64, of which parameters have no"),
+        (("check", "net_of_mine:locked", "--input", "6"), "a copy of Linear: TypeError"),
+        (("bench", "net_of_mine:broken", "--input", "6"), "the gradient of Broken: RuntimeError"),
+        (("check", "net_of_mine:plain", "--input", "6", "--seed", f"1{'0' * 13}"), "--seed: must be at most 10^12"),
+        (("check", "quits.py:Net", "--input", "6"), "quits.py: SystemExit: 0"),
+        (("bench", "--input", "3x64x64"), "SmallNet on [32, 3, 64, 64]"),
+        (("bench", "--device", "abacus"), "--device abacus"),
+        (("bench", "--quantities", "Variance+Variance"), "Variance+Variance: two quantities write 'variance'"),
         (("bench", "--quantities", "Foo"), "'Foo' is no quantity"),
         (("bench", "--seconds", "0"), "must be positive"),
         (("audit", "--seconds", "long"), "--seconds: must be a number, got long"),
@@ -225,13 +319,20 @@ def test_ratios_are_of_times() -> None:
     assert len(ratios) >= 3 and 1.5 < sorted(ratios)[len(ratios) // 2] < 6
 
 
+def test_a_step_that_fails_leaves_the_garbage_collector_on() -> None:
+    with pytest.raises(ZeroDivisionError):
+        _bench.against(lambda: None, lambda: 1 // 0, 0.1)
+    assert gc.isenabled()
+
+
 def linear(features: int, n: int) -> _subject.Subject:
     return _subject.Subject(
         nn.Linear(features, 10), nn.CrossEntropyLoss(), torch.randn(n, features), torch.randint(10, (n,)), ""
     )
 
 
-def test_peaks_of_memory_count_results() -> None:
+def test_peaks_of_memory_count_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # by somebody else
     this = linear(3000, 16)
     gradient, rows = 4 * 3001 * 10, 4 * 3001 * 10 * 16
     plain = _bench.peak_memory(_bench.Work(this))

@@ -49,6 +49,30 @@ def test_curvature_of_layers_equals_a_dense_computation():
         assert math.isclose(largest, spectrum[-1].item(), rel_tol=1e-4)
 
 
+def test_the_race_starts_from_one_network_which_the_seed_decides(monkeypatch):
+    network, starts = demo.network, []
+
+    def noted():
+        model = network()
+        starts.append(model.linear.weight.detach().clone())
+        return model
+
+    monkeypatch.setattr(demo, "network", noted)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        x, y, _ = demo.load_data()
+        demo.race(x, y, 0.02)
+    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[2], starts[3])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(demo, "train", None)
+    assert _cli.main(["demo", "--out", str(tmp_path / "file")]) == 1
+    assert "File exists" in capsys.readouterr().err
+
+
 def test_demo_replaces_the_promised_number_of_labels():
     x, y, truth = demo.load_data()
     assert x.shape == (len(y), 1, 8, 8)

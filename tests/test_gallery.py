@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from packext import testing
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
@@ -56,7 +58,8 @@ def test_cg_newton(shown: Any) -> None:
 
 def test_custom_module(shown: Any) -> None:
     found = shown("custom_module")
-    assert found["first-order quantities of parameters compared"] == 50
+    asked = len(testing.all_quantities()) + 1  # and .grad, of five parameters
+    assert found["first-order quantities of parameters compared"] == 5 * asked
     assert found["their largest relative error"] < 1e-10 and found["the same of the GGN's diagonal"] < 1e-10
     assert found["with the mean over the batch"].startswith("Samples influence each other")
 

@@ -73,6 +73,8 @@ class Attributor:
         self.loss, self.damping, self.scale = loss, float(damping), scale
         self.quantity = px.BatchGrad() if dim is None else px.ProjectedGrad(dim, seed)
         self._all = [p for p in model.parameters() if p.requires_grad]
+        if isinstance(parameters, Tensor):  # whose rows are no parameters
+            parameters = [parameters]
         self.parameters = self._all if parameters is None else [p for p in parameters if p.requires_grad]
         self.features: Tensor | None = None
         self._factor: Tensor | None = None

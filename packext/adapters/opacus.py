@@ -47,11 +47,11 @@ def emit(optimizer: Any, scale: str | float = "sample") -> Iterator[px.Results]:
     and its like get `grad_sample` `[N, *p]` on every parameter, and a list of them after several passes, as Opacus
     keeps them. `DPOptimizerFastGradientClipping` gets the sum of clipped gradients in `.grad`: ghost clipping, in one
     backward pass with the ordinary loss, where Opacus makes two with a loss of its own. Both are of the samples' own
-    losses, as Opacus's are, whichever `loss_reduction` its optimizer has been told. `.grad` is otherwise what it was
-    before, so that no gradient without noise is left in it. A pass that does not reach a parameter of the optimizer
-    raises a `PackextError`, and so does one of an empty batch, which Poisson sampling may draw: for a step of noise
-    alone, give each of `optimizer.params` a `grad_sample` of `p.new_zeros(0, *p.shape)` (for ghost clipping, zeros in
-    `.grad`).
+    losses, as Opacus's are, whichever `loss_reduction` its optimizer has been told. `.grad` of the optimizer's
+    parameters is otherwise what it was before, so that no gradient without noise is left in it. A pass that does not
+    reach a parameter of the optimizer raises a `PackextError`, and so does one of an empty batch, which Poisson
+    sampling may draw: for a step of noise alone, give each of `optimizer.params` a `grad_sample` of
+    `p.new_zeros(0, *p.shape)` (for ghost clipping, zeros in `.grad`).
 
     Args:
         optimizer: of Opacus.

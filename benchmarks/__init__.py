@@ -1,1 +1,1 @@
-"""Time and memory of packext beside its peers: ``python -m benchmarks``."""
+"""What the pages of docs/ say was measured, a script each; ``python -m benchmarks``: time and memory beside peers."""

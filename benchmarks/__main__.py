@@ -45,7 +45,7 @@ def run_problem(key: str, options: argparse.Namespace, progress: Progress) -> di
     rows: dict[str, RowResult] = {}
     names = [name for name in rows_of(PROBLEMS[key]) if name in options.rows]
     task = progress.add_task(f"{key}: reference", total=len(names))
-    instance, reference, _ = smooth_instance(PROBLEMS[key], torch.device(options.device))
+    instance, reference = smooth_instance(PROBLEMS[key], torch.device(options.device))
     for name in names:
 
         def tick(word: str, name: str = name) -> None:

@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.summary import fill
 from packext import attacks, defences
 from packext.attacks import DeepLeakage, InvertingGradients, Shared, psnr, share
 
@@ -63,7 +64,6 @@ def packed(x: Tensor) -> str:
 
 
 def inversion(
-    n: int,
     size: int,
     data: Callable[[int], Any],
     attack: Any,
@@ -111,14 +111,12 @@ def searches() -> dict[str, Callable[[], dict]]:
     """Rows of the first table."""
     one = lambda seed: digits(1, seed)  # noqa: E731
     return {
-        "DLG, digit 16 x 16": lambda: inversion(1, 16, one, DeepLeakage(60, 3), same, 10, False),
-        "iDLG, digit 16 x 16": lambda: inversion(1, 16, one, DeepLeakage(60, 3), same, 10, True),
-        "DLG, 8 digits 16 x 16": lambda: inversion(
-            8, 16, lambda seed: digits(8, seed), DeepLeakage(150), same, 3, False
-        ),
-        "DLG, photograph 32 x 32": lambda: inversion(1, 32, photo, DeepLeakage(300), same, 10, False),
+        "DLG, digit 16 x 16": lambda: inversion(16, one, DeepLeakage(60, 3), same, 10, False),
+        "iDLG, digit 16 x 16": lambda: inversion(16, one, DeepLeakage(60, 3), same, 10, True),
+        "DLG, 8 digits 16 x 16": lambda: inversion(16, lambda seed: digits(8, seed), DeepLeakage(150), same, 3, False),
+        "DLG, photograph 32 x 32": lambda: inversion(32, photo, DeepLeakage(300), same, 10, False),
         "DLG without line search, photograph 32 x 32": lambda: inversion(
-            1, 32, photo, DeepLeakage(300, line_search=False), same, 10, False
+            32, photo, DeepLeakage(300, line_search=False), same, 10, False
         ),
     }
 
@@ -140,7 +138,7 @@ def grid() -> dict[str, Callable[[], dict]]:
     searches["clipping to 0.1, noise 0.1, cosine"] = InvertingGradients(300), noisy
     return {
         name: lambda attack=attack, defence=defence: inversion(
-            1, 16, lambda seed: digits(1, seed), attack, defence, 5, True, curves=True
+            16, lambda seed: digits(1, seed), attack, defence, 5, True, curves=True
         )
         for name, (attack, defence) in searches.items()
     }
@@ -204,17 +202,23 @@ def cifar_nets() -> dict[str, nn.Module]:
     }
 
 
+def drawn(clients: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of 8 to 256 samples with labels of 100 classes (Dirichlet 0.1)."""
+    batches = []
+    for _ in range(clients):
+        shares = torch.distributions.Dirichlet(torch.full((100,), 0.1)).sample() + 1e-8
+        n = int(2 ** (3 + 5 * torch.rand(())))
+        batches.append((torch.rand(n, 3, 32, 32), shares.multinomial(n, replacement=True)))
+    return batches
+
+
 def aggregated(clients: int, seeds: int = 3) -> dict:
     """Share of the clients all of whose counts are exact, by network."""
     cells: dict[str, list[float]] = {}
     for seed in range(seeds):
         torch.manual_seed(seed)
         for name, model in cifar_nets().items():
-            batches = []
-            for _ in range(clients):
-                shares = torch.distributions.Dirichlet(torch.full((100,), 0.1)).sample() + 1e-8
-                n = int(2 ** (3 + 5 * torch.rand(())))
-                batches.append((torch.rand(n, 3, 32, 32), shares.multinomial(n, replacement=True)))
+            batches = drawn(clients)
             attack, loss = attacks.SecureAggregationLabels(), nn.CrossEntropyLoss()
             cohort = attacks.Cohort(model, loss, batches, weighted=True)
             plan = attack.plan(model, torch.rand(4, 3, 32, 32), clients)
@@ -299,9 +303,7 @@ def save(file: Path, results: dict[str, Any]) -> None:
 
 def put(key: str, lines: list[str]) -> None:
     """Lines between their marks in the page."""
-    begin, end = f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
-    head, rest = PAGE.read_text().split(begin)
-    PAGE.write_text("\n".join([head + begin, *lines, end + rest.split(end)[1]]))
+    fill(PAGE, {key: "\n".join(lines)})
 
 
 def main() -> None:

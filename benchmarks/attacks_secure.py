@@ -11,24 +11,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.attacks import cells, cifar_nets, put, save, spread
+from benchmarks.attacks import cells, cifar_nets, drawn, put, save, spread
 from packext import attacks, defences
 from packext.attacks import SecureAggregationLabels
 
 RESULTS = Path(__file__).parent / "results" / "attacks-secure.json"
 TITLES = {"flower": "clients, shift", "defended": "what clients do"}
-
-
-def drawn(clients: int) -> list[tuple[Tensor, Tensor]]:
-    """Batches of 8 to 256 samples with labels of 100 classes (Dirichlet 0.1)."""
-    batches = []
-    for _ in range(clients):
-        shares = torch.distributions.Dirichlet(torch.full((100,), 0.1)).sample() + 1e-8
-        n = int(2 ** (3 + 5 * torch.rand(())))
-        batches.append((torch.rand(n, 3, 32, 32), shares.multinomial(n, replacement=True)))
-    return batches
 
 
 def exact(clients: int, attack: SecureAggregationLabels, seeds: int = 3, flower: bool = False, **cohort: Any) -> dict:

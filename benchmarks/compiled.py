@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.summary import ROOT, between
+from benchmarks.summary import ROOT, fill
 from packext._scratch import TILE
-from packext._statistics import _add_squares
+from packext._statistics import _add_rows, _add_squares
 
 RESULTS = Path(__file__).parent / "results" / "compiled-cpu.json"
 #: Outputs and inputs of a sample's row, and the positions that it is a sum over.
@@ -37,8 +37,8 @@ TURNS = 40
 def eager(rows: Tensor, second: Tensor, total: Tensor) -> Tensor:
     """What `Statistics._tiles` does with a tile."""
     norms = torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1)
-    total.add_(rows[0] if len(rows) == 1 else rows.sum(0))
-    _add_squares(second, rows, False)
+    _add_rows(rows, total, False)
+    _add_squares(rows, second, False)
     return norms
 
 
@@ -107,5 +107,4 @@ if __name__ == "__main__":
     if "--page" not in sys.argv[1:]:
         about = {"torch": torch.__version__, "threads": 1, "turns": TURNS}
         RESULTS.write_text(json.dumps({**about, "found": measure()}, indent=1) + "\n")
-    page = ROOT / "docs" / "performance.md"
-    page.write_text(between(page.read_text(), "compiled", table(json.loads(RESULTS.read_text())["found"])))
+    fill(ROOT / "docs" / "performance.md", {"compiled": table(json.loads(RESULTS.read_text())["found"])})

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.attacks import cells, digits, relu_net, sigmoid_net, spread
+from benchmarks.summary import fill
 from packext import attacks, defences
 from packext.attacks import DeepLeakage, InvertingGradients, Shared, judge, psnr, sent, share, without
 from packext.defences import NoPeek, distance_correlation, u_distance_correlation_sqr
@@ -357,12 +358,7 @@ def read() -> dict[str, dict[str, dict]]:
 
 def write(results: dict[str, dict[str, dict]]) -> None:
     """Put the tables between their marks in the page, and draw the figure."""
-    text = PAGE.read_text()
-    for key in results:
-        begin, end = f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
-        head, rest = text.split(begin)
-        text = "\n".join([head + begin, *table(key, results[key]), end + rest.split(end)[1]])
-    PAGE.write_text(text)
+    fill(PAGE, {key: "\n".join(table(key, rows)) for key, rows in results.items()})
     if "nopeek" in results:
         draw(results["nopeek"])
 

@@ -22,8 +22,9 @@ from torch import nn
 
 import packext as px
 from benchmarks.learned_train import COMPARED, OPTIMIZER, SHIPPED, Task, run
-from benchmarks.optimizers import alternately, fill
+from benchmarks.optimizers import alternately
 from benchmarks.small_tasks import PROBLEMS, Problem, batches, evaluate
+from benchmarks.summary import fill
 from packext import optim
 from packext.optim.learned import Policy, trained
 
@@ -223,7 +224,7 @@ def draw(found: dict[str, dict[str, list[float]]]) -> None:
 
 def write(found: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    fill(PAGE, tables(found))
+    fill(PAGE, tables(found), apart=True)
     if "tried" in found:
         draw(found["tried"])
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import packext as px
 from benchmarks.problems import PROBLEMS, instantiate
+from benchmarks.summary import fill
 from packext import optim
 
 HERE = Path(__file__).parent
@@ -79,7 +80,7 @@ def train(make: Callable[..., Any], pair: tuple[Any, Any], seed: int) -> dict[st
     if emitting:
         model, loss_fn = px.extend(model), px.extend(loss_fn)
     order = torch.Generator().manual_seed(seed)
-    start, steps, reached = time.perf_counter(), 0, math.inf
+    steps, reached = 0, math.inf
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optim.SkippedStep)
         for _ in range(EPOCHS):
@@ -97,16 +98,15 @@ def train(make: Callable[..., Any], pair: tuple[Any, Any], seed: int) -> dict[st
                         loss.backward()
                     optimizer.step()
                 except px.PackextError:  # a factor that is singular: this pair failed
-                    return {"loss": math.inf, "accuracy": 0.0, "seconds": math.inf, "reached": math.inf}
+                    return {"loss": math.inf, "accuracy": 0.0, "reached": math.inf}
                 steps += 1
                 if loss.item() < 0.1 and not math.isfinite(reached):
                     reached = steps
                 if not loss.item() < 1e10:
-                    return {"loss": math.inf, "accuracy": 0.0, "seconds": math.inf, "reached": math.inf}
-    seconds = time.perf_counter() - start
+                    return {"loss": math.inf, "accuracy": 0.0, "reached": math.inf}
     with torch.no_grad(), px.disable():
         loss, right = loss_fn(model(x), y), (model(test_x).argmax(1) == test_y).float().mean()
-    return {"loss": loss.item(), "accuracy": right.item(), "seconds": seconds, "reached": reached}
+    return {"loss": loss.item(), "accuracy": right.item(), "reached": reached}
 
 
 def table(say: Callable[[str], None]) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def solution(x: Tensor) -> Tensor:
     return torch.sin(math.pi * x[:, 0]) * torch.sin(math.pi * x[:, 1])
 
 
-def points(seed: int) -> tuple[Tensor, Tensor]:
+def points() -> tuple[Tensor, Tensor]:
     """A grid of 30 x 30 inside of the unit square, and 30 points on each side."""
     line = (torch.arange(30) + 0.5) / 30
     inside = torch.cartesian_prod(line, line)
@@ -272,7 +272,7 @@ def poisson(say: Callable[[str], None]) -> dict[str, Any]:
 
 def solve(name: str, setting: float, steps: int, seed: int, grid: Tensor, truth: Tensor) -> dict[str, float]:
     torch.manual_seed(seed)
-    inside, boundary = points(seed)
+    inside, boundary = points()
     model, loss_fn = px.extend(Poisson()), px.extend(nn.MSELoss())
     wanted, zero = -2 * math.pi**2 * solution(inside), torch.zeros(len(boundary))
 
@@ -380,20 +380,10 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     return out
 
 
-def fill(path: Path, texts: dict[str, str]) -> None:
-    """Put each text between the marks of its name."""
-    page = path.read_text()
-    for name, text in texts.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
-    path.write_text(page)
-
-
 def write(found: dict[str, Any], results: Path, page: Path, texts: dict[str, str]) -> None:
     """Keep what was found, and put the tables between their marks on a page."""
     results.write_text(json.dumps(found, indent=1) + "\n")
-    fill(page, texts)
+    fill(page, texts, apart=True)
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import packext as px
 from benchmarks.learned_train import split
-from benchmarks.optimizers import alternately, fill
+from benchmarks.optimizers import alternately
 from benchmarks.small_tasks import LanguageModel, Problem, batches, characters, classes, cnn, evaluate, tokens
+from benchmarks.summary import fill
 from packext import optim
 
 HERE = Path(__file__).parent
@@ -72,7 +73,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], list[float], list[float]]] = {
 }  # fmt: skip
 
 
-def stepper(p: Problem, model: nn.Module, optimizer: Any, plain: bool = False) -> Callable[[Tensor, Tensor], float]:
+def stepper(model: nn.Module, optimizer: Any, plain: bool = False) -> Callable[[Tensor, Tensor], float]:
     """A step; if `plain`, those that need nothing of the backward pass run as if the model were not extended."""
     emitting = isinstance(optimizer, optim.Emitting)
     loss_fn: nn.Module = nn.CrossEntropyLoss()
@@ -104,7 +105,7 @@ def train(p: Problem, name: str, pair: tuple[float, float], seed: int, steps: in
     model = p.model()
     optimizer = kfac(model, *pair, (10, 100)) if name == SPARSE else OPTIMIZERS[name][0](model, *pair)
     first = [group["lr"] for group in optimizer.param_groups]
-    step = stepper(p, model, optimizer, name == SPARSE)
+    step = stepper(model, optimizer, name == SPARSE)
     x, y = p.data()[0]
     seen = []
     with warnings.catch_warnings():
@@ -145,7 +146,7 @@ def ratios(p: Problem) -> dict[str, dict[str, float]]:
     for name, (make, one, other) in OPTIMIZERS.items():
         torch.manual_seed(0)
         model = p.model()
-        step = stepper(p, model, make(model, one[1], other[1]))
+        step = stepper(model, make(model, one[1], other[1]))
         steps[name] = lambda step=step: step(x, y)
     # Blocks of as many steps as there are between inverses, so that each block of K-FAC has one batch of them.
     return alternately(steps, "AdamW", 9, 25, warmup=3)
@@ -167,16 +168,16 @@ WHOLE = "the first 100 steps of a run of these"
 
 def between(say: Callable[[str], None]) -> None:
     """Time of a step of K-FAC as a multiple of AdamW's, by how often there are factors, and by what is between."""
-    found = json.loads(RESULTS.read_text())
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for problem, p in PROBLEMS.items():
         x, y = (t[: p.batch] for t in p.data()[0])
         torch.manual_seed(0)
         model = p.model()
-        made = {"AdamW": stepper(p, model, torch.optim.AdamW(model.parameters(), 1e-3))}
+        made = {"AdamW": stepper(model, torch.optim.AdamW(model.parameters(), 1e-3))}
         for name, (every, plain) in BETWEEN.items():
             torch.manual_seed(0)
             model = p.model()
-            made[name] = stepper(p, model, kfac(model, 1e-3, 0.1, every), plain)
+            made[name] = stepper(model, kfac(model, 1e-3, 0.1, every), plain)
         # The first three batches of factors, each of which is inverted, are in blocks that do not count.
         steps = {name: lambda step=step, x=x, y=y: step(x, y) for name, step in made.items()}
         ratios = found.setdefault("between", {})[problem] = alternately(steps, "AdamW", 10, 10, warmup=4)
@@ -185,7 +186,7 @@ def between(say: Callable[[str], None]) -> None:
             torch.manual_seed(0)
             model = p.model()
             made = kfac(model, 1e-3, 0.1, (10, 100)) if sparse else torch.optim.AdamW(model.parameters(), 1e-3)
-            step = stepper(p, model, made, plain=True)
+            step = stepper(model, made, plain=True)
             for _ in range(100):
                 step(x, y)
 
@@ -193,7 +194,7 @@ def between(say: Callable[[str], None]) -> None:
         ratios[WHOLE] = alternately(runs, "AdamW", 7, 1)[WHOLE]
         say(f"{problem}: { ({k: round(v['median'], 2) for k, v in found['between'][problem].items()}) }")
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    fill(PAGE, {"between": between_table(found)})
+    fill(PAGE, {"between": between_table(found)}, apart=True)
 
 
 def measure(problem: str, say: Callable[[str], None]) -> None:
@@ -213,7 +214,7 @@ def measure(problem: str, say: Callable[[str], None]) -> None:
         steps = p.steps if name in OPTIMIZERS else round(p.steps / units[kind]["median"])
         rows[name] = {**row(p, kind, steps, say), "step": units[kind]}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    fill(PAGE, {"time": table(found)})
+    fill(PAGE, {"time": table(found)}, apart=True)
 
 
 # -- the page -------------------------------------------------------------------------------------------

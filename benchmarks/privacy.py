@@ -31,6 +31,7 @@ import packext as px
 from benchmarks import memory, timing
 from benchmarks.attacks import digits
 from benchmarks.problems import PROBLEMS, Instance, instantiate
+from benchmarks.summary import fill
 from packext.attacks import GradientCanaries, epsilon_lower_bound
 from packext.optim import DPSGD, PoissonSampler, Spent, epsilon
 
@@ -309,12 +310,7 @@ def table(name: str, rows: dict[str, Any]) -> list[str]:
 
 def write(results: dict[str, Any]) -> None:
     """Put the tables between their marks in the page."""
-    text = PAGE.read_text()
-    for name, rows in results.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        head, rest = text.split(begin)
-        text = "\n".join([head + begin, *table(name, rows), end + rest.split(end)[1]])
-    PAGE.write_text(text)
+    fill(PAGE, {name: "\n".join(table(name, rows)) for name, rows in results.items()})
 
 
 def main() -> None:

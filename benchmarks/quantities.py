@@ -76,8 +76,8 @@ ROWS: dict[str, Row] = {
 def rows_of(problem: Problem) -> list[str]:
     """Return the rows of a problem's table.
 
-    Exact curvature of a language model has a column for every class at every position, and nobody has Kronecker factors
-    of a table of positions.
+    Exact curvature of a language model has a column for every class at every position, and Kronecker factors of a table
+    of positions none of the others has.
     """
     if problem.tail:
         return ["gradient", "diag_ggn_exact", "diag_hessian"]
@@ -189,11 +189,6 @@ class Reference:
             return [r.var(0, correction=0) for r in self.rows]
         return [reduce_rows(r.clone(), (quantity,))[quantity] for r in self.rows]
 
-    def clipped_samples(self) -> int:
-        """Return how many samples the norm bound acts on."""
-        squares = [r.flatten(1).square().sum(1) for r in self.rows]
-        return int((torch.stack(squares).sum(0).sqrt() * self.batch > self.max_norm).sum())
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -272,13 +267,13 @@ def judge(
     return Verdict(error, missing, total)
 
 
-def smooth_instance(problem: Problem, device: torch.device) -> tuple[Instance, Reference, int]:
-    """Return the first instance whose gradient rounding cannot change much, its truth and seed."""
+def smooth_instance(problem: Problem, device: torch.device) -> tuple[Instance, Reference]:
+    """Return the first instance whose gradient rounding cannot change much, and its truth."""
     for seed in range(FIRST_SEED, FIRST_SEED + ATTEMPTS):
         instance = instantiate(problem, device, seed)
         reference = Reference(instance)
         loss = instance.loss_fn(instance.model(instance.inputs), instance.targets)
         found = torch.autograd.grad(loss, list(instance.model.parameters()))
         if relative_error(found, reference.expected("grad")) < SMOOTH:
-            return instance, reference, seed
+            return instance, reference
     raise AssertionError(f"{problem.key}: no seed of {ATTEMPTS} gives a gradient stable in float32")

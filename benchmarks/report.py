@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ from rich.table import Table
 from benchmarks.bench import Cell, RowResult
 from benchmarks.contenders import LIBRARIES
 from benchmarks.problems import PROBLEMS
-from benchmarks.quantities import ROWS
+from benchmarks.quantities import ROWS, rows_of
 from benchmarks.timing import Ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -156,6 +157,9 @@ def markdown(problem: str, rows: dict[str, RowResult], libraries: list[str], abo
         cells = [f"**{c}**" if k == best else c for k, c in zip(libraries, cells, strict=True)]
         lines.append(f"| {ROWS[key].title} | " + " | ".join(cells) + " |")
     lines.append("")
+    missing = [ROWS[key].title for key in rows_of(PROBLEMS[problem]) if key not in rows]
+    if missing:
+        lines.append(f"Not measured: {', '.join(missing)}.")
     lines += [twin_note(r) for r in rows.values() if r.twin is not None]
     firsts = [
         c.first_memory
@@ -193,10 +197,10 @@ def ways(rows: dict[str, RowResult], libraries: list[str]) -> list[str]:
 
 
 def write_page(device: str) -> None:
-    """Put the tables of all whole runs between the page's markers, leaving all else alone."""
+    """Put the tables of all whole runs, on the CPU and on `device`, between the page's markers; all else stays."""
     sections = []
-    for problem in PROBLEMS:
-        found = load(problem, device)
+    for problem, where in itertools.product(PROBLEMS, dict.fromkeys(("cpu", device))):
+        found = load(problem, where)
         if found is not None:
             rows, about = found
             known = [key for key in LIBRARIES if all(key in result.cells for result in rows.values())]

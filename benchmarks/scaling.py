@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import packext as px
 from benchmarks.problems import Transformer
+from benchmarks.summary import fill
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -231,7 +232,7 @@ class Setting:
         return sum(m.count * (m.inputs**3 + m.outputs**3) for m in self.net) / (0.4 * 67e12) / self.ranks
 
 
-def llama(width: int, keys: int, wide: int, depth: int, vocabulary: int) -> list[Matrix]:
+def llama(width: int, keys: int, wide: int, depth: int) -> list[Matrix]:
     """The linear maps of a Llama without its head, of which a factor would be of the size of the vocabulary."""
     return [
         Matrix(width, width, 2 * depth),
@@ -242,8 +243,8 @@ def llama(width: int, keys: int, wide: int, depth: int, vocabulary: int) -> list
 
 
 SETTINGS = [
-    Setting("7B on 8 x H100, 2 samples of 4096 tokens on each", llama(4096, 4096, 11008, 32, 32000), 8, 2, 4096),
-    Setting("70B on 512 x H100, 1 sample of 4096 tokens on each", llama(8192, 1024, 28672, 80, 32000), 512, 1, 4096),
+    Setting("7B on 8 x H100, 2 samples of 4096 tokens on each", llama(4096, 4096, 11008, 32), 8, 2, 4096),
+    Setting("70B on 512 x H100, 1 sample of 4096 tokens on each", llama(8192, 1024, 28672, 80), 512, 1, 4096),
 ]
 
 
@@ -297,13 +298,9 @@ def main() -> None:
             dist.destroy_process_group()
     found |= {name: paper(setting) for name, setting in zip(("small", "large"), SETTINGS, strict=True)}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    page = PAGE.read_text()
-    for name, text in tables(found).items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+    for text in tables(found).values():
         Console().print(text)
-    PAGE.write_text(page)
+    fill(PAGE, tables(found), apart=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import nn
 
 from benchmarks import cells
 from benchmarks.search_paths import added_table, costs, costs_table, orders_table, paths, paths_table
+from benchmarks.summary import fill
 from packext.search import PROXIES, scores
 
 HERE = Path(__file__).parent
@@ -131,13 +132,6 @@ def save(results: dict[str, Any]) -> None:
     RESULTS.write_text(text + "\n")
 
 
-def put(key: str, lines: list[str]) -> None:
-    """Lines between their marks in the page."""
-    begin, end = f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
-    head, rest = PAGE.read_text().split(begin)
-    PAGE.write_text("\n".join([head + begin, "", *lines, "", end + rest.split(end)[1]]))
-
-
 PARTS: dict[str, Callable[[Callable[[str], None]], dict[str, Any]]] = {
     "proxies": proxies,
     "paths": paths,
@@ -165,9 +159,8 @@ def main() -> None:
         else:
             results["proxies"]["correlations"] = correlations(results["proxies"]["cells"])
         save(results)
-    for key, (part, table) in TABLES.items():
-        if part in results:
-            put(key, table(results[part]))
+    texts = {key: "\n".join(table(results[part])) for key, (part, table) in TABLES.items() if part in results}
+    fill(PAGE, texts, apart=True)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEMS = ("3c3d", "allcnnc", "resnet", "transformer", "lstm")
+MORE = ("3c3d-sigmoid", "gpt")
 LIBRARIES = {
     "packext": "packext", "backpack": "BackPACK", "opacus": "Opacus", "func": "torch.func", "curvlinops": "curvlinops",
 }  # fmt: skip
 SHOWN = {"batch_l2": "norms", "l2_variance": "norms and variance", "kfac": "KFAC"}
 
 
-def results() -> list[dict[str, Any]]:
+def results(names: tuple[str, ...]) -> list[dict[str, Any]]:
     """What was measured on the CPU, by network."""
-    return [json.loads((ROOT / f"benchmarks/results/{name}-cpu.json").read_text()) for name in PROBLEMS]
+    return [json.loads((ROOT / f"benchmarks/results/{name}-cpu.json").read_text()) for name in names]
 
 
 def name_of(found: dict[str, Any]) -> str:
@@ -37,9 +38,10 @@ def times(found: dict[str, Any], row: str) -> dict[str, float]:
 
 
 def compared() -> str:
-    """Some quantities on every network, for all libraries."""
+    """Some quantities on all networks but one that differs from another by an activation, for all libraries."""
     lines = [f"| | {' | '.join(LIBRARIES.values())} |", "|---|" + "---:|" * len(LIBRARIES)]
-    for found in results():
+    for found in results((*PROBLEMS, "gpt")):
+        network = "Transformer, 256 tokens" if found["problem"]["key"] == "gpt" else name_of(found)
         for row, title in SHOWN.items():
             timed = times(found, row)
             if len(timed) > 1:
@@ -48,7 +50,7 @@ def compared() -> str:
                 for key in LIBRARIES:
                     text = f"{timed[key]:.2f}" if key in timed else "–"
                     cells.append(f"**{text}**" if timed.get(key) == best else text)
-                lines.append(f"| {name_of(found)}: {title} | {' | '.join(cells)} |")
+                lines.append(f"| {network}: {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -59,9 +61,9 @@ def cell(found: dict[str, Any], row: str, key: str) -> str:
 
 
 def gaps() -> str:
-    """Every cell in which another library takes less time, the widest gap first."""
+    """Every cell of all tables in which another library takes less time, the widest gap first."""
     found, cells, memory = [], 0, []
-    for network in results():
+    for network in results(PROBLEMS + MORE):
         for row in network["rows"]:
             timed = times(network, row)
             ours = timed.pop("packext", None)
@@ -75,7 +77,8 @@ def gaps() -> str:
                 if best == "func":
                     sides = (network["rows"][row]["cells"][k]["memory"] for k in ("func", "packext"))
                     memory.append(next(sides) / next(sides))
-                found.append((ratio, f"{name_of(network)} | `{row}` | {cell(network, row, 'packext')} | {theirs}"))
+                title = network["problem"]["title"]
+                found.append((ratio, f"{title} | `{row}` | {cell(network, row, 'packext')} | {theirs}"))
     lines = ["| network | quantities | packext | the fastest | ratio of times |", "|---|---|---:|---:|---:|"]
     lines += [f"| {text} | {ratio:.2f} |" for ratio, text in sorted(found, reverse=True)]
     more = f"torch.func's peak of memory in these is {min(memory):.1f} to {max(memory):.1f} times packext's."
@@ -88,6 +91,14 @@ def between(text: str, key: str, table: str) -> str:
     begin, end = f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
     assert text.count(begin) == text.count(end) == 1, key
     return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def fill(page: Path, texts: dict[str, str], apart: bool = False) -> None:
+    """Put texts between the marks of their names, `apart` from them by empty lines."""
+    content = page.read_text()
+    for key, text in texts.items():
+        content = between(content, key, f"\n{text}\n" if apart else text)
+    page.write_text(content)
 
 
 def pages() -> dict[Path, str]:

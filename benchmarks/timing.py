@@ -40,14 +40,15 @@ def synchronise(device: torch.device) -> None:
 def once(step: Step, device: torch.device, repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
     """Time one step in seconds, as the mean of some, with the garbage collector out of the way."""
     gc.disable()
-    synchronise(device)
-    start = clock()
-    for _ in range(repeats):
-        step()
-    synchronise(device)
-    elapsed = clock() - start
-    gc.enable()
-    return elapsed / repeats
+    try:
+        synchronise(device)
+        start = clock()
+        for _ in range(repeats):
+            step()
+        synchronise(device)
+        return (clock() - start) / repeats
+    finally:
+        gc.enable()
 
 
 def round_robin(

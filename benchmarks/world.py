@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.network import Network
+from benchmarks.summary import fill
 from benchmarks.world_simulation import Schedule, ring, simulate, tree
 
 HERE = Path(__file__).parent
@@ -252,10 +253,7 @@ def picture(results: dict[str, Any]) -> None:
 
 
 def write(results: dict[str, Any]) -> None:
-    for key, lines in tables(results).items():
-        begin, end = f"<!-- {key}: begin -->", f"<!-- {key}: end -->"
-        head, rest = PAGE.read_text().split(begin)
-        PAGE.write_text("\n".join([head + begin, "", *lines, "", end + rest.split(end)[1]]))
+    fill(PAGE, {key: "\n".join(lines) for key, lines in tables(results).items()}, apart=True)
     if {"latency", "thousand"} <= results.keys():
         picture(results)
 

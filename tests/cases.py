@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ class Case:
     loss: Callable[[], nn.Module] = nn.CrossEntropyLoss
     batch_axis: int = 0
     weights: Callable[[Any], list[float]] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 CASES: list[Case] = []

@@ -58,7 +58,9 @@ class Problem:
         ill: "" for a model that must come out right; "coupled" or "maybe refused".
         label: the blocks, in words.
         sizes: N and T of each batch.
-        aux: "" or how a loss beside the output is formed from a hidden state.
+        draw: the source of the choices that are made later.
+        aux: whether the loss has another term, of a hidden state of each sample.
+        draws: whether a forward pass draws random numbers.
     """
 
     seed: int
@@ -70,7 +72,7 @@ class Problem:
     label: str
     sizes: list[tuple[int, int]]
     draw: Draw = field(repr=False)
-    aux: str = ""
+    aux: bool = False
     draws: bool = False
 
     def inputs(self, n: int, t: int) -> Any:
@@ -96,10 +98,7 @@ class Problem:
         if self.aux:
             aux = self.model.aux
             assert aux is not None
-            mean = self.loss.reduction == "mean"
-            if self.aux == "of the batch":
-                return total + aux.mean(0).square().sum()
-            return total + (aux.square().sum() / len(aux) if mean else aux.square().sum())
+            return total + aux.square().sum() / (len(aux) if self.loss.reduction == "mean" else 1)
         return total
 
 
@@ -132,9 +131,8 @@ def generate(seed: int) -> Problem:
         blocks.append(m)
         state = after
     if state.kind == "img" or d.chance(0.4):
-        flatten = from_image if state.kind == "img" else None
-        if flatten is not None:
-            m, state = flatten(d, state)
+        if state.kind == "img":
+            m, state = from_image(d, state)
             blocks.append(m)
         m, state = linear(d, state)
         blocks.append(m)
@@ -146,12 +144,10 @@ def generate(seed: int) -> Problem:
         "aux at": -1,
         "aux axis": 0,
     }
-    aux = ""
-    if not ill and d.chance(0.04):
+    aux = not ill and d.chance(0.04)
+    if aux:  # of what forward does not return
         form["aux at"], form["aux axis"] = len(blocks) - 1, state.axis
-        # A loss term over the batch is a loss that couples samples: rows are what passes through them,
-        # and no loop over samples says what that is.
-        aux, ill = "of each sample", "maybe refused"
+        ill = "maybe refused"
     model = Model(blocks, start, state, form)
     loss = d.choice([nn.MSELoss, nn.SmoothL1Loss])(reduction=d.choice(["mean", "sum"]))
     sizes = [(d.n, d.t)]

@@ -213,14 +213,14 @@ def pool(d: Draw, s: State) -> tuple[nn.Module, State]:
 @block("vec", 1)
 def to_sequence(d: Draw, s: State) -> tuple[nn.Module, State]:
     t = d.choice([d.n, d.randint(1, 4)])
-    fs: list[tuple[str, Callable[..., Tensor], bool]] = [
-        ("outer with tokens", lambda b, h, e: h[:, None] * b.w.get(), False),
-        ("plus tokens", lambda b, h, e: b.w.get()[None] + h.unsqueeze(1), False),
-        ("unfolded", lambda b, h, e: (h @ b.x.get()).view(len(h), t, s.c), False),
-        ("unfolded features first", lambda b, h, e: (h @ b.x.get()).view(len(h), s.c, t).mT, False),
-        ("repeated", lambda b, h, e: h[:, None].expand(-1, t, -1), False),
+    fs: list[tuple[str, Callable[..., Tensor]]] = [
+        ("outer with tokens", lambda b, h, e: h[:, None] * b.w.get()),
+        ("plus tokens", lambda b, h, e: b.w.get()[None] + h.unsqueeze(1)),
+        ("unfolded", lambda b, h, e: (h @ b.x.get()).view(len(h), t, s.c)),
+        ("unfolded features first", lambda b, h, e: (h @ b.x.get()).view(len(h), s.c, t).mT),
+        ("repeated", lambda b, h, e: h[:, None].expand(-1, t, -1)),
     ]
-    label, f, _ = d.choice(fs)
+    label, f = d.choice(fs)
     d.fixed_t = True
     return Block(label, f, w=d.matrix(t, s.c), x=d.matrix(s.c, t * s.c, 1)), replace(s, kind="seq", t=t)
 

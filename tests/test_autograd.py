@@ -384,9 +384,6 @@ def test_backward_pass_in_a_hook_of_a_backward_pass() -> None:
     others = rows_of(inner, lambda: F.cross_entropy(inner(x), y, reduction="none") / N)
     px.extend(outer), px.extend(inner)
 
-    def hook(module: Any, args: Any, output: Tensor) -> None:
-        output.register_hook(lambda g: run())
-
     def run() -> None:
         with torch.enable_grad():
             F.cross_entropy(inner(x), y).backward()

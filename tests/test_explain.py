@@ -42,7 +42,8 @@ def test_routes_and_costs_follow_the_quantities() -> None:
     rows = by_name(explain(model, x, quantities=[px.BatchGrad(), px.BatchL2Grad()]))["weight"]
     assert norms.routes["sq_norms"] == "factors" and rows.routes["rows"] == "tiles"
     assert norms.cost is not None and rows.cost is not None
-    # Products of 4 positions cost a fraction of forming 64 x 32 entries for each sample.
+    # Two Gram matrices of 4 positions and their product, over a gradient that has 65 x 32 entries with the bias's.
+    assert norms.cost == pytest.approx(4 * 4 * (64 + 32 + 1) / (4 * 65 * 32))
     assert norms.cost < 0.5 < rows.cost
     assert "factors: norms" in norms.route
 
@@ -162,16 +163,10 @@ def test_a_user_error_is_the_users() -> None:
     assert isinstance(explain(nn.Linear(3, 2), torch.randn(4, 3)), Explanation)
 
 
-@pytest.fixture
-def double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
+@pytest.mark.usefixtures("double")
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("case", CASES[::4], ids=lambda c: c.name)
-def test_every_model_of_the_table(case: Case, double: None) -> None:
+def test_every_model_of_the_table(case: Case) -> None:
     model, inputs, _ = case.build()
     model = px.extend(model, case.batch_axis)
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)

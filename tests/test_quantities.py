@@ -149,11 +149,13 @@ def test_quantities_that_share_a_statistic(case: Case) -> None:
         scale = 1 / this.factor  # with which `diag_ef` is the sum of squares of rows as the loss has them
         with px.backpack(*quantities, scale=scale):
             this.loss(testing.call(this.model, this.inputs), this.targets).backward()
+        times = {"sum_grad_squared": scale**2, "tripled": 3.0, "diag_ef": 1.0}
         for name, p in this.model.named_parameters():
-            squares = this.rows[name].square().sum(0) if p.grad is not None and p.requires_grad else None
-            for field, times in (("sum_grad_squared", scale**2), ("tripled", 3.0), ("diag_ef", 1.0)):
-                if squares is not None and hasattr(p, field):
-                    assert testing.relative_error(getattr(p, field), times * squares) < 1e-9, (name, field)
+            if p.grad is None or not p.requires_grad:
+                continue
+            squares = this.rows[name].square().sum(0)
+            for field in [q.savefield for q in quantities if q.savefield in times]:
+                assert testing.relative_error(getattr(p, field), times[field] * squares) < 1e-9, (name, field)
 
 
 @pytest.mark.parametrize("case", CASES[::7], ids=lambda c: c.name)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import packext as px
-from tests import test_union
 from tests.test_union import N, problem, together
 
 #: Which modules are sharded by themselves; what is left is sharded with the model.
@@ -108,6 +107,5 @@ def _resharded(rank: int, world: int) -> None:
 
 
 @pytest.mark.parametrize("work", [_all, _refused, _resharded, _uneven])
-def test_sharded_parameters(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_union, work.__name__, work, raising=False)  # which forked processes look up there
+def test_sharded_parameters(work: Any) -> None:
     together(work)

@@ -846,8 +846,7 @@ def _penalised(rank: int, world: int) -> None:
                 test_union.agree(found, wanted, quantities, kind)
 
 
-def test_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_union, "_penalised", _penalised, raising=False)  # where forked processes look
+def test_two_processes() -> None:
     test_union.together(_penalised)
 
 

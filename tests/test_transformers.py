@@ -127,10 +127,10 @@ def test_curvature_of_the_models_own_loss(name: str) -> None:
         pairs = (logits[:, :-1], labels[:, 1:]) if causal(model) else (logits, labels)
         flat = pairs if labels.dim() == 1 else (pairs[0].flatten(0, 1), pairs[1].flatten())
         px.extend(nn.CrossEntropyLoss())(*flat).backward()
-    for n, p in model.named_parameters():
-        if n in found:
-            assert testing.relative_error(found[n], p.diag_ggn_exact) < 1e-5, n
-    assert found
+    want = {n: p.diag_ggn_exact for n, p in model.named_parameters() if hasattr(p, "diag_ggn_exact")}
+    assert found.keys() == want.keys() and found
+    for n in found:
+        assert testing.relative_error(found[n], want[n]) < 1e-5, n
 
 
 UNTIED = {"vocab_size": V, "tie_word_embeddings": False}

@@ -125,6 +125,29 @@ def test_estimates_of_the_hessian() -> None:
     assert abs(total - exact[0]) < 5 * bound
 
 
+def estimates() -> list[Any]:
+    """The same draws each time that they are made."""
+    return [kind(3, torch.Generator().manual_seed(1)) for kind in (px.HessianTrace, px.DiagHessianMC)]
+
+
+def test_estimates_of_passes_add_up() -> None:
+    """Draw by draw for the trace; errors of the diagonal are independent."""
+    model, loss, x, y = problem()
+    alone, asked_for = [], estimates()
+    for inputs, targets in zip(x.split(PARTS), y.split(PARTS), strict=True):
+        with px.backpack(*asked_for, scale="sample", attach=False) as results:
+            loss(model(inputs), targets).backward()
+        alone.append(results)
+    with px.backpack(*estimates(), accumulate=True, scale="sample") as united:
+        for inputs, targets in zip(x.split(PARTS), y.split(PARTS), strict=True):
+            loss(model(inputs), targets).backward()
+    for name in united:
+        draws = torch.stack([r[name].hessian_trace.draws for r in alone]).sum(0)
+        torch.testing.assert_close(united[name].hessian_trace, (draws.mean(), draws.std() / 3**0.5, draws))
+        values, errors = map(torch.stack, zip(*[r[name].diag_h_mc for r in alone], strict=True))
+        torch.testing.assert_close(united[name].diag_h_mc, (values.sum(0), errors.square().sum(0).sqrt()))
+
+
 def flat(model: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
@@ -187,12 +210,12 @@ def test_a_pass_that_fails_adds_nothing() -> None:
 # -- ranks -----------------------------------------------------------------------------------------------------
 
 
-def _rank(rank: int, world: int, port: int, work: str) -> None:
+def _rank(rank: int, world: int, port: int, work: Callable[[int, int], None]) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     torch.set_num_threads(1)
     try:
         with double_precision():
-            globals()[work](rank, world)
+            work(rank, world)
     finally:
         gc.collect()
         dist.barrier()
@@ -203,7 +226,7 @@ def together(work: Callable[[int, int], None], world: int = 2) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.start_processes(_rank, (world, port, work.__name__), nprocs=world, start_method="fork")
+    mp.start_processes(_rank, (world, port, work), nprocs=world, start_method="fork")
 
 
 def wrapped(model: nn.Module, kind: str) -> nn.Module:
@@ -267,9 +290,17 @@ def _all_quantities(rank: int, world: int) -> None:
     for p, q in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.variance, q.variance)
         torch.testing.assert_close(p.grad_batch.sum(0), q.grad_batch.sum(0))
-    with px.backpack(px.HessianTrace(2), px.DiagHessianMC(2), scale="sample", group=dist.group.WORLD) as both:
-        loss(model(mine[0]), mine[1]).backward()
-    assert both.hessian_trace.value.isfinite()
+    found = []
+    for net, inputs, group in ((whole, (x, y), None), (model, mine, None), (model, mine, dist.group.WORLD)):
+        with px.backpack(*estimates(), scale="sample", group=group, attach=False) as results:
+            loss(net(inputs[0]), inputs[1]).backward()
+        found.append(results)
+    plain, part, united = found
+    for name in plain:
+        torch.testing.assert_close(united[name].hessian_trace, plain[name].hessian_trace)
+        error = part[name].diag_h_mc.standard_error.clone()
+        dist.all_reduce(error)  # of ranks that may have drawn the same signs
+        torch.testing.assert_close(united[name].diag_h_mc, (plain[name].diag_h_mc.value, error))
 
 
 @pytest.mark.parametrize("world", [2, 3])

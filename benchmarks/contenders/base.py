@@ -10,22 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.problems import Instance
-from benchmarks.quantities import Results
+from benchmarks.quantities import ROWS, Results
 
-CLEARED = (
-    "grad_batch",
-    "batch_l2",
-    "sum_grad_squared",
-    "variance",
-    "grad_dot",
-    "batch_dot",
-    "clipped_grad",
-    "diag_ggn_mc",
-    "diag_ggn_exact",
-    "kfac",
-    "kflr",
-    "diag_h",
-)
+CLEARED = tuple(dict.fromkeys(quantity for row in ROWS.values() for quantity in row.quantities))
 
 
 class UnavailableError(Exception):

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="no runs: write the tables of the last whole run again")
     options = parser.parse_args()
     if options.tables:
-        report.write(report.load())
+        report.write(report.load(), report.known())
         return
     listed = cases(options.healthy, options.small, not options.full)
     chosen = [c for c in listed if not options.faults or c.fault in options.faults]
@@ -92,9 +92,9 @@ def main() -> None:
             rows.append(done.result())
             progress.advance(task)
     rows.sort(key=lambda row: chosen.index(row.case))
-    console.print(report.markdown(rows), markup=False)
+    console.print(report.markdown(rows, report.today()), markup=False)
     if not options.faults:
-        report.write(rows)
+        report.write(rows, report.today())
         console.print(f"Tables written to {report.PAGE}.")
 
 

@@ -278,7 +278,7 @@ class Problem:
 
     @property
     def small(self) -> bool:
-        """Whether it is a perceptron, for which products with the Hessian are quick."""
+        """Whether products with the Hessian are quick: of perceptrons, and of two networks of a few convolutions."""
         return self.plain and self.middle == "2"
 
 

@@ -23,20 +23,29 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "verdicts.md"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
-def share(part: int, whole: int) -> str:
-    """`9 / 12`, with a percentage; a dash of none."""
-    return f"{part} / {whole} ({100 * part / whole:.0f} %)" if whole else "–"
+def share(part: int | None, whole: int) -> str:
+    """`9 / 12`, with a percentage; a dash of none, or where it is not known."""
+    return f"{part} / {whole} ({100 * part / whole:.0f} %)" if whole and part is not None else "–"
 
 
-def markdown(rows: list[Row]) -> str:
-    """All tables."""
+def today() -> str:
+    """When and with what the runs are made that end now."""
+    return f"{date.today().isoformat()}; Python {platform.python_version()}, torch {torch.__version__}; CPU."
+
+
+def known() -> str:
+    """The same of the runs whose tables stand in the page: their last line."""
+    return PAGE.read_text().partition(BEGIN)[2].partition(END)[0].strip().splitlines()[-1]
+
+
+def markdown(rows: list[Row], about: str) -> str:
+    """All tables, and below them when and with what the runs were made."""
     healthy = [row for row in rows if not row.case.fault]
     parts = []
     if any(row.case.fault for row in rows):
         parts.append(faults(rows, healthy))
     if healthy:
         parts.append(alarms(healthy))
-    about = f"{date.today().isoformat()}; Python {platform.python_version()}, torch {torch.__version__}; CPU."
     return "\n".join([*parts, about])
 
 
@@ -54,7 +63,7 @@ def faults(rows: list[Row], healthy: list[Row]) -> str:
         )
         if not full:
             continue
-        a, b = score(full, healthy or full), score(half, healthy or full)
+        a, b = score(full, healthy), score(half, healthy)
         beside = ", ".join(f"{word} {count}" for word, count in a.beside.most_common(4))
         lines.append(
             f"| {fault.what} | {fault.verdict} | {share(a.detected, a.runs)} | {number(a.delay)} | "
@@ -65,9 +74,10 @@ def faults(rows: list[Row], healthy: list[Row]) -> str:
         if not found:
             continue
         hits = sum(delay(r) is not None for r in found)
-        worse = [delay(r) is not None for r in found if harmed(r, healthy or found)]
         lines += ["", f"All faults at {severity} severity: {share(hits, len(found))}."]
-        lines[-1] += f" Of those that did harm: {share(sum(worse), len(worse))}."
+        if healthy:
+            worse = [delay(r) is not None for r in found if harmed(r, healthy)]
+            lines[-1] += f" Of those that did harm: {share(sum(worse), len(worse))}."
     missed = [r.case for r in rows if r.case.fault and r.case.severity == "full" and delay(r) is None]
     words = "; ".join(f"{FAULTS[c.fault].verdict} ({c.problem} with {c.optimizer})" for c in missed)
     lines += ["", f"Not named at full severity: {words or 'none'}."]
@@ -132,11 +142,11 @@ def load() -> list[Row]:
     return [Row(**{**row, "case": Case(**row["case"]), "named": tuple(row["named"])}) for row in found]
 
 
-def write(rows: list[Row]) -> None:
+def write(rows: list[Row], about: str) -> None:
     """Keep the rows, and put the tables between the page's markers."""
     RESULTS.parent.mkdir(exist_ok=True)
     kept = [dataclasses.asdict(row) | {"valid": [float(f"{v:.5g}") for v in row.valid]} for row in rows]
     RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + "\n\n" + markdown(rows) + "\n\n" + END + after)
+    PAGE.write_text(before + BEGIN + "\n\n" + markdown(rows, about) + "\n\n" + END + after)

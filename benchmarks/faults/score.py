@@ -17,7 +17,7 @@ class Row:
 
     Attributes:
         case: what was run.
-        said: the step at which each failure was first named, and when it was withdrawn.
+        said: the step at which each failure was first named.
         valid: validation losses.
         named: of the samples that were named as mislabelled, how many, and how many of them are.
         broken: whether the loss became NaN or infinite, and when.
@@ -57,7 +57,7 @@ class Score:
     runs: int
     detected: int
     delay: float | None
-    harmed: int
+    harmed: int | None
     beside: Counter[str]
 
 
@@ -66,16 +66,15 @@ def score(rows: list[Row], healthy: list[Row]) -> Score:
 
     Args:
         rows: the runs.
-        healthy: with which validation losses are compared.
+        healthy: with which validation losses are compared; without any, nothing is said of harm.
 
     Returns:
         The score.
     """
     delays = [d for row in rows if (d := delay(row)) is not None]
     beside = Counter(name for row in rows for name in row.said if name != FAULTS[row.case.fault].verdict)
-    return Score(
-        len(rows), len(delays), median(delays) if delays else None, sum(harmed(r, healthy) for r in rows), beside
-    )
+    harm = sum(harmed(r, healthy) for r in rows) if healthy else None
+    return Score(len(rows), len(delays), median(delays) if delays else None, harm, beside)
 
 
 def harmed(row: Row, healthy: list[Row]) -> bool:

@@ -298,6 +298,27 @@ def test_deep_leakage_with_targets_that_are_no_classes() -> None:
     torch.testing.assert_close(found.inputs, x, rtol=0, atol=1e-6)
 
 
+class Attends(nn.Module):
+    """A transformer's layer, in which torch takes a kernel without a second derivative where it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).mean(1))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_models_with_attention_can_be_searched(train: bool) -> None:
+    torch.manual_seed(0)
+    model, loss_fn, x, y = Attends().train(train), nn.CrossEntropyLoss(), torch.randn(1, 4, 8), torch.tensor([1])
+    shared = attacks.share(model, loss_fn, x, y)
+    found = attacks.DeepLeakage(iterations=60)(model, shared, (4, 8), labels=y)
+    assert found.objective[-1] < 0.5 * found.objective[0]
+
+
 def test_the_last_objective_is_that_of_the_inputs() -> None:
     torch.manual_seed(0)
     model, x, y, loss = nn.Linear(6, 3), torch.rand(2, 6), torch.tensor([0, 2]), nn.CrossEntropyLoss()

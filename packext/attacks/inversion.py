@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import packext as px
 from packext.attacks._objectives import cosine_distance, squared_distance, total_variation
@@ -73,13 +74,14 @@ class Matching:
         self.forward = forward
 
     def outputs(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        """The model's output with given parameters."""
+        """The model's output with given parameters; its gradient can be differentiated, that of attention too."""
         values = {**parameters, **{k: v.clone() for k, v in self.rest.items()}}
-        if self.forward is None:
-            return torch.func.functional_call(self.model, values, (x,))
-        return torch.func.functional_call(
-            _Call(self.model, self.forward), {f"model.{k}": v for k, v in values.items()}, (x,)
-        )
+        with sdpa_kernel(SDPBackend.MATH):  # of the faster kernels torch has no second derivative
+            if self.forward is None:
+                return torch.func.functional_call(self.model, values, (x,))
+            return torch.func.functional_call(
+                _Call(self.model, self.forward), {f"model.{k}": v for k, v in values.items()}, (x,)
+            )
 
     def seen(self, gradient: list[Tensor]) -> list[Tensor]:
         """Of a gradient, what is to be matched; zeros for the rest."""

@@ -146,6 +146,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self.attach, self.exact_grad, self.grad = attach, exact_grad, grad
         self.scale = scale
         self.parameters = None if parameters is None else _identified(parameters)
+        self.distributed = any(map(is_distributed, (self.parameters or {}).values()))  # whether it names a DTensor
         if per not in ("sample", "token"):
             raise ValueError(f'per must be "sample" or "token", got {per!r}.')
         if mask is not None and (

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,6 +32,7 @@ from packext._refusals import (
     unseen,
     will_accumulate,
 )
+from packext._union import everyone
 from packext._use import TARGET, Source, Use, autocasts
 
 if TYPE_CHECKING:
@@ -349,8 +349,7 @@ def _agree(record: Record, gates: frozenset[int]) -> None:
     group = sharding(record.modules())
     if group is None:
         return
-    heard: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(heard, (record.n, known(record, gates)), group=group)
+    heard = everyone((record.n, known(record, gates)), group)
     if all(seen for _, seen in heard):
         return
     counts = [n for n, _ in heard]

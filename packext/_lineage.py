@@ -314,9 +314,8 @@ class Tracer(TorchFunctionMode):
         ):
             return NotImplemented
         x = tensors["input"]
-        device = x.device.type
-        if autocasts(device) and x.is_floating_point():
-            tensors = {**tensors, "input": x.to(torch.get_autocast_dtype(device))}
+        if use.autocast is not None and x.is_floating_point():
+            tensors = {**tensors, "input": x.to(use.autocast[1])}
         if not use.sources:
             return rule.call(use, tensors)
         y = Owned.apply(use, TARGET, *tensors.values())

@@ -108,9 +108,9 @@ class Pass:
         for source, forms in self.gathering.add(use, saved, gs, self.records):
             direct = next((k for k, s in use.sources.items() if s == (source,) and len(forms) == 1), None)
             value = dict(zip(use.names, saved, strict=True))[direct] if direct else None
-            deliver = value is not None and value.is_leaf and use.rule.delivers
-            deliver = deliver and self.context.grad and not self.context.exact_grad
-            known = sums.get(direct) if direct and value is not None and value.is_leaf and use.rule.delivers else None
+            own = value is not None and value.is_leaf and use.rule.delivers
+            deliver = own and self.context.grad and not self.context.exact_grad
+            known = sums.get(direct) if own and direct else None
             total = self.emit(source, merge(forms), deliver, known)
             if deliver and total is not None and direct is not None:
                 delivered[direct] = total.reshape(source.tensor.shape).to(source.tensor.dtype)

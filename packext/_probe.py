@@ -21,7 +21,8 @@ from torch.autograd.graph import GradientEdge
 from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
 from packext._layout import Layout, Scattered, candidates, separating
 from packext._owners import whose_now
-from packext._shards import group_of, is_distributed, part, same
+from packext._shards import group_of, is_distributed, part
+from packext._union import everyone
 from packext._use import TARGET, Source, Use
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ def _of_all(record: Record, conflict: Use | None) -> Use | None:
     if not record.distributed:
         return conflict
     here = -1 if conflict is None else next(k for k, use in enumerate(record.uses) if use is conflict)
-    found = max(same(here, group_of(next(iter(record.distributed.values()))[1])))
+    found = max(everyone(here, group_of(next(iter(record.distributed.values()))[1])))
     return conflict if found < 0 or conflict is not None else record.uses[found]
 
 

@@ -230,15 +230,16 @@ def losses_inside(record: Record, gates: frozenset[int]) -> set[Any]:
     roots = [node.next_functions[0][0] for node, shape in nodes if node is not None and not shape]
     ways: dict[Any, list[Any]] = {}  # of each node that a loss is linear in: its inputs with one behind them
     for node in inputs_first(roots, lambda node: node not in known and _kind(node) in _LINEAR):
-        below = [child for child, _ in node.next_functions]
-        behind = [child in ways for child in below]
         if node in known:
             ways[node] = []
-        elif _kind(node) in ("Mul", "Div"):  # linear in one factor, and in the numerator
-            if sum(behind) == 1 and (behind[0] or _kind(node) == "Mul"):
-                ways[node] = [child for child in below if child in ways]
-        elif _kind(node) in _LINEAR and any(behind):
-            ways[node] = [child for child in below if child in ways]
+            continue
+        below, kind = [child for child, _ in node.next_functions], _kind(node)
+        behind = [child for child in below if child in ways]
+        linear = kind in _LINEAR and len(behind) > 0
+        if kind in ("Mul", "Div"):  # in one factor, and in the numerator
+            linear = len(behind) == 1 and (below[0] in ways or kind == "Mul")
+        if linear:
+            ways[node] = behind
     found, todo = set(), [root for root in roots if root in ways]
     while todo:
         node = todo.pop()

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
-from packext._shards import is_distributed
 from packext._use import live_nodes
 
 if TYPE_CHECKING:
@@ -78,11 +77,11 @@ def refuse_tensors(record: Record, contexts: Sequence[backpack]) -> None:
             f"Parameters of the extended model are on the meta device, where tensors have shapes and no numbers: "
             f"{', '.join(empty)}. Give them memory, model.to_empty(device=...), and their values, load_state_dict."
         )
-    whole = any(is_distributed(p) for c in contexts for p in (c.parameters or {}).values())
-    if not record.distributed and not record.distributed_output and not whole:
+    named = any(c.distributed for c in contexts)
+    if not record.distributed and not record.distributed_output and not named:
         return
     sharded = sharding(record.modules()) is not None
-    if whole and sharded:
+    if named and sharded:
         raise UnsupportedUseError(
             "parameters=... has DTensors, and FSDP2 has other tensors in their place while they are used: leave "
             "parameters=... out, and read results by name."

@@ -51,13 +51,6 @@ def group_of(t: Any) -> Any:
     return t.device_mesh.get_group()
 
 
-def same(number: int, group: Any) -> list[int]:
-    """What every rank of `group` has for `number`."""
-    heard: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(heard, number, group=group)
-    return heard
-
-
 def added(values: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
     """Sums over the processes of what each has found for its parts, in one exchange for each shape.
 
@@ -71,10 +64,10 @@ def added(values: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
     alike: dict[Any, list[int]] = {}
     for k, (parameter, value) in enumerate(values):
         if parameter.placements[0].is_shard():
-            alike.setdefault((parameter.device_mesh, tuple(value.shape), value.dtype), []).append(k)
-    for (mesh, *_), which in alike.items():
+            alike.setdefault((group_of(parameter), tuple(value.shape), value.dtype), []).append(k)
+    for (group, *_), which in alike.items():
         together = torch.stack([found[k] for k in which])
-        dist.all_reduce(together, group=mesh.get_group())
+        dist.all_reduce(together, group=group)
         for k, whole in zip(which, together, strict=True):
             found[k] = whole
     return found

@@ -47,6 +47,13 @@ class Here:
 HERE = Here()
 
 
+def everyone(mine: Any, group: Any) -> list[Any]:
+    """What all ranks of `group` have, in their order."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
 class Ranks(Here):
     """The parts are those of the ranks of a process group, in their order."""
 
@@ -67,8 +74,7 @@ class Ranks(Here):
         Raises:
             Elsewhere: if another rank failed, found something for other parameters, or was asked for something else.
         """
-        heard: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(heard, (dict(found), n, failed, asked), group=self.group)
+        heard = everyone((dict(found), n, failed, asked), self.group)
         self.counts = [count for _, count, *_ in heard]
         if failed:
             return

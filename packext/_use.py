@@ -6,6 +6,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +113,7 @@ class Use:
 
     def again(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         """The tapped outputs of the call, run again on other tensors as it ran in the forward pass."""
-        if self.autocast is None:
-            return self.tapped(self.rule.call(self, tensors))
-        with torch.autocast(*self.autocast, cache_enabled=False):
+        with nullcontext() if self.autocast is None else torch.autocast(*self.autocast, cache_enabled=False):
             return self.tapped(self.rule.call(self, tensors))
 
     def tapped(self, result: Any) -> list[Tensor]:

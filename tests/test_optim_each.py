@@ -90,13 +90,19 @@ def test_steps_between_two_batches_of_factors_ask_nothing() -> None:
     assert optimizer.state[model[0].weight]["batches"] == 3
 
 
-def test_a_first_gradient_between_two_batches_is_reported_and_waits_one_step() -> None:
+def thawed() -> tuple[nn.Sequential, optim.KFAC]:
+    """A layer that was frozen in the first of four steps, of which the factors are those."""
     model = network()
     model[2].requires_grad_(False)
     optimizer = optim.KFAC(model.named_parameters(), factors_every=4, inverses_every=4)
     passed(model, optimizer, data())
     optimizer.step()
     model[2].requires_grad_(True)
+    return model, optimizer
+
+
+def test_a_first_gradient_between_two_batches_is_reported_and_waits_one_step() -> None:
+    model, optimizer = thawed()
     before = theta(model)
     passed(model, optimizer, data())
     with pytest.warns(optim.SkippedStep, match=r"2.weight, shape \[3, 5\] has its first gradient between two batches"):
@@ -109,18 +115,13 @@ def test_a_first_gradient_between_two_batches_is_reported_and_waits_one_step() -
 
 
 def test_a_run_that_is_saved_while_it_waits_goes_on_alike() -> None:
-    model = network()
-    model[2].requires_grad_(False)
-    optimizer = optim.KFAC(model.parameters(), factors_every=4, inverses_every=4)
-    passed(model, optimizer, data())
-    optimizer.step()
-    model[2].requires_grad_(True)
+    model, optimizer = thawed()
     passed(model, optimizer, data())
     with pytest.warns(optim.SkippedStep, match="between two batches"):
         optimizer.step()
     other = network()
     other.load_state_dict(model.state_dict())
-    resumed = optim.KFAC(other.parameters(), factors_every=4, inverses_every=4)
+    resumed = optim.KFAC(other.named_parameters(), factors_every=4, inverses_every=4)
     resumed.load_state_dict(optimizer.state_dict())
     assert optimizer.lacking and resumed.lacking
     for m, o in ((model, optimizer), (other, resumed)):

@@ -46,14 +46,14 @@ class Embedding(Rule):
         if padding is not None and padding >= 0:
             index = torch.where(index == padding, -1, index)
         one_hot = not use.consts.get("scale_grad_by_freq")
-        ids, count = _ids(layout, index), layout.positions(g, lead)
+        ids, count = _ids(layout, index, index.dim()), layout.positions(g, lead)
         return {"weight": Lookup(ids, layout.split(g, lead), table.shape, one_hot, count)}
 
 
-def _ids(layout: Layout, index: Tensor) -> Tensor:
-    """Indices `[N, S]`, of which those that fill up are -1, as those without a gradient are."""
-    ids, own = layout.split(index, index.dim()), layout.own(index.shape)
-    return ids if own is None else ids.where(own, -1)
+def _ids(layout: Layout, index: Tensor, lead: int) -> Tensor:
+    """Indices `[N, S, ...]`, of which those that fill up are -1, as those without a gradient are."""
+    ids, own = layout.split(index, lead), layout.own(index.shape[:lead])
+    return ids if own is None else ids.where(own.reshape(*own.shape, *[1] * (ids.dim() - own.dim())), -1)
 
 
 class Indexed(Embedding):
@@ -154,10 +154,7 @@ class Bag(Rule):
         weights = torch.zeros(bags, longest, dtype=g.dtype, device=g.device).index_put((bag, slot), scale)
         rows = g[:, None, :] * weights[:, :, None]
         positions = (len(index) if padding < 0 else int(real.sum())) / layout.n
-        own = layout.own(ids.shape[:1])
-        ids, rows = layout.split(ids, 1), layout.split(rows, 1)
-        ids = ids if own is None else ids.where(own[..., None], -1)
-        ids, rows = ids.flatten(1, 2), rows.flatten(1, 2)
+        ids, rows = _ids(layout, ids, 1).flatten(1, 2), layout.split(rows, 1).flatten(1, 2)
         # Each token is a position, as those of an embedding whose rows are summed up (or averaged) behind it.
         return {"weight": Lookup(ids, rows, t["weight"].shape, positions=positions)}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 
 import packext as px
+from packext.optim._merge import Ranks
 from packext.optim.distributed._processes import same_world, waiting, world
 
 
@@ -125,10 +126,8 @@ class AdaptiveAverager(ModelAverager):
             raise ValueError(f"a variance needs at least two samples, got {samples}.")
         if self.target is None:
             raise px.PackextError("AdaptiveAverager.predict: there is no target before the first average.")
-        parts: list[Any] = [None] * self.size
         with waiting("AdaptiveAverager.predict"):
-            dist.all_gather_object(parts, float(trace) / (samples - 1), group=self.process_group)
-        noise = sum(parts)
+            noise = sum(Ranks(self.process_group).everyone(float(trace) / (samples - 1)))
         if not 0 <= noise < math.inf:
             raise px.PackextError(f"AdaptiveAverager.predict: the variances sum to {noise} over all processes.")
         growth = (1 - 1 / self.size) * lr * noise / self.size

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 import packext as px
-from packext.optim._merge import summed
+from packext.optim._merge import Ranks, summed
 from packext.optim.distributed._processes import waiting, world
 
 
@@ -170,10 +170,8 @@ class TargetBatch:
         return Gathered(total, shares, {name: next(sums) for name in shapes})
 
     def _exchange(self, mine: Any) -> list[Any]:
-        everyone: list[Any] = [None] * self.size
         with waiting("TargetBatch"):
-            dist.all_gather_object(everyone, mine, group=self.process_group)
-        return everyone
+            return Ranks(self.process_group).everyone(mine)
 
 
 def catch_up(steps: int, *, process_group: Any = None, **parts: Any) -> int:
@@ -193,9 +191,8 @@ def catch_up(steps: int, *, process_group: Any = None, **parts: Any) -> int:
         PackextError: if processes name different parts, or one does not answer.
     """
     size, rank = world(process_group)
-    everyone: list[Any] = [None] * size
     with waiting("catch_up"):
-        dist.all_gather_object(everyone, (steps, sorted(parts)), group=process_group)
+        everyone = Ranks(process_group).everyone((steps, sorted(parts)))
     if any(names != sorted(parts) for _, names in everyone):
         raise px.PackextError(f"catch_up: processes name different parts: {[names for _, names in everyone]}.")
     furthest = max(range(size), key=lambda k: everyone[k][0])

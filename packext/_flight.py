@@ -183,6 +183,15 @@ def deaf() -> bool:
     return state.probe is None and state.sweep is None and not state.listening
 
 
+def idle(use: Use) -> bool:
+    """Whether a plain pass is at `use`: nobody listens, none of packext's own runs, and no graph of it is made."""
+    state = here()
+    if state.probe is not None or state.sweep is not None or state.listening or torch.is_grad_enabled():
+        return False
+    record = use.owner()
+    return record is None or not record.running
+
+
 def inner() -> bool:
     """Whether the pass is one of packext's own."""
     state = here()

@@ -197,14 +197,15 @@ class Tracer(TorchFunctionMode):
         record = self.record
         record.trail = hash((record.trail, func))
         sources: tuple[Source, ...] = ()
-        data = False
+        data = rooted = False
         for t in _shallow((*args[:1], *kwargs.values()) if func in rules.FIRST_ONLY else (*args, *kwargs.values())):
             found = self._behind(t)
             if found:
                 sources += found
-            elif found is None and not data:
+            elif found is None:
+                rooted |= t.requires_grad
                 # A number that data gave chooses among parameters, as a constant would: it meets no sample here.
-                data = not (func is Tensor.__getitem__ and t.dim() == 0 and t is not args[0])
+                data = data or not (func is Tensor.__getitem__ and t.dim() == 0 and t is not args[0])
         if not sources:
             out = func(*args, **kwargs)
             if data:
@@ -224,11 +225,7 @@ class Tracer(TorchFunctionMode):
             base = args[0] if func in _EXPANDS and args and isinstance(args[0], Tensor) else None
             self._mark(out, tuple(dict.fromkeys(sources)), base)
             return out
-        self._rooted = record.by_use or (
-            bool(record.uses)
-            and not self._grad_inputs
-            and any(t.requires_grad and self.is_data(t) for t in _shallow((*args, *kwargs.values())))
-        )
+        self._rooted = record.by_use or (rooted and bool(record.uses) and not self._grad_inputs)
         handler = rules.HANDLERS.get(func)
         if not torch.is_grad_enabled():
             out = func(*args, **kwargs)

@@ -14,9 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_WHOLE = (Tensor, torch.nn.Parameter)
+
 
 def is_distributed(t: Any) -> bool:
     """Whether `t` is a DTensor, of which this process holds a part or one of several copies."""
+    if type(t) in _WHOLE:
+        return False
     module = sys.modules.get("torch.distributed.tensor")  # which torch does not import, and takes a while
     return module is not None and isinstance(t, module.DTensor)
 

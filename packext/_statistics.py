@@ -25,6 +25,8 @@ KEEP = 3 << 20
 #: Entries of a row below which a call costs more than what it does.
 SMALL = 1 << 13
 
+_NOTHING = torch.empty(0)
+
 #: Outputs of all samples' rows that a tile has to hold for its product to run at full speed.
 BROAD = 64
 
@@ -205,7 +207,7 @@ class Statistics:
 
     def _tiles(self, wants: list[str], visitors: list[Visitor], buffer: Tensor | None) -> None:
         f = self.form
-        total = second = rows = torch.zeros((), dtype=f.acc, device=f.device)
+        total = second = rows = _NOTHING
         norms: list[Tensor] = []
         kept: list[Tensor] = []
         dots: list[Tensor] = []

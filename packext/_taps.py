@@ -80,12 +80,15 @@ class Owned(torch.autograd.Function):
         saved = ctx.saved_tensors
         if g is None:
             return (None, None, *(None for _ in saved))
-        g = strayed(use, g)
         t = dict(zip(use.names, saved, strict=True))
         rule = use.rule
         assert isinstance(rule, OwnedRule)
         wanted = [name for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True) if needed]
-        grads_of: dict[str, Tensor] = {}
+        if _flight.idle(use):
+            grads_of = rule.gradients(use, t, g, wanted)
+            return (None, None, *[grads_of.get(name) for name in use.names])
+        g = strayed(use, g)
+        grads_of = {}
         if _flight.aside(use):
             nodes = [node for node, _ in ctx.next_functions[1:]]
             wanted = [k for k, node in zip(use.names, nodes, strict=True) if node is not None and awaited(node)]
@@ -179,11 +182,13 @@ class Observed(torch.autograd.Function):
         ctx.use, ctx.kept = use, len(tensors) - count
         ctx.save_for_backward(*tensors[count:])
         ctx.set_materialize_grads(False)
-        return tuple(y.detach() for y in tensors[:count])
+        return tuple([y.detach() for y in tensors[:count]])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         use: Use = ctx.use
+        if _flight.idle(use):
+            return (None, None, None, *grads, *[None] * ctx.kept)
         if _flight.aside(use):
             inside(use)
             kept = dict(zip(use.names, ctx.saved_tensors, strict=True))
@@ -192,7 +197,7 @@ class Observed(torch.autograd.Function):
         elif not _flight.deaf() and any(g is not None for g in grads):
             _flight.arrive(use, ctx.saved_tensors, grads)
         grads = tuple(None if g is None else strayed(use, g) for g in grads)
-        return (None, None, None, *grads, *(None for _ in range(ctx.kept)))
+        return (None, None, None, *grads, *[None] * ctx.kept)
 
 
 class Argument(torch.autograd.Function):

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 TARGET = torch.zeros((), requires_grad=True)
 
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
+_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for tensors of this type of device; some types, such as meta, have none."""
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
+    return _any_autocast() and _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ class Use:
     def placed(self, node: Any, outputs: Sequence[Tensor]) -> None:
         """Remember the autograd node of the tap (weakly) and the shapes of its outputs."""
         self.node = weakref.ref(node)
-        self.outputs = tuple(tuple(y.shape) for y in outputs)
+        self.outputs = tuple([y.shape for y in outputs])
         for group in self.sources.values():
             for source in group:
                 _remember(source.tensor, self.node)
@@ -365,12 +366,18 @@ _LOCK = threading.Lock()
 
 def _remember(parameter: Tensor, node: Callable[[], Any]) -> None:
     key = id(parameter)
-    if key not in _LIVE and len(_LIVE) & (len(_LIVE) - 1) == 0:  # a power of two: time to forget parameters that died
-        for other, refs in list(_LIVE.items()):  # a list, for threads that add to it meanwhile
-            if not any(ref() is not None for ref in refs):
-                _LIVE.pop(other, None)
     with _LOCK:  # several threads may run one model
-        _LIVE[key] = [*(ref for ref in _LIVE.get(key, ()) if ref() is not None), node]
+        if key not in _LIVE and _power_of_two(len(_LIVE)):  # time to forget parameters that died
+            for other in [other for other, refs in _LIVE.items() if not any(ref() is not None for ref in refs)]:
+                del _LIVE[other]
+        refs = _LIVE.setdefault(key, [])
+        if len(refs) > 3 and _power_of_two(len(refs)):
+            refs[:] = [ref for ref in refs if ref() is not None]
+        refs.append(node)
+
+
+def _power_of_two(count: int) -> bool:
+    return count & (count - 1) == 0
 
 
 def partner(parameter: Tensor) -> tuple[Tensor, int] | None:
@@ -392,5 +399,5 @@ def partner(parameter: Tensor) -> tuple[Tensor, int] | None:
 
 def live_nodes(parameter: Tensor) -> list[Any]:
     """Nodes of the taps of `parameter` whose graph is still alive."""
-    nodes = [ref() for ref in _LIVE.get(id(parameter), ())]
+    nodes = [ref() for ref in tuple(_LIVE.get(id(parameter), ()))]
     return [node for node in nodes if node is not None]

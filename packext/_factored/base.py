@@ -13,6 +13,7 @@ from packext import _scratch
 from packext._factored.kronecker import Kronecker
 
 
+@functools.cache
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float32 or better: what squares and sums are accumulated in."""
     return torch.promote_types(dtype, torch.float32)

@@ -201,6 +201,12 @@ class Instance:
         """Names of the parameters, in the model's order."""
         return [name for name, _ in self.model.named_parameters()]
 
+    @property
+    def linear(self) -> list[bool]:
+        """Of each parameter, in the model's order, whether it is one of a linear layer."""
+        own = {p for m in self.model.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
+        return [p in own for p in self.model.parameters()]
+
     def copy_model(self) -> nn.Module:
         """Return an independent copy of the model with the same weights."""
         return copy.deepcopy(self.model)

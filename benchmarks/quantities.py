@@ -40,6 +40,8 @@ class Row:
     key: str
     title: str
     quantities: tuple[str, ...]
+    linear: bool = False
+    """Whether the quantities are of linear layers alone."""
 
 
 ROWS: dict[str, Row] = {
@@ -62,6 +64,7 @@ ROWS: dict[str, Row] = {
         Row("diag_ggn_mc", "DiagGGNMC", ("diag_ggn_mc",)),
         Row("diag_ggn_exact", "DiagGGNExact", ("diag_ggn_exact",)),
         Row("kfac", "KFAC", ("kfac",)),
+        Row("kfac_linear", "KFAC of linear layers", ("kfac",), linear=True),
         Row("kflr", "KFLR", ("kflr",)),
         Row(
             "kfac_diag_variance_l2",
@@ -77,12 +80,15 @@ def rows_of(problem: Problem) -> list[str]:
     """Return the rows of a problem's table.
 
     Exact curvature of a language model has a column for every class at every position, and Kronecker factors of a table
-    of positions none of the others has.
+    of positions none of the others has: of a transformer they are those of its linear layers.
     """
     if problem.tail:
         return ["gradient", "diag_ggn_exact", "diag_hessian"]
-    left = {"diag_h", *(EXACT if problem.length else ()), *(KRONECKER if problem.attention else ())}
-    return [key for key, row in ROWS.items() if not left & set(row.quantities)]
+    left = {"diag_h", *(EXACT if problem.length else ())}
+    rows = [row for row in ROWS.values() if not left & set(row.quantities)]
+    if problem.attention:
+        return [row.key for row in rows if row.linear or not set(KRONECKER) & set(row.quantities)]
+    return [row.key for row in rows if not row.linear]
 
 
 def reduce_rows(rows: Tensor, quantities: Sequence[str], grad: Tensor | None = None) -> dict[str, Tensor]:
@@ -160,6 +166,7 @@ class Reference:
             for row, g in zip(rows, torch.autograd.grad(loss / instance.batch, parameters), strict=True):
                 row[n] = g
         self.rows = rows
+        self.linear = instance.linear
         self.batch = instance.batch
         self.max_norm = instance.problem.max_norm
         self.sampled = functools.lru_cache(maxsize=1)(lambda labels: Curvature(instance, labels))
@@ -252,16 +259,18 @@ def judge(
         pooled: As for `Reference.expected`.
     """
     error, missing = 0.0, 0
-    total = len(reference.rows)
+    total = sum(reference.linear) if row.linear else len(reference.rows)
     for quantity in (*row.quantities, "grad"):
         found = results.get(quantity)
         if found is None and quantity == "grad":
             continue
-        present = [] if found is None else [t for t in found if t is not None]
-        if len(present) < total:
-            missing = max(missing, total - len(present))
+        counts = reference.linear if row.linear and quantity != "grad" else [True] * len(reference.rows)
+        present = [] if found is None else [t for t, there in zip(found, counts, strict=True) if there and t is not None]
+        if len(present) < sum(counts):
+            missing = max(missing, sum(counts) - len(present))
             continue
         true = reference.expected(quantity, (drawn or {}).get(quantity), pooled=pooled)
+        true = [t for t, there in zip(true, counts, strict=True) if there]
         compare = kronecker_error if quantity in KRONECKER else relative_error
         error = max(error, compare(present, true))
     return Verdict(error, missing, total)

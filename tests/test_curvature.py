@@ -506,6 +506,36 @@ def test_empirical_factors() -> None:
     torch.testing.assert_close(model[0].weight.kfac[1], x.T @ x / N)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_factors(axis: int, transposed: bool) -> None:
+    """Of which one half is computed, in blocks that do not divide their sides, and the other copied."""
+    torch.manual_seed(0)
+    o, i, length = 257, 270, 135
+
+    class Map(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(i, o) / 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    layer = Map() if transposed else nn.Linear(i, o, bias=False)
+    seen: list[Tensor] = []
+    model = px.extend(nn.Sequential(layer, nn.Tanh()), axis)
+    layer.register_forward_hook(lambda m, args, out: out.register_hook(seen.append) and None)
+    x = torch.randn(N, length, i) if axis == 0 else torch.randn(length, N, i)
+    with px.backpack(px.KFAC(fisher="empirical"), scale=1.0):
+        model(x).square().sum().backward()
+    g = seen[-1].flatten(0, 1)  # the probe of the first pass came before
+    found = layer.weight.kfac[::-1] if transposed else layer.weight.kfac
+    flat = x.flatten(0, 1)
+    torch.testing.assert_close(found, [g.T @ g, flat.T @ flat / (N * length)])
+    for factor in found:
+        assert factor.equal(factor.T)
+
+
 def test_factors_where_samples_differ_in_their_rows() -> None:
     """An expert's A is the mean over the rows that it was given, not over what fills up those of other samples."""
     torch.manual_seed(0)

@@ -41,15 +41,17 @@ class Extended(Contender):
 class InContext(Extended):
     """An extended model inside a context that asks for some quantities."""
 
-    def __init__(self, instance: Instance, wanted: tuple[str, ...], extensions: list[Callable[[], Any]]) -> None:
+    def __init__(self, instance: Instance, row: Row, extensions: list[Callable[[], Any]]) -> None:
         """Keep the quantities, and the extensions' makers."""
         super().__init__(instance)
-        self.wanted = wanted
+        self.wanted = row.quantities
         self.extensions = extensions
+        linear = [p for p, there in zip(self.model.parameters(), instance.linear, strict=True) if there]
+        self.of = linear if row.linear else None
 
     def compute(self) -> None:
         """Run one pass inside the context."""
-        with px.backpack(*(make() for make in self.extensions)):
+        with px.backpack(*(make() for make in self.extensions), parameters=self.of):
             self.loss_fn(self.model(self.inputs), self.targets).backward()
 
     def read(self) -> Results:
@@ -78,4 +80,4 @@ def variants(instance: Instance, row: Row) -> dict[str, Maker]:
         if quantity == "clipped_grad":
             options["max_norm"] = instance.problem.max_norm
         makers.append(functools.partial(extension, **options))
-    return {"extensions": lambda: InContext(instance, row.quantities, makers)}
+    return {"extensions": lambda: InContext(instance, row, makers)}

@@ -19,6 +19,26 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def gram(rows: Tensor) -> Tensor:
+    """Inner products `[G, I, I]` of `rows` `[G, I, S]`; of large ones the upper half is copied from the lower."""
+    count, length = rows.shape[1:]
+    if count < 256 or length < 512 or torch.is_grad_enabled():
+        return rows @ rows.mT
+    block = -(-count // 4)
+    found = rows.new_empty(rows.shape[0], count, count)
+    for lo in range(0, count, block):
+        part, hi = slice(lo, lo + block), min(count, lo + block)
+        torch.matmul(rows[:, part], rows[:, :hi].mT, out=found[:, part, :hi])
+        found[:, :lo, part] = found[:, part, :lo].mT
+    return found
+
+
+def one_axis(t: Tensor) -> Tensor | None:
+    """`t` `[G, N, S, I]` as `[G, N * S, I]` where that takes no copy."""
+    n, s = t.shape[1:3]
+    return t.flatten(1, 2) if n == 1 or s == 1 or t.stride(1) == s * t.stride(2) else None
+
+
 def storage_bytes(*tensors: Tensor) -> int:
     """Memory that `tensors` keep alive: a part of a tensor keeps all of it, and what they share counts once."""
     storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
@@ -48,10 +68,11 @@ class Terms:
         """Sum over n and s of products of the columns, `[G, O, O]`."""
         g = self.g.to(accumulation_dtype(self.g.dtype))
         n, groups, o, s = g.shape
-        if s > 1 and n * groups * o * o <= 4 * _scratch.TILE:  # without a copy of g
+        columns = g.permute(1, 0, 3, 2)
+        together = one_axis(columns)
+        if together is None and n * groups * o * o <= 4 * _scratch.TILE:  # without a copy of g
             return torch.matmul(g, g.mT).sum(0)
-        columns = g.permute(1, 0, 3, 2).flatten(1, 2)
-        return columns.mT @ columns
+        return gram((columns.flatten(1, 2) if together is None else together).mT)
 
 
 class Factored:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packext import _scratch
-from packext._factored.base import Factored, Terms, accumulation_dtype, storage_bytes
+from packext._factored.base import Factored, Terms, accumulation_dtype, gram, one_axis, storage_bytes
 from packext._factored.kronecker import Kronecker
 from packext._scratch import scratch
 
@@ -30,20 +30,6 @@ DOUBT = 1e-3
 #: and one entry unfolded or written to memory (2 threads of a CPU with AVX-512; the order is what counts).
 ELEMENTWISE = 20.0
 WRITE = 40.0
-
-
-def gram(rows: Tensor) -> Tensor:
-    """Inner products `[G, I, I]` of `rows` `[G, I, S]`; of large ones the upper half is copied from the lower."""
-    count = rows.shape[1]
-    if count < 128 or torch.is_grad_enabled():
-        return rows @ rows.mT
-    block = -(-count // 4)
-    found = rows.new_empty(rows.shape[0], count, count)
-    for lo in range(0, count, block):
-        part, hi = slice(lo, lo + block), min(count, lo + block)
-        torch.matmul(rows[:, part], rows[:, :hi].mT, out=found[:, part, :hi])
-        found[:, :lo, part] = found[:, part, :lo].mT
-    return found
 
 
 class Patches:
@@ -403,6 +389,10 @@ class Outer(Factored):
         """Sum of products of a, or of its sum over positions times `share` `[N, 1, 1, 1]`: `[G, I, I]`."""
         if share is None and isinstance(self.a, Patches) and (quick := self.a.second_moment()) is not None:
             return quick
+        if share is None and isinstance(self.a, Tensor) and self.a.dtype == self.acc:
+            whole = one_axis(self.a.transpose(0, 1))
+            if whole is not None:
+                return gram(whole.mT)
         found = torch.zeros(self.groups, self.i, self.i, dtype=self.acc, device=self.device)
         step = max(1, min(self.n, _scratch.TILE // max(1, self.groups * self.s * self.i)))
         for lo in range(0, self.n, step):

@@ -265,7 +265,9 @@ def judge(
         if found is None and quantity == "grad":
             continue
         counts = reference.linear if row.linear and quantity != "grad" else [True] * len(reference.rows)
-        present = [] if found is None else [t for t, there in zip(found, counts, strict=True) if there and t is not None]
+        present = (
+            [] if found is None else [t for t, there in zip(found, counts, strict=True) if there and t is not None]
+        )
         if len(present) < sum(counts):
             missing = max(missing, sum(counts) - len(present))
             continue

@@ -18,7 +18,12 @@ MORE = ("3c3d-sigmoid", "gpt")
 LIBRARIES = {
     "packext": "packext", "backpack": "BackPACK", "opacus": "Opacus", "func": "torch.func", "curvlinops": "curvlinops",
 }  # fmt: skip
-SHOWN = {"batch_l2": "norms", "l2_variance": "norms and variance", "kfac": "KFAC", "kfac_linear": "KFAC of linear layers"}
+SHOWN = {
+    "batch_l2": "norms",
+    "l2_variance": "norms and variance",
+    "kfac": "KFAC",
+    "kfac_linear": "KFAC of linear layers",
+}
 
 
 def results(names: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -101,11 +102,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 With `attach=False`. Passes `per="token"` are not overheard.
 
         Raises:
-            ValueError: for a class in place of an instance, an unknown scale, `parameters` that are no tensors, a
-                hook that reads attributes which are not to be attached or not complete, `overhear` with options that
-                need a pass of their own, a quantity that parts of a
-                batch do not tell, a `group` with scale "loss" (there is no loss as written of all ranks), curvature
-                per token (it is not a sum over tokens), or a mask that is none.
+            ValueError: for a class in place of an instance, an unknown scale or one that is not finite, a negative one
+                with quantities of the GGN, `parameters` that are no tensors, a hook that reads attributes which are not
+                to be attached or not complete, `overhear` with options that need a pass of their own, a quantity that
+                parts of a batch do not tell, a `group` with scale "loss" (there is no loss as written of all ranks),
+                curvature per token (it is not a sum over tokens), or a mask that is none.
         """
         self._unites = accumulate or group is not None
         if extension_hook is not None and self._unites:
@@ -136,11 +137,19 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 raise ValueError(f"two quantities write {field!r}: use one, or one context each.")
         if not (scale in ("loss", "sample") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
             raise ValueError(f'scale must be "loss", "sample" or a number, got {scale!r}.')
+        if not isinstance(scale, str) and not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale!r}.")
         self.extensions = extensions
         self.curvature = tuple(e for e in extensions if isinstance(e, Curvature))
         self.spreading = tuple(e for e in self.curvature if e.root[0] != "empirical")
         self.hessian = tuple(e for e in extensions if isinstance(e, HessianQuantity))
         self.first_order = tuple(e for e in extensions if not isinstance(e, (Curvature, HessianQuantity)))
+        roots = [type(e).__name__ for e in self.spreading if e.root[0] != "hessian"]
+        if roots and not isinstance(scale, str) and scale < 0:
+            raise ValueError(
+                f"{', '.join(roots)} with scale={scale!r}: the GGN of a loss times a negative number is not positive "
+                "semi-definite, and has no root. Take the quantities with a positive scale."
+            )
         self.by_sample = bool(self.first_order or self.curvature)
         self.extension_hook, self.pass_hook = extension_hook, pass_hook
         self.attach, self.exact_grad, self.grad = attach, exact_grad, grad

@@ -283,7 +283,7 @@ def _set_aside(model: nn.Module, run: Observation) -> bool:
         Whether there was anything to change.
     """
     changed = False
-    named = {name for _, names in run.refused for name in names}
+    named = {name for _, names, _ in run.refused for name in names}
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in named:
             p.requires_grad_(False)
@@ -330,7 +330,7 @@ def _assemble(
                 )
             )  # fmt: skip
     refused = [item for run in observations for item in run.refused]
-    uses, ends = _insert(uses, sorted(last.ends), refused, last.starts, shapes)
+    uses, ends = _insert(uses, sorted(last.ends), refused, shapes)
     have = {u.parameter for u in uses if u.n is not None or u.refused}
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     return Explanation(
@@ -341,7 +341,7 @@ def _assemble(
         last.outputs,
         tuple(ends) or (INPUT,),
         tuple(type(q).__name__ for q in asked),
-        tuple(dict.fromkeys([*(why for why, _ in refused), *errors])),
+        tuple(dict.fromkeys([*(why for why, _, _ in refused), *errors])),
         () if last.errors else tuple(name for name in names if name not in have),
         frozen,
     )
@@ -356,18 +356,16 @@ def _blame(use: Use, errors: Sequence[str]) -> str:
 def _insert(
     uses: list[ParameterUse],
     ends: list[int],
-    refused: Sequence[tuple[str, list[str]]],
-    starts: dict[str, int],
+    refused: Sequence[tuple[str, list[str], int]],
     shapes: dict[str, tuple[int, ...]],
 ) -> tuple[list[ParameterUse], list[int]]:
     """Give uses that were refused in the forward pass, which have no tap, a place among the others."""
     placed = []
-    for why, names in refused:
+    for why, names, before in refused:
         call, _, rest = why.partition(" in module ")
         module, kind = _split(rest.partition("]: ")[0])
-        own = [u.index + 1 for u in uses if u.module == module]
-        placed.append((max([starts.get(module, 0), *own]), call.strip("_"), module, kind, why, names))
-    for index, call, module, kind, why, names in sorted(placed, key=lambda item: item[0], reverse=True):
+        placed.append((before, call.strip("_"), module, kind, why, names))
+    for index, call, module, kind, why, names in sorted(placed, key=lambda item: item[0])[::-1]:
 
         def up(k: int, index: int = index) -> int:
             return k + (k >= index)

@@ -305,7 +305,7 @@ def enter(record: Record) -> None:
             f"{asked} asked for, but the backward pass came through no extended loss. Use "
             "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
         )
-    for why, sources in record.refused:
+    for why, sources, _ in record.refused:
         if any(flight.wants(source.tensor) and will_accumulate(source.tensor) for source in sources):
             raise UnsupportedUseError(why)
     modules = record.modules()

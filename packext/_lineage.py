@@ -142,7 +142,9 @@ class Tracer(TorchFunctionMode):
         leaves, tapped = origins(t, self.record, inputs)
         behind = [self._behind(leaf) for leaf in leaves]
         known = tuple(dict.fromkeys(source for found in behind for source in found or ()))
-        refused = {source for _, sources in self.record.refused for source in sources}  # which met data without a tap
+        refused = {
+            source for _, sources, _ in self.record.refused for source in sources
+        }  # which met data without a tap
         made_of = None if tapped or None in behind or refused.intersection(known) else known
         setattr(t, _MARK, (self.record.token, made_of, None))
         return made_of
@@ -240,7 +242,7 @@ class Tracer(TorchFunctionMode):
                 out = rules.generic(self, func, args, kwargs)
         except UnsupportedUseError as error:
             # Raised when a context asks for what this use cannot give; training without one goes on.
-            record.refused.append((str(error), sources))
+            record.refused.append((str(error), sources, len(record.uses)))
             out = func(*args, **kwargs)
         self._mark(out, None)
         if mutates(func):

@@ -61,8 +61,7 @@ class Observation:
     ends: set[int] = field(default_factory=set)
     seen: dict[tuple[int, int], Seen] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
-    refused: list[tuple[str, list[str]]] = field(default_factory=list)
-    starts: dict[str, int] = field(default_factory=dict)
+    refused: list[tuple[str, list[str], int]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def relative(self, source: Source) -> tuple[dict[str, str], float | None]:
@@ -82,14 +81,11 @@ def observe(
 ) -> Observation:
     run = Observation()
 
-    def hold(path: str, *_: Any) -> None:
+    def hold(*_: Any) -> None:
         if run.record is None and LOCAL.tracer is not None:
             run.record = LOCAL.tracer.record
-        if run.record is not None:
-            run.starts[path] = len(run.record.uses)
 
-    for path, module in model.named_modules():
-        module.register_forward_pre_hook(partial(hold, path))
+    model.register_forward_pre_hook(hold)
     run.inputs = tuple(tuple(t.shape) for t in tensors_in((args, kwargs)))
     try:
         with torch.enable_grad(), watched:
@@ -105,7 +101,7 @@ def observe(
     live = [y for y in tensors_in(output) if y.requires_grad and not y.is_leaf]
     run.outputs = tuple(tuple(y.shape) for y in live)
     run.after, run.ends = _connections(record, live)
-    run.refused = [(why, list(dict.fromkeys(s.name for s in sources))) for why, sources in record.refused]
+    run.refused = [(why, list(dict.fromkeys(s.name for s in sources)), at) for why, sources, at in record.refused]
     for index, use in enumerate(record.uses):
         # An attribute of the instance, found before the method of its class.
         use.factors = partial(_factors, run, index, use)  # type: ignore[method-assign]

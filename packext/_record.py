@@ -53,7 +53,7 @@ class Record:
         distributed: those that are DTensors, by name, with the class of the module. No tap is placed on them.
         distributed_output: whether an output is a DTensor.
         trail: hash of the torch functions that ran, and of the training flags of the modules that did.
-        refused: what was seen and cannot be right, with the parameters behind it.
+        refused: what was seen and cannot be right, with the parameters behind it, and how many uses came before.
         probed: which gates the probe has started from.
         places: where the samples are in the outputs, by gate, once it has.
         losses: losses that were computed inside.
@@ -83,7 +83,7 @@ class Record:
         self.distributed: dict[str, tuple[str, Tensor]] = {}
         self.distributed_output = False
         self.trail = 0
-        self.refused: list[tuple[str, tuple[Source, ...]]] = []
+        self.refused: list[tuple[str, tuple[Source, ...], int]] = []
         self.probed: frozenset[int] = frozenset()
         self.places: dict[int, Layout] = {}
         self.again: list[tuple[Any, bool]] = []

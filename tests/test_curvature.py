@@ -762,6 +762,16 @@ def test_a_broken_propagation_is_noticed(wrong: int, monkeypatch: pytest.MonkeyP
         compare(model, rows)
 
 
+@pytest.mark.parametrize("quantity", [px.SqrtGGNExact(), px.DiagGGNMC(), px.KFAC()])
+def test_a_negative_scale_has_no_root(quantity: px.Quantity) -> None:
+    with pytest.raises(ValueError, match=f"{type(quantity).__name__} with scale=-1.0.*no root"):
+        px.backpack(quantity, scale=-1.0)
+    px.backpack(px.BatchGrad(), px.DiagHessian(), scale=-1.0)
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be finite"):
+            px.backpack(px.BatchGrad(), scale=scale)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.25, float(N)])
 def test_the_empirical_fisher_is_linear_in_a_number(scale: float) -> None:
     """A number is a factor of what the loss as written gives; the samples' own losses are known from the loss."""

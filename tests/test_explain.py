@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import packext as px
@@ -124,6 +125,27 @@ def test_unsupported_use_stands_in_its_place_and_the_rest_is_seen() -> None:
     assert (table.index, table.after, table.shape) == (0, (INPUT,), (9, 6))
     assert weight.index == 1 and weight.after == (0,) and weight.n == 3 and not weight.refused
     assert not found.supported and "Refused: embedding in module table" in str(found)
+
+
+class Late(nn.Module):
+    """Two refused uses in the model itself, after a layer and before another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.table, self.other = (nn.Parameter(torch.randn(9, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h + F.embedding(ids, self.table, sparse=True) + F.embedding(ids, self.other, sparse=True)
+        return self.last(h)
+
+
+def test_uses_of_the_model_itself_stand_where_they_ran() -> None:
+    found = explain(Late(), torch.randn(3, 4), torch.randint(9, (3,)))
+    order = list(dict.fromkeys(u.parameter for u in found.uses))
+    assert order == ["first.weight", "first.bias", "table", "other", "last.weight", "last.bias"]
+    assert [bool(u.refused) for u in found.uses] == [False, False, True, True, False, False]
 
 
 def test_batch_norm_in_training_mode_is_refused_where_it_is() -> None:

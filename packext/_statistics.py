@@ -361,7 +361,8 @@ def _settled(spread: Tensor, total: Tensor, n: int, out: Tensor) -> bool:
     if out.device.type != "cpu":
         return False
     step = max(1, _scratch.TILE // 4 // max(1, out[:1].numel()))
-    for squares, shift, part in zip(*(t.split(step) for t in (spread, total, out)), strict=True):
+    all_ = (spread, total, out)
+    for squares, shift, part in [all_] if len(out) <= step else zip(*(t.split(step) for t in all_), strict=True):
         torch.addcmul(squares, shift, shift, value=-1.0 / max(1, n), out=part)
         margin = torch.add(part, squares, alpha=-DOUBT, out=scratch("margin", part.shape, part.dtype, part.device))
         if margin.numel() and margin.amin() < 0:

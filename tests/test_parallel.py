@@ -83,7 +83,7 @@ class Block(nn.Module):
 PAIR = {"pair.0": ColwiseParallel(), "pair.2": RowwiseParallel()}
 SPLIT = [
     px.BatchGrad(), px.BatchL2Grad(), px.BatchDotGrad(), px.GradDot(), px.SumGradSquared(), px.Variance(),
-    px.DiagGGNExact(), px.BatchDiagGGNExact(), px.SqrtGGNExact(), px.GGNGram(), px.DiagEF(),
+    px.ClippedGrad(0.5), px.DiagGGNExact(), px.BatchDiagGGNExact(), px.SqrtGGNExact(), px.GGNGram(), px.DiagEF(),
 ]  # fmt: skip
 
 
@@ -138,6 +138,8 @@ def _split_layers(rank: int, world: int) -> None:
     ):  # fmt: skip
         asked = [px.BatchGrad(), px.BatchL2Grad(), px.Variance()]
         as_in_one_process(mesh, px.extend(Block()), x, y, quantities=asked, **options)
+    for clipped in (px.ClippedGrad(1e-2), px.ClippedGrad(0.1, per_layer=True)):
+        as_in_one_process(mesh, px.extend(Block()), x, y, quantities=[clipped])
     as_in_one_process(mesh, px.extend(Block(checkpointed=True)), x, y)
     as_in_one_process(mesh, px.extend(Block()), x[0, :4], y[:4])
     as_in_one_process(mesh, px.extend(Block()), x[:1], y[:1])
@@ -187,7 +189,7 @@ def _attention(rank: int, world: int) -> None:
 
     as_in_one_process(
         init_device_mesh("cpu", (world,)), px.extend(Loss()), ids, torch.randint(20, (4,)),
-        {f"model.{name}": style for name, style in plan.items()}, SPLIT[:6],
+        {f"model.{name}": style for name, style in plan.items()}, SPLIT[:7],
     )  # fmt: skip
 
 
@@ -197,13 +199,20 @@ def _split_refused(rank: int, world: int) -> None:
     x, y = torch.randn(N, 6), torch.randint(4, (N,))
     pair = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     sharded = r"0\.weight \[Linear\] \(and 3 more\) is a DTensor \[8, 6\] placed \[Shard\(dim=0\)\].*"
-    for quantity in (px.DiagGGNMC(), px.KFLR(), px.ClippedGrad(1.0), px.GradHistogram(), px.ProjectedGrad(2)):
+    for quantity in (px.DiagGGNMC(), px.KFLR(), px.GradHistogram(), px.ProjectedGrad(2)):
         told = f"{sharded}do not tell {re.escape(repr(quantity))} of it.*parameters="
         refused(parallelize_module(perceptron(), mesh, pair), told, x, y, [quantity])
     given = px.GradDot({name: torch.ones_like(p) for name, p in perceptron().named_parameters()})
     refused(parallelize_module(perceptron(), mesh, pair), f"{sharded}do not tell GradDot", x, y, [given])
     for quantity in (px.HessianTrace(), px.TopEigenvalues()):
         refused(parallelize_module(perceptron(), mesh, pair), f"{sharded}do not tell", x, y, [quantity])
+    model = px.extend(parallelize_module(perceptron(), mesh, pair))
+    private = px.optim.DPSGD(model.parameters(), 0.1, max_norm=1.0, noise_multiplier=1.0, expected_batch_size=4)
+    with pytest.raises(px.PackextError, match="is a DTensor of torch.float64: the noise is for whole tensors"):
+        with px.optim.emit(private):
+            loss_of(model, x, y).backward()
+    with pytest.raises(px.UnsupportedUseError, match="do not tell"):
+        px.defences.Clipped(1.0, 1.0)(model, nn.CrossEntropyLoss(), x, y)
     united = {"group": dist.group.WORLD, "scale": "sample"}
     refused(
         parallelize_module(px.extend(perceptron()), mesh, pair), r"over ranks \[0, 1\].*same samples", x, y, **united

@@ -96,7 +96,7 @@ def test_a_quantity_knows_no_layer_and_no_torch_function(file: Path) -> None:
         "Tracer",
     ):
         assert word not in source.replace("TF.", ""), word
-    allowed = {"_factored", "_quantity", "_statistics", "_errors", "_union", "linalg"}
+    allowed = {"_factored", "_quantity", "_statistics", "_errors", "_union", "_shards", "linalg"}
     assert all(m.split(".")[0] in allowed | {"quantities"} for m in imports(file, typing=True))
 
 

@@ -28,6 +28,8 @@ GHOST = ("DPOptimizerFastGradientClipping",)
 class _Clipped(px.ClippedGrad):
     """Clipped sums as Opacus defines them, which adds 1e-6 to the norms."""
 
+    parts = ""  # Opacus knows no parts of parameters
+
     def weight(self, norms: Tensor) -> Tensor:
         return (self.max_norm / (norms + 1e-6)).clamp(max=1.0)
 

@@ -246,6 +246,7 @@ class Clipped:
         if not 0 < self.max_norm < math.inf:
             raise ValueError(f"max_norm must be positive and finite, got {self.max_norm}.")
         self._quantity = px.ClippedGrad(self.max_norm)
+        self._quantity.parts = ""  # of one seed, all parts of a parameter would get the same noise
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(

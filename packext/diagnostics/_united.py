@@ -30,6 +30,7 @@ class Kept(px.ClippedGrad):
     """
 
     savefield = "kept"
+    parts = ""
 
     def __init__(self) -> None:
         """Nothing is clipped: the norm is of no account."""

@@ -53,6 +53,7 @@ class AdaptiveClipping:
 class _Clipped(px.ClippedGrad):
     """Clipped sums, and how many samples more were within the norm than beyond it."""
 
+    parts = ""  # the noise is for whole tensors
     balance: Tensor | float = 0.0
 
     def weight(self, norms: Tensor) -> Tensor:

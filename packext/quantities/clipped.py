@@ -9,6 +9,7 @@ from torch import Tensor
 
 from packext._factored import Dense, Factored, Lookup, Outer, Sum
 from packext._quantity import Ask, Quantity, Summed
+from packext._shards import added, is_distributed, part
 
 
 class ClippedGrad(Summed, Quantity):
@@ -22,6 +23,7 @@ class ClippedGrad(Summed, Quantity):
 
     savefield = "clipped_grad"
     deferred = True
+    parts = "split"
 
     def __init__(self, max_norm: float, per_layer: bool = False) -> None:
         """Take C, and whether it bounds each module's part or the whole gradient.
@@ -74,10 +76,14 @@ class ClippedGrad(Summed, Quantity):
             )
         for key, ask in asks.items():
             groups.setdefault(ask.name.rpartition(".")[0] if self.per_layer else "", []).append(key)
+        found = {key: ask.statistics["sq_norms"] for key, ask in asks.items()}
+        split = [key for key, ask in asks.items() if is_distributed(ask.parameter)]
+        split.sort(key=lambda key: asks[key].name)  # in the order in which all processes come to them
+        found.update(zip(split, added([(asks[key].parameter, found[key]) for key in split]), strict=True))
         results: dict[int, Tensor] = {}
         for keys in groups.values():
             factor = asks[keys[0]].sample_factor()
-            squares = [asks[key].statistics["sq_norms"] for key in keys]
+            squares = [found[key] for key in keys]
             if len({len(s) for s in squares}) > 1:
                 raise ValueError(
                     "ClippedGrad: parameters have seen different batches; use per_layer=True or one batch."
@@ -86,5 +92,6 @@ class ClippedGrad(Summed, Quantity):
             weight = self.weight(norms) * factor
             for key in reversed(keys):  # the last to arrive has the most beside it, and holds nothing from here on
                 ask = asks.pop(key)
-                results[key] = ask.statistics.weighted(weight).reshape(ask.parameter.shape).to(ask.parameter.dtype)
+                shape, dtype = part(ask.parameter).shape, ask.parameter.dtype
+                results[key] = ask.statistics.weighted(weight).reshape(shape).to(dtype)
         return results

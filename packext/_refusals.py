@@ -47,6 +47,48 @@ def sharding(modules: list[nn.Module]) -> Any:
     return None
 
 
+def refuse_flat(record: Record, contexts: Sequence[backpack]) -> None:
+    """Refuse what is not to be had where `FullyShardedDataParallel` keeps parameters as parts of a flat one.
+
+    Raises:
+        UnsupportedUseError: if it was wrapped in a way in which samples are not seen, or something is wanted that needs
+            more passes, or the tensors that the user holds.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(m, FullyShardedDataParallel) and getattr(m, "_is_root", None) for m in record.modules()):
+        raise UnsupportedUseError(f"The extended model is or has a FullyShardedDataParallel of its own. {_WRAP}")
+    name, p = next(((k, p) for k, p in record.names.items() if _is_flat(p) or _is_flat(p._base)), ("", None))
+    if p is None:
+        return
+    if _is_flat(p):
+        raise UnsupportedUseError(f"{name} {list(p.shape)} is several parameters of FullyShardedDataParallel. {_WRAP}")
+    what = f"{name} [FullyShardedDataParallel] is a view of a flat parameter"
+    for context in contexts:
+        more = ", ".join(repr(q) for q in (*context.curvature, *context.hessian))
+        if more:
+            raise UnsupportedUseError(
+                f"{what}, which is not there for passes that carry curvature ({more}). Shard with fully_shard instead."
+            )
+        if context.parameters is not None or context.extension_hook is not None:
+            raise UnsupportedUseError(
+                f"{what}, and in the place of the tensors that you hold: leave parameters=... and extension_hook out, "
+                "and read results by name."
+            )
+
+
+_WRAP = (
+    "Extend the module first and wrap it then, FullyShardedDataParallel(px.extend(model), use_orig_params=True), or "
+    "shard with fully_shard."
+)
+
+
+def _is_flat(t: Tensor | None) -> bool:
+    return getattr(t, "_is_flat_param", False)
+
+
 def of_parts(name: str, p: Any) -> tuple[str, str]:
     """Why there is nothing of a DTensor, and what to do."""
     return (
@@ -77,6 +119,7 @@ def refuse_tensors(record: Record, contexts: Sequence[backpack]) -> None:
             f"Parameters of the extended model are on the meta device, where tensors have shapes and no numbers: "
             f"{', '.join(empty)}. Give them memory, model.to_empty(device=...), and their values, load_state_dict."
         )
+    refuse_flat(record, contexts)
     named = any(c.distributed for c in contexts)
     if not record.distributed and not record.distributed_output and not named:
         return

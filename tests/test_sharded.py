@@ -1,4 +1,4 @@
-"""Under FSDP2, with parameters in shards, quantities of all ranks' samples are those of one process."""
+"""Under FSDP, with parameters in shards, quantities of all ranks' samples are those of one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import packext as px
 from tests.test_union import N, problem, together
@@ -106,6 +107,67 @@ def _resharded(rank: int, world: int) -> None:
         loss(model(x[:5]), y[:5]).backward()
 
 
-@pytest.mark.parametrize("work", [_all, _refused, _resharded, _uneven])
+# -- FullyShardedDataParallel, with parameters that are views of a flat one ------------------------------------------
+
+
+def flat(module: nn.Module, whole: bool = True, orig: bool = True) -> nn.Module:
+    """Wrapped as one, or layer by layer as well; with parameters as the module has them, or all in one."""
+    policy = None if whole else ModuleWrapPolicy({nn.Linear, nn.Conv1d})
+    place = torch.device("cpu")
+    return FullyShardedDataParallel(module, auto_wrap_policy=policy, device_id=place, use_orig_params=orig)
+
+
+def _flat(rank: int, world: int) -> None:
+    """First-order quantities, by name: of as many samples on each rank, and of more on one."""
+    first = [*asked()[:5], px.SumGradSquared()]
+    whole, loss, x, y = problem()
+    with px.backpack(*first, scale="sample") as plain:
+        loss(whole(x), y).backward()
+    for as_one in (True, False):
+        for cut in (N // 2, N // 2 + 1, 1):  # with one sample, only the other rank looks at samples
+            mine = slice(0, cut) if rank == 0 else slice(cut, N)
+            model, loss, x, y = problem()
+            model = flat(model, as_one)
+            for _ in range(2):  # with the probe, and without
+                model.zero_grad()
+                with px.backpack(*first, scale="sample", group=dist.group.WORLD) as united:
+                    loss(model(x[mine]), y[mine]).backward()
+            assert set(united) == set(plain)
+            torch.testing.assert_close(united.batch_l2, plain.batch_l2)
+            for name in plain:
+                for q in first:
+                    torch.testing.assert_close(getattr(united[name], q.savefield), getattr(plain[name], q.savefield))
+            if cut == N // 2:
+                with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+                    found = {n.replace("_fsdp_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
+                    for name, p in whole.named_parameters():
+                        torch.testing.assert_close(found[name], p.grad)
+
+
+def _flat_refused(rank: int, world: int) -> None:
+    """More passes, tensors that the user holds, and other ways to wrap; the plain pass after it is as ever."""
+    extended, loss, x, y = problem()
+    plain = px.unextend(problem()[0])
+    assert isinstance(plain, nn.Sequential)
+    part = nn.Sequential(flat(plain[:4]), *plain[4:])
+    for model, told, options in (
+        (flat(extended), "carry curvature .KFAC", {"asked": px.KFAC()}),
+        (flat(problem()[0], whole=False), "carry curvature .HessianTrace", {"asked": px.HessianTrace()}),
+        (flat(problem()[0]), "read results by name", {"extension_hook": print}),
+        (flat(problem()[0]), "read results by name", {"parameters": list(problem()[0].parameters())}),
+        (flat(problem()[0], orig=False), "Extend the module first .* use_orig_params=True", {}),
+        (px.extend(flat(px.unextend(problem()[0]))), "Extend the module first", {}),
+        (px.extend(part), "Extend the module first", {}),
+    ):
+        quantity: Any = options.pop("asked", px.BatchL2Grad())
+        with pytest.raises(px.UnsupportedUseError, match=told), px.backpack(quantity, **options):
+            loss(model(x), y).backward()
+        if told.endswith("use_orig_params=True"):
+            continue  # after an error in a backward pass, gradients of one flat parameter are lost, in torch as well
+        loss(model(x), y).backward()
+        assert any(p.grad is not None and p.grad.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("work", [_all, _refused, _resharded, _uneven, _flat, _flat_refused])
 def test_sharded_parameters(work: Any) -> None:
     together(work)

@@ -30,6 +30,7 @@ from packext._refusals import (
     refuse_tensors,
     sharding,
     unseen,
+    unshard,
     will_accumulate,
 )
 from packext._union import everyone
@@ -126,6 +127,8 @@ class Sweep:
         """Send `cotangents` from `edges` to all taps, or as far as `targets`; what arrives there."""
         state = here()
         before, state.sweep = state.sweep, self
+        for record in self.flight.records:
+            unshard(record)
         try:
             arrived = _send(edges, cotangents, targets)
         finally:
@@ -323,7 +326,7 @@ def enter(record: Record) -> None:
     if gates <= record.probed:
         return
     with undisturbed():
-        probe(record, gates, _send_probe)
+        probe(record, gates, functools.partial(_send_probe, record))
     record.probed |= gates
 
 
@@ -443,7 +446,10 @@ def _current(record: Record | None) -> Pass:
     return state.passes[task]
 
 
-def _send_probe(run: Probe | Check | Owners, edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
+def _send_probe(
+    record: Record, run: Probe | Check | Owners, edges: Any, cotangents: Any, targets: Any
+) -> Sequence[Tensor | None]:
+    unshard(record)
     with _probing(run):
         return _send(edges, cotangents, targets)
 
@@ -457,7 +463,7 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
         if "storage of size 0" in str(error) or "data is not allocated" in str(error):
             raise UnsupportedUseError(
                 "Parameters that FSDP2 has sharded again are not there for a pass that looks at samples or carries "
-                "curvature. Call px.extend after fully_shard, or shard each module that has parameters by itself. Of a "
+                "curvature. Call px.extend on the module that is sharded, or on one around it. Of a "
                 "loss made of derivatives by the inputs, FSDP2 has no gradient: take DistributedDataParallel."
             ) from error
         if "use_reentrant" not in str(error):

@@ -47,6 +47,44 @@ def sharding(modules: list[nn.Module]) -> Any:
     return None
 
 
+def unshard(record: Record) -> None:
+    """Have FSDP2 gather the parameters that it shards with the whole model, as it does where the gradient arrives.
+
+    A loss is reached before that, and torch reads memory that is not there.
+    """
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        root: Any = record.root()
+        if isinstance(root, FSDPModule):
+            root.unshard()
+
+
+def _refuse_absent(record: Record) -> None:
+    """Refuse to read parameters whose memory FSDP2 has taken back for a module around the extended one.
+
+    torch does not notice: the process would end.
+
+    Raises:
+        UnsupportedUseError: if so.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    groups: list[Any] = [m._get_fsdp_state()._fsdp_param_group for m in record.modules() if isinstance(m, FSDPModule)]
+    own = {id(getattr(p, "_unsharded_param", None)) for group in groups if group is not None for p in group.fsdp_params}
+    for source in record.parameters():
+        t = source.tensor
+        if type(t) not in (Tensor, nn.Parameter) or id(t) in own or _is_flat(t) or _is_flat(t._base):
+            continue  # a module within the model gathers what it has
+        if t.numel() and not t.untyped_storage().nbytes():
+            raise UnsupportedUseError(
+                f"{source.name} {list(t.shape)} is sharded by FSDP2 with a module around the extended one, which has "
+                "not gathered it yet. Call px.extend on that module, or fully_shard on the extended one as well."
+            )
+
+
 def refuse_flat(record: Record, contexts: Sequence[backpack]) -> None:
     """Refuse what is not to be had where `FullyShardedDataParallel` keeps parameters as parts of a flat one.
 
@@ -120,6 +158,7 @@ def refuse_tensors(record: Record, contexts: Sequence[backpack]) -> None:
             f"{', '.join(empty)}. Give them memory, model.to_empty(device=...), and their values, load_state_dict."
         )
     refuse_flat(record, contexts)
+    _refuse_absent(record)
     named = any(c.distributed for c in contexts)
     if not record.distributed and not record.distributed_output and not named:
         return

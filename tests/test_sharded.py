@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -96,15 +98,62 @@ def _uneven(rank: int, world: int) -> None:
         torch.testing.assert_close(united[name].variance, plain[name].variance)
 
 
+class Scaled(nn.Module):
+    """A parameter of the model itself beside a layer; of an elementwise product torch does not ask for its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale, self.loss = nn.Linear(8, 3), nn.Parameter(torch.randn(3)), nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        z = self.layer(x.flatten(1)) * self.scale
+        return z if y is None else self.loss(z, y)
+
+
 def _resharded(rank: int, world: int) -> None:
-    """Modules that have no shards of their own have none of their parameters when the model is done."""
-    model, loss, x, y = problem()
+    """What is sharded with the model alone is gathered for passes from a loss, outside of the model or in it."""
+    curved = [px.DiagGGNExact(), px.KFLR(), px.Variance()]
+    _, loss, x, y = problem()
+    for inside, extend_first, apart in itertools.product((False, True), repeat=3):
+        torch.manual_seed(0)
+        model = Scaled()
+        whole = px.extend(copy.deepcopy(model))
+        if extend_first:
+            px.extend(model)
+        if apart:
+            fully_shard(model.layer)
+        fully_shard(model, reshard_after_forward=True)
+        if not extend_first:
+            px.extend(model)
+        found = []
+        for m in (whole, model, model):  # the last without the probe
+            m.zero_grad()
+            with px.backpack(*curved, scale="sample") as results:
+                (m(x, y) if inside else loss(m(x), y)).backward()
+            found.append({n: [getattr(results[n], q.savefield) for q in curved] for n in results})
+        torch.testing.assert_close(found[1], found[0])
+        torch.testing.assert_close(found[2], found[0])
+        for p, want in zip(model.parameters(), whole.parameters(), strict=True):
+            grad: Any = p.grad
+            torch.testing.assert_close(grad.full_tensor(), want.grad)
+    with pytest.raises(px.UnsupportedUseError, match="HessianTrace.*Take DistributedDataParallel"):
+        with px.backpack(px.HessianTrace()):
+            loss(model(x), y).backward()
+
+
+def _around(rank: int, world: int) -> None:
+    """What is sharded with a module around the extended one is there when the gradient arrives, and not before."""
+    _, loss, x, y = problem()
+    part = px.extend(Scaled())
+    model = nn.Sequential(part, nn.Tanh())
     fully_shard(model, reshard_after_forward=True)
-    with (
-        pytest.raises(px.UnsupportedUseError, match="px.extend after fully_shard"),
-        px.backpack(px.DiagGGNExact(), scale="sample"),
-    ):
-        loss(model(x[:5]), y[:5]).backward()
+    for _ in range(2):
+        with px.backpack(px.Variance()) as results:
+            loss(model(x), y).backward()
+        assert "scale" in results
+    with pytest.raises(px.UnsupportedUseError, match="layer.weight.*a module around the extended one"):
+        with px.backpack(px.DiagGGNExact()):
+            loss(model(x), y).backward()
 
 
 # -- FullyShardedDataParallel, with parameters that are views of a flat one ------------------------------------------
@@ -168,6 +217,6 @@ def _flat_refused(rank: int, world: int) -> None:
         assert any(p.grad is not None and p.grad.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("work", [_all, _refused, _resharded, _uneven, _flat, _flat_refused])
+@pytest.mark.parametrize("work", [_all, _refused, _resharded, _around, _uneven, _flat, _flat_refused])
 def test_sharded_parameters(work: Any) -> None:
     together(work)

@@ -17,14 +17,14 @@ from torch.utils import _pytree as pytree
 
 from packext import _roots
 from packext._chain import Chain, Positive, average, kept
-from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
+from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
 from packext._flight import Sweep, enter, probe_inputs, probe_taps, silence
 from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
-from packext._refusals import refuse_static, refuse_tensors, sharding, unseen, unshard
+from packext._refusals import refuse_static, refuse_tensors, unseen, unshard
 from packext._residual import residual
 from packext._scratch import release
 from packext._statistics import Statistics
@@ -207,7 +207,6 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
 
     Raises:
         PackextError: if it does not come from an extended model, or results of several losses cannot be added.
-        UnsupportedUseError: if FSDP2 shards the model.
     """
     sources: dict[int, Source] = {}
     inside = seen.record()
@@ -216,12 +215,6 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
         if record not in flight.records:
             flight.records.append(record)
         refuse_tensors(record, [flight.context])
-        if sharding(record.modules()) is not None:
-            asked = ", ".join(repr(q) for q in quantities)
-            raise UnsupportedUseError(
-                f"{asked}: FSDP2 hooks what modules give by functions that torch differentiates once, and products "
-                "with the Hessian differentiate twice. Take DistributedDataParallel, or quantities of the GGN."
-            )
         unseen(record, record.modules(), flight.context._wants)
         sources.update({id(s.tensor): s for s in record.parameters()})
     if not sources:

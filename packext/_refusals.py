@@ -159,6 +159,12 @@ def refuse_tensors(record: Record, contexts: Sequence[backpack]) -> None:
         )
     refuse_flat(record, contexts)
     _refuse_absent(record)
+    twice = [q for c in contexts for q in (*c.hessian, *(q for q in c.curvature if q.root[0] == "hessian"))]
+    if twice and sharding(record.modules()) is not None:
+        raise UnsupportedUseError(
+            f"{', '.join(map(repr, twice))}: FSDP2 hooks what modules give by functions that torch differentiates "
+            "once, and the Hessian differentiates twice. Take DistributedDataParallel, or quantities of the GGN."
+        )
     named = any(c.distributed for c in contexts)
     if not record.distributed and not record.distributed_output and not named:
         return

@@ -33,18 +33,24 @@ def refuse_static(module: Any) -> None:
         )
 
 
+def _fsdp() -> Any:
+    """`torch.distributed.fsdp`, which torch does not import by itself, and takes a while; None if nobody has."""
+    return sys.modules.get("torch.distributed.fsdp")
+
+
+def _sharded(modules: list[nn.Module]) -> list[Any]:
+    """What FSDP2 keeps of the parameters that it shards with each of `modules`."""
+    fsdp = _fsdp()
+    if fsdp is None:
+        return []
+    held: list[Any] = [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+    states = [module._get_fsdp_state() for module in held]
+    return [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+
+
 def sharding(modules: list[nn.Module]) -> Any:
     """The process group over which FSDP2 shards the parameters of one of `modules`; None if it does of none."""
-    if "torch.distributed.fsdp" not in sys.modules:  # which torch does not import, and takes a while
-        return None
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            group: Any = module._get_fsdp_state()._fsdp_param_group
-            if group is not None:
-                return group.mesh_info.shard_process_group
-    return None
+    return next((group.mesh_info.shard_process_group for group in _sharded(modules)), None)
 
 
 def unshard(record: Record) -> None:
@@ -52,12 +58,10 @@ def unshard(record: Record) -> None:
 
     A loss is reached before that, and torch reads memory that is not there.
     """
-    if "torch.distributed.fsdp" in sys.modules:
-        from torch.distributed.fsdp import FSDPModule
-
-        root: Any = record.root()
-        if isinstance(root, FSDPModule):
-            root.unshard()
+    fsdp = _fsdp()
+    root: Any = record.root()
+    if fsdp is not None and isinstance(root, fsdp.FSDPModule):
+        root.unshard()
 
 
 def _refuse_absent(record: Record) -> None:
@@ -68,12 +72,10 @@ def _refuse_absent(record: Record) -> None:
     Raises:
         UnsupportedUseError: if so.
     """
-    if "torch.distributed.fsdp" not in sys.modules:
+    if _fsdp() is None:
         return
-    from torch.distributed.fsdp import FSDPModule
-
-    groups: list[Any] = [m._get_fsdp_state()._fsdp_param_group for m in record.modules() if isinstance(m, FSDPModule)]
-    own = {id(getattr(p, "_unsharded_param", None)) for group in groups if group is not None for p in group.fsdp_params}
+    groups = _sharded(record.modules())
+    own = {id(getattr(p, "_unsharded_param", None)) for group in groups for p in group.fsdp_params}
     for source in record.parameters():
         t = source.tensor
         if type(t) not in (Tensor, nn.Parameter) or id(t) in own or _is_flat(t) or _is_flat(t._base):
@@ -92,11 +94,10 @@ def refuse_flat(record: Record, contexts: Sequence[backpack]) -> None:
         UnsupportedUseError: if it was wrapped in a way in which samples are not seen, or something is wanted that needs
             more passes, or the tensors that the user holds.
     """
-    if "torch.distributed.fsdp" not in sys.modules:
+    fsdp = _fsdp()
+    if fsdp is None:
         return
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if any(isinstance(m, FullyShardedDataParallel) and getattr(m, "_is_root", None) for m in record.modules()):
+    if any(isinstance(m, fsdp.FullyShardedDataParallel) and getattr(m, "_is_root", None) for m in record.modules()):
         raise UnsupportedUseError(f"The extended model is or has a FullyShardedDataParallel of its own. {_WRAP}")
     name, p = next(((k, p) for k, p in record.names.items() if _is_flat(p) or _is_flat(p._base)), ("", None))
     if p is None:

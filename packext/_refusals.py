@@ -34,8 +34,9 @@ def refuse_static(module: Any) -> None:
 
 
 def _fsdp() -> Any:
-    """`torch.distributed.fsdp`, which torch does not import by itself, and takes a while; None if nobody has."""
-    return sys.modules.get("torch.distributed.fsdp")
+    """`torch.distributed.fsdp`, which torch does not import by itself, and takes a while; None if nobody can use it."""
+    module = sys.modules.get("torch.distributed.fsdp")  # other libraries import it, and every pass asks
+    return module if module is not None and dist.is_initialized() else None
 
 
 def _sharded(modules: list[nn.Module]) -> list[Any]:

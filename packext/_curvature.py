@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from packext import _roots
 from packext._chain import Chain, Positive, average, kept
+from packext._distributed import refuse_static, refuse_tensors, unshard
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
 from packext._flight import Sweep, enter, probe_inputs, probe_taps, silence
@@ -24,7 +25,7 @@ from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
-from packext._refusals import refuse_static, refuse_tensors, unseen, unshard
+from packext._refusals import unseen
 from packext._residual import residual
 from packext._scratch import release
 from packext._statistics import Statistics

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from packext._distributed import refuse_static, refuse_tensors, sharding, unshard
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
@@ -24,13 +25,10 @@ from packext._record import losses_inside, only_losses
 from packext._refusals import (
     after_distributed,
     refuse_again,
+    refuse_apart,
     refuse_curvature,
     refuse_inputs_alone,
-    refuse_static,
-    refuse_tensors,
-    sharding,
     unseen,
-    unshard,
     will_accumulate,
 )
 from packext._union import everyone
@@ -298,6 +296,8 @@ def enter(record: Record) -> None:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
     if any(f.context.accumulate for f in flight.heard) and state.sweep is None:
         refuse_inputs_alone(record)
+        for f in flight.heard:
+            refuse_apart(record, (source for source, _ in f.context._before.values()))
     flight.inside |= losses_inside(record, gates)
     if (flight.losses or not flight.inside) and not record.awaits_outputs(gates):
         flight.check(record.n)

@@ -24,9 +24,9 @@ from torch.utils import _pytree as pytree
 
 from packext import _flight, rules
 from packext._choices import CHOOSE, chosen
+from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
 from packext._record import Record, tensors_in
-from packext._refusals import of_parts
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
 from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, origins, slope

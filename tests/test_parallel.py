@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import warnings
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -304,14 +305,14 @@ class Mixes(nn.Module):
 # -- pipelines ---------------------------------------------------------------------------------------------------
 
 
-def _pipeline(rank: int, world: int) -> None:
+def _pipeline(rank: int, world: int, gpipe: bool = True) -> None:
     """Each stage has the rows of its own parameters, its micro-batches being parts of the batch."""
     whole = px.extend(perceptron())
     x, y = torch.randn(N, 6), torch.randint(4, (N,))
     with px.backpack(px.BatchGrad(), px.Variance(), scale="sample") as wanted:
         loss_of(whole, x, y).backward()
     stage = px.extend(nn.Sequential(*list(whole)[2 * rank : 2 * rank + 2]))
-    schedule = ScheduleGPipe(
+    schedule: Any = (ScheduleGPipe if gpipe else Schedule1F1B)(
         PipelineStage(stage, rank, world, torch.device("cpu")), 4, loss_fn=px.extend(nn.CrossEntropyLoss())
     )
 
@@ -345,6 +346,27 @@ def test_a_pass_to_the_inputs_alone_is_no_part_of_a_batch() -> None:
     }  # fmt: skip
 
 
+def test_passes_of_one_model_and_another_are_no_parts_of_one_batch() -> None:
+    """As schedules make with several stages on a rank."""
+    one, other, x, y = px.extend(perceptron()), px.extend(perceptron()), torch.randn(N, 6), torch.randint(4, (N,))
+    with px.backpack(px.BatchGrad(), accumulate=True) as results:
+        loss_of(one, x, y).backward()
+        loss = loss_of(other, x, y)
+        with pytest.raises(px.PackextError, match="goes through Sequential.*Open a context for each.*Schedule1F1B"):
+            loss.backward()
+        assert all(p.grad is None for p in other.parameters())
+    assert [len(results[p].grad_batch) for p in one.parameters()] == [N] * 4
+    with px.backpack(px.BatchGrad(), accumulate=True) as results:
+        (loss_of(one, x, y) + loss_of(other, x, y)).backward()
+        loss_of(other, x, y).backward()
+        loss_of(one, x, y).backward()
+    # samples that go through one of the two are zeros in the other
+    for model, zeros in ((one, slice(N, 2 * N)), (other, slice(2 * N, 3 * N))):
+        for p in model.parameters():
+            rows = results[p].grad_batch
+            assert len(rows) == 3 * N and rows[:N].any() and not rows[zeros].any()
+
+
 # -- ranks that do not agree ---------------------------------------------------------------------------------------
 
 
@@ -373,6 +395,7 @@ def _each(rank: int, world: int) -> None:
         _attention,
         _split_refused,
         _pipeline,
+        functools.partial(_pipeline, gpipe=False),
         _differ,
     ):  # in one pair of processes, as these take a second to start
         torch.manual_seed(0)

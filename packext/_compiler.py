@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ def eager() -> Callable[[], None] | None:
     except RuntimeError:
         return None
     return lambda: stance.__exit__(None, None, None)
+
+
+def as_usual() -> AbstractContextManager[Any]:
+    """In this context, code is compiled as if nobody had said that it should not be."""
+    return nullcontext() if _loaded() is None else torch.compiler.set_stance("default")
 
 
 def _nothing() -> None:

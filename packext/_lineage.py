@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from packext import _flight, rules
+from packext import _flight, _higher, rules
 from packext._choices import CHOOSE, chosen
 from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
@@ -182,6 +182,10 @@ class Tracer(TorchFunctionMode):
         """A tensor that a handler computed from data itself."""
         setattr(t, _MARK, (self.record.token, None, None))
 
+    def mark_made(self, t: Tensor, sources: tuple[Source, ...]) -> None:
+        """A tensor that was made of parameters alone, and not by a function that is watched."""
+        setattr(t, _MARK, (self.record.token, sources, None))
+
     def _mark(self, out: Any, payload: tuple[Source, ...] | None, base: Tensor | None = None) -> None:
         for t in _shallow((out,)):
             if id(t) in self.table:
@@ -192,6 +196,10 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # what torch.cond and the like are given
+            return func(*args, **kwargs)
+        if isinstance(func, _higher.HigherOrderOperator):
+            return _higher.called(self, func, args, kwargs)
         if func in _PASSIVE:
             if func is Tensor.retain_grad:
                 _flight.may_retain(args[0])
@@ -271,6 +279,12 @@ class Tracer(TorchFunctionMode):
                 "the parameter is used by a checkpointed function, and not by a module that it calls",
                 "Checkpoint a module: its forward is watched when it is computed again.",
             )
+        if any([t.is_nested for t in tensors.values()]):
+            raise self.refuse(
+                func,
+                "an argument is a nested tensor, in which packext does not tell samples apart",
+                "Pad the samples to one length (torch.nested.to_padded_tensor) and mask what was padded.",
+            )
         sources = {k: s for k, t in tensors.items() if t.requires_grad and (s := self.sources(t))}
         shapes: dict[str, tuple[int, ...]] = {k: t.shape for k, t in tensors.items()}
         use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self._record_ref)
@@ -305,7 +319,7 @@ class Tracer(TorchFunctionMode):
         consts: dict[str, Any],
     ) -> Any:
         """Run a call inside a tap; NotImplemented where the weight is not what is made of parameters."""
-        if _any_complex(tensors):
+        if _any_unusual(tensors):
             return NotImplemented
         use = self.use(rule, func, tensors, consts)
         if "input" in use.sources or any(
@@ -329,7 +343,7 @@ class Tracer(TorchFunctionMode):
         consts: dict[str, Any],
     ) -> Any:
         """Run a call, and put a tap on its outputs; NotImplemented where the rule is not made for what it meets."""
-        if not rule.conjugates and _any_complex(tensors):
+        if not rule.conjugates and _any_unusual(tensors):
             return NotImplemented
         use = self.use(rule, func, tensors, consts)
         out = rule.call(use, tensors)
@@ -466,9 +480,9 @@ def mutates(func: Any) -> bool:
     return rules.writes_in_place(func, {})
 
 
-def _any_complex(tensors: dict[str, Tensor]) -> bool:
-    """Whether gradients are products with conjugates."""
-    return any([t.is_complex() for t in tensors.values()])
+def _any_unusual(tensors: dict[str, Tensor]) -> bool:
+    """Whether a tensor is complex, so that gradients are products with conjugates, or sparse."""
+    return any([t.is_complex() or t.layout is not torch.strided for t in tensors.values()])
 
 
 def _changed(args: Any, kwargs: dict[str, Any]) -> Any:

@@ -342,15 +342,18 @@ def _pull(value: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor]:
                 value, parameter, rows[0], retain_graph=True, create_graph=keep, allow_unused=True
             )[0]
             return torch.zeros_like(parameter)[None] if grad is None else grad[None]
-        grad = torch.autograd.grad(
-            value,
-            parameter,
-            rows,
-            retain_graph=True,
-            create_graph=keep,
-            allow_unused=True,
-            is_grads_batched=True,
-        )[0]
+        try:
+            grad = torch.autograd.grad(
+                value,
+                parameter,
+                rows,
+                retain_graph=True,
+                create_graph=keep,
+                allow_unused=True,
+                is_grads_batched=True,
+            )[0]
+        except RuntimeError:  # a function on the way takes one gradient at a time, or all do not fit
+            return torch.cat([pull(row) for row in rows.split(1)])
         return (
             torch.zeros(len(rows), *parameter.shape, dtype=value.dtype, device=value.device) if grad is None else grad
         )

@@ -89,7 +89,9 @@ def sigmoids(share: float) -> Callable[[Setup], None]:
     """Two sigmoids, with a halving between them, in place of (the last of) the activations."""
 
     def change(s: Setup) -> None:
-        paths = [k for k, m in s.model.named_modules() if isinstance(m, (nn.ReLU, nn.Tanh, nn.GELU))]
+        kinds = nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.GELU, nn.SiLU
+        paths = [k for k, m in s.model.named_modules() if isinstance(m, kinds)]
+        assert paths
         for path in paths[len(paths) - round(share * len(paths)) :]:
             parent, _, name = path.rpartition(".")
             setattr(s.model.get_submodule(parent), name, nn.Sequential(nn.Sigmoid(), Squash(), nn.Sigmoid()))

@@ -121,6 +121,47 @@ def sentences() -> Data:
     return _split(nn.functional.one_hot(pieces[:, :-1], 29) * 29**0.5, pieces[:, 1:])
 
 
+@cache
+def corners() -> Data:
+    """Patches of 8 x 8 pixels in colour, standardised: of which of two photographs, and of its upper or lower half."""
+    g, parts = torch.Generator().manual_seed(7), []
+    for image in load_sample_images().images:
+        whole = torch.tensor(image, dtype=torch.float32).movedim(2, 0)
+        for half in whole.chunk(2, 1):
+            rows, columns = (torch.randint(0, size - 7, (500,), generator=g) for size in half.shape[1:])
+            parts.append(half.unfold(1, 8, 1).unfold(2, 8, 1)[:, rows, columns].movedim(1, 0))
+    x = torch.cat(parts)
+    return _split((x - x.mean()) / x.std(), torch.arange(4).repeat_interleave(500))
+
+
+@cache
+def friedman() -> Data:
+    """Regression: Friedman's first function (1991) of five of ten numbers, with its noise; standardised."""
+    g = torch.Generator().manual_seed(8)
+    x = torch.rand(1600, 10, generator=g)
+    y = 10 * torch.sin(torch.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
+    y = (y + torch.randn(1600, generator=g))[:, None]
+    return _split((x - 0.5) * 12**0.5, (y - y.mean()) / y.std())
+
+
+@cache
+def signals() -> Data:
+    """32 samples of an oscillation with noise, which is a sine, a square, a triangle or a saw tooth."""
+    g = torch.Generator().manual_seed(9)
+    kind = torch.randint(0, 4, (2000,), generator=g)
+    steps = torch.arange(32)
+    rate, start, height = (
+        a + (b - a) * torch.rand(2000, 1, generator=g) for a, b in ((0.06, 0.16), (0, 1), (0.7, 1.3))
+    )
+    turn = (rate * steps + start) % 1
+    shapes = torch.stack([
+        2**0.5 * torch.sin(2 * torch.pi * turn), torch.sign(turn - 0.5), 3**0.5 * (4 * (turn - 0.5).abs() - 1),
+        3**0.5 * (2 * turn - 1),
+    ])  # fmt: skip
+    x = height * shapes[kind, torch.arange(2000)] + 0.2 * torch.randn(2000, 32, generator=g)
+    return _split(x[..., None], kind)
+
+
 def he(model: nn.Sequential) -> nn.Sequential:
     """Start all layers but the last one as He et al. (2015) do."""
     for m in list(model.children())[:-1]:
@@ -225,12 +266,33 @@ class Sets(nn.Module):
         return self.all(self.each(x).sum(1))
 
 
-class Recurrent(nn.Module):
-    """An LSTM that gives its outputs alone."""
+def separable() -> nn.Sequential:
+    """Convolutions of each channel and of each pixel in turn, with LeakyReLU, and their mean over the image."""
+    return he(nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.LeakyReLU(0.1),
+        nn.Conv2d(16, 16, 3, stride=2, groups=16), nn.Conv2d(16, 32, 1), nn.LeakyReLU(0.1),
+        nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 32, 1), nn.LeakyReLU(0.1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4),
+    ))  # fmt: skip
 
-    def __init__(self, inputs: int, width: int) -> None:
+
+class Mixing(nn.Module):
+    """Two dense layers with RMSNorm before them, ELU between them and a skip around them."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.cells = nn.LSTM(inputs, width, batch_first=True)
+        self.norm, self.up, self.down = nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.elu(self.up(self.norm(x))))
+
+
+class Recurrent(nn.Module):
+    """An LSTM, or GRU, that gives its outputs alone."""
+
+    def __init__(self, inputs: int, width: int, kind: type[nn.LSTM | nn.GRU] = nn.LSTM) -> None:
+        super().__init__()
+        self.cells = kind(inputs, width, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cells(x)[0]
@@ -246,6 +308,19 @@ class Writer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.hidden(self.recurrent(self.embed(x))))).mT
+
+
+class Hearer(nn.Module):
+    """Reads a signal four samples at a time by a GRU, and classifies the mean of what it gives."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.frames, self.recurrent = nn.Conv1d(1, 16, 4, stride=2), Recurrent(16, width, nn.GRU)
+        self.hidden, self.head = nn.Linear(width, width), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = torch.tanh(self.frames(x.mT))
+        return self.head(torch.relu(self.hidden(self.recurrent(frames.mT).mean(1))))
 
 
 @dataclass
@@ -328,11 +403,25 @@ PROBLEMS = {
         Writer, sentences, CE, "hidden", ("embed", "recurrent", "hidden"),
         {"momentum": 0.3, "adam": 3e-2, "adagrad": 3e-2}, "hidden", False, held_out=True,
     ),
+    "corners": Problem(
+        separable, corners, CE, "3", ("1", "4", "7"),
+        {"sgd": 0.1, "momentum": 0.01, "adam": 1e-2}, None, True, held_out=True,
+    ),
+    "friedman": Problem(
+        lambda: nn.Sequential(nn.Linear(10, 32), Mixing(32), Mixing(32), Mixing(32), nn.Linear(32, 1)), friedman,
+        nn.SmoothL1Loss, "2.up", ("0", "1", "2", "3"),
+        {"sgd": 0.1, "momentum": 0.03, "rmsprop": 1e-3}, None, False, held_out=True,
+    ),
+    "hearer": Problem(
+        Hearer, signals, CE, "hidden", ("frames", "recurrent", "hidden"),
+        {"momentum": 0.1, "adam": 1e-2, "rmsprop": 3e-3}, "hidden", False, held_out=True,
+    ),
 }  # fmt: skip
 
 
 def optimizer(name: str, groups: list[dict], rate: float) -> torch.optim.Optimizer:
-    """SGD, SGD with momentum 0.9, AdamW, or Adagrad."""
-    if name in ("adam", "adagrad"):
-        return {"adam": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[name](groups, rate)
+    """SGD, SGD with momentum 0.9, AdamW, Adagrad, or RMSprop."""
+    others = {"adam": torch.optim.AdamW, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
+    if name in others:
+        return others[name](groups, rate)
     return torch.optim.SGD(groups, rate, momentum=0.9 if name == "momentum" else 0.0)

@@ -289,6 +289,9 @@ def enter(record: Record) -> None:
     refuse_curvature(record, gates, [f.context for f in flight.heard])
     if not flight.by_sample and flight.spread:
         return
+    for why, sources, _ in record.refused:
+        if any(flight.wants(source.tensor) and will_accumulate(source.tensor) for source in sources):
+            raise UnsupportedUseError(why)
     record.settle(gates)
     if record.n == 0:
         raise PackextError(f"Per-sample quantities need samples: {record.without_samples()}")
@@ -308,9 +311,6 @@ def enter(record: Record) -> None:
             f"{asked} asked for, but the backward pass came through no extended loss. Use "
             "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
         )
-    for why, sources, _ in record.refused:
-        if any(flight.wants(source.tensor) and will_accumulate(source.tensor) for source in sources):
-            raise UnsupportedUseError(why)
     modules = record.modules()
     unseen(record, modules, flight.wants)
     for module in modules:

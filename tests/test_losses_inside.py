@@ -247,3 +247,61 @@ def test_individual_gradients_where_only_the_loss_is_kept() -> None:
         model(x, y)["loss"].backward()
     for name, p in model.named_parameters():
         assert testing.relative_error(p.grad_batch, rows[name]) < 1e-12
+
+
+class Fused(nn.Module):
+    """A classifier whose last layer is a part of the loss."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.body, self.loss = nn.Linear(6, 4), nn.LinearCrossEntropyLoss(4, C, bias=True, **options)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss(self.body(x).tanh(), y)
+
+
+class Parts(nn.Module):
+    """The same of the modules that it is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 4), nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh())
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this torch has none")
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_loss_with_a_layer_in_it(apart: bool) -> None:
+    parts, fused, x, y = Parts(), Fused(), torch.randn(N, 6), torch.randint(C, (N,))
+    fused.load_state_dict({k.replace("head", "loss.linear"): v for k, v in parts.state_dict().items()})
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    px.extend(parts)
+    want = run(parts, lambda: loss_fn(parts(x), y), scale="sample")
+    if apart:  # a loss that is extended by itself, behind an extended model
+        body = px.extend(nn.Sequential(fused.body, nn.Tanh()))
+        px.extend(fused.loss)
+        with px.backpack(*curvature(), scale="sample"):
+            fused.loss(body(x), y).backward()
+        found = values(fused)
+    else:
+        px.extend(fused)
+        found = run(fused, lambda: fused(x, y), scale="sample")
+    torch.testing.assert_close({k.replace("loss.linear", "head"): v for k, v in found.items()}, want)
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this torch has none")
+@pytest.mark.parametrize("quantity", [px.BatchGrad(), px.KFLR()])
+def test_a_loss_in_chunks_is_refused(quantity: Any) -> None:
+    model, x, y = Fused(options=nn.LinearCrossEntropyOptions()), torch.randn(N, 6), torch.randint(C, (N,))
+    model(x, y).backward()
+    before = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    px.extend(model)
+    with pytest.raises(px.UnsupportedUseError, match=r"in module loss \[LinearCrossEntropyLoss\].*options"):
+        with px.backpack(quantity):
+            model(x, y).backward()
+    assert all(p.grad is None for p in model.parameters())
+    model(x, y).backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], before)

@@ -275,3 +275,15 @@ def contraction(
     if tracer.has_slope(x) and all(c in right or c in result for c in left):
         return tracer.owned(OWNED_CONTRACTION, func, {"input": x, "weight": w}, consts)
     return tracer.observed(CONTRACTION, func, {"input": x, "weight": w}, consts)
+
+
+@handles(getattr(F, "linear_cross_entropy", None))
+def linear_cross_entropy(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """`F.linear_cross_entropy`, which is a linear map and a loss unless it is computed in chunks."""
+    if kwargs.get("options") is None:
+        return NotImplemented
+    raise tracer.refuse(
+        func,
+        "with options=... it computes gradients in the forward pass, of all samples together",
+        "Leave options out: then it is a linear map and a cross-entropy, as it is defined.",
+    )

@@ -87,7 +87,7 @@ def _refuse_absent(record: Record) -> None:
             )
 
 
-def refuse_flat(record: Record, contexts: Sequence[backpack]) -> None:
+def _refuse_flat(record: Record, contexts: Sequence[backpack]) -> None:
     """Refuse what is not to be had where `FullyShardedDataParallel` keeps parameters as parts of a flat one.
 
     Raises:
@@ -158,7 +158,7 @@ def refuse_tensors(record: Record, contexts: Sequence[backpack]) -> None:
             f"Parameters of the extended model are on the meta device, where tensors have shapes and no numbers: "
             f"{', '.join(empty)}. Give them memory, model.to_empty(device=...), and their values, load_state_dict."
         )
-    refuse_flat(record, contexts)
+    _refuse_flat(record, contexts)
     _refuse_absent(record)
     twice = [q for c in contexts for q in (*c.hessian, *(q for q in c.curvature if q.root[0] == "hessian"))]
     if twice and sharding(record.modules()) is not None:

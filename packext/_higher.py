@@ -37,9 +37,6 @@ def called(tracer: Tracer, func: HigherOrderOperator, args: Any, kwargs: Any) ->
         )
         tracer.record.refused.append((str(why), sources, len(tracer.record.uses)))
     out = func(*args, **kwargs)
-    for t in tensors_in(out):
-        if data:
-            tracer.mark_data(t)
-        elif sources and t.requires_grad:
-            tracer.mark_made(t, sources)
+    if data or sources:
+        tracer.mark(out, None if data else sources)
     return out

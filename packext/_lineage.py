@@ -182,11 +182,8 @@ class Tracer(TorchFunctionMode):
         """A tensor that a handler computed from data itself."""
         setattr(t, _MARK, (self.record.token, None, None))
 
-    def mark_made(self, t: Tensor, sources: tuple[Source, ...]) -> None:
-        """A tensor that was made of parameters alone, and not by a function that is watched."""
-        setattr(t, _MARK, (self.record.token, sources, None))
-
-    def _mark(self, out: Any, payload: tuple[Source, ...] | None, base: Tensor | None = None) -> None:
+    def mark(self, out: Any, payload: tuple[Source, ...] | None, base: Tensor | None = None) -> None:
+        """What a function gave was made of these parameters alone; of data, if there are None."""
         for t in _shallow((out,)):
             if id(t) in self.table:
                 continue
@@ -224,22 +221,22 @@ class Tracer(TorchFunctionMode):
                     out = out if found is None else LossMark.mark(found[0], out, found[1], {}, record)
                 if func in CHOOSE and not record.routed:
                     record.routed = chosen(func, args, kwargs, record.batch_axis, self.is_data)
-                self._mark(out, None)
+                self.mark(out, None)
                 if mutates(func):
                     self._written(_changed(args, kwargs))
             return out
         if not data:
             out = func(*args, **kwargs)
             if mutates(func):
-                self._mark(_changed(args, kwargs), tuple(dict.fromkeys(sources)))
+                self.mark(_changed(args, kwargs), tuple(dict.fromkeys(sources)))
             base = args[0] if func in _EXPANDS and args and isinstance(args[0], Tensor) else None
-            self._mark(out, tuple(dict.fromkeys(sources)), base)
+            self.mark(out, tuple(dict.fromkeys(sources)), base)
             return out
         self._rooted = record.by_use or (rooted and bool(record.uses) and not self._grad_inputs)
         handler = rules.HANDLERS.get(func)
         if not torch.is_grad_enabled():
             out = func(*args, **kwargs)
-            self._mark(out, None)
+            self.mark(out, None)
             return out
         try:
             out = handler(self, func, args, kwargs) if handler else NotImplemented
@@ -252,15 +249,15 @@ class Tracer(TorchFunctionMode):
             # Raised when a context asks for what this use cannot give; training without one goes on.
             record.refused.append((str(error), sources, len(record.uses)))
             out = func(*args, **kwargs)
-        self._mark(out, None)
+        self.mark(out, None)
         if mutates(func):
             self._written(_changed(args, kwargs))
         return out
 
     def _written(self, changed: Any) -> None:
         """Data was written into a tensor, and so into the one that it is a view of."""
-        self._mark(changed, None)
-        self._mark([t._base for t in _shallow((changed,)) if t._base is not None and not self.sources(t._base)], None)
+        self.mark(changed, None)
+        self.mark([t._base for t in _shallow((changed,)) if t._base is not None and not self.sources(t._base)], None)
 
     # -- taps ------------------------------------------------------------------------------------
     def use(

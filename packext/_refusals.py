@@ -42,13 +42,14 @@ def refuse_apart(record: Record, before: Iterable[Source]) -> None:
         PackextError: if so.
     """
     earlier = [source.tensor for source in before]
-    modules = record.modules()
-    own = {id(p) for module in modules for p in module._parameters.values()}
-    if earlier and not any(id(p) in own or will_accumulate(p) for p in earlier):
+    if not earlier or any(will_accumulate(p) for p in earlier):
+        return
+    own = {id(p) for module in record.modules() for p in module._parameters.values()}
+    if not any(id(p) in own for p in earlier):  # nor did they go through other parts of the same model
         raise PackextError(
             "With accumulate=True each backward pass is a part of the batch, and this one goes through "
-            f"{', '.join(type(module).__name__ for module in modules[:1])}, while those before it went through other "
-            "extended models alone: their samples would be rows of zeros in its results, and its samples in theirs. "
+            f"{type(record.root()).__name__}, while those before it went through other extended models alone: "
+            "their samples would be rows of zeros in its results, and its samples in theirs. "
             "Open a context for each model. Schedules of torch.distributed.pipelining with several stages on a rank "
             "(ScheduleInterleaved1F1B, ScheduleLoopedBFS) make passes of one and the other in turn: take one that has "
             "a single stage on each, such as Schedule1F1B."

@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 from packext import _compiler, _flight
 from packext._curvature import account, measure, spread
 from packext._errors import NotExtendedError, PackextError
+from packext._extend import end_interrupted
 from packext._layout import Tokens
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
@@ -195,6 +196,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         _flight.closed(self)
+        if kind is not None:
+            end_interrupted()
         self._restore.pop()()
         if around := _flight.here().contexts:
             around[-1]._inner += self._passes + self._inner

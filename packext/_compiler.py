@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,21 +36,48 @@ def compiled(module: nn.Module) -> bool:
     return any(m._compiled_call_impl is not None or isinstance(m, kind) for m in modules_of(module))
 
 
+class _Eager:
+    """How many forward passes and contexts want compiled code to run as it was written, in all threads together.
+
+    The stance is one for the process. They do not end in the order in which they began: threads overlap, and a forward
+    pass that was interrupted in a context ends after it. So the last to end puts back what the first has found.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.lock = 0, threading.Lock()
+        self.first: Any = None
+
+    def begin(self) -> None:
+        with self.lock:
+            stance = torch.compiler.set_stance("force_eager")
+            self.first = self.first if self.count else stance
+            self.count += 1
+
+    def end(self) -> None:
+        with self.lock:
+            self.count -= 1
+            if not self.count:
+                self.first.__exit__(None, None, None)
+
+
+_EAGER = _Eager()
+
+
 def eager() -> Callable[[], None] | None:
     """From now on compiled code runs as it was written.
 
     Returns:
-        What ends that; None inside of code that is compiled, where it cannot be had.
+        What ends that, to be called once; None inside of code that is compiled, where it cannot be had.
     """
     if torch.compiler.is_compiling():
         return None
     if _loaded() is None:
         return _nothing
     try:
-        stance = torch.compiler.set_stance("force_eager")
+        _EAGER.begin()
     except RuntimeError:
         return None
-    return lambda: stance.__exit__(None, None, None)
+    return _EAGER.end
 
 
 def as_usual() -> AbstractContextManager[Any]:

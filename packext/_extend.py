@@ -144,8 +144,8 @@ def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return  # nothing of this becomes a part of compiled code, nor a condition for it
     extension: Extension = module.__dict__["_packext"]
-    if LOCAL.call is not None and (not extension.path or module is LOCAL.call[0]) and _left(LOCAL.call[1]):
-        _end()
+    if LOCAL.call is not None and (not extension.path or module is LOCAL.call[0]):
+        end_interrupted()
     if is_loss(module) and not _out_of_reach() and (LOCAL.loss is None or _left(LOCAL.loss[1])):
         LOCAL.loss = module, sys._getframe(1)
     tracer = LOCAL.tracer
@@ -174,6 +174,12 @@ def _left(frame: Any) -> bool:
     except RuntimeError:  # Python's answer as long as the frame runs
         return False
     return True
+
+
+def end_interrupted() -> None:
+    """End the forward pass that this thread is in, if nobody has ended it."""
+    if LOCAL.call is not None and _left(LOCAL.call[1]):
+        _end()
 
 
 def _end() -> None:

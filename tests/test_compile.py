@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -190,6 +191,39 @@ def test_what_the_user_asked_of_the_compiler_is_left() -> None:
         with px.backpack(px.BatchGrad()):
             raise ZeroDivisionError
     step(model)
+    assert backend.runs == 1
+
+
+def test_forward_passes_that_overlap() -> None:
+    """Threads do not end in the order in which they began; nor does one that was interrupted in a context."""
+
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 3)
+            self.runs, self.go, self.error = threading.Event(), threading.Event(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.error:
+                raise KeyboardInterrupt
+            self.runs.set()
+            assert self.go.wait(60)
+            return self.inner(x)
+
+    x, first, second = torch.ones(2, 5), px.extend(Held()), px.extend(Held())
+    threads = [threading.Thread(target=model, args=(x,)) for model in (first, second)]
+    for model, thread in zip((first, second), threads, strict=True):
+        thread.start()
+        assert model.runs.wait(60)
+    for model, thread in zip((first, second), threads, strict=True):
+        model.go.set()
+        thread.join()
+    first.error = True
+    with pytest.raises(KeyboardInterrupt), px.backpack(px.BatchGrad()):
+        first(x)
+    second(x)
+    backend = Counted()
+    step(torch.compile(px.extend(net()), backend=backend))
     assert backend.runs == 1
 
 

@@ -697,6 +697,7 @@ def test_interrupt_in_the_forward_pass(context: bool) -> None:
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), px.backpack(*[px.BatchGrad()] * context):
             model(x)
+        assert not context or not torch.overrides._get_current_function_mode_stack()
     _works(px.extend(mlp()), x, y)  # another model
     assert not torch.overrides._get_current_function_mode_stack()
     with pytest.raises(KeyboardInterrupt):

@@ -8,11 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
-from torch.autograd import forward_ad
 
 from packext import _compiler, _flight
-from packext._lineage import LOCAL, Tracer
+from packext._lineage import LOCAL, Tracer, taken_over
 from packext._record import Record
 from packext._scale import LossMark, is_loss
 
@@ -132,12 +130,7 @@ def is_extended(module: nn.Module) -> bool:
 
 def _out_of_reach() -> bool:
     """Whether something else has taken over differentiation, so that taps would be in its way."""
-    return (
-        LOCAL.disabled
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-    )
+    return LOCAL.disabled or taken_over() or torch._C._is_tracing()
 
 
 def _before(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -50,6 +50,7 @@ class Here:
         sweep: whose cotangent is on its way.
         silent: whether passes are nobody's business.
         aside: the last pass (autograd's number of it) that set a model aside.
+        cut: whether a pass is one through a piece of the graph, which ends where a tap is.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class Here:
         self.passes: dict[int, Pass] = {}
         self.probe: Probe | Check | Owners | None = None
         self.sweep: Sweep | None = None
-        self.silent = False
+        self.silent = self.cut = False
         self.aside = -2
 
     @property
@@ -176,6 +177,22 @@ def activations_only() -> bool:
     """Whether no parameter's gradient is wanted from the pass that runs."""
     state = here()
     return state.sweep is not None if state.probe is None else state.probe.compare is None
+
+
+@contextmanager
+def cutting() -> Any:
+    """Passes in here end at taps."""
+    state = here()
+    before, state.cut = state.cut, True
+    try:
+        yield
+    finally:
+        state.cut = before
+
+
+def cut() -> bool:
+    """Whether the pass ends here."""
+    return here().cut
 
 
 def deaf() -> bool:

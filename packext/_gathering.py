@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packext._errors import PackextError
-from packext._factored import Factored, Pulled
+from packext._factored import Factored, Pulled, Traced
 from packext._layout import Tokens
 from packext._use import Source, Use, live_nodes
 
@@ -95,7 +95,9 @@ class Gathering:
                 # By the time the others arrive, autograd has freed the way back from a value to its parameters.
                 if self.frees:
                     held = self.held[key]
-                    self.held[key] = [f.without_graph(self.tables) if isinstance(f, Pulled) else f for f in held]
+                    self.held[key] = [
+                        f.without_graph(self.tables) if isinstance(f, (Pulled, Traced)) else f for f in held
+                    ]
                 continue
             self.emitted.add(key)
             complete.append((source, self.held.pop(key)))

@@ -19,23 +19,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from packext import _flight, _higher, rules
+from packext import _flight, _unseen, rules
 from packext._choices import CHOOSE, chosen
 from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
 from packext._record import Record, tensors_in
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
-from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, origins, slope
+from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, slope
 from packext._use import Rule, Source, Use, autocasts
 
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
 #: value that it is an expanded view of.
 _MARK = "_packext_lineage"
 _UNMARKED = (0, None, None)
+#: In a mark: the tensor had no gradient then. If autograd knows it now, it is what a torch.autograd.Function returned.
+_FLAT = object()
 
 
 class _Local(threading.local):
@@ -61,7 +65,9 @@ class Tracer(TorchFunctionMode):
         self._hooks: list[Any] = []
         self.table: dict[int, tuple[Source, Tensor]] = {}
         self._held: dict[int, tuple[Tensor | None, ...]] = {}  # what modules held at the start
-        self._marked_inputs: list[Tensor] = []
+        self._instead: dict[int, tuple[Tensor, Tensor]] = {}  # what nobody saw how it was made, and the tap on it
+        self.raw = False  # whether a transform has read data without a gradient
+        self.inputs: list[Tensor] = []  # of the model, that have a mark
         self._inputs: set[int] = set()
         self._grad_inputs = False
         self._rooted = False
@@ -116,12 +122,13 @@ class Tracer(TorchFunctionMode):
 
     def where(self) -> str:
         """Path and class of the module that runs."""
-        module = self.stack[-1]
+        module = self.stack[-1] if self.stack else self.record.root()
+        assert module is not None
         path = module.__dict__["_packext"].path if "_packext" in module.__dict__ else ""
         return f"{path or '(the model itself)'} [{type(module).__name__}]"
 
     # -- lineage ---------------------------------------------------------------------------------
-    def _behind(self, t: Tensor) -> tuple[Source, ...] | None:
+    def behind(self, t: Tensor) -> tuple[Source, ...] | None:
         """The parameters that `t` is made of alone; None if it was computed from the model's inputs; else nothing."""
         entry = self.table.get(id(t))
         if entry is not None:
@@ -130,37 +137,43 @@ class Tracer(TorchFunctionMode):
             return (self.table[id(t)][0],)
         mark = getattr(t, _MARK, _UNMARKED)
         if mark[0] == self.record.token:
-            return mark[1]
+            return mark[1] if mark[2] is not _FLAT or t.grad_fn is None else _unseen.made(self, t, True)
         if t.grad_fn is None:  # a DTensor is made where nothing is seen: of inputs, if of nothing that has a gradient
             return None if is_distributed(t) and not isinstance(t, nn.Parameter) else ()
-        return self._made_unseen(t)
+        return _unseen.made(self, t)
 
-    def _made_unseen(self, t: Tensor) -> tuple[Source, ...] | None:
-        """The same of what TorchScript, a torch.func transform or code outside of the model has made: by its graph."""
-        # What is checkpointed gets inputs that have a graph when it is computed again.
-        inputs = {x.grad_fn for x in self._marked_inputs if x.grad_fn is not None}
-        leaves, tapped = origins(t, self.record, inputs)
-        behind = [self._behind(leaf) for leaf in leaves]
-        known = tuple(dict.fromkeys(source for found in behind for source in found or ()))
-        refused = {
-            source for _, sources, _ in self.record.refused for source in sources
-        }  # which met data without a tap
-        made_of = None if tapped or None in behind or refused.intersection(known) else known
-        setattr(t, _MARK, (self.record.token, made_of, None))
-        return made_of
+    def put(self, t: Tensor, tapped: Tensor, use: Use) -> None:
+        """From now on, `tapped` stands for `t`, on which it is the tap of `use`, and behind another tap."""
+        use.rooted = self.record.by_use or not self._grad_inputs
+        self._placed(use, tapped.grad_fn, (tapped,))
+        self.mark_data(tapped)
+        self._instead[id(t)] = t, tapped
+
+    def _stands_for(self, value: Any) -> Any:
+        return self._instead[id(value)][1] if id(value) in self._instead else value
 
     def sources(self, t: Tensor) -> tuple[Source, ...]:
         """The parameters that `t` is made of alone, or nothing."""
-        return self._behind(t) or ()
+        return self.behind(t) or ()
 
     def is_data(self, t: Tensor) -> bool:
         """Whether `t` was computed from the model's inputs."""
-        return self._behind(t) is None
+        return self.behind(t) is None
+
+    def is_raw(self, t: Tensor) -> bool:
+        """Whether `t` was computed from the model's inputs, and no gradient tells whose its entries are."""
+        if (
+            t.requires_grad
+            or not t.is_floating_point()
+            or getattr(t, _MARK, _UNMARKED)[:2] != (self.record.token, None)
+        ):
+            return False
+        return bool(t.any())  # torch.zeros_like takes a shape alone
 
     def mark_input(self, t: Tensor) -> None:
         """An input of the model."""
         setattr(t, _MARK, (self.record.token, None, None))
-        self._marked_inputs.append(t)
+        self.inputs.append(t)
         if not self.record.by_use:
             self._inputs.add(id(t))
         if t.requires_grad:
@@ -174,29 +187,36 @@ class Tracer(TorchFunctionMode):
         Returns:
             False of all that is checkpointed: when it is computed again, its inputs are others.
         """
-        if not (t.requires_grad and any(x.requires_grad for x in self._marked_inputs)):
+        if not (t.requires_grad and any(x.requires_grad for x in self.inputs)):
             return False
-        return self.record.born == -1 and not _checkpoints(_saved_tensor_hooks())
+        return self.record.born == -1 and not self.checkpointed()
+
+    def checkpointed(self) -> bool:
+        """Whether what runs is computed again in the backward pass."""
+        return _checkpoints(_saved_tensor_hooks())
 
     def mark_data(self, t: Tensor) -> None:
         """A tensor that a handler computed from data itself."""
         setattr(t, _MARK, (self.record.token, None, None))
 
-    def mark(self, out: Any, payload: tuple[Source, ...] | None, base: Tensor | None = None) -> None:
+    def mark(self, out: Any, payload: tuple[Source, ...] | None, base: Any = None) -> None:
         """What a function gave was made of these parameters alone; of data, if there are None."""
         for t in _shallow((out,)):
             if id(t) in self.table:
                 continue
             if payload is not None and not t.requires_grad:
                 continue
-            setattr(t, _MARK, (self.record.token, payload, base))
+            setattr(t, _MARK, (self.record.token, payload, base if t.requires_grad else _FLAT))
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # what torch.cond and the like are given
             return func(*args, **kwargs)
-        if isinstance(func, _higher.HigherOrderOperator):
-            return _higher.called(self, func, args, kwargs)
+        if taken_over():
+            self.raw = self.raw or any(self.is_raw(t) for t in _shallow((*args, *kwargs.values())))
+            return func(*args, **kwargs)
+        if isinstance(func, _unseen.HigherOrderOperator):
+            return _unseen.called(self, func, args, kwargs)
         if func in _PASSIVE:
             if func is Tensor.retain_grad:
                 _flight.may_retain(args[0])
@@ -206,13 +226,15 @@ class Tracer(TorchFunctionMode):
         sources: tuple[Source, ...] = ()
         data = rooted = False
         for t in _shallow((*args[:1], *kwargs.values()) if func in rules.FIRST_ONLY else (*args, *kwargs.values())):
-            found = self._behind(t)
+            found = self.behind(t)
             if found:
                 sources += found
             elif found is None:
                 rooted |= t.requires_grad
                 # A number that data gave chooses among parameters, as a constant would: it meets no sample here.
                 data = data or not (func is Tensor.__getitem__ and t.dim() == 0 and t is not args[0])
+        if self._instead:
+            args, kwargs = pytree.tree_map(self._stands_for, (args, kwargs))
         if not sources:
             out = func(*args, **kwargs)
             if data:
@@ -269,7 +291,7 @@ class Tracer(TorchFunctionMode):
     ) -> Use:
         """A use whose parameters are found among `tensors`."""
         hooks = _saved_tensor_hooks()
-        if hooks is not self._hooks[-1] and _checkpoints(hooks):
+        if self._hooks and hooks is not self._hooks[-1] and _checkpoints(hooks):
             # Nothing tells when such a function runs again, and the taps must be there again.
             raise self.refuse(
                 func,
@@ -402,7 +424,7 @@ class Tracer(TorchFunctionMode):
 
     def finish(self, output: Any) -> Any:
         """Put a gate on every output that carries a gradient."""
-        for t in self._marked_inputs:
+        for t in self.inputs:
             if _MARK in t.__dict__:
                 delattr(t, _MARK)
         record = self.record
@@ -413,6 +435,7 @@ class Tracer(TorchFunctionMode):
             if not isinstance(y, Tensor) or not y.requires_grad or y.is_leaf:
                 return y
             made_of = self.sources(y)
+            y = self._stands_for(y)
             if made_of:
                 record.strays[len(record.gates)] = made_of[0].name
             if is_distributed(y):
@@ -429,6 +452,11 @@ class Tracer(TorchFunctionMode):
         for use in record.uses:  # among the inputs may be some that are not of the batch
             use.ties = frozenset(k for k in use.ties if use.shapes[k][record.batch_axis] == record.n)
         return gated
+
+
+def taken_over() -> bool:
+    """Whether a torch.func transform or forward mode differentiates, so that taps would be in its way."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _saved_tensor_hooks() -> Any:

@@ -87,6 +87,8 @@ class Owned(torch.autograd.Function):
         if _flight.idle(use):
             grads_of = rule.gradients(use, t, g, wanted)
             return (None, None, *[grads_of.get(name) for name in use.names])
+        if _flight.cut():
+            return (None, None, *[None] * len(saved))
         g = strayed(use, g)
         grads_of = {}
         if _flight.aside(use):
@@ -187,6 +189,8 @@ class Observed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         use: Use = ctx.use
+        if _flight.cut():
+            return (None, None, None, *[None] * (len(grads) + ctx.kept))
         if _flight.idle(use):
             return (None, None, None, *grads, *[None] * ctx.kept)
         if _flight.aside(use):
@@ -213,7 +217,7 @@ class Argument(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (g,) = grads
-        if g is None:
+        if g is None or _flight.cut():
             return None, None, None, None, None
         saved = ctx.saved_tensors
         if _flight.aside(ctx.use):
@@ -259,18 +263,25 @@ class Gate(torch.autograd.Function):
         return None, grads[0]
 
 
-def origins(t: Tensor, record: Record, inputs: set[Any]) -> tuple[list[Tensor], bool]:
-    """Leaves from which autograd has computed `t`; whether a tap of `record` or one of `inputs` is on the way."""
-    leaves, seen, open_ = [], set(), [t.grad_fn]
+def origins(t: Tensor, record: Record, inputs: set[Any]) -> tuple[list[Tensor], bool, bool]:
+    """Where autograd has computed `t` from.
+
+    Returns:
+        The leaves that no tap of `record` is before; whether there is such a tap; and whether one of `inputs` is there.
+    """
+    leaves, seen, open_, tapped, data = [], set(), [t.grad_fn], False, False
     while open_:
         node = open_.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         use = getattr(node, "use", None)
-        if node in inputs or isinstance(use, Use) and use.owner() is record:
-            return [], True
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.append(leaf)
-        open_.extend(child for child, _ in node.next_functions)
-    return leaves, False
+        if isinstance(use, Use) and use.owner() is record:
+            tapped = True
+        elif node in inputs:
+            data = True
+        else:
+            if (leaf := getattr(node, "variable", None)) is not None:
+                leaves.append(leaf)
+            open_.extend(child for child, _ in node.next_functions)
+    return leaves, tapped, data

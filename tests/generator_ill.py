@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from tests.generator_draw import IDS, Block, Coupler, Draw, State, coupler, maybe
 
@@ -102,6 +103,83 @@ def unusual(d: Draw, s: State) -> tuple[nn.Module, State]:
     members = {"z": nn.Parameter(torch.randn(shape)), "v": d.vector(s.c), "w": nn.Parameter(torch.randn(IDS, s.c))}
     members["l"] = nn.Linear(s.c, s.c)
     return Block(label, f, **members), s
+
+
+@maybe("vec seq tmj img")
+def unseen(d: Draw, s: State) -> tuple[nn.Module, State]:
+    """Parameters that meet data where no handler sees it, once or more, beside uses that are seen."""
+    size = lambda v: v.view(-1, *[1] * 2 * (s.kind == "img"))  # noqa: E731
+    v = lambda b: size(b.v.get())  # noqa: E731
+    u = lambda b: size(b.u)  # noqa: E731
+    label, f = d.choice(
+        [
+            ("Function", lambda b, h, e: Cubed.apply(h, v(b))),
+            ("Functions in a row", lambda b, h, e: Cubed.apply(Cubed.apply(h, v(b)), u(b))),
+            ("Functions with something between", lambda b, h, e: Cubed.apply(Cubed.apply(h, v(b)).tanh(), v(b))),
+            ("Function beside what is seen", lambda b, h, e: Cubed.apply(h * v(b), v(b)) + h * u(b)),
+            ("Function around itself", lambda b, h, e: _twice(Cubed.apply(h, v(b)), u(b))),
+            ("Function with two outputs", lambda b, h, e: torch.add(*Pair.apply(h.tanh(), v(b), u(b)))),
+            ("one of two outputs", lambda b, h, e: Pair.apply(h, v(b), u(b))[1].sin()),
+            ("Function, then in place", lambda b, h, e: Cubed.apply(h, v(b)).mul_(0.5).add_(u(b))),
+            ("Function of what is not contiguous", lambda b, h, e: Cubed.apply(h.mT.contiguous().mT, v(b)) * u(b)),
+            ("vmap", lambda b, h, e: torch.vmap(lambda x: (x * v(b)).tanh() + u(b), s.axis, s.axis)(h)),
+            ("vmap of grad", lambda b, h, e: torch.vmap(
+                torch.func.grad(lambda x: (x.sin() * v(b)).square().sum()), s.axis, s.axis)(h)),
+            ("jvp", lambda b, h, e: torch.func.jvp(lambda x: x.sin() * v(b), (h,), (h.cos(),))[1]),
+            ("chunks", lambda b, h, e: torch.vmap(lambda x: x * v(b), s.axis, s.axis, chunk_size=2)(h) + h * u(b)),
+            ("Function of halves", lambda b, h, e: _halves(lambda x: Cubed.apply(x, v(b)), h, s.axis)),
+            ("forward mode", lambda b, h, e: _derivative(lambda x: x.sin() * v(b) + u(b), h)),
+        ]
+    )  # fmt: skip
+    return Block(label, f, v=d.vector(s.c), u=nn.Parameter(torch.randn(s.c))), s
+
+
+@coupler("vec seq tmj img")
+def unseen_across_samples(d: Draw, s: State) -> tuple[nn.Module, State]:
+    v = lambda b: b.v.get().view(-1, *[1] * 2 * (s.kind == "img"))  # noqa: E731
+    label, f = d.choice(
+        [
+            ("Function of h less its mean", lambda b, h, e: Less.apply(h, v(b), s.axis)),
+            ("vmap over others", lambda b, h, e: torch.vmap(lambda x: (x - h.mean(s.axis)) * v(b), s.axis, s.axis)(h)),
+        ]
+    )
+    return Coupler(label, f, v=d.vector(s.c)).at(s.axis), s
+
+
+def _derivative(f: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(h, h.cos()))).tangent
+
+
+def _twice(h: Tensor, v: Tensor) -> Tensor:
+    return h + Cubed.apply(h, v) * v
+
+
+class Pair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(h, v, u)
+        return h * v, h.sin() + u
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (a, b), (h, v, u) = grads, ctx.saved_tensors
+        return a * v + b * h.cos(), (a * h).sum_to_size(v.shape), b.sum_to_size(u.shape)
+
+
+class Less(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, v: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(h, v)
+        ctx.axis = axis
+        return (h - h.mean(axis, keepdim=True)) * v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,), (h, v) = grads, ctx.saved_tensors
+        part = g * v
+        less = h - h.mean(ctx.axis, keepdim=True)
+        return part - part.mean(ctx.axis, keepdim=True), (g * less).sum_to_size(v.shape), None
 
 
 class Cubed(torch.autograd.Function):

@@ -40,7 +40,7 @@ FLOORS = [
         "_flight",
     },
     {"rules"},
-    {"_lineage", "_scale", "_choices", "_higher"},
+    {"_lineage", "_scale", "_choices", "_unseen"},
     {"_extend", "_residual", "_chain", "_curvature"},
     {"_backpack"},
     {"quantities"},

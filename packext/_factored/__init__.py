@@ -19,7 +19,7 @@ All arithmetic happens in `acc`: float32, or float64 where the inputs are.
 from packext._factored.base import Dense, Factored, Terms, accumulation_dtype, two_sided
 from packext._factored.kronecker import Kronecker, added
 from packext._factored.merging import merge, side_by_side
-from packext._factored.other import Lookup, Masked, Sum
+from packext._factored.other import Lookup, Masked, Sum, Traced
 from packext._factored.outer import Outer, Patches, gram
 from packext._factored.pulled import Pulled
 from packext._factored.tables import View, rows_in
@@ -35,6 +35,7 @@ __all__ = [
     "Pulled",
     "Sum",
     "Terms",
+    "Traced",
     "View",
     "accumulation_dtype",
     "added",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from packext import _scratch
 from packext._factored.base import (
+    Dense,
     Factored,
     Terms,
     accumulation_dtype,
@@ -177,6 +178,14 @@ class Masked(Factored):
             return torch.zeros(0, *self.shape, dtype=self.acc, device=self.device)
         rows = [self._vjp(i).to(self.acc) for i in range(lo, hi)]
         return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+class Traced(Masked):
+    """The same, the vjp being that of a graph that autograd frees behind the pass."""
+
+    def without_graph(self, tables: bool) -> Factored:
+        """The rows, for when the graph is gone."""
+        return Dense(self.rows(0, self.n))
 
 
 class Sum(Factored):

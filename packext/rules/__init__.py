@@ -8,7 +8,7 @@ and does not write in place.
 
 from __future__ import annotations
 
-from packext.rules import attention, convolution, elementwise, embedding, grouped, linear, norm, recurrent
+from packext.rules import attention, convolution, elementwise, embedding, grouped, linear, norm, opaque, recurrent
 from packext.rules._common import (
     FIRST_ONLY,
     HANDLERS,
@@ -19,11 +19,13 @@ from packext.rules._common import (
     writes_in_place,
 )
 from packext.rules.elementwise import ARGUMENT
+from packext.rules.opaque import OPAQUE, named
 
 __all__ = [
     "ARGUMENT",
     "FIRST_ONLY",
     "HANDLERS",
+    "OPAQUE",
     "Handler",
     "attention",
     "bind",
@@ -34,7 +36,9 @@ __all__ = [
     "grouped",
     "handles",
     "linear",
+    "named",
     "norm",
+    "opaque",
     "recurrent",
     "writes_in_place",
 ]

@@ -1,0 +1,122 @@
+"""What no handler sees: torch.autograd.Functions, torch.func transforms, and functions of torch that take functions.
+
+What comes out of them is told by its graph. If parameters met data in there, a tap is put on it that goes back through
+the graph (`rules.OPAQUE`), and stands for it in all that follows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch.autograd.graph import get_gradient_edge
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from packext import _compiler, rules
+from packext._errors import UnsupportedUseError
+from packext._record import tensors_in
+from packext._taps import TARGET, Observed, origins
+
+if TYPE_CHECKING:
+    from packext._lineage import Tracer
+    from packext._use import Source
+
+
+def made(tracer: Tracer, t: Tensor, data: bool = False) -> tuple[Source, ...] | None:
+    """What `t` was made of, which has a graph and no mark.
+
+    Args:
+        tracer: of the forward pass.
+        t: the tensor.
+        data: whether it is known to be made of data.
+
+    Returns:
+        The parameters that it is made of alone, or None.
+    """
+    leaves, tapped, given = _origins(tracer, t)
+    behind = [tracer.behind(leaf) for leaf in leaves]
+    known = tuple(dict.fromkeys(source for found in behind for source in found or ()))
+    # Of parameters that met data without a tap, it may be made as well.
+    refused = {source for _, sources, _ in tracer.record.refused for source in sources}
+    data = data or given or tapped or None in behind or bool(refused.intersection(known))
+    made_of = None if data else known
+    if torch.is_grad_enabled():  # and else it is an argument of the next such function, which runs
+        tracer.mark(t, made_of)
+        if known and made_of is None:
+            _tap(tracer, t, known, tracer.raw)
+    return made_of
+
+
+def _origins(tracer: Tracer, t: Tensor) -> tuple[list[Tensor], bool, bool]:
+    # What is checkpointed gets inputs that have a graph when it is computed again.
+    return origins(t, tracer.record, {x.grad_fn for x in tracer.inputs if x.grad_fn is not None})
+
+
+def called(tracer: Tracer, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+    """Call `torch.cond`, `scan`, `map`, flex attention or the like."""
+    if any(callable(arg) and not isinstance(arg, GraphModule) for arg in (*args, *kwargs.values())):
+        # torch compiles what it is given, which tells what functions close over: that alone gets a gradient. Where
+        # compiled code runs as it was written, it was not, and is now; what is found comes here again.
+        if func.name() == "flex_attention":
+            args = args[:7]  # two more are for what is found
+        with _compiler.as_usual(), tracer:
+            return torch.compile(lambda *a, **k: func(*a, **k), backend="eager", fullgraph=True)(*args, **kwargs)
+    behind = [(t, tracer.sources(t)) for t in tensors_in((args, kwargs))]
+    sources = tuple(dict.fromkeys(source for _, found in behind for source in found))
+    data = any(not found and tracer.is_data(t) for t, found in behind)
+    raw = any(tracer.is_raw(t) for t, _ in behind)
+    out = func(*args, **kwargs)
+    if data and sources:
+        return pytree.tree_map(lambda t: _tap(tracer, t, sources, raw), out)
+    if data or sources:
+        tracer.mark(out, None if data else sources)
+    return out
+
+
+def _tap(tracer: Tracer, t: Any, sources: tuple[Source, ...], raw: bool) -> Any:
+    """A tap on `t`, which was made of data and of `sources` where nobody saw how; `t` if there can be none.
+
+    Args:
+        tracer: of the forward pass.
+        t: what came out.
+        sources: the parameters.
+        raw: whether data without a gradient went in.
+
+    Returns:
+        What stands for `t` from now on.
+    """
+    if not isinstance(t, Tensor):
+        return t
+    tracer.mark(t, None)
+    if not t.requires_grad or t.grad_fn is None:
+        return t
+    node, tensors = t.grad_fn.name(), {source.name: source.tensor for source in sources}
+    func = rules.named(node)
+    if "CheckpointFunction" in node:
+        return t
+    try:
+        for why, so in (
+            # Of what has no gradient, no tap would see that samples meet.
+            ("before any layer", not _origins(tracer, t)[1]),
+            ("and it reads data that has no gradient", raw),
+            ("and it is checkpointed", tracer.checkpointed()),
+        ):
+            if so:
+                met = f"data meets {', '.join(tensors)} in it, into which packext does not see, {why}"
+                raise tracer.refuse(func, met, _INSTEAD)
+        use = tracer.use(rules.OPAQUE, func, tensors, {"edge": get_gradient_edge(t)})
+    except UnsupportedUseError as error:
+        tracer.record.refused.append((str(error), sources, len(tracer.record.uses)))
+        return t
+    (tapped,) = Observed.apply(use, 1, TARGET, t, *tensors.values())
+    tracer.put(t, tapped, use)
+    return tapped
+
+
+_INSTEAD = (
+    "Have torch's own functions multiply these parameters with data, leave them out (parameters=...), or run the pass "
+    "inside of `with px.disable():`."
+)

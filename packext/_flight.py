@@ -483,6 +483,12 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
                 "curvature. Call px.extend on the module that is sharded, or on one around it. Of a "
                 "loss made of derivatives by the inputs, FSDP2 has no gradient: take DistributedDataParallel."
             ) from error
+        if "selective activation checkpoint" in str(error):
+            raise UnsupportedUseError(
+                "A part of the extended model is under selective activation checkpointing, which keeps what it saves "
+                "for one pass alone, and a pass that looks at samples or carries curvature is another. Leave out "
+                "context_fn=... of torch.utils.checkpoint.checkpoint."
+            ) from error
         if "use_reentrant" not in str(error):
             raise
     raise UnsupportedUseError(

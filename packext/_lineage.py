@@ -38,7 +38,7 @@ from packext._use import Rule, Source, Use, autocasts
 #: value that it is an expanded view of.
 _MARK = "_packext_lineage"
 _UNMARKED = (0, None, None)
-#: In a mark: the tensor had no gradient then. If autograd knows it now, it is what a torch.autograd.Function returned.
+#: In a mark: autograd knew nothing of the tensor then, or something else. If it knows it now, a Function returned it.
 _FLAT = object()
 
 
@@ -233,7 +233,9 @@ class Tracer(TorchFunctionMode):
                 rooted |= t.requires_grad
                 # A number that data gave chooses among parameters, as a constant would: it meets no sample here.
                 data = data or not (func is Tensor.__getitem__ and t.dim() == 0 and t is not args[0])
-        if self._instead:
+        # How autograd makes an output of a Function that is its input, of which it then changes the history.
+        same = func is Tensor.view_as and args[0] is args[-1]
+        if self._instead and not same:
             args, kwargs = pytree.tree_map(self._stands_for, (args, kwargs))
         if not sources:
             out = func(*args, **kwargs)
@@ -243,7 +245,7 @@ class Tracer(TorchFunctionMode):
                     out = out if found is None else LossMark.mark(found[0], out, found[1], {}, record)
                 if func in CHOOSE and not record.routed:
                     record.routed = chosen(func, args, kwargs, record.batch_axis, self.is_data)
-                self.mark(out, None)
+                self.mark(out, None, _FLAT if same else None)
                 if mutates(func):
                     self._written(_changed(args, kwargs))
             return out
@@ -515,6 +517,7 @@ def _changed(args: Any, kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+_KINDS = ("shape", "requires_grad", "dtype", "device", "ndim", "is_leaf", "grad_fn")
 #: Functions that tell no more than what kind of tensor one is.
 _PASSIVE = frozenset(
     {
@@ -527,7 +530,7 @@ _PASSIVE = frozenset(
         Tensor.stride,
         Tensor.retain_grad,
     }
-    | {getattr(Tensor, name).__get__ for name in ("shape", "requires_grad", "dtype", "device", "ndim", "is_leaf")}
+    | {getattr(Tensor, name).__get__ for name in _KINDS}
 )
 
 _EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import packext as px
 from tests.cases import Lambda, Pool
@@ -706,6 +708,21 @@ def test_interrupt_in_the_forward_pass(context: bool) -> None:
     model[1].f = torch.tanh
     _works(model, x, y)
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_selective_checkpointing() -> None:
+    """It keeps what it saves for one pass."""
+
+    class Selective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = mlp(), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+            return self.head(checkpoint(self.inner, x, use_reentrant=False, context_fn=contexts))
+
+    refused(Selective(), torch.randn(N, 5), px.UnsupportedUseError, r"selective.*context_fn")
 
 
 @pytest.mark.parametrize("where", ["0.weight", "2.weight", "hidden"])

@@ -176,6 +176,27 @@ def test_every_quantity(name: str) -> None:
                 assert (key in results) == (p.grad is not None)
 
 
+@pytest.mark.parametrize("where", ["around", "behind"])
+def test_full_backward_hooks(where: str) -> None:
+    """They pass what they are put on through a Function, whose outputs are its inputs."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scale = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.rand(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Product.apply(x, self.weight, self.scale)
+
+    with double_precision():
+        model, seen = nn.Sequential(nn.Linear(D, D), Inner(), nn.Linear(D, 2)), []
+        report = testing.check(model, nn.CrossEntropyLoss(), x := torch.randn(N, D), y := torch.randint(2, (N,)))
+        assert report.ok, report
+        model[1 if where == "around" else 2].register_full_backward_hook(lambda *args: seen.append(args))
+        report = testing.check(model, nn.CrossEntropyLoss(), x, y)
+        assert report.ok and seen, report
+
+
 def test_what_comes_out_of_the_model() -> None:
     class Last(Between):
         def forward(self, x: Tensor) -> Tensor:

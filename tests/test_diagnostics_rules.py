@@ -297,6 +297,40 @@ def test_batch_too_large() -> None:
     assert "The batch has 512 samples" in first(train(n=512, steps=14, lr=0.03), "batch wastefully large").evidence
 
 
+def names(rule: Any, pages: list[dict[str, float]]) -> list[tuple[str, int]]:
+    """What a rule says of pages that nobody measured, and at which step."""
+    judge = Judge([rule])
+    return [(v.name, v.step) for step, page in enumerate(pages) for v in judge.hear(step, page)]
+
+
+@pytest.mark.parametrize(
+    "losses, said",
+    [
+        ([1.0] * 9 + [0.95, 0.93, 0.94, 0.91, 0.92, 0.90, 0.89, 0.88, 0.87, 0.86, *[0.7] * 10], False),
+        ([1.0, 0.99, 1.01] * 8, True),  # not lower than noise is
+        ([1.0, 1.3, *[1.0] * 7, 0.95, 0.93, 0.94, 0.91, 0.92, 0.90, 0.89, 0.88], True),  # it had risen
+    ],
+)
+def test_long_steps_of_which_the_loss_falls(losses: list[float], said: bool) -> None:
+    pages = [{"Loss": loss, "UpdateSize": 0.15, "ParamNorm": 1.0} for loss in losses]
+    found = names(rules.LearningRateTooHigh(), pages)
+    assert found[:1] == ([("learning rate too high", 12)] if said else [])
+
+
+@pytest.mark.parametrize("share, loss, at", [(0.55, 1.0, 31), (0.55, 0.8, 3), (0.8, 1.0, 2), (0.45, 0.8, None)])
+def test_units_that_are_shut_where_samples_look_alike(share: float, loss: float, at: int | None) -> None:
+    shut = {"IdleUnits/a": share, "IdleUnits/z": 0.0}
+    pages = [{"Loss": 1.0 if step == 0 else loss, **shut} for step in range(60)]
+    assert names(rules.DeadReLUs(), pages) == ([] if at is None else [("dead ReLUs", at)])
+
+
+@pytest.mark.parametrize("n, at", [(4, 43), (31, 43), (32, 153)])
+def test_a_plateau_at_the_start_is_no_small_batch(n: int, at: int) -> None:
+    noise = {"NoiseScale": 1e3, "NoiseScale.trace": 1.0, "NoiseScale.signal": 1e-3}
+    pages = [{"Loss": 1.0 + 0.01 * (step % 3), "BatchSize": float(n), **noise} for step in range(160)]
+    assert names(rules.BatchTooSmall(), pages) == [("batch too small", at)]
+
+
 def test_the_monitor_hears_all_rules_unless_told_otherwise() -> None:
     model = px.extend(net())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

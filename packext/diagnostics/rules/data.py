@@ -224,27 +224,30 @@ class BatchTooSmall(_Batch):
     The noise scale is more than 4 times the batch while the loss is above a fifth of where it began, and has not fallen
     for sure since then. Noise alone is no failure: a run whose loss falls learns through it, as many do early, before
     the samples agree on anything, and later it is normal, since the signal goes to zero where training ends, and the
-    noise stays. For sure is five standard errors by ranks, once in the run (`Fall`).
+    noise stays. For sure is five standard errors by ranks, once in the run (`Fall`). Of 32 samples or more it is said
+    after 150 looks and not after 40: a plateau at the start, which many networks leave by themselves, is likelier then.
     """
 
     failure = "batch too small"
     advice = "Use a batch of the order of the noise scale (or accumulate to it), or lower the learning rate."
     hold, release = 5, 10
     least, window = 40, 60
-    times, unlearned = 4.0, 0.2
+    times, unlearned, small, patience = 4.0, 0.2, 32, 150
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
         self._fall = Fall()
+        self._looks = 0
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         found = self.averages(step, values)
         self._fall.add(values.get("Loss", math.nan))
+        self._looks += 1
         if found is None or self._fall.sure:
             return None
         n, scale, left = found
-        if scale < self.times * n or left < self.unlearned:
+        if scale < self.times * n or left < self.unlearned or n >= self.small and self._looks < self.patience:
             return None
         return Finding(f"The batch has {n:.0f} samples, and noise is as large as the gradient for one of {scale:.3g}.")
 

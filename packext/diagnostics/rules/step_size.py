@@ -18,7 +18,9 @@ class LearningRateTooHigh(SinceStart):
     Long is a step of more than 2 % of the norm of the parameters, and very long one of 10 %; 0.1 % is usual, and the
     first steps at the highest rates that train seldom pass 5 %. Either alone is no evidence: long steps may train, and
     a loss may rise for reasons that no learning rate mends. A diverging run often ends on a plateau without gradients,
-    where nothing of it is seen any more: the longest step of the last ten counts.
+    where nothing of it is seen any more: the longest step of the last ten counts. Some optimizers' first steps are
+    their longest, as RMSprop's, which divides by averages that begin at zero. So a loss that was lower in the last
+    five looks than ever before, and 3 % lower than where it began, does fall, unless it had once risen by a fifth.
     """
 
     failure = "learning rate too high"
@@ -26,12 +28,14 @@ class LearningRateTooHigh(SinceStart):
     reads = ("Loss", "UpdateSize", "ParamNorm")
     hold, release = 1, 10
     long, above, stuck, patience, looks, broken = 0.02, 1.2, 0.85, 10, 3, 10.0
+    lower, since = 0.97, 5
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
         self._loss, self._length = Recent(5), Recent(10)
-        self._steps = self._row = 0
+        self._steps = self._row = self._new = 0
+        self._low, self._risen = float("inf"), False
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, update, norm = (values.get(name) for name in self.reads)
@@ -45,8 +49,12 @@ class LearningRateTooHigh(SinceStart):
             self._length.add(update / norm)
             length = max(length, update / norm)
         now = loss if burst else self._loss.median
+        if loss < self._low:
+            self._low, self._new = loss, self._steps
+        self._risen = self._risen or not loss <= self.above * self.first
         high = now > self.above * self.first
-        stays = self._steps > self.patience and now > self.stuck * self.first and length > 5 * self.long
+        falls = not self._risen and self._low < self.lower * self.first and self._steps - self._new < self.since
+        stays = self._steps > self.patience and now > self.stuck * self.first and length > 5 * self.long and not falls
         found = self._loss.full and length > self.long and (high or stays)
         self._row = self._row + 1 if found else 0
         if not burst and self._row < self.looks:

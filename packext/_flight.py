@@ -24,6 +24,7 @@ from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside, only_losses
 from packext._refusals import (
     after_distributed,
+    awaited,
     refuse_again,
     refuse_apart,
     refuse_curvature,
@@ -32,7 +33,7 @@ from packext._refusals import (
     will_accumulate,
 )
 from packext._union import everyone
-from packext._use import TARGET, Source, Use, autocasts
+from packext._use import AIM, TARGET, Source, Use, autocasts
 
 if TYPE_CHECKING:
     from packext._backpack import backpack
@@ -50,7 +51,9 @@ class Here:
         sweep: whose cotangent is on its way.
         silent: whether passes are nobody's business.
         aside: the last pass (autograd's number of it) that set a model aside.
-        cut: whether a pass is one through a piece of the graph, which ends where a tap is.
+        aimed: the last pass that was asked for its targets, and whether the taps' common input is one.
+        part: whether packext's own pass ends before the taps' common input.
+        cut: the model through a piece of whose graph a pass goes that ends at taps.
     """
 
     def __init__(self) -> None:
@@ -60,8 +63,10 @@ class Here:
         self.passes: dict[int, Pass] = {}
         self.probe: Probe | Check | Owners | None = None
         self.sweep: Sweep | None = None
-        self.silent = self.cut = False
+        self.silent = self.part = False
+        self.cut: Record | None = None
         self.aside = -2
+        self.aimed: tuple[int, bool] = (-2, False)
 
     @property
     def listening(self) -> bool:
@@ -129,7 +134,8 @@ class Sweep:
         for record in self.flight.records:
             unshard(record)
         try:
-            arrived = _send(edges, cotangents, targets)
+            with _kept(self.flight.records):
+                arrived = _send(edges, cotangents, targets)
         finally:
             state.sweep = before
         for source, _, forms in self.gathering.rest():
@@ -176,23 +182,25 @@ class Look(Sweep):
 def activations_only() -> bool:
     """Whether no parameter's gradient is wanted from the pass that runs."""
     state = here()
-    return state.sweep is not None if state.probe is None else state.probe.compare is None
+    own = state.sweep is not None if state.probe is None else state.probe.compare is None
+    return own and (state.part or _aimed(state))
 
 
 @contextmanager
-def cutting() -> Any:
-    """Passes in here end at taps."""
+def cutting(record: Record) -> Any:
+    """Passes in here end at taps of `record`."""
     state = here()
-    before, state.cut = state.cut, True
+    before, state.cut = state.cut, record
     try:
         yield
     finally:
         state.cut = before
 
 
-def cut() -> bool:
-    """Whether the pass ends here."""
-    return here().cut
+def cut(use: Use) -> bool:
+    """Whether the pass ends at this tap."""
+    record = here().cut
+    return record is not None and use.owner() is record
 
 
 def deaf() -> bool:
@@ -261,10 +269,34 @@ def arrive(
     return _arrive(use, saved, gs, sums or {})
 
 
+def _own(state: Here, use: Use) -> bool:
+    """Whether the pass is at `use` for its gradient, and none that a hook or a Function runs for its own purposes."""
+    if state.part or _aimed(state):
+        return True
+    if state.probe is not None or state.sweep is not None or _within(state):
+        return False
+    return any(will_accumulate(source.tensor) for group in use.sources.values() for source in group)
+
+
+def _within(state: Here) -> bool:
+    """Whether the pass is one that was started within another, and asks for some gradients alone."""
+    return bool(state.passes) and torch._C._current_graph_task_id() not in state.passes and not _aimed(state)
+
+
+def _aimed(state: Here) -> bool:
+    """Whether what all taps have in common is among the targets of the pass."""
+    task = torch._C._current_graph_task_id()
+    if state.aimed[0] != task:
+        state.aimed = task, awaited(AIM)
+    return state.aimed[1]
+
+
 def _arrive(
     use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     state = here()
+    if not _own(state, use):
+        return {}
     if state.probe is not None:
         state.probe.visit(use, saved, gs)
         return {}
@@ -280,7 +312,7 @@ def _arrive(
 def enter(record: Record) -> None:
     """A gate was reached: a backward pass enters an extended model."""
     state = here()
-    if state.probe is not None or _passes_by(record) or not state.listening:
+    if state.probe is not None or _passes_by(record) or not state.listening or _within(state):
         return
     if state.aside == torch._C._current_graph_task_id():
         raise PackextError(
@@ -350,7 +382,7 @@ def enter(record: Record) -> None:
 def compare(gate: Any, g: Tensor) -> None:
     """The gradient `g` at a gate is known: curvature of no more than a part of what it comes from is refused."""
     state = here()
-    if state.probe is not None or state.sweep is not None or not state.listening:
+    if state.probe is not None or state.sweep is not None or not state.listening or _within(state):
         return
     if gate.record.aside == torch._C._current_graph_task_id():
         return  # a derivative by inputs, of which the loss is yet to be made
@@ -467,11 +499,13 @@ def _send_probe(
     record: Record, run: Probe | Check | Owners, edges: Any, cotangents: Any, targets: Any
 ) -> Sequence[Tensor | None]:
     unshard(record)
-    with _probing(run):
+    with _probing(run), _kept([record]):
         return _send(edges, cotangents, targets)
 
 
 def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
+    state = here()
+    before, state.part = state.part, not any(target is TARGET for target in targets)
     try:
         return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
@@ -491,10 +525,12 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
             ) from error
         if "use_reentrant" not in str(error):
             raise
-    raise UnsupportedUseError(
-        "A part of the extended model is under reentrant activation checkpointing, through which torch allows no pass "
-        "that looks at its samples. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
-    )
+        raise UnsupportedUseError(
+            "A part of the extended model is under reentrant activation checkpointing, through which torch allows no "
+            "pass that looks at its samples. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+        ) from error
+    finally:
+        state.part = before
 
 
 def probe_inputs(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
@@ -509,6 +545,21 @@ def probe_taps(edge: Any, cotangent: Tensor, members: Tensor) -> bool:
     with _probing(run):
         _send(edge, cotangent, [TARGET])
     return run.agrees
+
+
+@contextmanager
+def _kept(records: Iterable[Record]) -> Any:
+    """In here `.grad` of parameters is not there: some Functions accumulate it by a backward() of their own."""
+    modules = [module for record in records for module in record.modules()]
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None and p.is_leaf]
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, g in zip(parameters, before, strict=True):
+            p.grad = g
 
 
 @contextmanager

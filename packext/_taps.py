@@ -87,7 +87,7 @@ class Owned(torch.autograd.Function):
         if _flight.idle(use):
             grads_of = rule.gradients(use, t, g, wanted)
             return (None, None, *[grads_of.get(name) for name in use.names])
-        if _flight.cut():
+        if _flight.cut(use):
             return (None, None, *[None] * len(saved))
         g = strayed(use, g)
         grads_of = {}
@@ -189,7 +189,7 @@ class Observed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         use: Use = ctx.use
-        if _flight.cut():
+        if _flight.cut(use):
             return (None, None, None, *[None] * (len(grads) + ctx.kept))
         if _flight.idle(use):
             return (None, None, None, *grads, *[None] * ctx.kept)
@@ -217,7 +217,7 @@ class Argument(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (g,) = grads
-        if g is None or _flight.cut():
+        if g is None or _flight.cut(ctx.use):
             return None, None, None, None, None
         saved = ctx.saved_tensors
         if _flight.aside(ctx.use):

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from packext._record import Record
 
 
-#: The scalar that every tap takes as an input.
+#: The scalar that every tap takes as an input, and where its gradient goes.
 TARGET = torch.zeros((), requires_grad=True)
+AIM = torch.autograd.graph.get_gradient_edge(TARGET).node
 
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
 _any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled

@@ -43,7 +43,7 @@ class Opaque(Rule):
         keep = torch.is_grad_enabled()
 
         def row(name: str, sample: int) -> Tensor:
-            with _flight.cutting():
+            with _flight.cutting(use.record):
                 found = torch.autograd.grad(
                     [use.consts["edge"]], [t[name]], [layout.only(g, sample)],
                     retain_graph=True, create_graph=keep, allow_unused=True,

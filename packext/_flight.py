@@ -203,6 +203,12 @@ def cut(use: Use) -> bool:
     return record is not None and use.owner() is record
 
 
+def compared() -> int | None:
+    """The sample of which the probe compares gradients now, if it does."""
+    probe = here().probe
+    return None if probe is None else probe.compare
+
+
 def deaf() -> bool:
     """Whether what arrives at taps is nobody's business."""
     state = here()

@@ -341,6 +341,43 @@ def test_samples_that_meet_in_them_are_refused(through: Callable) -> None:
             px.extend(nn.CrossEntropyLoss())(model(x), torch.randint(2, (N,))).backward()
 
 
+class Normalised(torch.autograd.Function):
+    """`h v`, whose gradient is scaled to one over the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(h, v)
+        return h * v
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:
+        (g,), (h, v) = gs, ctx.saved_tensors
+        g = g / g.norm()
+        return g * v, (g * h).sum(0)
+
+
+class Decayed(torch.autograd.Function):
+    """`h`, with a gradient of the parameter's own."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:
+        return gs[0], 0.1 * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("function", [Normalised, Decayed])
+def test_gradients_that_do_not_add_up_are_refused(function: Any) -> None:
+    model = px.extend(Between(lambda m, h: m.mid(function.apply(h, m.scale))))
+    with pytest.raises(px.UnsupportedUseError, match=rf"{function.__name__}.*scale.*not proportional"):
+        with px.backpack(px.BatchGrad()):
+            px.extend(nn.CrossEntropyLoss())(model(torch.randn(N, D)), torch.randint(2, (N,))).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_nested_tensors_are_refused() -> None:
     class Ragged(nn.Module):
         def __init__(self) -> None:

@@ -42,15 +42,28 @@ class Opaque(Rule):
         assert g is not None and layout is not None
         keep = torch.is_grad_enabled()
 
-        def row(name: str, sample: int) -> Tensor:
+        def row(name: str, sample: int, times: float = 1.0) -> Tensor:
             with _flight.cutting(use.record):
                 found = torch.autograd.grad(
-                    [use.consts["edge"]], [t[name]], [layout.only(g, sample)],
+                    [use.consts["edge"]], [t[name]], [times * layout.only(g, sample)],
                     retain_graph=True, create_graph=keep, allow_unused=True,
                 )[0]  # fmt: skip
             return torch.zeros_like(t[name]) if found is None else found
 
+        sample = _flight.compared()
+        if sample is not None and not all(_alike(-2 * row(k, sample), row(k, sample, -2.0)) for k in use.sources):
+            raise UnsupportedUseError(
+                f"{use.describe()}: what it gives back is not proportional to the gradient that arrives (it clips or "
+                "normalises that, or adds something of its own), so that gradients of single samples do not add up to "
+                "that of the batch. Leave these parameters out (parameters=...)."
+            )
         return {k: Traced(layout.n, t[k], lambda i, k=k: row(k, i)) for k in use.sources}
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether these are equal but for rounding; what is not finite tells nothing."""
+    allowed = torch.finfo(a.dtype).eps ** 0.5 * a.abs().nan_to_num(0.0, 0.0, 0.0).max() if a.numel() else 0.0
+    return not bool(((a - b).abs() > allowed).any())
 
 
 OPAQUE = Opaque()

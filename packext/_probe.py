@@ -21,9 +21,10 @@ from torch.autograd.graph import GradientEdge
 from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
 from packext._layout import Layout, Scattered, candidates, separating
 from packext._owners import whose_now
+from packext._refusals import awaited
 from packext._shards import group_of, is_distributed, part
 from packext._union import everyone
-from packext._use import TARGET, Source, Use
+from packext._use import AIM, TARGET, Source, Use
 
 if TYPE_CHECKING:
     from packext._record import Record, Slope
@@ -383,7 +384,7 @@ def _compared(run: Probe, record: Record) -> Iterator[None]:
     def arrived(source: Source, g: Tensor | None) -> Tensor | None:
         if g is None:  # a derivative of the model is linear in it
             return None
-        if run.busy or run.conflict is not None or g.layout != torch.strided:
+        if run.busy or run.conflict is not None or g.layout != torch.strided or not awaited(AIM):
             return None
         run.compared.add(id(source.tensor))
         _compare(run, record, source, g)

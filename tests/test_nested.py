@@ -128,6 +128,31 @@ def test_curvature(name: str, quantity: Any) -> None:
         assert report.ok, report
 
 
+def test_a_hook_that_asks_for_gradients_of_the_same_model() -> None:
+    with double_precision():
+        model, loss = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3)), px.extend(nn.CrossEntropyLoss())
+        x, y, seen = torch.randn(N, D), torch.randint(3, (N,)), []
+        plain, penalty = copy.deepcopy(model), px.extend(model)(torch.randn(7, D)).square().sum()
+        loss(plain(x), y).backward()
+
+        def look(g: Tensor) -> None:
+            seen.append(torch.autograd.grad(penalty, [*model.parameters()], retain_graph=True))
+
+        hidden = model[1](model[0](x))  # a pass of its own: parts of a model are models
+        hidden.register_hook(look)
+        loss(model[2](hidden), y).backward()
+        model.zero_grad()
+        model[1].register_forward_hook(lambda module, args, out: out.register_hook(look) and None)
+        with px.backpack(px.BatchGrad()) as results:
+            loss(model(x), y).backward()
+        for found in seen[1:]:
+            torch.testing.assert_close(found, seen[0])
+        assert len(seen) > 3
+        for (key, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+            torch.testing.assert_close(results[key].grad_batch.sum(0), q.grad)
+
+
 def test_curvature_is_refused_where_gradients_are_accumulated_within() -> None:
     model, loss = px.extend(Reversible(False)), px.extend(nn.CrossEntropyLoss())
     with pytest.raises(px.PackextError, match="DiagGGNExact"):

@@ -50,7 +50,8 @@ class _Eager:
     def begin(self) -> None:
         with self.lock:
             stance = torch.compiler.set_stance("force_eager")
-            self.first = self.first if self.count else stance
+            if not self.count:
+                self.first = stance
             self.count += 1
 
     def end(self) -> None:

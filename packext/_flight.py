@@ -7,7 +7,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,15 +129,11 @@ class Sweep:
 
     def send(self, edges: Any, cotangents: list[Tensor], targets: Any = (TARGET,)) -> Sequence[Tensor | None]:
         """Send `cotangents` from `edges` to all taps, or as far as `targets`; what arrives there."""
-        state = here()
-        before, state.sweep = state.sweep, self
-        for record in self.flight.records:
-            unshard(record)
-        try:
+        with _meanwhile(sweep=self):
+            for record in self.flight.records:
+                unshard(record)
             with _kept(self.flight.records):
                 arrived = _send(edges, cotangents, targets)
-        finally:
-            state.sweep = before
         for source, _, forms in self.gathering.rest():
             self.absorb(source, merge(forms))
         return arrived
@@ -187,14 +183,20 @@ def activations_only() -> bool:
 
 
 @contextmanager
-def cutting(record: Record) -> Any:
-    """Passes in here end at taps of `record`."""
+def _meanwhile(**changes: Any) -> Any:
+    """In here these attributes of what the thread is in the middle of are others."""
     state = here()
-    before, state.cut = state.cut, record
+    before = {name: getattr(state, name) for name in changes}
+    vars(state).update(changes)
     try:
         yield
     finally:
-        state.cut = before
+        vars(state).update(before)
+
+
+def cutting(record: Record) -> AbstractContextManager[Any]:
+    """Passes in here end at taps of `record`."""
+    return _meanwhile(cut=record)
 
 
 def cut(use: Use) -> bool:
@@ -481,15 +483,9 @@ def hearing() -> tuple[backpack, ...]:
     return here().hearing
 
 
-@contextmanager
-def silence() -> Any:
+def silence() -> AbstractContextManager[Any]:
     """Passes in here are nobody's business; taps are placed all the same, since what is checkpointed runs again."""
-    state = here()
-    before, state.silent = state.silent, True
-    try:
-        yield
-    finally:
-        state.silent = before
+    return _meanwhile(silent=True)
 
 
 def _current(record: Record | None) -> Pass:
@@ -505,15 +501,14 @@ def _send_probe(
     record: Record, run: Probe | Check | Owners, edges: Any, cotangents: Any, targets: Any
 ) -> Sequence[Tensor | None]:
     unshard(record)
-    with _probing(run), _kept([record]):
+    with _meanwhile(probe=run), _kept([record]):
         return _send(edges, cotangents, targets)
 
 
 def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
-    state = here()
-    before, state.part = state.part, not any(target is TARGET for target in targets)
     try:
-        return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
+        with _meanwhile(part=not any(target is TARGET for target in targets)):
+            return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if isinstance(error, PackextError):
             raise
@@ -535,20 +530,18 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
             "A part of the extended model is under reentrant activation checkpointing, through which torch allows no "
             "pass that looks at its samples. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
         ) from error
-    finally:
-        state.part = before
 
 
 def probe_inputs(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
     """Gradients at `targets` of a cotangent at `edge`, unseen by taps and contexts."""
-    with _probing(Probe(0, cotangent, None, False)):
+    with _meanwhile(probe=Probe(0, cotangent, None, False)):
         return _send(edge, cotangent, targets)
 
 
 def probe_taps(edge: Any, cotangent: Tensor, members: Tensor) -> bool:
     """Whether a cotangent of the samples in `members`, sent from `edge`, meets none but these at all taps."""
     run = Check(members)
-    with _probing(run):
+    with _meanwhile(probe=run):
         _send(edge, cotangent, [TARGET])
     return run.agrees
 
@@ -566,13 +559,3 @@ def _kept(records: Iterable[Record]) -> Any:
     finally:
         for p, g in zip(parameters, before, strict=True):
             p.grad = g
-
-
-@contextmanager
-def _probing(run: Probe | Check | Owners) -> Any:
-    state = here()
-    before, state.probe = state.probe, run
-    try:
-        yield
-    finally:
-        state.probe = before

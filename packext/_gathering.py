@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packext._errors import PackextError
-from packext._factored import Factored, Pulled, Traced
+from packext._factored import Factored
 from packext._layout import Tokens
 from packext._use import Source, Use, live_nodes
 
@@ -94,10 +94,7 @@ class Gathering:
             if self._awaited(source.tensor):
                 # By the time the others arrive, autograd has freed the way back from a value to its parameters.
                 if self.frees:
-                    held = self.held[key]
-                    self.held[key] = [
-                        f.without_graph(self.tables) if isinstance(f, (Pulled, Traced)) else f for f in held
-                    ]
+                    self.held[key] = [form.without_graph(self.tables) for form in self.held[key]]
                 continue
             self.emitted.add(key)
             complete.append((source, self.held.pop(key)))

@@ -146,7 +146,7 @@ class Tracer(TorchFunctionMode):
         """From now on, `tapped` stands for `t`, on which it is the tap of `use`, and behind another tap."""
         use.rooted = self.record.by_use or not self._grad_inputs
         self._placed(use, tapped.grad_fn, (tapped,))
-        self.mark_data(tapped)
+        self.mark(tapped, None)
         self._instead[id(t)] = t, tapped
 
     def _stands_for(self, value: Any) -> Any:
@@ -195,10 +195,6 @@ class Tracer(TorchFunctionMode):
         """Whether what runs is computed again in the backward pass."""
         return _checkpoints(_saved_tensor_hooks())
 
-    def mark_data(self, t: Tensor) -> None:
-        """A tensor that a handler computed from data itself."""
-        setattr(t, _MARK, (self.record.token, None, None))
-
     def mark(self, out: Any, payload: tuple[Source, ...] | None, base: Any = None) -> None:
         """What a function gave was made of these parameters alone; of data, if there are None."""
         for t in _shallow((out,)):
@@ -234,7 +230,7 @@ class Tracer(TorchFunctionMode):
                 # A number that data gave chooses among parameters, as a constant would: it meets no sample here.
                 data = data or not (func is Tensor.__getitem__ and t.dim() == 0 and t is not args[0])
         # How autograd makes an output of a Function that is its input, of which it then changes the history.
-        same = func is Tensor.view_as and args[0] is args[-1]
+        same = func is Tensor.view_as and len(args) == 2 and args[0] is args[1]
         if self._instead and not same:
             args, kwargs = pytree.tree_map(self._stands_for, (args, kwargs))
         if not sources:

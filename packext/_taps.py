@@ -189,10 +189,10 @@ class Observed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         use: Use = ctx.use
-        if _flight.cut(use):
-            return (None, None, None, *[None] * (len(grads) + ctx.kept))
         if _flight.idle(use):
             return (None, None, None, *grads, *[None] * ctx.kept)
+        if _flight.cut(use):
+            return (None, None, None, *[None] * (len(grads) + ctx.kept))
         if _flight.aside(use):
             inside(use)
             kept = dict(zip(use.names, ctx.saved_tensors, strict=True))
@@ -261,27 +261,3 @@ class Gate(torch.autograd.Function):
             _flight.enter(ctx.record)
             _flight.compare(ctx, grads[0])
         return None, grads[0]
-
-
-def origins(t: Tensor, record: Record, inputs: set[Any]) -> tuple[list[Tensor], bool, bool]:
-    """Where autograd has computed `t` from.
-
-    Returns:
-        The leaves that no tap of `record` is before; whether there is such a tap; and whether one of `inputs` is there.
-    """
-    leaves, seen, open_, tapped, data = [], set(), [t.grad_fn], False, False
-    while open_:
-        node = open_.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        use = getattr(node, "use", None)
-        if isinstance(use, Use) and use.owner() is record:
-            tapped = True
-        elif node in inputs:
-            data = True
-        else:
-            if (leaf := getattr(node, "variable", None)) is not None:
-                leaves.append(leaf)
-            open_.extend(child for child, _ in node.next_functions)
-    return leaves, tapped, data

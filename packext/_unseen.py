@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from packext import _compiler, rules
 from packext._errors import UnsupportedUseError
 from packext._record import tensors_in
-from packext._taps import TARGET, Observed, origins
+from packext._taps import TARGET, Observed
+from packext._use import Use
 
 if TYPE_CHECKING:
     from packext._lineage import Tracer
@@ -46,13 +47,35 @@ def made(tracer: Tracer, t: Tensor, data: bool = False) -> tuple[Source, ...] | 
     if torch.is_grad_enabled():  # and else it is an argument of the next such function, which runs
         tracer.mark(t, made_of)
         if known and made_of is None:
-            _tap(tracer, t, known, tracer.raw)
+            _tap(tracer, t, known, tapped, tracer.raw)
     return made_of
 
 
 def _origins(tracer: Tracer, t: Tensor) -> tuple[list[Tensor], bool, bool]:
+    """Where autograd has computed `t` from.
+
+    Returns:
+        The leaves that no tap of this forward pass is before; whether there is such a tap; and whether the model's
+        inputs are there.
+    """
     # What is checkpointed gets inputs that have a graph when it is computed again.
-    return origins(t, tracer.record, {x.grad_fn for x in tracer.inputs if x.grad_fn is not None})
+    inputs = {x.grad_fn for x in tracer.inputs if x.grad_fn is not None}
+    leaves, seen, open_, tapped, given = [], set(), [t.grad_fn], False, False
+    while open_:
+        node = open_.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        use = getattr(node, "use", None)
+        if isinstance(use, Use) and use.owner() is tracer.record:
+            tapped = True
+        elif node in inputs:
+            given = True
+        else:
+            if (leaf := getattr(node, "variable", None)) is not None:
+                leaves.append(leaf)
+            open_.extend(child for child, _ in node.next_functions)
+    return leaves, tapped, given
 
 
 def called(tracer: Tracer, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
@@ -70,26 +93,25 @@ def called(tracer: Tracer, func: HigherOrderOperator, args: Any, kwargs: Any) ->
     raw = any(tracer.is_raw(t) for t, _ in behind)
     out = func(*args, **kwargs)
     if data and sources:
-        return pytree.tree_map(lambda t: _tap(tracer, t, sources, raw), out)
+        return pytree.tree_map_only(Tensor, lambda t: _tap(tracer, t, sources, _origins(tracer, t)[1], raw), out)
     if data or sources:
         tracer.mark(out, None if data else sources)
     return out
 
 
-def _tap(tracer: Tracer, t: Any, sources: tuple[Source, ...], raw: bool) -> Any:
+def _tap(tracer: Tracer, t: Tensor, sources: tuple[Source, ...], tapped: bool, raw: bool) -> Tensor:
     """A tap on `t`, which was made of data and of `sources` where nobody saw how; `t` if there can be none.
 
     Args:
         tracer: of the forward pass.
         t: what came out.
         sources: the parameters.
+        tapped: whether another tap is before it.
         raw: whether data without a gradient went in.
 
     Returns:
         What stands for `t` from now on.
     """
-    if not isinstance(t, Tensor):
-        return t
     tracer.mark(t, None)
     if not t.requires_grad or t.grad_fn is None:
         return t
@@ -100,7 +122,7 @@ def _tap(tracer: Tracer, t: Any, sources: tuple[Source, ...], raw: bool) -> Any:
     try:
         for why, so in (
             # Of what has no gradient, no tap would see that samples meet.
-            ("before any layer", not _origins(tracer, t)[1]),
+            ("before any layer", not tapped),
             ("and it reads data that has no gradient", raw),
             ("and it is checkpointed", tracer.checkpointed()),
         ):
@@ -111,9 +133,9 @@ def _tap(tracer: Tracer, t: Any, sources: tuple[Source, ...], raw: bool) -> Any:
     except UnsupportedUseError as error:
         tracer.record.refused.append((str(error), sources, len(tracer.record.uses)))
         return t
-    (tapped,) = Observed.apply(use, 1, TARGET, t, *tensors.values())
-    tracer.put(t, tapped, use)
-    return tapped
+    (instead,) = Observed.apply(use, 1, TARGET, t, *tensors.values())
+    tracer.put(t, instead, use)
+    return instead
 
 
 _INSTEAD = (

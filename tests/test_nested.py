@@ -106,17 +106,14 @@ def test_individual_gradients(name: str) -> None:
         for passes in (1, 2):
             with px.backpack(px.BatchGrad(), px.ClippedGrad(0.3)) as results:
                 loss(model(x), y).backward()
-            for k, (p, (key, found)) in enumerate(zip(model.parameters(), _ordered(model, results), strict=True)):
+            for k, (key, p) in enumerate(model.named_parameters()):
+                found = results[key]
                 each = torch.stack([row[k] for row in rows])
                 clipped = ((0.3 / norms).clamp(max=1).view(-1, *[1] * p.dim()) * each).sum(0)
                 torch.testing.assert_close(found.grad_batch * N, each, msg=key)
                 torch.testing.assert_close(found.clipped_grad, clipped)
                 torch.testing.assert_close(p.grad, 1 + passes * each.mean(0))
                 assert p.grad is before[k]
-
-
-def _ordered(model: nn.Module, results: Any) -> list[tuple[str, Any]]:
-    return [(key, results[key]) for key, _ in model.named_parameters()]
 
 
 @pytest.mark.parametrize("name", ["a hook that solves", "gradients returned"])

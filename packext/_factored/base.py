@@ -101,6 +101,17 @@ class Factored:
         picked = [self.rows(i, i + 1) for i in index.tolist()]
         return torch.cat(picked) if picked else self.rows(0, 0)
 
+    def without_graph(self, tables: bool) -> Factored:
+        """The same once autograd has freed its graph.
+
+        Args:
+            tables: whether it is to be asked where rows of a table stand.
+
+        Returns:
+            A form that needs no graph.
+        """
+        return self
+
     def subset(self, index: Tensor) -> Factored:
         """The form of the samples in `index` alone."""
         return Dense(self.select(index))

@@ -184,7 +184,7 @@ class Traced(Masked):
     """The same, the vjp being that of a graph that autograd frees behind the pass."""
 
     def without_graph(self, tables: bool) -> Factored:
-        """The rows, for when the graph is gone."""
+        """The rows."""
         return Dense(self.rows(0, self.n))
 
 

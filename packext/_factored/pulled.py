@@ -46,14 +46,7 @@ class Pulled(Factored):
         return Pulled(inner, self.like, self.pull, self._rows_in, self.view, self.value)
 
     def without_graph(self, tables: bool) -> Factored:
-        """The same once autograd has freed what lies between u and the parameter.
-
-        Args:
-            tables: whether it is to be asked where rows of a table stand in u.
-
-        Returns:
-            A form that needs no graph: the rows themselves, where nothing else is known.
-        """
+        """The same once what lies between u and the parameter is freed: rows, where nothing else is known."""
         if self.view is not None:
             return self
         found = self._rows_in() if tables and self._entrywise else None

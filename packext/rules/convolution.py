@@ -229,7 +229,7 @@ def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[s
             # torch pads one more at the end; so do we, and the rest is symmetric.
             x = F.pad(x, [side for p in reversed(total) for side in (0, p % 2)])
             tensors = {**tensors, "input": x}
-            tracer.mark_data(x)
+            tracer.mark(x, None)
         padding = [p // 2 for p in total]
     elif padding == "valid":
         padding = 0

@@ -146,7 +146,7 @@ def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[s
         return tracer.observed(NORM, func, tensors, consts)
     bare = {k: v for k, v in tensors.items() if k not in ("weight", "bias")}
     y = tracer.observed(NORM, func, bare, consts)  # of data alone: no tap
-    tracer.mark_data(y)
+    tracer.mark(y, None)
     with tracer:
         if "weight" in tensors:
             y = y * _stretched(tensors["weight"], y, kind)
@@ -244,7 +244,7 @@ def bilinear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     first, second, w = tensors["input1"], tensors["input2"], tensors["weight"]
     if tracer.has_slope(first) or tracer.has_slope(second):
         products = (first[..., :, None] * second[..., None, :]).flatten(-2)
-        tracer.mark_data(products)
+        tracer.mark(products, None)
         with tracer:
             return F.linear(products, w.flatten(1), tensors.get("bias"))
     return tracer.observed(BILINEAR, func, tensors, {})

@@ -1,4 +1,4 @@
-"""What nobody sees into: a torch.autograd.Function, TorchScript, a torch.func transform, `torch.cond`.
+"""What nobody sees into: a torch.autograd.Function, a torch.func transform, `torch.cond`.
 
 Of these, autograd keeps a graph. From the value that comes out, it is gone back once per sample, with the gradient of
 that sample alone, as far as the parameters and the last tap before them.

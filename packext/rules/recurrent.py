@@ -286,7 +286,7 @@ def _fused(kind: str) -> Any:
                 x = out[0]
                 if layer + 1 < layers:
                     x = F.dropout(x, dropout, True)
-                tracer.mark_data(x)
+                tracer.mark(x, None)
             return (x, *(torch.cat(end) for end in ends))
         named = _weights(weights, bias, layers * directions)
         consts = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdRef
 
 from packext._distributed import refuse_static, refuse_tensors, sharding, unshard
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
@@ -91,14 +91,15 @@ def here() -> Here:
         return state
 
 
-#: Tensors (weak) that may have `retain_grad()`, by id: passes of packext's own come by them, too.
+#: Tensors (weak) that may have `retain_grad()`, by id: passes of packext's own come by them, too. Not `weakref.ref`:
+#: asked for a tensor that C++ alone holds, it leaves it half dead (seen with torch 2.9).
 _RETAINING: dict[int, Callable[[], Tensor | None]] = {}
 
 
 def may_retain(t: Tensor) -> None:
     """Have `undisturbed` look at `t`, for as long as it lives."""
     key = id(t)
-    _RETAINING[key] = weakref.ref(t, lambda _: _RETAINING.pop(key, None))
+    _RETAINING[key] = WeakIdRef(t, lambda _: _RETAINING.pop(key, None))
 
 
 @contextmanager

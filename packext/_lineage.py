@@ -23,6 +23,7 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[report
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import TensorWeakRef
 
 from packext import _flight, _unseen, rules
 from packext._choices import CHOOSE, chosen
@@ -178,7 +179,7 @@ class Tracer(TorchFunctionMode):
             self._inputs.add(id(t))
         if t.requires_grad:
             self._grad_inputs = True
-            hook = t.register_hook(functools.partial(slope, self._record_ref, weakref.ref(t)))
+            hook = t.register_hook(functools.partial(slope, self._record_ref, TensorWeakRef(t)))
             weakref.finalize(self.record, hook.remove)
 
     def has_slope(self, t: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
+from torch.utils.weak import TensorWeakRef
 
 from packext import _flight
 from packext._record import Inside, Record
@@ -96,7 +97,7 @@ def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
         kept = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
         return lambda: kept
     here = [isinstance(t, Tensor) for t in leaves]
-    refs = [weakref.ref(t) if isinstance(t, Tensor) else (lambda t=t: t) for t in leaves]
+    refs = [TensorWeakRef(t) if isinstance(t, Tensor) else (lambda t=t: t) for t in leaves]
 
     def again() -> list[Any] | None:
         found = [ref() for ref in refs]

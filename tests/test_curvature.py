@@ -532,8 +532,6 @@ def test_large_factors(axis: int, transposed: bool) -> None:
     found = layer.weight.kfac[::-1] if transposed else layer.weight.kfac
     flat = x.flatten(0, 1)
     torch.testing.assert_close(found, [g.T @ g, flat.T @ flat / (N * length)])
-    for factor in found:
-        assert factor.equal(factor.T)
 
 
 def test_factors_where_samples_differ_in_their_rows() -> None:

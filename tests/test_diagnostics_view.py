@@ -426,7 +426,8 @@ def test_without_the_extra(
 
 def test_ctrl_c_ends_it_quietly(tmp_path: Path) -> None:
     code = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from packext.diagnostics.view import server
 server.plotly_source = lambda: ""

@@ -67,7 +67,9 @@ IMPORT = """
 import sys
 import torch, einops, numpy
 before = set(sys.modules)
+import gc
 from time import process_time
+gc.disable()  # a collection of all that torch has made may fall anywhere
 start = process_time()
 import packext
 seconds = process_time() - start

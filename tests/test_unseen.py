@@ -141,7 +141,7 @@ CASES = {
     "vmap": lambda m, h: torch.vmap(lambda row: m.mid.weight @ row * m.scale)(h) + m.mid.bias,
     "jacrev": lambda m, h: torch.vmap(torch.func.jacrev(lambda row: torch.tanh(m.mid(row) * m.scale)))(h).sum(1),
     "vmap of what closes over data": lambda m, h: torch.vmap(
-        lambda i: (h[i] + m.scale) @ m.mid.weight)(torch.arange(len(h))) + m.mid.bias,
+        lambda i: (h.index_select(0, i[None])[0] + m.scale) @ m.mid.weight)(torch.arange(len(h))) + m.mid.bias,
     "vmap in chunks": lambda m, h: torch.vmap(lambda row: m.mid(row) * m.scale, chunk_size=3)(h),
     "hessian": lambda m, h: torch.vmap(torch.func.hessian(lambda row: (m.mid(row) * m.scale).pow(3).sum()))(h).sum(1),
     "jvp": lambda m, h: torch.func.jvp(lambda z: m.mid(z.sin() * m.scale), (h,), (h.cos(),))[1] + m.mid.bias,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 import packext as px
 from packext.optim import _lists as lists
@@ -169,7 +169,7 @@ class Optimizer(torch.optim.Optimizer):
             self._forget()
         if not self._passes:
             asked = [] if self._zeroed or not self.quantities() else wanted
-            self._older = {p: weakref.ref(p.grad) for p in asked if p.grad is not None}
+            self._older = {p: TensorWeakRef(p.grad) for p in asked if p.grad is not None}
             key = (self.param_groups[0]["seed"], self.steps, self.ranks.rank)
             self.generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
         self._open = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -372,8 +373,11 @@ class Count(px.BatchL2Grad):
         return ask.n
 
 
-def _drawn(n: int, samples: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(n, generator=generator)[:samples]
+@functools.lru_cache(2)
+def _drawn(n: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Some of n samples, the same for all parameters; and the state of the generator that has drawn them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n, generator=generator)[:samples], generator.get_state()
 
 
 class SlopeDot(px.GradDot):
@@ -390,8 +394,8 @@ class SlopeDot(px.GradDot):
         """The inner products for one parameter; None for one without a direction."""
         if self.direction is None or ask.parameter not in self.direction:
             return None
-        order = _drawn(ask.n, self.samples, torch.Generator().manual_seed(self.seed)).to(ask.parameter.device)
-        form = ask.statistics.form.subset(order)
+        order, _ = _drawn(ask.n, self.samples, self.seed)
+        form = ask.statistics.form.subset(order.to(ask.parameter.device))
         return form.dots(self.direction[ask.parameter].to(form.acc)) * ask.factor
 
 
@@ -417,7 +421,7 @@ class DrawnGrad(px.BatchL2Grad):
 
     def result(self, ask: Any) -> Drawn:
         """The entries for one parameter."""
-        generator = torch.Generator().manual_seed(self.seed)
-        order = _drawn(ask.n, self.samples, generator).to(ask.parameter.device)
-        values, positions = ask.statistics.form.drawn(order, self.entries, generator)
+        order, state = _drawn(ask.n, self.samples, self.seed)
+        generator = torch.Generator().set_state(state)
+        values, positions = ask.statistics.form.drawn(order.to(ask.parameter.device), self.entries, generator)
         return Drawn(values * ask.factor, positions)

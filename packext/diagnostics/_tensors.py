@@ -11,7 +11,7 @@ from torch import Tensor
 #: a tree, as on accelerators.
 BLOCK, TREE = 1 << 15, 1 << 30
 
-#: Entries of a difference that are in memory at once.
+#: Entries of a difference, or of a copy in another dtype, that are in memory at once.
 CHUNK = 1 << 16
 
 
@@ -19,7 +19,7 @@ def inner(one: Tensor, other: Tensor) -> float:
     """The inner product of two tensors of one shape and dtype."""
     size = BLOCK if one.device.type == "cpu" else TREE
     blocks = zip(one.reshape(-1).split(size), other.reshape(-1).split(size), strict=True)
-    return float(torch.stack([torch.dot(a, b) for a, b in blocks]).double().sum())
+    return sum(float(torch.dot(a, b)) for a, b in blocks)
 
 
 def total(t: Tensor) -> Tensor:

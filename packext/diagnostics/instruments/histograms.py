@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.diagnostics._instrument import Instrument, Processes
-from packext.diagnostics._step import Absent, Drawn, DrawnGrad, Step
+from packext.diagnostics._step import Absent, DrawnGrad, Step
 from packext.diagnostics._tensors import largest
 
 #: Entries of each parameter that are drawn for each sample; both histograms ask for the same.
@@ -47,11 +49,23 @@ def _bins(values: Tensor, bins: int, limit: float) -> Tensor:
     return values.add(limit).mul_(bins / (2 * limit)).long().clamp_(0, bins - 1)
 
 
-def _whole(step: Step, shares: dict[str, Tensor]) -> Tensor:
-    """Shares among the entries of all parameters, from those among the entries of each."""
-    sizes = torch.tensor([float(step.parameters[name].numel()) for name in shares], dtype=torch.double)
-    each = torch.stack(list(shares.values()))
-    return torch.tensordot((sizes / sizes.sum()).to(each.device), each, 1)
+def _together(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What was drawn from each parameter `[m, k]` side by side `[m, K]`; the k `[L]`; each column's parameter `[K]`."""
+    where = parts[0].device
+    sizes = torch.tensor([part.shape[1] for part in parts], device=where)
+    places = torch.arange(len(parts), device=where).repeat_interleave(sizes)
+    return torch.cat([part.to(where) for part in parts], 1), sizes, places
+
+
+def _counts(index: Tensor, *shape: int) -> Tensor:
+    """How often each place of a tensor of this shape is in `index`, in float64."""
+    return torch.bincount(index.flatten(), minlength=math.prod(shape)).view(shape).double()
+
+
+def _whole(step: Step, names: Iterable[str], shares: Tensor) -> Tensor:
+    """Shares among the entries of all parameters, from those among the entries of each `[L, ...]`."""
+    sizes = torch.tensor([float(step.parameters[name].numel()) for name in names], dtype=torch.double)
+    return torch.tensordot((sizes / sizes.sum()).to(shares.device), shares, 1)
 
 
 def _check(bins: int, limit: float | None, samples: int | None) -> None:
@@ -102,21 +116,17 @@ class GradHist1d(_Sampled):
             shares = {name: c / c.sum() for name, c in counts.items()}
             return {"": whole / whole.sum(), ".limit": self.limit, **shares}  # type: ignore[union-attr]
         rows, n = step.layers("drawn_grad"), step.n
-        limit = _range(self.limit, [r.values for r in rows.values()], "gradient")
-        each = {name: self._shares(r.values, limit) for name, r in rows.items()}
-        shares = _whole(step, each)  # [m, bins]
-        m = len(shares)
+        values, sizes, places = _together([r.values for r in rows.values()])
+        limit, m, bins = _range(self.limit, [values], "gradient"), len(values), self.bins
+        own = torch.arange(m, device=values.device)[:, None]
+        index = _bins(values, bins, limit).add_((places * m + own) * bins)
+        each = _counts(index, len(rows), m, bins) / sizes[:, None, None]
+        shares = _whole(step, rows, each)  # [m, bins]
         every = all(r.values.shape[1] == step.parameters[name].numel() for name, r in rows.items())
         left = max(0.0, 1 - m / n) if every else 1.0  # of the variance, where the samples are part of a finite batch
         error = Absent("one sample was drawn") if m < 2 else (shares.var(0) * left / m).sqrt()
-        layers = {name: c.mean(0) for name, c in each.items()}
-        return {"": shares.mean(0), ".standard_error": error, ".limit": limit, **layers}
-
-    def _shares(self, values: Tensor, limit: float) -> Tensor:
-        """Of the entries of each sample `[m, k]` in each bin, `[m, bins]`."""
-        m, k = values.shape
-        index = _bins(values, self.bins, limit).add_(torch.arange(m, device=values.device)[:, None] * self.bins)
-        return torch.bincount(index.flatten(), minlength=m * self.bins).view(m, self.bins).double() / k
+        layers = zip(rows, each.mean(1), strict=True)
+        return {"": shares.mean(0), ".standard_error": error, ".limit": limit, **dict(layers)}
 
 
 class GradHist2d(_Sampled):
@@ -166,17 +176,14 @@ class GradHist2d(_Sampled):
             counts = {name: h.counts.double() for name, h in step.layers("grad_histogram").items()}
         else:
             rows, start = step.layers("drawn_grad"), step.start
-            limit = _range(self.limit, [r.values for r in rows.values()], "gradient")
+            values, sizes, places = _together([r.values for r in rows.values()])
+            limit = _range(self.limit, [values], "gradient")
             param_limit = _range(self.param_limit, [start[name] for name in rows], "parameter")
             limits = {".limit": limit, ".param_limit": param_limit}
-            shares = {name: self._shares(r, start[name], limit, param_limit) for name, r in rows.items()}
-            return {"": _whole(step, shares), **limits, **shares}
+            there = _together([start[name].reshape(-1)[r.positions] for name, r in rows.items()])[0]
+            index = _bins(there, self.param_bins, param_limit).add_(places * self.param_bins).mul_(self.bins)
+            index.add_(_bins(values, self.bins, limit))
+            shares = _counts(index, len(rows), self.param_bins, self.bins) / (sizes * len(values))[:, None, None]
+            return {"": _whole(step, rows, shares), **limits, **dict(zip(rows, shares, strict=True))}
         whole = torch.stack(list(counts.values())).sum(0)
         return {"": whole / whole.sum(), **limits, **{name: c / c.sum() for name, c in counts.items()}}
-
-    def _shares(self, drawn: Drawn, parameter: Tensor, limit: float, param_limit: float) -> Tensor:
-        values, positions = drawn
-        rows = _bins(parameter.reshape(-1)[positions], self.param_bins, param_limit)
-        index = rows.mul_(self.bins).add_(_bins(values, self.bins, limit))
-        counted = torch.bincount(index.flatten(), minlength=self.param_bins * self.bins)
-        return counted.view(self.param_bins, self.bins).double() / index.numel()

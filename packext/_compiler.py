@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from packext._record import modules_of
+from packext._record import Record
 
 
 def _loaded() -> Any:
@@ -27,13 +27,13 @@ def original(module: nn.Module) -> nn.Module:
     return module
 
 
-def compiled(module: nn.Module) -> bool:
-    """Whether a part of `module` is compiled; functions that it calls are not known."""
+def compiled(record: Record) -> bool:
+    """Whether a part of the model is compiled; functions that it calls are not known."""
     dynamo = _loaded()
     if dynamo is None:
         return False
     kind = dynamo.OptimizedModule
-    return any(m._compiled_call_impl is not None or isinstance(m, kind) for m in modules_of(module))
+    return any([m._compiled_call_impl is not None or isinstance(m, kind) for m in record.modules()])
 
 
 class _Eager:

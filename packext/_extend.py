@@ -145,12 +145,13 @@ def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
     if tracer is None:
         if LOCAL.unseen is not None or not torch.is_grad_enabled() or is_loss(module) or _out_of_reach():
             return
-        restore = None if not _flight.here().contexts and _compiler.compiled(module) else _compiler.eager()
+        record = Record(module, extension)
+        restore = None if not _flight.here().contexts and _compiler.compiled(record) else _compiler.eager()
         LOCAL.call = module, sys._getframe(1)
         if restore is None:
             LOCAL.unseen = module  # taps would have its parts run uncompiled, for nobody
             return
-        tracer = Tracer(Record(module, extension))
+        tracer = Tracer(record)
         tracer.push(module, extension.path)
         tracer.begin(args, kwargs)
         LOCAL.tracer = tracer

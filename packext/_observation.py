@@ -103,8 +103,7 @@ def observe(
     run.after, run.ends = _connections(record, live)
     run.refused = [(why, list(dict.fromkeys(s.name for s in sources)), at) for why, sources, at in record.refused]
     for index, use in enumerate(record.uses):
-        # An attribute of the instance, found before the method of its class.
-        use.factors = partial(_factors, run, index, use)  # type: ignore[method-assign]
+        use.watch = partial(_note, run, index, use)
     if run.refused or not live:
         return run
     generator = torch.Generator().manual_seed(0)
@@ -117,14 +116,10 @@ def observe(
     return run
 
 
-def _factors(
-    run: Observation, index: int, use: Use, saved: Any, gs: Any, tokens: Any = None
-) -> list[tuple[Source, Factored]]:
-    forms = Use.factors(use, saved, gs, tokens)
+def _note(run: Observation, index: int, use: Use, forms: Sequence[tuple[Source, Factored]]) -> None:
     size = float(sum(math.prod(shape) for shape in use.outputs))
     for source, form in forms:
         run.seen[index, id(source.tensor)] = _describe(form, size)
-    return forms
 
 
 def _describe(form: Factored, size: float) -> Seen:

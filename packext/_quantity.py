@@ -15,7 +15,7 @@ from packext._statistics import Statistics, Visitor
 from packext._union import Here, Part
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Ask:
     """One parameter in one backward pass, as a quantity sees it.
 

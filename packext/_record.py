@@ -214,7 +214,8 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
         module = todo.pop()
         if id(module) not in found:
             found[id(module)] = module
-            todo += [child for child in reversed(module._modules.values()) if child is not None]
+            if parts := module._modules:
+                todo += [child for child in reversed(parts.values()) if child is not None]
     return list(found.values())
 
 

@@ -34,6 +34,8 @@ BROAD = 64
 class Statistics:
     """What is known of the rows of one parameter; computed on demand, each thing once."""
 
+    __slots__ = ("_asked", "form", "known", "route")
+
     def __init__(self, form: Factored) -> None:
         """Take the factored rows."""
         self.form = form

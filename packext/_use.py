@@ -34,7 +34,7 @@ def autocasts(device: str) -> bool:
     return _any_autocast() and _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Source:
     """A parameter as it entered the computation: the tensor, its name, and where it was used."""
 
@@ -42,7 +42,7 @@ class Source:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Use:
     """What is known of a use once its call has run. Holds no activations.
 
@@ -90,6 +90,8 @@ class Use:
     views: dict[tuple[str, int], View] = field(default_factory=dict)
     #: Where rows of a parameter stand in a value made of it, by the value's name and the parameter's id.
     rows: dict[tuple[str, int], tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    #: Called with what `factors` gives, where somebody looks on.
+    watch: Callable[[list[tuple[Source, Factored]]], None] | None = None
 
     @property
     def record(self) -> Record:
@@ -184,6 +186,8 @@ class Use:
                     result.append((source, form))
                 else:
                     result.append((source, self._pulled(form, name, value, source.tensor)))
+        if self.watch is not None:
+            self.watch(result)
         return result
 
     def _pulled(self, form: Factored, name: str, value: Tensor, parameter: Tensor) -> Pulled:

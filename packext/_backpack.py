@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from packext import _compiler, _flight
+from packext import _compiler, _listening
 from packext._curvature import account, measure, spread
 from packext._errors import NotExtendedError, PackextError
 from packext._extend import end_interrupted
@@ -191,15 +191,15 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self._restore.append(restore)
         self._before, self._count = {}, 0
         self._passes = self._inner = 0
-        _flight.opened(self)
+        _listening.opened(self)
         return self.results
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        _flight.closed(self)
+        _listening.closed(self)
         if kind is not None:
             end_interrupted()
         self._restore.pop()()
-        if around := _flight.here().contexts:
+        if around := _listening.here().contexts:
             around[-1]._inner += self._passes + self._inner
         if self.ranks is not None and kind is not Elsewhere:
             why = "" if kind is None else f"{kind.__name__}: {value}"

@@ -17,8 +17,9 @@ from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._factored import Factored, accumulation_dtype
-from packext._flight import Sweep, silence, undisturbed
+from packext._flight import Sweep, undisturbed
 from packext._layout import Layout, separating
+from packext._listening import silence
 from packext._pass import Pass
 from packext._taps import Argument, Observed, Owned
 from packext._use import TARGET, Source, Use

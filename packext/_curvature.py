@@ -20,9 +20,10 @@ from packext._chain import Chain, Positive, average, kept
 from packext._distributed import refuse_static, refuse_tensors, unshard
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Sweep, enter, probe_inputs, probe_taps, silence
+from packext._flight import Sweep, enter, probe_inputs, probe_taps
 from packext._layout import Layout, candidates, separating
 from packext._lineage import disable
+from packext._listening import silence
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
 from packext._refusals import unseen

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from packext import _compiler, _flight
+from packext import _compiler, _listening
 from packext._lineage import LOCAL, Tracer, taken_over
 from packext._record import Record
 from packext._scale import LossMark, is_loss
@@ -146,7 +146,7 @@ def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if LOCAL.unseen is not None or not torch.is_grad_enabled() or is_loss(module) or _out_of_reach():
             return
         record = Record(module, extension)
-        restore = None if not _flight.here().contexts and _compiler.compiled(record) else _compiler.eager()
+        restore = None if not _listening.here().contexts and _compiler.compiled(record) else _compiler.eager()
         LOCAL.call = module, sys._getframe(1)
         if restore is None:
             LOCAL.unseen = module  # taps would have its parts run uncompiled, for nobody

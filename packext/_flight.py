@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +16,13 @@ from packext._distributed import refuse_static, refuse_tensors, sharding, unshar
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
+from packext._listening import here, inner, meanwhile, own, within
 from packext._owners import Owners
 from packext._pass import Pass, wants_of
 from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside, only_losses
 from packext._refusals import (
     after_distributed,
-    awaited,
     refuse_again,
     refuse_apart,
     refuse_curvature,
@@ -33,62 +31,10 @@ from packext._refusals import (
     will_accumulate,
 )
 from packext._union import everyone
-from packext._use import AIM, TARGET, Source, Use, autocasts
+from packext._use import TARGET, Source, Use, autocasts
 
 if TYPE_CHECKING:
-    from packext._backpack import backpack
     from packext._record import Record
-
-
-class Here:
-    """What goes on in a thread of the user's: two that train at once do not hear each other.
-
-    Attributes:
-        contexts: that are open, the innermost last.
-        hearing: of those that ask for anything, the innermost that does not overhear, and that does: they hear a pass.
-        passes: backward passes that have not ended, by the id of autograd's graph task.
-        probe: whose cotangent is on its way.
-        sweep: whose cotangent is on its way.
-        silent: whether passes are nobody's business.
-        aside: the last pass (autograd's number of it) that set a model aside.
-        aimed: the last pass that was asked for its targets, and whether the taps' common input is one.
-        part: whether packext's own pass ends before the taps' common input.
-        cut: the model through a piece of whose graph a pass goes that ends at taps.
-    """
-
-    def __init__(self) -> None:
-        """Nothing goes on."""
-        self.contexts: list[backpack] = []
-        self.hearing: tuple[backpack, ...] = ()
-        self.passes: dict[int, Pass] = {}
-        self.probe: Probe | Check | Owners | None = None
-        self.sweep: Sweep | None = None
-        self.silent = self.part = False
-        self.cut: Record | None = None
-        self.aside = -2
-        self.aimed: tuple[int, bool] = (-2, False)
-
-    @property
-    def listening(self) -> bool:
-        """Whether a context hears what arrives now."""
-        return not self.silent and bool(self.hearing)
-
-
-_KEY = "packext"
-_get, _set = torch._C._get_obj_in_tls, torch._C._stash_obj_in_tls
-
-
-def here() -> Here:
-    """Of the thread that called `backward()`: autograd hands it on to its own threads, on which passes of CUDA run."""
-    try:
-        return _get(_KEY)
-    except RuntimeError:
-        state = Here()
-        references = sys.getrefcount(state)
-        _set(_KEY, state)
-        if sys.getrefcount(state) == references:  # torch 2.9 gives back a reference that it has never taken
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(state))
-        return state
 
 
 #: Tensors (weak) that may have `retain_grad()`, by id: passes of packext's own come by them, too. Not `weakref.ref`:
@@ -130,7 +76,7 @@ class Sweep:
 
     def send(self, edges: Any, cotangents: list[Tensor], targets: Any = (TARGET,)) -> Sequence[Tensor | None]:
         """Send `cotangents` from `edges` to all taps, or as far as `targets`; what arrives there."""
-        with _meanwhile(sweep=self):
+        with meanwhile(sweep=self):
             for record in self.flight.records:
                 unshard(record)
             with _kept(self.flight.records):
@@ -176,71 +122,6 @@ class Look(Sweep):
             self.found[node] = gs
 
 
-def activations_only() -> bool:
-    """Whether no parameter's gradient is wanted from the pass that runs."""
-    state = here()
-    own = state.sweep is not None if state.probe is None else state.probe.compare is None
-    return own and (state.part or _aimed(state))
-
-
-@contextmanager
-def _meanwhile(**changes: Any) -> Any:
-    """In here these attributes of what the thread is in the middle of are others."""
-    state = here()
-    before = {name: getattr(state, name) for name in changes}
-    vars(state).update(changes)
-    try:
-        yield
-    finally:
-        vars(state).update(before)
-
-
-def cutting(record: Record) -> AbstractContextManager[Any]:
-    """Passes in here end at taps of `record`."""
-    return _meanwhile(cut=record)
-
-
-def cut(use: Use) -> bool:
-    """Whether the pass ends at this tap."""
-    record = here().cut
-    return record is not None and use.owner() is record
-
-
-def compared() -> int | None:
-    """The sample of which the probe compares gradients now, if it does."""
-    probe = here().probe
-    return None if probe is None else probe.compare
-
-
-def deaf() -> bool:
-    """Whether what arrives at taps is nobody's business."""
-    state = here()
-    return state.probe is None and state.sweep is None and not state.listening
-
-
-def idle(use: Use) -> bool:
-    """Whether a plain pass is at `use`: nobody listens, none of packext's own runs, and no graph of it is made."""
-    state = here()
-    if state.probe is not None or state.sweep is not None or state.listening or torch.is_grad_enabled():
-        return False
-    record = use.owner()
-    return record is None or not record.running
-
-
-def inner() -> bool:
-    """Whether the pass is one of packext's own."""
-    state = here()
-    return state.silent or state.probe is not None or state.sweep is not None
-
-
-def aside(use: Use) -> bool:
-    """Whether a pass is at `use` that computes derivatives by inputs, which the loss is yet to be made of."""
-    record = use.owner()
-    if record is None or inner():
-        return False
-    return record.running or record.aside == torch._C._current_graph_task_id()
-
-
 def _passes_by(record: Record) -> bool:
     """Whether the pass makes a graph of derivatives by inputs alone: it is no backward pass, but a part of the loss."""
     if inner() or not torch.is_grad_enabled():
@@ -249,22 +130,6 @@ def _passes_by(record: Record) -> bool:
         return False
     record.aside = here().aside = torch._C._current_graph_task_id()
     return True
-
-
-def exact() -> bool:
-    """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
-    state = here()
-    return state.probe is None and state.sweep is None and state.listening and state.hearing[0].exact_grad
-
-
-def unwanted(use: Use, name: str) -> bool:
-    """Whether nobody reads the gradient of a tensor made of parameters, which a tap would compute for `.grad` alone."""
-    if activations_only():
-        return True
-    state = here()
-    if state.probe is not None or state.sweep is not None or not state.listening or any(c.grad for c in state.hearing):
-        return False
-    return all(state.hearing[0]._wants(source.tensor) for source in use.sources.get(name, ()))
 
 
 def arrive(
@@ -278,33 +143,11 @@ def arrive(
     return _arrive(use, saved, gs, sums or {})
 
 
-def _own(state: Here, use: Use) -> bool:
-    """Whether the pass is at `use` for its gradient, and none that a hook or a Function runs for its own purposes."""
-    if state.part or _aimed(state):
-        return True
-    if state.probe is not None or state.sweep is not None or _within(state):
-        return False
-    return any(will_accumulate(source.tensor) for group in use.sources.values() for source in group)
-
-
-def _within(state: Here) -> bool:
-    """Whether the pass is one that was started within another, and asks for some gradients alone."""
-    return bool(state.passes) and torch._C._current_graph_task_id() not in state.passes and not _aimed(state)
-
-
-def _aimed(state: Here) -> bool:
-    """Whether what all taps have in common is among the targets of the pass."""
-    task = torch._C._current_graph_task_id()
-    if state.aimed[0] != task:
-        state.aimed = task, awaited(AIM)
-    return state.aimed[1]
-
-
 def _arrive(
     use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     state = here()
-    if not _own(state, use):
+    if not own(state, use):
         return {}
     if state.probe is not None:
         state.probe.visit(use, saved, gs)
@@ -321,7 +164,7 @@ def _arrive(
 def enter(record: Record) -> None:
     """A gate was reached: a backward pass enters an extended model."""
     state = here()
-    if state.probe is not None or _passes_by(record) or not state.listening or _within(state):
+    if state.probe is not None or _passes_by(record) or not state.listening or within(state):
         return
     if state.aside == torch._C._current_graph_task_id():
         raise PackextError(
@@ -391,7 +234,7 @@ def enter(record: Record) -> None:
 def compare(gate: Any, g: Tensor) -> None:
     """The gradient `g` at a gate is known: curvature of no more than a part of what it comes from is refused."""
     state = here()
-    if state.probe is not None or state.sweep is not None or not state.listening or _within(state):
+    if state.probe is not None or state.sweep is not None or not state.listening or within(state):
         return
     if gate.record.aside == torch._C._current_graph_task_id():
         return  # a derivative by inputs, of which the loss is yet to be made
@@ -460,35 +303,6 @@ def refuse_coupled(why: str, g: Tensor) -> None:
         raise CoupledSamplesError(why)
 
 
-def opened(context: backpack) -> None:
-    """A context is entered."""
-    here().contexts.append(context)
-    _choose()
-
-
-def closed(context: backpack) -> None:
-    """A context is left."""
-    here().contexts.remove(context)
-    _choose()
-
-
-def _choose() -> None:
-    state = here()
-    innermost = [next((c for c in reversed(state.contexts) if c.overhear == over), None) for over in (False, True)]
-    heard = tuple(c for c in innermost if c is not None and c.extensions)
-    state.hearing = heard[:1] if heard and heard[0].per == "token" else heard  # whose rows are no samples'
-
-
-def hearing() -> tuple[backpack, ...]:
-    """The contexts that hear a pass which runs now."""
-    return here().hearing
-
-
-def silence() -> AbstractContextManager[Any]:
-    """Passes in here are nobody's business; taps are placed all the same, since what is checkpointed runs again."""
-    return _meanwhile(silent=True)
-
-
 def _current(record: Record | None) -> Pass:
     task, state = torch._C._current_graph_task_id(), here()
     for key in (task, record.born if record is not None else task):
@@ -502,13 +316,13 @@ def _send_probe(
     record: Record, run: Probe | Check | Owners, edges: Any, cotangents: Any, targets: Any
 ) -> Sequence[Tensor | None]:
     unshard(record)
-    with _meanwhile(probe=run), _kept([record]):
+    with meanwhile(probe=run), _kept([record]):
         return _send(edges, cotangents, targets)
 
 
 def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
     try:
-        with _meanwhile(part=not any(target is TARGET for target in targets)):
+        with meanwhile(part=not any(target is TARGET for target in targets)):
             return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if isinstance(error, PackextError):
@@ -535,14 +349,14 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
 
 def probe_inputs(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
     """Gradients at `targets` of a cotangent at `edge`, unseen by taps and contexts."""
-    with _meanwhile(probe=Probe(0, cotangent, None, False)):
+    with meanwhile(probe=Probe(0, cotangent, None, False)):
         return _send(edge, cotangent, targets)
 
 
 def probe_taps(edge: Any, cotangent: Tensor, members: Tensor) -> bool:
     """Whether a cotangent of the samples in `members`, sent from `edge`, meets none but these at all taps."""
     run = Check(members)
-    with _meanwhile(probe=run):
+    with meanwhile(probe=run):
         _send(edge, cotangent, [TARGET])
     return run.agrees
 

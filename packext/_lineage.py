@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
-from packext import _flight, _unseen, rules
+from packext import _flight, _listening, _unseen, rules
 from packext._choices import CHOOSE, chosen
 from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
@@ -571,7 +571,7 @@ def disable() -> Iterator[None]:
     """Context in which extended models run untapped, and contexts are deaf."""
     before, LOCAL.disabled = LOCAL.disabled, True
     try:
-        with _flight.silence():  # passes on autograd's own threads, too
+        with _listening.silence():  # passes on autograd's own threads, too
             yield
     finally:
         LOCAL.disabled = before

@@ -24,9 +24,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, UnsupportedUseError
-from packext._flight import Look, silence
+from packext._flight import Look
 from packext._graph import inputs_first
 from packext._layout import Layout, digits
+from packext._listening import silence
 from packext._pass import Pass
 from packext._taps import Gate, OwnedRule
 from packext._use import Source, Use

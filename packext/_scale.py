@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
-from packext import _flight
+from packext import _flight, _listening
 from packext._record import Inside, Record
 
 
@@ -91,7 +91,7 @@ class Seen:
 
 def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
     """A function that gives `leaves` again, detached; large ones only as long as somebody else keeps them."""
-    asked = any(context.curvature for context in _flight.hearing())
+    asked = any(context.curvature for context in _listening.hearing())
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     if asked or sum(t.numel() for t in tensors) <= SMALL:
         kept = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from packext import _flight
+from packext import _flight, _listening
 from packext._errors import PackextError
 from packext._record import Slope
 from packext._refusals import Again, awaited, will_accumulate
@@ -84,22 +84,22 @@ class Owned(torch.autograd.Function):
         rule = use.rule
         assert isinstance(rule, OwnedRule)
         wanted = [name for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True) if needed]
-        if _flight.idle(use):
+        if _listening.idle(use):
             grads_of = rule.gradients(use, t, g, wanted)
             return (None, None, *[grads_of.get(name) for name in use.names])
-        if _flight.cut(use):
+        if _listening.cut(use):
             return (None, None, *[None] * len(saved))
         g = strayed(use, g)
         grads_of = {}
-        if _flight.aside(use):
+        if _listening.aside(use):
             nodes = [node for node, _ in ctx.next_functions[1:]]
             wanted = [k for k, node in zip(use.names, nodes, strict=True) if node is not None and awaited(node)]
             inside(use)
             if torch.is_grad_enabled() and "input" in wanted:
                 grads_of["input"] = further(use, t, g)
-        elif not _flight.deaf():
-            wanted = [name for name in wanted if name == "input" or not _flight.unwanted(use, name)]
-            if wanted and _flight.exact():  # torch's own, of which quantities of the sum of rows can be made
+        elif not _listening.deaf():
+            wanted = [name for name in wanted if name == "input" or not _listening.unwanted(use, name)]
+            if wanted and _listening.exact():  # torch's own, of which quantities of the sum of rows can be made
                 grads_of, wanted = rule.gradients(use, t, g, wanted), []
             delivered = _flight.arrive(use, saved, grads, grads_of)
             grads_of, wanted = {**delivered, **grads_of}, [name for name in wanted if name not in delivered]
@@ -141,7 +141,7 @@ def further(use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
 def strayed(use: Use, g: Tensor) -> Tensor:
     """`g`, marked if it has a graph and came from within the model: of what is made of it, no sample is known."""
     record = use.owner()
-    if record is None or not torch.is_grad_enabled() or record.running or _flight.inner():
+    if record is None or not torch.is_grad_enabled() or record.running or _listening.inner():
         return g
     return g if record.entered == torch._C._current_graph_task_id() else Again.on(g, record)
 
@@ -159,7 +159,7 @@ def inside(use: Use) -> None:
     if any(will_accumulate(source.tensor) for group in use.sources.values() for source in group):
         if graph:
             unfollowed(use, f"the gradient of parameters of {use.describe()} is computed inside of forward")
-        elif not _flight.deaf():
+        elif not _listening.deaf():
             raise PackextError(use.bypassed())
 
 
@@ -189,16 +189,16 @@ class Observed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         use: Use = ctx.use
-        if _flight.idle(use):
+        if _listening.idle(use):
             return (None, None, None, *grads, *[None] * ctx.kept)
-        if _flight.cut(use):
+        if _listening.cut(use):
             return (None, None, None, *[None] * (len(grads) + ctx.kept))
-        if _flight.aside(use):
+        if _listening.aside(use):
             inside(use)
             kept = dict(zip(use.names, ctx.saved_tensors, strict=True))
             if torch.is_grad_enabled() and any(t.requires_grad for k, t in kept.items() if k not in use.sources):
                 unfollowed(use, f"{use.describe()} is differentiated twice, and packext does not follow its derivative")
-        elif not _flight.deaf() and any(g is not None for g in grads):
+        elif not _listening.deaf() and any(g is not None for g in grads):
             _flight.arrive(use, ctx.saved_tensors, grads)
         grads = tuple(None if g is None else strayed(use, g) for g in grads)
         return (None, None, None, *grads, *[None] * ctx.kept)
@@ -217,12 +217,12 @@ class Argument(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (g,) = grads
-        if g is None or _flight.cut(ctx.use):
+        if g is None or _listening.cut(ctx.use):
             return None, None, None, None, None
         saved = ctx.saved_tensors
-        if _flight.aside(ctx.use):
+        if _listening.aside(ctx.use):
             inside(ctx.use)
-        elif not _flight.deaf():
+        elif not _listening.deaf():
             _flight.arrive(ctx.use, saved, grads)
         return None, None, g.sum_to_size(saved[0].shape).to(saved[0].dtype), None, None
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import packext as px
-from packext import _flight, testing
+from packext import _listening, testing
 from packext._use import Use
 from tests.helpers import assert_exact, batch, double_precision, fields, mlp, rows_of
 
@@ -28,7 +28,7 @@ N = 4
 def _double() -> Iterator[None]:
     with double_precision():
         yield
-    assert not _flight.here().contexts and not _flight.here().passes, "a context or pass was left behind"
+    assert not _listening.here().contexts and not _listening.here().passes, "a context or pass was left behind"
 
 
 def rows_and_batch(model: nn.Module, n: int = N) -> tuple[testing.Rows, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
-from packext import _flight, optim
+from packext import _flight, _listening, optim
 from packext._pass import Pass
 from packext._statistics import Statistics
 from packext.diagnostics import Alpha, Cockpit, GradHist1d, GradNorm, GradSNR, HessTrace, NormTest, TICDiag, UpdateSize
@@ -305,7 +305,7 @@ def test_an_error_leaves_everything_as_it_was(where: str) -> None:
                 output.register_hook(boom)
             LOSS(output, y).backward()
         boom()
-    here = _flight.here()
+    here = _listening.here()
     assert not here.contexts and not here.hearing and not here.passes and not monitor.values
     assert len(seen) == (where == "after")
     assert [dict(m.__dict__) for m in model.modules()] == before[0]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import packext as px
-from packext import _flight, _probe, _scratch, testing
+from packext import _listening, _probe, _scratch, testing
 from packext._factored import Factored, Masked, Patches, Pulled, Sum, gram
 from packext._factored.windows import Window
 from packext._use import Rule
@@ -156,7 +156,7 @@ def test_a_broken_rule_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         for quantity in (px.BatchGrad(), px.BatchL2Grad(), px.SumGradSquared(), px.Variance()):
             with pytest.raises(AssertionError, match="WRONG"):
                 this.check([quantity])
-    assert not _flight.here().contexts
+    assert not _listening.here().contexts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -37,6 +37,7 @@ FLOORS = [
         "_results",
         "_compiler",
         "_pass",
+        "_listening",
         "_flight",
     },
     {"rules"},

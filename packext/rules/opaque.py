@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packext import _flight
+from packext import _listening
 from packext._errors import UnsupportedUseError
 from packext._factored import Factored, Traced
 from packext._layout import Layout
@@ -43,14 +43,14 @@ class Opaque(Rule):
         keep = torch.is_grad_enabled()
 
         def row(name: str, sample: int, times: float = 1.0) -> Tensor:
-            with _flight.cutting(use.record):
+            with _listening.cutting(use.record):
                 found = torch.autograd.grad(
                     [use.consts["edge"]], [t[name]], [times * layout.only(g, sample)],
                     retain_graph=True, create_graph=keep, allow_unused=True,
                 )[0]  # fmt: skip
             return torch.zeros_like(t[name]) if found is None else found
 
-        sample = _flight.compared()
+        sample = _listening.compared()
         if sample is not None and not all(_alike(-2 * row(k, sample), row(k, sample, -2.0)) for k in use.sources):
             raise UnsupportedUseError(
                 f"{use.describe()}: what it gives back is not proportional to the gradient that arrives (it clips or "

@@ -201,22 +201,30 @@ def cg(
 
 
 def _orthonormal(w: Tensor, basis: Tensor, floor: float, out: Tensor) -> float:
+    """As `_split`, the norm alone."""
+    return _split(w, basis, floor, out)[1]
+
+
+def _split(w: Tensor, basis: Tensor, floor: float, out: Tensor) -> tuple[Tensor, float]:
     """Write to `out` (which may be `w`) what of `w` is orthogonal to the rows of `basis`, as a unit vector.
 
     Returns:
-        Its norm before; 0 if that is at most `floor`, and `out` then holds nothing of use. All is written in place:
-        on the CPU, fresh pages of vectors as long as all parameters cost more than the arithmetic.
+        The coefficients of the rest in the basis, in float64; the norm before, or 0 if that is at most `floor`, and
+        `out` then holds nothing of use. All is written in place: on the CPU, fresh pages of vectors as long as all
+        parameters cost more than the arithmetic.
     """
-    torch.addmv(w, basis.mT, basis @ w, alpha=-1, out=out)
-    norm = float(out.norm())
+    along = basis @ w
+    torch.addmv(w, basis.mT, along, alpha=-1, out=out)
+    norm, found = float(out.norm()), _double(along)
     if norm > floor:
         out /= norm
-        out.addmv_(basis.mT, basis @ out, alpha=-1)
+        along = basis @ out
+        out.addmv_(basis.mT, along, alpha=-1)
         again = float(out.norm())
         if again > 0.5:  # else it was rounding
             out /= again
-            return norm * again
-    return 0.0
+            return found + norm * _double(along), norm * again
+    return found, 0.0
 
 
 class Lanczos(NamedTuple):
@@ -289,7 +297,7 @@ def eigsh(
         like: vectors have the structure of this one.
         k: how many.
         which: "LA" the largest, "SA" the smallest (the most negative), "LM" those of the largest magnitude.
-        ncv: vectors of the basis, of which two copies are held; `max(2 k + 1, 20)` by default.
+        ncv: vectors of the basis, all of which are held; `max(2 k + 1, 20)` by default.
         maxiter: cycles, each of up to `ncv` products with A.
         tol: converged are residuals `|A v - value v|` of at most `tol` times the largest norm of an `A v` seen.
         generator: of the first vector.
@@ -297,7 +305,8 @@ def eigsh(
             k = 1, the products end as soon as they suffice, but not before the third.
 
     Returns:
-        Values `[k]` from the wanted end inwards, vectors `[k, *p]` in the structure of `like`, and residuals `[k]`.
+        Values `[k]` from the wanted end inwards, vectors `[k, *p]` in the structure of `like`, and residuals `[k]`,
+        none below what rounding leaves: `ncv` eps of the largest norm of an `A v`.
 
     Raises:
         PackextError: if A is not symmetric, or not the same at each call, or gives NaN.
@@ -310,42 +319,82 @@ def eigsh(
     m = min(space.size, max(2 * k + 1, 20) if ncv is None else ncv)
     _check(k < m or m == space.size, f"eigsh: ncv must be larger than k = {k}, got {ncv}.")
     apply, generator, eps = space.operator(matvec), _own(generator), torch.finfo(space.dtype).eps
-    basis = torch.empty(m, space.size, dtype=space.dtype, device=space.device)
-    images = torch.empty_like(basis)
-    filled, used, looking, scale = 0, 0, False, 0.0
+    # With the rows of `basis` as columns of V, A V = V h + looseᵀ mass, which is what images have outside of the basis:
+    # as a rule one direction, in the row behind, that comes next; where a random vector does, there are more.
+    basis = torch.empty(m + 1, space.size, dtype=space.dtype, device=space.device)
+    loose, mass = basis[:0], torch.zeros(0, m, dtype=torch.double)
+    h, filled, used, looking, scale, worst = torch.zeros(m, m, dtype=torch.double), 0, 0, False, 0.0, 0
     new = None if start is None else space.given(start, "start")
     for cycle in range(maxiter):
         for j in range(filled, m):
-            found = new is not None and _orthonormal(new, basis[:j], 10 * eps * scale, basis[j])
-            while not found:  # at first, looking for copies, or where the basis spans an invariant subspace
-                found = _orthonormal(space.random(generator), basis[:j], 0.0, basis[j])
-            new = apply(basis[j], images[j])
-            scale, used = max(scale, float(new.norm())), j + 1
+            if bool((weak := mass.norm(dim=1) <= 10 * eps * scale).any()):  # rounding
+                loose, mass = loose[~weak.to(loose.device)], mass[~weak]
+            if len(loose) and not (looking and j == filled):
+                if j == filled and len(loose) > 1:
+                    loose, mass = _turned(loose, mass, worst)
+                basis[j], h[j] = loose[-1], mass[-1]
+                loose, mass = loose[:-1], mass[:-1]
+            else:
+                found = new is not None and _orthonormal(new, basis[:j], 0.0, basis[j])
+                while not found:  # at first, looking for copies, or where the basis spans an invariant subspace
+                    found = _orthonormal(space.random(generator), basis[:j], 0.0, basis[j])
+                new = None
+                if len(loose):
+                    loose, mass, h[j] = _without(loose, mass, basis[j])
+            image = apply(basis[j], basis[j + 1])
+            scale, used = max(scale, float(image.norm())), j + 1
+            rows = torch.cat([basis[:used], loose]) if len(loose) else basis[:used]
+            along, norm = _split(image, rows, 10 * eps * scale, image)
+            h[:used, j], mass[:, j] = along[:used], along[used:]
+            if norm:
+                loose = torch.cat([loose, image[None]]) if len(loose) else image[None]
+                mass = torch.cat([mass, torch.zeros(1, m, dtype=torch.double)])
+                mass[-1, j] = norm
             if k == 1 and start is not None and 2 <= j < m - 1:
-                h = basis[:used] @ images[:used].mT
-                values, s = torch.linalg.eigh((h + h.mT) / 2)
-                share = s[j, orders[which](values).argmax()]
-                # Of the residual there is only what leads out of the basis; the next row holds it for the moment.
-                away = torch.addmv(new, basis[:used].mT, h[:, j], alpha=-1, out=basis[used])
-                if abs(float(share * away.norm())) <= tol * scale:
+                _, s = _ritz(h[:used, :used], orders[which])
+                if float((mass[:, :used] @ s[0]).norm()) <= tol * scale:
                     break
-        else:
-            h = basis[:used] @ images[:used].mT
-        if float((h - h.mT).abs().max()) > space.eps**0.5 * scale:
+        if float((h - h.mT)[:used, :used].abs().max()) > space.eps**0.5 * scale:
             raise PackextError("eigsh: matvec is not a symmetric operator, or not the same one at each call.")
-        values, s = torch.linalg.eigh((h + h.mT) / 2)
-        order = orders[which](values).argsort(descending=True)
-        values, s = values[order], s.mT[order]  # Ritz values, and the coefficients of their vectors in rows
-        vectors, remainders = s[:k] @ basis[:used], s[:k] @ images[:used]
-        remainders.addcmul_(values[:k, None], vectors, value=-1)
-        residuals = remainders.norm(dim=1)
+        values, s = _ritz(h[:used, :used], orders[which])
+        residuals = (mass[:, :used] @ s[:k].mT).norm(dim=0).clamp(min=m * eps * scale)  # which is rounding
+        worst = int(residuals.argmax())
         converged = float(residuals.max()) <= max(tol, m * eps) * scale
+        coefficients = s.to(basis)
         if converged and (k == 1 or looking or m == space.size) or cycle == maxiter - 1:
             break
         looking, filled = converged, min(used, k + (m - k) // 2)
-        new = None if converged else remainders[residuals.argmax()]
-        basis[:filled], images[:filled] = s[:filled] @ basis[:used], s[:filled] @ images[:used]
-    return Eigenpairs(values[:k], space.unpack(vectors), residuals, converged, space.calls)
+        basis[:filled] = coefficients[:filled] @ basis[:used]
+        h, mass = torch.zeros(m, m, dtype=torch.double), mass[:, :used] @ s.mT
+        h.diagonal()[:filled] = values[:filled]
+        mass = torch.cat([mass[:, :filled], mass.new_zeros(len(mass), m - filled)], 1)
+    vectors, values = coefficients[:k] @ basis[:used], values[:k].to(basis)
+    return Eigenpairs(values, space.unpack(vectors), residuals.to(basis), converged, space.calls)
+
+
+def _turned(loose: Tensor, mass: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """The same `looseᵀ mass` by other rows, of which the last alone has a part in this column."""
+    turn = torch.linalg.qr(torch.cat([mass[:, column, None], torch.eye(len(mass), dtype=mass.dtype)], 1))[0].flip(1).mT
+    return turn.to(loose) @ loose, turn @ mass
+
+
+def _without(loose: Tensor, mass: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`looseᵀ mass` as `v rowᵀ` and the same of rows orthogonal to the unit vector v; these, their mass, and `row`."""
+    along = loose @ v
+    q, r = torch.linalg.qr((loose - along[:, None] * v).mT)
+    return q.mT, _double(r) @ mass, _double(along) @ mass
+
+
+def _double(t: Tensor) -> Tensor:
+    """In float64 on the CPU, where small matrices are."""
+    return t.to("cpu", torch.double)
+
+
+def _ritz(h: Tensor, order: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a symmetric matrix in this order, the largest first, and its eigenvectors in rows."""
+    values, vectors = torch.linalg.eigh((h + h.mT) / 2)
+    places = order(values).argsort(descending=True)
+    return values[places], vectors.mT[places]
 
 
 class Estimate(NamedTuple):

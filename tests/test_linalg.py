@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 from collections.abc import Callable
@@ -654,8 +655,37 @@ def test_lanczos_and_eigsh_write_into_nothing_that_is_not_theirs() -> None:
 def test_eigsh_in_float32() -> None:
     matrix = with_spectrum(SPECTRA["indefinite"])
     found = linalg.eigsh(lambda v: matrix.float() @ v, torch.zeros(80, dtype=torch.float32), 3)
-    assert found.converged and found.values.dtype == found.vectors.dtype == torch.float32
+    assert found.converged and found.values.dtype == found.vectors.dtype == found.residuals.dtype == torch.float32
     assert torch.allclose(found.values.double(), wanted(SPECTRA["indefinite"], "LA", 3), rtol=1e-5)
+
+
+def test_residuals_in_float32_are_not_below_those_there_are() -> None:
+    """Of long vectors rounding is more than that of a number."""
+    diagonal = torch.linspace(0, 1, 100_000).float() ** 8
+    diagonal[-1] = 2
+    found = linalg.eigsh(lambda v: diagonal * v, torch.zeros_like(diagonal), tol=0.0)
+    vector, value = found.vectors[0].double(), float(found.values[0])
+    true = float((diagonal.double() * vector - value * vector).norm())
+    assert found.converged and abs(value - 2) < 1e-6 and true <= float(found.residuals[0]) < 1e-5
+
+
+def held() -> int:
+    """Bytes of all tensors that there are."""
+    tensors = [t for t in gc.get_objects() if type(t) is Tensor and t.layout is torch.strided]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_eigsh_holds_its_basis_once() -> None:
+    """And one vector more, beside what the product takes and gives."""
+    size, ncv, seen = 1 << 16, 12, []
+
+    def product(v: Tensor) -> Tensor:
+        seen.append(held())
+        return v.flip(0)
+
+    before = held()
+    linalg.eigsh(product, torch.zeros(size, dtype=torch.float32), ncv=ncv)
+    assert len(seen) >= 2 and ncv * size * 4 <= max(seen) - before <= (ncv + 3) * size * 4
 
 
 def test_eigsh_says_when_it_has_not_converged() -> None:

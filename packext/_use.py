@@ -200,7 +200,7 @@ class Use:
         node: Any = (value.grad_fn, value.output_nr)
         while node[0] is not None and node[0].name() == "CloneBackward0":  # the same value, made contiguous for a use
             (node,) = node[0].next_functions
-        return Pulled(form, parameter, _pull(value, parameter), rows, value=node)
+        return Pulled(form, parameter, functools.partial(_pull, value, parameter), rows, value=node)
 
     def _rows_in(self, name: str, value: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
         """What `rows_in` says of a value that this use meets; asked once of each pass forward."""
@@ -336,34 +336,19 @@ def masked(
     return {name: Masked(n, inner[name], lambda i, name=name: vjp(name, i)) for name in wanted}
 
 
-def _pull(value: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+def _pull(value: Tensor, parameter: Tensor, rows: Tensor) -> Tensor:
     """`[c, *value.shape] -> [c, *parameter.shape]` through the function of parameters that made `value`."""
-
-    def pull(rows: Tensor) -> Tensor:
-        keep = torch.is_grad_enabled()
-        rows = rows.to(value.dtype)
-        if len(rows) == 1:
-            grad = torch.autograd.grad(
-                value, parameter, rows[0], retain_graph=True, create_graph=keep, allow_unused=True
-            )[0]
-            return torch.zeros_like(parameter)[None] if grad is None else grad[None]
-        try:
-            grad = torch.autograd.grad(
-                value,
-                parameter,
-                rows,
-                retain_graph=True,
-                create_graph=keep,
-                allow_unused=True,
-                is_grads_batched=True,
-            )[0]
-        except RuntimeError:  # a function on the way takes one gradient at a time, or all do not fit
-            return torch.cat([pull(row) for row in rows.split(1)])
-        return (
-            torch.zeros(len(rows), *parameter.shape, dtype=value.dtype, device=value.device) if grad is None else grad
-        )
-
-    return pull
+    keep = torch.is_grad_enabled()
+    rows = rows.to(value.dtype)
+    ways = {"retain_graph": True, "create_graph": keep, "allow_unused": True}
+    if len(rows) == 1:
+        grad = torch.autograd.grad(value, parameter, rows[0], **ways)[0]
+        return torch.zeros_like(parameter)[None] if grad is None else grad[None]
+    try:
+        grad = torch.autograd.grad(value, parameter, rows, is_grads_batched=True, **ways)[0]
+    except RuntimeError:  # a function on the way takes one gradient at a time, or all do not fit
+        return torch.cat([_pull(value, parameter, row) for row in rows.split(1)])
+    return torch.zeros(len(rows), *parameter.shape, dtype=value.dtype, device=value.device) if grad is None else grad
 
 
 #: Autograd nodes (weak) of the taps of each parameter, by its id. A node keeps its use, and that the parameter:

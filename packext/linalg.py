@@ -87,16 +87,9 @@ class _Space:
         """`[P]` in the structure of `like`; `[V, P]` as `[V, *p]`."""
         parts = flat.split(self.sizes, -1)
         shaped = (part.reshape(flat.shape[:-1] + leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True))
-        typed = iter([part.to(leaf.device, leaf.dtype) for part, leaf in zip(shaped, self.leaves, strict=True)])
-
-        def build(like: Any) -> Any:
-            if isinstance(like, Tensor):
-                return next(typed)
-            if isinstance(like, Mapping):
-                return {key: build(value) for key, value in like.items()}
-            return [build(each) for each in like] if isinstance(like, list) else tuple(build(each) for each in like)
-
-        return build(self.like)
+        return _built(
+            self.like, iter([part.to(leaf.device, leaf.dtype) for part, leaf in zip(shaped, self.leaves, strict=True)])
+        )
 
     def operator(self, matvec: Matvec, what: str = "matvec") -> Callable[..., Tensor]:
         def apply(flat: Tensor, out: Tensor | None = None) -> Tensor:
@@ -113,6 +106,16 @@ class _Space:
         if distribution == "normal":
             return torch.randn(self.size, **kind).to(self.device)
         return torch.randint(2, (self.size,), **kind).to(self.device) * 2 - 1
+
+
+def _built(like: Any, tensors: Iterator[Tensor]) -> Any:
+    """The structure of `like`, of these tensors in turn."""
+    if isinstance(like, Tensor):
+        return next(tensors)
+    if isinstance(like, Mapping):
+        return {key: _built(value, tensors) for key, value in like.items()}
+    built = [_built(each, tensors) for each in like]
+    return built if isinstance(like, list) else tuple(built)
 
 
 def _finite(flat: Tensor) -> bool:

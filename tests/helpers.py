@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
@@ -26,6 +27,21 @@ def double_precision(seed: int = 0) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def left_behind(step: Callable[[], Any]) -> list[type]:
+    """Classes of the tensors, and of what is packext's, that a step leaves for the garbage collector to find."""
+    gc.collect()
+    gc.disable()
+    try:
+        step()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        return [type(o) for o in gc.garbage if type(o).__module__.startswith("packext") or isinstance(o, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def rows_of(model: nn.Module, losses: Callable[[], Tensor]) -> testing.Rows:

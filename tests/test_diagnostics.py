@@ -48,7 +48,7 @@ from packext.diagnostics import (
 )
 from packext.diagnostics._step import DrawnGrad, SlopeDot
 from packext.diagnostics._tensors import BLOCK, CHUNK, inner, largest, total
-from tests.helpers import batch, mlp
+from tests.helpers import batch, left_behind, mlp
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -120,6 +120,20 @@ def test_training_is_the_same_to_the_last_bit(level: str | None) -> None:
     assert all(torch.equal(p, q) for p, q in zip(theta, want, strict=True))
     assert all(torch.equal(p, q) for p, q in zip(grads, plain, strict=True))
     assert torch.equal(state, drawn)
+
+
+@pytest.mark.parametrize("level", ["economy", "business", "full"])
+def test_a_step_leaves_nothing_to_the_garbage_collector(level: str) -> None:
+    """Copies of the parameters would stay in memory for many steps."""
+    model = px.extend(mlp())
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), 0.1), level=level)
+    loss_fn, (x, y) = px.extend(nn.CrossEntropyLoss()), batch()
+
+    def step() -> None:
+        train(monitor, loss_fn, x, y)
+
+    step()
+    assert not left_behind(step)
 
 
 @pytest.mark.parametrize("fails", [None, "forward", "backward", "after"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from packext import PackextError, linalg
 from packext.testing._kronecker import nearest
-from tests.helpers import double_precision
+from tests.helpers import double_precision, left_behind
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -667,6 +667,12 @@ def test_residuals_in_float32_are_not_below_those_there_are() -> None:
     vector, value = found.vectors[0].double(), float(found.values[0])
     true = float((diagonal.double() * vector - value * vector).norm())
     assert found.converged and abs(value - 2) < 1e-6 and true <= float(found.residuals[0]) < 1e-5
+
+
+def test_nothing_is_left_to_the_garbage_collector() -> None:
+    like = {"a": torch.randn(3, 4), "b": [torch.randn(2), (torch.randn(1),)]}
+    assert not left_behind(lambda: linalg.eigsh(lambda v: v, like, k=2))
+    assert not left_behind(lambda: linalg.cg(lambda v: v, like))
 
 
 def held() -> int:

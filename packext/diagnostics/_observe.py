@@ -124,9 +124,10 @@ class Observer:
         self._hooks.clear()
         self._computed.clear()
         self._around.remove(self)
-        if self._context is not None:
+        context, self._context, self._asking = self._context, None, []  # which refer to this one, and it to copies
+        if context is not None:
             # The record says that a step had no backward pass; the context need not raise.
-            self._context.__exit__(StopIteration, None, None)
+            context.__exit__(StopIteration, None, None)
 
     def finish(self, update: bool) -> None:
         """Complete the step: the mean gradient, and what was added to the parameters; that late unless `update`."""

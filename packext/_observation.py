@@ -102,10 +102,10 @@ def observe(
     run.outputs = tuple(tuple(y.shape) for y in live)
     run.after, run.ends = _connections(record, live)
     run.refused = [(why, list(dict.fromkeys(s.name for s in sources)), at) for why, sources, at in record.refused]
-    for index, use in enumerate(record.uses):
-        use.watch = partial(_note, run, index, use)
     if run.refused or not live:
         return run
+    for index, use in enumerate(record.uses):
+        use.watch = partial(_note, run, index, use)
     generator = torch.Generator().manual_seed(0)
     loss = torch.stack([(y * torch.rand(y.shape, generator=generator).to(y)).sum().real for y in live]).sum()
     try:
@@ -113,6 +113,8 @@ def observe(
             loss.backward()
     except PackextError as error:
         run.errors.append(str(error))
+    for use in record.uses:
+        use.watch = None  # which refers to it: the model would wait for the garbage collector
     return run
 
 

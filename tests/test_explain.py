@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import packext as px
 from packext._explain import INPUT, Explanation, ParameterUse, explain
 from tests.cases import CASES, Case, Vit
+from tests.helpers import left_behind
 
 
 def conv_net() -> nn.Sequential:
@@ -100,6 +101,13 @@ def test_leaves_no_trace(extended: bool) -> None:
     assert [set(m.__dict__) for m in model.modules()] == keys
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
     assert px.is_extended(model) == extended and torch.equal(model[0].weight.grad, torch.ones(4, 4))
+
+
+def test_leaves_nothing_to_the_garbage_collector() -> None:
+    """It looks at a copy of the model."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 4)
+    explain(model, x)
+    assert not left_behind(lambda: explain(model, x))
     assert not hasattr(model[0].weight, "batch_l2") and not x.requires_grad and not hasattr(x, "_packext_lineage")
 
 

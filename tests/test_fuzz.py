@@ -115,7 +115,8 @@ def truth(problem: Problem, inputs: Any, targets: Any, n: int) -> Truth:
                 others = g.movedim(m.axis, 0)
                 coupled |= bool(others[torch.arange(n) != sample].any())
     rows = {name: torch.stack(each) for name, each in lists.items()}
-    if not all(bool(torch.isfinite(r).all()) for r in rows.values()) or _size(rows) < 1e-9:
+    # Some blocks compute in float32: gradients of the size of its rounding are none to speak of.
+    if not all(bool(torch.isfinite(r).all()) for r in rows.values()) or _size(rows) < 1e-5:
         raise Void
     if not problem.ill:
         loop = testing.individual_gradients(

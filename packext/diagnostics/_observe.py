@@ -349,7 +349,7 @@ class Observer:
         """Note if `.grad` is not the mean of the individual gradients, judging by the squared norms of both."""
         for part, asked in zip(p.results, self.asked, strict=bool(p.results)):
             if any(type(q) is px.GradDot and q.direction is None for q in asked) and part["grad_dot"]:
-                rows = sum(float(v.sum()) / len(v) for v in part["grad_dot"].values())
+                rows = sum(float(v.double().mean()) for v in part["grad_dot"].values())
                 found = norms(gradient)
                 if p.share == 1.0 and len(self.step.passes) == 1:
                     self.step._shared["gradient norms"] = found

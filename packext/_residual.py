@@ -27,7 +27,7 @@ from packext._errors import CoupledSamplesError, UnsupportedUseError
 from packext._flight import Look
 from packext._graph import inputs_first
 from packext._layout import Layout, digits
-from packext._listening import silence
+from packext._listening import here, silence
 from packext._pass import Pass
 from packext._taps import Gate, OwnedRule
 from packext._use import Source, Use
@@ -77,7 +77,7 @@ def residual(
         Edges, a cotangent for each that holds a column of every sample at most, and 1.0 or -1.0. What has other terms
         on the diagonal, or cannot be differentiated twice, is refused with an UnsupportedUseError.
     """
-    parts = _curved(flight, wants, _inspect(edges, loss, wants), loss, g)
+    parts = _curved(flight, wants, *_inspect(edges, loss, wants), loss, g)
     if not parts:
         return
     masks = list(_masks(flight, {part.place.node for part in parts}, edges, outputs, layouts))
@@ -87,18 +87,57 @@ def residual(
 
 
 def _curved(
-    flight: Pass, wants: Callable[[Tensor], bool], places: dict[Any, Place], loss: GradientEdge, g: Tensor
+    flight: Pass,
+    wants: Callable[[Tensor], bool],
+    places: dict[Any, Place],
+    near: dict[Any, Use],
+    loss: GradientEdge,
+    g: Tensor,
 ) -> list[Part]:
     """Inputs of nodes in which the second derivatives are not zero."""
-    look = Look(flight, places, functools.partial(_refuse_nonlinear, wants))
+    look = _Unhooked(flight, near, functools.partial(_refuse_nonlinear, wants))
     look.send([loss], [g])
     return [
         part
         for node, gradients in look.found.items()
-        if any(d is not None for d in gradients)
+        if node in places and any(d is not None for d in gradients)
         for inputs in _groups(places[node].inputs)
         if (part := Part(places[node], gradients, inputs)).is_curved()
     ]
+
+
+class _Unhooked(Look):
+    """A look that refuses hooks of the user's (`Tensor.register_hook`) that change a gradient on its way.
+
+    `nodes` has the use in whose output, or behind which, each of them is.
+    """
+
+    nodes: dict[Any, Use]
+
+    def send(self, edges: Any, cotangents: list[Tensor]) -> None:
+        """Send `cotangents` from `edges`, look, and compare what has left all nodes with what has arrived."""
+        self.left: dict[Edge, Tensor] = {}
+        nodes = inputs_first([edge.node for edge in edges])
+        hooks = [node.register_hook(functools.partial(self._leaves, node)) for node in nodes if node.next_functions]
+        try:
+            super().send(edges, cotangents)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for (node, index), left in self.left.items():
+            arrived = self.found[node][index]
+            tol = 100 * torch.finfo(left.dtype).eps
+            if arrived is None or not torch.allclose(arrived, left, tol, tol * float(left.abs().max()), equal_nan=True):
+                raise UnsupportedUseError(
+                    "DiagHessian: a hook (Tensor.register_hook) changes the gradient at an output of "
+                    f"{node.name()} (behind {self.nodes[node].describe()}), and its derivative is not known. Take it "
+                    f"out, or write what it does as functions. {_INSTEAD}"
+                )
+
+    def _leaves(self, node: Any, gradients: tuple[Tensor | None, ...], _: Any) -> None:
+        for edge, g in zip(node.next_functions, gradients, strict=True):
+            if edge[0] in self.nodes and g is not None and here().probe is None:
+                self.left[edge] = self.left[edge] + g if edge in self.left else g
 
 
 def _masks(
@@ -148,8 +187,10 @@ class Place:
         return f"{self.node.name()} (behind {self.after.describe()})"
 
 
-def _inspect(edges: list[GradientEdge], loss: GradientEdge, wants: Callable[[Tensor], bool]) -> dict[Any, Place]:
-    """Nodes other than taps that depend on wanted parameters; refuses what has other terms on the diagonal."""
+def _inspect(
+    edges: list[GradientEdge], loss: GradientEdge, wants: Callable[[Tensor], bool]
+) -> tuple[dict[Any, Place], dict[Any, Use]]:
+    """Nodes that depend on wanted parameters, without and with taps; refuses what has other terms on the diagonal."""
     bits: dict[int, int] = {}
     reach: dict[Any, int] = {}
     near: dict[Any, Use] = {}
@@ -182,7 +223,7 @@ def _inspect(edges: list[GradientEdge], loss: GradientEdge, wants: Callable[[Ten
                 f"called with, and in no other way. {_INSTEAD}"
             )
         todo += [child for child, _ in node.next_functions]
-    return places
+    return places, near
 
 
 def _refuse_repeated(use: Use, repeated: Sequence[Source]) -> None:

@@ -587,6 +587,40 @@ def test_a_loss_that_sees_more_of_the_model_is_refused() -> None:
     refuses(model, "in no other way|bypass|one tensor", loss, px.PackextError)
 
 
+class Hooked(nn.Module):
+    """Has a hook on one of four tensors."""
+
+    def __init__(self, where: int, hook: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.where, self.hook = where, hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        t = h.tanh()
+        u = self.b(t) + t
+        z = self.c(u.sigmoid())
+        if z.requires_grad:
+            (h, t, u, z)[self.where].register_hook(self.hook)
+        return z
+
+
+@pytest.mark.parametrize("where", range(4))
+@pytest.mark.parametrize("changes", [False, True])
+def test_hooks_that_change_a_gradient_are_refused(where: int, changes: bool) -> None:
+    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+    if changes:
+        refuses(Hooked(where, lambda g: -g), r"hook \(Tensor.register_hook\) changes .*behind linear")
+    else:
+        seen: list[Tensor] = []
+        model = Hooked(where, lambda g: seen.append(g) or g * 1)
+        rows = testing.hessian_diagonals(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+        run(model, nn.CrossEntropyLoss(), x, y)
+        assert seen
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.diag_h_batch, rows[name])
+
+
 def test_what_mixes_samples_is_refused() -> None:
     refuses(
         nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), "BatchNorm", None, px.CoupledSamplesError

@@ -59,7 +59,8 @@ class DiagHessian(_Hessian, Diagonal):
 
     Refused, with an `UnsupportedUseError`: a parameter that is used on data which depends on it already (a layer called
     twice in a row, an embedding tied to the head), or through a function that is not linear in it (recurrent layers,
-    weight normalisation); functions that torch cannot differentiate twice (fused attention: run the forward pass under
+    weight normalisation); hooks on tensors inside of the model that change a gradient; functions that torch cannot
+    differentiate twice (fused attention: run the forward pass under
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`), autograd functions written in Python, and functions that are not
     elementwise of more than 1024 inputs per sample. A result of which rounding is all that is left, the difference of
     terms so much larger, raises a `PackextError`.

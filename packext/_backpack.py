@@ -207,6 +207,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         if kind is None and self.extensions and not (self._passes or self._inner):
             asked = ", ".join(type(e).__name__ for e in self.extensions)
             reached = "" if self.parameters is None else " and reached one of the given parameters"
+            if _listening.here().passes:
+                raise NotExtendedError(
+                    f"{asked} asked for within a backward pass that another context hears: what a hook or a Function "
+                    "asks for by torch.autograd.grad is that pass's own there. Call backward()."
+                )
             raise NotExtendedError(
                 f"{asked} asked for, but no backward pass through an extended model ended in this context{reached}. "
                 "Call model = px.extend(model) before the forward pass, and backward() inside the context. If "

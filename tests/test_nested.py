@@ -155,3 +155,30 @@ def test_curvature_is_refused_where_gradients_are_accumulated_within() -> None:
     with pytest.raises(px.PackextError, match="DiagGGNExact"):
         with px.backpack(px.DiagGGNExact()):
             loss(model(torch.randn(N, D)), torch.randint(3, (N,))).backward()
+
+
+def test_a_context_within_a_pass_of_another() -> None:
+    """It hears `backward()`, and says why it does not hear `torch.autograd.grad`."""
+    model, other = px.extend(nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3))), px.extend(nn.Linear(D, 1))
+    loss, x, y, found = px.extend(nn.CrossEntropyLoss()), torch.randn(N, D), torch.randint(3, (N,)), []
+
+    def look(g: Tensor) -> None:
+        with torch.enable_grad(), px.backpack(px.BatchL2Grad()) as results:
+            other(x).sum().backward()
+        found.append(results["weight"].batch_l2)
+        with pytest.raises(px.NotExtendedError, match="within a backward pass"), torch.enable_grad():
+            with px.backpack(px.BatchL2Grad()):
+                torch.autograd.grad(other(x).sum(), [*other.parameters()])
+        found.append(None)
+
+    for hooked in (False, True):  # in the second pass the structure is known, and no probe calls the hook
+        model.zero_grad()
+        with px.backpack(px.BatchGrad()) as results:
+            hidden = model[:2](x)
+            if hooked:
+                hidden.register_hook(look)
+            loss(model[2](hidden), y).backward()
+    assert len(found) == 2
+    torch.testing.assert_close(found[0], x.square().sum(1))
+    for p in model.parameters():
+        torch.testing.assert_close(results[p].grad_batch.sum(0), p.grad)

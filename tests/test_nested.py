@@ -116,6 +116,20 @@ def test_individual_gradients(name: str) -> None:
                 assert p.grad is before[k]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_check_knows_them(name: str) -> None:
+    """What a Function accumulates by itself belongs to the gradient, which the oracle leaves as it was."""
+    with double_precision():
+        model, x, y = MODELS[name](), torch.randn(N, D), torch.randint(3, (N,))
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        report = testing.check(model, nn.CrossEntropyLoss(), x, y)
+        assert report.ok, report
+        testing.individual_gradients(model, nn.CrossEntropyLoss(), x, y)
+        for p in model.parameters():
+            torch.testing.assert_close(p.grad, torch.ones_like(p))
+
+
 @pytest.mark.parametrize("name", ["a hook that solves", "gradients returned"])
 @pytest.mark.parametrize("quantity", [px.DiagGGNExact(), px.GGNGram(), px.HMP()])
 def test_curvature(name: str, quantity: Any) -> None:

@@ -19,7 +19,7 @@ from packext.testing import _curvature
 from packext.testing._chains import Layers
 from packext.testing._kronecker import Factors, entrywise
 from packext.testing._report import relative_error
-from packext.testing._samples import Rows, batch_size, call, double, individual_gradients, wanted
+from packext.testing._samples import Rows, batch_size, call, double, gradients, individual_gradients, wanted
 
 #: Entries of the largest tensor that an oracle of curvature makes: 128 MiB.
 ENTRIES = 2**24
@@ -189,8 +189,8 @@ class Reference:
         """Plain gradients of the batch's loss, of the parameters that it reaches."""
         with disable():
             loss = self.loss_fn(call(self.model, self.inputs), self.targets)
-            found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        return {name: g.detach() for name, g in zip(self.parameters, found, strict=True) if g is not None}
+            found = gradients(loss, [*self.parameters.values()])
+        return {name: g for name, g in zip(self.parameters, found, strict=True) if g is not None}
 
     @functools.cached_property
     def rounding(self) -> float:

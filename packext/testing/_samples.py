@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,10 +77,25 @@ def individual_gradients(
     with disable(), torch.enable_grad():
         for output, target, weight in singles(model, inputs, targets, batch_axis, weights):
             loss = loss_fn(output, target) * weight
-            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-            for (name, p), grad in zip(named.items(), grads, strict=True):
-                rows[name].append(torch.zeros_like(p) if grad is None else grad.detach())
+            for (name, p), grad in zip(named.items(), gradients(loss, [*named.values()]), strict=True):
+                rows[name].append(torch.zeros_like(p) if grad is None else grad)
     return {name: torch.stack(each) for name, each in rows.items()}
+
+
+def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Those of `loss`, with what Functions accumulate in `.grad` by passes of their own; `.grad` stays as it is."""
+    before = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        both = [
+            [g.detach() for g in (mine, p.grad) if g is not None] for mine, p in zip(found, parameters, strict=True)
+        ]
+        return [functools.reduce(torch.add, some) if some else None for some in both]
+    finally:
+        for p, g in zip(parameters, before, strict=True):
+            p.grad = g
 
 
 def singles(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from packext import _compiler, _listening
-from packext._lineage import LOCAL, Tracer, taken_over
+from packext._lineage import LOCAL, MARK, Tracer, taken_over
 from packext._record import Record
 from packext._scale import LossMark, is_loss
 
@@ -111,6 +111,9 @@ def unextend(module: M) -> M:
     """
     for m in module.modules():
         m.__dict__.pop("_packext", None)
+        for buffer in m._buffers.values():
+            if buffer is not None:  # a forward pass may have written to it
+                vars(buffer).pop(MARK, None)
         for hooks, ours in ((m._forward_pre_hooks, _before), (m._forward_hooks, _after)):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdRef
 
@@ -16,7 +17,7 @@ from packext._distributed import refuse_static, refuse_tensors, sharding, unshar
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
-from packext._listening import here, inner, meanwhile, own, within
+from packext._listening import here, meanwhile
 from packext._owners import Owners
 from packext._pass import Pass, wants_of
 from packext._probe import Check, Probe, forget, known, probe
@@ -124,7 +125,7 @@ class Look(Sweep):
 
 def _passes_by(record: Record) -> bool:
     """Whether the pass makes a graph of derivatives by inputs alone: it is no backward pass, but a part of the loss."""
-    if inner() or not torch.is_grad_enabled():
+    if here().inner or not torch.is_grad_enabled():
         return False
     if any(will_accumulate(source.tensor) for source in record.parameters()):
         return False
@@ -147,7 +148,7 @@ def _arrive(
     use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None], sums: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     state = here()
-    if not own(state, use):
+    if not state.own(use):
         return {}
     if state.probe is not None:
         state.probe.visit(use, saved, gs)
@@ -161,16 +162,21 @@ def _arrive(
     return flight.visit(use, saved, gs, sums)
 
 
-def enter(record: Record) -> None:
-    """A gate was reached: a backward pass enters an extended model."""
+def enter(record: Record, g: Tensor | None = None) -> None:
+    """A gate was reached, by the gradient `g` if it is known: a backward pass enters an extended model."""
     state = here()
-    if state.probe is not None or _passes_by(record) or not state.listening or within(state):
+    if state.probe is not None or _passes_by(record) or not state.listening or state.within:
         return
     if state.aside == torch._C._current_graph_task_id():
         raise PackextError(
             "A pass with create_graph=True computes gradients of the parameters of one extended model, and passes "
             "through another to its inputs alone, of which nothing was looked at. Extend a module that holds both, or "
             "run the pass inside of `with px.disable():`."
+        )
+    if g is not None and is_legacy_batchedtensor(g):
+        raise PackextError(
+            "A pass with several gradients at once (is_grads_batched=True, vectorize=True) inside of a context: "
+            "quantities are of one. Ask for one gradient at a time, or run it inside of `with px.disable():`."
         )
     gates = record.awaited_gates()
     flight = _current(record) if state.sweep is None else state.sweep.flight
@@ -234,7 +240,7 @@ def enter(record: Record) -> None:
 def compare(gate: Any, g: Tensor) -> None:
     """The gradient `g` at a gate is known: curvature of no more than a part of what it comes from is refused."""
     state = here()
-    if state.probe is not None or state.sweep is not None or not state.listening or within(state):
+    if state.probe is not None or state.sweep is not None or not state.listening or state.within:
         return
     if gate.record.aside == torch._C._current_graph_task_id():
         return  # a derivative by inputs, of which the loss is yet to be made

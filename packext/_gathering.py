@@ -63,15 +63,16 @@ class Gathering:
         self.fired.add(id(use))
         if not any(self.wants(source.tensor) for group in use.sources.values() for source in group):
             return []
-        if use.layouts is None or use.record not in records:
+        record, layouts = use.record, use.layouts
+        if layouts is None or record not in records:
             raise PackextError(use.bypassed())
-        if any(g is not None and layout is None for g, layout in zip(gs, use.layouts, strict=True)):
+        if any(g is not None and layout is None for g, layout in zip(gs, layouts, strict=True)):
             raise PackextError(
                 f"A gradient reached an output of {use.describe()} at which none arrived when the samples were told "
                 "apart. The model's path must not depend on anything but its inputs' shapes: please report it."
             )
         touched: dict[int, Source] = {}
-        for source, form in use.factors(saved, gs, self.tokens(use.record)):
+        for source, form in use.factors(saved, gs, self.tokens(record)):
             if not self.wants(source.tensor):
                 continue
             key = id(source.tensor)

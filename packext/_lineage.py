@@ -12,7 +12,7 @@ import functools
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -33,14 +33,21 @@ from packext._record import Record, tensors_in
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
 from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, slope
-from packext._use import Rule, Source, Use, autocasts
+from packext._use import Rule, Source, Use, any_autocast, autocasts
 
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
 #: value that it is an expanded view of.
-_MARK = "_packext_lineage"
+MARK = "_packext_lineage"
 _UNMARKED = (0, None, None)
 #: In a mark: autograd knew nothing of the tensor then, or something else. If it knows it now, a Function returned it.
 _FLAT = object()
+
+
+class _Mark(tuple[int, "tuple[Source, ...] | None", Any]):
+    """As it is kept in a tensor's `__dict__`, which is saved and copied with it: of that nothing is left but a size."""
+
+    def __reduce__(self) -> Any:
+        return torch.Size, ((0,),)  # which torch.load knows, and which is no mark of any forward pass
 
 
 class _Local(threading.local):
@@ -95,21 +102,20 @@ class Tracer(TorchFunctionMode):
 
     def _register(self, module: nn.Module, path: str) -> None:
         self._held.pop(id(module), None)
+        record, names, lead = self.record, self.record.names, f"{path}." if path else ""
         for name, p in module._parameters.items():
-            if p is None:
-                continue
-            full = f"{path}.{name}" if path else name
-            if self.record.names.get(full) is p or not isinstance(p, Tensor):
+            full = lead + name
+            if p is None or names.get(full) is p or not isinstance(p, Tensor):
                 continue
             if is_distributed(p):
-                self.record.distributed[full] = (type(module).__name__, p)
-            else:
-                self.record.distributed.pop(full, None)  # FSDP2 shards it when it is not in use
+                record.distributed[full] = (type(module).__name__, p)
+            elif record.distributed:
+                record.distributed.pop(full, None)  # FSDP2 shards it when it is not in use
             if not p.requires_grad:
                 continue
-            if getattr(p, _MARK, _UNMARKED)[0] == self.record.token:
+            if getattr(p, MARK, _UNMARKED)[0] == record.token:
                 continue  # functional_call has put in its place what this forward pass has computed
-            self.record.names[full] = p
+            names[full] = p
             if id(p) not in self.table:
                 self.table[id(p)] = (Source(p, full), p)
 
@@ -136,7 +142,7 @@ class Tracer(TorchFunctionMode):
             return (entry[0],)
         if type(t) is nn.Parameter and t.requires_grad and self._learn(t):
             return (self.table[id(t)][0],)
-        mark = getattr(t, _MARK, _UNMARKED)
+        mark = getattr(t, MARK, _UNMARKED)
         if mark[0] == self.record.token:
             return mark[1] if mark[2] is not _FLAT or t.grad_fn is None else _unseen.made(self, t, True)
         if t.grad_fn is None:  # a DTensor is made where nothing is seen: of inputs, if of nothing that has a gradient
@@ -163,17 +169,13 @@ class Tracer(TorchFunctionMode):
 
     def is_raw(self, t: Tensor) -> bool:
         """Whether `t` was computed from the model's inputs, and no gradient tells whose its entries are."""
-        if (
-            t.requires_grad
-            or not t.is_floating_point()
-            or getattr(t, _MARK, _UNMARKED)[:2] != (self.record.token, None)
-        ):
+        if t.requires_grad or not t.is_floating_point() or getattr(t, MARK, _UNMARKED)[:2] != (self.record.token, None):
             return False
         return bool(t.any())  # torch.zeros_like takes a shape alone
 
     def mark_input(self, t: Tensor) -> None:
         """An input of the model."""
-        setattr(t, _MARK, (self.record.token, None, None))
+        setattr(t, MARK, _Mark((self.record.token, None, None)))
         self.inputs.append(t)
         if not self.record.by_use:
             self._inputs.add(id(t))
@@ -203,7 +205,7 @@ class Tracer(TorchFunctionMode):
                 continue
             if payload is not None and not t.requires_grad:
                 continue
-            setattr(t, _MARK, (self.record.token, payload, base if t.requires_grad else _FLAT))
+            setattr(t, MARK, _Mark((self.record.token, payload, base if t.requires_grad else _FLAT)))
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -297,37 +299,47 @@ class Tracer(TorchFunctionMode):
                 "the parameter is used by a checkpointed function, and not by a module that it calls",
                 "Checkpoint a module: its forward is watched when it is computed again.",
             )
-        if any([t.is_nested for t in tensors.values()]):
-            raise self.refuse(
-                func,
-                "an argument is a nested tensor, in which packext does not tell samples apart",
-                "Pad the samples to one length (torch.nested.to_padded_tensor) and mask what was padded.",
-            )
-        sources = {k: s for k, t in tensors.items() if t.requires_grad and (s := self.sources(t))}
-        shapes: dict[str, tuple[int, ...]] = {k: t.shape for k, t in tensors.items()}
+        sources: dict[str, tuple[Source, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        direct, ties, inputs, axis = [], [], self._inputs, self.record.batch_axis
+        for name, t in tensors.items():
+            if t.is_nested:
+                raise self.refuse(
+                    func,
+                    "an argument is a nested tensor, in which packext does not tell samples apart",
+                    "Pad the samples to one length (torch.nested.to_padded_tensor) and mask what was padded.",
+                )
+            shapes[name] = shape = t.shape
+            if t.requires_grad and (group := self.behind(t)):
+                sources[name] = group
+                if group[0].tensor is t:
+                    direct.append(name)
+                if type(t) is not nn.Parameter or t.is_complex():
+                    self._refuse_kinds(func, group, t, rule.splits)
+            if id(t) in inputs and len(shape) > axis:
+                ties.append(name)
         use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self._record_ref)
-        use.direct = frozenset([k for k, s in sources.items() if s[0].tensor is tensors[k]])
-        axis = self.record.batch_axis
-        use.ties = frozenset([k for k, t in tensors.items() if id(t) in self._inputs and len(shapes[k]) > axis])
-        use.rooted = self._rooted
-        device = next(iter(tensors.values())).device.type
-        if autocasts(device):
+        use.direct, use.ties, use.rooted = frozenset(direct), frozenset(ties), self._rooted
+        if any_autocast() and autocasts(device := next(iter(tensors.values())).device.type):
             use.autocast = device, torch.get_autocast_dtype(device)
-        use.viewed(tensors)
-        for name, group in sources.items():
-            for source in group:
-                # DistributedDataParallel makes DTensors of parameters that are parts, and look as if they were whole.
-                for t in (source.tensor, tensors[name]) if not rule.splits else ():
-                    if is_distributed(t):
-                        raise self.refuse(func, *of_parts(source.name, t))
-                if source.tensor.is_complex():
-                    raise self.refuse(
-                        func,
-                        f"{source.name} {list(source.tensor.shape)} is complex, and individual gradients are those of "
-                        "real parameters",
-                        "Make it of two: torch.complex(real, imaginary) in forward.",
-                    )
+        if len(direct) < len(sources):
+            use.viewed(tensors)
         return use
+
+    def _refuse_kinds(self, func: Callable[..., Any], group: Sequence[Source], value: Tensor, splits: bool) -> None:
+        """Refuse parameters behind `value` that are parts of what processes hold together, or complex."""
+        for source in group:
+            # DistributedDataParallel makes DTensors of parameters that are parts, and look as if they were whole.
+            for t in () if splits else (source.tensor, value):
+                if is_distributed(t):
+                    raise self.refuse(func, *of_parts(source.name, t))
+            if source.tensor.is_complex():
+                raise self.refuse(
+                    func,
+                    f"{source.name} {list(source.tensor.shape)} is complex, and individual gradients are those of "
+                    "real parameters",
+                    "Make it of two: torch.complex(real, imaginary) in forward.",
+                )
 
     def owned(
         self,
@@ -340,10 +352,9 @@ class Tracer(TorchFunctionMode):
         if _any_unusual(tensors):
             return NotImplemented
         use = self.use(rule, func, tensors, consts)
-        if "input" in use.sources or any(
-            t.requires_grad and k not in use.sources for k, t in tensors.items() if k != "input"
-        ):
-            return NotImplemented
+        for name, t in tensors.items():
+            if name in use.sources if name == "input" else t.requires_grad and name not in use.sources:
+                return NotImplemented
         x = tensors["input"]
         if use.autocast is not None and x.is_floating_point():
             tensors = {**tensors, "input": x.to(use.autocast[1])}
@@ -382,7 +393,7 @@ class Tracer(TorchFunctionMode):
 
     def argument(self, value: Tensor, shape: Any, dtype: torch.dtype, func: Callable[..., Any]) -> Tensor:
         """A parameter-only value, tapped where it is broadcast to the data's `shape`."""
-        base = getattr(value, _MARK, _UNMARKED)[2] if id(value) not in self.table else None
+        base = getattr(value, MARK, _UNMARKED)[2] if id(value) not in self.table else None
         if base is not None and tuple(value.shape) == tuple(shape):
             value = base
         use = self.use(rules.ARGUMENT, func, {"value": value}, {})
@@ -405,9 +416,10 @@ class Tracer(TorchFunctionMode):
     def begin(self, args: Any, kwargs: Any) -> None:
         """Learn the parameters (some modules use those of others that never run), mark the inputs, count samples."""
         for module in self.record.modules():
-            if module._parameters and "_packext" in module.__dict__:
-                self._register(module, module.__dict__["_packext"].path)
-                self._held[id(module)] = tuple(module._parameters.values())
+            held = module._parameters
+            if held and (extension := module.__dict__.get("_packext")) is not None:
+                self._register(module, extension.path)
+                self._held[id(module)] = tuple(held.values())
         axis = self.record.batch_axis
         for t in tensors_in((args, kwargs)):
             if id(t) in self.table:
@@ -424,8 +436,8 @@ class Tracer(TorchFunctionMode):
     def finish(self, output: Any) -> Any:
         """Put a gate on every output that carries a gradient."""
         for t in self.inputs:
-            if _MARK in t.__dict__:
-                delattr(t, _MARK)
+            if MARK in t.__dict__:
+                delattr(t, MARK)
         record = self.record
         if not (record.uses or self.table or record.distributed):
             return output
@@ -449,7 +461,8 @@ class Tracer(TorchFunctionMode):
         if not record.by_use and record.n not in sizes:
             record.n = next((n for n in record.sizes if n in sizes), record.n)
         for use in record.uses:  # among the inputs may be some that are not of the batch
-            use.ties = frozenset(k for k in use.ties if use.shapes[k][record.batch_axis] == record.n)
+            if use.ties:
+                use.ties = frozenset([k for k in use.ties if use.shapes[k][record.batch_axis] == record.n])
         return gated
 
 
@@ -506,7 +519,10 @@ def mutates(func: Any) -> bool:
 
 def _any_unusual(tensors: dict[str, Tensor]) -> bool:
     """Whether a tensor is complex, so that gradients are products with conjugates, or sparse."""
-    return any([t.is_complex() or t.layout is not torch.strided for t in tensors.values()])
+    for t in tensors.values():
+        if t.layout is not torch.strided or t.is_complex():
+            return True
+    return False
 
 
 def _changed(args: Any, kwargs: dict[str, Any]) -> Any:

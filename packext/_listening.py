@@ -32,7 +32,6 @@ class Here:
         sweep: whose cotangent is on its way.
         silent: whether passes are nobody's business.
         aside: the last pass (autograd's number of it) that set a model aside.
-        aimed: the last pass that was asked for its targets, and whether the taps' common input is one.
         part: whether packext's own pass ends before the taps' common input.
         cut: the model through a piece of whose graph a pass goes that ends at taps.
     """
@@ -47,12 +46,80 @@ class Here:
         self.silent = self.part = False
         self.cut: Record | None = None
         self.aside = -2
-        self.aimed: tuple[int, bool] = (-2, False)
+        self._aimed: tuple[int, bool] = (-2, False)
 
     @property
     def listening(self) -> bool:
         """Whether a context hears what arrives now."""
         return not self.silent and bool(self.hearing)
+
+    @property
+    def inner(self) -> bool:
+        """Whether the pass is one of packext's own."""
+        return self.silent or self.probe is not None or self.sweep is not None
+
+    @property
+    def deaf(self) -> bool:
+        """Whether what arrives at taps is nobody's business."""
+        return self.probe is None and self.sweep is None and not self.listening
+
+    @property
+    def exact(self) -> bool:
+        """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
+        return self.probe is None and self.sweep is None and self.listening and self.hearing[0].exact_grad
+
+    @property
+    def aimed(self) -> bool:
+        """Whether what all taps have in common is among the targets of the pass."""
+        task = torch._C._current_graph_task_id()
+        if self._aimed[0] != task:
+            self._aimed = task, awaited(AIM)
+        return self._aimed[1]
+
+    @property
+    def within(self) -> bool:
+        """Whether the pass is one that was started within another, and asks for some gradients alone."""
+        return bool(self.passes) and torch._C._current_graph_task_id() not in self.passes and not self.aimed
+
+    @property
+    def activations_only(self) -> bool:
+        """Whether no parameter's gradient is wanted from the pass that runs."""
+        own = self.sweep is not None if self.probe is None else self.probe.compare is None
+        return own and (self.part or self.aimed)
+
+    def idle(self, use: Use) -> bool:
+        """Whether a plain pass is at `use`: nobody listens, none of packext's own runs, and no graph of it is made."""
+        if self.probe is not None or self.sweep is not None or self.listening or torch.is_grad_enabled():
+            return False
+        record = use.owner()
+        return record is None or not record.running
+
+    def cuts(self, use: Use) -> bool:
+        """Whether the pass ends at this tap."""
+        return self.cut is not None and use.owner() is self.cut
+
+    def by_inputs(self, use: Use) -> bool:
+        """Whether a pass is at `use` that computes derivatives by inputs, which the loss is yet to be made of."""
+        record = use.owner()
+        if record is None or self.inner:
+            return False
+        return record.running or record.aside == torch._C._current_graph_task_id()
+
+    def unwanted(self, use: Use, name: str) -> bool:
+        """Whether nobody reads the gradient of a tensor made of parameters, which a tap would compute for `.grad`."""
+        if self.activations_only:
+            return True
+        if self.probe is not None or self.sweep is not None or not self.listening or any(c.grad for c in self.hearing):
+            return False
+        return all(self.hearing[0]._wants(source.tensor) for source in use.sources.get(name, ()))
+
+    def own(self, use: Use) -> bool:
+        """Whether the pass is at `use` for its gradient, and none that a hook or a Function runs for its own ends."""
+        if self.part or self.aimed:
+            return True
+        if self.probe is not None or self.sweep is not None or self.within:
+            return False
+        return any(will_accumulate(source.tensor) for group in use.sources.values() for source in group)
 
 
 _KEY = "packext"
@@ -72,13 +139,6 @@ def here() -> Here:
         return state
 
 
-def activations_only() -> bool:
-    """Whether no parameter's gradient is wanted from the pass that runs."""
-    state = here()
-    own = state.sweep is not None if state.probe is None else state.probe.compare is None
-    return own and (state.part or aimed(state))
-
-
 @contextmanager
 def meanwhile(**changes: Any) -> Any:
     """In here these attributes of what the thread is in the middle of are others."""
@@ -96,83 +156,10 @@ def cutting(record: Record) -> AbstractContextManager[Any]:
     return meanwhile(cut=record)
 
 
-def cut(use: Use) -> bool:
-    """Whether the pass ends at this tap."""
-    record = here().cut
-    return record is not None and use.owner() is record
-
-
 def compared() -> int | None:
     """The sample of which the probe compares gradients now, if it does."""
     probe = here().probe
     return None if probe is None else probe.compare
-
-
-def deaf() -> bool:
-    """Whether what arrives at taps is nobody's business."""
-    state = here()
-    return state.probe is None and state.sweep is None and not state.listening
-
-
-def idle(use: Use) -> bool:
-    """Whether a plain pass is at `use`: nobody listens, none of packext's own runs, and no graph of it is made."""
-    state = here()
-    if state.probe is not None or state.sweep is not None or state.listening or torch.is_grad_enabled():
-        return False
-    record = use.owner()
-    return record is None or not record.running
-
-
-def inner() -> bool:
-    """Whether the pass is one of packext's own."""
-    state = here()
-    return state.silent or state.probe is not None or state.sweep is not None
-
-
-def aside(use: Use) -> bool:
-    """Whether a pass is at `use` that computes derivatives by inputs, which the loss is yet to be made of."""
-    record = use.owner()
-    if record is None or inner():
-        return False
-    return record.running or record.aside == torch._C._current_graph_task_id()
-
-
-def exact() -> bool:
-    """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
-    state = here()
-    return state.probe is None and state.sweep is None and state.listening and state.hearing[0].exact_grad
-
-
-def unwanted(use: Use, name: str) -> bool:
-    """Whether nobody reads the gradient of a tensor made of parameters, which a tap would compute for `.grad` alone."""
-    if activations_only():
-        return True
-    state = here()
-    if state.probe is not None or state.sweep is not None or not state.listening or any(c.grad for c in state.hearing):
-        return False
-    return all(state.hearing[0]._wants(source.tensor) for source in use.sources.get(name, ()))
-
-
-def own(state: Here, use: Use) -> bool:
-    """Whether the pass is at `use` for its gradient, and none that a hook or a Function runs for its own purposes."""
-    if state.part or aimed(state):
-        return True
-    if state.probe is not None or state.sweep is not None or within(state):
-        return False
-    return any(will_accumulate(source.tensor) for group in use.sources.values() for source in group)
-
-
-def within(state: Here) -> bool:
-    """Whether the pass is one that was started within another, and asks for some gradients alone."""
-    return bool(state.passes) and torch._C._current_graph_task_id() not in state.passes and not aimed(state)
-
-
-def aimed(state: Here) -> bool:
-    """Whether what all taps have in common is among the targets of the pass."""
-    task = torch._C._current_graph_task_id()
-    if state.aimed[0] != task:
-        state.aimed = task, awaited(AIM)
-    return state.aimed[1]
 
 
 def opened(context: backpack) -> None:

@@ -127,7 +127,8 @@ class _Unhooked(Look):
         for (node, index), left in self.left.items():
             arrived = self.found[node][index]
             tol = 100 * torch.finfo(left.dtype).eps
-            if arrived is None or not torch.allclose(arrived, left, tol, tol * float(left.abs().max()), equal_nan=True):
+            size = float(left.abs().nan_to_num(0.0).max()) if left.numel() else 0.0
+            if arrived is None or not torch.allclose(arrived, left, tol, tol * size, equal_nan=True):
                 raise UnsupportedUseError(
                     "DiagHessian: a hook (Tensor.register_hook) changes the gradient at an output of "
                     f"{node.name()} (behind {self.nodes[node].describe()}), and its derivative is not known. Take it "

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from packext import _flight, _listening
+from packext import _flight
 from packext._errors import PackextError
+from packext._listening import here
 from packext._record import Slope
 from packext._refusals import Again, awaited, will_accumulate
 from packext._use import TARGET as TARGET
@@ -61,7 +62,13 @@ class OwnedRule(Rule):
         return self.gradients(use, tensors, g, names)
 
 
-class Owned(torch.autograd.Function):
+class Tap(torch.autograd.Function):
+    """A node of autograd's graph, put there without what torch does for transforms, within which there are no taps."""
+
+    apply = torch._C._FunctionBase.__dict__["apply"]
+
+
+class Owned(Tap):
     """Runs a call, and delivers the parameters' gradients in the backward pass."""
 
     @staticmethod
@@ -80,33 +87,33 @@ class Owned(torch.autograd.Function):
         saved = ctx.saved_tensors
         if g is None:
             return (None, None, *(None for _ in saved))
-        t = dict(zip(use.names, saved, strict=True))
-        rule = use.rule
+        names, rule, state = use.names, use.rule, here()
+        t = dict(zip(names, saved, strict=True))
         assert isinstance(rule, OwnedRule)
-        wanted = [name for name, needed in zip(use.names, ctx.needs_input_grad[2:], strict=True) if needed]
-        if _listening.idle(use):
+        wanted = [name for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True) if needed]
+        if state.idle(use):
             grads_of = rule.gradients(use, t, g, wanted)
-            return (None, None, *[grads_of.get(name) for name in use.names])
-        if _listening.cut(use):
+            return (None, None, *[grads_of.get(name) for name in names])
+        if state.cuts(use):
             return (None, None, *[None] * len(saved))
         g = strayed(use, g)
         grads_of = {}
-        if _listening.aside(use):
+        if state.by_inputs(use):
             nodes = [node for node, _ in ctx.next_functions[1:]]
-            wanted = [k for k, node in zip(use.names, nodes, strict=True) if node is not None and awaited(node)]
+            wanted = [k for k, node in zip(names, nodes, strict=True) if node is not None and awaited(node)]
             inside(use)
             if torch.is_grad_enabled() and "input" in wanted:
                 grads_of["input"] = further(use, t, g)
-        elif not _listening.deaf():
-            wanted = [name for name in wanted if name == "input" or not _listening.unwanted(use, name)]
-            if wanted and _listening.exact():  # torch's own, of which quantities of the sum of rows can be made
+        elif not state.deaf:
+            wanted = [name for name in wanted if name == "input" or not state.unwanted(use, name)]
+            if wanted and state.exact:  # torch's own, of which quantities of the sum of rows can be made
                 grads_of, wanted = rule.gradients(use, t, g, wanted), []
             delivered = _flight.arrive(use, saved, grads, grads_of)
             grads_of, wanted = {**delivered, **grads_of}, [name for name in wanted if name not in delivered]
         wanted = [name for name in wanted if name not in grads_of]
         if wanted:
             grads_of = {**grads_of, **rule.gradients(use, t, g, wanted)}
-        return (None, None, *[grads_of.get(name) for name in use.names])
+        return (None, None, *[grads_of.get(name) for name in names])
 
 
 def further(use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
@@ -140,8 +147,7 @@ def further(use: Use, t: dict[str, Tensor], g: Tensor) -> Tensor:
 
 def strayed(use: Use, g: Tensor) -> Tensor:
     """`g`, marked if it has a graph and came from within the model: of what is made of it, no sample is known."""
-    record = use.owner()
-    if record is None or not torch.is_grad_enabled() or record.running or _listening.inner():
+    if not torch.is_grad_enabled() or (record := use.owner()) is None or record.running or here().inner:
         return g
     return g if record.entered == torch._C._current_graph_task_id() else Again.on(g, record)
 
@@ -159,7 +165,7 @@ def inside(use: Use) -> None:
     if any(will_accumulate(source.tensor) for group in use.sources.values() for source in group):
         if graph:
             unfollowed(use, f"the gradient of parameters of {use.describe()} is computed inside of forward")
-        elif not _listening.deaf():
+        elif not here().deaf:
             raise PackextError(use.bypassed())
 
 
@@ -176,7 +182,7 @@ def unfollowed(use: Use, why: str) -> None:
     use.record.unfollowed.append((why, sources, use.record.running))
 
 
-class Observed(torch.autograd.Function):
+class Observed(Tap):
     """Hands on what it gets; sees the gradients at a call's outputs."""
 
     @staticmethod
@@ -189,22 +195,23 @@ class Observed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         use: Use = ctx.use
-        if _listening.idle(use):
+        state = here()
+        if state.idle(use):
             return (None, None, None, *grads, *[None] * ctx.kept)
-        if _listening.cut(use):
+        if state.cuts(use):
             return (None, None, None, *[None] * (len(grads) + ctx.kept))
-        if _listening.aside(use):
+        if state.by_inputs(use):
             inside(use)
             kept = dict(zip(use.names, ctx.saved_tensors, strict=True))
             if torch.is_grad_enabled() and any(t.requires_grad for k, t in kept.items() if k not in use.sources):
                 unfollowed(use, f"{use.describe()} is differentiated twice, and packext does not follow its derivative")
-        elif not _listening.deaf() and any(g is not None for g in grads):
+        elif not state.deaf and any(g is not None for g in grads):
             _flight.arrive(use, ctx.saved_tensors, grads)
         grads = tuple(None if g is None else strayed(use, g) for g in grads)
         return (None, None, None, *grads, *[None] * ctx.kept)
 
 
-class Argument(torch.autograd.Function):
+class Argument(Tap):
     """Broadcasts a parameter to the shape in which it meets the data."""
 
     @staticmethod
@@ -216,21 +223,21 @@ class Argument(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        (g,) = grads
-        if g is None or _listening.cut(ctx.use):
+        (g,), state = grads, here()
+        if g is None or state.cuts(ctx.use):
             return None, None, None, None, None
         saved = ctx.saved_tensors
-        if _listening.aside(ctx.use):
+        if state.by_inputs(ctx.use):
             inside(ctx.use)
-        elif not _listening.deaf():
+        elif not state.deaf:
             _flight.arrive(ctx.use, saved, grads)
         return None, None, g.sum_to_size(saved[0].shape).to(saved[0].dtype), None, None
 
 
-def slope(owner: Callable[[], Record | None], input: Callable[[], Tensor | None], g: Tensor) -> Tensor | None:
+def slope(owner: Callable[[], Record | None], input: Callable[[], Tensor | None], g: Tensor | None) -> Tensor | None:
     """Hook of an input: the derivative with respect to it, where the loss is made of it, is an output of the model."""
     record = owner()
-    if record is None or not g.requires_grad or record.aside != torch._C._current_graph_task_id():
+    if record is None or g is None or not g.requires_grad or record.aside != torch._C._current_graph_task_id():
         return None
     x = input() if record.by_use else None
     record.slopes[len(record.gates)] = None if x is None else Slope(get_gradient_edge(x), record.below())
@@ -246,7 +253,7 @@ def gate(record: Record, y: Tensor) -> Tensor:
     return gated
 
 
-class Gate(torch.autograd.Function):
+class Gate(Tap):
     """Sits on an output of the model: here a backward pass enters it."""
 
     @staticmethod
@@ -258,6 +265,6 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if grads[0] is not None:
-            _flight.enter(ctx.record)
+            _flight.enter(ctx.record, grads[0])
             _flight.compare(ctx, grads[0])
         return None, grads[0]

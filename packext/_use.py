@@ -26,12 +26,12 @@ TARGET = torch.zeros((), requires_grad=True)
 AIM = torch.autograd.graph.get_gradient_edge(TARGET).node
 
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
-_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for tensors of this type of device; some types, such as meta, have none."""
-    return _any_autocast() and _has_autocast(device) and torch.is_autocast_enabled(device)
+    return any_autocast() and _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 @dataclass(eq=False, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -467,3 +468,81 @@ def test_lazy_modules_extended_before_they_know_their_sizes() -> None:
             loss_fn(model(x), y).backward()
     rows = [torch.autograd.grad(loss_fn(model(x[i : i + 1]), y[i : i + 1]) / 4, model[0].weight)[0] for i in range(4)]
     torch.testing.assert_close(model[0].weight.grad_batch, torch.stack(rows))
+
+
+BATCHED: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "jacobian": lambda model, x: torch.autograd.functional.jacobian(model, x, vectorize=True),
+    "hessian": lambda model, x: torch.autograd.functional.hessian(lambda a: model(a).square().sum(), x, vectorize=True),
+    "grad": lambda model, x: torch.autograd.grad(
+        model(x), [*model.parameters()], torch.ones(2, 4, 3), is_grads_batched=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_several_gradients_at_once(name: str) -> None:
+    """As torch gives them outside of contexts, in which they are refused."""
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 3)), torch.randn(4, 5)
+    expected = BATCHED[name](model, x)
+    px.extend(model)
+    torch.testing.assert_close(BATCHED[name](model, x), expected)
+    if name != "grad":
+        return
+    with pytest.raises(px.PackextError, match="one gradient at a time"), px.backpack(px.BatchGrad()):
+        BATCHED[name](model, x)
+    assert not any(vars(p) for p in model.parameters())
+
+
+class Stopped(torch.autograd.Function):
+    """Gives its input no gradient at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None
+
+
+def test_an_input_without_a_gradient() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(Stopped.apply(x))
+
+    model, x = px.extend(Model()), torch.randn(4, 5, requires_grad=True)
+    with px.backpack(px.BatchGrad()):
+        model(x).sum().backward()
+    assert x.grad is None
+    torch.testing.assert_close(model.layer.weight.grad_batch, x.detach()[:, None].expand(4, 3, 5))
+    layer, z = px.extend(nn.Linear(5, 3).double()), torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (z,))
+
+
+def test_what_a_model_computes_can_be_saved_and_copied() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+            self.register_buffer("mean", torch.zeros(3))
+            self.kept: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = self.mean.lerp(self.layer(x).detach().mean(0), 0.1)
+            self.kept = [(2 * self.layer.weight).detach(), self.layer(x).detach()]
+            return self.layer(x)
+
+    model = px.extend(Model())
+    model(torch.randn(4, 5))
+    for t in (*model.kept, model.mean):
+        file = io.BytesIO()
+        torch.save(t, file)
+        file.seek(0)
+        torch.testing.assert_close(torch.load(file), t)
+        torch.testing.assert_close(copy.deepcopy(t), t)
+    px.unextend(model)
+    assert not vars(model.mean)

@@ -46,7 +46,9 @@ class Convolution(OwnedRule):
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         x, w, b = tensors["input"], tensors["weight"], tensors.get("bias")
-        return use.func(x, w.to(x.dtype), None if b is None else b.to(x.dtype), **use.consts["options"])
+        w = w if w.dtype is x.dtype else w.to(x.dtype)
+        b = b if b is None or b.dtype is x.dtype else b.to(x.dtype)
+        return use.func(x, w, b, **use.consts["options"])
 
     def _backward(self, use: Use, t: dict[str, Tensor], g: Tensor, mask: list[bool], groups: int = 0) -> Any:
         c = use.consts

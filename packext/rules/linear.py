@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ class Linear(OwnedRule):
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         x, w, b = tensors["input"], tensors["weight"], tensors.get("bias")
         w = w.t() if use.consts["transposed"] else w
-        return F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
+        dtype = x.dtype
+        return F.linear(x, w if w.dtype is dtype else w.to(dtype), b if b is None or b.dtype is dtype else b.to(dtype))
 
     def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
         transposed = use.consts["transposed"]
@@ -84,7 +86,7 @@ class Linear(OwnedRule):
 
 def _rows(t: Tensor) -> Tensor:
     """`[..., F]` as a matrix; a single vector is a row."""
-    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # which torch.vmap knows, as it does not `flatten`
 
 
 def _stored(use: Use, order: str) -> str:

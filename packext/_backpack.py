@@ -20,6 +20,7 @@ from packext._layout import Tokens
 from packext._pass import Pass
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record
+from packext._refusals import awaited_loss
 from packext._results import Results
 from packext._scale import Seen
 from packext._shards import added, is_distributed, like
@@ -79,7 +80,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 `.grad` (with a mean over N samples each carries 1/N). "sample": those of the samples' own
                 losses l_n, defined by loss = mean of l_n or sum of l_n, according to the reduction of
                 the extended loss module, whatever that loss (or all of several) is multiplied with before
-                `backward()` (1/k, a loss scale). A number: individual gradients of the loss as written times
+                `backward()` (1/k, a loss scale). Losses of different weights are terms of one: a weight of 1 among
+                them says that nothing multiplies all of them, and without one they are refused. A number: individual gradients of the loss as written times
                 that number (N for a mean that packext cannot see; 1/k to undo a loss scale k).
             parameters: of which quantities are wanted, such as `model.head.parameters()`; all that require grad by
                 default. No work is done for others; what is of the whole model (norms, a clipping norm, eigenvalues)
@@ -179,6 +181,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self.results = Results(extensions)
         self._passes = 0
         self._inner = 0
+        self._task: int | None = None
         self._restore: list[Callable[[], None]] = []
 
     def __enter__(self) -> Results:
@@ -191,6 +194,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self._restore.append(restore)
         self._before, self._count = {}, 0
         self._passes = self._inner = 0
+        self._task = _listening.task()
         _listening.opened(self)
         return self.results
 
@@ -217,6 +221,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 "Call model = px.extend(model) before the forward pass, and backward() inside the context. If "
                 "torch.compile is to run the model, its forward pass has to be inside, too."
             )
+
+    def strange(self) -> bool:
+        """Whether what runs is another of asyncio's tasks than the one that entered."""
+        now = None if self._task is None else _listening.task()
+        return now is not None and now != self._task
 
     def _wants(self, parameter: Tensor) -> bool:
         return self.parameters is None or id(parameter) in self.parameters
@@ -261,7 +270,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
     def _sample_factor(self, flight: Pass, record_n: int) -> float:
         """The factor from the loss as written to the samples' own, by the losses that the pass came through."""
         written: list[tuple[str, float]] = []
-        alone: set[float] = set()
+        weights: list[tuple[float, float]] = []
         for name, reduction, g in flight.losses:
             low, high = torch.stack([g.min(), g.max()]).tolist() if g.dim() else (g.item(),) * 2  # read once
             if reduction == "none" and (low != high or low == 0):
@@ -272,7 +281,13 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 )
             count = float(record_n) if reduction in ("mean", "batchmean") else 1.0
             written.append((f"{name} ({reduction})", count / (low if reduction == "none" else 1.0)))
-            alone.add(count / (low or 1.0))
+            weights.append((count, low))
+        if not written and (name := awaited_loss()) is not None:
+            raise PackextError(
+                f"The gradient came to the model by another term first than the extended {name}, so that the scale of "
+                "a sample's own loss is not known yet. Compute the whole loss in one extended module, or pass "
+                "scale=<number> to backpack (the batch size for a mean, 1 for a sum)."
+            )
         if not written:
             raise NotExtendedError(
                 "The scale of a sample's own loss is not known: the loss is not extended. Use "
@@ -280,6 +295,15 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 "mean, 1 for a sum)."
             )
         # Losses of different weights are terms of one; a weight that all have is none of the samples' own losses.
+        weights = [(count, low) for count, low in weights if low] or [(count, 1.0) for count, _ in weights]
+        alone, arrived = {count / low for count, low in weights}, {low for _, low in weights}
+        if len(alone) > 1 and len(arrived) > 1 and 1.0 not in arrived:
+            raise PackextError(
+                f"Losses of different weights ({', '.join(name for name, _ in written)}; gradients "
+                f"{', '.join(f'{g:g}' for g in sorted(arrived))} arrive at them), none of which is 1: what all of them "
+                "are multiplied with besides, as by a GradScaler or for micro-batches, is not known. Give one of them "
+                "the weight 1, or pass scale=<number> to backpack."
+            )
         factors = alone if len(alone) == 1 else {factor for _, factor in written}
         if len(factors) > 1:
             each = ", ".join(f"{name} by {factor:g}" for name, factor in written)

@@ -59,6 +59,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     for quantity in (q for each in flight.heard for q in each.context.spreading if len(flight.losses) > 1):
         if not quantity.additive:
             raise PackextError(_ONE.format(quantity))
+    seen = seen.fixed()
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     places = layouts = [_layout(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
     direct = seen.spec.is_leaf() and layouts[0].axis in (None, 0)  # and no dictionary of one tensor
@@ -147,6 +148,7 @@ class Graph(Point):
         _roots.refuse_arguments(f"The extended {self._seen.name}", self._seen.args, self._seen.kwargs)
         with kept():
             if self._pull is None:
+                self._seen = self._seen.fixed()
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
                 live = [t for t in self._leaves if isinstance(t, Tensor) and t.requires_grad]
                 us = [torch.zeros_like(t, requires_grad=True) for t in live]
@@ -177,6 +179,7 @@ class Graph(Point):
             raise PackextError(_GONE.format(seen.name))
         if not seen.spec.is_leaf():
             raise PackextError(_SEVERAL.format("PCHMP", seen.name))
+        self._seen = seen = seen.fixed()
         with disable():  # for its refusals: of a loss that is not convex, or whose Hessian is zero
             _roots.exact(seen.module, leaves[0].detach(), seen.args, seen.kwargs, self._g)
         chain = Chain(seen.edges[0], seen.name, "PCHMP", "GGNMP or HMP")
@@ -408,7 +411,9 @@ def _search(seen: Seen, output: Tensor, n: int, axis: int, agree: Callable[[Tens
             return layout
     raise CoupledSamplesError(
         f"Between the extended model and the extended {seen.name} samples influence each other, or their axis cannot "
-        f"be told: the loss's input is {list(output.shape)}, the batch has {n} samples along axis {axis}."
+        f"be told: the loss's input is {list(output.shape)}, the batch has {n} samples along axis {axis}. If rows are "
+        "chosen or brought into another order in between (output[mask]), do it in the forward of the model, or keep "
+        "all rows and have the loss ignore some (ignore_index, or a loss module of your own that weights rows by 0)."
     )
 
 

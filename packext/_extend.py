@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from packext import _compiler, _listening
-from packext._lineage import LOCAL, MARK, Tracer, taken_over
+from packext._calls import taken_over
+from packext._lineage import LOCAL, MARK, Tracer
 from packext._record import Record
 from packext._scale import LossMark, is_loss
 
@@ -20,12 +22,17 @@ M = TypeVar("M", bound=nn.Module)
 PLANS = 64
 
 
+def _none() -> None:
+    """There was no pass, or it is gone."""
+
+
 @dataclass
 class Shared:
-    """What the modules of one extended model share: its batch axis, and layouts found by the probe."""
+    """What the modules of one extended model share: its batch axis, layouts found by the probe, and the last pass."""
 
     batch_axis: int | None
     plans: dict[Any, Any] = field(default_factory=dict)
+    flight: Callable[[], Any] = _none
 
     def remember(self, key: Any, plan: Any) -> None:
         """Keep a plan, dropping the oldest beyond `PLANS`."""
@@ -34,7 +41,7 @@ class Shared:
         self.plans[key] = plan
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"batch_axis": self.batch_axis, "plans": {}}
+        return {"batch_axis": self.batch_axis, "plans": {}, "flight": _none}
 
 
 @dataclass
@@ -136,10 +143,12 @@ def _out_of_reach() -> bool:
     return LOCAL.disabled or taken_over() or torch._C._is_tracing()
 
 
-def _before(module: nn.Module, args: Any, kwargs: Any) -> None:
+def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
     if torch.compiler.is_compiling():
         return  # nothing of this becomes a part of compiled code, nor a condition for it
-    extension: Extension = module.__dict__["_packext"]
+    extension: Extension | None = module.__dict__.get("_packext")
+    if extension is None:
+        return  # the hook was copied to another module, as torch.ao does where it puts a quantised one in the place
     if LOCAL.call is not None and (not extension.path or module is LOCAL.call[0]):
         end_interrupted()
     if is_loss(module) and not _out_of_reach() and (LOCAL.loss is None or _left(LOCAL.loss[1])):
@@ -188,8 +197,8 @@ def _end() -> None:
         tracer.restore()
 
 
-def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    if torch.compiler.is_compiling():
+def _after(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+    if torch.compiler.is_compiling() or "_packext" not in module.__dict__:
         return None
     if LOCAL.unseen is module:
         _end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,12 @@ from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside, only_losses
 from packext._refusals import (
     after_distributed,
+    awaited_loss,
     refuse_again,
     refuse_apart,
     refuse_curvature,
     refuse_inputs_alone,
+    refuse_opacus,
     unseen,
     will_accumulate,
 )
@@ -180,6 +183,7 @@ def enter(record: Record, g: Tensor | None = None) -> None:
         )
     gates = record.awaited_gates()
     flight = _current(record) if state.sweep is None else state.sweep.flight
+    _alone(record, flight)
     refuse_tensors(record, [f.context for f in flight.heard])
     if any(i in record.strays for i in gates):
         raise PackextError(
@@ -214,6 +218,13 @@ def enter(record: Record, g: Tensor | None = None) -> None:
     waiting = [q for f in flight.heard for q in (*f.context.spreading, *f.context.hessian)]
     if state.sweep is None and waiting and not (flight.spread or flight.inside):
         asked = ", ".join(type(q).__name__ for q in waiting)
+        if (name := awaited_loss()) is not None:
+            raise PackextError(
+                f"{asked} asked for, and the gradient came to the model by another term first than the extended "
+                f"{name}: nothing is known of that term's curvature. Compute the whole loss in one nn.Module with an "
+                "attribute `reduction` ('mean' or 'sum') and extend that, or call backward() of the extended loss by "
+                "itself."
+            )
         raise NotExtendedError(
             f"{asked} asked for, but the backward pass came through no extended loss. Use "
             "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
@@ -223,6 +234,7 @@ def enter(record: Record, g: Tensor | None = None) -> None:
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             refuse_static(module)
+    refuse_opacus(modules)
     if record.batch_statistics and record.n > 1:
         raise CoupledSamplesError(
             f"BatchNorm uses the statistics of the batch in {', '.join(record.batch_statistics)}: samples influence "
@@ -235,6 +247,19 @@ def enter(record: Record, g: Tensor | None = None) -> None:
     with undisturbed():
         probe(record, gates, functools.partial(_send_probe, record))
     record.probed |= gates
+
+
+def _alone(record: Record, flight: Pass) -> None:
+    """Refuse two threads at one model: looking at it sets gradients and hooks of its parameters aside for a while."""
+    shared = record.extension.shared
+    other = shared.flight()
+    if other is not None and other.among is not flight.among and other.task in other.among:
+        raise PackextError(
+            f"Two threads have backward passes through one extended model ({type(record.root()).__name__}) in contexts "
+            "at the same time. Give each thread a copy (copy.deepcopy), or have them wait for each other "
+            "(threading.Lock around forward and backward)."
+        )
+    shared.flight = weakref.ref(flight)
 
 
 def compare(gate: Any, g: Tensor) -> None:
@@ -314,6 +339,12 @@ def _current(record: Record | None) -> Pass:
     for key in (task, record.born if record is not None else task):
         if key in state.passes and tuple(f.context for f in state.passes[key].heard) == state.hearing:
             return state.passes[key]
+    if any(context.strange() for context in state.hearing):
+        raise PackextError(
+            "A backward pass of one asyncio task while the context of another is open, on one thread: it would be "
+            "heard there. Leave the context before the next await, or run each in a thread of its own "
+            "(asyncio.to_thread)."
+        )
     state.passes[task] = Pass(state.hearing, state.passes)
     return state.passes[task]
 

@@ -7,25 +7,37 @@ receives parameters alone makes a value that is followed on until it meets data.
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
-import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
 from packext import _flight, _listening, _unseen, rules
+from packext._calls import (
+    EXPANDS,
+    PASSIVE,
+    PLACES,
+    any_unusual,
+    changed,
+    checkpoints,
+    constants,
+    is_composite,
+    map_tensors,
+    mutates,
+    saved_tensor_hooks,
+    shallow,
+    taken_over,
+    transparent,
+)
 from packext._choices import CHOOSE, chosen
 from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
@@ -75,7 +87,8 @@ class Tracer(TorchFunctionMode):
         self._held: dict[int, tuple[Tensor | None, ...]] = {}  # what modules held at the start
         self._instead: dict[int, tuple[Tensor, Tensor]] = {}  # what nobody saw how it was made, and the tap on it
         self.raw = False  # whether a transform has read data without a gradient
-        self.inputs: list[Tensor] = []  # of the model, that have a mark
+        self.inputs: list[Tensor] = []  # of the model
+        self._given: set[int] = set()  # ids of these: threads may share a tensor, and what is written on it
         self._inputs: set[int] = set()
         self._grad_inputs = False
         self._rooted = False
@@ -85,7 +98,7 @@ class Tracer(TorchFunctionMode):
     def push(self, module: nn.Module, path: str) -> None:
         """A module starts to run: learn the parameters it holds at this moment."""
         self.stack.append(module)
-        self._hooks.append(_saved_tensor_hooks())
+        self._hooks.append(saved_tensor_hooks())
         held = module._parameters
         if held and not (
             len(held) == len(known := self._held.get(id(module), ())) and all(map(is_, held.values(), known))
@@ -145,6 +158,8 @@ class Tracer(TorchFunctionMode):
         mark = getattr(t, MARK, _UNMARKED)
         if mark[0] == self.record.token:
             return mark[1] if mark[2] is not _FLAT or t.grad_fn is None else _unseen.made(self, t, True)
+        if id(t) in self._given:
+            return None
         if t.grad_fn is None:  # a DTensor is made where nothing is seen: of inputs, if of nothing that has a gradient
             return None if is_distributed(t) and not isinstance(t, nn.Parameter) else ()
         return _unseen.made(self, t)
@@ -169,14 +184,14 @@ class Tracer(TorchFunctionMode):
 
     def is_raw(self, t: Tensor) -> bool:
         """Whether `t` was computed from the model's inputs, and no gradient tells whose its entries are."""
-        if t.requires_grad or not t.is_floating_point() or getattr(t, MARK, _UNMARKED)[:2] != (self.record.token, None):
+        if t.requires_grad or not t.is_floating_point() or self.behind(t) is not None:
             return False
         return bool(t.any())  # torch.zeros_like takes a shape alone
 
     def mark_input(self, t: Tensor) -> None:
         """An input of the model."""
-        setattr(t, MARK, _Mark((self.record.token, None, None)))
         self.inputs.append(t)
+        self._given.add(id(t))
         if not self.record.by_use:
             self._inputs.add(id(t))
         if t.requires_grad:
@@ -196,11 +211,11 @@ class Tracer(TorchFunctionMode):
 
     def checkpointed(self) -> bool:
         """Whether what runs is computed again in the backward pass."""
-        return _checkpoints(_saved_tensor_hooks())
+        return checkpoints(saved_tensor_hooks())
 
     def mark(self, out: Any, payload: tuple[Source, ...] | None, base: Any = None) -> None:
         """What a function gave was made of these parameters alone; of data, if there are None."""
-        for t in _shallow((out,)):
+        for t in shallow((out,)):
             if id(t) in self.table:
                 continue
             if payload is not None and not t.requires_grad:
@@ -212,19 +227,19 @@ class Tracer(TorchFunctionMode):
         if torch.compiler.is_compiling():  # what torch.cond and the like are given
             return func(*args, **kwargs)
         if taken_over():
-            self.raw = self.raw or any(self.is_raw(t) for t in _shallow((*args, *kwargs.values())))
+            self.raw = self.raw or any(self.is_raw(t) for t in shallow((*args, *kwargs.values())))
             return func(*args, **kwargs)
         if isinstance(func, _unseen.HigherOrderOperator):
             return _unseen.called(self, func, args, kwargs)
-        if func in _PASSIVE:
+        if func in PASSIVE:
             if func is Tensor.retain_grad:
                 _flight.may_retain(args[0])
             return func(*args, **kwargs)
         record = self.record
-        record.trail = hash((record.trail, func))
+        record.trail = hash((record.trail, func, constants(args, kwargs) if func in PLACES else None))
         sources: tuple[Source, ...] = ()
         data = rooted = False
-        for t in _shallow((*args[:1], *kwargs.values()) if func in rules.FIRST_ONLY else (*args, *kwargs.values())):
+        for t in shallow((*args[:1], *kwargs.values()) if func in rules.FIRST_ONLY else (*args, *kwargs.values())):
             found = self.behind(t)
             if found:
                 sources += found
@@ -246,13 +261,13 @@ class Tracer(TorchFunctionMode):
                     record.routed = chosen(func, args, kwargs, record.batch_axis, self.is_data)
                 self.mark(out, None, _FLAT if same else None)
                 if mutates(func):
-                    self._written(_changed(args, kwargs))
+                    self._written(changed(args, kwargs))
             return out
         if not data:
             out = func(*args, **kwargs)
             if mutates(func):
-                self.mark(_changed(args, kwargs), tuple(dict.fromkeys(sources)))
-            base = args[0] if func in _EXPANDS and args and isinstance(args[0], Tensor) else None
+                self.mark(changed(args, kwargs), tuple(dict.fromkeys(sources)))
+            base = args[0] if func in EXPANDS and args and isinstance(args[0], Tensor) else None
             self.mark(out, tuple(dict.fromkeys(sources)), base)
             return out
         self._rooted = record.by_use or (rooted and bool(record.uses) and not self._grad_inputs)
@@ -274,13 +289,13 @@ class Tracer(TorchFunctionMode):
             out = func(*args, **kwargs)
         self.mark(out, None)
         if mutates(func):
-            self._written(_changed(args, kwargs))
+            self._written(changed(args, kwargs))
         return out
 
-    def _written(self, changed: Any) -> None:
+    def _written(self, target: Any) -> None:
         """Data was written into a tensor, and so into the one that it is a view of."""
-        self.mark(changed, None)
-        self.mark([t._base for t in _shallow((changed,)) if t._base is not None and not self.sources(t._base)], None)
+        self.mark(target, None)
+        self.mark([t._base for t in shallow((target,)) if t._base is not None and not self.sources(t._base)], None)
 
     # -- taps ------------------------------------------------------------------------------------
     def use(
@@ -291,8 +306,8 @@ class Tracer(TorchFunctionMode):
         consts: dict[str, Any],
     ) -> Use:
         """A use whose parameters are found among `tensors`."""
-        hooks = _saved_tensor_hooks()
-        if self._hooks and hooks is not self._hooks[-1] and _checkpoints(hooks):
+        hooks = saved_tensor_hooks()
+        if self._hooks and hooks is not self._hooks[-1] and checkpoints(hooks):
             # Nothing tells when such a function runs again, and the taps must be there again.
             raise self.refuse(
                 func,
@@ -349,7 +364,7 @@ class Tracer(TorchFunctionMode):
         consts: dict[str, Any],
     ) -> Any:
         """Run a call inside a tap; NotImplemented where the weight is not what is made of parameters."""
-        if _any_unusual(tensors):
+        if any_unusual(tensors):
             return NotImplemented
         use = self.use(rule, func, tensors, consts)
         for name, t in tensors.items():
@@ -372,7 +387,7 @@ class Tracer(TorchFunctionMode):
         consts: dict[str, Any],
     ) -> Any:
         """Run a call, and put a tap on its outputs; NotImplemented where the rule is not made for what it meets."""
-        if not rule.conjugates and _any_unusual(tensors):
+        if not rule.conjugates and any_unusual(tensors):
             return NotImplemented
         use = self.use(rule, func, tensors, consts)
         out = rule.call(use, tensors)
@@ -436,7 +451,7 @@ class Tracer(TorchFunctionMode):
     def finish(self, output: Any) -> Any:
         """Put a gate on every output that carries a gradient."""
         for t in self.inputs:
-            if MARK in t.__dict__:
+            if getattr(t, MARK, _UNMARKED)[0] == self.record.token:  # the model has written into it
                 delattr(t, MARK)
         record = self.record
         if not (record.uses or self.table or record.distributed):
@@ -454,132 +469,14 @@ class Tracer(TorchFunctionMode):
             return gate(record, y)
 
         record.running = False
-        gated = _map_tensors(behind_gate, output)
-        # The batch is the first input, unless the outputs are of the size of another one.
-        sizes = {shape[record.batch_axis] for _, shape, _, _ in record.gates if len(shape) > record.batch_axis}
+        gated = map_tensors(behind_gate, output)
         record.settle(range(len(record.gates)))
-        if not record.by_use and record.n not in sizes:
-            record.n = next((n for n in record.sizes if n in sizes), record.n)
+        if not record.by_use:
+            record.count()
         for use in record.uses:  # among the inputs may be some that are not of the batch
             if use.ties:
                 use.ties = frozenset([k for k in use.ties if use.shapes[k][record.batch_axis] == record.n])
         return gated
-
-
-def taken_over() -> bool:
-    """Whether a torch.func transform or forward mode differentiates, so that taps would be in its way."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _saved_tensor_hooks() -> Any:
-    """The function that packs tensors saved for the backward pass, if there is one."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    return hooks[0] if hooks else None
-
-
-def _checkpoints(hooks: Any) -> bool:
-    """Whether a function that packs saved tensors is that of activation checkpointing."""
-    return "_checkpoint_hook" in getattr(hooks, "__qualname__", "")
-
-
-def _map_tensors(f: Callable[[Any], Any], output: Any, depth: int = 4) -> Any:
-    if isinstance(output, Tensor):
-        return f(output)
-    leaves, spec = pytree.tree_flatten(output)
-    new = []
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__") and any(True for _ in tensors_in(leaf, depth)):
-            clone = copy.copy(leaf)
-            for key, item in vars(leaf).items():
-                object.__setattr__(clone, key, _map_tensors(f, item, depth - 1))
-            leaf = clone
-        new.append(f(leaf))
-    return pytree.tree_unflatten(new, spec)
-
-
-def _shallow(values: Iterable[Any]) -> list[Tensor]:
-    """Tensors among `values`, and in lists and tuples among them."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)) and value and not _NUMBERS.issuperset(map(type, value)):
-            found += _shallow(value)
-    return found
-
-
-_NUMBERS = frozenset({int, float, bool, type(None)})
-
-
-@functools.cache
-def mutates(func: Any) -> bool:
-    """Whether `func` changes its first argument."""
-    return rules.writes_in_place(func, {})
-
-
-def _any_unusual(tensors: dict[str, Tensor]) -> bool:
-    """Whether a tensor is complex, so that gradients are products with conjugates, or sparse."""
-    for t in tensors.values():
-        if t.layout is not torch.strided or t.is_complex():
-            return True
-    return False
-
-
-def _changed(args: Any, kwargs: dict[str, Any]) -> Any:
-    """The argument that a function changes."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-_KINDS = ("shape", "requires_grad", "dtype", "device", "ndim", "is_leaf", "grad_fn")
-#: Functions that tell no more than what kind of tensor one is.
-_PASSIVE = frozenset(
-    {
-        Tensor.size,
-        Tensor.dim,
-        Tensor.numel,
-        Tensor.is_floating_point,
-        Tensor.is_complex,
-        Tensor.__len__,
-        Tensor.stride,
-        Tensor.retain_grad,
-    }
-    | {getattr(Tensor, name).__get__ for name in _KINDS}
-)
-
-_EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to})
-
-
-def is_composite(func: Any) -> bool:
-    """Whether `func` is written in Python in torch's functional modules, from other torch functions."""
-    return isinstance(func, types.FunctionType) and func.__module__ in (
-        "torch.nn.functional",
-        "torch.functional",
-    )
-
-
-@functools.cache
-def transparent(func: types.FunctionType) -> types.FunctionType:
-    """`func` with its own dispatch to function modes switched off, so that its body is seen instead of it.
-
-    Called under an active mode, such functions hand themselves to the mode again, without end.
-
-    Returns:
-        A function of the same body and defaults.
-    """
-    names = {k: _never for k in func.__globals__ if k.startswith("has_torch_function")}
-    body = types.FunctionType(
-        func.__code__,
-        {**func.__globals__, **names},
-        func.__name__,
-        func.__defaults__,
-        func.__closure__,
-    )
-    body.__kwdefaults__ = func.__kwdefaults__
-    return body
-
-
-def _never(*_: Any) -> bool:
-    return False
 
 
 @contextmanager

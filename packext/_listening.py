@@ -162,6 +162,15 @@ def compared() -> int | None:
     return None if probe is None else probe.compare
 
 
+def task() -> int | None:
+    """Which of asyncio's tasks runs, if one does: those of a loop share a thread, and so what goes on in it."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return None if asyncio is None else id(asyncio.current_task())
+    except RuntimeError:  # no loop runs
+        return None
+
+
 def opened(context: backpack) -> None:
     """A context is entered."""
     here().contexts.append(context)

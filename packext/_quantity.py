@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -260,13 +261,17 @@ class Sampled:
 SUBSAMPLED = "subsampling counts the samples of one pass"
 
 
-def indices(subsampling: Sequence[int] | None) -> list[int] | None:
-    """Indices of samples as a list; a ValueError if they are not ints of 0 or more."""
+def indices(subsampling: Iterable[SupportsIndex] | None) -> list[int] | None:
+    """Indices of samples as a list; a ValueError if they are not integers of 0 or more."""
     if subsampling is None:
         return None
-    chosen = list(subsampling)
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in chosen):
-        raise ValueError(f"subsampling must be a list of sample indices, got {chosen}.")
+    given = list(subsampling)
+    try:
+        chosen = [operator.index(i) for i in given]  # of numpy and tensors, too
+    except TypeError:
+        chosen = [-1]
+    if any(i < 0 for i in chosen) or any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in given):
+        raise ValueError(f"subsampling must be a list of sample indices, got {given}.")
     return chosen
 
 

@@ -131,6 +131,23 @@ class Record:
         self.sizes = sorted({shape[axis] for shape in shapes if len(shape) > axis})
         self.n = self.sizes[0] if len(self.sizes) == 1 else 0
 
+    def count(self) -> None:
+        """The batch is the first input, unless outputs, or else what losses inside have read, have another's size."""
+        axis = self.batch_axis
+        outputs = {shape[axis] for _, shape, _, _ in self.gates if len(shape) > axis}
+        inner = {shape[axis] for loss in self.losses for shape, _, _ in loss.inputs if len(shape) > axis}
+        known = outputs or inner
+        if self.n in known:
+            return
+        sizes = [n for n in dict.fromkeys(self.sizes) if n in known]
+        if not sizes and not outputs and inner:  # read as rows of all samples, of which each has several
+            whole = [n for n in dict.fromkeys(self.sizes) if n and not any(size % n for size in inner)]
+            sizes = [n for n in whole if n > 1] or whole
+            if len(sizes) > 1:
+                self.n = 0
+                return
+        self.n = sizes[0] if sizes else self.n
+
     def below(self) -> list[tuple[GradientEdge, tuple[Any, ...]]]:
         """The edges under the outputs that are still there, with shape, dtype and device."""
         nodes = [(ref(), tuple(meta)) for i, (ref, *meta) in enumerate(self.gates) if i not in self.slopes]
@@ -142,6 +159,12 @@ class Record:
             return (
                 f"with batch_axis=None they are along axis 0 of the outputs, of which sizes are {self.sizes}. Return "
                 "outputs with a row for each sample."
+            )
+        several = sorted(set(self.sizes))
+        if len(several) > 1:
+            return (
+                f"inputs have {several} entries along axis {self.batch_axis}, and neither outputs nor losses inside of "
+                "the model tell which are the samples. Return the outputs of the batch from forward, beside the loss."
             )
         why = "the batch is empty" if self.sizes else f"no input tensor has an axis {self.batch_axis}"
         return f"{why}. Pass the batch to the extended model."

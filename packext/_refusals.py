@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
+from packext._graph import inputs_first
 from packext._use import Source, live_nodes
 
 if TYPE_CHECKING:
@@ -79,6 +81,17 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
     }
     if missed:
         names = ", ".join(name for name, p in modules[0].named_parameters() if id(p) in missed)
+        new = [
+            f"{path or '(the model itself)'} [{type(m).__name__}]"
+            for path, m in modules[0].named_modules()
+            if not ("_packext" in vars(m) or isinstance(m, torch.jit.ScriptModule))
+            and any(id(p) in missed for p in m._parameters.values())
+        ]
+        if new:
+            raise UnsupportedUseError(
+                f"A gradient will reach {names}, of modules that were put into the model after px.extend, or were "
+                f"taken out of it by px.unextend: {', '.join(new)}. Call px.extend(model) again."
+            )
         raise UnsupportedUseError(
             f"A gradient will reach {names}, but packext saw no use of it: it meets data outside of the extended "
             "model, or inside of a torch.autograd.Function, a torch.func transform or TorchScript, into which packext "
@@ -86,6 +99,62 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
             "or leave the parameter out (parameters=...)."
             f"{after_distributed(record)}"
         )
+
+
+def refuse_opacus(modules: list[nn.Module]) -> None:
+    """Refuse a model that Opacus has wrapped: its hooks would count the passes that look at samples as its own."""
+    for module in modules if "opacus" in sys.modules else ():
+        for hook in module._forward_hooks.values():
+            if str(getattr(hook, "__module__", "")).startswith("opacus."):
+                raise PackextError(
+                    f"Opacus's GradSampleModule has hooks on this model ({type(module).__name__}), which compute "
+                    "individual gradients of their own in every pass. Take the model as it was before "
+                    "(to_standard_module()); for private training there are px.optim.DPSGD, and "
+                    "packext.adapters.opacus with Opacus's optimizers."
+                )
+
+
+def refuse_beside(name: str, edges: Iterable[Any], wants: Callable[[Tensor], bool]) -> None:
+    """Refuse parameters of extended models that data meet again between the models and the extended loss.
+
+    Args:
+        name: of the loss.
+        edges: where gradients enter the graphs of what the loss is called with.
+        wants: tells of which parameters individual gradients are wanted.
+
+    Raises:
+        UnsupportedUseError: if such a parameter has uses in a model as well: of these alone the results would be.
+    """
+    for node in inputs_first([edge.node for edge in edges], lambda node: not hasattr(node, "record")):
+        p = getattr(node, "variable", None)
+        if p is None or not wants(p):
+            continue
+        uses = [tap.use for tap in live_nodes(p) if torch._C._will_engine_execute_node(tap)]
+        if uses:
+            known = next(s.name for group in uses[0].sources.values() for s in group if s.tensor is p)
+            raise UnsupportedUseError(
+                f"{known} {list(p.shape)} is used in the extended model ({uses[0].describe()}), and once more between "
+                f"its output and the extended {name}, where packext does not see it. Do all of it in the forward of "
+                "one extended module, and call that module: model.forward(...), other methods and hooks that are put "
+                "on it after px.extend run outside of it. Or leave the parameter out (parameters=...)."
+            )
+
+
+#: Nodes (weak) on extended losses whose graph may be alive, with the losses' names.
+_LOSSES: list[tuple[Callable[[], Any], str]] = []
+
+
+def note_loss(node: Any, name: str) -> None:
+    """Remember, weakly, the node on an extended loss."""
+    if len(_LOSSES) > 8 and len(_LOSSES) & (len(_LOSSES) - 1) == 0:
+        _LOSSES[:] = [(ref, name) for ref, name in _LOSSES if ref() is not None]
+    _LOSSES.append((weakref.ref(node), name))
+
+
+def awaited_loss() -> str | None:
+    """The name of an extended loss that the pass under way is yet to come through; None without one."""
+    nodes = ((ref(), name) for ref, name in tuple(_LOSSES))
+    return next((name for node, name in nodes if node is not None and awaited(node)), None)
 
 
 def will_accumulate(parameter: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import inspect
 import weakref
@@ -17,7 +19,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
 from packext import _flight, _listening
+from packext._errors import PackextError
 from packext._record import Inside, Record
+from packext._refusals import note_loss, refuse_beside
+from packext._use import autocasts
 
 
 def is_loss(module: nn.Module) -> bool:
@@ -73,6 +78,8 @@ class Seen:
         args: the other positional arguments.
         kwargs: keyword arguments, without the input.
         record: gives the forward pass of the model that computed the loss itself.
+        value: what the loss gave, detached.
+        rounding: the relative error that it may have.
     """
 
     module: nn.Module
@@ -82,11 +89,39 @@ class Seen:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     record: Callable[[], Record | None]
+    value: Tensor
+    rounding: float
 
     @property
     def name(self) -> str:
         """Class of the loss."""
         return type(self.module).__name__
+
+    def fixed(self) -> Seen:
+        """The same with a copy of the loss, which what is done to the loss later does not change.
+
+        Returns:
+            The copy.
+
+        Raises:
+            PackextError: if the loss is no more what was called, as far as its value tells.
+        """
+        module = copy.copy(self.module)
+        module._buffers = dict(module._buffers)
+        leaves, cuda = self.leaves(), [self.value.device] if self.value.is_cuda else []
+        if leaves is not None:
+            inner = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]  # it may write into them
+            with torch.no_grad(), torch.random.fork_rng(cuda), _listening.silence():
+                again = module.forward(pytree.tree_unflatten(inner, self.spec), *self.args, **self.kwargs)
+            if not isinstance(again, Tensor) or not _alike(again, self.value, self.rounding):
+                now = again.flatten()[:3].tolist() if isinstance(again, Tensor) else type(again).__name__
+                raise PackextError(
+                    f"The extended {self.name} gave {self.value.flatten()[:3].tolist()} when it was called, and gives "
+                    f"{now} now: its curvature would be that of another loss. It draws random numbers, counts its "
+                    "calls, has a hook that changes what it gives, or was changed since (a weight set anew for each "
+                    "call: use a module for each)."
+                )
+        return dataclasses.replace(self, module=module)
 
 
 def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
@@ -106,6 +141,21 @@ def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
     return again
 
 
+def _alike(value: Tensor, other: Tensor, rounding: float) -> bool:
+    if value.shape != other.shape:
+        return False
+    size = float(other.abs().nan_to_num(0.0, 0.0, 0.0).max()) if other.numel() else 0.0
+    return torch.allclose(value.to(other.dtype), other, rounding, rounding * size, equal_nan=True)
+
+
+def _rounding(value: Tensor, live: list[Tensor]) -> float:
+    """What may lie between two computations of a loss, one of them without autocast."""
+    kinds = [t.dtype for t in (value, *live)]
+    if autocasts(value.device.type):
+        kinds.append(torch.get_autocast_dtype(value.device.type))
+    return max(torch.finfo(kind).eps for kind in kinds) ** 0.5
+
+
 class LossMark(torch.autograd.Function):
     """Sits on the output of an extended loss: tells a backward pass how it reduces, and sends its curvature."""
 
@@ -122,10 +172,13 @@ class LossMark(torch.autograd.Function):
         for t in live:
             _flight.may_retain(t)
         seen = Seen(
-            module, edges, _keep(leaves), spec, tuple(rest), kwargs, weakref.ref(record) if record else lambda: None
-        )
+            module, edges, _keep(leaves), spec, tuple(rest), kwargs, weakref.ref(record) if record else lambda: None,
+            output.detach(), _rounding(output, live),
+        )  # fmt: skip
         marked = LossMark.apply(output, type(module).__name__, module.reduction, seen)
-        if record is not None:
+        if record is None:
+            note_loss(marked.grad_fn, type(module).__name__)
+        else:
             record.losses.append(
                 Inside(weakref.ref(marked.grad_fn), edges, [(t.shape, t.dtype, t.device) for t in live])
             )
@@ -144,6 +197,8 @@ class LossMark(torch.autograd.Function):
             edge, record = GradientEdge(*ctx.next_functions[0]), ctx.seen.record()
             if record is not None:  # whose gate could not tell yet
                 flight.check(record.n)
+            elif flight.by_sample:
+                refuse_beside(ctx.name, ctx.seen.edges, flight.wants)
             with _flight.undisturbed():
                 flight.context._spread(flight, ctx.seen, edge, grads[0])
         return grads[0], None, None, None

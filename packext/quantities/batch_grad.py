@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class BatchGrad(PerSample, Quantity):
     savefield = "grad_batch"
     parts = "split"
 
-    def __init__(self, subsampling: Sequence[int] | None = None) -> None:
+    def __init__(self, subsampling: Iterable[SupportsIndex] | None = None) -> None:
         """Give all samples, or those in `subsampling`."""
         self.subsampling = indices(subsampling)
         if self.subsampling is not None:

@@ -7,8 +7,8 @@ H_n, `J_nᵀ s` are rows of the same factored form as individual gradients: the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ class SqrtGGNExact(_Root, _Exact):
     savefield = "sqrt_ggn_exact"
     parts = "split"
 
-    def __init__(self, subsampling: Sequence[int] | None = None) -> None:
+    def __init__(self, subsampling: Iterable[SupportsIndex] | None = None) -> None:
         """Take indices of the samples to keep (with the scale of the whole batch); all by default."""
         self.subsampling = indices(subsampling)
         if self.subsampling is not None:
@@ -162,7 +162,7 @@ class SqrtGGNMC(_Root, _Sampled):
     def __init__(
         self,
         mc_samples: int = 1,
-        subsampling: Sequence[int] | None = None,
+        subsampling: Iterable[SupportsIndex] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """As for `DiagGGNMC`, and indices of the samples to keep."""

@@ -1,0 +1,153 @@
+"""Calls of torch functions as the tracer meets them: which tensors are in them, and what is known of the functions."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from packext import rules
+from packext._record import tensors_in
+
+
+def taken_over() -> bool:
+    """Whether a torch.func transform or forward mode differentiates, so that taps would be in its way."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def saved_tensor_hooks() -> Any:
+    """The function that packs tensors saved for the backward pass, if there is one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks[0] if hooks else None
+
+
+def checkpoints(hooks: Any) -> bool:
+    """Whether a function that packs saved tensors is that of activation checkpointing."""
+    return "_checkpoint_hook" in getattr(hooks, "__qualname__", "")
+
+
+def map_tensors(f: Callable[[Any], Any], output: Any, depth: int = 4) -> Any:
+    if isinstance(output, Tensor):
+        return f(output)
+    leaves, spec = pytree.tree_flatten(output)
+    new = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__") and any(True for _ in tensors_in(leaf, depth)):
+            clone = copy.copy(leaf)
+            for key, item in vars(leaf).items():
+                object.__setattr__(clone, key, map_tensors(f, item, depth - 1))
+            leaf = clone
+        new.append(f(leaf))
+    return pytree.tree_unflatten(new, spec)
+
+
+def shallow(values: Iterable[Any]) -> list[Tensor]:
+    """Tensors among `values`, and in lists and tuples among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)) and value and not _NUMBERS.issuperset(map(type, value)):
+            found += shallow(value)
+    return found
+
+
+_NUMBERS = frozenset({int, float, bool, type(None)})
+
+
+@functools.cache
+def mutates(func: Any) -> bool:
+    """Whether `func` changes its first argument."""
+    return rules.writes_in_place(func, {})
+
+
+def any_unusual(tensors: dict[str, Tensor]) -> bool:
+    """Whether a tensor is complex, so that gradients are products with conjugates, or sparse."""
+    for t in tensors.values():
+        if t.layout is not torch.strided or t.is_complex():
+            return True
+    return False
+
+
+def changed(args: Any, kwargs: dict[str, Any]) -> Any:
+    """The argument that a function changes."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+_KINDS = ("shape", "requires_grad", "dtype", "device", "ndim", "is_leaf", "grad_fn")
+#: Functions that tell no more than what kind of tensor one is.
+PASSIVE = frozenset(
+    {
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.__len__,
+        Tensor.stride,
+        Tensor.retain_grad,
+    }
+    | {getattr(Tensor, name).__get__ for name in _KINDS}
+)
+
+#: Functions whose numbers and strings say where entries go, which is a part of a model's structure.
+PLACES = frozenset(
+    {
+        getattr(owner, name)
+        for owner in (torch, Tensor)
+        for name in (
+            "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "flip", "roll", "rot90", "tensordot",
+        )
+        if hasattr(owner, name)
+    }
+    | {getattr(torch._VF, "einsum")}  # noqa: B009 - not in torch's stubs
+)  # fmt: skip
+
+
+def constants(args: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """What a call is given beside tensors, to compare."""
+    return tuple([repr(v) for v in pytree.tree_leaves((args, kwargs)) if not isinstance(v, Tensor)])
+
+
+EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to})
+
+
+def is_composite(func: Any) -> bool:
+    """Whether `func` is written in Python in torch's functional modules, from other torch functions."""
+    return isinstance(func, types.FunctionType) and func.__module__ in (
+        "torch.nn.functional",
+        "torch.functional",
+    )
+
+
+@functools.cache
+def transparent(func: types.FunctionType) -> types.FunctionType:
+    """`func` with its own dispatch to function modes switched off, so that its body is seen instead of it.
+
+    Called under an active mode, such functions hand themselves to the mode again, without end.
+
+    Returns:
+        A function of the same body and defaults.
+    """
+    names = {k: _never for k in func.__globals__ if k.startswith("has_torch_function")}
+    body = types.FunctionType(
+        func.__code__,
+        {**func.__globals__, **names},
+        func.__name__,
+        func.__defaults__,
+        func.__closure__,
+    )
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
+
+
+def _never(*_: Any) -> bool:
+    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import testing
+from packext._quantity import Point
 from tests.cases import Pool
 
 N = 8
@@ -274,3 +275,42 @@ def test_functions_run_again_as_autocast_ran_them(build: Any, inside: bool) -> N
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
             loss.backward()
     assert worst(model, (px.BatchGrad(),), rows)["BatchGrad"] < 0.15
+
+
+# -- curvature -----------------------------------------------------------------------------------------------
+
+
+class Noted(Point):
+    """Products with a matrix in bfloat16, of which every `z * H z` is noted."""
+
+    def __init__(self) -> None:
+        matrix = torch.randn(6, 6)
+        self.matrix, self.parameters = (matrix + matrix.T).bfloat16(), [torch.zeros(6, dtype=torch.bfloat16)]
+        self.noted: list[Tensor] = []
+
+    def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        image = self.matrix @ vectors[0]
+        self.noted.append(vectors[0].double() * image.double())
+        return [image]
+
+
+def test_estimates_of_bfloat16_parameters_are_those_of_their_draws() -> None:
+    """A running mean in bfloat16 would stand still after some hundred draws, and its error would shrink."""
+    point, m = Noted(), 3000
+    diagonal = px.DiagHessianMC(m)
+    found = diagonal.land(diagonal.measure(point, torch.Generator())[0], 1, 1.0)
+    draws = torch.stack(point.noted)
+    assert found.value.dtype == found.standard_error.dtype == torch.float32
+    torch.testing.assert_close(found.value.double(), draws.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.standard_error.double(), draws.std(0) / m**0.5, rtol=1e-4, atol=0)
+    point.noted.clear()
+    trace = px.HessianTrace(m)
+    found = trace.land(trace.measure(point, torch.Generator())[0], 1, 1.0)
+    torch.testing.assert_close(found.draws, torch.stack(point.noted).sum(1).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_estimates_of_the_hessian_are_in_float32() -> None:
+    model, loss = px.extend(nn.Linear(5, 3).bfloat16()), px.extend(nn.CrossEntropyLoss())
+    with px.backpack(px.DiagHessianMC(2), px.HessianTrace(2)) as results:
+        loss(model(torch.randn(N, 5).bfloat16()), torch.randint(3, (N,))).backward()
+    assert all(t.dtype == torch.float32 for r in (model.bias.diag_h_mc, results.hessian_trace) for t in r)

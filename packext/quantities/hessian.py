@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from packext import linalg
+from packext._factored import accumulation_dtype
 from packext._quantity import HessianQuantity, Point, Sampled, sum_of
 from packext._union import Here, Part
 
@@ -29,22 +30,23 @@ def _of_draws(draws: Tensor) -> Estimate:
 class _Hutchinson(Sampled, HessianQuantity):
     """Draws signs z, of which `z H z` has the trace as its mean, and `z * H z` the diagonal."""
 
-    def draws(self, point: Point, generator: torch.Generator) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Vectors of signs in the shapes of the parameters, and their products with the Hessian."""
+    def draws(self, point: Point, generator: torch.Generator) -> Iterator[list[Tensor]]:
+        """`z * H z` for vectors z of signs in the shapes of the parameters, in float32 or better."""
         generator = self.generator or generator
         for _ in range(self.mc_samples):
             z = [
                 torch.randint(2, p.shape, generator=generator, device=generator.device).to(p).mul_(2).sub_(1)
                 for p in point.parameters
             ]
-            yield z, point.hessian(z)
+            images = point.hessian(z)
+            yield [(one * hz).to(accumulation_dtype(hz.dtype)) for one, hz in zip(z, images, strict=True)]
 
 
 class DiagHessianMC(_Hutchinson):
     """Hutchinson's estimate of the Hessian's diagonal, in `diag_h_mc`: value and standard error, both `[*p]`.
 
     The mean over signs z of `z * H z` (Bekas, Kokiopoulou & Saad, 2007), for any model and loss that autograd can
-    differentiate twice.
+    differentiate twice; in float32 or better, also of parameters in half precision.
     """
 
     savefield = "diag_h_mc"
@@ -52,10 +54,9 @@ class DiagHessianMC(_Hutchinson):
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Tensor]:
         # Of each parameter the mean and the sum of squared deviations, updated draw by draw (Welford, 1962).
-        found = [torch.zeros(2, *p.shape, dtype=p.dtype, device=p.device) for p in point.parameters]
-        for count, (z, hz) in enumerate(self.draws(point, generator), 1):
-            for (mean, squares), one, image in zip(found, z, hz, strict=True):
-                value = one * image
+        found = [torch.zeros(2, *p.shape, dtype=accumulation_dtype(p.dtype), device=p.device) for p in point.parameters]
+        for count, values in enumerate(self.draws(point, generator), 1):
+            for (mean, squares), value in zip(found, values, strict=True):
                 away = value - mean
                 mean += away / count
                 squares += away * (value - mean)
@@ -85,11 +86,8 @@ class HessianTrace(_Hutchinson):
     indivisible = ""
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Tensor]:
-        found = [
-            torch.stack([(one * image).sum() for one, image in zip(z, hz, strict=True)])
-            for z, hz in self.draws(point, generator)
-        ]
-        return list(torch.stack(found, 1))
+        found = [[value.sum() for value in values] for values in self.draws(point, generator)]
+        return [torch.stack(draws) for draws in zip(*found, strict=True)]
 
     def land(self, held: Tensor, n: int, factor: float) -> TraceEstimate:
         return TraceEstimate(*_of_draws(held * factor), held * factor)

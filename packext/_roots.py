@@ -335,29 +335,32 @@ def _softmax_columns(p: Tensor, c: Tensor, compact: bool) -> Iterator[Tensor]:
     With r = sqrt(p), a unit vector, `diag(p) - p pᵀ = diag(r) (I - r rᵀ) diag(r)`, and `I - r rᵀ` is its own square:
     the columns of `diag(r) (I - r rᵀ)` are a root, column v being `r_v (e_v - p)`.
 
-    Compact: with e the last unit vector and u = r + e, of which |u|² = 2 (1 + r·e), the reflection
-    `Q = I - 2 u uᵀ/|u|²` takes e to `e - u = -r`. As Q is orthogonal, `I - r rᵀ = Q Qᵀ - (Qe) (Qe)ᵀ` is the sum of
-    the outer products of the other columns of Q, `q_v = e_v - u r_v/(1 + r·e)`. Hence `diag(r) q_v`, without the last.
+    Compact: with e the unit vector of the most probable class k and u = r + e, of which |u|² = 2 (1 + r·e), the
+    reflection `Q = I - 2 u uᵀ/|u|²` takes e to `e - u = -r`. As Q is orthogonal, `I - r rᵀ = Q Qᵀ - (Qe) (Qe)ᵀ` is the
+    sum of the outer products of the other columns of Q, `q_v = e_v - u r_v/(1 + r·e)`. Hence `diag(r) q_v`, with the
+    last class in the place of k. No entry is a difference of almost equal numbers, however small all other
+    probabilities are.
 
     Args:
         p: probabilities, `[N, C, ...]`.
         c: coefficients, `[N, ...]`.
-        compact: C - 1 columns per position in place of C.
+        compact: C - 1 columns per position in place of C, where C is more than 1.
 
     Yields:
         Cotangents `[N, C, positions]`.
     """
-    p, root = p.reshape(*p.shape[:2], -1), c.reshape(len(c), -1).sqrt()
-    r, down = p.sqrt(), p
+    p, root = p.reshape(*p.shape[:2], -1), c.reshape(len(c), 1, -1).sqrt()
+    r, down, compact = p.sqrt(), p, compact and p.shape[1] > 1
+    classes, most = torch.arange(p.shape[1], device=p.device)[:, None], p.argmax(1, keepdim=True)
     if compact:
-        last = r[:, -1:]
-        down = torch.cat((p[:, :-1], p[:, -1:] + last), 1) / (1 + last)  # diag(r) u / (1 + r·e)
+        largest = r.gather(1, most)
+        down = torch.where(classes == most, largest, p / (1 + largest))  # diag(r) u / (1 + r·e)
     for v in range(p.shape[1] - compact):
+        own = torch.where(most == v, p.shape[1] - 1, v) if compact else torch.full_like(most, v)
+        weight = r.gather(1, own) * root
         for at in range(p.shape[2]):
             s = torch.zeros_like(p)
-            s[:, :, at] = -r[:, v, None, at] * down[:, :, at]
-            s[:, v, at] += r[:, v, at]
-            s[:, :, at] *= root[:, None, at]
+            s[:, :, at] = weight[:, :, at] * ((classes[:, 0] == own[:, :, at]).to(p) - down[:, :, at])
             yield s
 
 

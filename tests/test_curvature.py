@@ -392,6 +392,16 @@ def test_autocast(inside: bool) -> None:
         assert testing.relative_error(p.diag_ggn_exact, rows[name].square().sum((0, 1))) < 0.05
 
 
+def test_a_cross_entropy_of_one_class_has_no_curvature() -> None:
+    model, x, y = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(N, 5), torch.zeros(N).long()
+    asked = [px.DiagGGNExact(), px.BatchDiagGGNExact(), px.KFLR(), px.KFRA(), px.KFAC(), px.DiagHessian()]
+    results = run(model, nn.CrossEntropyLoss(), x, y, *asked)
+    for name in results:
+        for quantity in asked:
+            found = getattr(results[name], quantity.savefield)
+            assert not (found[0] if isinstance(found, list) else found).any(), (name, quantity)
+
+
 # -- Monte Carlo ---------------------------------------------------------------------------------------------
 
 

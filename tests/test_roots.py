@@ -223,6 +223,32 @@ def test_extreme_logits(case: str) -> None:
     assert all(s.isfinite().all() and (s[1:].abs().amax() < 1e-8) for s in found)
 
 
+@pytest.mark.parametrize("likely", range(C))
+@pytest.mark.parametrize("gap", [10.0, 20.0, 28.0, 36.0])
+def test_confident_predictions_in_float32(gap: float, likely: int) -> None:
+    """Whichever class is likely, the curvature of all is as exact as their probabilities."""
+    loss, target = nn.CrossEntropyLoss(reduction="sum"), torch.arange(N) % C
+    output = (torch.randn(N, C) - gap * (torch.arange(C) != likely)).float()
+    output[0] = output[0].roll(1)  # samples may differ in what is likely
+    p = output.double().softmax(1)
+    others = torch.stack([p[:, [c for c in range(C) if c != k]].sum(1) for k in range(C)], 1)
+    for compact in (False, True):
+        found = list(_roots.exact(loss, output, (target,), {}, torch.tensor(1.0), compact))
+        diagonal = sum(s.double().square() for s in found)
+        torch.testing.assert_close(diagonal, p * others, rtol=1e-5, atol=0)
+        products = sum(s.double()[:, :, None] * s.double()[:, None] for s in found)
+        off = ~torch.eye(C, dtype=torch.bool)
+        if compact:
+            torch.testing.assert_close(products[:, off], -(p[:, :, None] * p[:, None])[:, off], rtol=1e-4, atol=0)
+
+
+def test_one_class_has_no_curvature() -> None:
+    loss, output, target = nn.CrossEntropyLoss(), torch.randn(N, 1, 2), torch.zeros(N, 2).long()
+    for compact in (False, True):
+        found = list(_roots.exact(loss, output, (target,), {}, torch.tensor(1.0), compact))
+        assert len(found) == 2 and not torch.stack(found).any()
+
+
 def test_keyword_arguments_and_subclasses() -> None:
     class Mine(nn.GaussianNLLLoss):
         """As its parent."""

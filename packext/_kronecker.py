@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from packext._errors import PackextError
+from packext._precision import unrounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,8 @@ def kron(factors: Sequence[Tensor]) -> Tensor:
     matrices = [m.diag_embed() if m.dim() == 2 else m for m in _batched(factors)]
     out = matrices[0]
     for m in matrices[1:]:
-        blocks = torch.einsum("gab,gcd->gacbd", out, m)
+        with unrounded(m.device.type):
+            blocks = torch.einsum("gab,gcd->gacbd", out, m)
         out = blocks.reshape(len(blocks), out.shape[-1] * m.shape[-1], -1)
     return torch.block_diag(*out)
 
@@ -206,7 +208,8 @@ def kron_matvec(factors: Sequence[Tensor], x: Tensor) -> Tensor:
         if m.dim() == 2:
             y = y * m.to(dtype)[:, None, :, None]
         else:
-            y = torch.einsum("gab,vgpbq->vgpaq", m.to(dtype), y)
+            with unrounded(y.device.type):
+                y = torch.einsum("gab,vgpbq->vgpaq", m.to(dtype), y)
         before *= m.shape[-1]
     return y.reshape(x.shape)
 

@@ -41,11 +41,12 @@ from packext._calls import (
 from packext._choices import CHOOSE, chosen
 from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
+from packext._precision import any_autocast
 from packext._record import Record, tensors_in
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
 from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, slope
-from packext._use import Rule, Source, Use, any_autocast, autocasts
+from packext._use import Rule, Source, Use, autocasts
 
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
 #: value that it is an expanded view of.

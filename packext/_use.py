@@ -16,6 +16,7 @@ from torch import Tensor
 from packext._errors import PackextError, UnsupportedUseError
 from packext._factored import Factored, Masked, Pulled, View, rows_in
 from packext._layout import Layout, Tokens
+from packext._precision import autocasts as autocasts
 
 if TYPE_CHECKING:
     from packext._record import Record
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 #: The scalar that every tap takes as an input, and where its gradient goes.
 TARGET = torch.zeros((), requires_grad=True)
 AIM = torch.autograd.graph.get_gradient_edge(TARGET).node
-
-_has_autocast = functools.cache(torch.amp.is_autocast_available)
-any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for tensors of this type of device; some types, such as meta, have none."""
-    return any_autocast() and _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 @dataclass(eq=False, slots=True)

@@ -9,7 +9,8 @@ A factor `[n]` is a diagonal matrix; nothing but `kron` makes a matrix `[n, n]` 
 An operator is a callable `matvec` that takes and returns vectors in one structure: a tensor, or a list, tuple or
 dictionary of tensors (nested, too), such as the parameters of a model. A function that multiplies many vectors at once,
 `[V, *p]`, is one after `lambda v: f(v[None])[0]`. Operators are taken to be symmetric. Arithmetic is in float32 or
-better. Random vectors come from a generator of their own, seeded with 0 if none is given; torch's stays as it was.
+better, under autocast as well, which is as it was within operators. Random vectors come from a generator of their own,
+seeded with 0 if none is given; torch's stays as it was.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from packext._kronecker import kron_inv as kron_inv
 from packext._kronecker import kron_matvec as kron_matvec
 from packext._kronecker import kron_trace as kron_trace
 from packext._kronecker import nearest_kron as nearest_kron
+from packext._precision import as_now, unrounded
 
 Matvec = Callable[[Any], Any]
 
@@ -58,6 +60,7 @@ class _Space:
         self.dtype = functools.reduce(torch.promote_types, (leaf.dtype for leaf in self.leaves), torch.float32)
         self.device = self.leaves[0].device
         self.eps = max(torch.finfo(leaf.dtype).eps for leaf in self.leaves)
+        self.around = as_now(self.device.type)
 
     def _leaves(self, like: Any, tree: Any, what: str) -> Iterator[Tensor]:
         """The tensors of `tree`, in the order of `like`."""
@@ -94,7 +97,9 @@ class _Space:
     def operator(self, matvec: Matvec, what: str = "matvec") -> Callable[..., Tensor]:
         def apply(flat: Tensor, out: Tensor | None = None) -> Tensor:
             self.calls += 1
-            found = self.pack(matvec(self.unpack(flat)), f"the result of {what}", out)
+            with self.around():
+                image = matvec(self.unpack(flat))
+            found = self.pack(image, f"the result of {what}", out)
             if not _finite(found):
                 raise PackextError(f"{self.name}: {what} gave entries that are NaN or infinite.")
             return found
@@ -177,29 +182,30 @@ def cg(
     unit = float(b.abs().max()) or 1.0  # all is in units of b, so that squares do not underflow
     b = b / unit
     x = torch.zeros_like(b) if x0 is None else space.given(x0, "x0") / unit
-    r = b if x0 is None else b - apply(x)
-    target = max(max(tol, torch.finfo(space.dtype).eps) * float(b.norm()), atol / unit)
-    limit = 10 * space.size if maxiter is None else maxiter
-    iterations, best = 0, math.inf
-    while True:  # once, and again where the updated residual has drifted away from the true one
-        norm = float(r.norm())
-        if norm <= target or iterations >= limit or norm > best / 2:
-            break
-        best, p, rz = norm, None, 1.0
-        while norm > target and iterations < limit:
-            z = precondition(r)
-            last, rz = rz, float(r @ z)
-            if rz <= 0:
-                raise PackextError(f"cg: the preconditioner is not positive definite: r M r = {rz:.3g}.")
-            p = z if p is None else z + (rz / last) * p
-            ap = apply(p)
-            curvature = float(p @ ap)
-            if curvature <= 0:
-                return Solution(space.unpack(x * unit), norm * unit, iterations, False, space.unpack(p * unit))
-            x, r = x + (rz / curvature) * p, r - (rz / curvature) * ap
-            norm, iterations = float(r.norm()), iterations + 1
-        if norm <= target:
-            r = b - apply(x)
+    with unrounded(space.device.type):
+        r = b if x0 is None else b - apply(x)
+        target = max(max(tol, torch.finfo(space.dtype).eps) * float(b.norm()), atol / unit)
+        limit = 10 * space.size if maxiter is None else maxiter
+        iterations, best = 0, math.inf
+        while True:  # once, and again where the updated residual has drifted away from the true one
+            norm = float(r.norm())
+            if norm <= target or iterations >= limit or norm > best / 2:
+                break
+            best, p, rz = norm, None, 1.0
+            while norm > target and iterations < limit:
+                z = precondition(r)
+                last, rz = rz, float(r @ z)
+                if rz <= 0:
+                    raise PackextError(f"cg: the preconditioner is not positive definite: r M r = {rz:.3g}.")
+                p = z if p is None else z + (rz / last) * p
+                ap = apply(p)
+                curvature = float(p @ ap)
+                if curvature <= 0:
+                    return Solution(space.unpack(x * unit), norm * unit, iterations, False, space.unpack(p * unit))
+                x, r = x + (rz / curvature) * p, r - (rz / curvature) * ap
+                norm, iterations = float(r.norm()), iterations + 1
+            if norm <= target:
+                r = b - apply(x)
     return Solution(space.unpack(x * unit), norm * unit, iterations, norm <= target, None)
 
 
@@ -257,16 +263,17 @@ def lanczos(matvec: Matvec, like: Any, k: int, generator: torch.Generator | None
     _check(1 <= k <= space.size, f"lanczos: k must be between 1 and {space.size}, the entries of a vector; got {k}.")
     apply, eps = space.operator(matvec), torch.finfo(space.dtype).eps
     basis = torch.zeros(k, space.size, dtype=space.dtype, device=space.device)
-    beta = _orthonormal(space.random(_own(generator)), basis[:0], 0.0, basis[0])
-    alphas, betas, scale = [], [], 0.0
-    while beta and len(alphas) < k:
-        v = basis[len(alphas)]
-        w = apply(v)
-        alphas.append(v @ w)
-        scale = max(scale, float(w.norm()))
-        used = len(alphas)
-        beta = _orthonormal(w, basis[:used], 100 * eps * scale, basis[used] if used < k else w)
-        betas.append(beta)
+    with unrounded(space.device.type):
+        beta = _orthonormal(space.random(_own(generator)), basis[:0], 0.0, basis[0])
+        alphas, betas, scale = [], [], 0.0
+        while beta and len(alphas) < k:
+            v = basis[len(alphas)]
+            w = apply(v)
+            alphas.append(v @ w)
+            scale = max(scale, float(w.norm()))
+            used = len(alphas)
+            beta = _orthonormal(w, basis[:used], 100 * eps * scale, basis[used] if used < k else w)
+            betas.append(beta)
     return Lanczos(torch.stack(alphas), basis.new_tensor(betas), space.unpack(basis[: len(alphas)]))
 
 
@@ -328,50 +335,54 @@ def eigsh(
     loose, mass = basis[:0], torch.zeros(0, m, dtype=torch.double)
     h, filled, used, looking, scale, worst = torch.zeros(m, m, dtype=torch.double), 0, 0, False, 0.0, 0
     new = None if start is None else space.given(start, "start")
-    for cycle in range(maxiter):
-        for j in range(filled, m):
-            if bool((weak := mass.norm(dim=1) <= 10 * eps * scale).any()):  # rounding
-                loose, mass = loose[~weak.to(loose.device)], mass[~weak]
-            if len(loose) and not (looking and j == filled):
-                if j == filled and len(loose) > 1:
-                    loose, mass = _turned(loose, mass, worst)
-                basis[j], h[j] = loose[-1], mass[-1]
-                loose, mass = loose[:-1], mass[:-1]
-            else:
-                found = new is not None and _orthonormal(new, basis[:j], 0.0, basis[j])
-                while not found:  # at first, looking for copies, or where the basis spans an invariant subspace
-                    found = _orthonormal(space.random(generator), basis[:j], 0.0, basis[j])
-                new = None
-                if len(loose):
-                    loose, mass, h[j] = _without(loose, mass, basis[j])
-            image = apply(basis[j], basis[j + 1])
-            scale, used = max(scale, float(image.norm())), j + 1
-            rows = torch.cat([basis[:used], loose]) if len(loose) else basis[:used]
-            along, norm = _split(image, rows, 10 * eps * scale, image)
-            h[:used, j], mass[:, j] = along[:used], along[used:]
-            if norm:
-                loose = torch.cat([loose, image[None]]) if len(loose) else image[None]
-                mass = torch.cat([mass, torch.zeros(1, m, dtype=torch.double)])
-                mass[-1, j] = norm
-            if k == 1 and start is not None and 2 <= j < m - 1:
-                _, s = _ritz(h[:used, :used], orders[which])
-                if float((mass[:, :used] @ s[0]).norm()) <= tol * scale:
-                    break
-        if float((h - h.mT)[:used, :used].abs().max()) > space.eps**0.5 * scale:
-            raise PackextError("eigsh: matvec is not a symmetric operator, or not the same one at each call.")
-        values, s = _ritz(h[:used, :used], orders[which])
-        residuals = (mass[:, :used] @ s[:k].mT).norm(dim=0).clamp(min=m * eps * scale)  # which is rounding
-        worst = int(residuals.argmax())
-        converged = float(residuals.max()) <= max(tol, m * eps) * scale
-        coefficients = s.to(basis)
-        if converged and (k == 1 or looking or m == space.size) or cycle == maxiter - 1:
-            break
-        looking, filled = converged, min(used, k + (m - k) // 2)
-        basis[:filled] = coefficients[:filled] @ basis[:used]
-        h, mass = torch.zeros(m, m, dtype=torch.double), mass[:, :used] @ s.mT
-        h.diagonal()[:filled] = values[:filled]
-        mass = torch.cat([mass[:, :filled], mass.new_zeros(len(mass), m - filled)], 1)
-    vectors, values = coefficients[:k] @ basis[:used], values[:k].to(basis)
+    with unrounded(space.device.type):
+        for cycle in range(maxiter):
+            for j in range(filled, m):
+                if bool((weak := mass.norm(dim=1) <= 10 * eps * scale).any()):  # rounding
+                    loose, mass = loose[~weak.to(loose.device)], mass[~weak]
+                if len(loose) and not (looking and j == filled):
+                    if j == filled and len(loose) > 1:
+                        loose, mass = _turned(loose, mass, worst)
+                    basis[j], h[j] = loose[-1], mass[-1]
+                    loose, mass = loose[:-1], mass[:-1]
+                else:
+                    found = new is not None and _orthonormal(new, basis[:j], 0.0, basis[j])
+                    while not found:  # at first, looking for copies, or where the basis spans an invariant subspace
+                        found = _orthonormal(space.random(generator), basis[:j], 0.0, basis[j])
+                    new = None
+                    if len(loose):
+                        loose, mass, h[j] = _without(loose, mass, basis[j])
+                image = apply(basis[j], basis[j + 1])
+                scale, used = max(scale, float(image.norm())), j + 1
+                rows = torch.cat([basis[:used], loose]) if len(loose) else basis[:used]
+                along, norm = _split(image, rows, 10 * eps * scale, image)
+                h[:used, j], mass[:, j] = along[:used], along[used:]
+                if norm:
+                    loose = torch.cat([loose, image[None]]) if len(loose) else image[None]
+                    mass = torch.cat([mass, torch.zeros(1, m, dtype=torch.double)])
+                    mass[-1, j] = norm
+                if k == 1 and start is not None and 2 <= j < m - 1:
+                    _, s = _ritz(h[:used, :used], orders[which])
+                    if float((mass[:, :used] @ s[0]).norm()) <= tol * scale:
+                        break
+            if float((h - h.mT)[:used, :used].abs().max()) > space.eps**0.5 * scale:
+                raise PackextError(
+                    "eigsh: matvec is not a symmetric operator, or not the same one at each call. What autocast rounds "
+                    "to half precision is not symmetric to float32: compute without it (a Hessian: the forward pass)."
+                )
+            values, s = _ritz(h[:used, :used], orders[which])
+            residuals = (mass[:, :used] @ s[:k].mT).norm(dim=0).clamp(min=m * eps * scale)  # which is rounding
+            worst = int(residuals.argmax())
+            converged = float(residuals.max()) <= max(tol, m * eps) * scale
+            coefficients = s.to(basis)
+            if converged and (k == 1 or looking or m == space.size) or cycle == maxiter - 1:
+                break
+            looking, filled = converged, min(used, k + (m - k) // 2)
+            basis[:filled] = coefficients[:filled] @ basis[:used]
+            h, mass = torch.zeros(m, m, dtype=torch.double), mass[:, :used] @ s.mT
+            h.diagonal()[:filled] = values[:filled]
+            mass = torch.cat([mass[:, :filled], mass.new_zeros(len(mass), m - filled)], 1)
+        vectors, values = coefficients[:k] @ basis[:used], values[:k].to(basis)
     return Eigenpairs(values, space.unpack(vectors), residuals.to(basis), converged, space.calls)
 
 

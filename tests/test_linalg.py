@@ -408,6 +408,37 @@ def test_bad_vectors_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
+def test_autocast_is_for_operators_and_not_for_arithmetic(name: str) -> None:
+    scales, like, seen = torch.arange(1.0, 31.0), torch.ones(30, dtype=torch.float32), []
+
+    def matvec(v: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return scales.to(v) * v
+
+    want = ALGORITHMS[name](matvec, like)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ALGORITHMS[name](matvec, like)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False] * (len(seen) // 2) + [True] * (len(seen) // 2)
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+def test_kronecker_products_under_autocast() -> None:
+    factors, x = [psd(3, 3).float(), psd(4, 4).float()], torch.randn(2, 3, 4).float()
+    decomposed = linalg.KronEigh.of(factors)
+    for compute in (
+        lambda: linalg.kron(factors),
+        lambda: linalg.kron_matvec(factors, x),
+        lambda: decomposed.matvec(x, torch.sqrt),
+        lambda: linalg.kron_matvec(linalg.kron_inv(factors, 0.1), x),
+        lambda: linalg.kron_matvec(linalg.nearest_kron([factors, [2 * f + 1 for f in factors]]), x),
+    ):
+        want = compute()
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(compute(), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_torchs_random_numbers_stay_as_they_were_and_results_repeat(name: str) -> None:
     matrix = damped(psd(30, 30), 0.1)
     before = torch.get_rng_state()

@@ -1,0 +1,30 @@
+"""Autocast, and arithmetic that it leaves alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+any_autocast: Callable[[], bool] = torch._C._isany_autocast_enabled
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for tensors of this type of device; some types, such as meta, have none."""
+    return any_autocast() and _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def unrounded(device: str) -> AbstractContextManager[Any]:
+    """In here autocast rounds no tensor of this type of device."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def as_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Gives contexts in which autocast is as it is now, for tensors of this type of device."""
+    if not autocasts(device):
+        return nullcontext
+    return functools.partial(torch.autocast, device, torch.get_autocast_dtype(device))

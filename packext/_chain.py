@@ -21,6 +21,7 @@ from packext._flight import Sweep, undisturbed
 from packext._layout import Layout, separating
 from packext._listening import silence
 from packext._pass import Pass
+from packext._precision import unrounded
 from packext._taps import Argument, Observed, Owned
 from packext._use import TARGET, Source, Use
 
@@ -233,7 +234,7 @@ class Positive:
         self.edges, self.uses, self.loss = chain.edges, chain.uses, loss
         self.residuals: list[Tensor | None] = []
         self._pulls: dict[Any, tuple[Tensor, Tensor]] = {}
-        with kept():
+        with kept(g.device.type):
             slopes = torch.autograd.grad([edge], self.edges, [g], retain_graph=True)
             for upper, lower, slope in zip(self.edges, self.edges[1:], slopes, strict=False):
                 residual = _residual(upper, lower, slope.detach())
@@ -248,7 +249,7 @@ class Positive:
 
     def _one(self, parameter: Tensor, v: Tensor) -> Tensor:
         last, _ = self.uses[id(parameter)]
-        with kept():
+        with kept(v.device.type):
             pushed = [self._push(self.edges[last], parameter, v)]
             for k in reversed(range(last)):
                 pushed.append(self._push(self.edges[k], self.edges[k + 1], pushed[-1]))
@@ -295,10 +296,10 @@ def _residual(upper: GradientEdge, lower: GradientEdge, slope: Tensor) -> Tensor
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Passes through a graph that must still be there, unseen by contexts; a PackextError says so if it is not."""
+def kept(device: str) -> Iterator[None]:
+    """Passes through a graph that must still be there, unseen by contexts and autocast; errors say so if it is not."""
     try:
-        with silence(), undisturbed(), torch.enable_grad():
+        with silence(), undisturbed(), torch.enable_grad(), unrounded(device):
             yield
     except RuntimeError as error:
         if "second time" in str(error):

@@ -132,9 +132,10 @@ class Graph(Point):
         self._slopes: list[Tensor | None] | None = None
         self._pull: tuple[list[Tensor], Sequence[Tensor | None]] | None = None
         self._leaves = seen.leaves()
+        self._device = g.device.type
 
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        with kept():
+        with kept(self._device):
             if self._slopes is None:
                 slopes = torch.autograd.grad(
                     [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
@@ -146,9 +147,10 @@ class Graph(Point):
         if self._leaves is None:
             raise PackextError(_GONE.format(self._seen.name))
         _roots.refuse_arguments(f"The extended {self._seen.name}", self._seen.args, self._seen.kwargs)
-        with kept():
+        with kept(self._device):
             if self._pull is None:
                 self._seen = self._seen.fixed()
+                self._refuse_flat(self._leaves)
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
                 live = [t for t in self._leaves if isinstance(t, Tensor) and t.requires_grad]
                 us = [torch.zeros_like(t, requires_grad=True) for t in live]
@@ -164,14 +166,30 @@ class Graph(Point):
             )
         return [torch.zeros_like(p) if f is None else f.detach() for p, f in zip(self.parameters, found, strict=True)]
 
+    def _refuse_flat(self, leaves: list[Any]) -> None:
+        generator = torch.Generator().manual_seed(20251121)
+        live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+        vectors = [torch.randn(t.shape, generator=generator).to(t) for t in live]
+        _roots.refuse_flat(self._seen.module, f"The extended {self._seen.name}", lambda: self._loss(leaves, vectors))
+
     def _loss(self, leaves: list[Any], vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Products with the Hessian of the loss with respect to its input."""
-        inner = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
+        """Products with the Hessian of the loss with respect to its input, computed in float32 or better."""
+        seen = self._seen
+        inner = [
+            _roots.widened(t.detach()).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves
+        ]
         at = [t for t in inner if isinstance(t, Tensor) and t.requires_grad]
-        output = pytree.tree_unflatten(inner, self._seen.spec)
-        value = self._seen.module.forward(output, *self._seen.args, **self._seen.kwargs)
-        slopes = torch.autograd.grad([value], at, [self._g], create_graph=True)
-        return _products(slopes, vectors, at)
+        args, kwargs = _roots.widened((seen.args, seen.kwargs))
+        with _roots.wide(seen.module, self._g.device):
+            value = seen.module.forward(pytree.tree_unflatten(inner, seen.spec), *args, **kwargs)
+            slopes: Sequence[Tensor | None] = [None] * len(at)
+            if value.requires_grad:
+                slopes = torch.autograd.grad(
+                    [value], at, [self._g.to(value.dtype)], create_graph=True, allow_unused=True
+                )
+            wide = [_roots.from_most_likely(seen.module, t, v.to(t.dtype)) for t, v in zip(at, vectors, strict=True)]
+            products = _products(slopes, wide, at)
+        return [product.to(v.dtype) for product, v in zip(products, vectors, strict=True)]
 
     def positive(self, modify: Callable[[Tensor], Tensor]) -> list[Callable[[Tensor], Tensor]]:
         leaves, seen = self._leaves, self._seen
@@ -250,7 +268,7 @@ class Joined(nn.Module):
     def __init__(self, loss: nn.Module, leaves: list[Any], spec: Any, layouts: list[Layout]) -> None:
         """Take the loss, the leaves of its input, how they are nested, and the layouts of those that require grad."""
         super().__init__()
-        self.loss = [loss]  # not a child: its state stays its own
+        self.loss = loss
         self.leaves, self.spec = leaves, spec
         self.live = [k for k, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad]
         self.n = layouts[0].n
@@ -261,7 +279,7 @@ class Joined(nn.Module):
         self.reduction = getattr(loss, "reduction", "mean")
 
     def _get_name(self) -> str:
-        return self.loss[0]._get_name()
+        return self.loss._get_name()
 
     def output(self) -> Tensor:
         """The loss's input as `[N, D]`."""
@@ -269,18 +287,21 @@ class Joined(nn.Module):
 
     def split(self, column: Tensor) -> list[Tensor]:
         """`[N, D]` back to the leaves."""
+        return [part.to(self.leaves[k].dtype) for k, part in zip(self.live, self._parts(column), strict=True)]
+
+    def _parts(self, column: Tensor) -> list[Tensor]:
         parts = column.split([p.shape[1] for p in self.places], 1)
         return [
-            part.flatten()[place.flatten().argsort()].view(self.leaves[k].shape).to(self.leaves[k].dtype)
+            part.flatten()[place.flatten().argsort()].view(self.leaves[k].shape)
             for k, part, place in zip(self.live, parts, self.places, strict=True)
         ]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The loss."""
-        leaves = list(self.leaves)
-        for k, part in zip(self.live, self.split(x), strict=True):
+        leaves = _roots.widened(self.leaves)
+        for k, part in zip(self.live, self._parts(x), strict=True):
             leaves[k] = part
-        return self.loss[0].forward(pytree.tree_unflatten(leaves, self.spec), *args, **kwargs)
+        return self.loss.forward(pytree.tree_unflatten(leaves, self.spec), *args, **kwargs)
 
 
 def _absorb(members: dict[Pass, list[Curvature]], loss: Any, sign: float, source: Source, form: Factored) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from packext._errors import CoupledSamplesError, PackextError
 from packext._graph import inputs_first
 from packext._layout import digits
+from packext._precision import unrounded
 
 #: The most entries of an output per sample for which a loss without a closed form gets its blocks `[N, D, D]`.
 LARGEST = 4096
@@ -31,7 +32,7 @@ _SPLIT = (
 )
 
 
-class Flat(PackextError):
+class _Flat(Exception):
     """The Hessian of a loss is zero: it has no root, and adds nothing to the Hessian with respect to parameters."""
 
 
@@ -42,9 +43,11 @@ LINEAR: dict[type[nn.Module], str] = {
     nn.L1Loss: "it is piecewise linear, so that its Hessian is zero. Use HuberLoss, SmoothL1Loss or MSELoss.",
 }
 
+_ZERO = "{} is linear in its first argument here: its Hessian is zero. Use a loss with curvature."
+
 
 def exact(
-    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, compact: bool = False, part: bool = False
+    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, compact: bool = False
 ) -> Iterator[Tensor]:
     """Cotangents whose sum of outer products is the Hessian of `sum(g * loss(output, *args, **kwargs))`.
 
@@ -55,11 +58,26 @@ def exact(
         kwargs: its keyword arguments.
         g: the gradient at the loss: a scalar, or of the loss's shape for reduction "none".
         compact: for `CrossEntropyLoss`, C - 1 columns per position in place of C.
-        part: leave out what is negative of an indefinite Hessian, in place of refusing it.
 
     Returns:
         The columns, one after the other. Refusals are raised by the call, before the first of them.
     """
+    with _refused():
+        return _columns(loss, output, args, kwargs, g, compact)
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    try:
+        yield
+    except _Flat as flat:
+        raise PackextError(str(flat)) from None
+
+
+def _columns(
+    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, compact: bool, part: bool = False
+) -> Iterator[Tensor]:
+    """As `exact`; with `part`, what is negative of an indefinite Hessian is left out, in place of being refused."""
     x, g = _ready(loss, output, args, kwargs, g)
     kind = _kind(loss)
     if kind is nn.CrossEntropyLoss:
@@ -89,8 +107,8 @@ def signed(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor
     """
     found = []
     for sign in (1.0, -1.0):  # what is negative of a Hessian is positive of that of the loss's negative
-        with contextlib.suppress(Flat):
-            found.append((sign, exact(loss, output, args, kwargs, sign * g, True, True)))
+        with contextlib.suppress(_Flat):
+            found.append((sign, _columns(loss, output, args, kwargs, sign * g, True, True)))
 
     def columns() -> Iterator[tuple[Tensor, float]]:
         some = False
@@ -131,8 +149,9 @@ def sampled(
     """
     if draws < 1:
         raise PackextError(f"{_name(loss, output)}: a sampled root needs at least 1 draw, got {draws}.")
-    x, g = _ready(loss, output, args, kwargs, g)
-    draw = _sampler(loss, x, args, kwargs, g, generator)
+    with _refused():
+        x, g = _ready(loss, output, args, kwargs, g)
+        draw = _sampler(loss, x, args, kwargs, g, generator)
     return _drawn(draw, draws, output.shape, output.dtype)
 
 
@@ -186,14 +205,39 @@ def _kind(loss: nn.Module) -> type[nn.Module] | None:
 
 def _ready(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor) -> tuple[Tensor, Tensor]:
     """Output and gradient, detached and of float32 at least; what no loss can have is refused."""
-    kind, name = _kind(loss), _name(loss, output)
+    name = _name(loss, output)
     if output.dim() == 0 or output.numel() == 0 or not output.is_floating_point():
         raise PackextError(f"{name} of {output.dtype}: pass real numbers, with one sample or more along axis 0.")
     refuse_arguments(name, args, kwargs)
-    if kind in LINEAR:
-        raise Flat(f"{name} has no root of a Hessian: {LINEAR[kind]}")
+    if why := _linear(loss):
+        raise _Flat(f"{name} has no root of a Hessian: {why}")
     x = _widened(output.detach())
     return x, g.detach().to(x.dtype)
+
+
+def _linear(loss: Any) -> str:
+    """Why a loss has a Hessian of zero wherever it exists, and what to do about it; nothing if it has not."""
+    kind = _kind(loss)
+    if kind is nn.SmoothL1Loss and loss.beta == 0:
+        return f"with beta=0 {LINEAR[nn.L1Loss]}"
+    return LINEAR.get(kind, "") if kind else ""
+
+
+def refuse_flat(loss: nn.Module, name: str, product: Callable[[], Sequence[Tensor]]) -> None:
+    """Refuse a loss of which `exact` and `sampled` say that its Hessian is zero.
+
+    Args:
+        loss: the loss module.
+        name: of the loss, for the message.
+        product: gives products with the Hessian of random vectors.
+
+    Raises:
+        PackextError: if it is zero.
+    """
+    if why := _linear(loss):
+        raise PackextError(f"{name} has no GGN: {why}")
+    if _kind(loss) is None and not any(t.any() for t in product()):
+        raise PackextError(_ZERO.format(name))
 
 
 def refuse_arguments(name: str, args: tuple, kwargs: dict) -> None:
@@ -208,6 +252,31 @@ def refuse_arguments(name: str, args: tuple, kwargs: dict) -> None:
 
 def _widened(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
+
+
+def widened(tree: Any) -> Any:
+    """The same structure, with its tensors of real numbers in float32 or better."""
+    return pytree.tree_map(lambda t: _widened(t) if isinstance(t, Tensor) else t, tree)
+
+
+@contextlib.contextmanager
+def wide(loss: nn.Module, device: torch.device) -> Iterator[None]:
+    """In here `loss` computes with what is `widened`: its own tensors are, too, and autocast rounds nothing."""
+    held = [
+        (tensors, key, t)
+        for module in loss.modules()
+        for tensors in (module._buffers, vars(module))
+        for key, t in tensors.items()
+        if isinstance(t, Tensor) and t.dtype != _widened(t).dtype
+    ]
+    try:
+        for tensors, key, t in held:
+            tensors[key] = _widened(t)
+        with unrounded(device.type):
+            yield
+    finally:
+        for tensors, key, t in held:
+            tensors[key] = t
 
 
 def _uniform(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -278,8 +347,6 @@ def _poisson_nll(loss: Any, x: Tensor, target: Tensor) -> Tensor:
 
 
 def _smooth_l1(loss: Any, x: Tensor, target: Tensor) -> Tensor:
-    if loss.beta == 0:
-        raise Flat(f"{_name(loss, x)} with beta=0 has no root of a Hessian: {LINEAR[nn.L1Loss]}")
     return ((x - target).abs() < loss.beta).to(x.dtype) / loss.beta
 
 
@@ -364,12 +431,30 @@ def _softmax_columns(p: Tensor, c: Tensor, compact: bool) -> Iterator[Tensor]:
             yield s
 
 
+def from_most_likely(loss: nn.Module, x: Tensor, vector: Tensor) -> Tensor:
+    """The vector, less its entry of the most probable class where the loss has a softmax.
+
+    Args:
+        loss: the loss module.
+        x: what it is called with first.
+        vector: of the shape of x.
+
+    Returns:
+        A vector that has the same product with the Hessian: a constant that is added for all classes is in the null
+        space of `diag(p) - p pᵀ`. With it, that would be a difference of almost equal numbers where p is confident.
+    """
+    if _kind(loss) is not nn.CrossEntropyLoss or x.dim() < 2:
+        return vector
+    return vector - vector.gather(1, x.argmax(1, keepdim=True))
+
+
 # -- any other loss ---------------------------------------------------------------------------------------
 
 
 def _blocks_root(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor, part: bool = False) -> Tensor:
     """Roots `[N, D, V]` of the Hessian's blocks, the largest eigenvalue first; V is the largest rank among them."""
-    h = _blocks(loss, x, args, kwargs, g).double()
+    with wide(loss, x.device):
+        h = _blocks(loss, x, args, kwargs, g).double()
     name, eps = _name(loss, x), torch.finfo(x.dtype).eps
     largest = h.abs().max()
     if not largest.isfinite():
@@ -408,11 +493,14 @@ def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) ->
             f"{name} has no closed form here, and its Hessian has {d} x {d} entries for each of {n} samples; up to "
             f"{LARGEST} x {LARGEST} are computed. Use a loss of torch, such as CrossEntropyLoss or MSELoss."
         )
-    args, kwargs = pytree.tree_map(lambda t: _widened(t) if isinstance(t, Tensor) else t, (args, kwargs))
+    args, kwargs = widened((args, kwargs))
     before = _state(loss, x)
     with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
         x = x.requires_grad_()
-        value = loss.forward(x.clone(), *args, **kwargs)  # a clone, since it may write into it
+        try:
+            value = loss.forward(x.clone(), *args, **kwargs)  # a clone, since it may write into it
+        except RuntimeError as error:
+            raise PackextError(f"{name} cannot be computed again, in {x.dtype}: {error}") from error
         changed = _state(loss, x) != before
     if changed:
         raise PackextError(f"{name} draws random numbers or changes its buffers: it cannot be computed a second time.")
@@ -422,7 +510,7 @@ def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) ->
             f"{name} returned {what}, and a gradient {list(g.shape)} arrived. Return one tensor, and call backward on "
             "a value made of it alone."
         )
-    zero = Flat(f"{name} is linear in its first argument here: its Hessian is zero. Use a loss with curvature.")
+    zero = _Flat(_ZERO.format(name))
     if not value.requires_grad:
         raise zero
     try:

@@ -248,6 +248,29 @@ def test_an_error_names_a_loss_of_several_tensors() -> None:
         loss_fn(model(torch.randn(N, 5)), torch.arange(N)).backward()
 
 
+class Pull(nn.Module):
+    """A loss of two tensors, with a weight in a buffer."""
+
+    reduction = "sum"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("w", torch.tensor([0.5, 2.0, 1.0]))
+
+    def forward(self, outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        z, h = outputs
+        return F.cross_entropy(z, y, self.w, reduction="sum") + h.square().sum()
+
+
+def test_a_loss_of_several_tensors_in_bfloat16() -> None:
+    model, loss, x, y = Two().bfloat16(), Pull().bfloat16(), torch.randn(N, 5).bfloat16(), torch.arange(N) % 3
+    rows = testing.curvature_rows(copy.deepcopy(model).double(), copy.deepcopy(loss).double(), x.double(), y)
+    run(model, loss, x, y, px.DiagGGNExact())
+    assert loss.w.dtype == torch.bfloat16
+    for name, p in model.named_parameters():
+        assert testing.relative_error(p.diag_ggn_exact, rows[name].square().sum((0, 1))) < 0.03, name
+
+
 def test_two_forwards_before_one_loss() -> None:
     model, x, x2, y = mlp(), torch.randn(N, 5), torch.randn(N, 5), torch.randint(3, (N,))
     loss = nn.CrossEntropyLoss()
@@ -737,6 +760,105 @@ def test_products_with_blocks() -> None:
     for p in model.parameters():
         del p.hmp, p.ggnmp
     assert pickle.loads(pickle.dumps(model))[0].weight.equal(model[0].weight)
+
+
+LOSSES: dict[str, tuple[Any, Any]] = {
+    "class weights": (lambda: nn.CrossEntropyLoss(torch.tensor([0.5, 2.0, 1.0]), reduction="sum"), torch.arange(N) % 3),
+    "huber": (lambda: nn.HuberLoss("sum"), torch.arange(3.0 * N).view(N, 3).double() / 20),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("inside", [False, True])
+def test_products_under_autocast(name: str, inside: bool) -> None:
+    """The loss is computed again on what autocast rounded, with weights and targets that it did not."""
+    model, x, (make, y) = mlp(), torch.randn(N, 5), LOSSES[name]
+    rows = testing.curvature_rows(model, make(), x, y)
+    model, loss = px.extend(model.float()), px.extend(make().float())
+    with torch.autocast("cpu", torch.bfloat16), px.backpack(px.GGNMP(), px.PCHMP(), px.HMP()):
+        value = loss(model(x.float()), y.float() if y.is_floating_point() else y)
+        with torch.autocast("cpu", enabled=inside):
+            value.backward(retain_graph=True)
+    for key, p in model.named_parameters():
+        v = torch.randn(2, *p.shape).float()
+        products = [f(v) for f in (p.ggnmp, p.pchmp, p.hmp)]
+        assert testing.relative_error(products[0].flatten(1), v.double().flatten(1) @ block(rows[key])) < 0.05, key
+        with torch.autocast("cpu", torch.bfloat16):  # which was for the forward pass
+            assert all(map(torch.equal, products, [f(v) for f in (p.ggnmp, p.pchmp, p.hmp)]))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_eigenvalues_under_autocast_are_refused_by_its_name(inside: bool) -> None:
+    model, loss = px.extend(mlp().float()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(N, 5).float(), torch.randint(3, (N,))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(model(x), y)
+        with pytest.raises(px.PackextError, match="eigsh: .*autocast"), px.backpack(px.TopEigenvalues()):
+            with torch.autocast("cpu", enabled=inside):
+                value.backward()
+
+
+@pytest.mark.parametrize("gap", [20.0, 30.0])
+@pytest.mark.parametrize("likely", [0, 1])
+def test_products_of_confident_predictions_in_float32(likely: int, gap: float) -> None:
+    model, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+    with torch.no_grad():
+        model.weight.zero_()[likely, 0] = gap
+    p, q = model(x).detach().softmax(1)[0]
+    model, loss, eye = px.extend(model.float()), px.extend(nn.CrossEntropyLoss()), torch.eye(4).view(4, 2, 2).float()
+    with px.backpack(px.GGNMP()):
+        loss(model(x.float()), torch.tensor([0])).backward(retain_graph=True)
+    want = torch.kron(p * q * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.ones(2, 2))
+    torch.testing.assert_close(model.weight.ggnmp(eye).flatten(1).double(), want, rtol=1e-5, atol=0)
+
+
+class Absolute(nn.Module):
+    """Of the user's own, and piecewise linear."""
+
+    reduction = "mean"
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).abs().mean()
+
+
+FLAT: dict[str, tuple[nn.Module, str]] = {
+    "nll": (nn.NLLLoss(), "Let the model return the logits"),
+    "kl": (nn.KLDivLoss(reduction="batchmean"), "Let the model return the logits"),
+    "l1": (nn.L1Loss(), "Use HuberLoss"),
+    "smooth l1": (nn.SmoothL1Loss(beta=0), "beta=0"),
+    "own": (Absolute(), "linear in its first argument here"),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_loss_without_curvature_has_no_ggn(name: str) -> None:
+    """Zero is not what the GGN of the network and its likelihood is: it is refused by all quantities alike."""
+    loss, match = FLAT[name]
+    model, loss = px.extend(nn.Sequential(nn.Linear(5, 3), nn.LogSoftmax(1))), px.extend(loss)
+    x, y = torch.randn(N, 5), torch.arange(N) % 3 if name == "nll" else torch.rand(N, 3)
+    with px.backpack(px.GGNMP(), px.HMP()):
+        loss(model(x), y).backward(retain_graph=True)
+    refused = [lambda: model[0].weight.ggnmp(torch.randn(1, 3, 5))]
+    for quantity in (px.TopEigenvalues(curvature="ggn"), px.DiagGGNExact(), px.KFAC(), px.PCHMP()):
+
+        def step(quantity: Any = quantity) -> None:
+            with px.backpack(quantity):
+                loss(model(x), y).backward()
+
+        refused.append(step)
+    for call in refused:
+        with pytest.raises(px.PackextError, match=match) as error:
+            call()
+        assert type(error.value) is px.PackextError
+    assert model[0].weight.hmp(torch.randn(1, 3, 5)).any()
+
+
+def test_a_loss_that_is_flat_only_here_has_a_ggn_of_zero() -> None:
+    model, loss = px.extend(mlp()), px.extend(nn.HuberLoss())
+    with px.backpack(px.GGNMP(), px.DiagGGNExact()):
+        loss(model(torch.randn(N, 5)), torch.full((N, 3), 99.0)).backward(retain_graph=True)
+    assert not model[0].weight.ggnmp(torch.randn(1, *model[0].weight.shape)).any()
+    assert not model[0].weight.diag_ggn_exact.any()
 
 
 def test_hessians_of_several_losses_add_up() -> None:

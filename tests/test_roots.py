@@ -291,6 +291,42 @@ def test_lower_precision(case: str, dtype: torch.dtype) -> None:
     assert (found - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.02) * expected.abs().max()
 
 
+class Holding(nn.Module):
+    """A cross entropy with class weights in a buffer and a matrix in an attribute, both in the loss's dtype."""
+
+    reduction = "mean"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("classes", CLASSES.to(dtype))
+        self.matrix = (torch.eye(C) + 0.25).to(dtype)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(x @ self.matrix, target, self.classes)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_a_loss_holds_in_lower_precision(autocast: bool) -> None:
+    output, args = indices()
+    output, loss, g = output.bfloat16(), Holding(torch.bfloat16), torch.tensor(0.5, dtype=torch.bfloat16)
+    held = loss.classes, loss.matrix
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = [*_roots.exact(loss, output.float(), args, {}, g.float())]
+        assert len(list(_roots.sampled(loss, output, args, {}, g, 2, torch.Generator()))) == 2
+    assert loss.classes is held[0] and loss.matrix is held[1]
+    twin = Holding(torch.float64)
+    twin.classes, twin.matrix = (t.double() for t in held)
+    expected = hessian(twin, output.double(), args, g.double())
+    found = assembled((s.double() for s in found), output.double())
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_loss_that_has_to_compute_in_lower_precision_is_refused() -> None:
+    loss = Own(lambda x: (x @ torch.eye(C, dtype=torch.bfloat16)).square().sum())
+    with pytest.raises(PackextError, match=r"Own of an output \[4, 3\] cannot be computed again, in torch.float32"):
+        _roots.exact(loss, torch.randn(N, C).bfloat16(), (), {}, torch.tensor(1.0).bfloat16())
+
+
 # -- random numbers ---------------------------------------------------------------------------------------
 
 
@@ -529,6 +565,7 @@ def test_refusals(name: str) -> None:
     state = torch.get_rng_state()
     with pytest.raises(PackextError, match=match) as error:  # by the call, before anything is asked of the iterator
         _roots.exact(loss, output, args, {}, g)
+    assert type(error.value) in (PackextError, CoupledSamplesError)  # which users can name
     assert type(loss).__name__ in str(error.value) and str(list(output.shape)) in str(error.value)
     assert isinstance(error.value, CoupledSamplesError) == ("couple" in match)
     with pytest.raises(PackextError, match=match):

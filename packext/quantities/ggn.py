@@ -1,7 +1,7 @@
 """The generalised Gauss-Newton matrix: its diagonal, per sample or summed, and its root.
 
-The GGN of a loss is `sum over n of J_nᵀ H_n J_n`, with J_n the Jacobian of the model's output with respect to the
-parameters and H_n the Hessian of the loss with respect to that output (Schraudolph, 2002). With columns s of a root of
+The GGN of a loss is `sum over n of J_nᵀ H_n J_n`, with J_n the Jacobian of the loss's input with respect to the
+parameters and H_n the Hessian of the loss with respect to that input (Schraudolph, 2002). With columns s of a root of
 H_n, `J_nᵀ s` are rows of the same factored form as individual gradients: the diagonal is their second moment.
 """
 

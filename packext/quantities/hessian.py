@@ -119,7 +119,8 @@ class Eigen(NamedTuple):
 class TopEigenvalues(HessianQuantity):
     """Extreme eigenvalues of the Hessian (or GGN) of the loss over all parameters, by Lanczos, in `top_eigenvalues`.
 
-    Each parameter has the eigenvalues and its part of the eigenvectors; `results` has the eigenvalues.
+    Each parameter has the eigenvalues and its part of the eigenvectors; `results` has the eigenvalues. Products of a
+    forward pass that autocast rounded are not symmetric enough for Lanczos, and are refused.
     """
 
     savefield = "top_eigenvalues"

@@ -22,6 +22,7 @@ from packext._layout import Layout, separating
 from packext._listening import silence
 from packext._pass import Pass
 from packext._precision import unrounded
+from packext._quantity import refuse_vectors
 from packext._taps import Argument, Observed, Owned
 from packext._use import TARGET, Source, Use
 
@@ -184,6 +185,12 @@ def average(
         square = _add_square(square, column, n)
     for edge, following in zip(chain.edges, [*chain.edges[1:], None], strict=True):
         assert square is not None
+        if not square.isfinite().all():
+            where = "the loss's input" if edge is chain.edges[0] else f"what {edge.node.name()} gives"
+            raise PackextError(
+                f"KFRA: the curvature at {where} {_shape(edge)} is not finite. Check that the model's inputs, "
+                "parameters and outputs are."
+            )
         meta, root, square = _meta(edge), _root(square), None
         for row in root:
             cotangent = (row / n**0.5).expand(n, -1).reshape(meta.shape).to(meta.dtype)
@@ -242,6 +249,7 @@ class Positive:
 
     def product(self, parameter: Tensor, matrix: Tensor) -> Tensor:
         """Products of `matrix` `[V, *p]` with the block of `parameter`, in the same shape."""
+        refuse_vectors(matrix, parameter)
         if id(parameter) not in self.uses:  # the loss does not depend on it
             return torch.zeros_like(matrix)
         rows = [self._one(parameter, v.to(parameter)) for v in matrix]
@@ -310,6 +318,11 @@ def kept(device: str) -> Iterator[None]:
         kernel = re.search(r"derivative for (\S+) is not implemented", str(error))
         if kernel is None:
             raise
+        if "loss" in kernel[1]:
+            raise UnsupportedUseError(
+                f"Products with the curvature differentiate a gradient, and torch has no derivative of {kernel[1]}. "
+                "Use a loss that torch differentiates twice, or DiagEF, which squares gradients."
+            ) from None
         raise UnsupportedUseError(
             f"Products with the curvature differentiate a gradient, and torch has no derivative of {kernel[1]}. "
             "For attention, run the forward pass inside of `with torch.nn.attention.sdpa_kernel("

@@ -210,12 +210,21 @@ class Point:
 
     def block(self, product: Callable[[Sequence[Tensor]], list[Tensor]], k: int, matrix: Tensor) -> Tensor:
         """Products of `matrix` `[V, *p]` with the diagonal block of parameter k, by `hessian` or `ggn`."""
+        refuse_vectors(matrix, self.parameters[k])
         rows = []
         for row in matrix:
             vectors = [torch.zeros_like(p) for p in self.parameters]
             vectors[k] = row.to(vectors[k])
             rows.append(product(vectors)[k])
         return torch.stack(rows) if rows else torch.zeros_like(matrix)
+
+
+def refuse_vectors(matrix: Tensor, parameter: Tensor) -> None:
+    """Raise a ValueError unless `matrix` is `[V, *p]`."""
+    if matrix.dim() != parameter.dim() + 1 or matrix.shape[1:] != parameter.shape:
+        shape = ", ".join(map(str, ("V", *parameter.shape)))
+        one = " Of one vector pass vector[None]." if matrix.shape == parameter.shape else ""
+        raise ValueError(f"products are of vectors [{shape}], one after the other; got {list(matrix.shape)}.{one}")
 
 
 class HessianQuantity(Quantity):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from packext._errors import CoupledSamplesError, UnsupportedUseError
+from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._flight import Look
 from packext._graph import inputs_first
 from packext._layout import Layout, digits
@@ -117,6 +117,7 @@ class _Unhooked(Look):
     def send(self, edges: Any, cotangents: list[Tensor]) -> None:
         """Send `cotangents` from `edges`, look, and compare what has left all nodes with what has arrived."""
         self.left: dict[Edge, Tensor] = {}
+        self.undefined: Any = None
         nodes = inputs_first([edge.node for edge in edges])
         hooks = [node.register_hook(functools.partial(self._leaves, node)) for node in nodes if node.next_functions]
         try:
@@ -124,6 +125,11 @@ class _Unhooked(Look):
         finally:
             for hook in hooks:
                 hook.remove()
+        if self.undefined is not None:
+            raise PackextError(
+                f"DiagHessian: {self.undefined.name()} passes on a gradient of NaN to the model. Check that the "
+                "model's inputs, parameters and outputs are finite."
+            )
         for (node, index), left in self.left.items():
             arrived = self.found[node][index]
             tol = 100 * torch.finfo(left.dtype).eps
@@ -138,6 +144,8 @@ class _Unhooked(Look):
     def _leaves(self, node: Any, gradients: tuple[Tensor | None, ...], _: Any) -> None:
         for edge, g in zip(node.next_functions, gradients, strict=True):
             if edge[0] in self.nodes and g is not None and here().probe is None:
+                if self.undefined is None and g.isnan().any():
+                    self.undefined = node
                 self.left[edge] = self.left[edge] + g if edge in self.left else g
 
 

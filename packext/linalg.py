@@ -316,7 +316,8 @@ def eigsh(
 
     Returns:
         Values `[k]` from the wanted end inwards, vectors `[k, *p]` in the structure of `like`, and residuals `[k]`,
-        none below what rounding leaves: `ncv` eps of the largest norm of an `A v`.
+        none below what rounding leaves: of the largest norm of an `A v`, `ncv` eps, and 4 of the eps of `like` where
+        that is in half precision.
 
     Raises:
         PackextError: if A is not symmetric, or not the same at each call, or gives NaN.
@@ -329,6 +330,7 @@ def eigsh(
     m = min(space.size, max(2 * k + 1, 20) if ncv is None else ncv)
     _check(k < m or m == space.size, f"eigsh: ncv must be larger than k = {k}, got {ncv}.")
     apply, generator, eps = space.operator(matvec), _own(generator), torch.finfo(space.dtype).eps
+    rounding = max(m * eps, 4 * space.eps)
     # With the rows of `basis` as columns of V, A V = V h + looseᵀ mass, which is what images have outside of the basis:
     # as a rule one direction, in the row behind, that comes next; where a random vector does, there are more.
     basis = torch.empty(m + 1, space.size, dtype=space.dtype, device=space.device)
@@ -371,9 +373,9 @@ def eigsh(
                     "to half precision is not symmetric to float32: compute without it (a Hessian: the forward pass)."
                 )
             values, s = _ritz(h[:used, :used], orders[which])
-            residuals = (mass[:, :used] @ s[:k].mT).norm(dim=0).clamp(min=m * eps * scale)  # which is rounding
+            residuals = (mass[:, :used] @ s[:k].mT).norm(dim=0).clamp(min=rounding * scale)
             worst = int(residuals.argmax())
-            converged = float(residuals.max()) <= max(tol, m * eps) * scale
+            converged = float(residuals.max()) <= max(tol, rounding) * scale
             coefficients = s.to(basis)
             if converged and (k == 1 or looking or m == space.size) or cycle == maxiter - 1:
                 break

@@ -461,6 +461,14 @@ def test_checkpointed_parts() -> None:
                 torch.testing.assert_close(got, want)
 
 
+def test_kfra_of_what_is_not_finite_is_refused() -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    with torch.no_grad():
+        model[2].weight[1, 1] = torch.nan
+    with pytest.raises(px.PackextError, match=r"KFRA: the curvature at the loss's input \[4, 3\] is not finite"):
+        run(model, nn.CrossEntropyLoss(), x, y, px.KFRA())
+
+
 def test_kfra_under_autocast() -> None:
     model, x, y = mlp().float(), torch.randn(N, 5).float(), torch.randint(3, (N,))
     run(model, nn.CrossEntropyLoss(), x, y, px.KFRA())

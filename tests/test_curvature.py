@@ -732,6 +732,40 @@ def test_ends_of_the_spectrum(which: str) -> None:
     assert model[0].weight.grad_batch.shape == (N, *model[0].weight.shape)
 
 
+def test_eigenvalues_say_whether_they_have_converged() -> None:
+    model, x, y = mlp(), torch.randn(N, 5), torch.randn(N, 3)
+    spectrum = torch.linalg.eigvalsh(testing.hessian(model, nn.MSELoss(), x, y))
+    for options, converged in (({}, True), ({"maxiter": 1, "ncv": 5, "tol": 1e-9}, False)):
+        found = run(model, nn.MSELoss(), x, y, px.TopEigenvalues(3, **options)).top_eigenvalues
+        assert found.converged is model[0].weight.top_eigenvalues.converged is converged
+        assert (found.residuals.max() <= 1e-3 * spectrum.abs().max()) == converged
+        nearest = (spectrum[:, None] - found.values).abs().amin(0)
+        assert (nearest <= found.residuals + 1e-9).all()
+
+
+def test_products_are_of_vectors_one_after_the_other() -> None:
+    model, loss = px.extend(mlp()), px.extend(nn.CrossEntropyLoss())
+    with px.backpack(px.HMP(), px.GGNMP(), px.PCHMP()):
+        loss(model(torch.randn(N, 5)), torch.randint(3, (N,))).backward(retain_graph=True)
+    for p in model.parameters():
+        shape = ", ".join(map(str, p.shape))
+        for product in (p.hmp, p.ggnmp, p.pchmp):
+            with pytest.raises(
+                ValueError, match=rf"\[V, {shape}\].*got \[{shape}\]. Of one vector pass vector\[None\]"
+            ):
+                product(torch.randn(p.shape))
+            with pytest.raises(ValueError, match=rf"\[V, {shape}\].*got \[2, 9\]"):
+                product(torch.randn(2, 9))
+            assert product(torch.randn(0, *p.shape)).shape == (0, *p.shape)
+
+
+def test_products_of_a_loss_that_torch_differentiates_once() -> None:
+    model, loss = px.extend(mlp()), px.extend(nn.MultiMarginLoss())
+    for quantity in (px.HessianTrace(), px.TopEigenvalues()):
+        with pytest.raises(px.UnsupportedUseError, match=r"multi_margin_loss.*Use a loss that"), px.backpack(quantity):
+            loss(model(torch.randn(N, 5)), torch.randint(3, (N,))).backward()
+
+
 def test_products_with_blocks() -> None:
     model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
     loss = nn.CrossEntropyLoss()

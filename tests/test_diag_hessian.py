@@ -529,6 +529,15 @@ def test_functions_that_are_not_finite_are_refused() -> None:
     refuses(Residual(lambda x: x.relu().sqrt()), "SqrtBackward.*not finite")
 
 
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_nan_is_refused_by_the_function_that_it_comes_from(where: str) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(N, 5)
+    with torch.no_grad():
+        (x if where == "input" else model[2].weight)[1, 1] = torch.nan
+    with pytest.raises(px.PackextError, match=r"LogSoftmaxBackward0 passes on a gradient of NaN"):
+        run(model, nn.CrossEntropyLoss(), x, torch.randint(3, (N,)))
+
+
 def test_what_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_residual, "LARGEST", 5)
     refuses(Residual(lambda x: x.softmax(1)), "SoftmaxBackward.*6 inputs per sample.*DiagHessianMC")
@@ -548,7 +557,29 @@ def test_terms_that_cancel_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.b(F.rms_norm(self.a(x), (1,)))
 
-    refuses(Sign(), "a.weight.*cancel", None, px.PackextError)
+    refuses(Sign(), "a.weight.*cancel.*Avoid functions of extreme", None, px.PackextError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_diagonal_of_zeros_is_refused_with_other_advice(dtype: torch.dtype) -> None:
+    """What is advised is other than what has been done."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).cumprod(1)
+
+    model, loss, x, y = px.extend(Product().to(dtype)), px.extend(nn.L1Loss()), torch.randn(N, 5), torch.randn(N, 3)
+    with pytest.raises(px.PackextError, match="cancel.*HMP shows it") as error, px.backpack(px.DiagHessian()):
+        loss(model(x.to(dtype)), y.to(dtype)).backward()
+    assert ("Use float64" in str(error.value)) == (dtype == torch.float32)
+    with px.backpack(px.HMP()):
+        loss(model(x.to(dtype)), y.to(dtype)).backward(retain_graph=True)
+    block = model.a.weight.hmp(torch.eye(15).view(15, 3, 5)).flatten(1)
+    assert block.diagonal().abs().max() < 100 * torch.finfo(dtype).eps * block.abs().max()
 
 
 def test_terms_that_cancel_to_zero_are_right() -> None:

@@ -700,6 +700,19 @@ def test_residuals_in_float32_are_not_below_those_there_are() -> None:
     assert found.converged and abs(value - 2) < 1e-6 and true <= float(found.residuals[0]) < 1e-5
 
 
+def test_residuals_in_bfloat16_are_not_below_those_there_are() -> None:
+    matrix = with_spectrum(torch.linspace(0, 1, 40))
+
+    def rounded(v: Tensor) -> Tensor:
+        assert v.dtype == torch.bfloat16
+        return (matrix @ v.double()).bfloat16()
+
+    found = linalg.eigsh(rounded, torch.zeros(40).bfloat16(), 2)
+    assert found.converged
+    for value, v, residual in zip(found.values.double(), found.vectors.double(), found.residuals, strict=True):
+        assert 1e-4 < (matrix @ v - value * v).norm() <= residual < 0.05
+
+
 def test_nothing_is_left_to_the_garbage_collector() -> None:
     like = {"a": torch.randn(3, 4), "b": [torch.randn(2), (torch.randn(1),)]}
     assert not left_behind(lambda: linalg.eigsh(lambda v: v, like, k=2))

@@ -36,10 +36,13 @@ class _Hessian(Curvature):
         for name, (up, down) in both.items():
             size = float((up + down).max())
             if torch.finfo(up.dtype).eps * size > max(OWN * results[name], ALL * max(results.values())):
+                finer = "" if up.dtype == torch.float64 else "Use float64. "
                 raise PackextError(
                     f"{type(self).__name__} of {name} {list(up.shape)}: positive and negative terms as large as "
-                    f"{size:.1e} cancel to {results[name]:.1e}, which {up.dtype} does not resolve. Use float64, and "
-                    "avoid functions of extreme curvature, such as the normalisation of values that are almost zero."
+                    f"{size:.1e} cancel to {results[name]:.1e}, which {up.dtype} does not resolve. {finer}Avoid "
+                    "functions of extreme curvature, such as the normalisation of values that are almost zero. Where "
+                    "the whole diagonal is zero (of a model that is linear in each entry by itself, before a loss "
+                    "without curvature) nothing tells it from rounding: HMP shows it beside the other entries."
                 )
 
     def land(self, held: dict[float, Tensor], n: int, factor: float) -> Tensor:

@@ -109,11 +109,16 @@ class TraceEstimate(NamedTuple):
 
 
 class Eigen(NamedTuple):
-    """Eigenvalues `[k]`, a parameter's part of their vectors `[k, *p]` (None for the whole model), residuals `[k]`."""
+    """Eigenvalues `[k]`, a parameter's part of their vectors `[k, *p]` (None for the whole model), residuals `[k]`.
+
+    And whether these are within the tolerance. An eigenvalue lies within the residual of each value in any case, but if
+    not, it need not be one of those that were asked for.
+    """
 
     values: Tensor
     vectors: Tensor | None
     residuals: Tensor
+    converged: bool
 
 
 class TopEigenvalues(HessianQuantity):
@@ -143,8 +148,8 @@ class TopEigenvalues(HessianQuantity):
             k: how many.
             which: "LA" the largest, "SA" the smallest (the most negative), "LM" the largest in magnitude.
             curvature: "hessian", or "ggn" for the generalised Gauss-Newton matrix.
-            tol: of the residuals, relative to the Hessian's norm.
-            maxiter: restarts.
+            tol: of the residuals, relative to the Hessian's norm; `converged` in the result says whether they are less.
+            maxiter: restarts, after which the result is what it is.
             generator: of the first vector; one of packext's own by default.
             ncv: vectors of Lanczos' basis, the products of one cycle; `max(2 k + 1, 20)` by default.
             start: the first vector in place of a random one, by parameter (zero where it has none).
@@ -169,14 +174,14 @@ class TopEigenvalues(HessianQuantity):
             product, [p.detach() for p in point.parameters], self.k, self.which, self.ncv, self.maxiter, self.tol,
             self.generator or generator, start,
         )  # fmt: skip
-        return [Eigen(found.values, part, found.residuals) for part in found.vectors]
+        return [Eigen(found.values, part, found.residuals, found.converged) for part in found.vectors]
 
     def land(self, held: Eigen, n: int, factor: float) -> Eigen:
-        return Eigen(held.values * factor, held.vectors, held.residuals * abs(factor))
+        return held._replace(values=held.values * factor, residuals=held.residuals * abs(factor))
 
     def whole(self, values: dict[str, Any]) -> Eigen:
         first = next(iter(values.values()))
-        return Eigen(first.values, None, first.residuals)
+        return first._replace(vectors=None)
 
     def __repr__(self) -> str:
         """As it was made."""

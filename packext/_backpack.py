@@ -81,8 +81,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 losses l_n, defined by loss = mean of l_n or sum of l_n, according to the reduction of
                 the extended loss module, whatever that loss (or all of several) is multiplied with before
                 `backward()` (1/k, a loss scale). Losses of different weights are terms of one: a weight of 1 among
-                them says that nothing multiplies all of them, and without one they are refused. A number: individual gradients of the loss as written times
-                that number (N for a mean that packext cannot see; 1/k to undo a loss scale k).
+                them says that nothing multiplies all of them, and without one they are refused. A number: individual
+                gradients of the loss as written times that number (N for a mean that packext cannot see; 1/k to undo
+                a loss scale k).
             parameters: of which quantities are wanted, such as `model.head.parameters()`; all that require grad by
                 default. No work is done for others; what is of the whole model (norms, a clipping norm, eigenvalues)
                 is of these.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
-any_autocast: Callable[[], bool] = torch._C._isany_autocast_enabled
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def autocasts(device: str) -> bool:

@@ -131,9 +131,99 @@ def test_records_that_cannot_be_read(tmp_path: Path) -> None:
     record.write_text('{"step": 3}\n')
     with pytest.raises(px.PackextError, match="is not the record of a run"):
         Run.open(tmp_path)
-    record.write_text('{"format": "packext run", "version": 1, "packext": "0.1.0"}\n{"step\n{"step": 1}\n')
+
+
+HEADER = '{"format":"packext run","version":2,"packext":"0.1.0"}\n{"group":["A/x"],"number":0}\n'
+
+
+@pytest.mark.parametrize("first", ["[1,2]", "7", '{"format":"packext run"}', '{"format":"packext run","version":"2"}'])
+def test_a_damaged_header(tmp_path: Path, first: str) -> None:
+    (tmp_path / "record.jsonl").write_text(f'{first}\n{{"step":0,"values":{{}}}}\n')
+    for read in (Run.open, lambda path: Run(path).begin([])):
+        with pytest.raises(px.PackextError, match="record.jsonl, line 1, is damaged: restore the file"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step', "[1]", "null", '{"foo":1}', '{"step":1}', '{"step":1.5,"values":{}}', '{"step":1,"values":{"A":"b"}}',
+        '{"step":1,"values":{},"layers":[0]}', '{"step":1,"values":{},"layers":[1,0]}', '{"verdict":{"name":"b"}}',
+        '{"step":1,"values":{},"stacks":{"1":0}}', '{"step":1,"values":{"A":1},"arrays":{"B":"0"}}', '{"group":7}',
+        '{"step":1,"values":{},"absences":[[1,"no",[0]]]}', '{"group":["A/y"],"number":2}',
+    ],
+)  # fmt: skip
+def test_a_damaged_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "record.jsonl").write_text(f'{HEADER}{{"step":0,"values":{{"A":2}}}}\n{line}\n')
+    with pytest.raises(px.PackextError, match="line 4, is damaged: delete the line"):
+        Run.open(tmp_path)
+    run = Run(tmp_path)
+    for _ in range(2):  # as the page does, which looks again and again
+        with pytest.raises(px.PackextError, match="line 4, is damaged"):
+            run.refresh()
+    assert run.steps == [0] and run.column("A").tolist() == [2]
+
+
+def test_names_whose_line_was_deleted(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.begin([])
+    run.write(0, {"A/x": 1.0}, {})
+    run.write(1, {"A/y": 2.0, "A/x": 3.0}, {})
+    record = tmp_path / "record.jsonl"
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(line for line in lines if '["A/x"]' not in line))
     with pytest.raises(px.PackextError, match="line 2, is damaged"):
         Run.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("layers.bin", 8), ("layers.bin", None), ("arrays.bin", 8), ("arrays.bin", None)]
+)
+def test_a_record_without_its_tail_is_not_continued(tmp_path: Path, name: str, size: int | None) -> None:
+    train(monitor(tmp_path), 3)
+    file = tmp_path / name
+    if size is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-size])
+    run, before = Run.open(tmp_path), sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+    assert len(run.column("Loss")) == 3
+    for fails in (
+        lambda: run.column("GradNorm/0.weight") if name == "layers.bin" else run.arrays("SampleNorms.largest")[2],
+        lambda: monitor(tmp_path),
+    ):
+        with pytest.raises(px.PackextError, match=f"{name} lacks something .* restore all files .* another"):
+            fails()
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+
+
+def test_two_that_write_into_one_folder(tmp_path: Path) -> None:
+    one, two = Run(tmp_path), Run(tmp_path)
+    one.begin([])
+    two.begin([])
+    one.write(0, {"A/x": 1.0}, {})
+    with pytest.raises(px.PackextError, match="record.jsonl is not as this Run has left it: .* a folder of its own"):
+        two.write(0, {"A/y": 2.0}, {})
+    one.write(1, {"A/x": 3.0}, {})
+    assert Run.open(tmp_path).column("A/x").tolist() == [1.0, 3.0]
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    run = Run(tmp_path)
+    run.begin([])
+    run.write(0, {"A": 1.0}, {})
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run.end + 5, limits[1]))
+        with pytest.raises(OSError, match="too large"):
+            run.write(1, {"A": 2.0}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    run.write(2, {"A": 3.0}, {})
+    for found in (run, Run.open(tmp_path)):
+        assert found.steps == [0, 2] and found.column("A").tolist() == [1.0, 3.0]
 
 
 def test_layers_are_written_without_their_names(tmp_path: Path) -> None:

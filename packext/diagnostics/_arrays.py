@@ -14,7 +14,8 @@ import packext as px
 def lacking(path: Path) -> px.PackextError:
     """The error for a file that ends before something that the record refers to."""
     return px.PackextError(
-        f"{path} lacks something that the record refers to: copy or restore all files of the folder."
+        f"{path} lacks something that the record refers to: copy or restore all files of the folder, or record into "
+        "another."
     )
 
 
@@ -38,7 +39,7 @@ class Arrays(Mapping):
                 size = math.prod(shape) * dtype.itemsize
                 file.seek(k * size, 1)
                 return np.frombuffer(file.read(size), dtype).reshape(shape).copy()
-        except (ValueError, EOFError):
+        except (ValueError, EOFError, FileNotFoundError):
             raise lacking(self._path) from None
 
     def __iter__(self) -> Iterator[int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -98,19 +100,14 @@ class Run:
         whole = data.rfind(b"\n") + 1  # what follows is a line that was not finished
         for line in data[:whole].splitlines(keepends=True):
             try:
-                entry = json.loads(line)
-            except ValueError:
-                raise px.PackextError(
-                    f"{record}, line {self._count + 1}, is damaged: delete the line, or restore the file."
-                ) from None
-            if self.header:
-                self._take(entry)
-            else:
-                self._begun(entry)
+                (self._take if self.header else self._begun)(json.loads(line))
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+                remedy = "delete the line, or restore the file" if self.header else "restore the file"
+                raise px.PackextError(f"{record}, line {self._count + 1}, is damaged: {remedy}.") from None
             self.end, self._count = self.end + len(line), self._count + 1
         return most is not None and len(data) >= most
 
-    def _begun(self, header: dict[str, Any]) -> None:
+    def _begun(self, header: Any) -> None:
         if header.get("format") != "packext run":
             raise px.PackextError(
                 f"{self.path / RECORD} is not the record of a run: its first line says no such thing."
@@ -122,28 +119,36 @@ class Run:
             )
         self.header = header
 
-    def _take(self, entry: dict[str, Any]) -> None:
-        """Remember what a line says."""
+    def _take(self, entry: Any) -> None:
+        """Remember what a line says: all of it, or nothing if it is damaged."""
         if "verdict" in entry:
             self._said.append(Verdict(**entry["verdict"] | {"where": tuple(entry["verdict"]["where"])}))
             return
         if "group" in entry:
-            self._groups.append(entry["group"])
+            if entry.get("number", len(self._groups)) != len(self._groups):
+                raise ValueError  # the line of another one was deleted: numbers would go by the wrong names
+            self._groups.append(list(entry["group"]))
             return
-        step = entry["step"]
+        step, row = entry["step"], entry.get("layers", [])
+        values = {name: float(value) for name, value in entry["values"].items()}
+        arrays = entry.get("arrays", {})
+        stacks = {int(group): place for group, place in entry.get("stacks", {}).items()}
+        absences = [(step, why, places, group) for group, why, places in entry.get("absences", ())]
+        groups = [*row[:1], *stacks, *(group for *_, group in absences)]
+        array("q", [step, *row, *arrays.values(), *stacks.values()])  # which takes whole numbers alone
+        if len(row) not in (0, 2) or max(groups, default=-1) >= len(self._groups):
+            raise ValueError
         self._steps[step] = None
-        for name, value in entry["values"].items():
-            _note(self._columns, name, "d", step, float(value))
-        if "layers" in entry:
-            for column, number in zip(self._rows, (step, *entry["layers"]), strict=True):
-                column.append(number)
-        for name, place in entry.get("arrays", {}).items():
+        for name, value in values.items():
+            _note(self._columns, name, "d", step, value)
+        for column, number in zip(self._rows, (step, *row) if row else (), strict=False):
+            column.append(number)
+        for name, place in arrays.items():
             _note(self._arrays, name, "q", step, place)
-        for group, place in entry.get("stacks", {}).items():
-            _note(self._stacks, int(group), "q", step, place)
+        for group, place in stacks.items():
+            _note(self._stacks, group, "q", step, place)
         self._absent += [(step, why, [name], -1) for name, why in entry.get("absent", {}).items()]
-        for group, why, places in entry.get("absences", ()):
-            self._absent.append((step, why, places, group))
+        self._absent += absences
 
     # -- writing -----------------------------------------------------------------------------------
     def begin(self, names: list[str]) -> int:
@@ -156,7 +161,8 @@ class Run:
             The number of the next step: one after the last that is recorded.
 
         Raises:
-            PackextError: if the record has an older version of the format.
+            PackextError: if the record has an older version of the format, is damaged, or another of its files ends
+                before what it refers to.
         """
         if (self.path / RECORD).exists():
             self.refresh()
@@ -165,6 +171,7 @@ class Run:
                 f"{self.path / RECORD} has version {self.header['version']} of the format, which this packext reads "
                 "but does not continue: record into another folder."
             )
+        self._complete()
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / RECORD).exists():
             with (self.path / RECORD).open("rb+") as file:
@@ -178,6 +185,15 @@ class Run:
             if verdict.until is None:  # rules begin anew: what holds still will be said again
                 self.say(replace(verdict, until=following))
         return following
+
+    def _complete(self) -> None:
+        """Raise if a file ends before what the record refers to, whose place the next step would take."""
+        if self._rows[0]:
+            self._held(np.array(self._rows[1]), np.array(self._rows[2]))
+        columns = (*self._arrays.values(), *self._stacks.values())
+        last = max((place for _, places in columns for place in places), default=None)
+        if last is not None:
+            Arrays(self.path / ARRAYS, {0: (last, None)})[0]
 
     def write(self, step: int, values: Mapping[str, float | np.ndarray], absent: Mapping[str, str]) -> None:
         """Append what is known of a step.
@@ -227,7 +243,7 @@ class Run:
     def _group(self, names: list[str]) -> int:
         """The number of a group of names, which is written down if it is new."""
         if names not in self._groups:
-            self._append({"group": names})
+            self._append({"group": names, "number": len(self._groups)})
         return self._groups.index(names)
 
     def _covering(self, names: list[str]) -> int:
@@ -244,10 +260,20 @@ class Run:
         self._append({"verdict": asdict(verdict)})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        with (self.path / RECORD).open("ab") as file:
-            file.write(line)
-        self.end, self._count, self._file = self.end + len(line), self._count + 1, (self.path / RECORD).stat().st_ino
+        record, line = self.path / RECORD, json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        try:
+            with record.open("ab") as file:
+                if file.tell() != self.end:
+                    raise px.PackextError(
+                        f"{record} is not as this Run has left it: it was replaced, or another monitor writes to it. "
+                        "Give each monitor a folder of its own."
+                    )
+                file.write(line)
+        except OSError:  # no space: half a line would be taken for the start of the next
+            with suppress(OSError):
+                os.truncate(record, self.end)
+            raise
+        self.end, self._count, self._file = self.end + len(line), self._count + 1, record.stat().st_ino
         if "format" not in entry:
             self._take(entry)
 
@@ -330,10 +356,7 @@ class Run:
         found = np.full((len(steps), len(names)), math.nan)
         if not found.size:
             return steps, found
-        written = (self.path / LAYERS).stat().st_size // 8  # without a number that was not finished
-        if (places + np.array([len(group) for group in self._groups])[groups]).max() > written:
-            raise lacking(self.path / LAYERS)
-        rows = np.memmap(self.path / LAYERS, "<f8", "r", shape=(written,))
+        rows = np.memmap(self.path / LAYERS, "<f8", "r", shape=(self._held(groups, places),))
         for group in np.unique(groups).tolist():
             at = {name: k for k, name in enumerate(self._groups[group])}
             columns = [k for k, name in enumerate(names) if name in at]
@@ -341,6 +364,14 @@ class Run:
             offsets = np.array([at[names[k]] for k in columns], dtype=np.int64)
             found[here[:, None], columns] = rows[places[here][:, None] + offsets]
         return steps, found
+
+    def _held(self, groups: np.ndarray, places: np.ndarray) -> int:
+        """How many numbers `layers.bin` has, if these rows are among them."""
+        layers = self.path / LAYERS
+        written = layers.stat().st_size // 8 if layers.exists() else 0  # without a number that was not finished
+        if (places + np.array([len(group) for group in self._groups])[groups]).max() > written:
+            raise lacking(layers)
+        return written
 
     def arrays(self, name: str) -> Arrays:
         """Arrays of one name.

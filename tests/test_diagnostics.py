@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ import packext as px
 from packext import testing
 from packext.diagnostics import (
     CABS,
+    RULES,
     Absent,
     Alpha,
     BatchSize,
@@ -921,6 +923,35 @@ def test_refused_at_construction() -> None:
         sinks = [Keep({}), Keep({})]
         sinks[0].begin = lambda names: 3  # type: ignore[method-assign]
         Cockpit(model, optimizer, sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (lambda o: {"optimizer": [o, o]}, "one torch.optim.Optimizer, got an object of list: of several, give one"),
+        (lambda o: {"optimizer": None}, "one torch.optim.Optimizer, got an object of NoneType"),
+        (lambda o: {"optimizer": torch.optim.SGD}, "one torch.optim.Optimizer, got the class SGD"),
+        (
+            lambda o: {"optimizer": torch.optim.lr_scheduler.StepLR(o, 1)},
+            "one torch.optim.Optimizer, got an object of StepLR",
+        ),
+        (lambda o: {"rules": list(RULES)}, "rules must be a list of Rules, .*RULES.*, got the class "),
+        (lambda o: {"rules": RULES[0]()}, f"rules must be a list of Rules, .* got an object of {RULES[0].__name__}"),
+        (lambda o: {"sinks": ["runs/x"]}, r"sinks must be a list of Sinks, such as .*Run.*, got 'runs/x'"),
+        (lambda o: {"sinks": "runs/x"}, "sinks must be a list of Sinks, .* got 'runs/x'"),
+        (lambda o: {"sinks": Keep({})}, "sinks must be a list of Sinks, .* got an object of Keep"),
+        (lambda o: {"sinks": [Keep]}, "sinks must be a list of Sinks, .* got the class Keep"),
+        (lambda o: {"instruments": [Loss]}, "instruments must be a list of Instruments, .* got the class Loss"),
+        (lambda o: {"instruments": Loss()}, "instruments must be a list of Instruments, .* got an object of Loss"),
+    ],
+)
+def test_refused_before_it_trains(options: Any, said: str) -> None:
+    model = px.extend(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    unchecked = inspect.unwrap(Cockpit.__init__)  # signatures are checked while tests run
+    with pytest.raises(TypeError, match=said):
+        unchecked(Cockpit.__new__(Cockpit), model, **{"optimizer": optimizer} | options(optimizer))
+    assert Cockpit(model, optimizer, sinks=iter([Keep({})]), rules=(kind() for kind in RULES)).sinks
 
 
 def test_an_error_names_the_instruments_and_the_model() -> None:

@@ -81,7 +81,8 @@ class Cockpit:
         Args:
             model: extended by `px.extend`. In several processes the `DistributedDataParallel` that holds it, or that is
                 extended itself; others are refused there.
-            optimizer: of the model's parameters.
+            optimizer: of the model's parameters. Of several, give one: its learning rate is recorded, and what the
+                others do is seen by how the parameters move.
             level: "economy" (first-order instruments), "business" (and the diagonal of the GGN), "full" (and the
                 Hessian's largest eigenvalue and two-dimensional histograms), or None for `instruments` alone.
             every: look at every so many steps, or at the steps for which a function of their number is true
@@ -92,6 +93,7 @@ class Cockpit:
 
         Raises:
             NotExtendedError: if the model is not extended.
+            TypeError: for another thing than one optimizer, or than lists of sinks, instruments or rules.
             ValueError: for an unknown level, or an instrument that does not fit model or optimizer.
         """
         whole, model = model, inside(model)
@@ -99,14 +101,18 @@ class Cockpit:
             raise px.NotExtendedError(
                 f"Cockpit needs an extended model, got {type(model).__name__}: call model = px.extend(model) first."
             )
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"Cockpit needs one torch.optim.Optimizer, got {_kind(optimizer)}: of several, give one (its learning "
+                "rate is recorded; what the others do is seen by how the parameters move)."
+            )
         if level is not None and level not in LEVELS:
             raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))} or None, got {level!r}.")
         self.model, self.optimizer = model, optimizer
         self.every = every if callable(every) else linear(every)
-        self.instruments = [kind() for kind in LEVELS.get(level or "", ())] + list(instruments)
+        chosen = _instances(instruments, Instrument, "instruments", "[px.diagnostics.EffectiveRank()]")
+        self.instruments = [kind() for kind in LEVELS.get(level or "", ())] + chosen
         for instrument in self.instruments:
-            if not isinstance(instrument, Instrument):
-                raise ValueError(f"instruments must be instances of Instrument, got {instrument!r}.")
             instrument.check(model, optimizer)
         names = [instrument.name for instrument in self.instruments]
         for name in names:
@@ -114,8 +120,11 @@ class Cockpit:
                 raise ValueError(
                     f"two instruments are called {name!r}: give one another name, or choose another level."
                 )
+        sinks = _instances(sinks, Sink, "sinks", '[px.diagnostics.Run("runs/first")]')
+        if rules is not None:
+            rules = _instances(rules, Rule, "rules", "[kind() for kind in px.diagnostics.RULES]")
         self.ranks = Ranks(whole)
-        self.sinks = list(sinks) if self.ranks.rank == 0 else []
+        self.sinks = sinks if self.ranks.rank == 0 else []
         self.values: dict[str, float | np.ndarray] = {}
         self.absent: dict[str, str] = {}
         self.judge = Judge([kind() for kind in RULES] if rules is None else rules)
@@ -331,6 +340,21 @@ class Watch:
             elif one is not None:
                 page.values[name] = _plain(one)
         return True
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value)
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of {type(value).__name__}"
+
+
+def _instances(given: Any, kind: type, what: str, example: str) -> list[Any]:
+    """What was given as a list; a mistake is said now and not when a step has ended."""
+    listed = [given] if isinstance(given, (str, kind)) or not isinstance(given, Iterable) else list(given)
+    for one in listed:
+        if listed[0] is given or isinstance(one, type) or not isinstance(one, kind):
+            raise TypeError(f"{what} must be a list of {kind.__name__}s, such as {example}, got {_kind(one)}.")
+    return listed
 
 
 def _moved(step: Step) -> Any:

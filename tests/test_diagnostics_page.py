@@ -130,6 +130,8 @@ def test_it_follows_a_run(tmp_path: Path, browser: Any, serve: Any) -> None:
     assert "No verdict stands" in text(browser, "#verdicts")
     assert "all noise" in text(browser, "#absent") and "30" in text(browser, "#absent td.number")
     [heat] = traces(browser, "map GradNorm")
+    assert heat["x"] == [*range(31)], "a column begins at its step and ends at the next"
+    assert heat["customdata"][1][7] == ["0.bias", 2.0, 7]
     assert heat["y"] == [0, 1] and heat["z"][1] == pytest.approx([np.log10(2)] * 30)
     headings = [h.text for h in browser.find_elements("css selector", "#panels h2")]
     assert headings == ["Step size", "Gradients", "Curvature"]
@@ -216,8 +218,11 @@ def test_two_runs_are_compared(tmp_path: Path, browser: Any, serve: Any) -> None
     assert two["y"][1] == pytest.approx(5 / 4) and one["xaxis"] is None and two["xaxis"] is None
     in_legend = [t["name"] for t in traces(browser, "Noise tests") if t["showlegend"] is None]
     assert in_legend == ["norm", "inner", "orthogonal"]
-    both = [traces(browser, "map GradNorm", k)[0]["z"][0][0] for k in (0, 1)]
-    assert both == pytest.approx([0, np.log10(5)])
+    both = [traces(browser, "map GradNorm", k)[0] for k in (0, 1)]
+    assert [heat["z"][0][0] for heat in both] == pytest.approx([0, np.log10(5)])
+    assert both[1]["x"] == [*range(0, 31, 3)], "the last column is as wide as the others"
+    script = "const { _fullLayout: f } = boxes.get('map GradNorm').plots[arguments[0]]; return f.xaxis.range;"
+    assert [browser.execute_script(script, k) for k in (0, 1)] == [[0, 30], [0, 30]]
     panel = "Gradient entries"
     until(lambda: len(traces(browser, panel)) == 2, "both histograms")
     assert [t["name"] for t in traces(browser, panel)] == ["first, step 9", "second, step 27"]
@@ -254,7 +259,7 @@ def test_a_long_run_of_many_layers(tmp_path: Path, browser: Any, serve: Any, mon
     assert mean["y"] == pytest.approx(means, rel=1e-4) and high["y"][308] == 5e5
     assert low["y"] == pytest.approx([s + 1 for s in starts], rel=1e-4)
     [heat] = traces(browser, "map GradNorm")
-    assert len(heat["z"]) == 200 and len(heat["z"][0]) <= 250
+    assert len(heat["z"]) == 200 and len(heat["z"][0]) <= 250 and heat["x"] == [*range(0, 3009, 16)]
     assert "mean of up to 16 steps" in text(browser, "#maps .says") and "up to 4 steps" in text(browser, "footer")
     script = """
         const ticks = boxes.get("map GradNorm").plots[0].querySelectorAll(".ytick text");

@@ -367,6 +367,42 @@ def test_a_report_needs_nothing_else(tmp_path: Path) -> None:
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in file.parent.glob("*.png"))
 
 
+def drawn(path: Path) -> dict[str, Any]:
+    """The axes of a report's pictures, by the title of their panel."""
+    pictures = pytest.importorskip("packext.diagnostics.view.pictures").pictures
+    content = Content(path)
+    content.update()
+    return {axes.get_title("left"): axes for f in pictures(content, content.message()).values() for axes in f.axes}
+
+
+def test_what_is_not_finite_of_several_lines_is_said_once(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.begin([])
+    for step, (one, two) in enumerate([(1.0, 1.0), (float("inf"), 2.0), (float("nan"), float("inf"))]):
+        run.write(step, {"GradNorm": one, "SampleNorms": two, "Loss": two}, {})
+    axes = drawn(tmp_path)
+    [text] = axes["Gradient norm"].texts
+    assert text.get_text().splitlines() == [
+        "mean gradient not finite in 2 steps, first in step 1",
+        "of one sample, on average not finite in 1 step, first in step 2",
+    ]
+    assert [t.get_text() for t in axes["Loss"].texts] == ["not finite in 1 step, first in step 2"]
+
+
+def test_a_column_of_a_map_reaches_to_the_next(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.begin([])
+    for step in range(0, 50, 10):
+        run.write(step, {"GradNorm/a": 1.0 + step}, {})
+    axes = drawn(tmp_path)["Gradient norm"]
+    [image] = axes.images
+    left, right, *_ = image.get_extent()
+    assert (left, right) == (0, 50)
+    [row] = image.get_array()
+    places = (left + (np.arange(len(row)) + 0.5) * (right - left) / len(row)) // 10 * 10
+    np.testing.assert_array_equal(row, 1 + places)
+
+
 def test_many_histograms_are_thinned_in_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(view.report, "NUMBERS", 100)

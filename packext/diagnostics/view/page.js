@@ -218,20 +218,22 @@ function drawSamples(box, panel, found) {
   });
 }
 
+// Where columns begin, and where the last one ends: each reaches to the next, and the last is as wide as the one before it.
+const edgesOf = ({ at, width }) => [...at, at.at(-1) + Math.max(width, at.at(-1) - (at.at(-2) ?? at.at(-1)))];
 function drawMap(box, heat, name) {
   const found = here().filter((run) => run.maps[name]);
   const tables = found.map((run) => run.maps[name].layers.map((_, layer) => run.maps[name].rows.map((row) => logarithm(row[layer]))));
   const colours = coloured(...extremes(tables), heat.axis);
   box.plots.forEach((div, k) => { div.hidden = k >= found.length; });
-  const range = [Math.min(...found.map((run) => run.maps[name].at[0])), Math.max(...found.map((run) => run.maps[name].at.at(-1) + run.maps[name].width))];
+  const edges = found.map((run) => edgesOf(run.maps[name])), range = [Math.min(...edges.flat()), Math.max(...edges.flat())];
   found.forEach((run, k) => {
     const { at, layers, labels, rows, width } = run.maps[name], last = k === found.length - 1;
     const height = Math.max(150, Math.min(560, 17 * layers.length + 70)), pace = Math.ceil((13 * layers.length) / (height - 60));
     const labelled = layers.map((_, l) => l).filter((l) => l % pace === 0);
     const trace = {
-      type: "heatmap", x: at.map((step) => step + (width - 1) / 2), y: layers.map((_, layer) => layer), z: tables[k], ...colours, showscale: last, hoverongaps: false,
-      customdata: layers.map((layer, l) => rows.map((row) => [layer, row[l]])),
-      hovertemplate: `%{customdata[0]}<br>${width > 1 ? `mean of ${width} steps about` : "step"} %{x}: %{customdata[1]:.3~g}<extra></extra>`,
+      type: "heatmap", x: edges[k], y: layers.map((_, layer) => layer), z: tables[k], ...colours, showscale: last, hoverongaps: false,
+      customdata: layers.map((layer, l) => rows.map((row, step) => [layer, row[l], at[step]])),
+      hovertemplate: `%{customdata[0]}<br>${width > 1 ? `mean of up to ${width} steps from` : "step"} %{customdata[2]}: %{customdata[1]:.3~g}<extra></extra>`,
     };
     const title = found.length > 1 ? { title: { text: short(run.name, 30), font: { size: 11 }, y: 0.98 } } : {};
     draw(box.plots[k], [trace], {

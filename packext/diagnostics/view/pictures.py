@@ -65,7 +65,8 @@ def _numbers(values: list[float | None]) -> np.ndarray:
 
 
 def _lines(axes: Axes, panel: dict[str, Any], content: Content, message: dict[str, Any]) -> None:
-    lowest = []
+    lowest, odd = [], []
+    many = len(panel["names"].keys() & message["lines"].keys()) > 1
     for colour, (name, label) in zip(COLOURS, panel["names"].items(), strict=False):
         line = message["lines"].get(name)
         if line is None:
@@ -77,13 +78,15 @@ def _lines(axes: Axes, panel: dict[str, Any], content: Content, message: dict[st
         lowest += low[np.isfinite(low)].tolist()
         if line["odd"]:
             steps, first = line["odd"]
-            said = f"not finite in {steps} steps, first in step {first}"
-            axes.text(0.02, 0.02, said, transform=axes.transAxes, fontsize=7, color="#9b1c00")
+            said = f"not finite in {steps} step{'s' if steps > 1 else ''}, first in step {first}"
+            odd.append(f"{label} {said}" if many else said)
+    behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
+    if odd:
+        axes.text(0.02, 0.02, "\n".join(odd), transform=axes.transAxes, fontsize=7, color="#9b1c00", bbox=behind)
     if panel["log"] and lowest and min(lowest) >= 0 and max(lowest) > 0:
         _logarithmic(axes)
     for height, text in panel["marks"]:
         axes.axhline(height, color=GREY, linewidth=0.8, linestyle=":")
-        behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
         place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
         axes.annotate(text, (1, height), fontsize=7, bbox=behind, **place)
     axes.set_xlabel("step", fontsize=8)
@@ -191,7 +194,8 @@ def _map(axes: Axes, heat: dict[str, Any], table: dict[str, Any]) -> None:
     layers, at = table["layers"], np.array(table["at"])
     values = np.frombuffer(base64.b64decode(table["values"]), "<f4").reshape(len(at), len(layers)).astype(float)
     # Columns of an image are equally wide: each position shows the bin that began last before it.
-    edges = np.linspace(at[0], at[-1] + table["width"], 401)
+    last = max(table["width"], int(at[-1] - at[-2]) if len(at) > 1 else 0)
+    edges = np.linspace(at[0], at[-1] + last, 401)
     columns = np.searchsorted(at, edges[:-1], side="right") - 1
     extent = (float(edges[0]), float(edges[-1]), len(layers) - 0.5, -0.5)
     _coloured(axes, values.T[:, columns], extent, "upper", heat["axis"])

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from matplotlib.path import Path
+from matplotlib.textpath import TextToPath
 
 if TYPE_CHECKING:
     from packext._explain import Explanation, ParameterUse
@@ -35,7 +36,9 @@ LABELS = {
 }
 INK, FAINT, DATA, GRADIENT = "#22272e", "#6b7280", "#4b5563", "#b4423c"
 LEFT, RIGHT = 1.35, 7.65  # sides of the boxes, in inches
+WIDTHS = TextToPath()
 GAP, TITLE, LINE, PAD = 0.34, 0.25, 0.21, 0.12
+INDENT, FORMS, SPACE = 0.30, 2.55, 0.15  # of parameters and of their forms in a box; between two texts
 
 
 @dataclass
@@ -48,6 +51,7 @@ class _Box:
     fill: str
     edge: str
     after: tuple[int, ...] = ()
+    reason: tuple[str, ...] = ()
     top: float = 0.0
     middle: float = 0.0
     gradient: bool = True
@@ -55,7 +59,8 @@ class _Box:
     size: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.size = TITLE + LINE * len(self.lines) + PAD * (2 if self.lines else 1)
+        lines = len(self.lines) + len(self.reason)
+        self.size = TITLE + LINE * lines + PAD * (2 if lines else 1)
 
     @property
     def bottom(self) -> float:
@@ -109,9 +114,8 @@ def _boxes(e: Explanation) -> list[_Box]:
         flow = max((u.flow for u in group), key=list(COLOURS).index)
         fill, edge = COLOURS[flow]
         lines = [_line(u) for u in group]
-        lines += [(part, "", "", edge) for part in _reason(u.refused)]
         after = tuple(place[j] for j in u.after if j in place)
-        box = _Box(_title(u), _passage(u), lines, fill, edge, after)
+        box = _Box(_title(u), _passage(u), lines, fill, edge, after, _reason(u.refused))
         box.gradient = any(v.n is not None for v in group) and not u.refused
         box.stops = bool(u.refused)
         boxes.append(box)
@@ -139,7 +143,7 @@ def _passage(u: ParameterUse) -> str:
 def _line(u: ParameterUse) -> tuple[str, str, str, str]:
     """Name and shape of a parameter, its form, its route, and the colour of that."""
     name = u.parameter.removeprefix(f"{u.module}.") if u.module else u.parameter
-    form = {"": "", "dense": f"{u.n} rows"}.get(u.form, u.form)
+    form = {"": "", "dense": f"{u.n} rows"}.get(u.form.removeprefix("pulled "), u.form)
     if "outer" in u.form:
         matrix = f"g [{u.o}] aᵀ [{u.i}]" + (f", {u.g} groups" if u.g and u.g > 1 else "")
         form = f"Σ{u.s} {matrix}" if u.s and u.s > 1 else matrix
@@ -151,20 +155,31 @@ def _line(u: ParameterUse) -> tuple[str, str, str, str]:
     return f"{name} {list(u.shape)}", form, route, COLOURS[u.flow][1]
 
 
-def _reason(message: str, width: int = 92, most: int = 4) -> list[str]:
+def _reason(message: str, width: int = 92, most: int = 4) -> tuple[str, ...]:
     """A message in lines, without the place that the box names anyway."""
     lines = textwrap.wrap(message.partition("]: ")[2] or message, width)
-    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][: width - 4] + " ..."]
+    return tuple(lines) if len(lines) <= most else (*lines[: most - 1], lines[most - 1][: width - 4] + " ...")
+
+
+def _write(axes: Axes, x: float, y: float, text: str, room: float, **style: Any) -> float:
+    """Write without the middle of what is wider than the room, in inches; how wide it is then."""
+    shown, most = axes.text(x, y, text, va="center", parse_math=False, **style), len(text)
+    font = shown.get_fontproperties()
+    while (width := WIDTHS.get_text_width_height_descent(shown.get_text(), font, False)[0] / 72) > room and most > 2:
+        most = max(2, min(most - 1, int(most * room / width)))
+        shown.set_text(f"{text[: (most - 1) // 2]}…{text[len(text) - most // 2 :]}")
+    return width
 
 
 def _heading(axes: Axes, e: Explanation, width: float) -> None:
-    axes.text(LEFT, 0.30, e.model, fontsize=13, fontweight="bold", color=INK, va="center")
-    axes.text(LEFT, 0.56, f"N = {e.n};  {', '.join(e.quantities)}", fontsize=8, color=FAINT, va="center")
+    room = RIGHT - LEFT
+    if e.refusals:
+        said = f"refused: {len(e.refusals)} reason{'s' if len(e.refusals) > 1 else ''}"
+        room -= SPACE + _write(axes, RIGHT, 0.30, said, room, fontsize=10, color=COLOURS["refused"][1], ha="right")
+    _write(axes, LEFT, 0.30, e.model, room, fontsize=13, fontweight="bold", color=INK)
+    _write(axes, LEFT, 0.56, f"N = {e.n};  {', '.join(e.quantities)}", RIGHT - LEFT, fontsize=8, color=FAINT)
     axes.text(0.62, 0.56, "data  ↓", fontsize=9, color=DATA, ha="center", va="center")
     axes.text(width - 0.62, 0.56, "↑  gradients", fontsize=9, color=GRADIENT, ha="center", va="center")
-    if e.refusals:
-        count = f"{len(e.refusals)} reason{'s' if len(e.refusals) > 1 else ''}"
-        axes.text(RIGHT, 0.30, f"refused: {count}", fontsize=10, color=COLOURS["refused"][1], ha="right", va="center")
 
 
 def _draw_box(axes: Axes, box: _Box) -> None:
@@ -174,15 +189,22 @@ def _draw_box(axes: Axes, box: _Box) -> None:
             facecolor=box.fill, edgecolor=box.edge, linewidth=1.1, zorder=2,
         )
     )  # fmt: skip
+    left, right = LEFT + 0.14, RIGHT - 0.14
     y = box.top + PAD / 2 + TITLE / 2
-    axes.text(LEFT + 0.14, y, box.title, fontsize=9, fontweight="bold", color=INK, va="center", zorder=3)
-    axes.text(RIGHT - 0.14, y, box.detail, fontsize=8, color=FAINT, va="center", ha="right", zorder=3)
-    for k, (name, form, route, colour) in enumerate(box.lines):
-        y = box.top + PAD + TITLE + LINE * (k + 0.5)
-        first = INK if form or route or name.endswith("]") else colour
-        axes.text(LEFT + 0.30, y, name, fontsize=7.6, color=first, va="center", zorder=3)
-        axes.text(LEFT + 2.55, y, form, fontsize=7.6, color=INK, va="center", zorder=3)
-        axes.text(RIGHT - 0.14, y, route, fontsize=7.2, color=colour, va="center", ha="right", zorder=3)
+    room = right - left - SPACE
+    room -= _write(axes, right, y, box.detail, 0.7 * room, fontsize=8, color=FAINT, ha="right", zorder=3)
+    _write(axes, left, y, box.title, room, fontsize=9, fontweight="bold", color=INK, zorder=3)
+    first, second = LEFT + INDENT, LEFT + FORMS
+    y = box.top + PAD + TITLE + LINE / 2
+    for name, form, route, colour in box.lines:
+        room = right - second - SPACE
+        room -= _write(axes, right, y, route, 0.7 * room, fontsize=7.2, color=colour, ha="right", zorder=3)
+        _write(axes, second, y, form, room, fontsize=7.6, color=INK, zorder=3)
+        _write(axes, first, y, name, second - first - SPACE, fontsize=7.6, color=INK, zorder=3)
+        y += LINE
+    for line in box.reason:
+        _write(axes, first, y, line, right - first, fontsize=7.6, color=box.edge, zorder=3)
+        y += LINE
 
 
 def _arrows(axes: Axes, boxes: list[_Box], j: int, k: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from typing import Any
 
@@ -228,6 +229,45 @@ def test_figure(tmp_path: Any) -> None:
         assert "input" in words and "output" in words
     assert "influence each other" in words
     assert (tmp_path / "passes.png").stat().st_size > 10_000
+
+
+class AModelWithANameThatIsMuchTooLongForTheHeadingOfItsOwnDrawing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 8, 3, groups=4))
+        self.an_encoder_of_many_layers = nn.ModuleDict({"the_projection_of_queries_in_self_attention$": inner})
+        self.norm = nn.BatchNorm2d(8)
+        self.a_scale_with_a_name_that_is_too_long_as_well = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.an_encoder_of_many_layers["the_projection_of_queries_in_self_attention$"](x)
+        return self.norm(x * self.a_scale_with_a_name_that_is_too_long_as_well).mean((2, 3))
+
+
+def test_texts_of_a_figure_are_apart() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    model = AModelWithANameThatIsMuchTooLongForTheHeadingOfItsOwnDrawing()
+    quantities = [px.BatchGrad(), px.BatchL2Grad(), px.SumGradSquared(), px.Variance(), px.GradDot()]
+    figure = explain(model, torch.randn(12, 16, 14, 14), quantities=quantities).figure()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = [t for t in figure.axes[0].texts if t.get_text()]
+    boxes = [t.get_window_extent(renderer) for t in texts]
+    apart = figure.dpi * 0.05
+    for k, (one, box) in enumerate(zip(texts, boxes, strict=True)):
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1, one
+        for other, beside in zip(texts[:k], boxes, strict=False):
+            level = min(box.y1, beside.y1) - max(box.y0, beside.y0) > 1
+            near = min(box.x1, beside.x1) - max(box.x0, beside.x0) > -apart
+            assert not (level and near), (one, other)
+    words = [t.get_text() for t in texts]
+    for cut in (
+        "AModelWith.*….*Drawing",
+        "an_encoder_of_.*….* · ParametrizedConv2d",
+        r"parametri.*….*1 \[8, 4, 3, 3\]",
+    ):
+        assert any(re.fullmatch(cut, word) for word in words), words
+    assert not [word for word in words if re.search("pulled.*pulled", word)], words
 
 
 def test_figure_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from packext._copies import Apart
 from packext._extend import extend, is_extended
@@ -226,9 +227,9 @@ _STYLES = {"refused": "red", "no gradient": "dim", "not known": "dim", "one samp
 def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | None = None, **kwargs: Any) -> Explanation:
     """Say how packext sees a model: every use of every parameter, its factored gradient, its route and cost.
 
-    One forward pass runs on a copy of the model and one backward pass with random cotangents, so that model,
-    gradients, results, buffers and the state of torch's random numbers stay as they are. What is unsupported
-    stands in the table with its reason, instead of raising.
+    One forward pass runs on a copy of the model and one backward pass with random cotangents (under `torch.no_grad()`,
+    too), so that model, gradients, results, buffers and the state of torch's random numbers stay as they are. What is
+    unsupported stands in the table with its reason, instead of raising.
 
     Args:
         model: extended or not (then the batch axis is 0).
@@ -240,14 +241,22 @@ def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | Non
         The uses, as data; print it for a table, and call `.figure()` for a drawing.
 
     Raises:
-        TypeError: if `model` is no module with parameters.
-        ValueError: for quantities of a loss's curvature.
+        TypeError: if `model` is no module with parameters, or `quantities` are no list.
+        ValueError: for quantities of a loss's curvature, or if a lazy module has not got its shapes yet.
 
     Example:
         >>> print(px.explain(model, x))
     """
-    if not isinstance(model, nn.Module) or is_loss(model):
+    if not isinstance(model, nn.Module) or is_loss(model) or next(model.parameters(), None) is None:
         raise TypeError(f"explain expects a model with parameters, got {model!r:.80}.")
+    lazy = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
+    if lazy:
+        raise ValueError(
+            f"explain runs a copy of the model, and {', '.join(lazy)} of lazy modules have no shape yet: call the "
+            "model on a batch first."
+        )
+    if isinstance(quantities, Quantity):
+        raise TypeError(f"quantities must be a list, got one {type(quantities).__name__}: put it in brackets.")
     asked = (BatchL2Grad(), Variance(), GradDot()) if quantities is None else tuple(quantities)
     blind = [
         type(q).__name__
@@ -258,12 +267,12 @@ def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | Non
         raise ValueError(f"explain runs no loss, of which {', '.join(blind)} are: ask for what is of gradients alone.")
     batch_axis = model.__dict__["_packext"].batch_axis if is_extended(model) else 0
     frozen = tuple(name for name, p in model.named_parameters() if not p.requires_grad)
-    twin = extend(copy.deepcopy(model), batch_axis)
-    for p in twin.parameters():
-        p.grad = None
-    devices = sorted({t.device.index for t in twin.parameters() if t.is_cuda})
+    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
     observations: list[Observation] = []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        twin = extend(copy.deepcopy(model), batch_axis)
+        for p in twin.parameters():
+            p.grad = None
         while True:
             before = copy.deepcopy(twin)
             run = observe(twin, inputs, kwargs, asked, Apart(model, "explain"))

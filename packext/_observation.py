@@ -88,7 +88,7 @@ def observe(
     model.register_forward_pre_hook(hold)
     run.inputs = tuple(tuple(t.shape) for t in tensors_in((args, kwargs)))
     try:
-        with torch.enable_grad(), watched:
+        with watched:
             output = model(*args, **kwargs)
     except PackextError as error:
         run.errors.append(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 import sys
@@ -186,6 +187,35 @@ def test_coupled_samples_are_told_and_not_raised() -> None:
 def test_what_is_no_model_raises() -> None:
     with pytest.raises(TypeError, match="a model with parameters"):
         explain(nn.MSELoss(), torch.randn(3), torch.randn(3))
+    with pytest.raises(TypeError, match=r"a model with parameters, got ReLU\(\)"):
+        explain(nn.ReLU(), torch.randn(3, 3))
+
+
+def test_one_quantity_is_no_list() -> None:
+    with pytest.raises(TypeError, match="a list, got one Variance"):
+        inspect.unwrap(explain)(nn.Linear(3, 2), torch.randn(4, 3), quantities=px.Variance())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off(mode: Any) -> None:
+    model, x = conv_net(), torch.randn(5, 1, 6, 6)
+    expected = explain(model, x)
+    with mode():
+        assert explain(model, x) == expected
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_lazy_modules_have_to_run_first(ran: bool) -> None:
+    model, x = nn.Sequential(nn.LazyConv1d(3, 2), nn.LazyBatchNorm1d()).eval(), torch.randn(4, 2, 5)
+    if ran:
+        model(x)
+        assert by_name(explain(model, x))["0.weight"].shape == (3, 2, 2)
+        return
+    with pytest.raises(
+        ValueError, match=r"0\.weight, 0\.bias, 1\.weight, .* have no shape yet: call the model on a batch"
+    ):
+        explain(model, x)
+    assert isinstance(model[0].weight, nn.UninitializedParameter)
 
 
 def test_a_user_error_is_the_users() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,16 @@ def test_numbers_of_the_users_own(tmp_path: Path) -> None:
         monitor.log(Loss=1.0)
     with pytest.raises(ValueError, match=r"valid_loss has shape \[2\]"):
         monitor.log(valid_loss=torch.ones(2))
+    for bad in (None, "1.5", "high", {}, 1j, torch.tensor(1j)):
+        with pytest.raises(ValueError, match="log.. takes numbers, and accuracy is "):
+            monitor.log(valid_loss=1.0, accuracy=bad)
+    with pytest.raises(ValueError, match="Loss.smooth is the name of an instrument"):
+        monitor.log(**{"Loss.smooth": 1.0})
+    with pytest.raises(ValueError, match="val/loss: a slash is between .* such as val_loss"):
+        monitor.log(**{"val/loss": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor.log(own=torch.tensor(1.0, requires_grad=True))
 
 
 def test_what_is_not_trained() -> None:

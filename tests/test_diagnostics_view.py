@@ -414,6 +414,15 @@ def test_many_histograms_are_thinned_in_a_report(tmp_path: Path, monkeypatch: py
     assert {*json.loads(data)["histograms"][0]["GradHist1d"]} == {str(step) for step in about["steps"]}
 
 
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(view.report, "plotly_source", lambda: "")
+    run = Run(tmp_path / "at_$5_and_$10")
+    run.begin([])
+    run.write(0, {"us$_per_$token": 1.0, "GradNorm/a$_$.weight": 2.0}, {})
+    assert write_report(run.path).exists()
+
+
 def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert _cli.main(list(arguments)) == 1
     said = capsys.readouterr()
@@ -429,6 +438,10 @@ def test_mistakes_on_the_command_line(
     assert "nothing has no record of a run" in failing(capsys, "report", str(tmp_path / "nothing"))
     Run(tmp_path / "empty").begin([])
     assert "has no step" in failing(capsys, "report", str(tmp_path / "empty"))
+    for line in ("[1,2]", '{"format":"packext run"}'):
+        (tmp_path / "empty" / "record.jsonl").write_text(line + "\n")
+        for command in ("watch", "report"):
+            assert "record.jsonl, line 1, is damaged" in failing(capsys, command, str(tmp_path / "empty"))
     (tmp_path / "file").touch()
     assert "file" in failing(capsys, "watch", str(tmp_path / "file"))
     (tmp_path / "empty" / "record.jsonl").write_text('{"format": "packext run", "version": 9, "packext": "7.0"}\n')

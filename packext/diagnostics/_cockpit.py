@@ -172,21 +172,32 @@ class Cockpit:
         """Record numbers of your own, such as `valid_loss`, with the step that was begun last.
 
         Args:
-            **numbers: by name. `valid_loss` is what the rule of overfitting reads.
+            **numbers: by name, which has no slash: that is between an instrument and a layer. `valid_loss` is what the
+                rule of overfitting reads.
 
         Raises:
-            ValueError: before the first step, for a name of an instrument, or for what is not a number.
+            ValueError: before the first step, for a name of an instrument or with a slash, or for what is not a number.
         """
         if not self._begun:
             raise ValueError("log() records numbers with the step that was begun last: there was none yet.")
         names = {instrument.name for instrument in self.instruments}
-        if clash := sorted(names & numbers.keys()):
+        if clash := sorted(name for name in numbers if name.split(".")[0] in names):
             raise ValueError(f"{', '.join(clash)} is the name of an instrument: log the number by another one.")
+        if slashed := sorted(name for name in numbers if "/" in name):
+            raise ValueError(
+                f"{', '.join(slashed)}: a slash is between an instrument and a layer. Log the number by another name, "
+                f"such as {slashed[0].replace('/', '_')}."
+            )
         found: dict[str, float | np.ndarray] = {}
         for name, number in numbers.items():
-            value = _plain(number)
-            if isinstance(value, np.ndarray):
-                raise ValueError(f"log() takes numbers, and {name} has shape {list(value.shape)}.")
+            try:
+                value = None if isinstance(number, str) else _plain(number)
+            except (ArithmeticError, RuntimeError, TypeError, ValueError):
+                value = None
+            if not isinstance(value, float):
+                shaped = isinstance(value, np.ndarray)
+                what = f"has shape {list(value.shape)}" if shaped else f"is {_kind(number)}"
+                raise ValueError(f"log() takes numbers, and {name} {what}.")
             found[name] = value
         self._write(self.steps - 1, found, {})
 
@@ -365,7 +376,7 @@ def _plain(value: Any) -> float | np.ndarray:
     if isinstance(value, (int, float)):
         return float(value)
     if isinstance(value, Tensor) and not value.dim():
-        return float(value)
+        return float(value.detach())
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # which has no bfloat16

@@ -31,6 +31,8 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
     """
     plotly = plotly_source()
     try:
+        from matplotlib import rc_context
+
         from packext.diagnostics.view.pictures import pictures
     except ImportError:
         raise ImportError("The PNGs of a report are drawn by matplotlib: pip install 'packext[watch]'.") from None
@@ -45,8 +47,9 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     message = content.message() | {"opened": 0, "error": None, "more": False, "progress": 1.0}
     histograms = _histograms(content, message)
-    for name, figure in pictures(content, message).items():
-        figure.savefig(out / f"{name}.png", dpi=110)
+    with rc_context({"text.parse_math": False}):  # names with dollar signs are no formulas
+        for name, figure in pictures(content, message).items():
+            figure.savefig(out / f"{name}.png", dpi=110)
     file = out / "report.html"
     data = {"runs": [message], "histograms": [histograms]}
     file.write_text(page(f"{message['name']} - packext", f"<script>{plotly}</script>", data), "utf-8")

@@ -80,13 +80,13 @@ def _lines(axes: Axes, panel: dict[str, Any], content: Content, message: dict[st
             steps, first = line["odd"]
             said = f"not finite in {steps} step{'s' if steps > 1 else ''}, first in step {first}"
             odd.append(f"{label} {said}" if many else said)
-    behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
     if odd:
-        axes.text(0.02, 0.02, "\n".join(odd), transform=axes.transAxes, fontsize=7, color="#9b1c00", bbox=behind)
+        axes.text(0.02, 0.02, "\n".join(odd), transform=axes.transAxes, fontsize=7, color="#9b1c00")
     if panel["log"] and lowest and min(lowest) >= 0 and max(lowest) > 0:
         _logarithmic(axes)
     for height, text in panel["marks"]:
         axes.axhline(height, color=GREY, linewidth=0.8, linestyle=":")
+        behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
         place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
         axes.annotate(text, (1, height), fontsize=7, bbox=behind, **place)
     axes.set_xlabel("step", fontsize=8)

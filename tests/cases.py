@@ -1244,3 +1244,19 @@ class Fast(nn.Module):
 @case("functional_call with computed weights")
 def _() -> Any:
     return Fast(), torch.randn(N, 5), labels()
+
+
+class TwoHeads(nn.Module):
+    """The sign of a sample's first entry says which of two heads it goes to, `[N, 4]` to `[N, 3]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 5), nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, out = torch.tanh(self.body(x)), x.new_zeros(len(x), 3)
+        for k, head in enumerate(self.heads):
+            rows = ((x[:, 0] > 0) == bool(k)).nonzero().flatten()
+            if len(rows):
+                out = out.index_put((rows,), head(h[rows]))
+        return out

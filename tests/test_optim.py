@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import packext as px
 from packext import optim
 from tests import optim_oracles as oracles
+from tests.cases import TwoHeads
 
 
 @dataclass
@@ -41,7 +42,7 @@ def rule(curvature: str, decay: float | None = None) -> Callable[..., optim.Opti
 
 def of(kind: Any, **options: Any) -> Callable[..., optim.Optimizer]:
     def make(params: Any, **more: Any) -> optim.Optimizer:
-        if "seed" in more and "seed" not in inspect.signature(kind).parameters:
+        if "seed" in more and "seed" not in signature(kind).parameters:
             del more["seed"]
         return kind(params, **{**options, **more})
 
@@ -421,6 +422,27 @@ def test_accumulated_passes_are_one_batch(name: str) -> None:
             optimizer.step()
         ends.append(values(model))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [optim.KFAC, optim.EKFAC, optim.SINGD, optim.MSVAG, optim.SPRING])
+def test_a_pass_that_does_not_reach_a_parameter_counts_its_samples(kind: Any) -> None:
+    options = {"approx": "reduce", "fisher": "exact", "bias": "joint"} if "approx" in signature(kind).parameters else {}
+    x, y = data()
+    x, first = x[x[:, 0].argsort()], int((x[:, 0] <= 0).sum())
+    ends = []
+    for parts in ([12], [first, 12 - first], [first, 2, 10 - first]):
+        torch.manual_seed(0)
+        model = px.extend(TwoHeads(), batch_axis=None)
+        optimizer = kind(model.parameters(), **options)
+        for _ in range(2):
+            optimizer.zero_grad()
+            for a, b in zip(x.split(parts), y.split(parts), strict=True):
+                with optim.emit(optimizer):
+                    (LOSS(model(a), b) * (len(a) / 12)).backward()
+            optimizer.step()
+        ends.append(values(model))
+    for other in ends[1:]:
+        torch.testing.assert_close(ends[0], other, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("forget", ["optimizer", "model"])

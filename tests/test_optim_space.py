@@ -117,3 +117,36 @@ def test_a_pass_that_misses_a_parameter_has_rows_of_zeros_for_it(order: tuple[bo
     d = torch.linalg.solve(s.T @ s + 0.01 * torch.eye(5), s.T @ r)[:, 0]
     change = torch.cat([(w - model.weight.detach()).flatten(), (b - model.shift.detach())[None]])
     torch.testing.assert_close(change, d, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1), (2, 1, 2)])
+@pytest.mark.parametrize("sizes", [(2, 3, 2), (9, 8, 9)])
+def test_passes_may_differ_in_how_many_outputs_they_have(order: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    """As one equation inside of a domain and two on its boundary, where one parameter more is met."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.outer, self.shift = nn.Linear(2, 4), nn.Linear(4, 2), nn.Parameter(torch.randn(2))
+
+        def forward(self, x: Tensor, outputs: int) -> Tensor:
+            y = self.outer(torch.tanh(self.inner(x)))
+            return y.sum(1, keepdim=True) if outputs == 1 else y + self.shift
+
+    model, loss = px.extend(Net()), px.extend(nn.MSELoss())
+    optimizer = optim.ENGDW(model.parameters(), lr=1.0, damping=0.01)
+    before = theta(model)
+    ggn, g = torch.zeros(24, 24), torch.zeros(24)
+    for outputs, n in zip(order, sizes, strict=False):
+        x, y = torch.randn(n, 2), torch.randn(n, outputs)
+        with optim.emit(optimizer):
+            loss(model(x, outputs), y).backward()
+        with px.disable():
+            found = torch.func.jacrev(lambda v, x=x, k=outputs: torch.func.functional_call(model, v, (x, k)))(before)
+            residuals = (model(x, outputs).detach() - y).flatten()
+        j = torch.cat([found[name].reshape(n * outputs, -1) for name in before], 1)
+        ggn, g = ggn + 2 / len(j) * j.T @ j, g + 2 / len(j) * j.T @ residuals
+    optimizer.step()
+    change = torch.cat([(before[k] - p.detach()).flatten() for k, p in model.named_parameters()])
+    torch.testing.assert_close(change, torch.linalg.solve(ggn + 0.01 * torch.eye(24), g), rtol=1e-8, atol=1e-11)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import packext as px
 from packext import linalg
 from packext._quantity import Quantity
-from tests.cases import Routed, Tied
+from tests.cases import Routed, Tied, TwoHeads
 from tests.helpers import double_precision
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -110,6 +110,27 @@ def test_parameters_that_some_passes_do_not_reach() -> None:
                 loss(model(inputs), targets).backward()
         found.append(values(model, quantities))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+def test_pooled_factors_are_means_over_all_samples(bias: str) -> None:
+    """Also over those of a pass that did not reach the parameter, as in one pass with all."""
+    torch.manual_seed(0)
+    model, loss = px.extend(TwoHeads(), batch_axis=None), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(N, 4), torch.randint(3, (N,))
+    x, first = x[x[:, 0].argsort()], int((x[:, 0] <= 0).sum())
+    asked = px.KFAC(approx="reduce", fisher="exact", bias=bias)
+    found = []
+    for parts in ([N], [2, N - 2], [first, N - first], [first, 1, N - first - 1]):
+        with px.backpack(asked, accumulate=True, scale="sample", attach=False) as results:
+            for inputs, targets in zip(x.split(parts), y.split(parts), strict=True):
+                loss(model(inputs), targets).backward()
+        found.append({name: r.kfac for name, r in results.items() if isinstance(r.kfac, list)})
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0])
+    h = torch.tanh(model.body(x[:first])).detach()
+    h = torch.cat([h, torch.ones(first, 1)], 1) if bias == "joint" else h
+    torch.testing.assert_close(found[0]["heads.0.weight"][1], h.T @ h / N)
 
 
 def test_estimates_of_the_hessian() -> None:

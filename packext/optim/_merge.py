@@ -50,9 +50,11 @@ class Factors:
 class _Counted:
     """Of a quantity of Kronecker factors: keeps the number of samples, and which factor is which."""
 
-    def land(self, held: Any, n: int, factor: float) -> Any:
+    def land(self: Any, held: Any, n: int, factor: float) -> Any:
         """The factors, of a Hessian times `factor`."""
-        return held if isinstance(held, px.linalg.Joint) else Factors([pair.scaled(factor) for pair in held], n)
+        if isinstance(held, px.linalg.Joint):
+            return held
+        return Factors([self.sampled(pair.scaled(factor), n) for pair in held], n)
 
 
 class CountedKFAC(_Counted, px.KFAC):
@@ -93,12 +95,19 @@ def received(field: str, value: Any) -> Any:
 
 
 def absent(field: str, like: Any, others: Iterable[dict[str, Any]]) -> Any:
-    """What a parameter has of passes that did not reach it, but `others`: rows of zeros, or nothing."""
-    rows = next((values[field] for values in others if field in values), None) if field in ROWS else None
-    if rows is None:
+    """What a parameter has of passes that did not reach it, but `others`: that of samples which contribute zeros."""
+    joint = px.linalg.Joint
+    shown = next((v for v in (values.get(field) for values in others) if v is not None and type(v) is not joint), None)
+    if shown is None or isinstance(like, joint):
+        return None
+    if isinstance(like, Factors):
+        return Factors([pair.absent(shown.n) for pair in like.pairs], shown.n)
+    if isinstance(like, int):
+        return shown
+    if field not in ROWS:
         return None
     axis = ROWS[field]
-    return like.new_zeros(*rows.shape[: axis + 1], *like.shape[axis + 1 :])
+    return like.new_zeros(*shown.shape[: axis + 1], *like.shape[axis + 1 :])
 
 
 def _sum(one: Any, other: Any) -> Any:
@@ -120,13 +129,18 @@ def joined(field: str, one: Any, other: Any) -> Any:
     if isinstance(one, px.linalg.Joint):
         return one
     if isinstance(one, Factors):
-        pairs = {pair.stored: pair for pair in one.pairs}
-        for pair in other.pairs:
-            pairs[pair.stored] = _sum(pairs[pair.stored], pair) if pair.stored in pairs else pair
-        return Factors([pairs[stored] for stored in sorted(pairs)], one.n + other.n)
+        here, there = ({pair.stored: pair for pair in each.pairs} for each in (one, other))
+        pairs = []
+        for stored in sorted({*here, *there}):
+            a, b = here.get(stored) or there[stored].absent(one.n), there.get(stored) or here[stored].absent(other.n)
+            pairs.append(_sum(a, b))
+        return Factors(pairs, one.n + other.n)
     if isinstance(one, px.linalg.KronEigh):
         return px.linalg.KronEigh(one.vectors, one.eigenvalues + other.eigenvalues)
     if field in ROWS:
+        if ROWS[field]:  # losses of other numbers of outputs: a column of zeros adds nothing
+            columns = max(len(one), len(other))
+            one, other = (torch.cat([t, t.new_zeros(columns - len(t), *t.shape[1:])]) for t in (one, other))
         return torch.cat([one, other], ROWS[field])
     if field in SUMS or isinstance(one, int):
         return one + other

@@ -27,7 +27,7 @@ class SPRING(Optimizer):
     of this batch, and not blocks of it; a system of V N equations is solved in float64, or where the parameters
     are fewer, the same of P equations; eigenvalues of its matrix that are below their rounding errors, max(V N, P) eps
     times the largest, count as 0 where the damping does not cover them. V is the number of columns of a sample's root:
-    its outputs, for a squared error.
+    its outputs, for a squared error; where passes differ in it, the largest.
 
     Everything is one system: there is one group, and one process. The losses are the extended ones, such as
     `nn.MSELoss`. Passes before a step add their samples (those inside a domain and those on its boundary).

@@ -35,6 +35,8 @@ class _Pair(NamedTuple):
     """B `[G, O, O]` and A `[G, I, I]` or `[G, I]`, the mean over `terms`, a number or one for each group.
 
     `loss` is the last whose columns are in B: A has what the parameter met once for each loss, and B all columns.
+    `samples` is the size of this part of a batch, where A of the whole is a mean over all samples ("reduce"), and not
+    over what the parameter met: a part that does not reach it then counts as zeros.
     """
 
     outputs: Tensor
@@ -42,6 +44,7 @@ class _Pair(NamedTuple):
     stored: str
     terms: int | float | Tensor
     loss: Any = None
+    samples: int | float | Tensor | None = None
 
     @property
     def shape(self) -> list[int]:
@@ -58,14 +61,27 @@ class _Pair(NamedTuple):
         if self.inputs is None:
             return [self.outputs]
         terms = self.terms if isinstance(self.terms, Tensor) else self.outputs.new_full((1,), self.terms)
-        return [self.outputs, self.inputs * _along(terms, self.inputs), terms]
+        if self.samples is None:
+            return [self.outputs, self.inputs * _along(terms, self.inputs), terms]
+        samples = self.outputs.new_zeros(1) + self.samples
+        terms = torch.where(terms > 0, samples, 0.0)
+        return [self.outputs, self.inputs * _along(terms, self.inputs), terms, samples]
 
     def of_sums(self, sums: Iterable[Tensor]) -> _Pair:
         """The same of the sums of what `summands` gave."""
         outputs, *rest = sums
         if not rest:
             return self._replace(outputs=outputs)
-        return self._replace(outputs=outputs, inputs=_mean(*rest), terms=rest[1])
+        total, terms, *samples = rest
+        if samples:
+            terms = torch.where(terms > 0, samples[0], 0.0)
+            return self._replace(outputs=outputs, inputs=_mean(total, terms), terms=terms, samples=samples[0])
+        return self._replace(outputs=outputs, inputs=_mean(total, terms), terms=terms)
+
+    def absent(self, n: int) -> _Pair:
+        """Of n samples that do not reach the parameter."""
+        samples = None if self.samples is None else n
+        return self._replace(outputs=torch.zeros_like(self.outputs), terms=self.terms * 0, samples=samples)
 
 
 def _along(terms: Tensor, inputs: Tensor) -> Tensor:
@@ -159,25 +175,29 @@ class _Kronecker(Curvature):
     def ways(self, part: Part) -> str:
         return "" if part.aside is None else " and ".join(pair.stored for pair in self._pairs(part))
 
-    @staticmethod
-    def _pairs(part: Part) -> list[_Pair]:
+    def _pairs(self, part: Part) -> list[_Pair]:
         """What `aside` tells of a part, with the factors."""
         if not isinstance(part.aside, tuple):
-            return part.aside
+            return [self.sampled(pair, part.n) for pair in part.aside]
         stored, terms = part.aside
         factors = [t if t.dim() == 3 else t[None] for t in part.value]
         outputs, inputs = (*factors, None) if len(factors) == 1 else factors if stored == "OI" else factors[::-1]
-        return [_Pair(outputs, inputs, stored, terms)]
+        return [self.sampled(_Pair(outputs, inputs, stored, terms), part.n)]
+
+    def sampled(self, pair: _Pair, n: int) -> _Pair:
+        """As it adds up with other parts: with the number of its samples, where A is a mean over these."""
+        return pair._replace(samples=n) if self.approx == "reduce" else pair
 
     def unite(self, parts: Sequence[Part], over: Here) -> Part:
-        """B adds up, and A is the mean over the terms of all; the nearest product is that of these sums."""
+        """B adds up, and A is the mean over all terms, or samples; the nearest product is that of these sums."""
         n = over.count(sum(p.n for p in parts))
         if isinstance(parts[0].value, linalg.Joint):
             return Part(parts[0].value, n)
-        every = [pair for part in parts for pair in self._pairs(part)]
+        found = [{pair.stored: pair for pair in self._pairs(part)} for part in parts]
+        like = {stored: pair for each in found for stored, pair in each.items()}
         united = []
-        for stored in sorted({pair.stored for pair in every}):
-            pairs = [pair for pair in every if pair.stored == stored]
+        for stored in sorted(like):
+            pairs = [each.get(stored) or like[stored].absent(part.n) for each, part in zip(found, parts, strict=True)]
             united.append(_joined(pairs, over))
         aside = (united[0].stored, united[0].terms) if len(united) == 1 else united
         return Part(self.matrices(united), n, aside)
@@ -185,7 +205,7 @@ class _Kronecker(Curvature):
     def absent(self, part: Part, n: int) -> Part:
         if isinstance(part.value, linalg.Joint):
             return part
-        pairs = [p._replace(outputs=torch.zeros_like(p.outputs), terms=p.terms * 0) for p in self._pairs(part)]
+        pairs = [pair.absent(n) for pair in self._pairs(part)]
         zeros = [torch.zeros_like(f) for f in part.value]
         return Part(zeros, n, (pairs[0].stored, pairs[0].terms) if len(pairs) == 1 else pairs)
 

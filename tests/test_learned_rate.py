@@ -89,6 +89,23 @@ def values(model: nn.Module) -> list[Tensor]:
 # -- what it sees, and what it does with it ---------------------------------------------------------------
 
 
+def test_groups_that_share_a_tensor_of_the_rate_have_the_chosen_one() -> None:
+    rates = []
+    for rate in (0.01, torch.tensor(0.01)):
+        torch.manual_seed(0)
+        net = px.extend(MODELS["perceptron"]())
+        optimizer = torch.optim.SGD([{"params": [p]} for p in net.parameters()], rate, momentum=0.9)
+        controller = optim.LearnedRate(optimizer, POLICY)
+        for seed in range(3):
+            optimizer.zero_grad()
+            one_pass(net, controller, *data(seed=seed))
+            optimizer.step()
+        rates.append((controller.get_last_lr(), values(net)))
+        assert len({*controller.get_last_lr()}) == 1
+    torch.testing.assert_close(*rates)
+    assert all(group["lr"] is rate for group in optimizer.param_groups)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_steps_are_those_of_a_loop_over_samples(kind: str, model: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.helpers import processes
 WORLD = 2
 SIZES = [5, 3]
 ALONE: list[Any] = []
+EARLY: list[Any] = []
 LOSS = px.extend(nn.CrossEntropyLoss())
 
 
@@ -91,6 +93,16 @@ class Tied(nn.Module):
         x = x.flatten(1)[:, :4]
         y = (self.w(x).tanh() @ self.w.weight).tanh()
         return self.head(y @ self.pair[0] + y.tanh() @ self.pair[1])
+
+
+def made_before_the_processes_met(rank: int) -> None:
+    """Itself, and copies of it."""
+    alone = px.extend(network())
+    train(alone, MAKE["kfac"](alone.parameters(), process_group=ALONE[rank]), lambda t: t, 1.0)
+    for model, optimizer in (pickle.loads(pickle.dumps(EARLY)), copy.deepcopy(EARLY), EARLY):
+        train(DistributedDataParallel(model), optimizer, lambda t: t.split(SIZES)[rank], SIZES[rank] * WORLD / 8)
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
 
 
 def several_uses(rank: int) -> None:
@@ -233,11 +245,21 @@ def learned_rate(rank: int) -> None:
         both.optimizer.step()
 
 
-TASKS = (as_one_process, several_uses, draws_differ, skipped_and_refused, controllers_agree, learned_rate)
+TASKS = (
+    as_one_process,
+    made_before_the_processes_met,
+    several_uses,
+    draws_differ,
+    skipped_and_refused,
+    controllers_agree,
+    learned_rate,
+)
 
 
 def worker(rank: int, port: int) -> None:
     torch.set_num_threads(1)
+    early = px.extend(network())
+    EARLY.extend((early, MAKE["kfac"](early.parameters())))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     ALONE.extend(dist.new_group([k]) for k in range(WORLD))
     try:
@@ -246,6 +268,7 @@ def worker(rank: int, port: int) -> None:
         dist.barrier()  # who ends first takes the store with it
     finally:
         ALONE.clear()
+        EARLY.clear()
         gc.collect()  # groups that outlive this in a model abort the process at its end
         dist.destroy_process_group()
 

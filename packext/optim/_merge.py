@@ -176,19 +176,21 @@ def _merged(value: Any, sums: list[Tensor], n: int) -> Any:
 
 
 class Ranks:
-    """The processes that share one training.
-
-    Attributes:
-        size: their number.
-        rank: of this one among them.
-    """
+    """The processes that share one training, as many as there are when it is asked."""
 
     def __init__(self, group: Any = None) -> None:
         """Take the process group over which gradients are averaged; by default that of all processes, if any."""
         self._group = group
-        several = dist.is_available() and dist.is_initialized()
-        self.size = dist.get_world_size(group) if several else 1
-        self.rank = dist.get_rank(group) if several else 0
+
+    @property
+    def size(self) -> int:
+        """Their number; 1 before they have met."""
+        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """Of this one among them."""
+        return dist.get_rank(self._group) if dist.is_available() and dist.is_initialized() else 0
 
     def everyone(self, mine: Any) -> list[Any]:
         """What all processes have, in the order of their ranks."""

@@ -287,8 +287,12 @@ class LearnedRate:
         ratio = self.policy.rate(self.features) / self.get_last_lr()[0]
         for p, update in updates.items():
             p.add_(update, alpha=ratio)
-        for group in self.optimizer.param_groups:
-            group["lr"] *= ratio
+        groups = self.optimizer.param_groups
+        for group, rate in zip(groups, [ratio * each for each in self.get_last_lr()], strict=True):
+            if isinstance(group["lr"], Tensor):  # which groups may share
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _changes(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -129,6 +130,87 @@ def test_a_run_that_is_saved_while_it_waits_goes_on_alike() -> None:
         o.step()
         assert o.steps == 2 and not o.lacking
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [optim.KFAC, optim.EKFAC, optim.SINGD])
+@pytest.mark.parametrize(
+    ("index", "frozen"),
+    [(1, False), (1, True), (0, False), (0, True)],
+    ids=["bias", "thawed bias", "weight", "thawed weight"],
+)
+def test_a_parameter_may_be_frozen_or_thawed_that_has_one_block_with_another(
+    kind: Any, index: int, frozen: bool
+) -> None:
+    """Factors of that layer begin anew: with no average and no momentum the step is that of a new optimizer."""
+    every: dict[Any, list[str]] = {
+        optim.KFAC: ["factors_every", "inverses_every"], optim.EKFAC: ["scales_every", "basis_every"],
+        optim.SINGD: ["every"],
+    }  # fmt: skip
+    options = {"fisher": "exact", "momentum": 0.0, "lr": 0.1} | ({} if kind is optim.SINGD else {"kl_clip": None})
+    for intervals, when in (((1, 1), 3), ((2, 12), 7), ((2, 12), 8)):
+        model = network()
+        p = [*model.parameters()][index].requires_grad_(not frozen)
+        chosen = dict(zip(every[kind], intervals, strict=False))
+        optimizer = kind(
+            model.named_parameters(), **options, **chosen, **({} if kind is optim.SINGD else {"decay": 0.0})
+        )
+        for k in range(when):
+            passed(model, optimizer, data(seed=k))
+            optimizer.step()
+        p.requires_grad_(frozen)
+        passed(model, optimizer, data(seed=7))
+        waits = any(when % chosen[name] for name in every[kind])
+        if waits:
+            with pytest.warns(optim.SkippedStep, match="between two batches of curvature; the next step has one"):
+                optimizer.step()
+            passed(model, optimizer, data(seed=7))
+        twin = copy.deepcopy(model)
+        optimizer.step()
+        assert optimizer.steps == when + 1 and optimizer.skipped == waits
+        fresh = kind(twin.named_parameters(), **options)
+        passed(twin, fresh, data(seed=7))
+        fresh.step()
+        for name in ("0.weight", "0.bias"):
+            found = model.get_parameter(name).detach()
+            torch.testing.assert_close(found, twin.get_parameter(name).detach(), rtol=1e-10, atol=1e-12)
+        for k in range(3):
+            passed(model, optimizer, data(seed=k))
+            optimizer.step()
+        assert optimizer.steps == when + 4
+
+
+def test_a_parameter_that_is_never_used_leaves_the_bases_as_they_are() -> None:
+    asked, ends = [], []
+    for more in ({}, {"idle": nn.Linear(2, 2)}):
+        model = network()
+        idle = [p for each in more.values() for p in each.parameters()]
+        optimizer = optim.EKFAC([*model.parameters(), *idle], scales_every=1, basis_every=100, fisher="exact")
+        asked.append([])
+        for seed in range(6):
+            asked[-1] += [q.savefield for q in optimizer.quantities()]
+            passed(model, optimizer, data(seed=seed))
+            optimizer.step()
+        ends.append(theta(model))
+    assert asked[0] == asked[1] == ["kfac"] * 3 + ["ekfac"] * 3
+    torch.testing.assert_close(*ends)
+
+
+def test_a_first_gradient_between_two_bases_waits_one_step() -> None:
+    model = network()
+    model[2].requires_grad_(False)
+    optimizer = optim.EKFAC(model.named_parameters(), scales_every=1, basis_every=100)
+    for seed in range(4):
+        passed(model, optimizer, data(seed=seed))
+        optimizer.step()
+    model[2].requires_grad_(True)
+    passed(model, optimizer, data())
+    with pytest.warns(optim.SkippedStep, match=r"2.weight, shape \[3, 5\] has its first gradient between two batches"):
+        optimizer.step()
+    for fields in (["kfac"], ["ekfac"]):
+        assert [q.savefield for q in optimizer.quantities()] == fields
+        passed(model, optimizer, data())
+        optimizer.step()
+    assert optimizer.steps == 6
 
 
 def test_a_singular_factor_is_refused_by_name() -> None:

@@ -41,7 +41,9 @@ class Factors:
             One factor, or two.
         """
         found, first = px.KFAC.matrices(self.pairs), self.pairs[0]
-        if before and len(self.pairs) == 1 and len(first.outputs) > 1 and isinstance(first.terms, Tensor):
+        if before is None or [m.shape for m in before] != [m.shape for m in found]:
+            return found
+        if len(self.pairs) == 1 and len(first.outputs) > 1 and isinstance(first.terms, Tensor):
             place = int(first.stored == "OI")
             found[place] = torch.where((first.terms > 0)[:, None, None], found[place], before[place])
         return found
@@ -153,7 +155,7 @@ def _count(value: Any) -> int:
 
 def _summands(field: str, value: Any, size: int) -> list[Tensor]:
     """Tensors whose sums over the processes `_merged` makes a result of."""
-    if isinstance(value, (int, px.linalg.Joint)):
+    if value is None or isinstance(value, (int, px.linalg.Joint)):
         return []
     if isinstance(value, Factors):
         return [t for pair in value.pairs for t in pair.scaled(1 / size).summands()]
@@ -165,7 +167,7 @@ def _summands(field: str, value: Any, size: int) -> list[Tensor]:
 
 
 def _merged(value: Any, sums: list[Tensor], n: int) -> Any:
-    if isinstance(value, px.linalg.Joint):
+    if value is None or isinstance(value, px.linalg.Joint):
         return value
     if isinstance(value, Factors):
         each = iter(sums)

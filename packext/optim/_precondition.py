@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +16,8 @@ from packext.optim._merge import CountedKFAC, CountedKFLR, CountedKFRA
 from packext.optim._work import Part, Skip, Work
 
 
-def _weights(work: Work, decay: float | None) -> list[float]:
-    """Of what is new in an average: of all steps alike (decay None), or exponential after a while."""
-    counts = work.old("batches", 0)
+def _weights(work: Work, decay: float | None, counts: list[int]) -> list[float]:
+    """Of what is new in an average of so many: of all steps alike (decay None), or exponential after a while."""
     work.set("batches", [c + 1 for c in counts])
     # Martens & Grosse (2015), section 5: the old estimate keeps min(1 - 1/k, decay).
     return [1 / (c + 1) if decay is None else 1 - min(1 - 1 / (c + 1), decay) for c in counts]
@@ -50,7 +50,7 @@ class Diagonal(Part):
         """Average and divide."""
         new = work.emitted(self.curvature)
         old = [n if o is None else o for o, n in zip(work.old("diagonal"), new, strict=True)]
-        mean = lists.lerp(old, new, _weights(work, self.decay))
+        mean = lists.lerp(old, new, _weights(work, self.decay, work.old("batches", 0)))
         work.set("diagonal", mean)
         work.updates = lists.div(work.updates, lists.add(mean, damping_of(work)))
 
@@ -119,18 +119,36 @@ class Kronecker(Part):
 
 
 def has_all(work: Work, held: list[Any]) -> None:
-    """Put the step off where a parameter has its first gradient between two batches of factors.
+    """Put the step off where a parameter has no curvature yet, or that of another block.
+
+    That is where it has its first gradient between two batches of factors, and where one of a weight and a bias with
+    one block was frozen or thawed there.
 
     Raises:
         Skip: that names it.
     """
-    for p, each in zip(work.params, held, strict=True):
-        if each is None:
-            work.optimizer.param_groups[0]["lacking"] = True
-            raise Skip(
-                f"{work.optimizer.name_of(p)} has its first gradient between two batches of curvature; "
-                "the next step has one"
-            )
+    biases = _biases(work)
+    weights = {j: weight for weight, (j, _) in biases.items()}
+    for k, (p, each) in enumerate(zip(work.params, held, strict=True)):
+        why = "has its first gradient"
+        if each is not None:
+            size = p.numel() + (work.params[biases[p][0]].numel() if p in biases else 0)
+            if _entries(each) == size if each else k in weights and weights[k].requires_grad:
+                continue
+            why = "has a block of its own, or one with its bias, since one of them was frozen or thawed"
+        work.optimizer.param_groups[0]["lacking"] = True
+        raise Skip(f"{work.optimizer.name_of(p)} {why} between two batches of curvature; the next step has one")
+
+
+def _entries(matrices: Sequence[Tensor]) -> int:
+    """Of what is multiplied with these, one for each axis."""
+    groups = max((len(m) for m in matrices if m.dim() == 3), default=1)
+    return groups * math.prod(m.shape[-1] for m in matrices)
+
+
+def same_shapes(one: Any, other: Any) -> bool:
+    """Whether a list of matrices, or None, is as another."""
+    return one is None or [m.shape for m in one] == [m.shape for m in other]
 
 
 def matrices_of(work: Work, emitted: list[Any]) -> list[list[Tensor]]:
@@ -155,12 +173,13 @@ def matrices_of(work: Work, emitted: list[Any]) -> list[list[Tensor]]:
 
 
 def averaged(work: Work, emitted: list[Any], decay: float | None) -> list[list[Tensor]]:
-    """Averages of Kronecker factors with those of the state, which gets them."""
+    """Averages of Kronecker factors with those of the state, which gets them; of other shapes they begin anew."""
+    found, before = matrices_of(work, emitted), work.old("factors")
+    same = [same_shapes(held, new) for held, new in zip(before, found, strict=True)]
+    counts = [k if s else 0 for k, s in zip(work.old("batches", 0), same, strict=True)]
     mixed = [
-        [torch.lerp(o, n, weight) for o, n in zip(held or new, new, strict=True)]
-        for held, new, weight in zip(
-            work.old("factors"), matrices_of(work, emitted), _weights(work, decay), strict=True
-        )
+        [torch.lerp(o, n, weight) for o, n in zip(held if held and s else new, new, strict=True)]
+        for held, new, s, weight in zip(before, found, same, _weights(work, decay, counts), strict=True)
     ]
     work.set("factors", mixed)
     return mixed
@@ -227,16 +246,15 @@ def shares(costs: Sequence[int], size: int) -> list[int]:
 
 def multiply(work: Work, vectors: list[Tensor], by: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
     """Of a vector for each parameter `by(k, vector)`; of a weight and its bias with one block, as one matrix."""
-    params = [p for g in work.optimizer.param_groups for p in g["params"]]
-    partners = [new.get("partner", old) for new, old in zip(work.new, work.old("partner"), strict=True)]
-    biases = {params[found[0]]: (k, found[1]) for k, found in enumerate(partners) if found is not None}
+    biases = _biases(work)
+    joined = {j for j, _ in biases.values()}
     out = list(vectors)
     for k, p in enumerate(work.params):
         if p in biases:
             j, axis = biases.pop(p)
             joint = px.linalg.Joint(p, axis)
             out[k], out[j] = joint.split(by(k, joint.join(vectors[k], vectors[j])))
-        elif partners[k] is None:
+        elif k not in joined:
             out[k] = by(k, vectors[k])
     for j, _ in biases.values():
         raise px.PackextError(
@@ -244,6 +262,13 @@ def multiply(work: Work, vectors: list[Tensor], by: Callable[[int, Tensor], Tens
             'which has no gradient. Take bias="separate".'
         )
     return out
+
+
+def _biases(work: Work) -> dict[Tensor, tuple[int, int]]:
+    """By weight, the place of the bias that has one block with it, and the axis along which it is one row more."""
+    params = [p for g in work.optimizer.param_groups for p in g["params"]]
+    partners = [new.get("partner", old) for new, old in zip(work.new, work.old("partner"), strict=True)]
+    return {params[found[0]]: (k, found[1]) for k, found in enumerate(partners) if found is not None}
 
 
 def apply(matrices: Sequence[Tensor], x: Tensor) -> Tensor:

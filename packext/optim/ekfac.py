@@ -76,6 +76,21 @@ class EKFAC(Optimizer):
         super().__init__(params, parts, seed, process_group)
 
 
+class _Moments(px.EKFAC):
+    """Second moments in the bases that there are; nothing for a parameter without one, or with one of another block."""
+
+    def absorb(self, ask: Any, held: Any) -> Any:
+        """As `px.EKFAC`."""
+        try:
+            return super().absorb(ask, held)
+        except (KeyError, px.UnsupportedUseError):
+            return None  # the step waits for factors
+
+    def land(self, held: Any, n: int, factor: float) -> Any:
+        """As `px.EKFAC`."""
+        return None if held is None else super().land(held, n, factor)
+
+
 class Eigenbasis(Kronecker):
     """`Q (s + damping)⁻¹ Qᵀ u`, see `EKFAC`."""
 
@@ -89,11 +104,6 @@ class Eigenbasis(Kronecker):
         if basis_every % every:
             raise ValueError(f"basis_every must be a multiple of scales_every, got {basis_every} and {every}.")
 
-    def inverting(self, optimizer: Optimizer) -> bool:
-        """Whether a new basis is due; always, as long as some parameter has none."""
-        lacking = any("vectors" not in optimizer.state.get(p, {}) for p in optimizer.preconditioned())
-        return lacking or super().inverting(optimizer)
-
     def quantities(self, optimizer: Optimizer) -> list[Any]:
         """Factors for a new basis, second moments in the old one, or nothing."""
         if not self.due(optimizer):
@@ -103,12 +113,14 @@ class Eigenbasis(Kronecker):
         params = [p for g in optimizer.param_groups for p in g["params"]]
         basis: dict[Tensor, Any] = {}
         for p in optimizer.preconditioned():
+            if p not in optimizer.state:  # it has had no gradient yet
+                continue
             state = optimizer.state[p]
             if state["partner"] is None:
                 basis[p] = px.linalg.KronEigh(state["vectors"], state["scales"])
             else:
                 basis[p] = px.linalg.Joint(params[state["partner"][0]], state["partner"][1])
-        return [px.EKFAC(basis, generator=optimizer.generator, **self.options)]
+        return [_Moments(basis, generator=optimizer.generator, **self.options)]
 
     def __call__(self, work: Work) -> None:
         """Average, and divide in the eigenbasis."""

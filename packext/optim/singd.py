@@ -9,7 +9,7 @@ from torch import Tensor
 
 from packext.optim._base import Optimizer
 from packext.optim._parts import DecoupledDecay, Descend, Momentum
-from packext.optim._precondition import Kronecker, apply, has_all, matrices_of, multiply
+from packext.optim._precondition import Kronecker, apply, has_all, matrices_of, multiply, same_shapes
 from packext.optim._work import Work
 
 
@@ -87,7 +87,11 @@ class InverseFree(Kronecker):
         roots, momenta = work.old("roots"), work.old("momenta")
         if self.due(work.optimizer):
             found = matrices_of(work, work.emitted("kfac"))
-            moved = [_moved(f, roots[k], momenta[k], work.groups[k]) for k, f in enumerate(found)]
+            begun = [not same_shapes(r, f) for r, f in zip(roots, found, strict=True)]
+            moved = [
+                _moved(f, None if new else roots[k], None if new else momenta[k], work.groups[k])
+                for k, (f, new) in enumerate(zip(found, begun, strict=True))
+            ]
             roots = [m[0] for m in moved]
             work.set("roots", roots)
             work.set("momenta", (m[1] for m in moved))

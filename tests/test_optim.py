@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as checkpoint
 
 import packext as px
 from packext import optim
@@ -445,7 +446,15 @@ def test_a_pass_that_does_not_reach_a_parameter_counts_its_samples(kind: Any) ->
         torch.testing.assert_close(ends[0], other, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("forget", ["optimizer", "model"])
+FORGET: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "optimizer": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "model": lambda model, optimizer: model.zero_grad(),
+    "model, to zeros": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "by hand": lambda model, optimizer: [p.grad.zero_() for p in model.parameters() if p.grad is not None],
+}
+
+
+@pytest.mark.parametrize("forget", FORGET)
 def test_what_was_emitted_is_forgotten_with_its_gradient(forget: str) -> None:
     ends = []
     for again in (False, True):
@@ -454,12 +463,81 @@ def test_what_was_emitted_is_forgotten_with_its_gradient(forget: str) -> None:
         if again:
             with optim.emit(optimizer):
                 (1e3 * LOSS(model(data(5)[0]), data(5)[1])).backward()
-            optimizer.zero_grad(set_to_none=False) if forget == "optimizer" else model.zero_grad()
+            FORGET[forget](model, optimizer)
         with optim.emit(optimizer):
             LOSS(model(data()[0]), data()[1]).backward()
         optimizer.step()
         ends.append(values(model))
     assert same(*ends)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"), [(n, 1) for n in KINDS] + [(n, 2) for n in ("KFLR", "EKFAC", "AdaHessian", "M-SVAG", "SPRING")]
+)
+def test_gradients_of_zeros_are_none(name: str, heads: int) -> None:
+    """In an ordinary loop, and in one whose passes take turns with two heads."""
+    ends = []
+    for set_to_none in (True, False):
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+        models = [px.extend(nn.Sequential(*body, nn.Linear(5, 3))) for _ in range(heads)]
+        model = nn.ModuleList(models)
+        optimizer = CASES[name].make(model.parameters())
+        for k in range(5):
+            model.zero_grad(set_to_none)
+            with optim.emit(optimizer):
+                LOSS(models[k % heads](data(k)[0]), data(k)[1]).backward()
+            optimizer.step()
+        assert optimizer.steps == 5
+        ends.append(values(model))
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_step_without_a_gradient_is_none(name: str) -> None:
+    ends = []
+    for zeros in (None, False, True):
+        model = network()
+        optimizer = CASES[name].make(model.parameters())
+        if zeros is not None:
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if zeros else None
+            optimizer.step()
+            assert optimizer.steps == 0 and not optimizer.state
+        for k in range(3):
+            step(model, optimizer, data(k))
+        ends.append(values(model))
+    assert same(ends[0], ends[1]) and same(ends[0], ends[2])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", KINDS)
+def test_state_by_names_as_torchs_checkpoints_have_it(name: str) -> None:
+    model, other = network(), network(7)
+    optimizer, resumed = (CASES[name].make(m.parameters()) for m in (model, other))
+    for seed in range(3):
+        step(model, optimizer, data(seed))
+    saved = checkpoint.get_optimizer_state_dict(model, optimizer)
+    assert [*saved["state"]] == [k for k, _ in model.named_parameters()]
+    other.load_state_dict(model.state_dict())
+    checkpoint.set_optimizer_state_dict(other, resumed, copy.deepcopy(saved))
+    for seed in range(3, 6):
+        for m, o in ((model, optimizer), (other, resumed)):
+            step(m, o, data(seed))
+    assert same(values(model), values(other)) and same(state_of(optimizer), state_of(resumed))
+
+
+def test_a_state_from_which_something_was_left_out_is_refused() -> None:
+    model = network()
+    optimizer = CASES["M-SVAG"].make(model.parameters())
+    step(model, optimizer, data())
+    flat = checkpoint.StateDictOptions(flatten_optimizer_state_dict=True)
+    saved = checkpoint.get_optimizer_state_dict(model, optimizer, options=flat)
+    fresh = CASES["M-SVAG"].make(model.parameters())
+    model.zero_grad()
+    with pytest.raises(px.PackextError, match="nothing in it. flatten_optimizer_state_dict"):
+        checkpoint.set_optimizer_state_dict(model, fresh, saved, options=flat)
+    assert fresh.steps == 0 and fresh.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("closure", [False, True])

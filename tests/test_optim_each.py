@@ -414,6 +414,43 @@ def test_a_step_that_was_skipped_at_its_end_is_none_to_adapt_to() -> None:
     assert not optimizer.adapts
 
 
+def test_damping_is_not_adapted_to_steps_of_adamw() -> None:
+    model, (x, y) = network(), data()
+    for lr in (0.0, 0.1):
+        apart = {"params": [*model[0].parameters()], "fallback": True, "lr": lr}
+        optimizer = optim.KFAC([{"params": [*model[2].parameters()]}, apart], adapt_every=1, fisher="exact")
+        value = passed(model, optimizer, (x, y))
+        optimizer.step()
+        if lr:
+            with pytest.raises(px.PackextError, match=r"AdamW has moved parameter 0 of group 1, shape \[5, 4\]"):
+                optimizer.adapt(value, LOSS(model(x), y).detach())
+        else:
+            assert optimizer.adapt(value, LOSS(model(x), y).detach()) > 0
+
+
+def test_a_bound_over_all_parameters_is_one() -> None:
+    def groups(one: Any, other: Any, what: str = "kl_clip") -> list[dict[str, Any]]:
+        return [{"params": [*model[k].parameters()], what: bound} for k, bound in ((0, one), (2, other))]
+
+    model = network()
+    with pytest.raises(ValueError, match="kl_clip bounds the step of all parameters together, and is None in"):
+        optim.KFAC(groups(None, 1e-6))
+    with pytest.raises(ValueError, match="Optimizer: max_norm .* is 1.0 in group 0 and 2.0 in group 1: give all"):
+        optim.Optimizer(groups(1.0, 2.0, "max_norm"), [optim.ClipNorm(1.0), optim.Descend()])
+    optimizer = optim.KFAC(groups(1e-6, 1e-6))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][1]["kl_clip"] = optimizer.param_groups[1]["kl_clip"] = 1.0
+    with pytest.raises(ValueError, match="kl_clip .* 1e-06 in group 0 and 1.0 in group 1"):
+        optimizer.load_state_dict(saved)
+    passed(model, optimizer, data())
+    before = theta(model)
+    with pytest.raises(ValueError, match="kl_clip .* 1e-06 in group 0 and 1.0 in group 1"):
+        optimizer.step()
+    assert all(torch.equal(p, before[k]) for k, p in model.named_parameters()) and optimizer.steps == 0
+    fallback = {"params": [*model[2].parameters()], "fallback": True, "lr": 0.1}
+    optim.KFAC([{"params": [*model[0].parameters()], "kl_clip": 1.0}, fallback])  # AdamW is not bounded
+
+
 def test_intervals_that_do_not_fit_are_refused() -> None:
     params = list(network().parameters())
     for make, text in (

@@ -160,6 +160,17 @@ def skipped_and_refused(rank: int) -> None:
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)) and not optimizer.state
 
+    more = px.extend(nn.Linear(3, 3).double())  # which one process does not use
+    both = optim.KFAC([*model.parameters(), *more.parameters()])
+    model.zero_grad()
+    with optim.emit(both):
+        LOSS(model(x) if rank else more(model(x)), y).backward()
+    for p in more.parameters():
+        p.grad = torch.ones_like(p)
+    text = "rank 1: KFAC: parameter 9 of .* Of several processes each has to use it"
+    with pytest.raises(px.PackextError, match=text):
+        both.step()
+
     weight, bias = model[5].weight, model[5].bias  # a factor that one process inverts, and cannot
     singular = optim.KFAC([weight, bias], fisher="exact", damping=0.0)
     passed(singular, model)

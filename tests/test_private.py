@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
@@ -248,6 +249,24 @@ def test_an_empty_batch_is_noise_alone() -> None:
     with pytest.raises(px.PackextError, match="run backward\\(\\) there"):
         o.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert o.spent[0].steps == 2
+
+
+def test_gradients_of_zeros_that_nobody_made_are_no_empty_batch() -> None:
+    """As torch's checkpoints make them to ask for a state; but those that a step has left, and somebody set to zero."""
+    model, loss = extended()
+    o = optimizer(model, momentum=0.9)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(px.PackextError, match=r"0.weight has a gradient of zeros .* optimizer.state_dict\(\)"):
+        get_optimizer_state_dict(model, o)
+    assert not o.spent and not o.state
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    o.param_groups[0]["lr"] = 0.1
+    o.zero_grad()
+    backward(o, model, loss, *data())
+    o.step()
+    model.zero_grad(set_to_none=False)
+    o.step()
     assert o.spent[0].steps == 2
 
 

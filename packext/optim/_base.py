@@ -110,6 +110,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             for name, value in group.items():
                 check(type(self).__name__, name, value)
+            alike(type(self).__name__, self.param_groups)
             if any(p.is_complex() for p in group["params"]):
                 raise ValueError(f"{type(self).__name__} takes real parameters, got complex ones.")
         except BaseException:
@@ -165,11 +166,15 @@ class Optimizer(torch.optim.Optimizer):
                 "enters the context by itself; leave it out of the closure."
             )
         wanted = self.preconditioned()
-        if all(p.grad is None for p in wanted):
+        older = [(p, p.grad) for p in wanted if p.grad is not None]
+        asked = bool(older) and bool(self.quantities())
+        if self._received or (asked and not self._passes):  # else a GPU need not be waited for
+            some = lists.nonzero([grad for _, grad in older])
+            older = [each for each, any_ in zip(older, some, strict=True) if any_]
+        if not older:
             self._forget()
         if not self._passes:
-            asked = [] if self._zeroed or not self.quantities() else wanted
-            self._older = {p: TensorWeakRef(p.grad) for p in asked if p.grad is not None}
+            self._older = {p: TensorWeakRef(grad) for p, grad in older if asked}
             key = (self.param_groups[0]["seed"], self.steps, self.ranks.rank)
             self.generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
         self._open = True
@@ -201,14 +206,12 @@ class Optimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what was emitted for those gradients is forgotten with them."""
         self._forget()
-        self._zeroed = not set_to_none
         super().zero_grad(set_to_none)
 
     def _forget(self) -> None:
         self._received, self._passes = {}, 0
         self._older: dict[Tensor, Any] = {}  # gradients that were there before the first pass that emits
         self._missed: Tensor | None = None  # a parameter whose gradient such a pass has added to
-        self._zeroed = False
 
     # -- the step ----------------------------------------------------------------------------------
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -243,7 +246,8 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> str:
-        """Why the step was not taken; empty if it was."""
+        """Why the step was not taken; empty if it was, or if there was no gradient."""
+        alike(type(self).__name__, self.param_groups)
         main, rest = [], []
         for group in self.param_groups:
             for p in group["params"]:
@@ -252,14 +256,17 @@ class Optimizer(torch.optim.Optimizer):
         for p, _ in main + rest:
             if p.grad.layout != torch.strided:
                 raise px.PackextError(f"{type(self).__name__}: the gradient of {self.name_of(p)} is sparse; use dense.")
+        main = self._reached(main)
         values = self._merged([p for p, _ in main])
         works = [
             Work(self, [(p, group, found) for (p, group), found in zip(main, values, strict=True)]),
             Work(self, [(p, group, {}) for p, group in rest]),
         ]
-        if not finite(
-            [t for w in works for t in (*w.grads, *_tensors([v for each in w.values for v in each.values()]))]
-        ):
+        found = [t for w in works for t in (*w.grads, *_tensors([v for each in w.values for v in each.values()]))]
+        size = lists.norm(found)
+        if not found or not (self._passes or size or any(lists.nonzero(found))):
+            return ""  # no gradient, or zeros of no pass: nothing to step along
+        if not math.isfinite(size) and not finite(found):
             return f"{next(filter(None, map(self._infinite, works)))} is NaN or infinite"
         for work, parts in zip(works, (self.parts, self._last), strict=True):
             try:
@@ -278,7 +285,8 @@ class Optimizer(torch.optim.Optimizer):
             if work.params:
                 lists.add_(work.params, work.updates)
             for p, new in zip(work.params, work.new, strict=True):
-                self.state[p].update(new)
+                if new:
+                    self.state[p].update(new)
         for group in self.param_groups:
             group["steps"] += 1
         return ""
@@ -310,6 +318,24 @@ class Optimizer(torch.optim.Optimizer):
             problem = f"{type(self).__name__} with the empirical Fisher: {EMPIRICAL} Take a step after each pass."
         return self.ranks.merge(found, problem, empirical)
 
+    def _reached(self, items: list[tuple[Tensor, dict[str, Any]]]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Without parameters that no pass has reached, with a gradient of zeros, which is as good as none.
+
+        `zero_grad(set_to_none=False)` leaves such gradients. In steps that ask nothing of a pass, momentum goes on with
+        them, as in torch's optimizers.
+
+        Args:
+            items: parameters with a gradient, and their groups.
+
+        Returns:
+            Those that are to be stepped.
+        """
+        asked = bool(self.quantities())
+        doubtful = [p for p, _ in items if p not in self._received and (asked or not self.state.get(p))]
+        some = lists.nonzero([p.grad for p in doubtful if p.grad is not None])
+        none = {id(p) for p, any_ in zip(doubtful, some, strict=True) if not any_}
+        return [(p, group) for p, group in items if id(p) not in none]
+
     def _mixed(self, p: Tensor) -> str:
         return (
             f"{type(self).__name__}: {self.name_of(p)} had a gradient when px.optim.emit was entered, of a backward "
@@ -323,9 +349,10 @@ class Optimizer(torch.optim.Optimizer):
         name, text = type(self).__name__, f"{self.name_of(p)} has a gradient, but no {field}"
         if not self._received:
             return f"{name}: {text}. Run the backward passes in `with px.optim.emit(optimizer):`, before each step."
+        everywhere = " Of several processes each has to use it in its own passes." if self.ranks.size > 1 else ""
         return (
             f"{name}: {text}: no extended model (px.extend) has used it in the backward pass. Put it into a group with "
-            '"fallback": True, which AdamW trains, or extend that model.'
+            f'"fallback": True, which AdamW trains, or extend that model.{everywhere}'
         )
 
     def name_of(self, p: Tensor) -> str:
@@ -334,7 +361,19 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- saving ------------------------------------------------------------------------------------
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps the dtype that it was saved with."""
+        """As torch's, but every tensor keeps the dtype that it was saved with.
+
+        Raises:
+            PackextError: for a state from which something was left out.
+
+        A ValueError refuses groups that differ in what is bounded over all parameters.
+        """
+        alike(type(self).__name__, state_dict["param_groups"])
+        if not all(state_dict["state"].values()):
+            raise px.PackextError(
+                f"{type(self).__name__}: parameters in this state have nothing in it. flatten_optimizer_state_dict of "
+                "torch.distributed.checkpoint leaves out what a new optimizer has not made yet: save without it."
+            )
         super().load_state_dict(state_dict)
         ids = [k for group in state_dict["param_groups"] for k in group["params"]]
         mine = [p for group in self.param_groups for p in group["params"]]
@@ -378,6 +417,30 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_moved(v, device) for v in value)
     return value
+
+
+#: Hyperparameters of all parameters together, of which groups cannot have their own.
+ALIKE = ("kl_clip", "max_norm")
+
+
+def alike(name: str, groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse groups that have bounds of their own of what is bounded over all parameters.
+
+    Args:
+        name: of the optimizer.
+        groups: its own; those with `fallback=True` have no such bound.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    main = [(k, group) for k, group in enumerate(groups) if not group.get("fallback")]
+    for what in ALIKE:
+        for k, group in main:
+            if group.get(what) != main[0][1].get(what):
+                raise ValueError(
+                    f"{name}: {what} bounds the step of all parameters together, and is {main[0][1].get(what)} in "
+                    f"group {main[0][0]} and {group.get(what)} in group {k}: give all groups the same."
+                )
 
 
 #: Hyperparameters that are at least zero, and those that are averages' weights.

@@ -47,6 +47,12 @@ def norm(one: Sequence[Tensor]) -> float:
     return float(_stacked(_run("norm", [t for t in one if t.numel()])).norm())
 
 
+def nonzero(one: Sequence[Tensor]) -> list[bool]:
+    """Of each whether it has an entry that is not 0, as sparse ones are taken to; a GPU is waited for once."""
+    some = [t.any() if t.layout == torch.strided else torch.ones((), dtype=torch.bool) for t in one]
+    return [bool(each) for each in _stacked(some).tolist()]
+
+
 def dots(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     """Inner products of the two lists' tensors, `[len]` in float64."""
     kinds = [torch.promote_types(a.dtype, b.dtype) for a, b in zip(one, other, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 import packext as px
 from packext.optim.accounting import Spent
@@ -129,6 +130,7 @@ class Private(torch.optim.Optimizer):
         self._sums: list[Tensor] = []
         self._balance: Tensor | float = 0.0
         self._passed = False
+        self._given: list[Any] = []  # gradients that the last step has left
         self._asked: _Clipped | None = None
         # A hook and not a method `step`: hooks of torch's own step would run twice, around either of them.
         self.register_step_pre_hook(before_step)
@@ -262,6 +264,15 @@ class Private(torch.optim.Optimizer):
                     f"{left[0]} has a gradient that no pass within px.optim.emit(optimizer) has made: run backward() "
                     "there. For a step of noise alone, after an empty batch, call zero_grad() before."
                 )
+            given = [ref() for ref in self._given]
+            made = [name for name, p in named if p.grad is not None and all(p.grad is not g for g in given)]
+            if made and not self._sums:
+                raise px.PackextError(
+                    f"{made[0]} has a gradient of zeros that neither a pass within px.optim.emit(optimizer) nor a step "
+                    "has made. For a step of noise alone, after an empty batch, set gradients to None by zero_grad(). "
+                    "(torch.distributed.checkpoint.state_dict makes such gradients, and an lr of 0, to get at the "
+                    "state: take optimizer.state_dict(), and set lr anew.)"
+                )
         sums, balance = self._sums or [torch.zeros_like(p) for _, p in named], self._balance
         self._forget()
         if [s.shape for s in sums] != [p.shape for _, p in named]:
@@ -285,6 +296,7 @@ class Private(torch.optim.Optimizer):
             raise px.PackextError(f"Gradients of samples are not finite in {names}: nothing was changed.")
         for (_, p), g in zip(named, gradients, strict=True):
             p.grad = g
+        self._given = [TensorWeakRef(g) for g in gradients]
         self._count_step()
         if self.adaptive is not None:
             share = 0.5 + float(count) / self.expected_batch_size

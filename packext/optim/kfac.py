@@ -79,7 +79,8 @@ class KFAC(Optimizer):
             bias: "joint", or "separate" for blocks of their own.
             mc_samples: draws for each sample.
             adapt_every: after how many steps the damping is adapted to how well the quadratic model of the loss
-                predicts the step; never by default. The training loop then calls `adapt`.
+                predicts the step; never by default. The training loop then calls `adapt`. Not next to a group with
+                `fallback=True`, whose part in the step no model predicts.
             seed: of the draws.
             process_group: over which gradients are averaged; that of all processes by default.
 
@@ -97,7 +98,7 @@ class KFAC(Optimizer):
         parts = [L2(weight_decay), kronecker, KLClip(kl_clip), Momentum(momentum), Descend(lr)]
         super().__init__(params, parts, seed, process_group)
         self.adapt_every = adapt_every
-        self._predicted: tuple[float, float] | None = None
+        self._predicted: tuple[float, float, str] | None = None
 
     @property
     def adapts(self) -> bool:
@@ -120,14 +121,20 @@ class KFAC(Optimizer):
             ρ; NaN where it means nothing, and -inf if the loss after the step is not finite.
 
         Raises:
-            PackextError: if the step just taken is not one of those every `adapt_every`.
+            PackextError: if the step just taken is not one of those every `adapt_every`, or AdamW has moved parameters
+                in it, of groups with `fallback=True`.
         """
         if self._predicted is None:
             raise px.PackextError(
                 f"KFAC.adapt: the step just taken is none of those every adapt_every={self.adapt_every}; "
                 "ask `if optimizer.adapts:`."
             )
-        (predicted, decay), self._predicted = self._predicted, None
+        (predicted, decay, beside), self._predicted = self._predicted, None
+        if beside:
+            raise px.PackextError(
+                f"KFAC.adapt: AdamW has moved {beside} in the same step, and the change of the loss is that of both: "
+                "it says nothing of the damping. Leave adapt_every at 0 next to a group with fallback=True."
+            )
         change = self.ranks.mean(float(torch.as_tensor(after).detach()) - float(torch.as_tensor(before).detach()))
         if predicted >= 0 and math.isfinite(change):
             return math.nan
@@ -155,7 +162,8 @@ class KFAC(Optimizer):
         for p, g, d, c, (damping, eta) in zip(work.params, work.grads, work.updates, curved, groups, strict=True):
             predicted += float((g * d).sum() + 0.5 * (d * (c + damping * d)).sum())
             decay += float(eta * ((p * d).sum() + 0.5 * (d * d).sum()))
-        self._predicted = predicted, decay
+        moved = [p for g in self.param_groups if g["fallback"] and g["lr"] for p in g["params"] if p.grad is not None]
+        self._predicted = predicted, decay, self.name_of(moved[0]) if moved else ""
 
     def __getstate__(self) -> dict[str, Any]:
         """As for `Optimizer`."""

@@ -39,7 +39,8 @@ class DPSGD(Private, torch.optim.SGD):
       all individual gradients to the end of the pass, or their rows where those are no larger, and a sum
     - Source: Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1
     - Refused: models whose samples influence each other (BatchNorm in training mode); parameters that no sample's
-      gradient reaches, or of other types than float32 and float64; `GradScaler`; gradients that are not finite
+      gradient reaches, or of other types than float32 and float64; gradients that no pass within `emit` has made, also
+      of zeros; `GradScaler`; gradients that are not finite
 
     Attributes:
         max_norm: C, which adaptive clipping moves.

@@ -59,6 +59,25 @@ def test_any_object_with_quantities_gets_them_as_attributes() -> None:
     torch.testing.assert_close(results.batch_l2, sum(p.batch_l2 for p in model.parameters()))
 
 
+def test_emit_finds_what_is_within_another_optimizer() -> None:
+    class Around(torch.optim.Optimizer):
+        """As accelerate's."""
+
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer = optimizer
+
+    model, (x, y) = network(), data()
+    optimizer = optim.KFAC(model.parameters())
+    with optim.emit(Around(Around(optimizer))):
+        LOSS(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.steps == 1
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    for plain in (sgd, Around(sgd)):
+        with pytest.raises(ValueError, match=r"emit\(SGD\): it asks nothing .* Leave emit out"), optim.emit(plain):
+            pass
+
+
 def test_emit_refuses_what_the_optimizer_chooses() -> None:
     model = network()
     optimizer = optim.KFAC(model.parameters())
@@ -465,6 +484,11 @@ def test_intervals_that_do_not_fit_are_refused() -> None:
         (lambda: optim.Preconditioned(params, "diag_ggn_mc", decay=-1.0), "Diagonal: decay must be at least 0"),
         (lambda: optim.SINGD(params, precondition_momentum=-3.0), "precondition_momentum must be at least 0"),
         (lambda: optim.Sophia([{"params": params, "betas": [0.9, 1.0]}]), "betas must be at least 0 and less than 1"),
+        (lambda: optim.Sophia([{"params": params, "betas": 0.9}]), "Sophia: betas must be two numbers, got 0.9"),
+        (lambda: optim.Sophia([{"params": params, "betas": [0.9]}]), r"betas must be two numbers, got \[0.9\]"),
+        (lambda: optim.KFAC(params, seed=-1), "KFAC: seed must be an int of 0 or more, got -1"),
+        (lambda: optim.KFAC([{"params": params, "seed": 0.5}]), "seed must be an int of 0 or more, got 0.5"),
+        (lambda: optim.KFAC([{"params": params, "lr": "0.1"}]), "KFAC: lr must be a number, got '0.1'"),
         (lambda: optim.Sophia(params, betas=(0.9, 1.0)), "betas must be at least 0 and less than 1"),
         (lambda: optim.AdaHessian(params, power=2.0), "power must be between 0 and 1, got 2.0"),
         (lambda: optim.SPRING(params, max_step=0.0), "max_step must be positive, or None, got 0.0"),

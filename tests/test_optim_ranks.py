@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
@@ -193,6 +194,21 @@ def skipped_and_refused(rank: int) -> None:
             optimizer.step()
 
 
+def sharded_is_refused(rank: int) -> None:
+    """With what the user of an optimizer can do about it."""
+    model = px.extend(network())
+    fully_shard(model)
+    for emitting, name in (
+        (optim.KFAC(model.parameters()), "KFAC"), (optim.MSVAG(model.parameters()), "MSVAG"),
+        (optim.CABS(torch.optim.SGD(model.parameters(), 0.1), 2), "CABS"),
+    ):  # fmt: skip
+        with (
+            pytest.raises(px.UnsupportedUseError, match=rf"^{name}: parameters that are DTensors, .* Take"),
+            optim.emit(emitting),
+        ):
+            LOSS(model(data(0)[0]), data(0)[1]).backward()
+
+
 def controllers_agree(rank: int) -> None:
     """Statistics of 5 and 3 samples in one group are those of 8."""
     alone, model = px.extend(network()), px.extend(network())
@@ -262,6 +278,7 @@ TASKS = (
     several_uses,
     draws_differ,
     skipped_and_refused,
+    sharded_is_refused,
     controllers_agree,
     learned_rate,
 )

@@ -187,6 +187,15 @@ def test_flops_are_of_one_sample() -> None:
         assert scores(model, nn.CrossEntropyLoss(), x[:n], y[:n], ["flops"]) == {"flops": want}
 
 
+def test_weights_of_classes_are_taken_to_float64() -> None:
+    """As the model is; equal ones change nothing."""
+    model, x, y = problem("shared")
+    names = ["zico"]
+    weighted = nn.CrossEntropyLoss(torch.full((3,), 2.0, dtype=torch.float32))
+    assert scores(model, weighted, x, y, names) == pytest.approx(scores(model, nn.CrossEntropyLoss(), x, y, names))
+    assert weighted.weight is not None and weighted.weight.dtype == torch.float32
+
+
 def test_nothing_is_left_behind() -> None:
     model, x, y = problem("convolutional")
     model, x = px.extend(model.float()), x.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -447,7 +448,29 @@ def late(rank: int, world: int) -> None:
     assert time.monotonic() - begin < 20
 
 
+def copied(rank: int, world: int) -> None:
+    """A copy goes on as the original does, and the class is as before; hooks are of the wrapped optimizer's state."""
+    model = network()
+    optimizer = pd.DSSGD(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), 3, 2)
+    local_steps(model, optimizer, rank, range(3))
+    twins = [(model, optimizer), copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    for net, o in twins:
+        local_steps(net, o, rank, range(3, 8))
+        o.flush()
+        assert o.steps == 8 and all(
+            torch.equal(p, q) for p, q in zip(net.parameters(), model.parameters(), strict=True)
+        )
+    heard: list[str] = []
+    for when in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+        getattr(optimizer, f"register_{when}_hook")(lambda *_, when=when: heard.append(when))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert heard == ["state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"]
+    alone = pd.DSSGD(torch.optim.SGD(network().parameters(), 0.1), process_group=dist.group.WORLD)
+    with pytest.raises(px.PackextError, match="DSSGD: a process group can be neither copied nor pickled"):
+        copy.deepcopy(alone)
+
+
 TASKS = (
     delayed_as_simulated, no_drift, delayed_saved_and_refused, averages, spread_as_predicted, measured, unlike,
-    gathered, gathered_and_refused, joined,
+    gathered, gathered_and_refused, joined, copied,
 )  # fmt: skip

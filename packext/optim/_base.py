@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -459,9 +460,23 @@ def check(name: str, what: str, value: Any) -> None:
     Raises:
         ValueError: if it is.
     """
+    other = _expected(what, value)
+    if other:
+        raise ValueError(f"{name}: {what} must be {other}, got {value!r}.")
     if what in NOT_NEGATIVE and not (value is None or (math.isfinite(value) and value >= 0)):
         raise ValueError(f"{name}: {what} must be finite and not negative, got {value}.")
     if what in FRACTIONS:
         for each in value if isinstance(value, (tuple, list)) else (value,):
             if each is not None and not 0 <= each < 1:
                 raise ValueError(f"{name}: {what} must be at least 0 and less than 1, got {value}.")
+
+
+def _expected(what: str, value: Any) -> str:
+    """What a hyperparameter is to be, where it is something else; empty where it is that."""
+    several = list(value) if what == "betas" and isinstance(value, (tuple, list)) else [value]
+    if what == "seed" and (not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 0):
+        return "an int of 0 or more"
+    if what == "betas" and (not isinstance(value, (tuple, list)) or len(value) != 2):
+        return "two numbers"
+    known = what not in (*NOT_NEGATIVE, *FRACTIONS) or all(isinstance(v, (Real, Tensor, type(None))) for v in several)
+    return "" if known else "a number"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 import packext as px
@@ -25,7 +26,7 @@ class Emitting(Protocol):
 
 
 @contextmanager
-def emit(*emitting: Emitting, **options: Any) -> Iterator[px.Results]:
+def emit(*emitting: Emitting | torch.optim.Optimizer, **options: Any) -> Iterator[px.Results]:
     """Have the backward passes inside emit what an optimizer, or controllers, need for their next step.
 
     `with px.optim.emit(optimizer): loss_fn(model(x), y).backward()`, then `optimizer.step()` as ever. Model and loss
@@ -40,8 +41,9 @@ def emit(*emitting: Emitting, **options: Any) -> Iterator[px.Results]:
     (or those of one context with `accumulate=True`).
 
     Args:
-        *emitting: each with a method `quantities`. Of several, all are optimizers or controllers of `px.optim`.
-            Controllers' statistics are then of the optimizers' parameters.
+        *emitting: each with a method `quantities`, or around such a one, in `.optimizer`, as accelerate's are. Of
+            several, all are optimizers or controllers of `px.optim`. Controllers' statistics are then of the
+            optimizers' parameters.
         **options: of `px.backpack`, such as `scale`, beside those that the optimizer asks for itself. An optimizer and
             a controller together take none, as they read them differently.
 
@@ -50,13 +52,15 @@ def emit(*emitting: Emitting, **options: Any) -> Iterator[px.Results]:
 
     Raises:
         UnsupportedUseError: where a parameter has no such quantity.
-        ValueError: for several that cannot share one pass, or an option that the optimizer chooses itself.
+        ValueError: for several that cannot share one pass, an option that the optimizer chooses itself, or an optimizer
+            that reads gradients alone.
     """
     if not emitting:
         raise ValueError("px.optim.emit() needs an optimizer or a controller.")
+    found = [_innermost(e) for e in emitting]
     with ExitStack() as stack:
-        if len(emitting) == 1:
-            optimizer = emitting[0]
+        if len(found) == 1:
+            optimizer: Any = found[0]
             own = getattr(optimizer, "options", dict)()
             taken = [name for name in options if name in own]
             if taken:
@@ -68,18 +72,37 @@ def emit(*emitting: Emitting, **options: Any) -> Iterator[px.Results]:
             own = stack.enter_context(nullcontext(own) if receiving is None else receiving(own))
             asked = list(optimizer.quantities())
         else:
-            own, asked = _together(stack, emitting, options)
+            own, asked = _together(stack, found, options)
         try:
             with px.backpack(*asked, **own) as results:
                 yield results
         except px.UnsupportedUseError as error:
-            optimizer = next((e for e in emitting if hasattr(e, "preconditioned")), None)
+            if any(hasattr(p, "device_mesh") for p in own.get("parameters") or ()):
+                raise px.UnsupportedUseError(
+                    f"{', '.join(type(e).__name__ for e in found)}: parameters that are DTensors, as FSDP2 makes them, "
+                    f"are not supported. Take DistributedDataParallel. (The backward pass says: {error})"
+                ) from error
+            optimizer = next((e for e in found if hasattr(e, "preconditioned")), None)
             if optimizer is None:
                 raise
             raise px.UnsupportedUseError(
                 f"{error} With {type(optimizer).__name__}: put such parameters into a group of their own, "
                 '{"params": [...], "fallback": True, "lr": ...}, which AdamW trains.'
             ) from error
+
+
+def _innermost(emitting: Any) -> Emitting:
+    """What emits, of one that may be around it."""
+    found = emitting
+    while not isinstance(found, Emitting):
+        inner = getattr(found, "optimizer", None)
+        if inner is None:
+            raise ValueError(
+                f"px.optim.emit({type(found).__name__}): it asks nothing of the backward pass but the gradient. Leave "
+                "emit out, or give it an optimizer or a controller of px.optim."
+            )
+        found = inner
+    return found
 
 
 def _together(

@@ -45,7 +45,7 @@ def epsilon(spent: Iterable[Spent], samples: int, delta: float, method: str = "p
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta must be between 0 and 1, got {delta}.")
-    return _composed(list(spent), samples, delta, method)
+    return _composed([Spent(*kind) for kind in spent], samples, delta, method)
 
 
 def noise_multiplier(
@@ -65,12 +65,19 @@ def noise_multiplier(
         For `DPSGD(noise_multiplier=...)`, up to 1e-4 above the least one.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or noise of a tenth of the norm is more than enough.
     """
     _fresh(method)
     if not (epsilon > 0 and 0 < delta < 1 and steps >= 1):
         raise ValueError(f"need epsilon > 0, 0 < delta < 1, steps >= 1, got {epsilon}, {delta}, {steps}.")
     import dp_accounting  # pyright: ignore[reportMissingImports]
+
+    least = Spent(0.1, expected_batch_size, steps)
+    if _composed([least], samples, delta, "rdp") <= epsilon:
+        raise ValueError(
+            f"A noise multiplier of 0.1 is enough for epsilon={epsilon}, and accountants are not made for less: ask "
+            "for a smaller epsilon, or take 0.1."
+        )
 
     def calibrated(by: str, bracket: Any) -> float:
         return dp_accounting.calibrate_dp_mechanism(

@@ -59,7 +59,7 @@ class Preconditioned(Optimizer):
             seed: of these draws.
             process_group: over which gradients are averaged; that of all processes by default.
         """
-        if curvature.startswith("diag"):
+        if isinstance(curvature, str) and curvature.startswith("diag"):
             part: Any = Diagonal(curvature, damping, decay, mc_samples)
         else:
             options = {"mc_samples": mc_samples} if curvature == "kfac" else {}

@@ -49,7 +49,7 @@ class Problem:
 
     Attributes:
         model: copy of the model, not extended.
-        loss_fn: as given.
+        loss_fn: copy of it, weights in float64.
         x: inputs `[N, ...]`, in float64 if they are floating.
         y: targets.
         fisher: whether the pass of the loss carries factors of channels.
@@ -68,7 +68,7 @@ class Problem:
             x = x.detach().double()
             finite("the inputs x", x)
         self.model = px.unextend(copy.deepcopy(model)).double()
-        self.loss_fn, self.x, self.y, self.fisher = loss_fn, x, y, fisher
+        self.loss_fn, self.x, self.y, self.fisher = copy.deepcopy(loss_fn).double(), x, y, fisher
         if isinstance(y, Tensor) and y.is_floating_point():
             self.y = y.detach().double()
         if not self.trained:

@@ -82,12 +82,13 @@ class Alpha(Controller):
 
         Raises:
             PackextError: in one of several processes.
-
-        A ValueError refuses numbers out of their range.
+            ValueError: for what is no optimizer, and numbers out of their range.
         """
         super().__init__()
         positive(self, kappa=kappa)
         fraction(self, decay=decay)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"Alpha moves the rates of an optimizer of torch, got a {type(optimizer).__name__}.")
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise px.PackextError(
                 f"Alpha is for one process, and this is one of {dist.get_world_size()}: each would choose rates, and "

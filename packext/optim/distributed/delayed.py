@@ -140,6 +140,22 @@ class DSSGD(torch.optim.Optimizer):
         """Of the wrapped optimizer's step, before anything is sent."""
         return self.optimizer.register_step_post_hook(hook)
 
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Of the wrapped optimizer's state, before it is made."""
+        return self.optimizer.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Of the wrapped optimizer's state, after it is made."""
+        return self.optimizer.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Of the wrapped optimizer's state, before it is loaded."""
+        return self.optimizer.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Of the wrapped optimizer's state, after it is loaded."""
+        return self.optimizer.register_load_state_dict_post_hook(hook, prepend)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none)
@@ -299,6 +315,27 @@ class DSSGD(torch.optim.Optimizer):
         self.steps, self._since = state_dict["steps"], state_dict["since"]
         self.payload = state_dict["payload"]
         self._write(state_dict["parameters"].to(place))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies; waits for what is under way.
+
+        Returns:
+            All of it.
+
+        Raises:
+            PackextError: with a process group of its own, which cannot be copied.
+        """
+        if self.process_group is not None:
+            raise px.PackextError(
+                "DSSGD: a process group can be neither copied nor pickled. Wrap a copy of the optimizer, and give it "
+                "state_dict()."
+            )
+        self._mean_of_all()
+        return dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take it; torch's own would put a `step` around that of this class."""
+        vars(self).update(state)
 
     def _mean_of_all(self) -> None:
         """Wait for what is under way, so that nobody writes into it any more."""

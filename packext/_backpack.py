@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from packext import _compiler, _listening
 from packext._curvature import account, measure, spread
-from packext._errors import NotExtendedError, PackextError
+from packext._errors import CoupledSamplesError, NotExtendedError, PackextError
 from packext._extend import end_interrupted
 from packext._layout import Tokens
 from packext._pass import Pass
@@ -315,6 +315,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     def _check(self, flight: Pass, n: int) -> None:
         """Everything that can be refused before any gradient is accumulated."""
+        if n > 1 and flight.uneven and any(e.bounded is not None for e in self.extensions):
+            raise CoupledSamplesError(flight.uneven[0])
         self._factor(flight, n)
         for extension in self.extensions:
             extension.check(lambda: self._factor(flight, n, sample=True))
@@ -462,6 +464,12 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             if extension.deferred:
                 for key, value in extension.finish(flight.asks.get(id(extension), {})).items():
                     flight.values[key][1][extension.savefield] = value
+        bounded = [e for e in self.extensions if e.bounded is not None]
+        if bounded and flight.values:  # noise hides whether samples have reached a parameter, too
+            for name, p in [item for record in flight.records for item in record.names.items()]:
+                if id(p) not in flight.values and self._wants(p):
+                    n = flight.records[0].n
+                    flight.values[id(p)] = Source(p, name), {e.savefield: e.nothing(p, n) for e in bounded}
         if self._unites:
             self._unite(flight)
         self._assemble(flight)
@@ -487,6 +495,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self._passes += 1
         if self.pass_hook is not None:
             self.pass_hook(results)
+        for record in flight.records:
+            record.counted += [e.bounded for e in bounded]
 
 
 def _identified(parameters: Any) -> dict[int, Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
@@ -81,6 +82,9 @@ def changed(args: Any, kwargs: dict[str, Any]) -> Any:
     """The argument that a function changes."""
     return args[0] if args else next(iter(kwargs.values()))
 
+
+#: Their sixth argument tells whether they write running statistics.
+AVERAGING = frozenset({F.batch_norm, torch.batch_norm})
 
 _KINDS = ("shape", "requires_grad", "dtype", "device", "ndim", "is_leaf", "grad_fn")
 #: Functions that tell no more than what kind of tensor one is.

@@ -31,6 +31,7 @@ from packext._refusals import (
     refuse_curvature,
     refuse_inputs_alone,
     refuse_opacus,
+    refuse_unbounded,
     unseen,
     will_accumulate,
 )
@@ -242,6 +243,8 @@ def enter(record: Record, g: Tensor | None = None) -> None:
             "replace them by GroupNorm."
         )
     refuse_again(record, gates, [f.context for f in flight.heard])
+    if flight.bounded:
+        refuse_unbounded(record, flight.bounded, flight.wants)
     if gates <= record.probed:
         return
     with undisturbed():
@@ -306,7 +309,7 @@ def _agree(record: Record, gates: frozenset[int]) -> None:
     forget(record, gates)
 
 
-def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass | None:
+def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None, uneven: Callable[[], str] = str) -> Pass | None:
     """An extended loss was reached; the pass that did, if a context listens.
 
     Args:
@@ -314,6 +317,7 @@ def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass 
         reduction: of the loss.
         g: the gradient that arrived.
         inside: its mark, if the model computed it.
+        uneven: tells why samples change what others add to it, if they do.
 
     Returns:
         The pass; None if nobody listens, or what the model computed is no loss, but a step on the way to one.
@@ -325,6 +329,8 @@ def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None) -> Pass 
     if inside is not None and inside not in flight.inside:
         return None
     flight.losses.append((name, reduction, g))
+    if flight.bounded and (why := uneven()):
+        flight.uneven.append(why)
     return flight
 
 

@@ -23,6 +23,7 @@ from torch.utils.weak import TensorWeakRef
 
 from packext import _flight, _listening, _unseen, rules
 from packext._calls import (
+    AVERAGING,
     EXPANDS,
     PASSIVE,
     PLACES,
@@ -42,7 +43,7 @@ from packext._choices import CHOOSE, chosen
 from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
 from packext._precision import any_autocast
-from packext._record import Record, tensors_in
+from packext._record import Buffer, Record, buffers_of, tensors_in
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
 from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, slope
@@ -91,6 +92,8 @@ class Tracer(TorchFunctionMode):
         self.inputs: list[Tensor] = []  # of the model
         self._given: set[int] = set()  # ids of these: threads may share a tensor, and what is written on it
         self._inputs: set[int] = set()
+        self._buffers: list[Buffer] = []  # as they were at the start
+        self._averaged: set[int] = set()  # those that batch_norm writes to, of which autograd keeps no version
         self._grad_inputs = False
         self._rooted = False
         self.restore: Callable[[], None] = lambda: None  # what was changed for the time of the forward pass
@@ -238,6 +241,8 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         record = self.record
         record.trail = hash((record.trail, func, constants(args, kwargs) if func in PLACES else None))
+        if func in AVERAGING and (kwargs.get("training") or any(args[5:6])):
+            self._averaged.update(map(id, shallow((*args, *kwargs.values()))))
         sources: tuple[Source, ...] = ()
         data = rooted = False
         for t in shallow((*args[:1], *kwargs.values()) if func in rules.FIRST_ONLY else (*args, *kwargs.values())):
@@ -436,6 +441,7 @@ class Tracer(TorchFunctionMode):
             if held and (extension := module.__dict__.get("_packext")) is not None:
                 self._register(module, extension.path)
                 self._held[id(module)] = tuple(held.values())
+        self._buffers = buffers_of(self.record.modules())
         axis = self.record.batch_axis
         for t in tensors_in((args, kwargs)):
             if id(t) in self.table:
@@ -455,6 +461,9 @@ class Tracer(TorchFunctionMode):
             if getattr(t, MARK, _UNMARKED)[0] == self.record.token:  # the model has written into it
                 delattr(t, MARK)
         record = self.record
+        record.written = [
+            f"{b.path}.{b.name}".lstrip(".") for b in self._buffers if b.written() or id(b.tensor) in self._averaged
+        ]
         if not (record.uses or self.table or record.distributed):
             return output
 

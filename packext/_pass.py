@@ -57,11 +57,13 @@ class Pass:
         self.landed = False
         self.replaced: list[tuple[Tensor, str, Any]] = []
         self.wants = wants_of(contexts)
+        self.bounded = [q for c in contexts for q in c.extensions if q.bounded is not None]
         tables = any(q.root[0] == "empirical" for c in contexts for q in c.curvature)
         self.gathering = Gathering(wants_of([c for c in contexts if c.by_sample]), contexts[0]._tokens, tables=tables)
         self.records: list[Record] = [] if main is None else main.records
         self.n = 0  # samples, or tokens, once a form has arrived
         self.losses: list[tuple[str, str, Tensor]] = [] if main is None else main.losses
+        self.uneven: list[str] = [] if main is None else main.uneven  # why samples change what others add to a loss
         self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
         self.asides: dict[int, dict[str, Any]] = {}
         self.inside: set[Any] = set()  # marks of losses that the model computed

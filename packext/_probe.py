@@ -239,7 +239,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
                 if run.wrong:
                     raise WrongRuleError(run.wrong[0])
         if conflict is None:
-            record.places.update({s.gate: layout for s, layout in zip(starts, chosen, strict=True) if s.gate >= 0})
+            record.places.update({s.gate: layout for s, layout in zip(starts, chosen, strict=True)})
             break
         first = first or conflict
     else:
@@ -283,7 +283,7 @@ class Plan(NamedTuple):
 
     def place(self, record: Record) -> None:
         """Tell the record where samples are in its outputs."""
-        record.places.update({gate: at for gate, at in self.places.items() if gate >= 0})
+        record.places.update(self.places)
 
 
 def _follow(record: Record, starts: list[_Start], plan: Plan, send: Any, generator: torch.Generator) -> bool:

@@ -66,6 +66,10 @@ class Quantity:
     #: the last ones), or "sum"; nothing if they do not tell it.
     parts: str = ""
 
+    #: For whom what samples add is bounded one by one, and noise scaled to that; nobody by default. Refused is then a
+    #: pass in which a sample counts again, changes what others add, or leaves something beside the result.
+    bounded: Any = None
+
     def wants(self, form: Factored) -> tuple[str, ...]:
         """Statistics that should be computed together."""
         return ()
@@ -88,6 +92,10 @@ class Quantity:
     def finish(self, asks: dict[int, Ask]) -> dict[int, Tensor]:
         """Results of a deferred quantity for all parameters of the pass."""
         return {}
+
+    def nothing(self, parameter: Tensor, n: int) -> Any:
+        """Of a bounded quantity the result for a parameter that none of n samples has reached."""
+        raise NotImplementedError
 
     def whole(self, values: dict[str, Any]) -> Any:
         """The result for the whole model from those of its parameters."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from packext._graph import inputs_first
 from packext._layout import Layout
@@ -18,6 +19,35 @@ if TYPE_CHECKING:
     from packext._extend import Extension
 
 _tokens = iter(range(1, 1 << 62))
+
+
+class Buffer(NamedTuple):
+    """A buffer of a module, as it was at some time."""
+
+    path: str
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    version: int
+
+    def written(self) -> bool:
+        """Whether it was written to, or replaced, since then."""
+        return self.module._buffers.get(self.name) is not self.tensor or _version(self.tensor) != self.version
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def buffers_of(modules: Iterable[nn.Module]) -> list[Buffer]:
+    """Buffers as they are now. Whole numbers by themselves count, and spectral norms' are made of parameters alone."""
+    return [
+        Buffer(module.__dict__["_packext"].path, module, name, t, _version(t))
+        for module in modules
+        if module._buffers and "_packext" in module.__dict__ and not isinstance(module, _SpectralNorm)
+        for name, t in module._buffers.items()
+        if t is not None and (t.is_floating_point() or t.is_complex() or t.dim())
+    ]
 
 
 class Inside(NamedTuple):
@@ -55,8 +85,10 @@ class Record:
         trail: hash of the torch functions that ran, and of the training flags of the modules that did.
         refused: what was seen and cannot be right, with the parameters behind it, and how many uses came before.
         probed: which gates the probe has started from.
-        places: where the samples are in the outputs, by gate, once it has.
+        places: where the samples are in the outputs, by gate, once it has; in inputs of `losses` by -1, -2, ...
         losses: losses that were computed inside.
+        written: buffers that the forward pass has written to, by name; counters are none.
+        counted: for whom a pass through this forward pass was counted (`Quantity.bounded`).
         again: nodes (weak) on gradients of the outputs of which a graph was made, and whether those of parameters were.
         running: whether the forward pass goes on.
         entered: autograd's number of the last pass that made a graph, and came in by an output.
@@ -93,6 +125,8 @@ class Record:
         self.inside = False
         self.unfollowed: list[tuple[str, tuple[Source, ...], bool]] = []
         self.losses: list[Inside] = []
+        self.written: list[str] = []
+        self.counted: list[Any] = []
         self.routed = self.by_use
         self.strays: dict[int, str] = {}
         self.batch_statistics: list[str] = []

@@ -16,6 +16,7 @@ from packext._use import Source, live_nodes
 
 if TYPE_CHECKING:
     from packext._backpack import backpack
+    from packext._quantity import Quantity
     from packext._record import Record
 
 
@@ -55,6 +56,36 @@ def refuse_apart(record: Record, before: Iterable[Source]) -> None:
             "Open a context for each model. Schedules of torch.distributed.pipelining with several stages on a rank "
             "(ScheduleInterleaved1F1B, ScheduleLoopedBFS) make passes of one and the other in turn: take one that has "
             "a single stage on each, such as Schedule1F1B."
+        )
+
+
+def refuse_unbounded(record: Record, bounded: Sequence[Quantity], wants: Callable[[Tensor], bool]) -> None:
+    """Refuse a pass in which a sample has more of a part than what its own clipped gradient adds.
+
+    Raises:
+        PackextError: for a forward pass that was counted before, and one that has written to buffers.
+        CoupledSamplesError: for gradients that are divided by what all samples have looked up.
+    """
+    if any(q.bounded is owner for q in bounded for owner in record.counted):
+        raise PackextError(
+            "A second backward pass goes through one forward pass of the model: its samples would count twice, and "
+            "their part is bounded for one. Add the losses, and call backward() once."
+        )
+    if record.written:
+        raise PackextError(
+            f"The forward pass has written to the buffers {', '.join(record.written)}: what they keep of the samples "
+            "leaves without noise. Normalisations: build them with track_running_stats=False, call .eval() on them "
+            "after each model.train(), or take GroupNorm. Own modules: write to no buffer in forward."
+        )
+    divided = [
+        use.describe()
+        for use in record.uses
+        if use.consts.get("scale_grad_by_freq") and any(wants(s.tensor) for g in use.sources.values() for s in g)
+    ]
+    if divided:
+        raise CoupledSamplesError(
+            f"scale_grad_by_freq divides a sample's gradient by how often all samples have looked up a row, in "
+            f"{', '.join(divided)}: a sample changes what others add. Build the embedding without it."
         )
 
 

@@ -20,6 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from packext import _flight, _listening
 from packext._errors import PackextError
+from packext._layout import Layout
 from packext._record import Inside, Record
 from packext._refusals import note_loss, refuse_beside
 from packext._use import autocasts
@@ -123,6 +124,58 @@ class Seen:
                 )
         return dataclasses.replace(self, module=module)
 
+    def uneven(self) -> str:
+        """Why a sample changes what others add to the loss; nothing if it does not, or nothing is known."""
+        instead = (
+            ' Take reduction="sum"; the divisor of the step is expected_batch_size. (Models of Hugging Face compute '
+            "that with num_items_in_batch=1 among their arguments.)"
+        )
+        for part in self.module.modules():
+            if not isinstance(part, (nn.CrossEntropyLoss, nn.NLLLoss)) or part.reduction != "mean":
+                continue
+            given = (*self.args, *self.kwargs.values()) if part is self.module else ()
+            target = next((t for t in given if isinstance(t, Tensor)), None)
+            if target is not None and target.is_floating_point():
+                continue  # probabilities: the divisor is the number of samples
+            name = type(part).__name__
+            if part.weight is not None:
+                return (
+                    f"{name}(weight=...) with reduction='mean' divides by the weights of all samples' classes: a "
+                    f"sample changes what others add.{instead}"
+                )
+            if target is not None and not self._alike(target != part.ignore_index):
+                return (
+                    f"{name} with reduction='mean' divides by the number of targets that are not ignored "
+                    f"(ignore_index={part.ignore_index}), which is not known to be the same for each sample: a "
+                    f"sample changes what others add.{instead}"
+                )
+        return ""
+
+    def _alike(self, counts: Tensor) -> bool:
+        """Whether all targets count, or as many of each sample."""
+        if bool(counts.all()):
+            return True
+        layout = self._layout()
+        if layout is None or layout.axis in (None, 1):  # axis 1 of the input is that of the classes
+            return False
+        each = layout.at(layout.axis - (layout.axis > 1)).by_sample(counts).sum(1)
+        return bool((each == each[0]).all())
+
+    def _layout(self) -> Layout | None:
+        """Where samples are in the input of one of torch's losses, if that is known for certain."""
+        if len(self.edges) != 1 or type(self.module).forward not in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
+            return None
+        record, found = self.record(), None
+        if record is not None:
+            inputs = [pair for loss in record.losses for pair in zip(loss.edges, loss.inputs, strict=True)]
+            k = next(k for k, (edge, _) in enumerate(inputs) if edge is self.edges[0])
+            found, (shape, *_) = record.places.get(-1 - k), inputs[k][1]
+        elif isinstance(record := getattr(self.edges[0].node, "record", None), Record):  # of a gate: the model's output
+            shape = next(shape for ref, shape, *_ in record.gates if ref() is self.edges[0].node)
+            if shape[record.batch_axis : record.batch_axis + 1] == (record.n,):
+                found = Layout(record.batch_axis, record.n)
+        return found if type(found) is Layout and found.axis is not None and shape[found.axis] % found.n == 0 else None
+
 
 def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
     """A function that gives `leaves` again, detached; large ones only as long as somebody else keeps them."""
@@ -192,7 +245,7 @@ class LossMark(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         inside = ctx if ctx.seen.record() is not None else None
-        flight = _flight.loss_seen(ctx.name, ctx.reduction, grads[0], inside)
+        flight = _flight.loss_seen(ctx.name, ctx.reduction, grads[0], inside, ctx.seen.uneven)
         if flight is not None:
             edge, record = GradientEdge(*ctx.next_functions[0]), ctx.seen.record()
             if record is not None:  # whose gate could not tell yet

@@ -243,3 +243,43 @@ def test_what_is_refused_leaves_no_trace() -> None:
     with pytest.raises(px.CoupledSamplesError), emit(optimizer):
         loss_fn(coupled(x), y).backward()
     assert all(p.grad is None and not hasattr(p, "grad_sample") for p in coupled.parameters())
+
+
+class Routed(nn.Module):
+    """Experts, of which the inputs choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[int(x[0, 0] > 0)](x)
+
+
+KINDS = ("DPOptimizer", "DPOptimizerFastGradientClipping")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_no_sample_reaches_gets_noise(kind: str) -> None:
+    model, loss_fn = px.extend(Routed()), px.extend(nn.CrossEntropyLoss())
+    optimizer, x = private(kind, model), torch.ones(N, 5)
+    optimizer.zero_grad()
+    with emit(optimizer):
+        loss_fn(model(x), torch.randint(3, (N,))).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert all((p != b).all() for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_counts_once_and_for_itself(kind: str) -> None:
+    model, (x, y) = px.extend(mlp()), batch(N)
+    optimizer, out = private(kind, model), model(x)
+    weighted = px.extend(nn.CrossEntropyLoss(torch.rand(3)))
+    with pytest.raises(px.CoupledSamplesError, match="a sample changes what others add"), emit(optimizer):
+        weighted(model(x), y).backward()
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    with emit(optimizer):
+        loss_fn(out, y).backward(retain_graph=True)
+    with pytest.raises(px.PackextError, match="second backward pass goes through one forward pass"), emit(optimizer):
+        loss_fn(out, y).backward()

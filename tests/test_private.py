@@ -82,15 +82,14 @@ def clipped(model: nn.Module, x: Tensor, y: Tensor, c: float, per_layer: bool = 
     return sums
 
 
-def streams(seed: int = 5) -> list[torch.Generator]:
+def streams(model: nn.Module) -> list[torch.Generator]:
     """The optimizer's generators, four of them."""
-    first = torch.Generator().manual_seed(seed)
-    return [torch.Generator().manual_seed(int(s)) for s in torch.randint(1 << 32, (4,), generator=first)]
+    return optimizer(model).generators
 
 
 def noises(model: nn.Module, std: float, draws: list[torch.Generator] | None = None) -> list[Tensor]:
     """Tensors here are one chunk each, which the generators take in turn."""
-    draws = streams() if draws is None else draws
+    draws = streams(model) if draws is None else draws
     return [torch.empty_like(p).normal_(0, std, generator=draws[k % 4]) for k, p in enumerate(model.parameters())]
 
 
@@ -311,7 +310,7 @@ def test_adaptive_clipping() -> None:
     model, loss = extended()
     o = optimizer(model, lr=0.0, adaptive=AdaptiveClipping(0.7, 0.3, count_noise=2.0))
     rest = (0.5**-2 - 4.0**-2) ** -0.5
-    draws, c = streams(), C
+    draws, c = streams(model), C
     for k in range(4):
         x, y = data(seed=k)
         norms, sums = norms_of(model, x, y), clipped(model, x, y, c)
@@ -531,6 +530,7 @@ def test_refusals() -> None:
     with pytest.raises(px.CoupledSamplesError, match="BatchNorm"):
         backward(optimizer(coupled), coupled, loss, *data())
     assert all(p.grad is None for p in coupled.parameters())
+    model.zero_grad()
     with pytest.raises(px.PackextError, match="batch is empty"):
         backward(optimizer(model), model, loss, *data(0))
     o = optimizer(model)
@@ -560,6 +560,366 @@ def test_poisson_batches() -> None:
     for wrong in ((0, 0.1, 3), (5, 0.0, 3), (5, 1.5, 3)):
         with pytest.raises(ValueError, match="rate in"):
             PoissonSampler(*wrong)
+
+
+# -- what a sample adds -------------------------------------------------------------------------------
+
+
+def total(o: Any) -> Tensor:
+    """The sums of the next step, as one vector."""
+    return torch.cat([s.flatten() for s in o.pending])
+
+
+def test_what_is_discarded_does_not_count() -> None:
+    """A batch that is done again in smaller parts, as after an error."""
+    model, loss = extended()
+    x, y = data()
+    o = optimizer(model)
+    backward(o, model, loss, x[:4], y[:4])
+    o.zero_grad()
+    assert not o.pending[0].any()
+    backward(o, model, loss, x[:2], y[:2])
+    backward(o, model, loss, x[2:], y[2:])
+    want = torch.cat([s.flatten() for s in clipped(model, x, y, C).values()])
+    torch.testing.assert_close(total(o), want, rtol=1e-9, atol=1e-12)
+    o.zero_grad()
+    state = o.state_dict()  # nothing is under way
+    assert not state["private"]["spent"]
+
+
+@pytest.mark.parametrize("kind", ["again", "another loss", "next step"])
+def test_a_sample_is_in_one_pass_of_a_forward_pass(kind: str) -> None:
+    model, loss = extended()
+    x, y = data(1)
+    o = optimizer(model, max_norm=0.1)
+    out = model(x)
+    with px.optim.emit(o):
+        loss(out, y).backward(retain_graph=True)
+    assert float(total(o).norm()) == pytest.approx(0.1)
+    if kind == "next step":
+        o.step()
+        o.zero_grad()
+    before = total(o)
+    with pytest.raises(px.PackextError, match="second backward pass goes through one forward pass"):
+        with px.optim.emit(o):
+            (loss(out, y) if kind != "another loss" else px.extend(nn.MSELoss())(out, torch.zeros_like(out))).backward()
+    assert torch.equal(total(o), before)
+    backward(o, model, loss, x, y)
+    other = optimizer(model, max_norm=0.1)  # which counts by itself
+    out = model(x)
+    for each in (o, other):
+        with px.optim.emit(each):
+            loss(out, y).backward(retain_graph=True)
+    o.zero_grad()
+    with px.optim.emit(o):  # the sum of two losses is one pass
+        out = model(x)
+        (loss(out, y) + 2 * px.extend(nn.CrossEntropyLoss())(out, 1 - y)).backward()
+    assert float(total(o).norm()) <= 0.1 * (1 + 1e-9)
+
+
+class Tagger(nn.Module):
+    """Classes of words, or their loss as well."""
+
+    def __init__(self, inside: Callable[..., Tensor] | None = None, **table: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head, self.inside = nn.Embedding(7, 4, **table), nn.Linear(4, 3), inside
+
+    def forward(self, ids: Tensor, y: Tensor | None = None) -> Tensor:
+        out = self.head(self.table(ids).tanh())
+        if self.inside is None or y is None:
+            return out.mT
+        return self.inside(out.flatten(0, 1), y.flatten())
+
+
+def tagged(
+    model: Tagger, loss: nn.Module | None, ids: Tensor, y: Tensor, make: Callable[[Any], Any] = lambda m: m
+) -> tuple[Tensor, float]:
+    """Clipped sum and sensitivity."""
+    o = DPSGD(make(model).parameters(), 0.1, **{**SETTINGS, "max_norm": 0.5})
+    with px.optim.emit(o):
+        (model(ids, y) if loss is None else loss(model(ids), y)).backward()
+    return total(o), o.sensitivity
+
+
+class Scores(nn.NLLLoss):
+    """A loss that has another as its base."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input.log_softmax(1), target)
+
+
+CE, NLL = nn.functional.cross_entropy, nn.functional.nll_loss
+WEIGHT = torch.tensor([100.0, 1.0, 1.0])
+IGNORED = torch.tensor([[1, 2, -100], [1, -100, -100], [2, 1, 1], [0, 0, 0]])
+SOME: dict[str, tuple[Any, Any, Tensor]] = {
+    "weight": (nn.CrossEntropyLoss(WEIGHT), None, IGNORED.clamp(min=0)),
+    "weight of nll": (Scores(WEIGHT), None, IGNORED.clamp(min=0)),
+    "weight inside": (None, lambda z, y: CE(z, y, WEIGHT), IGNORED.clamp(min=0)),
+    "weight of nll inside": (None, lambda z, y: NLL(z.log_softmax(1), y, WEIGHT), IGNORED.clamp(min=0)),
+    "ignored": (nn.CrossEntropyLoss(), None, IGNORED),
+    "ignored class": (nn.CrossEntropyLoss(ignore_index=2), None, IGNORED.clamp(min=0)),
+    "ignored inside": (None, CE, IGNORED),
+}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_means_that_other_samples_rescale_are_refused(name: str) -> None:
+    """With a sum, the sum of clipped gradients with and without a sample differs by no more than is claimed."""
+    loss, inside, y = SOME[name]
+    ids = torch.arange(12).view(4, 3) % 7
+    model = px.extend(Tagger(inside))
+    loss = None if loss is None else px.extend(copy.deepcopy(loss))
+    with pytest.raises(px.CoupledSamplesError, match='a sample changes what others add. Take reduction="sum"'):
+        tagged(model, loss, ids, y)
+    assert all(p.grad is None for p in model.parameters())
+    tagged(model, loss, ids[2:3], y[2:3])  # there are no others
+    if inside is not None:
+        return
+    loss.reduction = "sum"
+    whole, sensitivity = tagged(model, loss, ids, y)
+    for k in range(4):
+        rest = [i for i in range(4) if i != k]
+        change = float((whole - tagged(model, loss, ids[rest], y[rest])[0]).norm())
+        assert 0.9 * sensitivity < change <= sensitivity * (1 + 1e-5)
+    with px.backpack(px.ClippedGrad(0.5)):  # which nobody adds noise to
+        px.extend(nn.CrossEntropyLoss(WEIGHT))(model(ids), y.clamp(min=0)).backward()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_means_over_as_many_targets_of_each_sample(inside: bool) -> None:
+    """As those of language models, of which the last word has no target; against a loop over samples."""
+    ids, y = torch.arange(12).view(4, 3) % 7, torch.tensor([[1, 2, -100], [-100, 1, 2], [2, 1, -100], [0, -100, 0]])
+    model = px.extend(Tagger(CE if inside else None))
+    loss = None if inside else px.extend(nn.CrossEntropyLoss())
+    want = sum(tagged(model, loss, ids[k : k + 1], y[k : k + 1])[0] for k in range(4))
+    torch.testing.assert_close(tagged(model, loss, ids, y)[0], want)
+    parts = [tagged(model, loss, ids[part], y[part])[0] for part in (slice(3), slice(3, 4))]
+    torch.testing.assert_close(sum(parts), want)  # as is known from the first pass
+    probabilities = px.extend(nn.CrossEntropyLoss(WEIGHT))  # over the number of samples
+    model = px.extend(Tagger())
+    tagged(model, probabilities, ids, torch.rand(4, 3, 3))
+    flat = px.extend(Tagger())
+    with pytest.raises(px.CoupledSamplesError, match="not known to be the same for each sample"):
+        o = optimizer(flat)
+        with px.optim.emit(o):
+            px.extend(nn.CrossEntropyLoss())(flat(ids).mT.flatten(0, 1), y.flatten()).backward()
+
+
+def test_tables_that_count_all_samples_are_refused() -> None:
+    ids, y = torch.arange(12).view(4, 3) % 7, IGNORED.clamp(min=0)
+    model, loss = px.extend(Tagger(scale_grad_by_freq=True)), px.extend(nn.CrossEntropyLoss())
+    with pytest.raises(px.CoupledSamplesError, match="scale_grad_by_freq divides .* table"):
+        tagged(model, loss, ids, y)
+    tagged(model, loss, ids, y, lambda m: m.head)
+
+
+class Keeps(nn.Module):
+    """Keeps something of what passes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("var", torch.ones(1))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            self.mean.mul_(0.9).add_(x.detach().mean())
+        elif self.how == "replaced":
+            self.mean = 0.9 * self.mean + x.detach().mean()
+        elif self.how == "by function":
+            return nn.functional.batch_norm(x[:, None], self.mean, self.var, training=True).flatten(1)
+        elif self.how == "counter":
+            self.count += len(x)
+        return x
+
+
+class Channel(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, None]
+
+
+KEEPING: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "in place": (lambda: Keeps("in place"), "1.mean"),
+    "replaced": (lambda: Keeps("replaced"), "1.mean"),
+    "by function": (lambda: Keeps("by function"), "1.mean, 1.var"),
+    "instance norm": (
+        lambda: nn.Sequential(Channel(), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten()),
+        "1.1.running_mean, 1.1.running_var",
+    ),
+    "batch norm": (
+        lambda: nn.Sequential(Channel(), nn.BatchNorm1d(1), nn.Flatten()), "1.1.running_mean, 1.1.running_var",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_a_forward_pass_keeps_has_no_noise(name: str) -> None:
+    make, names = KEEPING[name]
+    model = px.extend(nn.Sequential(nn.Linear(5, 6), make(), nn.Linear(6, 4)))
+    loss, x, y = px.extend(nn.CrossEntropyLoss()), torch.randn(1, 5), torch.tensor([1])
+    o = optimizer(model)
+    out = model(x)
+    with pytest.raises(px.PackextError, match=rf"written to the buffers {names}: .* leaves without noise"):
+        with px.optim.emit(o):
+            loss(out, y).backward()
+    assert not total(o).any() and not o.spent
+    with px.backpack(px.ClippedGrad(1.0)):
+        loss(model(x), y).backward()
+    model.zero_grad()
+    if "norm" in name:
+        model[1].eval()
+        backward(o, model, loss, torch.randn(3, 5), torch.tensor([1, 0, 2]))
+
+
+def test_buffers_that_hold_nothing_of_the_samples() -> None:
+    narrow = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4))
+    model = px.extend(nn.Sequential(nn.Linear(5, 6), Keeps("counter"), narrow))
+    loss, x, y = px.extend(nn.CrossEntropyLoss()), torch.randn(3, 5), torch.tensor([1, 0, 2])
+    before = narrow.parametrizations.weight[0]._u.clone()
+    backward(optimizer(model), model, loss, x, y)
+    assert model[1].count == 3 and not torch.equal(narrow.parametrizations.weight[0]._u, before)
+
+
+class Routed(nn.Module):
+    """Experts, of which the inputs choose, and a head that no loss reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts, self.spare = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)]), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.experts[int(x[0, 0] > 0)](x), self.spare(x)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_what_no_sample_reaches_gets_noise(per_layer: bool) -> None:
+    """So that nobody sees which expert was chosen; the sums of others are as they would be by themselves."""
+    model, loss = px.extend(Routed().double()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.ones(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    o = optimizer(model, per_layer=per_layer)
+    std = 0.5 * C * (math.sqrt(3) if per_layer else 1)
+    noise = dict(zip(dict(model.named_parameters()), noises(model, std), strict=True))
+    with px.optim.emit(o):
+        loss(model(x)[0], y).backward()
+    reached = DPSGD(model.experts[1].parameters(), 0.1, **SETTINGS)
+    with px.optim.emit(reached):
+        loss(model(x)[0], y).backward(inputs=[*model.experts[1].parameters()])
+    sums = {name: s.clone() for (name, _), s in zip(model.named_parameters(), o.pending, strict=True)}
+    for k, want in zip(("weight", "bias"), reached.pending, strict=True):
+        torch.testing.assert_close(sums[f"experts.1.{k}"], want)
+        assert want.any() and not sums[f"experts.0.{k}"].any() and not sums[f"spare.{k}"].any()
+    o.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, (sums[name] + noise[name]) / 10, rtol=1e-9, atol=1e-12)
+
+
+# -- noise that is not drawn twice --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
+def test_noise_is_drawn_anew_where_training_goes_on(way: str) -> None:
+    """Two continuations of one training differ by their samples and by both of their noises."""
+    o = DPSGD(nn.Linear(50, 40).parameters(), 0.0, **SETTINGS)
+    o.step()
+    if way == "state_dict":
+        kept = copy.deepcopy(o.state_dict())
+        assert not kept["private"]["generators"]  # which would give away all noise to come
+        other = DPSGD(nn.Linear(50, 40).parameters(), 0.0, **SETTINGS)
+        other.load_state_dict(kept)
+    else:
+        other = pickle.loads(pickle.dumps(o)) if way == "pickle" else copy.deepcopy(o)
+    assert other.spent == o.spent
+    drawn = []
+    for each in (o, other, o):
+        if way == "state_dict" and len(drawn) == 2:
+            each.load_state_dict(kept)  # pyright: ignore[reportPossiblyUnboundVariable]
+        each.zero_grad()
+        each.step()
+        drawn.append(torch.cat([p.grad.flatten() for g in each.param_groups for p in g["params"]]))
+    std = 0.5 * C / 10
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert float((drawn[a] - drawn[b]).std()) == pytest.approx(std * math.sqrt(2), rel=0.1)
+
+
+def test_optimizers_of_one_training_have_noise_of_their_own() -> None:
+    """Also with one seed."""
+    body, head = nn.Linear(30, 40), nn.Linear(40, 30)
+    drawn = []
+    for module in (body, head, copy.deepcopy(body)):
+        o = DPSGD(module.parameters(), 0.0, **SETTINGS, seed=3)
+        o.step()
+        drawn.append(module.weight.grad.flatten())
+    assert float(torch.corrcoef(torch.stack(drawn[:2]))[0, 1]) == pytest.approx(0, abs=5 / math.sqrt(1200))
+    assert torch.equal(drawn[0], drawn[2])
+
+
+# -- what does not fit together ------------------------------------------------------------------------
+
+
+def test_sums_belong_to_their_parameters() -> None:
+    """Two layers of one shape, of which now one is frozen and then the other."""
+    model = px.extend(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+    loss, x, y = px.extend(nn.CrossEntropyLoss()), torch.randn(3, 4), torch.tensor([0, 1, 2])
+    o = optimizer(model)
+    model[2].requires_grad_(False)
+    backward(o, model, loss, x, y)
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(True)
+    for act in (o.step, lambda: backward(o, model, loss, x, y)):
+        with pytest.raises(px.PackextError, match="frozen or added"):
+            act()
+    assert not o.spent
+
+
+def test_passes_that_would_not_count_are_refused() -> None:
+    model, loss = extended()
+    x, y = data()
+    o = optimizer(model)
+    backward(o, model, loss, x[:3], y[:3])
+    loss(model(x[3:]), y[3:]).backward()
+    with pytest.raises(px.PackextError, match="0.weight has a gradient that no pass within px.optim.emit"):
+        o.step()
+    with pytest.raises(px.PackextError, match="0.weight has a gradient that no pass within px.optim.emit"):
+        backward(o, model, loss, x[3:], y[3:])
+    o.zero_grad(set_to_none=False)
+    for momentum in (0.0, 0.9):  # what a step has left is none of these, Nesterov's own sum neither
+        o = optimizer(model, momentum=momentum, nesterov=momentum > 0)
+        for _ in range(2):
+            backward(o, model, loss, x, y)
+            o.step()
+        loss(model(x), y).backward()
+        with pytest.raises(px.PackextError, match="0.weight has a gradient that no pass within px.optim.emit"):
+            backward(o, model, loss, x, y)
+        o.zero_grad()
+
+
+def test_frozen_parameters_stay_where_they_are() -> None:
+    model, loss = extended()
+    x, y = data()
+    loss(model(x), y).backward()
+    o = optimizer(model, momentum=0.9)
+    for p in (*model[3].parameters(), *model[4].parameters(), *model[5].parameters()):
+        p.grad = None
+    before = model[0].requires_grad_(False).weight.clone()
+    assert model[0].weight.grad.any()
+    backward(o, model, loss, x, y)
+    o.step()
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("name", ["max_norm", "noise_multiplier", "expected_batch_size", "seed"])
+def test_a_group_has_no_privacy_of_its_own(name: str) -> None:
+    model = network()
+    groups = [{"params": model[0].parameters(), name: 0.01}, {"params": model[3].parameters()}]
+    with pytest.raises(ValueError, match=f"{name} is of the whole DPSGD"):
+        DPSGD(groups, 0.1, **SETTINGS)
+    o = DPSGD(model[0].parameters(), 0.1, **SETTINGS)
+    with pytest.raises(ValueError, match=f"{name} is of the whole DPSGD"):
+        o.add_param_group(groups[0])
 
 
 # -- without `.grad` ----------------------------------------------------------------------------------
@@ -723,6 +1083,9 @@ def test_accounting() -> None:
         noise_multiplier(400.0, 1e-5, 1, 50, 1000)
     with pytest.raises(ValueError, match="epsilon > 0"):
         noise_multiplier(0.0, 1e-5, 1, 1.0, 1)
+    for method in ("rdp", "pld"):
+        with pytest.raises(ValueError, match="epsilon 300.0 is so large that a noise multiplier of 0.1 stays within"):
+            noise_multiplier(300.0, 1e-5, 1, 10, 10, method)
 
 
 def test_accounting_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

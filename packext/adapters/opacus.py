@@ -34,6 +34,13 @@ class _Clipped(px.ClippedGrad):
         return (self.max_norm / (norms + 1e-6)).clamp(max=1.0)
 
 
+class _Rows(px.BatchGrad):
+    """Individual gradients, also where no sample has reached a parameter."""
+
+    def nothing(self, parameter: Tensor, n: int) -> Tensor:
+        return parameter.new_zeros(n, *parameter.shape)
+
+
 @contextmanager
 def emit(optimizer: Any, scale: str | float = "sample") -> Iterator[px.Results]:
     """Have the backward passes inside give an optimizer of Opacus what its step reads.
@@ -50,10 +57,12 @@ def emit(optimizer: Any, scale: str | float = "sample") -> Iterator[px.Results]:
     keeps them. `DPOptimizerFastGradientClipping` gets the sum of clipped gradients in `.grad`: ghost clipping, in one
     backward pass with the ordinary loss, where Opacus makes two with a loss of its own. Both are of the samples' own
     losses, as Opacus's are, whichever `loss_reduction` its optimizer has been told. `.grad` of the optimizer's
-    parameters is otherwise what it was before, so that no gradient without noise is left in it. A pass that does not
-    reach a parameter of the optimizer raises a `PackextError`, and so does one of an empty batch, which Poisson
-    sampling may draw: for a step of noise alone, give each of `optimizer.params` a `grad_sample` of
-    `p.new_zeros(0, *p.shape)` (for ghost clipping, zeros in `.grad`).
+    parameters is otherwise what it was before, so that no gradient without noise is left in it. A parameter that no
+    sample reaches has zeros. A `PackextError` is raised for what `px.optim.DPSGD` refuses (a parameter of the optimizer
+    that the extended model has not, a second pass through one forward pass, means over class weights or ignored
+    targets, running statistics), and for an empty batch, which Poisson sampling may draw: for a step of noise alone,
+    let each p of `optimizer.params` have a `grad_sample` of `p.new_zeros(0, *p.shape)` (for ghost clipping, zeros in
+    `.grad`).
 
     Args:
         optimizer: of Opacus.
@@ -79,7 +88,8 @@ def emit(optimizer: Any, scale: str | float = "sample") -> Iterator[px.Results]:
     parameters: list[Any] = optimizer.params
     if len(set(map(id, parameters))) < len(parameters):
         raise ValueError("A parameter is in the optimizer's groups twice, and would be counted twice in the norms.")
-    quantity = _Clipped(optimizer.max_grad_norm) if ghost else px.BatchGrad()
+    quantity = _Clipped(optimizer.max_grad_norm) if ghost else _Rows()
+    quantity.bounded = vars(optimizer).setdefault("_packext", object())  # to which the samples of a pass are counted
 
     def collect(results: px.Results) -> None:
         missing = [list(p.shape) for p in parameters if p not in results]

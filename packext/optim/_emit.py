@@ -111,7 +111,7 @@ def _together(
     """Options and quantities of one pass for several."""
     names = ", ".join(type(e).__name__ for e in emitting)
     for e in emitting:
-        if not hasattr(e, "receiving"):
+        if not hasattr(e, "receiving") or hasattr(e, "options"):
             raise ValueError(
                 f"px.optim.emit({names}): {type(e).__name__} takes a pass of its own; use one context for it alone."
             )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -95,7 +97,9 @@ class Private(torch.optim.Optimizer):
                 with L layers, which the noise is scaled to: for the noise of C in all, pass C / sqrt(L). Needs
                 `model.named_parameters()`. Opacus has a norm for each parameter instead of each module.
             adaptive: whether and how C follows the gradients.
-            seed: of the noise; unpredictable by default. One that is known to others gives the noise away.
+            seed: of the noise; unpredictable by default, and another one wherever this is loaded or copied. One that is
+                given is for runs that are to be repeated: who knows it subtracts the noise, copies draw the same noise
+                again, and so do optimizers whose parameters have the same shapes.
             process_group: of the processes whose samples make a step; torch's default group, if there is one.
             **options: of torch's optimizer, such as `momentum` or `betas`, and `weight_decay`.
 
@@ -112,12 +116,8 @@ class Private(torch.optim.Optimizer):
             raise ValueError("Adaptive clipping is of the norm over all parameters: leave per_layer out.")
         if per_layer and not all("param_names" in group for group in self.param_groups):
             raise ValueError("per_layer=True needs to know the layers: pass model.named_parameters().")
-        device = self.param_groups[0]["params"][0].device
-        seeds = torch.Generator().manual_seed(secrets.randbits(32) if seed is None else seed)
-        count = STREAMS if device.type == "cpu" else 1
-        self.generators = [
-            torch.Generator(device).manual_seed(int(s)) for s in torch.randint(1 << 32, (count,), generator=seeds)
-        ]
+        self._seed = seed
+        self._draw_anew()
         self.max_norm, self.noise_multiplier = float(max_norm), float(noise_multiplier)
         self.expected_batch_size = float(expected_batch_size)
         self.per_layer, self.adaptive = per_layer, adaptive
@@ -126,28 +126,58 @@ class Private(torch.optim.Optimizer):
         self._noise_of_gradients()  # raises where the count takes all of the noise
         self._start()
 
+    def _draw_anew(self) -> None:
+        """Generators of noise that was not drawn before; with a seed, from its beginning."""
+        device = self.param_groups[0]["params"][0].device
+        seed = secrets.randbits(32)
+        if self._seed is not None:  # two optimizers of one training, with one seed, are not to draw the same
+            shapes = [n for _, p in self._named() for n in (p.dim(), *p.shape)]
+            seed = int(np.random.SeedSequence((self._seed, *shapes)).generate_state(1)[0])
+        seeds = torch.Generator().manual_seed(seed)
+        count = STREAMS if device.type == "cpu" else 1
+        self.generators = [
+            torch.Generator(device).manual_seed(int(s)) for s in torch.randint(1 << 32, (count,), generator=seeds)
+        ]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            ValueError: for what all groups have in common.
+        """
+        common = ("max_norm", "noise_multiplier", "expected_batch_size", "per_layer", "adaptive", "seed")
+        if isinstance(param_group, dict) and (given := [name for name in common if name in param_group]):
+            raise ValueError(
+                f"{given[0]} is of the whole {type(self).__name__}, and not of a group: pass it to the optimizer."
+            )
+        super().add_param_group(param_group)
+
     def _start(self) -> None:
-        self._sums: list[Tensor] = []
-        self._balance: Tensor | float = 0.0
-        self._passed = False
-        self._given: list[Any] = []  # gradients that the last step has left
+        self._forget()
         self._asked: _Clipped | None = None
+        self._account = object()  # to which the samples of a pass are counted
+        self._given: list[tuple[Any, int]] = []  # private gradients in `.grad` (weak), and their versions
         # A hook and not a method `step`: hooks of torch's own step would run twice, around either of them.
         self.register_step_pre_hook(before_step)
+        self.register_step_post_hook(after_step)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        """Parameters with their names, as far as they are known."""
+        return [
+            (group["param_names"][i] if "param_names" in group else f"parameter {i} of group {k}", p)
+            for k, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+        ]
 
     def _private_parameters(self) -> list[tuple[str, Tensor]]:
-        """Parameters that get a gradient, with their names as far as they are known."""
-        found = []
-        for k, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                name = group["param_names"][i] if "param_names" in group else f"parameter {i} of group {k}"
-                if p.requires_grad:
-                    if p.dtype not in (torch.float32, torch.float64) or type(p.data) is not Tensor:
-                        raise px.PackextError(
-                            f"{name} {list(p.shape)} is a {type(p.data).__name__} of {p.dtype}: the noise is for whole "
-                            "tensors of float32 or float64. Keep parameters so, and compute under torch.autocast."
-                        )
-                    found.append((name, p))
+        """Those that get a gradient."""
+        found = [(name, p) for name, p in self._named() if p.requires_grad]
+        for name, p in found:
+            if p.dtype not in (torch.float32, torch.float64) or type(p.data) is not Tensor:
+                raise px.PackextError(
+                    f"{name} {list(p.shape)} is a {type(p.data).__name__} of {p.dtype}: the noise is for whole "
+                    "tensors of float32 or float64. Keep parameters so, and compute under torch.autocast."
+                )
         return found
 
     @property
@@ -171,6 +201,7 @@ class Private(torch.optim.Optimizer):
     def quantities(self) -> Sequence[Any]:
         """Sums of clipped gradients; asked for by `px.optim.emit`."""
         self._asked = _Clipped(self.max_norm, self.per_layer)
+        self._asked.bounded = self._account
         return (self._asked,)
 
     def options(self) -> dict[str, Any]:
@@ -181,14 +212,53 @@ class Private(torch.optim.Optimizer):
         once = {"accumulate": False, "group": None, "per": "sample"}
         return {"pass_hook": self._collect, "attach": False, "grad": False, "parameters": parameters, **once}
 
+    @contextmanager
+    def receiving(self, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """While passes are counted; `px.optim.emit` enters it."""
+        self._refuse_others()
+        try:
+            yield options
+        finally:
+            for _, p, _ in self._others():
+                p.grad = None  # DistributedDataParallel puts there what it has averaged, when the pass has ended
+
+    def _others(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Gradients that no step here has put into `.grad`, with their parameters."""
+        ours = {id(g): version for ref, version in self._given if (g := ref()) is not None}
+        found = [(name, p, p.grad) for name, p in self._private_parameters() if p.grad is not None]
+        return [each for each in found if ours.get(id(each[2])) != each[2]._version]
+
+    def _refuse_others(self) -> None:
+        """Refuse gradients that no pass within `px.optim.emit` has made, and that a step would drop."""
+        for name, _, g in self._others():
+            if bool(g.any()):
+                raise px.PackextError(
+                    f"{name} has a gradient that no pass within px.optim.emit(optimizer) has made: run backward() "
+                    "there, and call zero_grad() before the first pass of a step. In passes for another optimizer, "
+                    "backward(inputs=its parameters) leaves it alone."
+                )
+
+    def _refuse_zeros(self, named: list[tuple[str, Tensor]]) -> None:
+        """Refuse gradients of zeros that somebody else has made: a step would spend noise on them."""
+        given = [ref() for ref, _ in self._given]
+        made = [name for name, p in named if p.grad is not None and all(p.grad is not g for g in given)]
+        if made and not self._sums and not any(bool(p.grad.any()) for _, p in named if p.grad is not None):
+            raise px.PackextError(
+                f"{made[0]} has a gradient of zeros that neither a pass within px.optim.emit(optimizer) nor a step "
+                "has made. For a step of noise alone, after an empty batch, set gradients to None by zero_grad(). "
+                "(torch.distributed.checkpoint.state_dict makes such gradients, and an lr of 0, to get at the "
+                "state: take optimizer.state_dict(), and set lr anew.)"
+            )
+
     def _collect(self, results: px.Results) -> None:
         """A backward pass has ended: its sums are added to those of the step."""
         named = self._private_parameters()
         missing = [f"{name} {list(p.shape)}" for name, p in named if p not in results]
         if missing:
             raise px.PackextError(
-                f"No gradients of samples reached {', '.join(missing)}: what is not part of the extended model's pass "
-                "cannot be made private. Freeze it (requires_grad_(False)), or leave it out of this optimizer."
+                f"No gradients of samples reached {', '.join(missing)}: what is not part of the extended model that "
+                "ran cannot be made private. Freeze it (requires_grad_(False)), leave it out of this optimizer, or "
+                "extend one module that holds all that it trains."
             )
         if self.per_layer:
             here, there = ({name.rpartition(".")[0] for name in names} for names in (results, dict(named)))
@@ -227,8 +297,20 @@ class Private(torch.optim.Optimizer):
         self._add([sums[i].to(p.dtype) for i, (_, p) in enumerate(named)], clip.balance)
 
     def _add(self, sums: list[Tensor], balance: Tensor | float) -> None:
+        """Sums of the private parameters, in order."""
+        parameters = self._unchanged()
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+        self._summed = parameters
         self._balance = self._balance + balance
+
+    def _unchanged(self) -> list[Tensor]:
+        """The private parameters; refused if there are sums of others."""
+        parameters = [p for _, p in self._private_parameters()]
+        if self._sums and [*map(id, parameters)] != [*map(id, self._summed)]:
+            raise px.PackextError(
+                "Parameters were frozen or added between the backward pass and the step. Do it after step()."
+            )
+        return parameters
 
     def _noise_of_gradients(self) -> float:
         """What is left of the noise multiplier for gradients, beside a noisy count."""
@@ -258,25 +340,12 @@ class Private(torch.optim.Optimizer):
             )
         named = self._private_parameters()
         if not self._passed:
-            left = [name for name, p in named if p.grad is not None and bool(p.grad.any())]
-            if left:
-                raise px.PackextError(
-                    f"{left[0]} has a gradient that no pass within px.optim.emit(optimizer) has made: run backward() "
-                    "there. For a step of noise alone, after an empty batch, call zero_grad() before."
-                )
-            given = [ref() for ref in self._given]
-            made = [name for name, p in named if p.grad is not None and all(p.grad is not g for g in given)]
-            if made and not self._sums:
-                raise px.PackextError(
-                    f"{made[0]} has a gradient of zeros that neither a pass within px.optim.emit(optimizer) nor a step "
-                    "has made. For a step of noise alone, after an empty batch, set gradients to None by zero_grad(). "
-                    "(torch.distributed.checkpoint.state_dict makes such gradients, and an lr of 0, to get at the "
-                    "state: take optimizer.state_dict(), and set lr anew.)"
-                )
+            self._refuse_zeros(named)
+            self._given = []  # an empty batch, or a forgotten `emit`: what is left of the last step does not tell
+        self._refuse_others()
+        self._unchanged()
         sums, balance = self._sums or [torch.zeros_like(p) for _, p in named], self._balance
         self._forget()
-        if [s.shape for s in sums] != [p.shape for _, p in named]:
-            raise px.PackextError("Parameters were frozen or added between the backward pass and the step.")
         group = self.process_group
         ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         # One process draws the noise of all, and the sum over processes has it once.
@@ -294,9 +363,10 @@ class Private(torch.optim.Optimizer):
         if not bool(torch.stack([n.to(norms[0]) for n in norms]).isfinite().all()):
             names = ", ".join(name for (name, _), n in zip(named, norms, strict=True) if not bool(n.isfinite()))
             raise px.PackextError(f"Gradients of samples are not finite in {names}: nothing was changed.")
+        for _, p in self._named():
+            p.grad = None  # torch moves frozen parameters, too, by a gradient that is left
         for (_, p), g in zip(named, gradients, strict=True):
             p.grad = g
-        self._given = [TensorWeakRef(g) for g in gradients]
         self._count_step()
         if self.adaptive is not None:
             share = 0.5 + float(count) / self.expected_batch_size
@@ -325,11 +395,19 @@ class Private(torch.optim.Optimizer):
             last = last._replace(steps=self._spent.pop().steps + 1)
         self._spent.append(last)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; sums of passes since the last step are forgotten with their gradients."""
+        self._forget()
+        super().zero_grad(set_to_none)
+
     def _forget(self) -> None:
-        self._sums, self._balance, self._passed = [], 0.0, False
+        self._sums: list[Tensor] = []
+        self._summed: list[Tensor] = []  # whose they are
+        self._balance: Tensor | float = 0.0
+        self._passed = False
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the clipping norm, the noise's generator and the steps taken under "private"."""
+        """As torch's, with the clipping norm and the steps taken under "private"; given a seed, generators of noise."""
         self._refuse_pending()
         return {**super().state_dict(), "private": self._own_state()}
 
@@ -345,31 +423,34 @@ class Private(torch.optim.Optimizer):
             "per_layer": self.per_layer,
             "adaptive": None if self.adaptive is None else asdict(self.adaptive),
             "spent": [list(kind) for kind in self._spent],
-            "generators": [generator.get_state() for generator in self.generators],
+            "generators": [] if self._seed is None else [generator.get_state() for generator in self.generators],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, with its noise, its norm and its count of steps.
+        """Go on where `state_dict` was taken, with its norm and its count of steps.
+
+        Noise is drawn anew, since what comes before it may differ: the same noise on two sums gives away their
+        difference. Where both optimizers were given a seed, it goes on as well.
 
         Args:
             state_dict: of a private optimizer.
 
         Raises:
-            PackextError: if it is of another optimizer, whose momentum may hold gradients without noise, or if the
-                noise was drawn on another kind of device.
+            PackextError: if it is of another optimizer, whose momentum may hold gradients without noise, or if noise
+                that is to go on was drawn on another kind of device.
         """
         if "private" not in state_dict:
             raise px.PackextError("The state is not of a private optimizer: what it holds may not be private.")
         own = state_dict["private"]
         # Copies: a generator that is handed a view takes the process down.
-        drawn = [state.cpu().clone() for state in own["generators"]]
-        if [state.shape for state in drawn] != [generator.get_state().shape for generator in self.generators]:
+        drawn = [] if self._seed is None else [state.cpu().clone() for state in own["generators"]]
+        if drawn and [s.shape for s in drawn] != [generator.get_state().shape for generator in self.generators]:
             raise px.PackextError(
                 f"The noise of the state was drawn on another kind of device than {self.generators[0].device}, and "
                 "cannot go on here: move the model there before the optimizer is made."
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "private"})
-        for generator, state in zip(self.generators, drawn, strict=True):
+        for generator, state in zip(self.generators, drawn, strict=False):
             generator.set_state(state)
         for name in ("max_norm", "noise_multiplier", "expected_batch_size", "per_layer"):
             setattr(self, name, own[name])
@@ -379,13 +460,16 @@ class Private(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_pending()
-        own = ("max_norm", "noise_multiplier", "expected_batch_size", "per_layer", "adaptive", "generators", "_spent")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*own, "process_group")}}
+        own = ["max_norm", "noise_multiplier", "expected_batch_size", "per_layer", "adaptive", "_spent", "_seed"]
+        own += ["process_group"] if self._seed is None else ["process_group", "generators"]
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if before_step not in self._optimizer_step_pre_hooks.values():  # torch leaves hooks out of what it copies
             self._start()
+            if self._seed is None:
+                self._draw_anew()
 
 
 def before_step(optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -396,3 +480,9 @@ def before_step(optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         args, kwargs = (args[0], lambda: loss), {}
     optimizer._privatise()
     return args, kwargs
+
+
+def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """What is left in `.grad` is private; Nesterov's momentum has written to it."""
+    held = [p.grad for _, p in optimizer._private_parameters() if p.grad is not None]
+    optimizer._given = [(TensorWeakRef(g), g._version) for g in held]

@@ -38,9 +38,10 @@ class DPSGD(Private, torch.optim.SGD):
     - Cost: `ClippedGrad` in place of `.grad`, in one pass, and a normal draw for each entry; holds the factors of
       all individual gradients to the end of the pass, or their rows where those are no larger, and a sum
     - Source: Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1
-    - Refused: models whose samples influence each other (BatchNorm in training mode); parameters that no sample's
-      gradient reaches, or of other types than float32 and float64; gradients that no pass within `emit` has made, also
-      of zeros; `GradScaler`; gradients that are not finite
+    - Refused: models whose samples influence each other (BatchNorm in training mode), and losses (means over class
+      weights or ignored targets); buffers that are written to; a second pass through one forward pass; parameters that
+      the extended model has not, or of other types than float32 and float64; gradients that no pass within `emit` has
+      made, also of zeros; `GradScaler`; gradients that are not finite
 
     Attributes:
         max_norm: C, which adaptive clipping moves.
@@ -70,7 +71,8 @@ class PoissonSampler:
     """Batches of indices to which each sample belongs with probability `rate`, independently of all others.
 
     What accountants assume. Batches differ in size and may be empty; as `batch_sampler` of a `DataLoader` that needs a
-    `collate_fn` which accepts an empty list. Iterating again draws other batches.
+    `collate_fn` which accepts an empty list. Iterating again draws other batches, and so does another process: one that
+    goes on with a `generator` of yours has to set its state, or the batches are those of before.
     """
 
     def __init__(self, samples: int, rate: float, steps: int, generator: torch.Generator | None = None) -> None:

@@ -55,6 +55,9 @@ class ClippedGrad(Summed, Quantity):
             ask.statistics.form = Dense(ask.statistics["rows"])
         return None
 
+    def nothing(self, parameter: Tensor, n: int) -> Tensor:
+        return torch.zeros_like(parameter)
+
     def weight(self, norms: Tensor) -> Tensor:
         """What samples are multiplied with; other ways of clipping override it.
 

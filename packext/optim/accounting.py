@@ -9,6 +9,9 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+#: Noise multipliers below are not looked for.
+LEAST = 0.1
+
 
 class Spent(NamedTuple):
     """Private steps of one kind.
@@ -72,13 +75,6 @@ def noise_multiplier(
         raise ValueError(f"need epsilon > 0, 0 < delta < 1, steps >= 1, got {epsilon}, {delta}, {steps}.")
     import dp_accounting  # pyright: ignore[reportMissingImports]
 
-    least = Spent(0.1, expected_batch_size, steps)
-    if _composed([least], samples, delta, "rdp") <= epsilon:
-        raise ValueError(
-            f"A noise multiplier of 0.1 is enough for epsilon={epsilon}, and accountants are not made for less: ask "
-            "for a smaller epsilon, or take 0.1."
-        )
-
     def calibrated(by: str, bracket: Any) -> float:
         return dp_accounting.calibrate_dp_mechanism(
             lambda: _fresh(by),
@@ -89,7 +85,12 @@ def noise_multiplier(
             tol=1e-4,
         )
 
-    bound = calibrated("rdp", dp_accounting.LowerEndpointAndGuess(0.1, 1.0))
+    if _composed([Spent(LEAST, expected_batch_size, steps)], samples, delta, "rdp") <= epsilon:
+        raise ValueError(
+            f"epsilon {epsilon} is so large that a noise multiplier of {LEAST} stays within it, which hides no sample: "
+            "no noise is calibrated to that. Ask for a smaller epsilon."
+        )
+    bound = calibrated("rdp", dp_accounting.LowerEndpointAndGuess(LEAST, 1.0))
     if method == "rdp":
         return bound
     # The tight value is below the bound, mostly not far: privacy loss distributions of little noise take minutes.

@@ -125,13 +125,13 @@ def grid() -> dict[str, Callable[[], dict]]:
     """Rows of the second table: defences against an attacker who does not know of them."""
     levels: dict[str, Any] = {"the gradient itself": same}
     for level in (1e-4, 1e-3, 1e-2, 1e-1):
-        levels[f"Gaussian noise {level:g}"] = defences.GaussianNoise(level)
-        levels[f"Laplacian noise {level:g}"] = defences.LaplacianNoise(level)
+        levels[f"Gaussian noise {level:g}"] = defences.GaussianNoise(level, seed=0)
+        levels[f"Laplacian noise {level:g}"] = defences.LaplacianNoise(level, seed=0)
     for kind in ("float16", "bfloat16", "int8"):
         levels[kind] = defences.Quantisation(kind)
     for part in (0.01, 0.1, 0.2, 0.3, 0.5, 0.7):
         levels[f"pruning {part:.0%}"] = defences.Pruning(part)
-    clip, noisy = defences.Clipped(0.1), defences.Clipped(0.1, 0.1)
+    clip, noisy = defences.Clipped(0.1), defences.Clipped(0.1, 0.1, seed=0)
     searches: dict[str, tuple[Any, Any]] = {name: (DeepLeakage(30), defence) for name, defence in levels.items()}
     searches["clipping to 0.1"] = DeepLeakage(30), clip
     searches["clipping to 0.1, cosine"] = InvertingGradients(300), clip

@@ -27,7 +27,7 @@ def only(s: Shared) -> Tensor:
 @pytest.mark.parametrize("kind", [defences.GaussianNoise, defences.LaplacianNoise])
 def test_noise_has_its_scale(kind: Any) -> None:
     g = torch.ones(200, 500)
-    noisy = kind(0.3)
+    noisy = kind(0.3, seed=3)
     noise = only(noisy(shared(g))) - g
     want = 0.3 if kind is defences.GaussianNoise else 0.3 * math.sqrt(2)
     assert float(noise.std()) == pytest.approx(want, rel=0.02) and abs(float(noise.mean())) < 0.01
@@ -35,10 +35,33 @@ def test_noise_has_its_scale(kind: Any) -> None:
         assert float(noise.abs().mean()) == pytest.approx(0.3, rel=0.02)
     again = only(noisy(shared(g))) - g
     assert not torch.equal(noise, again)
-    torch.testing.assert_close(only(kind(0.3)(shared(g))) - g, noise)
+    torch.testing.assert_close(only(kind(0.3, seed=3)(shared(g))) - g, noise)
     state = torch.get_rng_state()
     noisy(shared(g))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_noise_is_not_known_to_who_knows_the_defence() -> None:
+    """What two clients with one defence send differs by both of their noises, and not by their gradients alone."""
+    torch.manual_seed(0)
+    model, loss = nn.Linear(60, 40), nn.CrossEntropyLoss()
+    x, y = torch.randn(4, 60), torch.randint(40, (4,))
+    g = torch.full((200, 100), 0.35)
+    makes: list[tuple[Any, float]] = [
+        (lambda: only(defences.GaussianNoise(1.0)(shared(g))), math.sqrt(2)),
+        (lambda: only(defences.LaplacianNoise(1.0)(shared(g))), 2.0),
+        (lambda: only(defences.Quantisation("int8", stochastic=True)(shared(1.27 * torch.rand_like(g)))), 0.0),
+        (lambda: defences.Clipped(1.0, 4.0)(model, loss, x, y).gradient["weight"], math.sqrt(2)),
+    ]
+    for make, std in makes:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            one = make()
+            torch.manual_seed(1)
+            other = make()
+        if std:
+            assert float((one - other).std()) == pytest.approx(std, rel=0.2)
+        assert (one != other).any()
 
 
 def test_pruning_keeps_the_largest() -> None:
@@ -86,7 +109,7 @@ def test_as_many_entries_are_sent_as_the_share_says(share: float, n: int, want: 
 def test_composition_is_in_order() -> None:
     g = torch.tensor([1.0, 2.0, 3.0, 4.0])
     both = defences.Compose(defences.Pruning(0.5), defences.GaussianNoise(1.0))
-    assert (only(both(shared(g))) != 0).all() and repr(both) == "Pruning(share=0.5) + GaussianNoise(std=1.0, seed=0)"
+    assert (only(both(shared(g))) != 0).all() and repr(both) == "Pruning(share=0.5) + GaussianNoise(std=1.0, seed=None)"
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -133,6 +156,23 @@ def test_levels_that_mean_nothing_are_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with pytest.raises(px.CoupledSamplesError):
         defences.Clipped(1.0)(model, nn.CrossEntropyLoss(), torch.randn(5, 4), torch.randint(2, (5,)))
+
+
+def test_clipped_bounds_what_a_sample_changes() -> None:
+    """Where a mean would have it change what others add, it is refused."""
+    torch.manual_seed(0)
+    weight, model = torch.tensor([100.0, 1.0, 1.0]), nn.Linear(4, 3)
+    x, y = torch.randn(8, 4), torch.tensor([1, 2, 1, 2, 1, 2, 1, 0])
+
+    def flat(loss: nn.Module, rest: Any, y: Tensor = y) -> Tensor:
+        return torch.cat([g.flatten() for g in defences.Clipped(0.5)(model, loss, x[rest], y[rest]).gradient.values()])
+
+    for loss, targets in ((nn.CrossEntropyLoss(weight), y), (nn.CrossEntropyLoss(), torch.where(y == 0, -100, y))):
+        with pytest.raises(px.CoupledSamplesError, match='a sample changes what others add. Take reduction="sum"'):
+            flat(loss, slice(None), targets)
+    loss = nn.CrossEntropyLoss(weight, reduction="sum")
+    changes = [(flat(loss, slice(None)) - flat(loss, [i for i in range(8) if i != k])).norm() for k in range(8)]
+    assert float(max(changes)) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_a_state_with_names_that_the_model_has_not_is_refused() -> None:

@@ -147,7 +147,7 @@ def fresh(defence: Any, draw: int) -> Any:
     if isinstance(made, TopK):
         made.residual.clear()
     if is_dataclass(made) and any(f.name == "seed" for f in fields(made)):
-        made = replace(made, seed=made.seed + draw)  # type: ignore[attr-defined, type-var]
+        made = replace(made, seed=(made.seed or 0) + draw)  # type: ignore[attr-defined, type-var] - to be repeated
     return made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,16 +52,16 @@ class GaussianNoise:
 
     Attributes:
         std: standard deviation, in units of the gradient.
-        seed: of the draws, which go on from call to call.
+        seed: of the draws, which go on from call to call; unpredictable by default. Who knows it subtracts the noise.
     """
 
     std: float
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a negative level."""
         _not_negative("std", self.std)
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = _generator(self.seed)
 
     def __call__(self, shared: Shared) -> Shared:
         """Noise added."""
@@ -78,16 +79,16 @@ class LaplacianNoise:
 
     Attributes:
         scale: mean absolute value of the noise, in units of the gradient.
-        seed: of the draws, which go on from call to call.
+        seed: of the draws, which go on from call to call; unpredictable by default. Who knows it subtracts the noise.
     """
 
     scale: float
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a negative level."""
         _not_negative("scale", self.scale)
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = _generator(self.seed)
 
     def __call__(self, shared: Shared) -> Shared:
         """Noise added."""
@@ -148,12 +149,12 @@ class Quantisation:
     Attributes:
         kind: "float16", "bfloat16" or "int8".
         stochastic: for "int8", rounds up with the probability that leaves the mean as it is.
-        seed: of the draws.
+        seed: of the draws; unpredictable by default.
     """
 
     kind: str
     stochastic: bool = False
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse another kind."""
@@ -161,7 +162,7 @@ class Quantisation:
             raise ValueError(
                 f'kind must be "float16", "bfloat16" or "int8" (which may be stochastic), got {self.kind!r}.'
             )
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = _generator(self.seed)
 
     def __call__(self, shared: Shared) -> Shared:
         """What the receiver decodes."""
@@ -228,17 +229,18 @@ class Clipped:
     - Cost: `ClippedGrad` in one pass of a copy of the model, and a draw for each entry
     - Source: Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1
     - Refused: a negative level; a norm that is not positive and finite; a model whose samples influence each other
-      (BatchNorm in training mode), by the engine
+      (BatchNorm in training mode, a mean over class weights or over targets some of which are ignored), or that keeps
+      statistics of them in buffers, by the engine
 
     Attributes:
         max_norm: C, of a sample's gradient over all parameters.
         noise_multiplier: standard deviation of the noise on the sum, over C.
-        seed: of the noise, which goes on from call to call.
+        seed: of the noise, which goes on from call to call; unpredictable by default. Who knows it subtracts the noise.
     """
 
     max_norm: float
     noise_multiplier: float = 0.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a negative level, and a norm that bounds nothing."""
@@ -246,8 +248,9 @@ class Clipped:
         if not 0 < self.max_norm < math.inf:
             raise ValueError(f"max_norm must be positive and finite, got {self.max_norm}.")
         self._quantity = px.ClippedGrad(self.max_norm)
+        self._quantity.bounded = object()
         self._quantity.parts = ""  # of one seed, all parts of a parameter would get the same noise
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = _generator(self.seed)
 
     def __call__(
         self, model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mapping[str, Tensor] | None = None
@@ -279,6 +282,10 @@ class Clipped:
                 total = results[name].clipped_grad if name in results else torch.zeros_like(p)
                 gradient[name] = (total + std * _normal(total, self._generator)) * factor
         return Shared(gradient, len(y), loss_fn)
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    return torch.Generator().manual_seed(secrets.randbits(32) if seed is None else seed)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
+import json
+import pickle
 import threading
 from contextlib import nullcontext
 from typing import Any
@@ -442,6 +445,28 @@ def test_nothing_happens_in_a_step() -> None:
     with monitor.step():
         loss(monitor.model(x), y).backward()
     assert "no update" in monitor.absent["UpdateSize"] and monitor.values["Time"] > monitor.values["Time.step"] > 0
+
+
+def test_a_value_that_is_absent_says_why_when_it_is_asked_for() -> None:
+    monitor, loss = pair(NoiseScale(), Loss())
+    train(monitor, loss, *batch(1))
+    values, why = monitor.values, monitor.absent["NoiseScale"]
+    assert "one sample" in why
+    for name in ("NoiseScale", "NoiseScale/0.weight", "NoiseScale.critical_batch"):
+        with pytest.raises(KeyError) as error:
+            values[name]
+        assert error.value.args == (f"{name}: {why}",)
+    with pytest.raises(KeyError, match="GradNorm: the last step that was looked at has Loss"):
+        values["GradNorm"]
+    with pytest.raises(KeyError):
+        values[0]
+    assert "NoiseScale" not in values and values.get("NoiseScale") is None
+    want = {"Loss": values["Loss"]}
+    file = io.BytesIO()
+    torch.save(values, file)
+    file.seek(0)
+    twins = copy.copy(values), copy.deepcopy(values), pickle.loads(pickle.dumps(values)), torch.load(file)
+    assert all(twin == want for twin in (*twins, {**values}, json.loads(json.dumps(values))))
 
 
 def test_a_pass_to_the_inputs_is_none_of_the_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -62,7 +63,8 @@ class Cockpit:
 
     Attributes:
         steps: number of steps begun (from the start of the record, where a sink resumes one).
-        values: what was written last, by name: "GradNorm" for the whole model, "GradNorm/0.weight" for a parameter.
+        values: what was written last, by name: "GradNorm" for the whole model, "GradNorm/0.weight" for a parameter. For
+            what is absent, a KeyError says why.
         absent: why something is missing from `values`, by instrument.
     """
 
@@ -330,7 +332,8 @@ class Watch:
                 if needs is not None:
                     monitor._following.append((step.number, instrument, needs))
         monitor._left = (step.number, observer.versions())
-        monitor.values, monitor.absent = {**late.values, **due.values}, {**late.absent, **due.absent}
+        monitor.absent = {**late.absent, **due.absent}
+        monitor.values = _Values({**late.values, **due.values}, monitor.absent)
         pages = [(self._following[0][0], late)] if self._following else []
         pages += [(step.number, due)] if self._due else []
         for number, page in pages:
@@ -366,6 +369,26 @@ def _instances(given: Any, kind: type, what: str, example: str) -> list[Any]:
         if listed[0] is given or isinstance(one, type) or not isinstance(one, kind):
             raise TypeError(f"{what} must be a list of {kind.__name__}s, such as {example}, got {_kind(one)}.")
     return listed
+
+
+class _Values(dict[str, "float | np.ndarray"]):
+    """Values by name; for one that is not there, the KeyError says why. Copied and saved without the reasons."""
+
+    def __init__(self, values: Mapping[str, float | np.ndarray], absent: Mapping[str, str]) -> None:
+        super().__init__(values)
+        self._absent = absent
+
+    def __missing__(self, name: Any) -> Any:
+        instrument = str(name).replace("/", ".").partition(".")[0]
+        why = self._absent.get(name) or self._absent.get(instrument)
+        if why is None:
+            have = ", ".join(key for key in self if "/" not in key) or "nothing"
+            why = f"the last step that was looked at has {have}"
+        raise KeyError(f"{name}: {why}")
+
+    def __reduce__(self) -> Any:
+        # Not a dict, which torch.load takes for the name of any other function.
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 def _moved(step: Step) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import importlib.util
 import inspect
+import io
 import json
 import re
 import warnings
@@ -172,6 +175,45 @@ def test_scales_of_quantities(name: str) -> None:
 
 def test_the_default_direction_has_no_factor_of_a_number() -> None:
     assert torch.allclose(found("GradDot", 4.0), found("GradDot", "loss") * 4.0**2 / 4)
+
+
+def parts(value: Any) -> list[Any]:
+    """Tensors and numbers of a result."""
+    if dataclasses.is_dataclass(value):
+        value = list(vars(value).values())
+    return [leaf for one in value for leaf in parts(one)] if isinstance(value, (list, tuple)) else [value]
+
+
+def test_results_travel_with_parameters_that_are_saved() -> None:
+    torch.manual_seed(0)
+    model = px.extend(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)))
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    others = ("KFAC", "HMP", "GGNMP", "PCHMP")
+    asked = [px.KFAC(bias="joint"), *(made(name) for name in quantities() if name not in others)]
+    with px.backpack(*asked):
+        loss_fn(model(torch.randn(4, 5)), torch.randint(3, (4,))).backward()
+    sizes = []
+    for saved in (dict(model.named_parameters()), model.state_dict(keep_vars=True), model.state_dict()):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        sizes.append(file.tell())
+        file.seek(0)
+        loaded = torch.load(file)
+        for name, p in saved.items():
+            assert torch.equal(loaded[name], p) and vars(loaded[name]).keys() == vars(p).keys()
+            for field, value in vars(p).items():
+                twin = getattr(loaded[name], field)
+                assert type(twin) is type(value)
+                for one, other in zip(parts(value), parts(twin), strict=True):
+                    assert one is other or (torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other)
+        if vars(loaded["0.bias"]):
+            assert loaded["0.bias"].kfac.weight is loaded["0.weight"]
+    assert {q.savefield for q in asked} <= vars(model[0].weight).keys() and sizes[0] > 3 * sizes[2]
+    assert not vars(copy.deepcopy(model)[0].weight)
+    with px.backpack(px.HMP()):
+        loss_fn(model(torch.randn(4, 5)), torch.randint(3, (4,))).backward(retain_graph=True)
+    with pytest.raises(TypeError, match="del parameter.hmp"):
+        torch.save(list(model.parameters()), io.BytesIO())
 
 
 # -- docs/instruments.md, docs/optimizers.md, docs/leakage.md ----------------------------------------

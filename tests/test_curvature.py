@@ -635,6 +635,10 @@ def test_eigenvalues_corrected_in_a_basis(fisher: str) -> None:
             # In any basis, the best diagonal is the diagonal of the curvature there.
             want = first[name].rotate(rows[name]).square().sum((0, 1))
             torch.testing.assert_close(p.ekfac.eigenvalues, want)
+    assert repr(px.EKFAC(fisher=fisher)).startswith(
+        "EKFAC(basis=None, eigenvalues not corrected, mc_samples=1, approx="
+    )
+    assert repr(px.EKFAC(first, fisher=fisher)).startswith("EKFAC(basis of 4, mc_samples=1, approx=")
     with pytest.raises(KeyError, match="has nothing for"):
         run(model, loss, x, y, px.EKFAC({}, fisher=fisher))
 

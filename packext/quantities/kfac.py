@@ -289,10 +289,18 @@ class KFAC(Sampled, _Kronecker):
 class EKFAC(KFAC):
     """Eigenvalue-corrected Kronecker factors of the Fisher, in `ekfac`: a `linalg.KronEigh` for each parameter.
 
-    With a `basis`, its eigenvalues are the second moments of the (sampled, exact or empirical) gradients in that basis:
-    the diagonal that is best in Frobenius norm (George et al., 2018, "Fast Approximate Natural Gradient Descent in a
-    Kronecker-factored Eigenbasis", section 3.1). Without, it has the eigenvectors of `KFAC`, and the products of the
-    factors' eigenvalues: the basis for the passes that follow.
+    The correction takes two passes. Without a `basis` this is `KFAC` in its eigenbasis: the eigenvectors of the
+    factors, and the products of their eigenvalues, not corrected. Given that as the `basis` of a pass that follows, on
+    the same batch or on others, eigenvalues are the second moments of the (sampled, exact or empirical) gradients in
+    it: the diagonal that is best in Frobenius norm (George et al., 2018, "Fast Approximate Natural Gradient Descent in
+    a Kronecker-factored Eigenbasis", section 3.1).
+
+    Example:
+        >>> with px.backpack(px.EKFAC()) as results:
+        ...     loss_fn(model(x), y).backward()
+        >>> basis = {name: result.ekfac for name, result in results.items()}
+        >>> with px.backpack(px.EKFAC(basis)):
+        ...     loss_fn(model(x), y).backward()
     """
 
     savefield = "ekfac"
@@ -363,7 +371,8 @@ class EKFAC(KFAC):
 
     def __repr__(self) -> str:
         """As it was made."""
-        return f"E{super().__repr__()}"
+        corrected = "basis=None, eigenvalues not corrected" if self.basis is None else f"basis of {len(self.basis)}"
+        return f"EKFAC({corrected}, {super().__repr__().partition('(')[2]}"
 
 
 class KFLR(_Kronecker):

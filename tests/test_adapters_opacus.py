@@ -110,6 +110,54 @@ def test_ghost_clipping_is_opacus_ghost_clipping(make: Any) -> None:
     torch.testing.assert_close(steps(optimizer, backward, x, y), want, rtol=1e-9, atol=1e-12)
 
 
+OURS = {"DPOptimizer": {}, "DPPerLayerOptimizer": {"per_layer": True}, "AdaClipDPOptimizer": {}}
+
+
+@HOOKS
+@pytest.mark.parametrize("kind, bias", [(kind, bias) for kind in OURS for bias in (True, False)])
+def test_private_optimizers_without_noise_take_opacus_steps(kind: str, bias: bool) -> None:
+    """The table of docs/migrate/opacus.md: all but clipping module by module, where a module has two parameters."""
+    model = nn.Sequential(nn.Linear(5, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3, bias=bias))
+    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+    theirs, plain = grad_sample.GradSampleModule(copy.deepcopy(model)), nn.CrossEntropyLoss()
+    settings: dict[str, Any] = {"noise_multiplier": 0.0, "expected_batch_size": N}
+    count = len(list(model.parameters()))
+    norm = [C] * count if kind == "DPPerLayerOptimizer" else C
+    adaptive = ADAPTIVE | {"unclipped_num_std": 1e-9} if kind == "AdaClipDPOptimizer" else {}
+    inner = torch.optim.SGD(theirs.parameters(), lr=1.0)
+    other = getattr(optimizers, kind)(inner, max_grad_norm=norm, **settings, **adaptive)
+    want = steps(other, lambda x, y: plain(theirs(x), y).backward(), x, y)
+    px.extend(model)
+    loss_fn, options = px.extend(nn.CrossEntropyLoss()), dict(OURS[kind])
+    if adaptive:
+        options["adaptive"] = px.optim.AdaptiveClipping(quantile=0.5, rate=0.2, count_noise=1e-9)
+    optimizer = px.optim.DPSGD(model.named_parameters(), lr=1.0, max_norm=C, **settings, **options)
+    for k in range(2):
+        optimizer.zero_grad()
+        with px.optim.emit(optimizer):
+            loss_fn(model(x.roll(k, 0)), y).backward()
+        optimizer.step()
+    got = [p.detach() for p in model.parameters()]
+    apart = max(testing.relative_error(one, other) for one, other in zip(got, want, strict=True))
+    assert (apart > 0.01) if options.get("per_layer") and bias else (apart < 1e-5)  # which adds 1e-6 to norms
+    if adaptive:
+        assert optimizer.max_norm == pytest.approx(float(other.max_grad_norm), rel=1e-6) != C
+    if options.get("per_layer") and not bias:
+        assert optimizer.sensitivity == pytest.approx(other.max_grad_norm)
+
+
+def test_torchs_layers_take_what_opacus_layers_have_learned() -> None:
+    from opacus import layers
+
+    x = torch.randn(N, 3, 4)
+    theirs, ours = layers.DPLSTM(4, 5, batch_first=True), nn.LSTM(4, 5, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+    attending, plain = layers.DPMultiheadAttention(4, 2), nn.MultiheadAttention(4, 2)
+    plain.load_state_dict(attending.state_dict())
+    torch.testing.assert_close(plain(x, x, x)[0], attending(x, x, x)[0])
+
+
 class Refused(nn.Module):
     """Tied, with a parameter of its own, BatchNorm of the evaluation, and an input by name."""
 

@@ -191,6 +191,77 @@ def test_the_diagonal_of_the_hessian(build: Any, loss: str, reduction: str) -> N
         torch.testing.assert_close(p.diag_h_batch, found[backpack][name].diag_h_batch)
 
 
+def passed(library: Any, model: nn.Module, x: Tensor, y: Tensor, *asked: Any, **options: Any) -> nn.Module:
+    """A copy of the model after a pass."""
+    net, loss_fn = library.extend(copy.deepcopy(model)), library.extend(nn.CrossEntropyLoss())
+    with library.backpack(*asked):
+        loss_fn(net(x), y).backward(**options)
+    return net
+
+
+def test_kronecker_factors_of_a_convolution_are_others() -> None:
+    """As docs/migrate/backpack.md says: B of "reduce", and A of "expand" times the number of positions."""
+    from backpack import extensions as theirs
+
+    import packext as px
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()  # of 4 positions
+    x, y = torch.randn(5, 2, 3, 3).double(), torch.randint(3, (5,))
+    mixed = passed(backpack, model, x, y, theirs.KFLR())[0]
+    expand, reduce = (passed(px, model, x, y, px.KFAC(fisher="exact", approx=a))[0] for a in ("expand", "reduce"))
+    torch.testing.assert_close(mixed.weight.kflr, [reduce.weight.kfac[0], 4 * expand.weight.kfac[1]])
+    torch.testing.assert_close(mixed.bias.kflr, reduce.bias.kfac)
+
+
+def test_products_inverses_and_damping() -> None:
+    """The rows of docs/migrate/backpack.md on `utils.kroneckers` and `hessianfree`."""
+    from backpack.hessianfree.ggnvp import ggn_vector_product
+    from backpack.hessianfree.hvp import hessian_vector_product
+    from backpack.utils import kroneckers
+
+    import packext as px
+
+    torch.manual_seed(0)
+    model, x = flat()
+    model, x, y = model.double(), x.double(), torch.randint(3, (len(x),))
+    net = passed(px, model, x, y, px.KFLR(), px.HMP(), px.GGNMP(), retain_graph=True)
+    named = list(net.parameters())
+    for k, p in enumerate(named):
+        f, v = p.kflr, torch.randn(2, *p.shape).double()
+        columns = v.flatten(1).T
+        torch.testing.assert_close(px.linalg.kron(f), kroneckers.kfacs_to_mat(f))
+        got = px.linalg.kron_matvec(f, v).flatten(1).T
+        torch.testing.assert_close(got, kroneckers.apply_kfac_mat_prod(f, columns))
+        torch.testing.assert_close(px.linalg.kron_inv(f, 0.1 ** len(f), pi=False), kroneckers.inv_kfacs(f, shift=0.1))
+        shifts = [0.1, 0.02][: len(f)]
+        each = [px.linalg.kron_inv([one], s)[0] for one, s in zip(f, shifts, strict=True)]
+        torch.testing.assert_close(each, kroneckers.inv_kfacs(f, shift=shifts))
+        output = net(x)  # of the extended model, which BackPACK's functions take
+        loss = nn.CrossEntropyLoss()(output, y)
+        alone = [v[0] if i == k else torch.zeros_like(q) for i, q in enumerate(named)]
+        torch.testing.assert_close(p.hmp(v)[0], hessian_vector_product(loss, named, alone)[k])
+        torch.testing.assert_close(p.ggnmp(v)[0], ggn_vector_product(loss, output, net, alone)[k])
+
+
+def test_what_the_hook_is_called_with() -> None:
+    from backpack import extensions as theirs
+
+    import packext as px
+
+    model, x = flat()
+    y, seen = torch.randint(3, (len(x),)), {}
+    for library, asked in ((backpack, theirs.BatchGrad()), (px, px.BatchGrad())):
+        seen[library] = []
+        net, loss_fn = library.extend(copy.deepcopy(model)), library.extend(nn.CrossEntropyLoss())
+        with library.backpack(asked, extension_hook=seen[library].append):
+            loss_fn(net(x), y).backward()
+    assert [type(m) for m in seen[px]] == [nn.Linear] * 3
+    assert [type(m) for m in seen[backpack]] == [
+        nn.CrossEntropyLoss, nn.Linear, nn.Sigmoid, nn.Linear, nn.ReLU, nn.Linear
+    ]  # fmt: skip
+
+
 def test_signatures() -> None:
     """Arguments of BackPACK's public calls are accepted by name, and those of its extensions at their places, too."""
     import inspect

@@ -216,6 +216,54 @@ def test_results_travel_with_parameters_that_are_saved() -> None:
         torch.save(list(model.parameters()), io.BytesIO())
 
 
+# -- docs/migrate/cockpit.md -------------------------------------------------------------------------
+def test_numbers_are_those_of_cockpit_or_differ_as_its_page_says() -> None:
+    """By the formulas of Cockpit 1.0.2, with b the rows of BackPACK's `grad_batch`."""
+    n, lr = 8, 0.1
+    with double_precision():
+        torch.manual_seed(0)
+        model, (x, y) = px.extend(nn.Sequential(nn.Linear(5, 3))), (torch.randn(n, 5), torch.randint(3, (n,)))
+        loss_fn, optimizer = px.extend(nn.CrossEntropyLoss()), torch.optim.SGD(model.parameters(), lr)
+        rows = px.testing.individual_gradients(model, nn.CrossEntropyLoss(), x, y)
+        b = torch.cat([r.flatten(1) for r in rows.values()], 1) / n
+        with px.backpack(px.DiagGGNExact(), attach=False) as results:
+            loss = loss_fn(model(x), y)
+            loss.backward()
+        optimizer.zero_grad()
+        d = px.diagnostics
+        asked = d.EarlyStopping(), d.CABS(), d.MeanGSNR(), d.HessTrace("ggn"), d.TICDiag("ggn"), d.TICTrace("ggn")
+        more = d.NormTest(), d.InnerTest(), d.OrthoTest(), d.GradNorm(), d.UpdateSize()
+        monitor = d.Cockpit(model, optimizer, level=None, instruments=[*asked, *more])
+        with monitor.step():
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+    h = torch.cat([results[name].diag_ggn_exact.flatten() for name in rows])
+    g, l2, dot = b.sum(0), b.square().sum(1), b @ b.T
+    norm, along, squares = g.square().sum(), n * dot.sum(1), b.square().sum(0)
+    variance = (n**2 * squares - n * g**2) / (n - 1)
+    theirs = {
+        "NormTest": ((n**2 * l2.sum() - n * norm) / (n - 1) / n / norm).sqrt(),
+        "InnerTest": ((along.square().sum() - n * norm**2) / (n - 1) / n / norm**2).sqrt(),
+        "OrthoTest": ((n**2 * l2.sum() - (along**2 / norm).sum()) / (n - 1) / n / norm).sqrt(),
+        "EarlyStopping": 1 - n * (g**2 / (variance + 1e-5)).mean(),
+        "GradNorm": norm.sqrt(),
+        "UpdateSize": lr * norm.sqrt(),
+        "HessTrace": h.sum(),
+        "TICDiag": (n * squares / (h + 1e-7)).sum(),
+        "TICTrace": n * squares.sum() / (h.sum() + 1e-7),
+        "CABS": lr * (n**2 * squares - n * g**2).sum() / (n * loss.detach()),
+        "MeanGSNR": (g**2 / (n * squares - g**2 + 1e-5)).mean(),
+    }
+    ours = {
+        **theirs,
+        "CABS": theirs["CABS"] * n / (n - 1),
+        "MeanGSNR": ((g**2 - variance / n) / (variance + 1e-5)).mean(),
+    }
+    for name, want in ours.items():
+        assert monitor.values[name] == pytest.approx(float(want), rel=1e-9), name
+    assert ours["MeanGSNR"] < theirs["MeanGSNR"]
+
+
 # -- docs/instruments.md, docs/optimizers.md, docs/leakage.md ----------------------------------------
 #: Public names of attacks and defences that are neither: what they take and give, measures, and building blocks.
 OTHERS = {

@@ -18,16 +18,39 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss()])
+class Focal(nn.Module):
+    """Takes the mean, whatever its reduction says."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        own = F.log_softmax(logits, 1).gather(1, y[:, None])
+        return (-((1 - own.exp()) ** 2) * own).mean()
+
+
+class Wrapped(nn.Module):
+    """Around a loss that has read its reduction already."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.reduction, self.loss = reduction, nn.CrossEntropyLoss(reduction=reduction)
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self.loss(logits, y)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss(), Focal(), Wrapped("mean"), Wrapped("sum")])
 def test_signals_of_one_pass(loss: nn.Module) -> None:
     """Against one sample at a time."""
     torch.manual_seed(0)
     model, x = net(), torch.randn(7, 6).double()
-    y = torch.randint(3, (7,)) if isinstance(loss, nn.CrossEntropyLoss) else torch.randn(7, 3).double()
+    y = torch.randn(7, 3).double() if isinstance(loss, nn.MSELoss) else torch.randint(3, (7,))
     found = attacks.signals(model, loss, x, y)
     rows, losses = [], []
     for i in range(7):
-        total = loss(model(x[i : i + 1]), y[i : i + 1]) * (3 if isinstance(loss, nn.MSELoss) else 1)
+        total = loss(model(x[i : i + 1]), y[i : i + 1])
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))]))
         losses.append(total.detach())
     g = torch.stack(rows)
@@ -38,6 +61,41 @@ def test_signals_of_one_pass(loss: nn.Module) -> None:
     projection = g @ torch.linalg.inv(g.T @ g + ridge * torch.eye(g.shape[1]).double()) @ g.T  # in parameter space
     torch.testing.assert_close(found.leverage, projection.diagonal())
     assert not px.is_extended(model) and not px.is_extended(loss) and all(p.grad is None for p in model.parameters())
+
+
+def test_signals_of_samples_that_the_batch_weights() -> None:
+    """By class weights, and targets that are ignored: the loss is the mean of what they are then."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3).double(), torch.randn(7, 2, 6).double(), torch.randint(3, (7, 2))
+    y[0], y[1, 1] = -100, -100
+    weight = torch.tensor([1.0, 5.0, 9.0]).double()
+    tokens = nn.Sequential(model, nn.Flatten(1, 2), nn.Unflatten(1, (2, 3)))  # [N, T, C]
+    swapped = nn.Sequential(tokens, Swap())
+    found = attacks.signals(swapped, nn.CrossEntropyLoss(weight=weight), x, y)
+    total = weight[y[y >= 0]].sum()
+    for i in range(7):
+        own = 7 / total * F.cross_entropy(swapped(x[i : i + 1]), y[i : i + 1], weight, reduction="sum")
+        rows = torch.autograd.grad(own, list(model.parameters()))
+        torch.testing.assert_close(found.loss[i], own.detach())
+        torch.testing.assert_close(found.gradient_norm[i], torch.cat([g.flatten() for g in rows]).norm())
+
+
+class Swap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+def test_a_loss_that_is_not_what_its_reduction_says_is_refused() -> None:
+    x, y = torch.randn(7, 6).double(), torch.arange(7) % 3
+    with pytest.raises(px.PackextError, match=r"add up to .* and Focal \(reduction='sum'\) gives .* for all at once"):
+        attacks.signals(net(), Focal("sum"), x, y)
+
+    class Squeezing(Focal):
+        def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+            return super().forward(logits.squeeze(), y)
+
+    with pytest.raises(px.PackextError, match=r"Squeezing does not run on one sample by itself, outputs \[1, 3\]"):
+        attacks.signals(net(), Squeezing(), x, y)
 
 
 def test_leverage_needs_a_ridge() -> None:

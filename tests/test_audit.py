@@ -518,6 +518,28 @@ def test_the_table_of_records() -> None:
 
 
 @pytest.mark.usefixtures("bare")
+def test_a_loss_that_takes_the_mean_whatever_its_reduction_says() -> None:
+    class Focal(nn.Module):
+        reduction = "mean"
+
+        def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+            own = logits.log_softmax(1).gather(1, y[:, None])
+            return (-((1 - own.exp()) ** 2) * own).mean()
+
+    model, (x, y) = linear(), images()
+    audit = run(model, Focal(), Data((x, y), images(seed=1)), Sharing(batch_size=4), budget=FEW)
+    found = audit.records
+    norms = [float(flat(attacks.share(model, Focal(), x[i : i + 1], y[i : i + 1])).norm()) for i in found.indices]
+    np.testing.assert_allclose(found.norms, norms, rtol=1e-4)
+    assert found.suggested_clip == pytest.approx(float(np.median(norms)), rel=1e-4)
+    part = found.indices[:4]
+    whole = 4 * float(flat(attacks.share(model, Focal(), x[part], y[part])).norm())
+    first = next((r for r in found.worst if r.index in part), None)
+    assert first is not None and first.share == pytest.approx(norms[part.index(first.index)] / whole, rel=1e-4)
+    assert {s.score for s in audit.membership.scores} == {"loss", "gradient norm", "leverage"}
+
+
+@pytest.mark.usefixtures("bare")
 def test_membership_of_a_model_that_has_learnt_by_heart() -> None:
     torch.manual_seed(0)
     x, y, other = *images(60), images(120, seed=1)

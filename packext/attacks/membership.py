@@ -21,7 +21,7 @@ class Signals:
     """What one backward pass tells of each of N samples.
 
     Attributes:
-        loss: `[N]`.
+        loss: the sample's own `[N]`: that of the batch is their mean, or their sum, as the loss's `reduction` says.
         gradient_norm: of the sample's own gradient `[N]`.
         leverage: how much of the sample's gradient the others do not span, between 0 and 1 `[N]` (see `leverage`).
         share: of the batch's gradient norm that the sample's own would be `|g_n| / |sum g|` `[N]`.
@@ -40,11 +40,12 @@ def signals(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, ridge: floa
       the mean of K's diagonal, and `|g_n| / |sum of all g_n|`
     - Cost: `BatchDotGrad` in one pass, and an inverse `[N, N]`
     - Source: the definitions; ridge leverage as a score of privacy after arXiv:2602.15919
-    - Refused: losses or gradients that are not finite; models whose samples influence each other
+    - Refused: losses or gradients that are not finite; models whose samples influence each other; losses of a user's
+      own that are not the mean (sum) of what they are of each sample by itself
 
     Args:
         model: in the mode in which it is to be judged, mostly `eval`.
-        loss_fn: one of torch's losses with a `reduction`.
+        loss_fn: with a `reduction` that says what it does, "mean" or "sum" of the samples' own losses.
         x: the samples `[N, ...]`.
         y: their labels `[N, ...]`.
         ridge: of the leverage, relative to the mean squared norm of gradients.
@@ -53,25 +54,48 @@ def signals(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, ridge: floa
         A score `[N]` of each kind.
 
     Raises:
-        PackextError: if a loss or a gradient is not finite.
+        PackextError: if a loss or a gradient is not finite, or the loss is not what its `reduction` says.
     """
-    twin, extended = px.extend(copy.deepcopy(model)), copy.deepcopy(loss_fn)
-    setattr(extended, "reduction", "sum")  # noqa: B010 - torch declares attributes of modules as tensors
-    px.extend(extended)
-    each = copy.deepcopy(loss_fn)
-    setattr(each, "reduction", "none")  # noqa: B010
+    twin, extended = px.extend(copy.deepcopy(model)), px.extend(copy.deepcopy(loss_fn))
     with px.backpack(px.BatchDotGrad(), scale="sample", attach=False) as results:
         output = twin(x)
-        extended(output, y).backward()
-    with torch.no_grad():
-        losses = each(output.detach(), y)
-        losses = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
+        value = extended(output, y).sum()
+        value.backward()
+    losses = _own_losses(loss_fn, output.detach(), y, float(value.detach()))
     gram = results.batch_dot.double()
     if not gram.isfinite().all() or not losses.isfinite().all():
         bad = (~(gram.diagonal().isfinite() & losses.isfinite())).nonzero().flatten().tolist()
         raise px.PackextError(f"Loss or gradient of samples {bad[:10]} is not finite: the batch tells nothing.")
     norms = gram.diagonal().clamp_min(0).sqrt()
-    return Signals(losses.double(), norms, leverage(gram, ridge), norms / gram.sum().clamp_min(1e-300).sqrt())
+    return Signals(losses, norms, leverage(gram, ridge), norms / gram.sum().clamp_min(1e-300).sqrt())
+
+
+def _own_losses(loss_fn: nn.Module, output: Tensor, y: Tensor, value: float) -> Tensor:
+    """The losses `[N]`, float64, whose mean (or sum) is `value`, without setting what a user's loss may not read."""
+    n, mean = len(y), loss_fn.reduction in ("mean", "batchmean")
+    total = n * value if mean else value
+    with torch.no_grad():
+        if type(loss_fn) in (nn.CrossEntropyLoss, nn.NLLLoss):  # a mean over weights, and targets that are not ignored
+            each = copy.deepcopy(loss_fn)
+            setattr(each, "reduction", "none")  # noqa: B010 - torch declares attributes of modules as tensors
+            rows = each(output, y).double().flatten(1).sum(1) if y.dim() > 1 else each(output, y).double()
+            factor = total / rows.sum()
+            return rows * factor if factor.isfinite() else rows
+        try:
+            rows = torch.stack([loss_fn(*one).double().sum() for one in zip(output.split(1), y.split(1), strict=True)])
+        except Exception as error:  # whatever the user's loss says about its inputs
+            raise px.PackextError(
+                f"{type(loss_fn).__name__} does not run on one sample by itself, outputs {list(output[:1].shape)} and "
+                f"labels {list(y[:1].shape)}: {type(error).__name__}: {error}"
+            ) from error
+    if (rows.sum() - total).abs() > (1e-4 + 4 * torch.finfo(output.dtype).eps) * rows.abs().sum():
+        raise px.PackextError(
+            f"The losses of {n} samples, each by itself, {'have the mean' if mean else 'add up to'} "
+            f"{float(rows.sum()) / (n if mean else 1):.4g}, and {type(loss_fn).__name__} "
+            f"(reduction={loss_fn.reduction!r}) gives {value:.4g} for all at once: what one sample's is, is not known. "
+            "Use a loss that is what its reduction says, without weights that depend on the batch."
+        )
+    return rows
 
 
 def leverage(gram: Tensor, ridge: float = 1e-2) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 import packext as px
-from packext.attacks import LiRA, Threat, epsilon_lower_bound, judge, membership_bound, share, signals
+from packext.attacks import LiRA, Threat, epsilon_lower_bound, judge, membership_bound, signals
 from packext.audit.case import Case, Clock, Train
 from packext.audit.section import Interval, Section
 
@@ -90,7 +89,7 @@ def records(case: Case, clock: Clock) -> Records:
         at = torch.tensor([0.0, 0.1, 0.5, 0.9, 0.99, 1.0], dtype=torch.float64, device=index.device)
         found.norm_quantiles = seen.gradient_norm.quantile(at).tolist()
         found.suggested_clip = found.norm_quantiles[2] or None
-        shares = _shares(case, found, index, seen.gradient_norm, clock)
+        shares = _shares(case, found, index, clock)
         if shares.numel():
             found.share_quantiles = shares.quantile(at).tolist()
             found.dominating = float((shares > 0.5).double().mean())
@@ -105,7 +104,7 @@ def records(case: Case, clock: Clock) -> Records:
     return found
 
 
-def _shares(case: Case, found: Records, index: Tensor, norms: Tensor, clock: Clock) -> Tensor:
+def _shares(case: Case, found: Records, index: Tensor, clock: Clock) -> Tensor:
     """Each sample's share of the gradient of a batch of the real size; of whole batches, while there is time."""
     n = found.batch
     if n == 1:
@@ -116,15 +115,11 @@ def _shares(case: Case, found: Records, index: Tensor, norms: Tensor, clock: Clo
         found.absent["share of the batch gradient"] = f"the table has {len(index)} samples, and a batch {n}"
         return torch.zeros(0)
     model, wide = case.readable(evaluating=False)
-    summed = copy.deepcopy(case.loss_fn)
-    setattr(summed, "reduction", "sum")  # noqa: B010 - torch declares attributes of modules as tensors
-    totals: list[float] = []
-    while clock.go_on(len(totals), len(batches)):
-        part = batches[len(totals)]
-        whole = share(model, summed, wide(case.x[part]), case.y[part])
-        totals.append(math.sqrt(sum(float(g.double().square().sum()) for g in whole.gradient.values())))
-    each = torch.tensor(totals, dtype=torch.float64, device=norms.device).repeat_interleave(n)
-    return norms[: len(each)] / each.clamp_min(1e-300)
+    shares: list[Tensor] = []
+    while clock.go_on(len(shares), len(batches)):
+        part = batches[len(shares)]
+        shares.append(signals(model, case.loss_fn, wide(case.x[part]), case.y[part]).share)
+    return torch.cat(shares)
 
 
 @dataclass

@@ -69,6 +69,10 @@ def test_signals_of_samples_that_the_batch_weights() -> None:
     model, x, y = nn.Linear(6, 3).double(), torch.randn(7, 2, 6).double(), torch.randint(3, (7, 2))
     y[0], y[1, 1] = -100, -100
     weight = torch.tensor([1.0, 5.0, 9.0]).double()
+    soft = attacks.signals(model, nn.CrossEntropyLoss(), x[:, 0], torch.eye(3).double()[y[:, 0].clamp_min(0)])
+    torch.testing.assert_close(
+        soft.loss, F.cross_entropy(model(x[:, 0]), y[:, 0].clamp_min(0), reduction="none").detach()
+    )
     tokens = nn.Sequential(model, nn.Flatten(1, 2), nn.Unflatten(1, (2, 3)))  # [N, T, C]
     swapped = nn.Sequential(tokens, Swap())
     found = attacks.signals(swapped, nn.CrossEntropyLoss(weight=weight), x, y)

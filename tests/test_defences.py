@@ -218,3 +218,43 @@ def test_two_classes_are_no_trace_of_a_fishing_model(classes: int) -> None:
         model[1].weight.zero_()
         model[1].bias.fill_(3.0)
     assert "hardly varies" in defences.check_received(model, loss, x, y).reasons[0]
+
+
+class Adapted(nn.Module):
+    """LoRA as it begins: B is zero, so that A has no gradient."""
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.a, self.b = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.b(self.a(x))
+
+
+class Gated(nn.Module):
+    """ReZero as it begins: a gate of zero, behind which nothing has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.gate = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh()), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * self.block(x)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_branch_that_begins_at_zero_is_no_trace_of_a_fishing_model(rank: int) -> None:
+    torch.manual_seed(0)
+    lora = nn.Sequential(Adapted(nn.Linear(6, 8), 2), nn.LayerNorm(8), nn.ReLU(), Adapted(nn.Linear(8, 3), rank))
+    rezero = nn.Sequential(Gated(), Gated(), nn.Linear(6, 3))
+    x, y = torch.randn(40, 6), torch.randint(3, (40,))
+    for model in (lora, rezero):
+        found = defences.check_received(model, nn.CrossEntropyLoss(), x, y)
+        without = [n for n, g in attacks.share(model, nn.CrossEntropyLoss(), x, y).gradient.items() if not g.any()]
+        assert not found.suspicious and list(found.without_gradient) == without != []
+    with torch.no_grad():
+        lora[1].weight.zero_()
+        lora[1].bias.fill_(3.0)
+    assert defences.check_received(lora, nn.CrossEntropyLoss(), x, y).suspicious

@@ -78,7 +78,7 @@ def _own_losses(loss_fn: nn.Module, output: Tensor, y: Tensor, value: float) -> 
         if type(loss_fn) in (nn.CrossEntropyLoss, nn.NLLLoss):  # a mean over weights, and targets that are not ignored
             each = copy.deepcopy(loss_fn)
             setattr(each, "reduction", "none")  # noqa: B010 - torch declares attributes of modules as tensors
-            rows = each(output, y).double().flatten(1).sum(1) if y.dim() > 1 else each(output, y).double()
+            rows = each(output, y).double().reshape(n, -1).sum(1)
             factor = total / rows.sum()
             return rows * factor if factor.isfinite() else rows
         try:

@@ -1,8 +1,9 @@
 """Is the model that a client received a fishing model? Asked of its own data, before anything is sent.
 
 A model whose normalisation was fixed gives every sample the same features (see `packext.attacks.secure`), which
-leaves traces that an honest model does not: the features of a batch do not vary, the last layer's gradient has rank
-one, and what lies below the normalisation gets none.
+leaves traces that an honest model does not: the features of a batch do not vary, and the last layer's gradient has rank
+one. What lies below the normalisation gets none, as some parameters of honest models do whose branch begins at zero
+(LoRA, ReZero).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Received:
     Attributes:
         feature_variance: variance of the last layer's input over the batch, relative to its mean square.
         rank_ratio: second singular value of the last layer's gradient (weight and bias) over the first; None with fewer
-            than three classes, where the gradient has rank one whatever the model.
+            than three classes, or one feature and no bias, where the gradient has rank one whatever the model.
         without_gradient: parameters whose gradient is exactly zero.
         zero_scales: normalisation layers whose scale is zero in every channel.
         reasons: what speaks for a fishing model; empty if nothing does.
@@ -51,11 +52,11 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
     """Look for the traces of a fishing model.
 
     A model whose normalisation was fixed gives all samples the same features. Honest models, trained and not, are two
-    orders of magnitude above the thresholds.
+    orders of magnitude above the thresholds. Parameters without a gradient count beside these traces alone: honest
+    models have them as well, where a branch begins at zero (LoRA, ReZero).
 
-    - Formula: suspicious if the features' variance over the batch is below 1e-3 of their mean square, the second
-      singular value of the last layer's gradient is below 2e-3 of the first, or more than a quarter of the parameters
-      has no gradient
+    - Formula: suspicious if the features' variance over the batch is below 1e-3 of their mean square, or the second
+      singular value of the last layer's gradient is below 2e-3 of the first
     - Cost: one gradient of the batch, and singular values of the last layer's
     - Source: ours, against Wang et al., INFOCOM 2024
     - Refused: fewer than 8 samples, one label, or inputs that are all alike
@@ -96,7 +97,7 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
     if layer.bias is not None:
         g = torch.cat([g, layer.bias_gradient(shared)[:, None]], 1)
     ratio = None
-    if len(g) > 2:
+    if len(g) > 2 and g.shape[1] > 1:
         s = torch.linalg.svdvals(g)
         ratio = float(s[1] / s[0]) if s[0] > 0 else 0.0
     missing = tuple(name for name, value in shared.gradient.items() if not value.any())
@@ -110,6 +111,6 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
         reasons.append(f"the input of {layer.name!r} hardly varies over the batch (relative variance {variance:.1e})")
     if ratio is not None and ratio < RATIO:
         reasons.append(f"the gradient of {layer.name!r} has rank one (second singular value {ratio:.1e} of the first)")
-    if len(missing) > len(shared.gradient) / 4:
+    if reasons and len(missing) > len(shared.gradient) / 4:  # by itself, it may be a branch that begins at zero
         reasons.append(f"{len(missing)} of {len(shared.gradient)} parameters get no gradient, the first {missing[0]!r}")
     return Received(variance, ratio, missing, scales, tuple(reasons))

@@ -120,6 +120,20 @@ def test_no_more_than_d_plus_1_clients() -> None:
         attacks.SecureAggregationLabels().plan(vgg(10), torch.randn(4, 3, 8, 8), D + 2)
 
 
+def test_no_more_than_the_normalisation_has_channels() -> None:
+    """Where a channel becomes several features; or where D features are fewer."""
+    torch.manual_seed(0)
+    attack, x = attacks.SecureAggregationLabels(), torch.randn(4, 3, 8, 8)
+    wide = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    narrow, plain = (
+        nn.Sequential(*list(mlp(10))[:-1], nn.Linear(D, 7), nn.Linear(7, 10, bias=bias)) for bias in (True, False)
+    )
+    for model, limit in ((wide, 5), (narrow, 8), (plain, 7)):
+        assert attack.limit(model) == limit and len(attack.plan(model, x, limit).states) == limit
+        with pytest.raises(px.PackextError, match=f"{limit + 1} clients cannot be told apart"):
+            attack.plan(model, x, limit + 1)
+
+
 def test_a_skip_connection_weighs_less_the_larger_the_shift() -> None:
     torch.manual_seed(0)
     errors = []

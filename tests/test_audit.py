@@ -398,6 +398,7 @@ def test_labels_through_secure_aggregation() -> None:
     assert s.clients_exact is not None and s.clients_exact.value == 1.0 and s.capacity == 13 and s.cohort == 4
     assert "reads every client's labels through secure aggregation" in titles(audit, "high")
     assert audit.setting.behind == s.samples == 32 and s.identity == 1.0
+    assert "more than 13 it cannot tell apart" in next(f for f in audit.findings if "normalisation" in f.title).evidence
     many = labels(case(normed().eval(), images(200), Sharing(secure_aggregation=True, clients=20)), Clock(1.0))
     assert "20 clients cannot be told apart" in many.absent["labels by a fishing model"] and many.clients_exact is None
     plain_ = labels(case(sharing=Sharing(secure_aggregation=True, clients=3)), Clock(1.0))

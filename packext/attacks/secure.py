@@ -184,7 +184,7 @@ class SecureAggregationLabels:
 
     Each client k gets a model in which one normalisation has scale 0 and a shift of its own, so that the server knows
     the features e_k and probabilities p_k of all its B_k samples. There is one solution for up to D + 1 clients, D
-    being the features of the last layer.
+    being the features of the last layer, if the normalisation has as many channels (see `limit`).
 
     - Formula: `[G_W, G_b] = sum over k of d_k [e_kᵀ, 1]` is solved for the d_k by least squares, and `c_k = B_k p_k -
       d_k` for sums over samples; with clipping, class j's part of d_k is shrunk by a factor that is measured
@@ -273,6 +273,22 @@ class SecureAggregationLabels:
         if self.clip is not None:
             factors = torch.stack([_clipped(model, example, state, len(head.weight), self.clip) for state in states])
         return Plan(states, features, probabilities, spread, factors.cpu(), head.name)
+
+    def limit(self, model: nn.Module) -> int:
+        """How many clients can be told apart at most: each owns a channel, and one none.
+
+        Where what lies between the normalisation and the last layer merges channels, `plan` refuses fewer as well.
+
+        Args:
+            model: the classifier.
+
+        Returns:
+            `min(channels, D) + 1`, or without a bias in the last layer `min(channels + 1, D)`. A model without such
+            layers is refused as by `plan`.
+        """
+        head, scale = Head.of(model, self.head), model.get_submodule(self._norm(model)).weight
+        channels, d = scale.numel(), head.weight.shape[1]  # type: ignore[union-attr, operator]
+        return min(channels, d) + 1 if head.bias is not None else min(channels + 1, d)
 
     def _norm(self, model: nn.Module) -> str:
         if self.norm is not None:

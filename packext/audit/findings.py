@@ -222,7 +222,7 @@ def _aggregation(audit: Audit) -> Iterator[Finding]:
         "A server that changes one normalisation layer reads every client's labels"
         + (" through secure aggregation." if s.cohort > 1 else "."),
         f"All label counts exact for {percent(s.clients_exact)} of the clients in {s.rounds} simulated rounds of "
-        f"{s.cohort}; it can tell up to {s.capacity} apart in one sum.",
+        f"{s.cohort}; more than {s.capacity} it cannot tell apart in one sum.",
         "Check received models (packext.defences.check_received), compare their hashes; clip and add noise.",
     )
 

@@ -62,7 +62,7 @@ class Labels(Section):
         identity: accuracy of the counts from what no attacker knows, the batch's mean probabilities: the bound.
         rules: of the attackers.
         cohort: clients of the simulated round behind secure aggregation.
-        capacity: clients that a malicious server can tell apart in one sum at most, D + 1.
+        capacity: clients that a malicious server can tell apart in one sum at most.
         clients_exact: share of the clients whose counts were all exact.
         rounds: that were simulated.
         doubt: the attacker's own: largest distance of a count from a whole number, median over clients.
@@ -180,7 +180,7 @@ def _through_aggregation(case: Case, found: Labels) -> None:
     attack = SecureAggregationLabels(clip=clip, magnitude=100.0 if clip is None else 3.0)
     exact, doubt = [], []
     with found.unless_refused(name):
-        found.capacity = Head.of(case.model).weight.shape[1] + 1
+        found.capacity = attack.limit(case.model)
         plan = attack.plan(case.model, _example(case), found.cohort)
         for round_ in range(3):
             batches = [

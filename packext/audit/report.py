@@ -256,7 +256,7 @@ def _labels(s: Any) -> str:
     found = table(["rule", "labels counted", "all counts exact", "messages"], rows)
     if s.clients_exact is not None:
         found += table(
-            ["a malicious server, one normalisation layer changed", "clients", "can tell apart", "doubt"],
+            ["a malicious server, one normalisation layer changed", "clients", "can tell apart at most", "doubt"],
             [[f"all counts exact for {percent(s.clients_exact)} of the clients", s.cohort, s.capacity, s.doubt]],
         )
     return found

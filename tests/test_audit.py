@@ -447,6 +447,31 @@ def test_tokens() -> None:
     assert "inputs are torch.int64" in audit.labels.absent["LLG*"] and audit.records.norms
 
 
+@pytest.mark.usefixtures("bare")
+def test_positions_name_no_tokens() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.word, self.position, self.kind = nn.Embedding(99, 8), nn.Embedding(16, 8), nn.Embedding(2, 8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            at = self.position(torch.arange(x.shape[1])) + self.kind(torch.zeros_like(x))
+            return self.head((self.word(x) + at).tanh().mean(1))
+
+    torch.manual_seed(0)
+    data = torch.randint(99, (40, 6)), torch.randint(3, (40,))
+    audit = run(Encoder(), LOSS, data, Sharing(batch_size=8), budget=FEW)
+    found = {e.name: (e.found.value, e.false_alarms) for e in audit.closed.embeddings}
+    assert found == {"word": (1.0, 0.0), "position": (1.0, 1.0), "kind": (1.0, 1.0)}
+    assert [f.title for f in audit.findings if "names the tokens" in f.title] == [
+        "The gradient of 'word' names the tokens of a batch."
+    ]
+    every = closed(case(Encoder(), data, Sharing(batch_size=40)), Clock(1.0))  # nothing to compare with
+    assert all(e.false_alarms is None for e in every.embeddings)
+    assert "all members are in every batch" in every.absent["inputs that were not in the batch"]
+
+
 def drawn(k: int, n: int) -> Tensor:
     return torch.randperm(40, generator=torch.Generator().manual_seed(k))[:n]
 

@@ -63,12 +63,15 @@ class EmbeddingCheck:
         vocabulary: rows of its table.
         tokens: different ones in a batch, mean over draws.
         found: share of the batches whose set of tokens is exactly that of the rows with a gradient.
+        false_alarms: share of the batches for which that is also the set of other samples' tokens, as it is of
+            positions, which all batches have.
     """
 
     name: str
     vocabulary: int
     tokens: float
     found: Interval
+    false_alarms: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -121,6 +124,8 @@ def closed(case: Case, clock: Clock) -> Closed:
             continue
         with found.unless_refused("inputs that were not in the batch"):
             others = _inputs(case.model, case.by_client(case.x[rest]), list(layers)) if len(rest) else {}
+        if not len(rest):
+            found.absent["inputs that were not in the batch"] = "all members are in every batch"
         with found.unless_refused("messages with one sample"):
             x, y = case.x[index[:1]], case.y[index[:1]]
             alone = case.client(x, y), _inputs(case.model, (x,), list(layers))
@@ -131,10 +136,13 @@ def closed(case: Case, clock: Clock) -> Closed:
             note = tried[name]
             if isinstance(layer, nn.Embedding):
                 with found.unless_refused(f"{name}: rows with a gradient"):
-                    true = set(inputs[name].flatten().tolist()) - {layer.padding_idx}
+                    true, *away = (
+                        set(of[name].flatten().tolist()) - {layer.padding_idx} for of in (inputs, others) if name in of
+                    )
                     seen = set(tokens_present(message, _entry(name, "weight")).tolist())
                     note.setdefault("tokens", []).append(len(true))
                     note.setdefault("found", []).append(int(seen == true))
+                    note.setdefault("false", []).extend(int(seen == tokens) for tokens in away)
                 continue
             e = inputs[name].flatten(0, -2)
             sizes[name] = len(e), _same(inputs[name], case.x[index])
@@ -177,8 +185,9 @@ def _shown(name: str, layer: nn.Module) -> str:
 def _conclude(found: Closed, layer: nn.Module, name: str, note: dict[str, list], size: tuple[int, bool] | None) -> None:
     if isinstance(layer, nn.Embedding) and note:
         hits, tokens = note["found"], note["tokens"]
-        share, mean = Interval.share(sum(hits), len(hits)), sum(tokens) / len(tokens)
-        found.embeddings.append(EmbeddingCheck(name, layer.num_embeddings, mean, share))
+        share, mean, false = Interval.share(sum(hits), len(hits)), sum(tokens) / len(tokens), note["false"]
+        check = EmbeddingCheck(name, layer.num_embeddings, mean, share, sum(false) / len(false) if false else None)
+        found.embeddings.append(check)
     elif isinstance(layer, nn.Linear) and size is not None:
         check = LayerCheck(_shown(name, layer), layer.in_features, layer.out_features, size[1], size[0])
         check.divided, check.alone, check.spanned = (

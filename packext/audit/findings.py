@@ -133,13 +133,14 @@ def _closed(audit: Audit) -> Iterator[Finding]:
                 "Use batches with more samples than the layer has outputs or features.",
             )
     for e in s.embeddings:
-        if e.found.value > 0:
+        if e.false_alarms is not None and e.found.low > e.false_alarms:
             yield Finding(
                 "high",
                 "closed",
                 f"The gradient of {e.name!r} names the tokens of a batch.",
                 f"Its rows that are not zero are exactly the tokens that occurred, in {percent(e.found)} of the "
-                f"messages (about {e.tokens:.0f} different ones of {e.vocabulary}).",
+                f"messages (about {e.tokens:.0f} different ones of {e.vocabulary}), and those of other samples in "
+                f"{whole(e.false_alarms)}.",
                 "Freeze the embedding, or share nothing of it.",
             )
 

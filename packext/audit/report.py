@@ -229,7 +229,7 @@ def _closed(s: Any) -> str:
         ]
         for r in s.layers
     ]
-    head = [
+    head_of_layers = [
         "layer",
         "size",
         "inputs",
@@ -239,10 +239,12 @@ def _closed(s: Any) -> str:
         "in the span",
         "others in it",
     ]
-    tokens = [[e.name, e.vocabulary, e.tokens, _rate(e.found)] for e in s.embeddings]
-    return table(head, layers) + table(
-        ["embedding", "vocabulary", "tokens in a batch", "batches named exactly"], tokens
-    )
+    tokens = [
+        [e.name, e.vocabulary, e.tokens, _rate(e.found), None if e.false_alarms is None else whole(e.false_alarms)]
+        for e in s.embeddings
+    ]
+    head = ["embedding", "vocabulary", "tokens in a batch", "batches named exactly", "other samples by the same rows"]
+    return table(head_of_layers, layers) + table(head, tokens)
 
 
 def _labels(s: Any) -> str:

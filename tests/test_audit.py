@@ -21,7 +21,7 @@ from packext.audit.closed import closed, divided
 from packext.audit.findings import beyond, findings
 from packext.audit.inversion import inversion
 from packext.audit.labels import labels
-from packext.audit.records import membership, records, roc
+from packext.audit.records import epsilon, membership, records, roc
 from packext.audit.section import plain, restored
 from packext.audit.setting import integrity
 from packext.audit.sharing import fresh, name_of
@@ -158,7 +158,7 @@ def test_names_in_the_json_are_stable() -> None:
         "records": "samples batch worst norm_quantiles share_quantiles dominating suggested_clip norms leverages "
         "indices",
         "membership": "members others scores bound bound_by_chance shadows",
-        "epsilon": "claimed delta measured confidence correct guesses canaries",
+        "epsilon": "claimed delta measured confidence correct guesses canaries choices",
         "sweep": "rows iterations",
     }
     assert {k: set(v) for k, v in found["sections"].items()} == {k: set(v.split()) | section for k, v in names.items()}
@@ -627,6 +627,19 @@ def test_a_claim_below_what_canaries_show(canaries: Any) -> None:
     assert silent.epsilon.measured is None and "pass Sharing(canaries=)" in silent.epsilon.absent["measured epsilon"]
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_canaries_that_were_chosen_after_looking_are_paid_for(called: bool) -> None:
+    model = px.extend(nn.Linear(3, 2))
+    optimizer = px.optim.DPSGD(model.parameters(), max_norm=1.0, noise_multiplier=1.0, expected_batch_size=4.0)
+    canaries = attacks.GradientCanaries(optimizer, 200)
+    canaries.scores = 2.0 * canaries.included + 0.9 * torch.linspace(0, 1, 200).double()  # all guesses are right
+    seen = canaries.audit(1e-5)
+    sharing = Sharing(epsilon=1.0, delta=1e-5, canaries=(lambda: seen) if called else seen)
+    found = epsilon(case(sharing=sharing), Clock(1.0))
+    assert found.measured == seen.epsilon > 1.0 and (found.choices, found.guesses) == (5, seen.guesses)
+    assert found.measured < attacks.epsilon_lower_bound(seen.correct, seen.guesses, 200, 1e-5)
+
+
 def test_a_sweep() -> None:
     seen = case(sharing=Sharing(batch_size=4, defence=defences.Pruning(0.5)))
     found = sweep(seen, Clock(1e6), lambda share: float(len(share(seen.model, LOSS, seen.x[:2], seen.y[:2]).gradient)))
@@ -642,10 +655,30 @@ def test_a_sweep() -> None:
     clip = next(r for r in found.rows if r.name.startswith("clip") and "noise" not in r.name)
     assert clip.psnr == pytest.approx(found.rows[0].psnr, abs=0.5)  # one sample clipped is one sample scaled
     assert clip.time is not None and clip.time > 1
-    known = {"nothing", "as audited: Pruning(share=0.5)", "pruning 90 %"}
-    assert all(r.adapted == (r.name in known or r.name.startswith("clip")) for r in found.rows)
+    known = {"nothing", "as audited: Pruning(share=0.5)", "pruning 90 %", clip.name}
+    assert all(r.adapted == (r.name in known) for r in found.rows)
     # Who knows what was set to zero matches the rest, and loses little by it.
     assert rows["as audited: Pruning(share=0.5)"].psnr > rows["noise of 1 x RMS"].psnr
+
+
+def test_numbers_do_not_depend_on_how_many_calls_were_timed(monkeypatch: pytest.MonkeyPatch, bare: None) -> None:
+    """Of a random model, whose masks torch's own generator draws, with a defence that draws as well."""
+    swept, noise = [], {"noise": defences.GaussianNoise(0.1)}
+    monkeypatch.setattr("packext.audit.sweep.candidates", lambda case, found: noise)
+    for turns in (6, 13):
+        monkeypatch.setattr("packext.audit.sweep.TURNS", turns)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.2), nn.Linear(8, 5))
+        rows = sweep(case(model, sharing=Sharing(batch_size=4)), Clock(1e6)).rows
+        swept.append([{**plain(row), "time": None} for row in rows])
+    assert swept[0] == swept[1] and all(row["signal"] and row["labels"] and row["psnr"] for row in swept[0])
+    one, other = (case(sharing=Sharing(defence=defences.GaussianNoise(0.1))) for _ in range(2))
+    other.message(other.x[:8], other.y[:8])  # one more, of a section that had more time
+    for seen in (one, other):
+        seen.begin(3)
+    assert torch.equal(*(flat(seen.message(seen.x[:8], seen.y[:8])) for seen in (one, other)))
+    one.begin(4)
+    assert not torch.equal(*(flat(seen.message(seen.x[:8], seen.y[:8])) for seen in (one, other)))
 
 
 @pytest.mark.parametrize("what", [{"label_smoothing": 0.1}, {"weight": torch.arange(1.0, 6.0)}])

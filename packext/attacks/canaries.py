@@ -25,6 +25,7 @@ class CanaryAudit:
         correct: guesses that were right.
         guesses: how many were made.
         canaries: how many there were, half of them included.
+        choices: among how many numbers of guesses this one was chosen, which the bound pays for.
     """
 
     epsilon: float
@@ -33,6 +34,7 @@ class CanaryAudit:
     correct: int
     guesses: int
     canaries: int
+    choices: int = 1
 
 
 class GradientCanaries:
@@ -168,5 +170,5 @@ class GradientCanaries:
             inside, outside = order[: r - r // 2], order[count - r // 2 :]
             correct = int(self.included[inside].sum() + (~self.included[outside]).sum())
             bound = epsilon_lower_bound(correct, r, count, delta, confidence, len(tried))
-            found.append(CanaryAudit(bound, delta, confidence, correct, r, count))
+            found.append(CanaryAudit(bound, delta, confidence, correct, r, count, len(tried)))
         return max(found, key=lambda audit: audit.epsilon)

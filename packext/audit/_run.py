@@ -156,8 +156,9 @@ def run(
     made: dict[str, Any] = {}
     before, devices = 0.0, [case.x.device] if case.x.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        for name, (kind, share) in SECTIONS.items():
+        for k, (name, (kind, share)) in enumerate(SECTIONS.items()):
             _seed(seed, devices)
+            case.begin(k)
             done = store.read(name, kind) if store else None
             if done is None:
                 tell = _teller(progress, name, before, share)

@@ -180,6 +180,10 @@ class Case:
         self._messages += 1
         return fresh(defence, self._messages - 1)
 
+    def begin(self, k: int) -> None:
+        """Draw noise from here on as the k-th part of an audit does, however many messages time has let others send."""
+        self._messages = k << 20  # torch seeds by the lowest 32 bits
+
     def by_client(self, samples: Tensor) -> tuple[Tensor, ...]:
         """Samples behind what the server sees, as the clients hold them."""
         return samples.chunk(self.sharing.clients) if self.sharing.secure_aggregation else (samples,)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import packext as px
-from packext.attacks import LiRA, Threat, epsilon_lower_bound, judge, membership_bound, signals
+from packext.attacks import CanaryAudit, LiRA, Threat, epsilon_lower_bound, judge, membership_bound, signals
 from packext.audit.case import Case, Clock, Train
 from packext.audit.section import Interval, Section
 
@@ -281,6 +281,7 @@ class Epsilon(Section):
         correct: guesses that were right.
         guesses: that were made.
         canaries: that there were.
+        choices: among how many numbers of guesses this one was chosen, which the bound pays for.
     """
 
     claimed: float | None = None
@@ -290,6 +291,7 @@ class Epsilon(Section):
     correct: int | None = None
     guesses: int | None = None
     canaries: int | None = None
+    choices: int = 1
 
 
 def epsilon(case: Case, clock: Clock) -> Epsilon:
@@ -319,6 +321,11 @@ def epsilon(case: Case, clock: Clock) -> Epsilon:
             "honest",
             "canaries included independently with probability 1/2",
         )
+        if isinstance(seen, CanaryAudit):
+            found.confidence, found.choices = seen.confidence, seen.choices
+            seen = seen.correct, seen.guesses, seen.canaries
         found.correct, found.guesses, found.canaries = (int(v) for v in seen)
-        found.measured = epsilon_lower_bound(found.correct, found.guesses, found.canaries, s.delta, found.confidence)
+        found.measured = epsilon_lower_bound(
+            found.correct, found.guesses, found.canaries, s.delta, found.confidence, found.choices
+        )
     return found

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 import packext as px
-from packext.attacks import LocalSteps
+from packext.attacks import CanaryAudit, LocalSteps
 from packext.defences import Compose, TopK
 
 
@@ -35,8 +35,9 @@ class Sharing:
             does. None for nothing.
         epsilon: that is claimed for the training, or None.
         delta: that is claimed with it.
-        canaries: how the claim is measured: numbers `(correct, guesses, canaries)` of a run with canaries, or a
-            callable that makes such a run and returns them.
+        canaries: how the claim is measured: what `packext.attacks.GradientCanaries.audit` says of a run with canaries;
+            or numbers `(correct, guesses, canaries)`, that of guesses chosen before looking; or a callable that makes
+            such a run and returns either.
     """
 
     what: str = "gradient"
@@ -50,7 +51,7 @@ class Sharing:
     defence: Callable[..., Any] | None = None
     epsilon: float | None = None
     delta: float | None = None
-    canaries: tuple[int, int, int] | Callable[[], tuple[int, int, int]] | None = None
+    canaries: CanaryAudit | tuple[int, int, int] | Callable[[], CanaryAudit | tuple[int, int, int]] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""

@@ -117,9 +117,11 @@ def known(defence: Any) -> bool:
         defence: of a client, or several by `Compose`.
 
     Returns:
-        True if there is nothing to it that they do not know.
+        True if there is nothing to it that they do not know, such as noise.
     """
-    return all(isinstance(part, (Clipped, *ZEROS)) for part in _parts(defence))
+    return all(
+        isinstance(part, (Clipped, *ZEROS)) and not getattr(part, "noise_multiplier", 0.0) for part in _parts(defence)
+    )
 
 
 def _parts(defence: Any) -> Sequence[Any]:
@@ -173,6 +175,7 @@ def local(defence: Any) -> Callable[..., Shared]:
 def _signal(case: Case, defence: Any) -> float:
     cosines = []
     for k in range(DRAWS):
+        case.begin(60 + k)
         index = case.draw(60 + k, case.sharing.behind)
         x, y = case.x[index], case.y[index]
         pair = case.message(x, y, defence=defence), case.message(x, y, defended=False)
@@ -197,9 +200,11 @@ def _time(case: Case, defence: Any) -> float:
 
     ratios: list[float] = []
     clock = Clock(0.25)
-    while clock.go_on(len(ratios), TURNS) or len(ratios) < 6:
-        plain = spent(defended=False)
-        ratios.append(spent(defence=defence) / max(plain, 1e-9))
+    # How often they are called is a matter of time, and moves the random numbers of nothing else.
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        while clock.go_on(len(ratios), TURNS) or len(ratios) < 6:
+            plain = spent(defended=False)
+            ratios.append(spent(defence=defence) / max(plain, 1e-9))
     return statistics.median(ratios[1:])  # the first calls do what is done once
 
 
@@ -208,6 +213,7 @@ def _labels(case: Case, defence: Any, row: Defended) -> None:
     guesses = []
     rules = rules_for(case, {})
     for k in range(DRAWS):
+        case.begin(80 + k)
         index = case.draw(80 + k, case.sharing.behind)
         x, y = case.x[index], case.y[index]
         message = case.as_gradient(case.message(x, y, defence=defence))
@@ -243,6 +249,7 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
         x, y = (t[case.draw(100 + seed, 1)] for t in (case.x, case.y))
         for name, defence in every.items():
             with found.unless_refused(f"{name}: reconstruction"):
+                case.begin(100 + seed)
                 message = case.client(x, y, defence=defence)
                 mask = sent(message) if any(isinstance(part, ZEROS) for part in _parts(defence)) else None
                 begun = [seeded(a, case.seed + 1000 * seed) for a in searches.values()]

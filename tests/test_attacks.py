@@ -193,6 +193,48 @@ def test_rules_refuse_what_they_cannot_read() -> None:
         attacks.LLG()(nn.Conv2d(1, 1, 1), shared)
 
 
+def test_a_gradient_of_zero_tells_no_label() -> None:
+    """A model that is sure of the one class that the sample has: probabilities are 0 and 1 to the last bit."""
+    model, x, y = nn.Linear(5, 4), torch.rand(2, 5), torch.tensor([2, 2])
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.0, 0.0, 1e4, 0.0]))
+    plain = nn.Linear(5, 4, bias=False)
+    with torch.no_grad():
+        plain.weight.zero_()[2] = 1e6
+    for net, n, tried in ((model, 1, RULES), (model, 2, RULES[1:]), (plain, 1, RULES[:-1])):
+        shared = attacks.share(net, nn.CrossEntropyLoss(), x[:n], y[:n])
+        assert not any(g.any() for g in shared.gradient.values())
+        for rule in tried:
+            with pytest.raises(px.PackextError, match="no negative entry.* it tells no labels"):
+                rule(net, shared)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_rules_are_of_one_label_for_each_sample(reduction: str) -> None:
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    tokens = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9), Swapped())
+    x = torch.randint(9, (3, 5))
+    ignored = torch.tensor([0, 1, -100, -100])
+    for model, batch, y, n, count in (
+        (tokens, x, x, 3, 15),
+        (nn.Linear(6, 9), torch.randn(4, 6), ignored, 4, 2),
+        (tokens, x, F.one_hot(x, 9).double().mT, 3, 15),
+    ):
+        local = attacks.LocalSteps(1, 0.1)
+        for shared in (attacks.share(model, loss, batch, y), attacks.share_update(model, loss, batch, y, local)):
+            for sent in (shared, defences.Pruning(0.1)(shared)):
+                with pytest.raises(px.PackextError, match=f"The loss of these {n} samples counts {count} labels"):
+                    attacks.ILRG()(model, sent)
+    counts = attacks.ILRG()(nn.Linear(6, 9), attacks.share(nn.Linear(6, 9), loss, torch.randn(4, 6), ignored.abs() % 9))
+    assert int(counts.sum()) == 4
+
+
+class Swapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
 # -- closed forms -------------------------------------------------------------------------------------
 
 

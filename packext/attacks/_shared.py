@@ -37,11 +37,14 @@ class Shared:
         gradient: by parameter name, in the parameters' shapes.
         n: samples in the batch.
         loss_fn: whose gradient it is.
+        labels: of the batch that a cross-entropy is the mean (or sum) of: not n where a sample has one for each of its
+            positions, or some are ignored; None if not known.
     """
 
     gradient: Mapping[str, Tensor]
     n: int
     loss_fn: nn.Module
+    labels: int | None = None
 
     @property
     def summed(self) -> float:
@@ -90,7 +93,22 @@ def share(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mappin
             'Use reduction="mean" or "sum", and train at least one parameter.'
         )
     grads = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
-    return Shared({name: g.detach() for name, g in zip(own, grads, strict=True)}, len(y), loss_fn)
+    return Shared({name: g.detach() for name, g in zip(own, grads, strict=True)}, len(y), loss_fn, counted(loss_fn, y))
+
+
+def counted(loss_fn: nn.Module, y: Tensor) -> int | None:
+    """How many labels of a batch a cross-entropy counts; None for other losses.
+
+    Args:
+        loss_fn: of the client.
+        y: its labels, classes `[N, ...]` or probabilities `[N, C, ...]`.
+
+    Returns:
+        Those that are not ignored.
+    """
+    if not isinstance(loss_fn, nn.CrossEntropyLoss):
+        return None
+    return y[:, 0].numel() if y.is_floating_point() else int((y != loss_fn.ignore_index).sum())
 
 
 def sent(shared: Shared) -> dict[str, Tensor]:
@@ -183,6 +201,22 @@ class Head:
             what = f"shape {list(g.shape)} for {list(like.shape)}" if g.shape != like.shape else "entries not finite"
             raise px.PackextError(f"The gradient of {name!r} has {what}: nothing can be read off it.")
         return g.double() * shared.summed
+
+
+def one_label_each(shared: Shared) -> None:
+    """Refuse what was shared of samples with more or fewer labels than one.
+
+    Args:
+        shared: by a client.
+
+    Raises:
+        PackextError: if it is known to be of another number of labels than of samples.
+    """
+    if shared.labels not in (None, shared.n):
+        raise px.PackextError(
+            f"The loss of these {shared.n} samples counts {shared.labels} labels: rules are of one label for each "
+            "sample, none for each token and none that is ignored (ignore_index)."
+        )
 
 
 def plain_cross_entropy(loss_fn: nn.Module) -> None:

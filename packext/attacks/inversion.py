@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import packext as px
 from packext.attacks._objectives import cosine_distance, squared_distance, total_variation
-from packext.attacks._shared import Shared, Threat
+from packext.attacks._shared import Shared, Threat, counted
 
 
 @dataclass(frozen=True)
@@ -271,6 +271,7 @@ def share_update(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, loc
         {k: g.detach() for k, g in zip(matching.parameters, _unrolled(matching, x, y, local), strict=True)},
         len(y),
         loss_fn,
+        counted(loss_fn, y),
     )
 
 

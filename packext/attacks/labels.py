@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import packext as px
-from packext.attacks._shared import Head, Shared, Threat, plain_cross_entropy, share
+from packext.attacks._shared import Head, Shared, Threat, one_label_each, plain_cross_entropy, share
 
 
 class LabelRule(ABC):
@@ -35,6 +35,7 @@ class LabelRule(ABC):
             Counts `[C]`, int64, that sum to `shared.n`.
         """
         plain_cross_entropy(shared.loss_fn)
+        one_label_each(shared)
         return self.counts(model, shared, Head.of(model, head))
 
     @abstractmethod
@@ -69,11 +70,9 @@ class IDLG(LabelRule):
             raise px.PackextError(
                 f"iDLG reads the label of one sample; the gradient is of {shared.n}: use LLG or ILRG."
             )
-        if head.bias is not None:
-            found = head.bias_gradient(shared).argmin()
-        else:
-            found = head.weight_gradient(shared).sum(1).argmin()
-        return torch.bincount(found[None], minlength=len(head.weight))
+        read = head.bias_gradient(shared) if head.bias is not None else head.weight_gradient(shared).sum(1)
+        _tells(head, read < 0)
+        return torch.bincount(read.argmin()[None], minlength=len(head.weight))
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,9 @@ class Yin(LabelRule):
             raise px.PackextError(
                 f"Yin's rule knows no repeats; {shared.n} samples of {c} classes repeat: use LLG or ILRG."
             )
-        order = head.weight_gradient(shared).amin(1).argsort()
-        return torch.bincount(order[: shared.n], minlength=c)
+        least = head.weight_gradient(shared).amin(1)
+        _tells(head, least < 0)
+        return torch.bincount(least.argsort()[: shared.n], minlength=c)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class LLG(LabelRule):
     def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
         """One sample for each negative row sum, then one at a time where the sum is lowest."""
         sums = head.weight_gradient(shared).sum(1)
+        _tells(head, sums < 0)
         impact = (1 + 1 / len(sums)) / shared.n * sums[sums < 0].sum()
         return emitted(sums, impact, torch.zeros_like(sums), shared.n)
 
@@ -169,18 +170,28 @@ class LLGStar(LabelRule):
     def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
         """As LLG, with what the model itself says of a sample's impact."""
         n, c = shared.n, len(head.weight)
+        sums = head.weight_gradient(shared).sum(1)
+        _tells(head, sums < 0)
         generator = torch.Generator().manual_seed(self.seed)
         impact, offset = torch.zeros((), dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
         for k in range(c):
             for _ in range(self.runs):
                 x = torch.rand(n, *self.shape, generator=generator).to(head.weight)
                 noise = share(model, shared.loss_fn, x, torch.full((n,), k, device=x.device))
-                sums = head.weight_gradient(noise).sum(1).cpu()
-                impact += sums[k] / n / (c * self.runs)
+                own = head.weight_gradient(noise).sum(1).cpu()
+                impact += own[k] / n / (c * self.runs)
                 others = torch.arange(c) != k
-                offset[others] += sums[others] / ((c - 1) * self.runs)
-        sums = head.weight_gradient(shared).sum(1)
+                offset[others] += own[others] / ((c - 1) * self.runs)
         return emitted(sums, impact * (1 + 1 / c), offset.to(sums.device), n)
+
+
+def _tells(head: Head, entries: Tensor) -> None:
+    """Refuse a gradient that has none of the entries that a rule reads, such as one that is zero."""
+    if not entries.any():
+        raise px.PackextError(
+            f"The gradient of {head.name!r} has no negative entry, as each label leaves one: it tells no labels. It is "
+            "zero where the model is so sure of its samples that probabilities are rounded to 0 and 1."
+        )
 
 
 def emitted(sums: Tensor, impact: Any, offset: Tensor, n: int) -> Tensor:
@@ -231,6 +242,7 @@ class ILRG(LabelRule):
         """The rounded solution."""
         db, dw = head.bias_gradient(shared), head.weight_gradient(shared)
         c = len(db)
+        _tells(head, torch.cat([db[:, None], dw], 1) < 0)
         features = torch.where(db[:, None] != 0, dw / db[:, None], 0.0)
         logits = features @ head.weight.double().T + head.bias.double()  # type: ignore[union-attr]
         system = torch.cat([torch.ones(1, c).to(db), logits.softmax(1).T - torch.eye(c).to(db)])

@@ -195,7 +195,9 @@ class Case:
         sent = [self.client(a, b, **how) for a, b in zip(self.by_client(x), self.by_client(y), strict=True)]
         total = {name: sum((s.gradient[name] for s in sent[1:]), sent[0].gradient[name]) for name in sent[0].gradient}
         factor = 1 / len(sent) if self.loss_fn.reduction == "mean" else 1.0
-        return Shared({name: g * factor for name, g in total.items()}, sum(s.n for s in sent), self.loss_fn)
+        n = sum(s.n for s in sent)
+        labels = None if any(s.labels is None for s in sent) else sum(s.labels or 0 for s in sent)
+        return Shared({name: g * factor for name, g in total.items()}, n, self.loss_fn, labels)
 
     def as_gradient(self, shared: Shared) -> Shared:
         """An update as what whole epochs are to first order in the learning rate: the gradient of the samples."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,9 @@ from packext import _cli, attacks, defences, demo
 from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit.case import Case, Clock, fingerprint
 from packext.audit.closed import closed, divided
-from packext.audit.findings import beyond, findings
+from packext.audit.findings import BY_CHANCE, beyond, findings
 from packext.audit.inversion import inversion
-from packext.audit.labels import labels
+from packext.audit.labels import by_chance, labels
 from packext.audit.records import epsilon, membership, records, roc
 from packext.audit.section import plain, restored
 from packext.audit.setting import integrity
@@ -164,7 +165,7 @@ def test_names_in_the_json_are_stable() -> None:
     assert {k: set(v) for k, v in found["sections"].items()} == {k: set(v.split()) | section for k, v in names.items()}
     rows = {
         ("closed", "layers"): "name features outputs is_input inputs divided alone rank spanned false_alarms",
-        ("labels", "rules"): "rule accuracy exact over_guess draws",
+        ("labels", "rules"): "rule accuracy exact over_guess draws chance",
         ("inversion", "searches"): "search samples seeds restarts iterations recovered identified candidates mse "
         "mse_best mse_worst psnr psnr_best psnr_worst labels matched objective",
         ("records", "worst"): "index label loss norm leverage share",
@@ -603,17 +604,68 @@ def test_the_curve_has_the_area() -> None:
 
 def test_intervals() -> None:
     binomtest = pytest.importorskip("scipy.stats").binomtest
-    for hits, of in ((0, 10), (3, 10), (10, 10)):
-        want = binomtest(hits, of).proportion_ci(method="wilson")
+    for hits, of in ((0, 10), (3, 10), (3, 3), (10, 10), (1, 1), (70, 400)):
+        want = binomtest(hits, of).proportion_ci(method="exact")
         found = Interval.share(hits, of)
         assert (found.value, found.low, found.high) == pytest.approx((hits / of, want.low, want.high), abs=1e-6)
+        nearly = Interval.mean([1.0 - 1e-9] * hits + [1e-9] * (of - hits))
+        assert (nearly.low, nearly.high) == pytest.approx((want.low, want.high), abs=0.02)
     assert Interval.mean([1.0] * 5) == Interval.share(5, 5)
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    values = torch.rand(400, generator=torch.Generator().manual_seed(0)).tolist()
     found, half = Interval.mean(values), 1.96 * float(np.std(values)) / 20
     assert found.value == pytest.approx(np.mean(values))
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.1 * half)
+    same, least = Interval.mean([0.75] * 8), Interval.share(8, 8).low  # is no point: others may come
+    assert same.low == pytest.approx(0.75 * least, abs=0.02) and same.high == pytest.approx(1 - 0.25 * least, abs=0.02)
     assert beyond(found, 1) == pytest.approx(found.low) and beyond(found, 4) < found.low
     assert beyond(Interval(0.0, -1.0, 1.0), 5) == pytest.approx(-2.5758 / 1.95996, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [3, 8, 20])
+def test_intervals_of_few_values_hold(n: int) -> None:
+    """Of a distribution with a rare value far from the others, which few draws do not show."""
+    values, odds = torch.tensor([0.2, 0.875, 1.0]).double(), torch.tensor([0.1, 0.6, 0.3]).double()
+    drawn = values[odds.multinomial(200 * n, True, generator=torch.Generator().manual_seed(0))].view(200, n)
+    found = [Interval.mean(row, draws=1000) for row in drawn.tolist()]
+    assert sum(i.low <= float(values @ odds) <= i.high for i in found) >= 185  # 190 are expected at least
+
+
+@pytest.mark.parametrize(("k", "rules"), [(3, 1), (3, 4), (8, 4), (20, 4)])
+def test_rules_that_only_guess_beat_guessing_no_more_often_than_is_said(k: int, rules: int) -> None:
+    values, generator = torch.tensor([-0.25, -0.125, 0.0, 0.125, 0.25]).double(), torch.Generator().manual_seed(0)
+    drawn = values[torch.randint(5, (200, rules, k), generator=generator)]
+    found = sum(bool((by_chance(above) <= BY_CHANCE).any()) for above in drawn)
+    assert found <= 12  # 5 of 200 are expected at most
+    if k == 3:
+        assert found == 0  # the best of 3 messages is nothing
+    else:
+        assert by_chance(drawn[0].abs() + 0.01).min() <= 2.0**-k + 1 / 4096  # and one that is better is told
+
+
+def test_chance_by_hand() -> None:
+    """Two rules, two messages: of the four ways to flip signs, the best is (3, 1), (1, 3), (1, 3), (-1, -3)."""
+    above = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+    assert by_chance(above).tolist() == [0.25, 0.75]
+
+
+def test_few_messages_show_nothing_of_a_rule(bare: None) -> None:
+    audit = run(linear(), LOSS, images(), Sharing(batch_size=1), budget=FEW)
+    assert {r.rule: r.chance for r in audit.labels.rules}["iDLG"] >= 0.25
+    assert "2 messages are too few to say whether a label rule beats guessing." in titles(audit, "note")
+    many = run(linear(), LOSS, images(), Sharing(batch_size=1), budget=replace(FEW, draws=12))
+    assert "The labels of a batch can be counted from what is shared." in titles(many, "high")
+
+
+def test_all_defences_of_a_sweep_can_be_seen(bare: None) -> None:
+    """Where they change nothing as well: each has a line of its own in each part of the picture."""
+    pictures = pytest.importorskip("packext.audit.pictures")
+    names = [f"defence {k}" for k in range(9)]
+    rows = [Defended(name, labels=0.5, guess=0.2, psnr=30.0, psnr_best=30.0, signal=1.0) for name in names]
+    figure = pictures._sweep(px.audit.Sweep(rows=rows))
+    assert len(figure.axes) == 3 and [t.get_text() for t in figure.axes[0].get_yticklabels()] == names
+    for axes in figure.axes:
+        marks = [float(line.get_ydata()[0]) for line in axes.lines if line.get_marker() in ("o", "D")]
+        assert marks == list(range(9))
 
 
 @pytest.mark.usefixtures("bare")

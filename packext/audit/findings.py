@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 SEVERITIES = ("high", "medium", "low", "note")
 
+#: A rule that is as far above guessing in no more of the cases where none is better has beaten it.
+BY_CHANCE = 0.025
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -232,12 +235,14 @@ def _labels(audit: Audit) -> Iterator[Finding]:
     s = audit.labels
     if not s.rules:
         return
-    best = max(s.rules, key=lambda r: r.over_guess.value)
+    sure = [r for r in s.rules if r.chance <= BY_CHANCE]
+    best = max(sure or s.rules, key=lambda r: r.over_guess.value)
     evidence = (
         f"{best.rule} counts {percent(best.accuracy)} of the labels of {s.samples} samples, guessing {whole(s.guess)} "
-        f"({best.draws} messages); all counts were exact in {percent(best.exact)}."
+        f"({best.draws} messages; by chance, the best rule is as far above in {100 * best.chance:.2g} %); all counts "
+        f"were exact in {percent(best.exact)}."
     )
-    if beyond(best.over_guess, len(s.rules)) > 0:
+    if sure:
         yield Finding(
             "high" if best.exact.low > 0.5 else "medium",
             "labels",
@@ -246,10 +251,13 @@ def _labels(audit: Audit) -> Iterator[Finding]:
             "Treat label counts as public, or do not share the last layer's gradient; noise on clipped gradients.",
         )
     else:
+        few = 2.0**-best.draws > BY_CHANCE
         yield Finding(
             "note",
             "labels",
-            "No label rule beats guessing at this batch size and stage of the training.",
+            f"{best.draws} messages are too few to say whether a label rule beats guessing."
+            if few
+            else "No label rule beats guessing at this batch size and stage of the training.",
             evidence,
             "Audit the model of the first rounds too: the rules are at their best on an untrained one.",
         )

@@ -42,6 +42,8 @@ class RuleResult:
         exact: share of the draws in which all counts are exact.
         over_guess: accuracy minus that of guessing on the same draws.
         draws: messages.
+        chance: probability that the best of as many rules would be as far above guessing if none were better: how
+            often it is with the signs of the draws' differences flipped at random.
     """
 
     rule: str
@@ -49,6 +51,7 @@ class RuleResult:
     exact: Interval
     over_guess: Interval
     draws: int
+    chance: float = 1.0
 
 
 @dataclass(kw_only=True)
@@ -96,7 +99,7 @@ def labels(case: Case, clock: Clock) -> Labels:
     if not found.classes:
         return found
     rules = rules_for(case, found.absent)
-    scores: dict[str, list[tuple[float, float]]] = {}
+    scores: dict[str, dict[int, tuple[float, float]]] = {}
     bounds: list[float] = []
     guesses: list[float] = []
     made = 0
@@ -109,20 +112,43 @@ def labels(case: Case, clock: Clock) -> Labels:
             for name, rule in rules.items():
                 with found.unless_refused(name):
                     accuracy = count_accuracy(rule(case.model, message), y)
-                    scores.setdefault(name, []).append((accuracy, guesses[-1]))
+                    scores.setdefault(name, {})[made] = accuracy, guesses[-1]
                     found.threats[name] = rule.threat
             if scores:  # the identity is of the losses that rules read
                 with found.unless_refused("identity"):
                     bounds.append(count_accuracy(_identity(case, message, x), y))
         made += 1
-    for name, pairs in scores.items():
-        accuracy = [a for a, _ in pairs]
+    above = torch.zeros(len(scores), made, dtype=torch.float64)
+    for row, pairs in zip(above, scores.values(), strict=True):
+        row[list(pairs)] = torch.tensor([a - g for a, g in pairs.values()], dtype=torch.float64)
+    chances = by_chance(above).tolist() if scores else []
+    for (name, pairs), chance in zip(scores.items(), chances, strict=True):
+        accuracy = [a for a, _ in pairs.values()]
         exact = Interval.share(sum(a == 1 for a in accuracy), len(accuracy))
-        over = Interval.mean([a - g for a, g in pairs])
-        found.rules.append(RuleResult(name, Interval.mean(accuracy), exact, over, len(pairs)))
+        over = Interval.mean([a - g for a, g in pairs.values()], -1.0, 1.0)
+        found.rules.append(RuleResult(name, Interval.mean(accuracy), exact, over, len(pairs), chance))
     found.guess, found.identity = (sum(v) / len(v) if v else None for v in (guesses, bounds))
     _through_aggregation(case, found)
     return found
+
+
+def by_chance(above: Tensor) -> Tensor:
+    """How often the best of several rules is as far above guessing with signs flipped as each of them is without.
+
+    Args:
+        above: what rules count more than guessing does, by draw `[R, K]`.
+
+    Returns:
+        Probabilities `[R]`, corrected for the choice among the rules; at least one of two to the number of draws.
+    """
+    k = above.shape[1]
+    if k <= 12:  # all of them
+        signs = (torch.arange(2**k)[:, None] >> torch.arange(k)) % 2
+    else:
+        signs = torch.randint(2, (4096, k), generator=torch.Generator().manual_seed(0))
+        signs[0] = 1  # as it was seen
+    best = (2.0 * signs.to(above) - 1.0) @ above.T
+    return (best.amax(1, keepdim=True) >= above.sum(1) - 1e-9).double().mean(0)
 
 
 def rules_for(case: Case, absent: dict[str, str]) -> dict[str, LabelRule]:

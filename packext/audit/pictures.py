@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from packext.audit.findings import BY_CHANCE
 from packext.audit.inversion import Inversion
 from packext.audit.labels import Labels
 from packext.audit.records import Membership, Records
-from packext.audit.sweep import Defended, Sweep
+from packext.audit.sweep import Sweep
 
 if TYPE_CHECKING:
     from packext.audit._run import Audit
@@ -53,7 +55,7 @@ def _labels(s: Labels) -> Figure | None:
     figure = Figure(figsize=(WIDTH, 1.1 + 0.34 * len(rules)), layout="constrained")
     axes = figure.subplots()
     for k, r in enumerate(rules):
-        beats = r.over_guess.low > 0
+        beats = r.chance <= BY_CHANCE
         axes.plot([r.accuracy.low, r.accuracy.high], [k, k], color=COLOURS[1] if beats else GREY, lw=3, alpha=0.5)
         axes.plot(r.accuracy.value, k, "o", color=COLOURS[1] if beats else GREY, ms=8)
     if s.guess is not None:
@@ -160,57 +162,36 @@ def _membership(s: Membership) -> Figure | None:
 
 
 def _sweep(s: Sweep) -> Figure | None:
-    """Leakage over what is left of the training, for inputs and for labels."""
-    rows = [r for r in s.rows if (r.accuracy if _accuracies(s) else r.signal) is not None]
+    """What is left of the training beside leakage of inputs and of labels, with a line for each defence."""
+    trained = any(r.accuracy is not None for r in s.rows)
+    left = ("accuracy after training with it", [r.accuracy for r in s.rows])
+    if not trained:
+        left = ("cosine to the undefended gradient", [r.signal for r in s.rows])
+    guess = next((r.guess for r in s.rows if r.labels is not None), None)
     panels = [
-        ("psnr", "best reconstruction of a single sample, dB", [r for r in rows if r.psnr is not None]),
-        ("labels", "labels counted at the real batch size", [r for r in rows if r.labels is not None]),
+        (*left, None, ""),
+        ("best reconstruction of one sample, dB", [r.psnr_best for r in s.rows], 20.0, "recovered"),
+        ("labels counted at the real batch size", [r.labels for r in s.rows], guess, "guessing"),
     ]
-    panels = [p for p in panels if p[2]]
-    if not panels or len(rows) < 2:
+    panels = [p for p in panels if any(v is not None for v in p[1])]
+    if len(panels) < 2 or len(s.rows) < 2:
         return None
-    figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
-    for axes, (name, title, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for k, r in enumerate(rows):
-            if r in shown:
-                value = r.psnr_best if name == "psnr" else r.labels
-                label = f"{k}  {r.name}" if name == panels[0][0] else None
-                axes.plot(_left(s, r), value, "o" if k else "D", color=_colour(k), ms=9, ls="", label=label)
-                axes.annotate(
-                    str(k),
-                    (_left(s, r), value or 0.0),
-                    fontsize=7,
-                    color="white",
-                    ha="center",
-                    va="center",
-                    weight="bold",
-                )
-        if name == "labels":
-            guess = shown[0].guess
-            axes.axhline(guess or 0.0, color="#222", ls="--", lw=1)
-            axes.text(0.02, guess or 0.0, "guessing", fontsize=8, va="bottom", transform=axes.get_yaxis_transform())
-        else:
-            axes.axhline(20, color="#222", ls="--", lw=1)
-            axes.text(0.02, 20, "counts as recovered", fontsize=8, va="bottom", transform=axes.get_yaxis_transform())
-        axes.set(xlabel=_left_title(s))
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.margins(0.12)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.32 * len(s.rows)), layout="constrained")
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for k, (axes, (title, values, mark, word)) in enumerate(zip(every, panels, strict=True)):
+        for line, value in enumerate(values):
+            colour = "#222222" if not line else COLOURS[k > 0]
+            if value is not None:
+                axes.plot(value, line, "o" if line else "D", color=colour, ms=7)
+        if mark is not None:
+            axes.axvline(mark, color="#222", ls="--", lw=1)
+            axes.text(mark, -0.7, word, fontsize=8, va="bottom", ha="center")
+        axes.margins(x=0.08)
+        if not title.endswith("dB"):
+            axes.set_xlim(min(-0.04, axes.get_xlim()[0]), 1.04)
+        axes.set_xlabel(title, fontsize=9)
+        axes.set_ylim(len(s.rows) - 0.4, -0.6)
+        axes.set_yticks(range(len(s.rows)), [fill(r.name, 28) for r in s.rows])
+        axes.grid(axis="y", color=GREY, lw=0.4, alpha=0.6)
         _bare(axes)
-    figure.legend(loc="outside lower center", ncol=4, frameon=False, fontsize=8)
     return figure
-
-
-def _accuracies(s: Sweep) -> bool:
-    return any(r.accuracy is not None for r in s.rows)
-
-
-def _left(s: Sweep, r: Defended) -> float:
-    return float((r.accuracy if _accuracies(s) else r.signal) or 0.0)
-
-
-def _left_title(s: Sweep) -> str:
-    return "accuracy after training with it" if _accuracies(s) else "cosine to the undefended gradient"
-
-
-def _colour(k: int) -> str:
-    return "#222222" if not k else COLOURS[(k - 1) % len(COLOURS)]

@@ -247,7 +247,9 @@ def _rate(members: Tensor, others: Tensor, fpr: float, value: float | None, draw
         threshold = drawn.topk(allowed + 1).values[-1]
         rates.append(float((m[torch.randint(len(m), (len(m),), generator=generator)] > threshold).double().mean()))
     low, high = torch.tensor(rates, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return Interval(value, min(low, value), max(high, value))
+    # No narrower than that of the hits alone, which is no point where all members are on one side.
+    hits = Interval.share(round(value * len(m)), len(m))
+    return Interval(value, min(low, hits.low), max(high, hits.high))
 
 
 def roc(members: Tensor, others: Tensor, points: int = 400) -> tuple[np.ndarray, np.ndarray]:

@@ -249,13 +249,14 @@ def _closed(s: Any) -> str:
 
 def _labels(s: Any) -> str:
     rows = [
-        [r.rule, _rate(r.accuracy), _rate(r.exact), r.draws] for r in sorted(s.rules, key=lambda r: -r.accuracy.value)
+        [r.rule, _rate(r.accuracy), _rate(r.exact), r.draws, f"{100 * r.chance:.2g} %"]
+        for r in sorted(s.rules, key=lambda r: -r.accuracy.value)
     ]
     if s.guess is not None:
-        rows.append(["guessing", whole(s.guess), None, None])
+        rows.append(["guessing", whole(s.guess), None, None, None])
     if s.identity is not None:
-        rows.append(["identity (knows the probabilities: the bound)", whole(s.identity), None, None])
-    found = table(["rule", "labels counted", "all counts exact", "messages"], rows)
+        rows.append(["identity (knows the probabilities: the bound)", whole(s.identity), None, None, None])
+    found = table(["rule", "labels counted", "all counts exact", "messages", "as far above guessing by chance"], rows)
     if s.clients_exact is not None:
         found += table(
             ["a malicious server, one normalisation layer changed", "clients", "can tell apart at most", "doubt"],
@@ -337,11 +338,10 @@ def _epsilon(s: Any) -> str:
 
 
 def _sweep(s: Any) -> str:
-    head = ["", "defence", "attacker knows", "PSNR", "best", "recovered", "labels", "by", "guessing", "cosine"]
+    head = ["defence", "attacker knows", "PSNR", "best", "recovered", "labels", "by", "guessing", "cosine"]
     head += ["accuracy", "time"]
     rows = [
         [
-            str(k),
             r.name,
             "yes" if r.adapted else "no",
             None if r.psnr is None else f"{r.psnr:.1f}",
@@ -354,7 +354,7 @@ def _sweep(s: Any) -> str:
             None if r.accuracy is None else whole(r.accuracy),
             None if r.time is None else f"× {r.time:.1f}",
         ]
-        for k, r in enumerate(s.rows)
+        for r in s.rows
     ]
     return table(head, rows)
 

@@ -62,26 +62,34 @@ class Interval:
     high: float
 
     @classmethod
-    def mean(cls, values: Sequence[float], draws: int = 2000) -> Interval:
-        """Of a mean, by bootstrap over the values; of hits and misses alone by Wilson's interval.
+    def mean(cls, values: Sequence[float], least: float = 0.0, most: float = 1.0, draws: int = 4000) -> Interval:
+        """Of a mean of values with known ends, by bootstrap with one more value, at the end (Gaffke 2005).
+
+        It holds for few values as well, of which it is wide, and is no point where all are equal. Of hits and misses
+        alone it is that of `share`.
 
         Args:
             values: one for each draw.
+            least: that a value can be.
+            most: that a value can be.
             draws: of the bootstrap, from a generator of its own.
 
         Returns:
             The mean with its interval.
         """
-        if set(values) <= {0.0, 1.0}:  # if all are the same, a bootstrap's interval is a point
+        if set(values) <= {0.0, 1.0} and (least, most) == (0.0, 1.0):
             return cls.share(round(sum(values)), len(values))
         v = torch.tensor(values, dtype=torch.float64)
-        index = torch.randint(len(v), (draws, len(v)), generator=torch.Generator().manual_seed(0))
-        low, high = v[index].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return cls(float(v.mean()), low, high)
+        weights = -torch.rand(draws, len(v) + 1, generator=torch.Generator().manual_seed(0), dtype=v.dtype).log()
+        weights /= weights.sum(1, keepdim=True)
+        seen, rest = weights[:, :-1] @ v, weights[:, -1]
+        return cls(
+            float(v.mean()), float((seen + rest * least).quantile(0.025)), float((seen + rest * most).quantile(0.975))
+        )
 
     @classmethod
     def share(cls, hits: int, of: int) -> Interval:
-        """Of a share of successes (Wilson's interval), which is no point where all or none succeeded.
+        """Of a share of successes, exact (Clopper and Pearson).
 
         Args:
             hits: successes.
@@ -90,10 +98,19 @@ class Interval:
         Returns:
             The share with its interval.
         """
-        z, p = 1.959964, hits / of
-        middle, half = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-        scale = 1 + z * z / of
-        return cls(p, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
+        return cls(hits / of, _least(hits, of), 1 - _least(of - hits, of))
+
+
+def _least(hits: int, of: int) -> float:
+    """The rate at which so many hits or more have the probability 2.5 %."""
+    k = torch.arange(hits, of + 1, dtype=torch.float64)
+    ways = torch.lgamma(torch.tensor(of + 1.0, dtype=k.dtype)) - torch.lgamma(k + 1) - torch.lgamma(of - k + 1)
+    low, high = 0.0, 1.0
+    while hits and high - low > 1e-12:
+        rate = (low + high) / 2
+        tail = float((ways + k * math.log(rate) + (of - k) * math.log1p(-rate)).exp().sum())
+        low, high = (rate, high) if tail <= 0.025 else (low, rate)
+    return low
 
 
 def plain(value: Any) -> Any:

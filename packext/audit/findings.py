@@ -335,7 +335,7 @@ def _sweep(audit: Audit) -> Iterator[Finding]:
         yield Finding(
             "note",
             "sweep",
-            "Some defences stop only who does not know of them, as far as was tried.",
+            "Some defences stop searches that do not know of them, and no other was tried.",
             f"{', '.join(unknown)}: 3 dB less than without, or worse, by searches that know of clipping and of entries "
             "set to zero alone.",
             "Do not credit them before an attack that knows of them has failed.",

@@ -717,7 +717,7 @@ def test_numbers_do_not_depend_on_how_many_calls_were_timed(monkeypatch: pytest.
     """Of a random model, whose masks torch's own generator draws, with a defence that draws as well."""
     swept, noise = [], {"noise": defences.GaussianNoise(0.1)}
     monkeypatch.setattr("packext.audit.sweep.candidates", lambda case, found: noise)
-    for turns in (6, 13):
+    for turns in (6, 8):
         monkeypatch.setattr("packext.audit.sweep.TURNS", turns)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.2), nn.Linear(8, 5))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,18 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.diagnostics import (
+    CABS,
+    ActivationScale,
     BatchSize,
     Cockpit,
+    DeadUnits,
+    GradNorm,
     IdleUnits,
     InitialScale,
     InputScale,
     LearningRate,
     Loss,
+    NoiseScale,
     OutputScale,
     ParamNorm,
     Run,
@@ -28,6 +36,7 @@ from packext.diagnostics import (
     SampleNorms,
     Untrained,
 )
+from packext.diagnostics._observe import Hook, nothing
 from tests.helpers import batch, mlp
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -93,6 +102,96 @@ def test_inputs_of_all_kinds() -> None:
     assert "no floating-point numbers" in monitor.absent["InputScale"]
 
 
+class Masked(nn.Module):
+    """Attends to what a mask allows, is told a time for each sample, and divides by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, time: Tensor, causal: Tensor, padding: Tensor, count: Tensor, grid: Tensor) -> Tensor:
+        scores = x @ x.mT + causal + padding
+        return self.head((scores.softmax(-1) @ x + grid + time[:, None] / 1000).mean(1) / count)
+
+
+@pytest.mark.parametrize("never", [-math.inf, torch.finfo(torch.float32).min, -1e4])
+def test_arguments_that_are_no_inputs(never: float) -> None:
+    monitor, loss = watch(Masked(), InputScale()), px.extend(nn.CrossEntropyLoss())
+    x = torch.randn(5, 3, 4)
+    x[0, 0, :3] = 0
+    causal = torch.full((3, 3), never).triu(1)
+    padding = torch.where(torch.rand(5, 1, 3) < 0.3, never, 0.0)
+    padding[0, 0, 2] = never
+    args = x, torch.full((5, 1), 900.0), causal, padding, torch.tensor(96.0), torch.full((3, 4), 50.0)
+    with monitor.step():
+        loss(monitor.model(*args), torch.randint(2, (5,))).backward()
+    wanted = {"": x.square().mean() ** 0.5, ".mean": x.mean(), ".largest": x.abs().max(), ".zeros": 3 / 60}
+    assert all(np.isclose(monitor.values[f"InputScale{part}"], float(value)) for part, value in wanted.items())
+    assert monitor.values["InputScale.infinite"] == 0
+
+
+def test_numbers_in_a_row_of_their_own_count_where_there_is_nothing_else() -> None:
+    monitor, x = watch(nn.Linear(1, 2), InputScale()), torch.full((4, 1), 900.0)
+    step(monitor, x, torch.randint(2, (4,)))
+    assert np.isclose(monitor.values["InputScale"], 900.0)
+
+
+@pytest.mark.parametrize("size, dtype", [(1e200, torch.double), (1e-200, torch.double), (1e30, torch.float32)])
+def test_squares_that_overflow(size: float, dtype: torch.dtype) -> None:
+    model = nn.Linear(5, 3, bias=False, dtype=dtype)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    monitor, x = (
+        watch(model, InputScale(), OutputScale(), GradNorm(), BatchSize(), optimizer=optimizer),
+        torch.randn(6, 5),
+    )
+    x = (x * size).to(dtype)
+    with monitor.step(1.0) as seen:
+        out = monitor.model(x)
+        value = out.mean()
+        seen.loss(value)
+        value.backward()
+    assert monitor.absent == {}
+    grad = model.weight.grad
+    assert grad is not None
+
+    def length(t: Tensor) -> float:
+        return math.hypot(*t.detach().double().flatten().tolist())
+
+    wanted = {
+        "InputScale": length(x) / 30**0.5,
+        "OutputScale": length(out) / 18**0.5,
+        "OutputScale.spread": length(out.double() / size - (out.double() / size).mean(0)) / length(out) * size,
+        "GradNorm": length(grad) / 6,
+        "GradNorm/weight": length(grad) / 6,
+    }
+    assert {k: monitor.values[k] / v for k, v in wanted.items()} == pytest.approx(dict.fromkeys(wanted, 1.0), rel=1e-5)
+    assert monitor.values["InputScale.infinite"] == 0
+
+
+class Parts(nn.Module):
+    """Is not called itself; its parts are, one of which nobody calls by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.stages, self.head = nn.Dropout(0.0), nn.ModuleList([nn.Linear(5, 4)]), nn.Linear(4, 3)
+
+
+def test_a_model_of_which_the_parts_are_called() -> None:
+    monitor, (x, y) = watch(Parts(), InputScale(), OutputScale()), batch(6)
+    model, loss = monitor.model, px.extend(nn.CrossEntropyLoss())
+    with monitor.step():
+        out = model.head(model.stages[0](model.drop(3 * x)).tanh())
+        loss(out, y).backward()
+    assert np.isclose(monitor.values["InputScale"], 3 * x.square().mean() ** 0.5)
+    assert np.isclose(monitor.values["OutputScale"], float(out.detach().square().mean() ** 0.5))
+    found = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert not any(isinstance(h, Hook) for h in found)
+    with monitor.step():
+        pass
+    why = "neither forward of Parts nor one of its parts with parameters was called in this step"
+    assert monitor.absent["InputScale"] == monitor.absent["OutputScale"] == why
+
+
 def test_what_the_scale_of_the_output_cannot_be() -> None:
     monitor, (x, y) = watch(mlp(), OutputScale(), BatchSize()), batch(1)
     step(monitor, x, y)
@@ -104,6 +203,31 @@ def test_what_the_scale_of_the_output_cannot_be() -> None:
         seen.losses(each)
         each.mean().backward()
     assert monitor.absent["OutputScale.spread"] == "the output has 8 rows for 4 samples"
+
+
+def test_the_rate_of_a_step_in_which_the_schedule_moves_on() -> None:
+    monitor, (x, y) = watch(mlp(), LearningRate(), CABS(), NoiseScale(), Loss()), batch(6)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(monitor.optimizer, 0.1)
+    loss = px.extend(nn.CrossEntropyLoss())
+    with monitor.step():
+        loss(monitor.model(x), y).backward()
+        monitor.optimizer.step()
+        schedule.step()
+    values = monitor.values
+    assert values["LearningRate"] == 0.1 and np.isclose(values["LearningRate.edge"], 2 / 0.1)
+    assert np.isclose(values["CABS"], 0.1 * values["NoiseScale.trace"] / values["Loss"])
+
+
+def test_what_was_in_grad_before_the_step() -> None:
+    monitor, (x, y) = watch(mlp(), GradNorm()), batch(6)
+    loss = px.extend(nn.CrossEntropyLoss())
+    for k in range(3):
+        held = [p.grad.clone() for p in monitor.model.parameters() if p.grad is not None]
+        with monitor.step():
+            loss(monitor.model(x), y).backward()
+            monitor.optimizer.step()
+        norm = sum(float(g.square().sum()) for g in held) ** 0.5
+        assert monitor.values.get("GradNorm.before") == (pytest.approx(norm) if k else None)
 
 
 def test_parameters_norm_and_learning_rate() -> None:
@@ -212,6 +336,30 @@ def test_what_is_not_trained() -> None:
     assert np.isclose(monitor.values["Untrained.share"], 1 - 25 / sum(p.numel() for p in model.parameters()))
 
 
+class Places(nn.Module):
+    """Has positions, learned and fixed ones, beside layers, and a table that stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table, self.head = nn.Linear(5, 4), nn.Embedding(7, 4), nn.Linear(4, 3)
+        self.learned, self.fixed = nn.Parameter(torch.rand(2, 4)), nn.Parameter(torch.rand(2, 4), requires_grad=False)
+        self.table.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x) + self.learned.sum(0) + self.fixed.sum(0) + self.table.weight.sum(0))
+
+
+def test_positions_are_no_layer() -> None:
+    monitor, (x, y) = watch(Places(), Untrained(), InitialScale()), batch()
+    step(monitor, x, y)
+    assert monitor.values["Untrained/fixed"] == monitor.values["Untrained/table.weight"] == 1
+    assert {k for k in monitor.values if k.startswith("InitialScale/")} == {
+        "InitialScale/first.weight",
+        "InitialScale/head.weight",
+    }
+    assert np.isclose(monitor.values["InitialScale.usual"], (7 / 3) ** 0.5)
+
+
 def test_parameters_of_another_optimizer_and_without_gradient() -> None:
     model, (x, y) = mlp(), batch()
     other = torch.optim.SGD(model[2].parameters(), 0.1)
@@ -233,7 +381,12 @@ def test_how_weights_started() -> None:
     nn.init.normal_(model[2].weight, std=2.0)
     nn.init.constant_(model[3].weight, 0.5)
     nn.init.zeros_(model[4].weight)
-    want = {"InitialScale.alike": 1.0, "InitialScale/3.weight": 0.5 * 6**0.5, "InitialScale/4.weight": 0.0}
+    want = {
+        "InitialScale.alike": 1.0,
+        "InitialScale.usual": 5**0.5,
+        "InitialScale/3.weight": 0.5 * 6**0.5,
+        "InitialScale/4.weight": 0.0,
+    }
     want["InitialScale/2.weight"] = float(model[2].weight.detach().norm()) / 48**0.5 * 8**0.5
     monitor, y = watch(model, InitialScale(), Loss()), torch.randint(3, (4,))
     with monitor.step():  # in which nothing happens
@@ -264,6 +417,52 @@ def test_units_without_a_gradient() -> None:
         step(monitor, x, y)
         assert monitor.values.get("IdleUnits/0.bias") == (None if k < 2 else 0.5 if k < 4 else 0.25)
         assert monitor.values.get("IdleUnits/2.bias") == (None if k < 2 else 0)
+
+
+def test_units_are_those_of_layers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.back = nn.Conv1d(1, 4, 3), nn.ConvTranspose1d(4, 2, 3)
+            self.norm, self.head = nn.LayerNorm(10), nn.Linear(10, 3)
+            self.scale, self.shift = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.back(self.conv(x[:, None])).flatten(1))) * self.scale + self.shift
+
+    monitor, (x, y) = watch(Net(), IdleUnits(1)), batch()
+    step(monitor, x, y)
+    layers = {"conv.bias", "back.bias", "norm.weight", "norm.bias", "head.bias"}
+    assert monitor.values.keys() == {f"IdleUnits/{name}" for name in layers}
+
+
+class Held(nn.Module):
+    """Holds its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.loss = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_copies_made_in_a_step_have_no_hooks_that_listen() -> None:
+    asked = InputScale(), OutputScale(), DeadUnits(), ActivationScale(), SampleLosses()
+    monitor, (x, y), file = watch(Held(), *asked), batch(6), io.BytesIO()
+    with monitor.step():
+        loss = monitor.model.loss(monitor.model(x), y)
+        torch.save(monitor.model, file)
+        file.seek(0)
+        copies = copy.deepcopy(monitor.model), torch.load(file, weights_only=False)
+        with px.disable():
+            for other in copies:
+                assert torch.equal(other(100 * x), monitor.model(100 * x))
+        loss.backward()
+    assert monitor.values["ActivationScale/net.0"] > 0
+    for other in copies:
+        listening = [h for m in other.modules() for h in m._forward_hooks.values() if isinstance(h, Hook)]
+        assert listening and {h.run for h in listening} == {nothing}
 
 
 @pytest.mark.parametrize("make", [lambda: IdleUnits(0), lambda: SampleLosses(0)])

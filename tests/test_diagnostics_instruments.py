@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from packext.diagnostics import (
     NormTest,
     NTKCondition,
     OrthoTest,
+    OutputScale,
     SampleNorms,
     TICDiag,
     TICTrace,
@@ -255,6 +257,23 @@ def test_curvature_on_every_case(case: Case) -> None:
     if "NTKCondition" in monitor.values:
         spectrum = torch.linalg.svdvals(flat([rows[k].flatten(0, 1) for k in names])).square()
         assert monitor.values["NTKCondition"] == pytest.approx(float(spectrum[0] / spectrum[-1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("bad, inputs", [(math.nan, 1.0), (1.0, 1e12)])
+def test_what_is_not_finite_is_not_said_to_be_anything_else(bad: float, inputs: float) -> None:
+    asked = [Alpha(), NormTest(), InnerTest(), OrthoTest(), NoiseScale(), GradSNR(), MeanGSNR(), EarlyStopping()]
+    model = px.extend(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).float())
+    x, y = torch.randn(8, 5).float() * inputs, torch.randn(8, 3).float() * inputs
+    x[0] *= bad
+    optimizer = torch.optim.SGD(model.parameters(), 1e-24)
+    monitor = Cockpit(model, optimizer, None, instruments=[*asked, OutputScale()])
+    with monitor.step():
+        px.extend(nn.MSELoss())(model(x), y).backward()
+        optimizer.step()
+    why = "not finite: a gradient, or its square, is NaN or infinite"
+    assert {name: monitor.absent[name] for name in (i.name for i in asked)} == {i.name: why for i in asked}
+    if inputs == 1:
+        assert monitor.absent["OutputScale.spread"] == "not finite: the output is NaN or infinite"
 
 
 # -- instruments with draws, options, or hooks ------------------------------------------------------

@@ -13,7 +13,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import packext as px
 from packext import optim
-from packext.diagnostics import Alpha, Cockpit, GradNorm, Loss, NormTest, SampleNorms, UpdateSize
+from packext.diagnostics import (
+    Alpha,
+    Cockpit,
+    GradNorm,
+    InputScale,
+    Loss,
+    NormTest,
+    OutputScale,
+    SampleNorms,
+    UpdateSize,
+)
 from tests.test_diagnostics import traces
 
 lightning = pytest.importorskip("lightning")
@@ -97,6 +107,22 @@ def fit(model: Any, *callbacks: Any, epochs: int = 2, **options: Any) -> None:
         warnings.simplefilter("ignore")  # Lightning's advice on loaders and devices
         trainer = lightning.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), **quiet, **options)
         trainer.fit(model, loader())
+
+
+class Unforwarded(Net):
+    """Calls its parts, as most do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return self.loss(self.net(1000 * x), y)
+
+
+def test_inputs_and_outputs_of_a_module_whose_forward_is_not_called() -> None:
+    callback, inputs = CockpitCallback(None, instruments=[InputScale(), OutputScale()]), next(iter(loader()))[0]
+    fit(Unforwarded(), callback, max_steps=3)
+    assert callback.monitor.absent == {} and callback.monitor.values["OutputScale.spread"] > 0
+    assert 0.1 < callback.monitor.values["InputScale"] / float(1000 * inputs.square().mean() ** 0.5) < 10
+    assert [v.name for v in callback.monitor.verdicts] == ["bad input scaling"]
 
 
 OPTIONS: list[dict[str, Any]] = [

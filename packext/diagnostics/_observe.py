@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 import packext as px
-from packext.diagnostics._step import COMBINE, OUTSIDE, Call, Count, Pass, Step, apart, rescaled
+from packext.diagnostics._step import COMBINE, Call, Count, Pass, Step, options, outside, rescaled
 from packext.diagnostics._tensors import inner, norms
 
 
@@ -33,6 +33,24 @@ _HERE = _Here()
 
 #: Kinds of losses that are handed over.
 GIVEN = ("loss()", "losses()")
+
+
+class Hook:
+    """A hook on a module for the time of a step; copies of the module, such as files, have one that does nothing."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        """Take what it does."""
+        self.run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+    def __reduce__(self) -> Any:
+        return Hook, (nothing,)
+
+
+def nothing(*args: Any) -> None:
+    """Does nothing."""
 
 
 class Union:
@@ -174,7 +192,7 @@ class Observer:
         self._running = module  # a loss may be made of losses: the outermost counts
         if module not in self._hooks:
             # Registered now, it comes after the hook by which packext marks the loss; also of a call that fails.
-            self._hooks[module] = module.register_forward_hook(self._ran, with_kwargs=True, always_call=True)
+            self._hooks[module] = module.register_forward_hook(Hook(self._ran), with_kwargs=True, always_call=True)
 
     def _ran(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module is not self._running or self not in _HERE.steps:
@@ -226,6 +244,7 @@ class Observer:
             if self._versions is None:
                 self.step._start = {name: p.detach().clone() for name, p in self.step.parameters.items()}
                 self._versions = self.versions()
+                self.step._groups = options(self.step.optimizer)
             queue = torch.autograd.Variable._execution_engine.queue_callback
             # Queued from a callback, it runs after those that are queued during the pass, such as the context's.
             queue(lambda: queue(functools.partial(self._ended, task)))
@@ -267,6 +286,8 @@ class Observer:
         raw = {held: {k: r[held] for k, r in own.items() if held in r} for part in fields for held in part.values()}
         p.n = _samples(raw, p)
         self._scale(p)
+        if not self.step.passes and (found := {k: _dense(v) for k, v in p.before.items() if v is not None}):
+            self.step.before = abs(p.share) * float(norms(found)[""])
         p.results = [{field: raw[held] for field, held in part.items()} for part in fields]
         self.step.passes.append(p)
         self._weigh(p, gradient, after)
@@ -285,9 +306,9 @@ class Observer:
             if grad is None:
                 continue
             g, before = grad.detach(), p.before[name]
-            dense = (g.to_dense() if g.is_sparse else g).to(torch.promote_types(g.dtype, torch.float32))
+            dense = _dense(g).to(torch.promote_types(g.dtype, torch.float32))
             if before is not None:
-                found[name] = dense - (before.to_dense() if before.is_sparse else before)
+                found[name] = dense - _dense(before)
             else:
                 found[name] = dense.clone() if dense is g else dense
         return found
@@ -338,7 +359,7 @@ class Observer:
         rows = whole = along = 0.0
         for name, grad in after.items():
             if grad is not None:
-                direction = grad.detach().to_dense() if grad.is_sparse else grad.detach()
+                direction = _dense(grad.detach())
                 direction = direction.to(torch.promote_types(direction.dtype, torch.float32))
                 whole += inner(direction, direction)
                 along += inner(added[name], direction) if name in added else 0.0
@@ -353,9 +374,13 @@ class Observer:
                 found = norms(gradient)
                 if p.share == 1.0 and len(self.step.passes) == 1:
                     self.step._shared["gradient norms"] = found
-                if apart(rows, float(found[""]) ** 2 * p.share**2):
-                    self.step._outside = OUTSIDE
+                length = float(found[""]) * p.share
+                self.step._outside = outside(rows, length * length) or self.step._outside
                 return
+
+
+def _dense(g: Tensor) -> Tensor:
+    return g.to_dense() if g.is_sparse else g
 
 
 def _samples(raw: dict[str, dict[str, Any]], p: Pass) -> int | None:

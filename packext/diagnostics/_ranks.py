@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
-from packext.diagnostics._step import OUTSIDE, Absent, Call, Count, Drawn, Pass, Step, apart
+from packext.diagnostics._step import OUTSIDE, Absent, Call, Count, Drawn, Pass, Step, outside
 from packext.diagnostics._tensors import square
 from packext.diagnostics._united import HESSIAN, Mean, Weighing, instead
 
@@ -256,10 +256,11 @@ def _compare(step: Step, merged: Pass) -> None:
     """Note if `.grad` is not the mean of the individual gradients: then their inner products with it say nothing."""
     asked = [part for part in merged.results if isinstance(part.get("grad_dot"), dict)]
     dots = next((part["grad_dot"] for part in asked if part["grad_dot"]), {})
-    if dots and apart(sum(float(v.double().mean()) for v in dots.values()), square(step._gradient)):
-        step._outside = OUTSIDE
+    why = outside(sum(float(v.double().mean()) for v in dots.values()), square(step._gradient)) if dots else ""
+    if why:
+        step._outside = why
         for part in asked:
-            part["grad_dot"] = OUTSIDE
+            part["grad_dot"] = why
 
 
 def _compare_passes(step: Step, balances: list[list[Any]]) -> None:
@@ -269,4 +270,4 @@ def _compare_passes(step: Step, balances: list[list[Any]]) -> None:
             return  # nothing that needs it
         rows, added, whole = (sum(each) for each in zip(*of_pass, strict=True))
         if not abs(rows - added) <= 0.01 * whole:
-            step._outside = OUTSIDE
+            step._outside = outside(rows, added) or OUTSIDE

@@ -28,11 +28,15 @@ NONE = (
 )
 NO_NUMBER = "the number of samples is not known: no quantity of individual gradients was asked for"
 OUTSIDE = "`.grad` is not the mean of the individual gradients: terms of the loss pass by the model"
+NOT_FINITE = "not finite: {} is NaN or infinite"
+OVERFLOW = NOT_FINITE.format("a gradient, or its square,")
 
 
-def apart(rows: float, whole: float) -> bool:
-    """Whether squared norms say that the mean of the individual gradients is not `.grad`."""
-    return not abs(rows - whole) <= 0.01 * max(rows, whole)
+def outside(rows: float, whole: float) -> str:
+    """Why the mean of the individual gradients is not `.grad`, judging by the squared norms of both; empty if it is."""
+    if not (math.isfinite(rows) and math.isfinite(whole)):
+        return OVERFLOW
+    return "" if abs(rows - whole) <= 0.01 * max(rows, whole) else OUTSIDE
 
 
 def _sum(values: list[Any]) -> Any:
@@ -124,6 +128,7 @@ class Step:
         seconds: from there to the end of the step.
         passes: the backward passes of the step, made before the parameters changed.
         samples: indices of the step's samples in the data set `[N]`, where the user has given them.
+        before: norm of what was in `.grad` when the first of the passes began, in units of `gradient`.
     """
 
     number: int
@@ -135,6 +140,8 @@ class Step:
     seconds: float = 0.0
     passes: list[Pass] = field(default_factory=list)
     samples: Tensor | None = None
+    before: float = 0.0
+    _groups: list[dict[str, Any]] = field(default_factory=list)
     _gradient: dict[str, Tensor] = field(default_factory=dict)
     _outside: str = ""
     _void: str = ""
@@ -244,6 +251,11 @@ class Step:
         return gradient
 
     @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups without their parameters, as they were when the gradient was taken."""
+        return self._groups or options(self.optimizer)
+
+    @property
     def start(self) -> dict[str, Tensor]:
         """The parameters where the gradient was taken."""
         self._passed()
@@ -344,6 +356,12 @@ class Step:
 
     def __getitem__(self, savefield: str) -> Any:
         return _sum(list(self.layers(savefield).values()))
+
+
+def options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups of an optimizer, without their parameters."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [{k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in g.items()} for g in groups]
 
 
 def rescaled(savefield: str, value: Any, multiplier: float) -> Any:

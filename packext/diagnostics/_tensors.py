@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +15,12 @@ BLOCK, TREE = 1 << 15, 1 << 30
 
 #: Entries of a difference, or of a copy in another dtype, that are in memory at once.
 CHUNK = 1 << 16
+
+#: Between these a norm in float32 is right: squares of its entries have not overflowed, nor those that count vanished.
+SMALL, LARGE = 1e-12, 1e18
+
+#: Gives a tensor in pieces, again at each call.
+Parts = Callable[[], Iterable[Tensor]]
 
 
 def inner(one: Tensor, other: Tensor) -> float:
@@ -40,21 +48,49 @@ def square(tensors: dict[str, Tensor]) -> float:
     return sum(inner(t, t) for t in tensors.values())
 
 
+def norm(t: Tensor) -> Tensor:
+    """The Euclidean norm of a tensor of 32 bits or more `[]`; finite wherever the entries are."""
+    return _sound(torch.linalg.vector_norm(t), functools.partial(_chunks, t))
+
+
 def norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Euclidean norms: of all together in float64 under "", and of each."""
     each = [t.float() if t.itemsize < 4 else t for t in tensors.values()]
-    return _together(tensors, torch._foreach_norm(each))  # pyright: ignore[reportPrivateImportUsage]
+    found = torch._foreach_norm(each)  # pyright: ignore[reportPrivateImportUsage]
+    return _together(tensors, found, [functools.partial(_chunks, t) for t in each])
 
 
 def norms_apart(ones: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
     """Norms of the differences of tensors of one name, as `norms` gives them."""
-    found = []
-    for name, one in ones.items():
-        pairs = zip(one.reshape(-1).split(CHUNK), others[name].reshape(-1).split(CHUNK), strict=True)
-        parts = [torch.linalg.vector_norm((a - b).float() if a.itemsize < 4 else a - b) for a, b in pairs]
-        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).norm())
-    return _together(ones, found)
+    parts = [functools.partial(_differences, one, others[name]) for name, one in ones.items()]
+    found = [torch.stack([torch.linalg.vector_norm(part) for part in each()]).norm() for each in parts]
+    return _together(ones, found, parts)
 
 
-def _together(names: dict[str, Tensor], each: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {"": torch.stack([v.double().cpu() for v in each]).norm(), **dict(zip(names, each, strict=True))}
+def _chunks(t: Tensor) -> Iterator[Tensor]:
+    yield from t.reshape(-1).split(CHUNK)
+
+
+def _differences(one: Tensor, other: Tensor) -> Iterator[Tensor]:
+    for a, b in zip(_chunks(one), _chunks(other), strict=True):
+        yield (a - b).float() if a.itemsize < 4 else a - b
+
+
+def _together(names: dict[str, Tensor], found: Sequence[Tensor], parts: Sequence[Parts]) -> dict[str, Tensor]:
+    each, whole = [], []
+    for v, part in zip(found, parts, strict=True):
+        read = v.double().cpu()  # once: an accelerator is waited for
+        sound = _sound(read, part)
+        each.append(v if sound is read else sound)
+        whole.append(sound.cpu())
+    return {"": norm(torch.stack(whole)), **dict(zip(names, each, strict=True))}
+
+
+def _sound(found: Tensor, parts: Parts) -> Tensor:
+    """A norm; taken again, in units of the largest entry, where squares of entries are too large or too small."""
+    if SMALL < float(found) < LARGE:
+        return found
+    size = largest(parts())
+    if not 0 < size < math.inf:
+        return found
+    return size * torch.stack([torch.linalg.vector_norm(part.double() / size) for part in parts()]).norm()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from packext.diagnostics._instrument import Instrument, Processes
-from packext.diagnostics._step import Absent, Step
+from packext.diagnostics._observe import Hook
+from packext.diagnostics._step import NOT_FINITE, Absent, Step
+from packext.diagnostics._tensors import norm
+
+#: An entry of a mask that is added to scores, where they do not count: minus infinity, or a number that is as good.
+MASKED = -1e4
 
 
 class _Hooked(Instrument):
@@ -31,7 +37,9 @@ class _Hooked(Instrument):
                     self.see(path, output.detach())
 
         self._seen: dict[str, Any] = {}
-        self._handles = [m.register_forward_hook(functools.partial(hook, k)) for k, m in self.chosen(model).items()]
+        self._handles = [
+            m.register_forward_hook(Hook(functools.partial(hook, path))) for path, m in self.chosen(model).items()
+        ]
 
     def leave(self) -> None:
         for handle in self._handles:
@@ -137,106 +145,197 @@ class ActivationScale(_Hooked):
 class InputScale(_Hooked):
     """Root mean square of the numbers that the model receives, over all samples of the step.
 
-    "InputScale.mean" is their mean, "InputScale.largest" the largest magnitude, and "InputScale.infinite" the share of
-    those that are NaN or infinite.
+    Of the arguments those count that are floating-point tensors with two axes or more and as many rows as the first
+    tensor has. Masks are left out: what has no entry above 0, and one of -10,000 or less. So is what has one number in
+    a row (a time, a length) where another argument has more.
 
-    - Formula: `sqrt(mean of x²)` over all floating-point entries x of the model's arguments
+    "InputScale.mean" is their mean, "InputScale.largest" the largest magnitude, "InputScale.infinite" the share of
+    those that are NaN or infinite, and "InputScale.zeros" that of those that are 0. Of a model that is not called
+    itself, only parts of it, the arguments are those of the part which is called first.
+
+    - Formula: `sqrt(mean of x²)` over all entries x of the arguments that count
     - Units: those of the input
-    - Cost: norm, mean and largest entry of the input in the forward pass; no quantity
+    - Cost: norm, mean, smallest and largest entry and number of zeros of the input in the forward pass; no quantity
     - Source: the definition
-    - Absent: if there are none: integers (such as tokens) have no scale
+    - Absent: if no argument counts: integers (such as tokens) have no scale; if the model was not called
     """
 
     def enter(self, step: int, model: nn.Module) -> None:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.is_grad_enabled():
-                leaves = pytree.tree_leaves((args, kwargs))
+        def hook(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            if torch.is_grad_enabled() and path == next(iter(self._calls), path):
                 with torch.no_grad():
-                    self._parts += [_moments(x) for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+                    self._calls.setdefault(path, []).extend(_received((args, kwargs)))
 
-        self._parts: list[tuple[float, float, float, int, int]] = []
-        self._handles = [model.register_forward_pre_hook(hook, with_kwargs=True)]
+        self._calls: dict[str, list[_Moments]] = {}  # of the module that was called first, which is the model if it was
+        self._handles = [
+            m.register_forward_pre_hook(Hook(functools.partial(hook, path)), with_kwargs=True)
+            for path, m in _outermost(model).items()
+        ]
 
     def unite(self, processes: Processes) -> None:
-        self._parts = [part for parts in processes.gather(self._parts) for part in parts]
+        calls = processes.gather(self._calls)
+        self._calls = {path: [part for each in calls for part in each.get(path, [])] for path in calls[0]}
 
     def measure(self, step: Step) -> dict[str, Any]:
-        if not sum(part[-1] for part in self._parts):
-            raise Absent("the model received no floating-point numbers in this step")
-        totals, squares, largest, infinite, counts = zip(*self._parts, strict=True)
+        if not self._calls:
+            raise Absent(_not_called(step.model))
+        [parts] = self._calls.values()
+        if not parts:
+            raise Absent("the model received no floating-point numbers with a row for each sample in this step")
+        counts = [part.count for part in parts]
         n = sum(counts)
         return {
-            "": (sum(squares) / n) ** 0.5,
-            ".mean": sum(totals) / n,
-            ".largest": max(largest),
-            ".infinite": sum(infinite) / n,
+            "": _mean_square([part.size for part in parts], counts),
+            ".mean": sum(part.mean * (part.count / n) for part in parts),
+            ".largest": max(part.largest for part in parts),
+            ".infinite": sum(part.infinite for part in parts) / n,
+            ".zeros": sum(part.zeros for part in parts) / n,
         }
 
 
-def _moments(x: Tensor) -> tuple[float, float, float, int, int]:
-    """Sum, sum of squares, largest magnitude, how many are not finite, how many there are."""
-    x = x.detach().float() if x.itemsize < 4 else x.detach()
-    if not x.numel():
-        return 0.0, 0.0, 0.0, 0, 0
-    square = float(x.norm()) ** 2
-    # The sum of squares is finite unless an entry is not, or overflows: only then is it worth to count.
-    infinite = 0 if square < float("inf") else int((~x.isfinite()).sum())
-    return float(x.mean()) * x.numel(), square, float(x.abs().max()), infinite, x.numel()
+def _outermost(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The model, and its parts with parameters, which a step may call in place of it; by path."""
+    found = {} if prefix else {"": model}
+    for name, part in model.named_children():
+        if isinstance(part, (nn.ModuleList, nn.ModuleDict)):  # which nobody calls
+            found |= _outermost(part, f"{prefix}{name}.")
+        elif next(part.parameters(), None) is not None:
+            found[prefix + name] = part
+    return found
+
+
+class _Moments(NamedTuple):
+    """Mean, root mean square, largest magnitude, how many are not finite, how many are 0, how many there are."""
+
+    mean: float
+    size: float
+    largest: float
+    infinite: int
+    zeros: int
+    count: int
+
+
+def _received(args: Any) -> list[_Moments]:
+    tensors = [x.detach() for x in pytree.tree_leaves(args) if isinstance(x, Tensor) and x.dim()]
+    found = [x for x in tensors if x.is_floating_point() and x.dim() > 1 and len(x) == len(tensors[0]) and x.numel()]
+    found = [(x[0].numel(), _moments(x)) for x in found]
+    seen = [(width, part) for width, part in found if part is not None]
+    most = max((width for width, _ in seen), default=0)
+    return [part for width, part in seen if width > 1 or most == 1]
+
+
+def _moments(x: Tensor) -> _Moments | None:
+    """Of an argument; none of a mask."""
+    x = x.float() if x.itemsize < 4 else x
+    least, most = (float(v) for v in x.aminmax())
+    if most <= 0 and least <= MASKED:
+        return None
+    infinite = 0 if math.isfinite(least) and math.isfinite(most) else int((~x.isfinite()).sum())
+    zeros = x.numel() - int(x.count_nonzero())
+    size = float(norm(x)) / x.numel() ** 0.5
+    return _Moments(float(x.mean()), size, max(-least, most), infinite, zeros, x.numel())
+
+
+def _mean_square(sizes: list[float], counts: list[int]) -> float:
+    """The root mean square of parts that have such ones, and so many entries."""
+    # As a length in units of the largest: squares may overflow.
+    return math.hypot(*(size * math.sqrt(count / sum(counts)) for size, count in zip(sizes, counts, strict=True)))
+
+
+def _not_called(model: nn.Module) -> str:
+    return f"neither forward of {type(model).__name__} nor one of its parts with parameters was called in this step"
 
 
 class OutputScale(_Hooked):
     """Root mean square of what the model puts out, over all samples of the step.
 
     "OutputScale.spread" is how much of that differs between samples: the standard deviation over the samples (root mean
-    square over the entries of an output) in units of it. Rows are the samples; of several tensors the first counts.
+    square over the entries of an output) in units of it. Rows are the samples; of several tensors the first counts. Of
+    a model that is not called itself, only parts of it, the output is that of the part which is called last.
 
     - Formula: `sqrt(mean of y²)`; of the spread `sqrt(mean of var(y) / mean of y²)`, with the biased variance over the
       rows of a pass
     - Units: those of the output; of the spread none
     - Cost: mean square and variance of the output in the forward pass; no quantity
     - Source: the definition
-    - Absent: if the output has no floating-point tensor. The spread also for one sample, for an output of zeros, and
-      where rows are not samples
+    - Absent: if the output has no floating-point tensor, or the model was not called. The spread also for one sample,
+      for an output of zeros or one that is not finite, and where rows are not samples
     """
 
     def enter(self, step: int, model: nn.Module) -> None:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if torch.is_grad_enabled():
+        def before(module: nn.Module, args: Any) -> None:
+            self._whole = self._whole or torch.is_grad_enabled()
+
+        def hook(path: str, module: nn.Module, args: Any, output: Any) -> None:
+            if torch.is_grad_enabled() and not (path and self._whole):
                 tensors = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
                 tensors = [y.detach() for y in tensors if y.dim() > 0 and y.numel()]
-                if tensors:
-                    y = tensors[0].float() if tensors[0].itemsize < 4 else tensors[0]
-                    variance, mean = torch.var_mean(y, 0, correction=0)
-                    self._parts.append((len(y), float(y.square().mean()), float(variance.mean()), mean))
+                with torch.no_grad():
+                    self._calls.setdefault(path, []).extend(map(_spread, tensors[:1]))
 
-        self._parts: list[tuple[int, float, float | None, Tensor]] = []
-        self._handles = [model.register_forward_hook(hook)]
+        self._whole, self._calls = False, dict[str, list[_Spread]]()
+        self._handles = [
+            m.register_forward_hook(Hook(functools.partial(hook, path))) for path, m in _outermost(model).items()
+        ]
+        self._handles.append(model.register_forward_pre_hook(Hook(before)))
+
+    def leave(self) -> None:
+        super().leave()
+        # Where the model is not called itself, what the part puts out that was called last.
+        self._parts = self._calls.get("", next(reversed(self._calls.values()), None))
 
     def unite(self, processes: Processes) -> None:
-        parts = processes.gather([(n, square, variance, mean.shape) for n, square, variance, mean in self._parts])
-        mine, self._parts = self._parts, []
-        if len({tuple(shape for *_, shape in part) for part in parts}) > 1:  # so that no variance unites
-            self._parts = [(n, square, None, torch.empty(0)) for part in parts for n, square, *_ in part]
+        mine = self._parts or []
+        parts = processes.gather([(p._replace(mean=None), p.mean.shape) for p in mine if p.mean is not None])
+        if len({tuple(shape for _, shape in each) for each in parts}) > 1:  # so that nothing unites
+            self._parts = [part._replace(deviation=None) for each in parts for part, _ in each]
             return
-        for (n, _, _, mean), *each in zip(mine, *parts, strict=True):
-            rows = sum(part[0] for part in each)
-            whole = processes.sum(mean * n) / rows
-            apart = processes.sum((mean - whole).square().mean() * n) / rows
-            within = sum(part[0] * part[2] for part in each) / rows
-            self._parts.append((rows, sum(part[0] * part[1] for part in each) / rows, within + float(apart), whole))
+        for k, part in enumerate(mine):
+            assert part.mean is not None
+            each = [one[k][0] for one in parts]
+            counts = [one.rows for one in each]
+            whole = processes.sum(part.mean * part.rows) / sum(counts)
+            apart = processes.gather(float(norm(part.mean - whole)) / whole.numel() ** 0.5)
+            within = [one.deviation or 0.0 for one in each]
+            both = [math.hypot(a, b) for a, b in zip(within, apart, strict=True)]
+            size = _mean_square([one.size for one in each], counts)
+            mine[k] = _Spread(sum(counts), size, _mean_square(both, counts), whole)
 
     def measure(self, step: Step) -> dict[str, Any]:
+        if self._parts is None:
+            raise Absent(_not_called(step.model))
         if not self._parts:
             raise Absent("the model has put out no floating-point numbers in this step")
-        rows = sum(part[0] for part in self._parts)
-        square = sum(n * s for n, s, *_ in self._parts) / rows
-        variances = [v for *_, v, _ in self._parts if v is not None]
-        variance = sum(n * v for (n, *_), v in zip(self._parts, variances, strict=False)) / rows
-        spread: Any = (variance / square) ** 0.5 if square > 0 else Absent("the output is zero")
-        if len(variances) < len(self._parts):
+        counts = [part.rows for part in self._parts]
+        size, rows = _mean_square([part.size for part in self._parts], counts), sum(counts)
+        deviations = [part.deviation for part in self._parts if part.deviation is not None]
+        spread: Any = Absent("the output is zero")
+        if not math.isfinite(size):
+            spread = Absent(NOT_FINITE.format("the output"))
+        elif len(deviations) < len(counts):
             spread = Absent("the outputs of the processes differ in shape or number")
-        elif min(part[0] for part in self._parts) < 2:
+        elif min(counts) < 2:
             spread = Absent("one sample does not differ from others")
         elif all(p.n for p in step.passes) and rows != step.n:
             spread = Absent(f"the output has {rows} rows for {step.n} samples")
-        return {"": square**0.5, ".spread": spread}
+        elif size > 0:
+            spread = _mean_square(deviations, counts) / size
+        return {"": size, ".spread": spread}
+
+
+class _Spread(NamedTuple):
+    """Of one output: rows, root mean square, that of what differs from the mean over the rows, and this mean."""
+
+    rows: int
+    size: float
+    deviation: float | None
+    mean: Tensor | None
+
+
+def _spread(y: Tensor) -> _Spread:
+    y = y.float() if y.itemsize < 4 else y
+    size = float(norm(y)) / y.numel() ** 0.5
+    # Squares of what is very large or small are none.
+    unit = 1.0 if 1e-12 < size < 1e12 or not 0 < size < math.inf else size
+    variance, mean = torch.var_mean(y if unit == 1 else y.double() / unit, 0, correction=0)
+    return _Spread(len(y), size, unit * float(variance.mean()) ** 0.5, unit * mean)

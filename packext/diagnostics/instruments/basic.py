@@ -43,7 +43,8 @@ class Time(Instrument):
 class GradNorm(Instrument):
     """Norm of the gradient, whole and of each parameter: of the mean of the samples' own gradients, before clipping.
 
-    Terms of the loss that pass by the extended loss (weight decay written into the loss) are part of it.
+    Terms of the loss that pass by the extended loss (weight decay written into the loss) are part of it. What was in
+    `.grad` when the step's first backward pass began is not; "GradNorm.before" is its norm, where there was something.
 
     - Formula: `|g|`, g from `.grad`
     - Units: those of the loss, over those of the parameters
@@ -53,7 +54,7 @@ class GradNorm(Instrument):
     """
 
     def measure(self, step: Step) -> dict[str, Any]:
-        return step.gradient_norms
+        return {**step.gradient_norms, ".before": step.before} if step.before else step.gradient_norms
 
 
 class UpdateSize(Instrument):

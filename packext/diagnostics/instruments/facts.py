@@ -28,7 +28,7 @@ class BatchSize(Instrument):
 
 
 class LearningRate(Instrument):
-    """The optimizer's largest learning rate, as it was at the end of the step.
+    """The optimizer's largest learning rate, as it was when the gradient was taken (without one, at the step's end).
 
     "LearningRate.edge" is the curvature beyond which heavy-ball gradient descent on a quadratic diverges, for
     `torch.optim.SGD` with one learning rate.
@@ -42,7 +42,7 @@ class LearningRate(Instrument):
     """
 
     def measure(self, step: Step) -> dict[str, Any]:
-        groups = step.optimizer.param_groups
+        groups = step.groups
         rates = [float(group["lr"]) for group in groups if "lr" in group]
         if not rates:
             raise Absent(f"{type(step.optimizer).__name__} has no learning rate")
@@ -61,7 +61,8 @@ class Untrained(Instrument):
     """How many parameters are not trained, and of each of these why, by a number.
 
     "Untrained/0.weight" is 1 for a parameter that does not require grad, and neither does any before it (as a frozen
-    backbone is); 2 for one that does not require grad though one before it does; 3 for one that the optimizer does not
+    backbone is), or that is none of a layer's weights and biases (as fixed positions and embeddings are); 2 for one
+    that does not require grad though one before it does; 3 for one that the optimizer does not
     hold and that has not moved either; 4 for one whose learning rate is 0; 5 for one that got no gradient (its `.grad`
     is None). Parameters that are trained are not listed. "Untrained.share" is their share in the entries of all
     parameters.
@@ -80,12 +81,13 @@ class Untrained(Instrument):
         except Absent:
             update = None
         rates = {id(p): group.get("lr") for group in step.optimizer.param_groups for p in group["params"]}
-        found, front, entries, all_entries = {}, True, 0, 0
+        found, front, entries, all_entries, tables = {}, True, 0, 0, _tables(step.model)
         for name, p in step.model.named_parameters():
             all_entries += p.numel()
             code = None
             if not p.requires_grad:
-                code = FROZEN_FRONT if front else FROZEN
+                of_layer = id(p) not in tables and any(kind in name.rpartition(".")[2] for kind in ("weight", "bias"))
+                code = FROZEN if of_layer and not front else FROZEN_FRONT
             else:
                 front = False
                 if name not in start:
@@ -106,9 +108,11 @@ class InitialScale(Instrument):
     """How large the matrices were at the start: root mean square of a weight's entries times the root of its fan-in.
 
     Of each parameter with two axes or more (`[out, in, ...]`, fan-in is the product of all sizes but the first), except
-    embeddings and matrices of one row. PyTorch's default is 0.58, Glorot's (2010) about 1, that of He et al. (2015)
-    1.41. "InitialScale.alike" is the number of matrices whose rows are all the same (and not zero), so that their units
-    stay copies of each other.
+    matrices of one row, embeddings, and what a module with layers of its own adds to them (positions, a class token:
+    parameters beside parts with parameters that are not called a weight). PyTorch's default is 0.58, Glorot's (2010)
+    about 1, that of He et al. (2015) 1.41. "InitialScale.alike" is the number of matrices whose rows are all the same
+    (and not zero), so that their units stay copies of each other, and "InitialScale.usual" the norm that all matrices
+    together, those of one row too, have in PyTorch's default.
 
     - Formula: `sqrt(mean of w²) sqrt(fan-in)`, by parameter
     - Units: none
@@ -128,34 +132,38 @@ class InitialScale(Instrument):
         if self._late:
             return {}
         start, self._late = step.start, True
-        looked_up = {
-            id(p)
-            for m in step.model.modules()
-            if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-            for p in m.parameters()
-        }
-        weights = {
-            name: w
-            for name, w in start.items()
-            if w.dim() > 1 and len(w) > 1 and id(step.parameters[name]) not in looked_up
-        }
+        tables = _tables(step.model)
+        matrices = {name: w for name, w in start.items() if w.dim() > 1 and id(step.parameters[name]) not in tables}
+        usual = (sum(len(w) for w in matrices.values()) / 3) ** 0.5
+        weights = {name: w for name, w in matrices.items() if len(w) > 1}
         alike = [bool((w == w[:1]).all()) and bool(w.any()) for w in weights.values()]
         gains = {name: w.double().square().mean().sqrt() * w[0].numel() ** 0.5 for name, w in weights.items()}
-        return {".alike": sum(alike), **gains}
+        return {".alike": sum(alike), ".usual": usual, **gains}
+
+
+def _tables(model: nn.Module) -> set[int]:
+    """Ids of parameters that are looked up in, or added: of embeddings, and of modules with layers of their own."""
+    found = set()
+    for m in model.modules():
+        lookup = isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+        if lookup or any(next(part.parameters(), None) is not None for part in m.children()):
+            found |= {id(p) for k, p in m._parameters.items() if lookup or "weight" not in k}
+    return found
 
 
 class IdleUnits(Instrument):
     """Share of the units that have got no gradient from any sample in the last tracked steps, by layer.
 
-    A unit is an entry of a parameter with one axis (a bias, or the scale of a norm), and "no gradient" an exact zero:
-    what a ReLU that is shut for all samples leaves of the gradient of the bias before it, whether the ReLU is a module
-    or a function. By name of these parameters, from the `steps`-th tracked step on.
+    A unit is an entry of a bias, or of the scale of a norm: of a parameter with one axis in a module with a weight of
+    as many rows. "No gradient" is an exact zero: what a ReLU that is shut for all samples leaves of the gradient of the
+    bias before it, whether the ReLU is a module or a function. By name of these parameters, from the `steps`-th tracked
+    step on.
 
     - Formula: entries of g that were 0 in the last `steps` tracked steps, over all entries of the parameter
     - Units: a share
     - Cost: vectors of the gradient are compared with 0; no quantity
     - Source: the definition
-    - Absent: if no parameter with one axis has got a gradient
+    - Absent: if no such parameter has got a gradient
     """
 
     def __init__(self, steps: int = 10) -> None:
@@ -174,9 +182,10 @@ class IdleUnits(Instrument):
         self._seen = 0
 
     def measure(self, step: Step) -> dict[str, Any]:
-        vectors = {name: g for name, g in step.gradient.items() if g.dim() == 1}
+        units = _units(step.model)
+        vectors = {name: g for name, g in step.gradient.items() if id(step.parameters[name]) in units}
         if not vectors:
-            raise Absent("no parameter with one axis has got a gradient")
+            raise Absent("no parameter with one axis, beside a weight with as many rows, has got a gradient")
         self._seen += 1
         for name, g in vectors.items():
             before = self._idle.get(name, torch.zeros_like(g))
@@ -185,3 +194,13 @@ class IdleUnits(Instrument):
             return {}
         shares = torch.stack([(self._idle[name] >= self.steps).float().mean() for name in vectors]).tolist()
         return dict(zip(vectors, shares, strict=True))
+
+
+def _units(model: nn.Module) -> set[int]:
+    """Ids of the parameters with one axis in whose module a weight has as many rows (transposed: columns)."""
+    found = set()
+    for m in model.modules():
+        own = {k: p for k, p in m._parameters.items() if p is not None}
+        sizes = {size for k, p in own.items() if "weight" in k for size in p.shape[:2]}
+        found |= {id(p) for p in own.values() if p.dim() == 1 and len(p) in sizes}
+    return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
-from packext.diagnostics._step import Absent, Step
+from packext.diagnostics._step import OVERFLOW, Absent, Step
 
 
 def _samples(step: Step) -> int:
@@ -38,12 +38,18 @@ def _covariances(step: Step) -> tuple[list[str], Tensor, Tensor, int]:
         gradient = step.pure_gradient
         mean = torch.stack([gradient[k].double().square().sum() for k in squares])
     total = torch.stack(list(squares.values())).double().sum(1)
+    _finite(mean, total)
     return list(squares), mean, (total - n * mean).clamp(min=0) / (n - 1), n
+
+
+def _finite(*found: Tensor) -> None:
+    if not all(bool(t.isfinite().all()) for t in found):
+        raise Absent(OVERFLOW)
 
 
 def _no_gradient(square: float) -> None:
     if not square > 0:
-        raise Absent("the mean gradient is zero, or not a number")
+        raise Absent("the mean gradient is zero")
 
 
 class NormTest(Instrument):
@@ -53,7 +59,7 @@ class NormTest(Instrument):
     - Units: none
     - Cost: `BatchL2Grad` and `GradDot`, in the pass that runs anyway
     - Source: Byrd, Chin, Nocedal & Wu 2012
-    - Absent: for one sample; where g is zero
+    - Absent: for one sample; where g is zero or a gradient is not finite
     """
 
     needs = (px.BatchL2Grad(), px.GradDot())
@@ -66,6 +72,7 @@ class NormTest(Instrument):
 
 def _along(step: Step) -> tuple[Tensor, float, int]:
     n, dots = _samples(step), step["grad_dot"].double()
+    _finite(dots)
     square = float(dots.mean())
     _no_gradient(square)
     return dots, square, n
@@ -78,7 +85,7 @@ class InnerTest(Instrument):
     - Units: none
     - Cost: `GradDot`, in the pass that runs anyway
     - Source: Bollapragada, Byrd & Nocedal 2018
-    - Absent: for one sample; where g is zero; in a step of several backward passes
+    - Absent: for one sample; where g is zero or a gradient is not finite; in a step of several backward passes
     """
 
     needs = (px.GradDot(),)
@@ -97,13 +104,14 @@ class OrthoTest(Instrument):
     - Units: none
     - Cost: `BatchL2Grad` and `GradDot`, in the pass that runs anyway
     - Source: Bollapragada, Byrd & Nocedal 2018
-    - Absent: for one sample; where g is zero; in a step of several backward passes
+    - Absent: for one sample; where g is zero or a gradient is not finite; in a step of several backward passes
     """
 
     needs = (px.BatchL2Grad(), px.GradDot())
 
     def measure(self, step: Step) -> float:
         dots, square, n = _along(step)
+        _finite(step["batch_l2"])
         across = (step["batch_l2"].double() - dots.square() / square).clamp(min=0).sum()
         return float((across / (n * (n - 1) * square)).sqrt())
 
@@ -142,8 +150,6 @@ class NoiseScale(Instrument):
         names, mean, traces, n = _traces(step)
         signals = mean - traces / n
         trace, signal = float(traces.sum()), float(signals.sum())
-        if not (trace < float("inf") and signal < float("inf")):
-            raise Absent("not finite: a gradient is NaN or infinite")
         # Both start at zero, with weights that do not add up to one: alike for both, they drop out of the ratio.
         self._trace = self.decay * self._trace + (1 - self.decay) * trace
         self._signal = self.decay * self._signal + (1 - self.decay) * signal
@@ -167,7 +173,7 @@ class GradSNR(Instrument):
     - Units: none
     - Cost: `BatchL2Grad` and `GradDot`, in the pass that runs anyway
     - Source: McCandlish, Kaplan & Amodei 2018, appendix A.1: one over their noise scale
-    - Absent: for one sample; where samples do not differ
+    - Absent: for one sample; where samples do not differ; where a gradient is not finite
     """
 
     needs = (px.BatchL2Grad(), px.GradDot())
@@ -255,10 +261,10 @@ class CABS(Instrument):
                 raise ValueError(f"CABS is defined for plain SGD; this SGD has {', '.join(extras)}.")
 
     def measure(self, step: Step) -> float:
-        rates = {float(group["lr"]) for group in step.optimizer.param_groups}
+        rates = {float(group["lr"]) for group in step.groups}
         if len(rates) > 1:
             raise Absent(f"the parameters have different learning rates: {sorted(rates)}")
-        if any(group["momentum"] for group in step.optimizer.param_groups):
+        if any(group["momentum"] for group in step.groups):
             raise Absent("the optimizer has got momentum")
         if abs(step.factor - 1) > 1e-6:
             raise Absent(f"`.grad` is {step.factor:.6g} times the mean of the samples' own gradients: no learning rate")

@@ -131,7 +131,7 @@ PANELS = (
 #: Parts of instruments that belong to others, or would say nothing as a line.
 HIDDEN = {"Time", "NoiseScale.trace", "NoiseScale.signal", "GradHist1d.limit", "GradHist2d.limit",
           "GradHist2d.param_limit", "HessTrace.standard_error", "InputScale.infinite", "Untrained.share",
-          "InitialScale.alike"}  # fmt: skip
+          "InitialScale.alike", "InitialScale.usual", "InputScale.zeros", "GradNorm.before"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,11 @@ def by_layer(values: Mapping[str, Any], name: str) -> dict[str, float]:
     return said.by_layer.get(name, {})
 
 
+def percent(share: float) -> str:
+    """A share in percent, with two digits or more."""
+    return f"{100 * share:.0f}" if abs(share) >= 0.095 else f"{100 * share:.2g}"
+
+
 class Recent:
     """The last values of something."""
 
@@ -86,6 +91,7 @@ class SinceStart(Rule):
         """Start before the first step."""
         self.first: float | None = None
         self._asked = False
+        self._usual = 0.0
 
     def begin(self, step: int, loss: float) -> bool:
         """Note the loss of step 0; return whether it is known."""
@@ -93,3 +99,8 @@ class SinceStart(Rule):
             self.first = abs(loss)
         self._asked = True
         return self.first is not None and 0 < self.first < float("inf")
+
+    def size(self, values: Mapping[str, Any]) -> float | None:
+        """Norm of the parameters, but no less than matrices have in PyTorch's initialisation: some start at zero."""
+        self._usual = values.get("InitialScale.usual", self._usual)
+        return max(values["ParamNorm"], self._usual) if "ParamNorm" in values else None

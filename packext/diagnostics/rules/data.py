@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from packext.diagnostics._verdict import Finding
-from packext.diagnostics.rules._history import Fall, Recent, SinceStart
+from packext.diagnostics.rules._history import Fall, Recent, SinceStart, percent
 
 
 class LabelNoise(SinceStart):
@@ -78,7 +78,7 @@ class LabelNoise(SinceStart):
         worst = sorted(self._suspects, key=lambda sample: -self._suspects[sample])
         return Finding(
             f"{len(worst)} samples have losses above {limit:.3g} that have risen since their first visit, and come to "
-            f"{100 * self._shares.mean:.2g} % of all that was lost at first; the median loss is "
+            f"{percent(self._shares.mean)} % of all that was lost at first; the median loss is "
             f"{values['SampleLosses']:.2g}.",
             tuple(f"sample {sample}" for sample in worst),
         )
@@ -118,6 +118,7 @@ class Overfitting(SinceStart):
         self._hardest: deque[tuple[float, np.ndarray]] = deque(maxlen=1000)
         self._earlier: deque[list[tuple[float, np.ndarray]]] = deque(maxlen=self.values)
         self._best: tuple[float, float, int] | None = None
+        self._last: float | None = None
         self._logged = -1
         self._finding: Finding | None = None
 
@@ -128,10 +129,16 @@ class Overfitting(SinceStart):
             self._between.add(loss)
             if "BatchSize" in values and "SampleLosses.largest" in values:
                 self._hardest.append((values["BatchSize"], values["SampleLosses.largest"]))
-        if loss is None or valid is None or step == self._logged:
+        if valid is None or step == self._logged:
+            return self._finding
+        if self._between.values:
+            self._last = self._between.mean
+        elif loss is not None:
+            self._last = loss
+        if self._last is None:  # no step has been looked at
             return self._finding
         self._valid.add(valid)
-        self._train.add(self._between.mean if self._between.values else loss)
+        self._train.add(self._last)
         self._earlier.append([*self._hardest])
         self._between.values.clear()
         self._hardest.clear()
@@ -154,7 +161,7 @@ class Overfitting(SinceStart):
         least = self.risen * max(best, learned)
         if not (min(valids) - best > least > 0 and valid - best > self.errors * noise and train < self.fallen * then):
             return None
-        lost = f", {100 * (valid - best) / learned:.2g} % of what had been learned" if learned > 0 else ""
+        lost = f", {percent((valid - best) / learned)} % of what had been learned" if learned > 0 else ""
         return Finding(
             f"valid_loss has risen from {best:.3g} (step {when}) to {valid:.3g}{lost}, with a standard error of "
             f"{noise:.2g}, and the loss fell from {then:.3g} to {train:.3g}."
@@ -225,14 +232,15 @@ class BatchTooSmall(_Batch):
     for sure since then. Noise alone is no failure: a run whose loss falls learns through it, as many do early, before
     the samples agree on anything, and later it is normal, since the signal goes to zero where training ends, and the
     noise stays. For sure is five standard errors by ranks, once in the run (`Fall`). Of 32 samples or more it is said
-    after 150 looks and not after 40: a plateau at the start, which many networks leave by themselves, is likelier then.
+    after 150 looks and not after 40, and only if the loss is 5 % above that of the first step: a plateau at the start,
+    which many networks leave by themselves, is likelier then, and where labels are mostly chance no loss falls far.
     """
 
     failure = "batch too small"
     advice = "Use a batch of the order of the noise scale (or accumulate to it), or lower the learning rate."
     hold, release = 5, 10
     least, window = 40, 60
-    times, unlearned, small, patience = 4.0, 0.2, 32, 150
+    times, unlearned, small, patience, risen = 4.0, 0.2, 32, 150, 1.05
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -247,7 +255,9 @@ class BatchTooSmall(_Batch):
         if found is None or self._fall.sure:
             return None
         n, scale, left = found
-        if scale < self.times * n or left < self.unlearned or n >= self.small and self._looks < self.patience:
+        if scale < self.times * n or left < self.unlearned:
+            return None
+        if n >= self.small and (self._looks < self.patience or left < self.risen):
             return None
         return Finding(f"The batch has {n:.0f} samples, and noise is as large as the gradient for one of {scale:.3g}.")
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
-from packext.diagnostics.rules._history import Recent, by_layer
+from packext.diagnostics.rules._history import Recent, by_layer, percent
 
 
 class _Matrices(Rule):
@@ -16,11 +16,11 @@ class _Matrices(Rule):
 
     def __init__(self) -> None:
         """Start before the first step."""
-        self._matrices: set[str] = set()
+        self._matrices: dict[str, float] = {}  # those that `InitialScale` has named at the start, with `usual`
 
-    def is_matrix(self, name: str) -> bool:
-        """Whether a parameter is one of those that `InitialScale` has named at the start of the run."""
-        return name in self._matrices
+    def usual(self, name: str) -> float:
+        """The norm of a matrix in PyTorch's initialisation; 0 of one that started at zero, or if it is not known."""
+        return self._matrices.get(name, 0.0)
 
     def shares(self, values: Mapping[str, Any]) -> dict[str, float]:
         """Norm of each matrix's gradient times that of the matrix, over the largest of these products.
@@ -34,10 +34,10 @@ class _Matrices(Rule):
         Returns:
             Numbers from 0 to 1 by name, in the order of the model; none if there is no gradient.
         """
-        if named := set(by_layer(values, "InitialScale")):
-            self._matrices = named
         gradients, sizes = by_layer(values, "GradNorm"), by_layer(values, "ParamNorm")
-        products = {name: g * sizes[name] for name, g in gradients.items() if name in sizes and self.is_matrix(name)}
+        if not self._matrices and (gains := by_layer(values, "InitialScale")):
+            self._matrices = {k: sizes.get(k, 0.0) / (3**0.5 * gain) if gain > 0 else 0.0 for k, gain in gains.items()}
+        products = {name: g * sizes[name] for name, g in gradients.items() if name in sizes and name in self._matrices}
         largest = max(products.values(), default=0.0)
         return {name: p / largest for name, p in products.items()} if 0 < largest < math.inf else {}
 
@@ -123,9 +123,11 @@ class ExplodingGradients(Rule):
 class NaNAhead(_Matrices):
     """A number is not finite, or grows so steadily that it soon will not be.
 
-    Steadily: a matrix, or while the loss is above that of the first step the loss, the gradient or the output, has
-    grown in each of the last 8 looks by 5 % or more, and by more each time than the time before, as only exponential
-    growth does; or an input is not finite already.
+    Steadily: a parameter, the loss, the gradient or the output has grown in each of the last 8 looks by 5 % or more,
+    and by more each time than the time before. Exponential growth lasts: the logarithm has grown in the later four by
+    0.95 times what it has in the first four (0.5 times, of what depends on the batch). What starts at zero grows with
+    the square of the steps while the rate is warmed up. And the loss has to be above that of the first step, or what
+    grows a matrix that is 2.5 times as large as in PyTorch's initialisation. Or an input is not finite already.
     """
 
     failure = "NaN about to happen"
@@ -134,7 +136,7 @@ class NaNAhead(_Matrices):
     )
     reads = ("Loss", "GradNorm", "OutputScale", "ParamNorm", "InputScale", "InitialScale")
     hold, release = 1, 20
-    looks, growth = 9, 1.05
+    looks, growth, lasting, noisy, large = 9, 1.05, 0.95, 0.5, 2.5
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -147,21 +149,22 @@ class NaNAhead(_Matrices):
         if step == 0:
             self._first = values.get("Loss", self._first)
         watched = {k: float(values[k]) for k in ("Loss", "GradNorm", "OutputScale") if k in values}
-        watched |= {f"ParamNorm/{k}": v for k, v in by_layer(values, "ParamNorm").items() if self.is_matrix(k)}
+        watched |= {f"ParamNorm/{k}": v for k, v in by_layer(values, "ParamNorm").items()}
         broken = [name for name, value in watched.items() if not math.isfinite(value)]
         if values.get("InputScale.infinite", 0.0) > 0:
-            return Finding(f"{100 * values['InputScale.infinite']:.2g} % of the inputs are NaN or infinite.")
+            return Finding(f"{percent(values['InputScale.infinite'])} % of the inputs are NaN or infinite.")
         if broken:
             return Finding(f"{broken[0]} is {watched[broken[0]]}.", _places(broken))
         grown = {}
         for name, value in watched.items():
             past = self._past.setdefault(name, Recent(self.looks))
             past.add(value)
-            if past.full and _exponential(list(past.values), self.growth):
+            if past.full and _exponential(list(past.values), self.growth, self.lasting if "/" in name else self.noisy):
                 grown[name] = (value / past.values[0]) ** (1 / (self.looks - 1))
         if self._first is None or not watched.get("Loss", 0.0) > self._first:
             # Outputs grow fast where learning begins, and gradients for a while at the edge of stability.
-            grown = {name: growth for name, growth in grown.items() if "/" in name}
+            large = {f"ParamNorm/{k}": self.large * self.usual(k) for k in by_layer(values, "ParamNorm")}
+            grown = {name: g for name, g in grown.items() if 0 < large.get(name, 0.0) < watched[name]}
         if not grown:
             return None
         name = max(grown, key=lambda k: grown[k])
@@ -172,9 +175,12 @@ class NaNAhead(_Matrices):
         )
 
 
-def _exponential(v: list[float], growth: float) -> bool:
-    """Whether each is larger than the one before by that factor, and each rise than the rise before."""
+def _exponential(v: list[float], growth: float, lasting: float) -> bool:
+    """Whether each is larger than the one before by that factor, each rise than the one before, and factors last."""
     if not v[-1] > v[0] > 0 or not all(b > growth * a for a, b in pairwise(v)):
+        return False
+    middle = v[len(v) // 2]
+    if math.log(v[-1] / middle) < lasting * math.log(middle / v[0]):
         return False
     return all(c - b > b - a for a, b, c in zip(v, v[1:], v[2:], strict=False))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
 from packext.diagnostics.instruments.facts import FROZEN, FROZEN_FRONT, NO_GRADIENT, NO_RATE, NOT_HELD
-from packext.diagnostics.rules._history import by_layer
+from packext.diagnostics.rules._history import by_layer, percent
 from packext.diagnostics.rules.gradients import _Matrices
 
 
@@ -46,13 +46,15 @@ class DeadReLUs(Rule):
         if loss is not None and abs(loss) < self.learned * self._largest:
             return None
         worst = max(where, key=lambda name: idle[name])
-        return Finding(f"{100 * idle[worst]:.0f} % of the units of {worst} got no gradient from any sample.", where)
+        return Finding(f"{percent(idle[worst])} % of the units of {worst} got no gradient from any sample.", where)
 
 
 class LayerDoesNotLearn(_Matrices):
     """A layer's matrix moves a hundred times less, compared with its size, than those of the other layers do.
 
-    Compared with the median over the matrices. Layers of healthy networks differ by factors of about ten.
+    Compared with the median over the matrices. Layers of healthy networks differ by factors of about ten. The size is
+    no less than in PyTorch's initialisation, and matrices that started at zero are left out: nearly all of these is
+    what they have moved.
     """
 
     failure = "layer does not learn"
@@ -65,9 +67,9 @@ class LayerDoesNotLearn(_Matrices):
         self.shares(values)
         updates, sizes, known = (by_layer(values, k) for k in ("UpdateSize", "ParamNorm", "Untrained"))
         moves = {
-            name: u / sizes[name]
+            name: u / max(sizes[name], usual)
             for name, u in updates.items()
-            if sizes.get(name) and name not in known and self.is_matrix(name)
+            if sizes.get(name) and name not in known and (usual := self.usual(name))
         }
         if len(moves) < 3:
             return None
@@ -77,7 +79,7 @@ class LayerDoesNotLearn(_Matrices):
             return None
         least = min(where, key=lambda name: moves[name])
         return Finding(
-            f"{least} moves by {100 * moves[least]:.2g} % of its norm in a step, and others by {100 * usual:.2g} %.",
+            f"{least} moves by {percent(moves[least])} % of its norm in a step, and others by {percent(usual)} %.",
             where,
         )
 
@@ -95,7 +97,9 @@ class FrozenByMistake(Rule):
     """Parameters are not trained though others before them are, or though they require grad.
 
     Parameters at the front of the model that do not require grad are a frozen backbone; and where nine tenths of all
-    entries are not trained, those that do not require grad are what an adapter was put into. Neither is a mistake.
+    entries are not trained, those that do not require grad are what an adapter was put into. Neither is a mistake, and
+    nor are fixed positions and embeddings. It has to be so in three looks in a row for each parameter, and in twenty
+    where there is no gradient: stochastic depth leaves out a layer, and a mixture an expert, for some steps.
     """
 
     failure = "frozen by mistake"
@@ -103,13 +107,19 @@ class FrozenByMistake(Rule):
         "Give all parameters to the optimizer, and look for requires_grad, detach() and no_grad() on the way to them."
     )
     reads = ("Untrained",)
-    hold, release = 3, 3
-    adapter = 0.9
+    hold, release = 1, 3
+    adapter, looks, unused = 0.9, 3, 20
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        self._rows: dict[tuple[str, float], int] = {}  # looks in a row, by parameter and why it is not trained
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         found = by_layer(values, "Untrained")
         deliberate = {FROZEN_FRONT, FROZEN} if values.get("Untrained.share", 0.0) >= self.adapter else {FROZEN_FRONT}
-        where = tuple(name for name, code in found.items() if code not in deliberate)
+        self._rows = {key: self._rows.get(key, 0) + 1 for key in found.items() if key[1] not in deliberate}
+        needed = {NO_GRADIENT: self.unused}
+        where = tuple(name for (name, code), row in self._rows.items() if row >= needed.get(code, self.looks))
         if not where:
             return None
         return Finding(f"{where[0]} {WHY[found[where[0]]]}{_more(len(where))}.", where)

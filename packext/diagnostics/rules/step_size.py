@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
-from packext.diagnostics.rules._history import Fall, Recent, SinceStart
+from packext.diagnostics.rules._history import Fall, Recent, SinceStart, percent
 
 
 class LearningRateTooHigh(SinceStart):
@@ -15,7 +15,8 @@ class LearningRateTooHigh(SinceStart):
     Of the loss the median of five looks counts, in three looks in a row, since a single batch's may be high by chance.
     None is ten times where it began by chance, or no number: after a very long step that is said at once.
 
-    Long is a step of more than 2 % of the norm of the parameters, and very long one of 10 %; 0.1 % is usual, and the
+    Long is a step of more than 2 % of the norm of the parameters (or of what their matrices have in PyTorch's
+    initialisation, where that is more: a model may start at zero), and very long one of 10 %; 0.1 % is usual, and the
     first steps at the highest rates that train seldom pass 5 %. Either alone is no evidence: long steps may train, and
     a loss may rise for reasons that no learning rate mends. A diverging run often ends on a plateau without gradients,
     where nothing of it is seen any more: the longest step of the last ten counts. Some optimizers' first steps are
@@ -38,7 +39,7 @@ class LearningRateTooHigh(SinceStart):
         self._low, self._risen = float("inf"), False
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
-        loss, update, norm = (values.get(name) for name in self.reads)
+        loss, update, norm = values.get("Loss"), values.get("UpdateSize"), self.size(values)
         if loss is None or not self.begin(step, loss) or self.first is None:
             return None
         self._steps += 1
@@ -70,17 +71,20 @@ class LearningRateTooLow(SinceStart):
 
     The norm of the gradient times that of the update bounds what a step can take off the loss to first order. While the
     loss is where it began, that bound is under 0.5 % of it: hundreds of steps for a factor of e, if all of them went
-    straight down. Steps are short compared with the parameters, too (0.1 % is usual), which tells this from a gradient
-    that has vanished only under optimizers that make up for its size; and they are not growing, as they do while a rate
-    is warmed up. Gradients are small where many runs begin, and grow as these leave it: so the loss must not have
-    fallen for sure, which is five standard errors by ranks since the start (`Fall`).
+    straight down. Steps are under 0.1 % of the parameters' norm, too, which is usual. That tells this from a gradient
+    that has vanished, under optimizers that make up for its size, and from labels that are mostly chance, of which no
+    step learns more. And steps are not growing, as they do while a rate is warmed up.
+
+    Gradients are small where many runs begin, and grow as these leave it: so the loss must not have fallen for sure,
+    which is five standard errors by ranks since the start (`Fall`). Nothing is said while `.grad` is not empty when a
+    step begins, since then steps do not follow the gradient.
     """
 
     failure = "learning rate too low"
     advice = "Multiply the learning rate by 10 until the loss falls, or stops falling."
     reads = ("Loss", "UpdateSize", "ParamNorm", "GradNorm")
     hold, release = 5, 10
-    bound, short, unlearned, least = 5e-3, 2e-3, 0.9, 40
+    bound, short, unlearned, least = 5e-3, 1e-3, 0.9, 40
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -89,7 +93,8 @@ class LearningRateTooLow(SinceStart):
         self._looks = 0
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
-        loss, update, norm, gradient = (values.get(name) for name in self.reads)
+        loss, update, gradient = (values.get(name) for name in ("Loss", "UpdateSize", "GradNorm"))
+        norm = self.size(values)
         if loss is None or not self.begin(step, loss) or self.first is None:
             return None
         if update is None or not norm or gradient is None or not update > 0:
@@ -107,10 +112,11 @@ class LearningRateTooLow(SinceStart):
             and gain < self.bound * mean
             and update < self.short * norm
             and not growing
+            and not values.get("GradNorm.before")
         ):
             return Finding(
-                f"A step can take {100 * gain / mean:.2g} % off the loss at best, which is {mean:.3g} and was "
-                f"{self.first:.3g} at first; it moves the parameters by {100 * update / norm:.2g} %."
+                f"A step can take {percent(gain / mean)} % off the loss at best, which is {mean:.3g} and was "
+                f"{self.first:.3g} at first; it moves the parameters by {percent(update / norm)} %."
             )
         return None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packext import _fused, _scratch
-from packext._factored import Factored, Outer, Patches
+from packext._factored import Dense, Factored, Outer, Patches
 from packext._factored.outer import DOUBT, ELEMENTWISE, WRITE
 from packext._scratch import release, scratch
 
@@ -34,7 +34,7 @@ BROAD = 64
 class Statistics:
     """What is known of the rows of one parameter; computed on demand, each thing once."""
 
-    __slots__ = ("_asked", "form", "known", "route")
+    __slots__ = ("_asked", "form", "known", "route", "shared")
 
     def __init__(self, form: Factored) -> None:
         """Take the factored rows."""
@@ -42,6 +42,7 @@ class Statistics:
         self.known: dict[str, Tensor] = {}
         self.route: dict[str, str] = {}
         self._asked: list[str] = []
+        self.shared = False  # whether somebody keeps the rows
 
     def apart(self) -> Statistics:
         """The same for another listener, who may write to what it gets: all that is known but the rows, copied."""
@@ -295,6 +296,14 @@ class Statistics:
             return value * factor
         value = self.known.pop(want)
         return value if factor == 1.0 else value.mul_(factor)
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """`rows` for the caller to keep and to write to: a copy of the statistic where its memory is another's."""
+        if rows is not self.known.get("rows"):
+            return rows
+        holder = self.form if isinstance(self.form, Dense) else self
+        taken, holder.shared = holder.shared, True
+        return rows.clone() if taken else rows
 
     def dots(self, direction: Tensor) -> Tensor:
         """Inner products of the rows with `direction`, `[N]`."""

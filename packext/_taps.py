@@ -231,6 +231,8 @@ class Argument(Tap):
             inside(ctx.use)
         elif not state.deaf:
             _flight.arrive(ctx.use, saved, grads)
+            if g.shape == saved[0].shape:
+                g = g.clone()  # what has arrived may be held, and `.grad` be written to
         return None, None, g.sum_to_size(saved[0].shape).to(saved[0].dtype), None, None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import packext as px
 from packext import _scratch, _statistics, testing
@@ -156,6 +156,56 @@ def test_quantities_that_share_a_statistic(case: Case) -> None:
             squares = this.rows[name].square().sum(0)
             for field in [q.savefield for q in quantities if q.savefield in times]:
                 assert testing.relative_error(getattr(p, field), times[field] * squares) < 1e-9, (name, field)
+
+
+class Shifts(nn.Module):
+    """Parameters whose gradients are the very tensors that arrive: of all samples, of each, and of one."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.p, self.q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(1, 3))
+        self.own, self.mid = nn.Parameter(torch.randn(n, 3)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mid(x + self.own) + self.p + self.q
+
+
+class Again(px.BatchGrad):
+    savefield = "again"
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_results_that_are_written_to(n: int) -> None:
+    """No two of them, nor one and a gradient, share memory: who scales each in place scales each once."""
+    model, x, g = Shifts(n), torch.randn(n, 3), torch.randn(n, 3)
+    named = dict(model.named_parameters())
+    each = [torch.autograd.grad(model(x)[i], list(named.values()), g[i]) for i in range(n)]
+    want = {name: torch.stack(rows) for name, rows in zip(named, zip(*each, strict=True), strict=True)}
+    px.extend(model)
+    with px.backpack(px.BatchGrad(), attach=False, overhear=True) as other:
+        with px.backpack(px.ClippedGrad(1e9), px.BatchGrad(), Again(), scale=1.0) as results:
+            model(x).backward(g)
+    found = [g]
+    for name, p in named.items():
+        assert p.grad is not None
+        mine = results[name]
+        found += [p.grad, mine.clipped_grad, mine.grad_batch, mine.again, other[name].grad_batch]
+    for t in found:
+        t.mul_(0.5)
+    for name, p in named.items():
+        for rows in (results[name].grad_batch, results[name].again, other[name].grad_batch):
+            torch.testing.assert_close(rows, 0.5 * want[name])
+        for total in (p.grad, results[name].clipped_grad):
+            torch.testing.assert_close(total, 0.5 * want[name].sum(0))
+
+
+def test_a_hook_that_writes_to_the_gradient_while_rows_are_held() -> None:
+    """What is clipped at the end of the pass is what arrived."""
+    model, x, g = px.extend(Shifts(1)), torch.randn(1, 3), torch.randn(1, 3)
+    model.own.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad.zero_()))
+    with px.backpack(px.ClippedGrad(1e9), scale=1.0) as results:
+        model(x).backward(g)
+    torch.testing.assert_close(results["own"].clipped_grad, g @ model.mid.weight)
 
 
 @pytest.mark.parametrize("case", CASES[::7], ids=lambda c: c.name)

@@ -220,16 +220,21 @@ class Factored:
 class Dense(Factored):
     """The rows themselves, `[N, *shape]`; for tensors whose rows are no larger than activations."""
 
-    def __init__(self, rows: Tensor, terms: Terms | None = None, entrywise: bool = False) -> None:
+    def __init__(
+        self, rows: Tensor, terms: Terms | None = None, entrywise: bool = False, g: Tensor | None = None
+    ) -> None:
         """Take the rows.
 
         Args:
             rows: `[N, *shape]`.
             terms: where they are sums over positions, what they are sums of (in one group).
             entrywise: whether they are of a tensor that meets data entry by entry, as in sums and products.
+            g: the gradient that they are made of, where they may be no more than a view of it.
         """
         self.terms, self.entrywise = terms, entrywise
         self.r = rows.to(accumulation_dtype(rows.dtype))
+        #: Whether the rows lie in memory that others read or write: that of a gradient, or of a result.
+        self.shared = g is not None and g.untyped_storage()._cdata == self.r.untyped_storage()._cdata
         self.n, self.shape = rows.shape[0], rows.shape[1:]
         self.acc, self.device = self.r.dtype, rows.device
 

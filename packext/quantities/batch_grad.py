@@ -55,5 +55,5 @@ class BatchGrad(PerSample, Quantity):
         return old
 
     def result(self, ask: Ask) -> Tensor:
-        rows = rows_of(self, ask, self.subsampling).to(ask.parameter.dtype)
-        return rows if ask.factor == 1.0 else rows * ask.factor
+        rows, dtype = rows_of(self, ask, self.subsampling), ask.parameter.dtype
+        return ask.statistics.kept(rows).to(dtype) if ask.factor == 1.0 else rows.to(dtype) * ask.factor

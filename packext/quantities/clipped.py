@@ -51,7 +51,7 @@ class ClippedGrad(Summed, Quantity):
 
     def result(self, ask: Ask) -> None:
         ask.sample_factor()
-        if not self._lasts(ask.statistics.form):
+        if not (self._lasts(ask.statistics.form) or isinstance(ask.statistics.form, Dense)):
             ask.statistics.form = Dense(ask.statistics["rows"])
         return None
 

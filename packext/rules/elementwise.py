@@ -38,14 +38,14 @@ class ArgumentRule(Rule):
         gs: Sequence[Tensor | None],
         layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
-        g, layout, value = gs[0], layouts[0], t["value"]
-        assert g is not None and layout is not None
-        g = g.to(accumulation_dtype(g.dtype))
+        arrived, layout, value = gs[0], layouts[0], t["value"]
+        assert arrived is not None and layout is not None
+        g = arrived.to(accumulation_dtype(arrived.dtype))
         missing = g.dim() - value.dim()
         extent = [1] * missing + list(value.shape)
         own = layout.occupied(g)
         if not own:
-            return {"value": Dense(g.sum_to_size(value.shape)[None], entrywise=True)}
+            return {"value": Dense(g.sum_to_size(value.shape)[None], entrywise=True, g=arrived)}
         if any(extent[axis] != 1 for axis in own):
             # The value has entries along the samples' axis: each belongs to one sample.
             rows = lambda i: layout.only(g, i).sum_to_size(value.shape)  # noqa: E731
@@ -62,7 +62,7 @@ class ArgumentRule(Rule):
             rest.insert(own[0], 1)
         stretched = [axis + 1 for axis, size in enumerate(rest) if size == 1 and first.shape[axis + 1] != 1]
         rows_ = first.sum(stretched) if stretched else first
-        return {"value": Dense(rows_.reshape(layout.n, *value.shape), entrywise=True)}
+        return {"value": Dense(rows_.reshape(layout.n, *value.shape), entrywise=True, g=arrived)}
 
 
 ARGUMENT = ArgumentRule()

@@ -68,13 +68,38 @@ class Tap(torch.autograd.Function):
     apply = torch._C._FunctionBase.__dict__["apply"]
 
 
+def keep(ctx: Any, use: Use, tensors: Sequence[Tensor]) -> None:
+    """Save the tensors of a use; those of which no value is needed may be changed and let go of, as in torch."""
+    names, spared = use.names, {}
+    for name in use.rule.spares(use):
+        if name in names and (name in use.direct or name not in use.sources):  # a value made of them leads back to them
+            spared[name] = tensors[names.index(name)].dtype
+    if spared:
+        tensors = [t for k, t in zip(names, tensors, strict=True) if k not in spared]
+    ctx.use, ctx.spared = use, spared
+    ctx.save_for_backward(*tensors)
+
+
+def kept(ctx: Any) -> Sequence[Tensor]:
+    """The tensors of a use again: those that were spared are the parameter itself, or zeros in its place."""
+    use, saved, spared = ctx.use, ctx.saved_tensors, ctx.spared
+    if not spared:
+        return saved
+    rest = iter(saved)
+    return [
+        next(rest) if k not in spared
+        else use.sources[k][0].tensor if k in use.direct
+        else saved[0].new_zeros((), dtype=spared[k]).expand(use.shapes[k])
+        for k in use.names
+    ]  # fmt: skip
+
+
 class Owned(Tap):
     """Runs a call, and delivers the parameters' gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, use: Use, target: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.use = use
-        ctx.save_for_backward(*tensors)
+        keep(ctx, use, tensors)
         ctx.set_materialize_grads(False)
         y = use.rule.call(use, dict(zip(use.names, tensors, strict=True)))
         # What torch calls a view (a product of matrices seen with more axes) could not be changed in place afterwards.
@@ -84,9 +109,9 @@ class Owned(Tap):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (g,) = grads
         use: Use = ctx.use
-        saved = ctx.saved_tensors
         if g is None:
-            return (None, None, *(None for _ in saved))
+            return (None, None, *(None for _ in use.names))
+        saved = kept(ctx)
         names, rule, state = use.names, use.rule, here()
         t = dict(zip(names, saved, strict=True))
         assert isinstance(rule, OwnedRule)
@@ -187,8 +212,7 @@ class Observed(Tap):
 
     @staticmethod
     def forward(ctx: Any, use: Use, count: int, target: Tensor, *tensors: Tensor) -> Any:
-        ctx.use, ctx.kept = use, len(tensors) - count
-        ctx.save_for_backward(*tensors[count:])
+        keep(ctx, use, tensors[count:])
         ctx.set_materialize_grads(False)
         return tuple([y.detach() for y in tensors[:count]])
 
@@ -197,18 +221,18 @@ class Observed(Tap):
         use: Use = ctx.use
         state = here()
         if state.idle(use):
-            return (None, None, None, *grads, *[None] * ctx.kept)
+            return (None, None, None, *grads, *[None] * len(use.names))
         if state.cuts(use):
-            return (None, None, None, *[None] * (len(grads) + ctx.kept))
+            return (None, None, None, *[None] * (len(grads) + len(use.names)))
         if state.by_inputs(use):
             inside(use)
-            kept = dict(zip(use.names, ctx.saved_tensors, strict=True))
-            if torch.is_grad_enabled() and any(t.requires_grad for k, t in kept.items() if k not in use.sources):
+            data = [t for k, t in zip(use.names, kept(ctx), strict=True) if k not in use.sources]
+            if torch.is_grad_enabled() and any(t.requires_grad for t in data):
                 unfollowed(use, f"{use.describe()} is differentiated twice, and packext does not follow its derivative")
         elif not state.deaf and any(g is not None for g in grads):
-            _flight.arrive(use, ctx.saved_tensors, grads)
+            _flight.arrive(use, kept(ctx), grads)
         grads = tuple(None if g is None else strayed(use, g) for g in grads)
-        return (None, None, None, *grads, *[None] * ctx.kept)
+        return (None, None, None, *grads, *[None] * len(use.names))
 
 
 class Argument(Tap):
@@ -216,8 +240,7 @@ class Argument(Tap):
 
     @staticmethod
     def forward(ctx: Any, use: Use, target: Tensor, value: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
-        ctx.use = use
-        ctx.save_for_backward(value)
+        keep(ctx, use, (value,))
         ctx.set_materialize_grads(False)
         return value.detach().to(dtype).expand(shape)
 
@@ -226,7 +249,7 @@ class Argument(Tap):
         (g,), state = grads, here()
         if g is None or state.cuts(ctx.use):
             return None, None, None, None, None
-        saved = ctx.saved_tensors
+        saved = kept(ctx)
         if state.by_inputs(ctx.use):
             inside(ctx.use)
         elif not state.deaf:

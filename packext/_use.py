@@ -255,6 +255,10 @@ class Rule:
         """The axis of the inputs in `weight`, if `bias` is added to what it gives, at every position; or None."""
         return None
 
+    def spares(self, use: Use) -> tuple[str, ...]:
+        """Names of tensors whose values no derivative of the call takes."""
+        return ()
+
     def tells_rows(self, use: Use) -> bool:
         """Whether it sees by itself that rows of a model's input, in whatever order, are of one sample each."""
         return False

@@ -1218,9 +1218,10 @@ class Fourier(nn.Module):
         super().__init__()
         self.filter, self.out = nn.Parameter(torch.randn(6)), nn.Linear(6, 5)
         self.real, self.imaginary = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5, 3))
+        self.gain = nn.Parameter(torch.tensor(0.7))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.out(torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(self.filter), n=6))
+        h = self.out(torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(self.filter) * self.gain, n=6))
         return (torch.view_as_complex(torch.stack([h, h.sin()], 2)) @ torch.complex(self.real, self.imaginary)).abs()
 
 

@@ -546,3 +546,51 @@ def test_what_a_model_computes_can_be_saved_and_copied() -> None:
         torch.testing.assert_close(copy.deepcopy(t), t)
     px.unextend(model)
     assert not vars(model.mean)
+
+
+class Edited(nn.Module):
+    """Of no bias, table or summand does torch keep the values, nor the input of a linear layer with a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.bias_alone = nn.Embedding(7, 5), nn.Linear(5, 5)
+        self.weight_alone, self.conv = nn.Linear(5, 5), nn.Conv1d(1, 1, 3, padding=1)
+        self.shift, self.head = nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
+        self.bias_alone.weight.requires_grad_(False)
+        self.weight_alone.bias.requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids).mean(1)
+        h += self.bias_alone(h)
+        h = self.conv(self.weight_alone(h)[:, None])[:, 0]
+        return self.head((h + self.shift).tanh())
+
+
+@pytest.mark.parametrize("quantities", [[], [px.BatchGrad(), px.DiagGGNExact()]], ids=["nothing asked", "rows"])
+@pytest.mark.parametrize("half", [False, True])
+def test_values_that_no_derivative_takes_may_change(half: bool, quantities: list[Any]) -> None:
+    """As in torch, data in place at once, and parameters between the two passes."""
+    torch.manual_seed(0)
+    plain, ids, y = Edited(), torch.randint(7, (4, 6)), torch.randint(3, (4,))
+    model, loss_fn = px.extend(copy.deepcopy(plain)), px.extend(nn.CrossEntropyLoss(reduction="sum"))
+    names = [name for name, p in plain.named_parameters() if p.requires_grad]
+    want: dict[str, Tensor] = {}
+    for this in (plain, model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = this(ids)
+        with torch.no_grad():
+            for p in (this.table.weight, this.shift, this.conv.bias, this.bias_alone.bias, this.weight_alone.bias):
+                p.mul_(2.0)
+        if this is plain:
+            ps = [plain.get_parameter(name) for name in names]
+            losses = nn.CrossEntropyLoss(reduction="none")(out.float(), y)
+            each = zip(*(torch.autograd.grad(loss, ps, retain_graph=True) for loss in losses), strict=True)
+            want = dict(zip(names, map(torch.stack, each), strict=True))
+        with px.backpack(*quantities if this is model else ()):
+            loss_fn(out.float(), y).backward()
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if half else {}
+    for name in names:
+        mine, other = model.get_parameter(name), plain.get_parameter(name)
+        torch.testing.assert_close(mine.grad, other.grad, **tolerance)
+        if quantities:
+            torch.testing.assert_close(mine.grad_batch, want[name], **tolerance)

@@ -8,6 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
@@ -329,3 +330,32 @@ def test_samples_side_by_side_of_one_position(monkeypatch: pytest.MonkeyPatch) -
         model = nn.Sequential(nn.Conv1d(7, 1, 3, padding=1), nn.Flatten(), nn.Linear(1, 3))
         report = testing.check(model, nn.CrossEntropyLoss(), torch.randn(4, 1, 7).transpose(1, 2), torch.arange(4) % 3)
     assert report.ok, report
+
+
+class Broadcast(nn.Module):
+    """A bias of any shape in a linear layer, or a value assigned to some of what it gives."""
+
+    def __init__(self, shape: Sequence[int], assigned: Any = None) -> None:
+        super().__init__()
+        self.layer, self.value, self.assigned = nn.Linear(5, 3, bias=False), nn.Parameter(torch.randn(shape)), assigned
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.assigned is None:
+            return F.linear(x, self.layer.weight, self.value).flatten(1)
+        y = self.layer(x).clone()
+        y[y > 0 if self.assigned == "mask" else self.assigned] = self.value
+        return y.flatten(1)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (1, 2, 3)])
+def test_biases_that_torch_broadcasts(shape: Sequence[int]) -> None:
+    exact(Broadcast(shape), torch.randn(4, 2, 5))
+
+
+@pytest.mark.parametrize(
+    ("shape", "assigned"),
+    [((1, 1, 1, 2), (..., slice(2))), ((1, 1), (slice(None), 0, 1)), ((1, 1), "mask")],
+    ids=str,
+)
+def test_assigned_values_with_leading_axes_of_one_entry(shape: Sequence[int], assigned: Any) -> None:
+    exact(Broadcast(shape, assigned), torch.randn(4, 2, 5))

@@ -44,6 +44,9 @@ class Convolution(OwnedRule):
     def bias_axis(self, use: Use) -> int | None:
         return None if use.consts["transposed"] else 1  # positions of the input have no part in the bias
 
+    def spares(self, use: Use) -> tuple[str, ...]:
+        return ("bias",)
+
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         x, w, b = tensors["input"], tensors["weight"], tensors.get("bias")
         w = w if w.dtype is x.dtype else w.to(x.dtype)

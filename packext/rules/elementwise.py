@@ -6,6 +6,7 @@ backward of the call yields the gradient before it is summed over samples.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ class ArgumentRule(Rule):
 
     name = "elementwise"
     positionwise = True
+
+    def spares(self, use: Use) -> tuple[str, ...]:
+        return ("value",)
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         return tensors["value"].expand(use.outputs[0])
@@ -99,17 +103,15 @@ def elementwise(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     operands = _tensors(args, kwargs)
     shape = torch.broadcast_shapes(*(t.shape for t in operands))
     # Tensors without axes do not take part in type promotion; once broadcast they would.
-    with_axes = [t.dtype for t in operands if t.dim()]
+    wide = [t.dtype for t in operands if t.dim() and (t.is_floating_point() or t.is_complex())]
+    promoted = functools.reduce(torch.promote_types, wide) if wide else None
 
     def tapped(t: Any) -> Any:
         if not isinstance(t, Tensor) or not tracer.sources(t):
             return t
         dtype = t.dtype
-        if t.dim() == 0 and with_axes and t.is_floating_point():
-            wide = [d for d in with_axes if d.is_floating_point or d.is_complex]
-            dtype = wide[0] if wide else t.dtype
-            for other in wide[1:]:
-                dtype = torch.promote_types(dtype, other)
+        if t.dim() == 0 and promoted is not None and t.is_floating_point():
+            dtype = promoted.to_real()  # a real one is not made complex
         return tracer.argument(t, shape, dtype, func)
 
     return func(*(tapped(a) for a in args), **{k: tapped(v) for k, v in kwargs.items()})
@@ -138,9 +140,15 @@ def assigned(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     target, index, value = args
     if tracer.sources(target) or not isinstance(value, Tensor):
         return NotImplemented
-    if isinstance(index, Tensor) and index.dtype == torch.bool and _stretches(value.shape, target.shape, index.dim()):
+    masks = isinstance(index, Tensor) and index.dtype == torch.bool
+    shape = target.detach()[index].shape
+    more = max(0, value.dim() - len(shape))
+    if more and value.shape[:more].numel() == 1:  # leading axes of one entry, which torch leaves out
+        with tracer:
+            value = value.reshape(value.shape[more:])
+    if masks and _stretches(value.shape, target.shape, index.dim()):
         return func(target, index, tracer.argument(value, target.shape, value.dtype, func)[index])
-    return func(target, index, tracer.argument(value, target.detach()[index].shape, value.dtype, func))
+    return func(target, index, tracer.argument(value, shape, value.dtype, func))
 
 
 def _stretches(value: Any, target: Any, masked: int) -> bool:

@@ -25,6 +25,9 @@ class Embedding(Rule):
     leads = ("indices",)
     positionwise = True
 
+    def spares(self, use: Use) -> tuple[str, ...]:
+        return ("weight",)
+
     def factors(
         self,
         use: Use,

@@ -31,6 +31,9 @@ class Linear(OwnedRule):
     def bias_axis(self, use: Use) -> int | None:
         return 0 if use.consts["transposed"] else 1
 
+    def spares(self, use: Use) -> tuple[str, ...]:
+        return ("bias",) if "weight" in use.sources else ("bias", "input")
+
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         x, w, b = tensors["input"], tensors["weight"], tensors.get("bias")
         w = w.t() if use.consts["transposed"] else w
@@ -105,8 +108,13 @@ def linear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
         from packext.rules.parallel import linear_of_parts  # which is made of what is here
 
         return linear_of_parts(tracer, func, tensors)
-    if tensors["weight"].dim() != 2 or not tracer.is_data(tensors["input"]):
+    w, b = tensors["weight"], tensors.get("bias")
+    if w.dim() != 2 or not tracer.is_data(tensors["input"]):
         return NotImplemented
+    if b is not None and b.shape != w.shape[:1]:  # which torch broadcasts
+        with tracer:
+            y = F.linear(tensors["input"], w)
+            return y + b.to(y.dtype).expand_as(y)
     return tracer.owned(LINEAR, func, tensors, {"transposed": False})
 
 

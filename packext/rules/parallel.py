@@ -30,6 +30,9 @@ class ParallelLinear(Linear):
     splits = True
     delivers = False
 
+    def spares(self, use: Use) -> tuple[str, ...]:
+        return ("bias",)
+
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         return super().call(use, _here(tensors, () if use.consts["adds bias"] else ("bias",)))
 

@@ -193,9 +193,16 @@ class Tokens(Layout):
         found = [axis for axis, size in enumerate(shape) if size == self.length and axis != self.axis]
         return found[0] if len(found) == 1 and len(shape) > 1 else None
 
-    def tells(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of this shape has its tokens in a place that is beyond doubt."""
-        return self._folded(shape) or self._where(shape) is not None
+    def tells(self, shape: Sequence[int], reads: Sequence[Sequence[int]]) -> bool:
+        """Whether an output of this shape has its tokens in a place beyond doubt, made of what the call `reads`.
+
+        Returns:
+            False where what it reads has several axes as long: a map along tokens has channels in their place.
+        """
+        folded = self._folded(shape)
+        most = 0 if folded else 1 + (self.samples == self.length)
+        known = folded or self._where(shape) is not None
+        return known and all(list(read).count(self.length) <= most for read in reads)
 
     def occupied(self, t: Tensor) -> tuple[int, ...]:
         """The axes of samples and of tokens."""

@@ -214,7 +214,8 @@ class Use:
         """
         assert at is not None
         here = replace(tokens, axis=at.axis, inner=at.inner)
-        if not self.rule.positionwise or type(at) is not Layout or not here.tells(g.shape):
+        reads = [shape for k, shape in self.shapes.items() if k in self.rule.reads and k not in self.sources]
+        if not self.rule.positionwise or type(at) is not Layout or not here.tells(g.shape, reads):
             raise UnsupportedUseError(self._no_tokens(tokens))
         if here.kept is not None:
             counts = here.spread(torch.ones(here.n, dtype=torch.bool, device=g.device), g)
@@ -228,9 +229,9 @@ class Use:
     def _no_tokens(self, tokens: Tokens) -> str:
         return (
             f"{self.describe()} does not tell the {tokens.length} tokens of a sample apart: it acts on several of them "
-            f"at once, or none or several of the axes of its output {list(self.outputs[0])} have {tokens.length} "
-            "entries. Leave its parameters out (parameters=...), pad the batch by a token if sizes coincide, pass "
-            "mask=... of as many tokens as the layers have, or ask for per='sample'."
+            f"at once, none or several of the axes of its output {list(self.outputs[0])} have {tokens.length} "
+            "entries, or several of what it reads do. Leave its parameters out (parameters=...), pad the batch by a "
+            "token if sizes coincide, pass mask=... of as many tokens as the layers have, or ask for per='sample'."
         )
 
 

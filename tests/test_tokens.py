@@ -204,20 +204,35 @@ class Channels(nn.Module):
         return self.conv(x.mT).mT
 
 
+class Mixer(nn.Module):
+    """Maps along the tokens, of which there are as many as channels."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.mix, self.how = nn.Linear(4, T), nn.Linear(T, 3, bias=False), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if self.how == "from the left":
+            return self.mix.weight @ x
+        return self.mix(x.mT if self.how == "as they are" else x.mT.flatten(0, 1))
+
+
 @pytest.mark.parametrize(
     ("m", "where"),
     [
+        *((Mixer(how), "mix") for how in ("as they are", "folded", "from the left")),
         (Pooled(nn.Linear(4, 4)), "head"),
         (Pooled(Channels()), "body.conv"),
         (Pooled(nn.LSTM(4, 4, batch_first=True)), "body"),
         (Pooled(nn.Linear(4, T), T), "body"),
     ],
-    ids=["pooled", "convolution", "recurrent", "as many features as tokens"],
+    ids=["mixed", "mixed, folded", "mixed, left", "pooled", "convolution", "recurrent", "as many features as tokens"],
 )
 def test_uses_that_do_not_tell_tokens_apart(m: nn.Module, where: str) -> None:
     px.extend(m)
     chosen = [p for name, p in m.named_parameters() if name.startswith(where)]
-    with pytest.raises(px.UnsupportedUseError, match=rf"{where} .* does not tell the {T} tokens"):
+    with pytest.raises(px.UnsupportedUseError, match=rf"{where}.* does not tell the {T} tokens"):
         with px.backpack(px.BatchGrad(), per="token", parameters=chosen):
             m(torch.randn(N, T, 4)).sum().backward()
     assert not any(hasattr(p, "grad_batch") for p in m.parameters())

@@ -181,6 +181,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     key = (record.structure(), gates)
     plan = record.extension.shared.plans.get(key)
     if plan is not None and not record.routed and _adopt(record, plan):
+        _same_axes(record, key, plan.places)
         return
     n = record.n
     generator = torch.Generator().manual_seed(20250101)
@@ -203,6 +204,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             "px.extend(model, batch_axis=...)."
         )
     if plan is not None and record.routed and _follow(record, starts, plan, send, generator):
+        _same_axes(record, key, plan.places)
         return
     lone = int(torch.randint(n, (1,), generator=generator))
     cotangents_of = [*separating(n), torch.arange(n) == lone]
@@ -246,10 +248,34 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         assert first is not None
         raise CoupledSamplesError(_coupled(record, first))
     # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
+    places = {start.gate: at for start, at in zip(starts, chosen, strict=True)}
     if record.routed or all(is_settled(use) for use in record.uses):
         layouts = [use.layouts if use.options else None for use in record.uses]
-        places = {start.gate: at for start, at in zip(starts, chosen, strict=True)}
         record.extension.shared.remember(key, Plan(layouts, places).here(record))
+    _same_axes(record, key, places)
+
+
+def _same_axes(record: Record, key: Any, places: dict[int, Layout]) -> None:
+    """Compare where samples are in the outputs with earlier passes of the same uses.
+
+    Raises:
+        PackextError: if it is along another axis. Where both are as long, the one that extend was told is taken, and no
+            cotangent need show that it is the other.
+    """
+    (trail, _, uses), _ = key
+    for (before, _), plan in record.extension.shared.plans.items():
+        for gate, at in plan.places.items() if before[0] == trail else ():
+            here = places[gate].axis if gate in places else None
+            if here is None or at.axis is None or here == at.axis:
+                continue
+            if [use[:4] for use in before[2]] != [use[:4] for use in uses]:
+                break
+            what = f"output {list(record.gates[gate][1])}" if gate >= 0 else "what its loss was computed from"
+            raise PackextError(
+                f"In {what} of the extended model, the {record.n} samples are along axis {here}, and in an earlier "
+                f"pass they were along axis {at.axis}. Where both axes are as long, it cannot be known which of them "
+                f"has the samples. Have forward return them along axis {record.batch_axis}, as it takes them."
+            )
 
 
 def _of_all(record: Record, conflict: Use | None) -> Use | None:

@@ -254,6 +254,29 @@ def test_an_axis_that_has_n_entries_by_accident() -> None:
     refused(Turned(N), torch.randn(N, 5), px.CoupledSamplesError, "batch_axis")
 
 
+@pytest.mark.parametrize("sizes", [(6, 7, N), (N, 6)])
+def test_samples_along_another_axis_of_an_output_than_before(sizes: tuple[int, ...]) -> None:
+    """Time first in what comes out alone: as long as only the size of one axis is N, there is no doubt."""
+    model = px.extend(nn.Sequential(Lambda(lambda x: x / 2), nn.Linear(5, 3), Lambda(lambda y: y.transpose(0, 1))))
+    weight = model[1].weight
+
+    def step(t: int) -> None:
+        x = torch.randn(N, t, 5)
+        with px.backpack(px.BatchGrad()):
+            model(x).square().sum().backward()
+        if t != N:
+            rows = [torch.autograd.grad(model(x[i : i + 1]).square().sum(), weight)[0] for i in range(N)]
+            torch.testing.assert_close(weight.grad_batch, torch.stack(rows))
+
+    for t in sizes[:-1]:
+        step(t)
+    before = fields(model)
+    for t in (*sizes[::-1], *sizes):  # from then on in all passes
+        with pytest.raises(px.PackextError, match=r"4 samples are along axis [01], .* were along axis [01].*axis 0"):
+            step(t)
+    assert fields(model) == before
+
+
 @pytest.mark.parametrize("features", [3, 5, 2 * N])
 def test_samples_along_another_axis_are_found(features: int) -> None:
     model, x = Turned(features), torch.randn(N, 5)

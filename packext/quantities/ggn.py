@@ -83,6 +83,10 @@ class DiagEF(Diagonal):
 
     For a mean over N samples it is 1/N times the sum of the squared gradients of the samples' own losses; N times
     `SumGradSquared`, which squares gradients that carry 1/N.
+
+    With a loss that is a mean over T terms of each sample as well (tokens, pixels, labels), a sample's own loss is the
+    mean of its T terms. Fisher matrices and the GGN count the terms one by one: for targets as the model predicts them,
+    `DiagGGNExact` is then T times the mean of this one. With `reduction="sum"` both are alike.
     """
 
     savefield = "diag_ef"

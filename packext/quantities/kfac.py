@@ -256,7 +256,8 @@ class KFAC(Sampled, _Kronecker):
             mc_samples: draws for each sample, with fisher "mc".
             approx: "expand", where every position counts as a sample; or "reduce", where positions are pooled.
             fisher: "mc": targets drawn from the model's predictions; "exact": the loss's Hessian (type 2, as KFLR);
-                "empirical": the gradients of the loss as it is.
+                "empirical": the gradients of the loss as it is, of each sample's own loss as in `DiagEF`: where that
+                is a mean over T terms (tokens, labels), B is T times smaller than that of the other two.
             generator: for the draws; one of packext's own by default.
             bias: "separate": weight and bias have blocks of their own. "joint": a bias that is added to what a weight
                 gives in every use of either has one with it, that of the weight with an input more, which is 1: A is

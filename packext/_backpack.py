@@ -223,7 +223,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 "torch.compile is to run the model, its forward pass has to be inside, too."
             )
 
-    def strange(self) -> bool:
+    def _strange(self) -> bool:
         """Whether what runs is another of asyncio's tasks than the one that entered."""
         now = None if self._task is None else _listening.task()
         return now is not None and now != self._task

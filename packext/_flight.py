@@ -345,7 +345,7 @@ def _current(record: Record | None) -> Pass:
     for key in (task, record.born if record is not None else task):
         if key in state.passes and tuple(f.context for f in state.passes[key].heard) == state.hearing:
             return state.passes[key]
-    if any(context.strange() for context in state.hearing):
+    if any(context._strange() for context in state.hearing):
         raise PackextError(
             "A backward pass of one asyncio task while the context of another is open, on one thread: it would be "
             "heard there. Leave the context before the next await, or run each in a thread of its own "

@@ -8,6 +8,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch.utils.weak import TensorWeakRef
 from packext import _flight, _listening
 from packext._errors import PackextError
 from packext._layout import Layout
+from packext._precision import as_now, unrounded
 from packext._record import Inside, Record
 from packext._refusals import note_loss, refuse_beside
-from packext._use import autocasts
 
 
 def is_loss(module: nn.Module) -> bool:
@@ -80,7 +81,7 @@ class Seen:
         kwargs: keyword arguments, without the input.
         record: gives the forward pass of the model that computed the loss itself.
         value: what the loss gave, detached.
-        rounding: the relative error that it may have.
+        around: gives contexts in which autocast is as it was.
     """
 
     module: nn.Module
@@ -91,7 +92,7 @@ class Seen:
     kwargs: dict[str, Any]
     record: Callable[[], Record | None]
     value: Tensor
-    rounding: float
+    around: Callable[[], AbstractContextManager[Any]]
 
     @property
     def name(self) -> str:
@@ -110,11 +111,18 @@ class Seen:
         module = copy.copy(self.module)
         module._buffers = dict(module._buffers)
         leaves, cuda = self.leaves(), [self.value.device] if self.value.is_cuda else []
-        if leaves is not None:
-            inner = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]  # it may write into them
-            with torch.no_grad(), torch.random.fork_rng(cuda), _listening.silence():
+        if leaves is not None and not self.value.is_meta:
+            own = type(module).__module__.startswith("torch.nn.")  # others may write into what they are given
+            inner = [(t.detach() if own else t.detach().clone()) if isinstance(t, Tensor) else t for t in leaves]
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(cuda),
+                _listening.silence(),
+                unrounded(self.value.device.type),
+                self.around(),
+            ):
                 again = module.forward(pytree.tree_unflatten(inner, self.spec), *self.args, **self.kwargs)
-            if not isinstance(again, Tensor) or not _alike(again, self.value, self.rounding):
+            if not isinstance(again, Tensor) or not _same(again, self.value):
                 now = again.flatten()[:3].tolist() if isinstance(again, Tensor) else type(again).__name__
                 raise PackextError(
                     f"The extended {self.name} gave {self.value.flatten()[:3].tolist()} when it was called, and gives "
@@ -194,19 +202,13 @@ def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
     return again
 
 
-def _alike(value: Tensor, other: Tensor, rounding: float) -> bool:
-    if value.shape != other.shape:
+def _same(value: Tensor, other: Tensor) -> bool:
+    """Whether a loss gave `other` before, but for rounding in another order of sums."""
+    if value.shape != other.shape or value.dtype != other.dtype:
         return False
+    rounding = torch.finfo(other.dtype).eps ** 0.5
     size = float(other.abs().nan_to_num(0.0, 0.0, 0.0).max()) if other.numel() else 0.0
-    return torch.allclose(value.to(other.dtype), other, rounding, rounding * size, equal_nan=True)
-
-
-def _rounding(value: Tensor, live: list[Tensor]) -> float:
-    """What may lie between two computations of a loss, one of them without autocast."""
-    kinds = [t.dtype for t in (value, *live)]
-    if autocasts(value.device.type):
-        kinds.append(torch.get_autocast_dtype(value.device.type))
-    return max(torch.finfo(kind).eps for kind in kinds) ** 0.5
+    return torch.allclose(value, other, rounding, rounding * size, equal_nan=True)
 
 
 class LossMark(torch.autograd.Function):
@@ -226,7 +228,7 @@ class LossMark(torch.autograd.Function):
             _flight.may_retain(t)
         seen = Seen(
             module, edges, _keep(leaves), spec, tuple(rest), kwargs, weakref.ref(record) if record else lambda: None,
-            output.detach(), _rounding(output, live),
+            output.detach(), as_now(output.device.type),
         )  # fmt: skip
         marked = LossMark.apply(output, type(module).__name__, module.reduction, seen)
         if record is None:

@@ -444,11 +444,11 @@ PROBLEMS = {
     ),
     "recaller": Problem(
         Last, recalls, CE, "hidden", ("embed", "recurrent", "hidden"),
-        {"adam": 1e-2, "adagrad": 3e-2, "rmsprop": 3e-3}, "hidden", False, held_out=True,
+        {"adam": 1e-2, "adagrad": 3e-2, "rmsprop": 3e-3}, "hidden", False,
     ),
     "parity": Problem(
         lambda: mlp([12, 64, 64, 32, 2], nn.GELU), parities, CE, "2", ("1", "3", "5"),
-        {"sgd": 0.3, "momentum": 0.03, "adam": 1e-2}, None, True, held_out=True,
+        {"sgd": 0.3, "momentum": 0.03, "adam": 1e-2}, None, True,
     ),
 }  # fmt: skip
 

@@ -101,6 +101,7 @@ def alarms(healthy: list[Row]) -> str:
         "known families": [r for r in healthy if not PROBLEMS[r.case.problem].held_out],
         "held-out families": [r for r in healthy if PROBLEMS[r.case.problem].held_out],
     }
+    groups = {name: rows for name, rows in groups.items() if rows}
     lines = [
         f"Verdicts in healthy runs ({HEALTHY_STEPS} steps each), at new seeds:",
         "",

@@ -314,3 +314,26 @@ def test_estimates_of_the_hessian_are_in_float32() -> None:
     with px.backpack(px.DiagHessianMC(2), px.HessianTrace(2)) as results:
         loss(model(torch.randn(N, 5).bfloat16()), torch.randint(3, (N,))).backward()
     assert all(t.dtype == torch.float32 for r in (model.bias.diag_h_mc, results.hessian_trace) for t in r)
+
+
+@pytest.mark.parametrize("quantity", [px.BatchL2Grad, px.ClippedGrad])
+def test_norms_where_positions_cancel(quantity: Any) -> None:
+    """Products of positions are a thousand times as large as their sum: rows are formed, as autograd forms them."""
+    torch.manual_seed(0)
+    model = px.extend(nn.Sequential(nn.Conv1d(8, 40, 1), nn.InstanceNorm1d(40), nn.Flatten(), nn.Linear(320, 3)))
+    loss, x, y = px.extend(nn.CrossEntropyLoss(reduction="sum")), 3000 + torch.randn(6, 8, 8), torch.randint(3, (6,))
+    with px.backpack(px.BatchGrad()):
+        loss(model(x), y).backward()
+    rows = torch.cat([p.grad_batch.flatten(1) for p in model.parameters()], 1)
+    own = rows.norm(dim=1)
+    if quantity is px.BatchL2Grad:
+        with px.backpack(px.BatchL2Grad()):
+            loss(model(x), y).backward()
+        found = sum(p.batch_l2 for p in model.parameters())
+        torch.testing.assert_close(found.sqrt(), own, rtol=1e-3, atol=0.0)
+        return
+    bound = float(own.min()) / 2  # of which every sample has its full part
+    with px.backpack(px.ClippedGrad(bound)):
+        loss(model(x), y).backward()
+    clipped = torch.cat([p.clipped_grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(clipped, (bound / own) @ rows, rtol=1e-2, atol=1e-3 * bound)

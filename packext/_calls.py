@@ -36,6 +36,7 @@ def checkpoints(hooks: Any) -> bool:
 
 
 def map_tensors(f: Callable[[Any], Any], output: Any, depth: int = 4) -> Any:
+    """`output` with `f` of all its leaves; plain objects that hold tensors are copied, as deep as is said."""
     if isinstance(output, Tensor):
         return f(output)
     leaves, spec = pytree.tree_flatten(output)

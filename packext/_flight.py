@@ -21,6 +21,7 @@ from packext._gathering import Gathering
 from packext._listening import here, meanwhile
 from packext._owners import Owners
 from packext._pass import Pass, wants_of
+from packext._precision import autocasts
 from packext._probe import Check, Probe, forget, known, probe
 from packext._record import losses_inside, only_losses
 from packext._refusals import (
@@ -36,7 +37,7 @@ from packext._refusals import (
     will_accumulate,
 )
 from packext._union import everyone
-from packext._use import TARGET, Source, Use, autocasts
+from packext._use import TARGET, Source, Use
 
 if TYPE_CHECKING:
     from packext._record import Record
@@ -268,7 +269,7 @@ def _alone(record: Record, flight: Pass) -> None:
 def compare(gate: Any, g: Tensor) -> None:
     """The gradient `g` at a gate is known: curvature of no more than a part of what it comes from is refused."""
     state = here()
-    if state.probe is not None or state.sweep is not None or not state.listening or state.within:
+    if not state.heard or state.within:
         return
     if gate.record.aside == torch._C._current_graph_task_id():
         return  # a derivative by inputs, of which the loss is yet to be made
@@ -323,7 +324,7 @@ def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None, uneven: 
         The pass; None if nobody listens, or what the model computed is no loss, but a step on the way to one.
     """
     state = here()
-    if state.probe is not None or state.sweep is not None or not state.listening:
+    if not state.heard:
         return None
     flight = _current(None)
     if inside is not None and inside not in flight.inside:

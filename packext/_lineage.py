@@ -42,12 +42,12 @@ from packext._calls import (
 from packext._choices import CHOOSE, chosen
 from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
-from packext._precision import any_autocast
+from packext._precision import autocasts
 from packext._record import Buffer, Record, buffers_of, tensors_in
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
 from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, slope
-from packext._use import Rule, Source, Use, autocasts
+from packext._use import Rule, Source, Use
 
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
 #: value that it is an expanded view of.
@@ -341,7 +341,7 @@ class Tracer(TorchFunctionMode):
                 ties.append(name)
         use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self._record_ref)
         use.direct, use.ties, use.rooted = frozenset(direct), frozenset(ties), self._rooted
-        if any_autocast() and autocasts(device := next(iter(tensors.values())).device.type):
+        if autocasts(device := next(iter(tensors.values())).device.type):
             use.autocast = device, torch.get_autocast_dtype(device)
         if len(direct) < len(sources):
             use.viewed(tensors)

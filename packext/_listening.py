@@ -59,6 +59,11 @@ class Here:
         return self.silent or self.probe is not None or self.sweep is not None
 
     @property
+    def heard(self) -> bool:
+        """Whether the pass is one of the user's, and a context hears it."""
+        return self.listening and self.probe is None and self.sweep is None
+
+    @property
     def deaf(self) -> bool:
         """Whether what arrives at taps is nobody's business."""
         return self.probe is None and self.sweep is None and not self.listening
@@ -66,7 +71,7 @@ class Here:
     @property
     def exact(self) -> bool:
         """Whether a tap is to compute `.grad` as torch would, whatever quantities know of it."""
-        return self.probe is None and self.sweep is None and self.listening and self.hearing[0].exact_grad
+        return self.heard and self.hearing[0].exact_grad
 
     @property
     def aimed(self) -> bool:
@@ -89,7 +94,7 @@ class Here:
 
     def idle(self, use: Use) -> bool:
         """Whether a plain pass is at `use`: nobody listens, none of packext's own runs, and no graph of it is made."""
-        if self.probe is not None or self.sweep is not None or self.listening or torch.is_grad_enabled():
+        if not self.deaf or torch.is_grad_enabled():
             return False
         record = use.owner()
         return record is None or not record.running
@@ -109,7 +114,7 @@ class Here:
         """Whether nobody reads the gradient of a tensor made of parameters, which a tap would compute for `.grad`."""
         if self.activations_only:
             return True
-        if self.probe is not None or self.sweep is not None or not self.listening or any(c.grad for c in self.hearing):
+        if not self.heard or any(c.grad for c in self.hearing):
             return False
         return all(self.hearing[0]._wants(source.tensor) for source in use.sources.get(name, ()))
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
-any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for tensors of this type of device; some types, such as meta, have none."""
-    return any_autocast() and _has_autocast(device) and torch.is_autocast_enabled(device)
+    return _any_autocast() and _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def unrounded(device: str) -> AbstractContextManager[Any]:

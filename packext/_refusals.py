@@ -145,6 +145,11 @@ def refuse_opacus(modules: list[nn.Module]) -> None:
                 )
 
 
+def _before_models(node: Any) -> bool:
+    """Whether `node` is neither a gate nor a tap, behind which a model is."""
+    return not (hasattr(node, "record") or hasattr(node, "use"))
+
+
 def refuse_beside(name: str, edges: Iterable[Any], wants: Callable[[Tensor], bool]) -> None:
     """Refuse parameters of extended models that data meet again between the models and the extended loss.
 
@@ -156,7 +161,7 @@ def refuse_beside(name: str, edges: Iterable[Any], wants: Callable[[Tensor], boo
     Raises:
         UnsupportedUseError: if such a parameter has uses in a model as well: of these alone the results would be.
     """
-    for node in inputs_first([edge.node for edge in edges], lambda node: not hasattr(node, "record")):
+    for node in inputs_first([edge.node for edge in edges], _before_models):
         p = getattr(node, "variable", None)
         if p is None or not wants(p):
             continue

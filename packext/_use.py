@@ -16,7 +16,6 @@ from torch import Tensor
 from packext._errors import PackextError, UnsupportedUseError
 from packext._factored import Factored, Masked, Pulled, View, rows_in
 from packext._layout import Layout, Tokens
-from packext._precision import autocasts as autocasts
 
 if TYPE_CHECKING:
     from packext._record import Record

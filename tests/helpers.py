@@ -131,3 +131,21 @@ def batch(n: int = 4) -> tuple[Tensor, Tensor]:
 def fields(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What the parameters of a model carry."""
     return {name: dict(p.__dict__) for name, p in model.named_parameters()}
+
+
+def run_with_a_hook(model: nn.Sequential, loss: nn.Module, x: Tensor, y: Tensor, hook: Any) -> px.Results:
+    """A pass through the model in two parts, with a hook between them; one without it comes before.
+
+    So the structure is known, and no probe calls the hook.
+
+    Returns:
+        Individual gradients.
+    """
+    for hooked in (False, True):
+        model.zero_grad()
+        with px.backpack(px.BatchGrad()) as results:
+            hidden = model[:2](x)
+            if hooked:
+                hidden.register_hook(hook)
+            loss(model[2](hidden), y).backward()
+    return results

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext import testing
-from tests.helpers import double_precision
+from tests.helpers import double_precision, run_with_a_hook
 
 N, D = 4, 5
 
@@ -185,13 +185,7 @@ def test_a_context_within_a_pass_of_another() -> None:
                 torch.autograd.grad(other(x).sum(), [*other.parameters()])
         found.append(None)
 
-    for hooked in (False, True):  # in the second pass the structure is known, and no probe calls the hook
-        model.zero_grad()
-        with px.backpack(px.BatchGrad()) as results:
-            hidden = model[:2](x)
-            if hooked:
-                hidden.register_hook(look)
-            loss(model[2](hidden), y).backward()
+    results = run_with_a_hook(model, loss, x, y, look)
     assert len(found) == 2
     torch.testing.assert_close(found[0], x.square().sum(1))
     for p in model.parameters():

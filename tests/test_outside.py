@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import packext as px
-from tests.helpers import rows_of
+from tests.helpers import rows_of, run_with_a_hook
 
 N = 6
 
@@ -262,13 +262,7 @@ def test_two_threads_at_one_model_are_refused() -> None:
         thread.start()
         thread.join()
 
-    for hooked in (False, True):  # the structure is known then, and no probe calls the hook
-        model.zero_grad()
-        with px.backpack(px.BatchGrad()) as results:
-            first = model[:2](x)
-            if hooked:
-                first.register_hook(beside)
-            loss(model[2](first), y).backward()
+    results = run_with_a_hook(model, loss, x, y, beside)
     assert len(said) == 1 and "Two threads" in said[0]
     torch.testing.assert_close(results["2.weight"].grad_batch.sum(0), model[2].weight.grad)
     said.clear()

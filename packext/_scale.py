@@ -109,11 +109,12 @@ class Seen:
             PackextError: if the loss is no more what was called, as far as its value tells.
         """
         module = copy.copy(self.module)
-        module._buffers = dict(module._buffers)
+        own = module._buffers.items()  # which forward may write to
+        module._buffers = {k: None if b is None else b.clone() for k, b in own}
         leaves, cuda = self.leaves(), [self.value.device] if self.value.is_cuda else []
         if leaves is not None and not self.value.is_meta:
-            own = type(module).__module__.startswith("torch.nn.")  # others may write into what they are given
-            inner = [(t.detach() if own else t.detach().clone()) if isinstance(t, Tensor) else t for t in leaves]
+            torchs = type(module).__module__.startswith("torch.nn.")  # others may write into what they are given
+            inner = [(t.detach() if torchs else t.detach().clone()) if isinstance(t, Tensor) else t for t in leaves]
             with (
                 torch.no_grad(),
                 torch.random.fork_rng(cuda),

@@ -193,6 +193,25 @@ def test_curvature_of_a_loss_that_is_another_by_now_is_refused(make: Any, quanti
     assert make is not counts or loss.calls == 1
 
 
+class Counted(Warm):
+    """Counts its calls in a buffer, and gives the same each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        self.count += 1
+        return F.cross_entropy(z, y)
+
+
+def test_buffers_of_a_loss_stay_as_its_call_has_left_them() -> None:
+    model, loss = px.extend(nn.Linear(5, 3)), px.extend(Counted())
+    with pytest.raises(px.PackextError, match="changes its buffers"), px.backpack(px.DiagGGNExact()):
+        loss(model(torch.randn(N, 5)), torch.randint(3, (N,))).backward()
+    assert loss.count.item() == 1
+
+
 def test_products_are_of_the_loss_as_it_was() -> None:
     """They are made when the pass is long over; first order and the Hessian do without the module."""
     model, loss = px.extend(nn.Linear(5, 3)), px.extend(nn.HuberLoss(delta=0.3))

@@ -17,24 +17,23 @@ from torch.utils import _pytree as pytree
 
 from packext import _roots
 from packext._chain import Chain, Positive, average, kept
-from packext._distributed import refuse_static, refuse_tensors, unshard
+from packext._distributed import refuse_tensors
 from packext._errors import CoupledSamplesError, PackextError
 from packext._factored import Factored
-from packext._flight import Sweep, enter, probe_inputs, probe_taps
-from packext._layout import Layout, candidates, separating
+from packext._flight import Sweep
+from packext._layout import Layout, Scattered, ranks
 from packext._lineage import disable
 from packext._listening import silence
 from packext._pass import Pass
+from packext._places import gates_of, place
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
 from packext._refusals import unseen
 from packext._residual import residual
 from packext._scratch import release
 from packext._statistics import Statistics
-from packext._taps import Gate
 from packext._use import Source
 
 if TYPE_CHECKING:
-    from packext._record import Record
     from packext._scale import Seen
 
 #: A generator of our own: observing a run never changes it.
@@ -45,6 +44,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     """Send what the quantities of the pass need from the loss `seen`, computed at `edge`, where `g` arrived.
 
     Raises:
+        CoupledSamplesError: if rows of the model's output were chosen for an input of several tensors.
         PackextError: if the loss has no such root, or its input is gone or does not come from an extended model.
     """
     leaves = seen.leaves()
@@ -61,10 +61,12 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             raise PackextError(_ONE.format(quantity))
     seen = seen.fixed()
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-    places = layouts = [_layout(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
+    places = layouts = [place(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
     direct = seen.spec.is_leaf() and layouts[0].axis in (None, 0)  # and no dictionary of one tensor
     loss, output, back = seen.module, live[0].detach(), _alone
     if not direct:
+        if any(isinstance(layout, Scattered) for layout in layouts):
+            raise CoupledSamplesError(_ROWS.format(seen.name))
         joined = Joined(seen.module, leaves, seen.spec, layouts)
         loss, output, back = joined, joined.output(), joined.split
         layouts = [Layout(0, layouts[0].n)]
@@ -111,7 +113,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
 
 def account(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     """Note what of the gradients at the outputs of models comes from a loss behind them, where `g` arrived."""
-    gates = list(dict.fromkeys(gate for e in seen.edges for gate in _gates(e))) if flight.whole else []
+    gates = list(dict.fromkeys(gate for e in seen.edges for gate in gates_of(e))) if flight.whole else []
     if not gates:
         return
     with silence():
@@ -206,6 +208,10 @@ class Graph(Point):
 
 
 _ONE = "{!r} of a pass through several losses: add them up in one loss module."
+_ROWS = (
+    "Rows of the model's output were chosen for the extended {} (output[mask]), which has another input beside them "
+    "or has them in a dictionary: call it with the chosen rows alone, or choose none and weight rows by 0 in the loss."
+)
 _SEVERAL = "{} needs a loss of one tensor with the samples along axis 0, and the extended {} has another input."
 
 
@@ -233,7 +239,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
     """
     sources: dict[int, Source] = {}
     inside = seen.record()
-    before = [gate.record for e in seen.edges for gate in _gates(e)]  # a model may read what another one gave
+    before = [gate.record for e in seen.edges for gate in gates_of(e)]  # a model may read what another one gave
     for record in dict.fromkeys(before if inside is None else [*before, inside]):
         if record not in flight.records:
             flight.records.append(record)
@@ -324,135 +330,16 @@ def _absorb(members: dict[Pass, list[Curvature]], loss: Any, sign: float, source
 def _apart(column: Tensor, layout: Layout) -> Iterator[Tensor]:
     """A column of independent rows, so divided that no two rows of one sample are in one cotangent."""
     rows = column.shape[0] if column.dim() else 1
-    several = rows // layout.n
+    if isinstance(layout, Scattered):
+        turn = ranks(layout.owner, layout.n)
+        several = 1 + int(turn.max()) if rows else 1
+    else:
+        several = rows // layout.n
+        index = torch.arange(rows, device=column.device)
+        turn = index // layout.n if layout.inner else index % several
     if several == 1:
         yield column
         return
-    index = torch.arange(rows, device=column.device)
-    place = index // layout.n if layout.inner else index % several
     for k in range(several):
-        keep = (place == k).reshape(-1, *[1] * (column.dim() - 1))
+        keep = (turn == k).reshape(-1, *[1] * (column.dim() - 1))
         yield column * keep
-
-
-def _layout(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
-    """Where the samples are in a tensor of the loss's input."""
-    inside = seen.record()
-    if inside is not None:
-        return _found(seen, edge, output, inside)
-    gates = _gates(edge)
-    if not gates:
-        raise PackextError(
-            f"The input {list(output.shape)} of the extended {seen.name} does not come from an extended model: "
-            "call model = px.extend(model) before the forward pass."
-        )
-    records = [gate.record for gate in gates]
-    for record in records:
-        record.settle(record.awaited_gates())
-    n, axis = records[0].n, records[0].batch_axis
-    if n == 0:
-        raise PackextError(f"Curvature needs samples: {records[0].without_samples()}")
-    if any(record.n != n for record in records):
-        raise PackextError(f"The extended {seen.name} joins forwards of different batches: run one loss for each.")
-    places = []
-    for gate, record in zip(gates, records, strict=True):
-        enter(record)  # the probe tells where the samples are in the model's outputs
-        index = next(i for i, (node, *_) in enumerate(record.gates) if node() is gate)
-        places.append(record.places.get(index, Layout(axis if n > 1 else None, n)))
-    if len(gates) == 1 and edge.node is gates[0]:
-        return places[0]
-    edges = [GradientEdge(gate, 0) for gate in gates]
-    moved = _moved(edge.node, gates[0]) if len(gates) == 1 and type(places[0]) is Layout else None
-    key = (places[0], n, axis, output.shape, moved)
-    if moved is not None and key in _MOVED:
-        return _MOVED[key]
-
-    def agree(cotangent: Tensor, members: Tensor) -> bool:
-        grads = probe_inputs(edge, edges, cotangent)
-        return all(
-            grad is None or place.agrees(grad, members.to(grad.device))
-            for place, grad in zip(places, grads, strict=True)
-        )
-
-    found = _search(seen, output, n, axis, agree)
-    if moved is not None:
-        if len(_MOVED) > 99:
-            _MOVED.clear()
-        _MOVED[key] = found
-    return found
-
-
-#: Functions that give entries other places, which follow from the shapes and from what autograd's node keeps.
-_MOVES = {
-    "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
-    "PermuteBackward0": ("_saved_dims",),
-    "ViewBackward0": ("_saved_self_sym_sizes",),
-    "UnsafeViewBackward0": ("_saved_self_sym_sizes",),
-    "UnsqueezeBackward0": ("_saved_dim",),
-    "CloneBackward0": (),
-}
-#: Where the samples are behind such functions, by all that it depends on.
-_MOVED: dict[Any, Layout] = {}
-
-
-def _moved(node: Any, gate: Any) -> tuple[Any, ...] | None:
-    """What tells the places of entries at `node` from those at the gate; None if there is more on the way."""
-    way = []
-    while node is not gate:
-        name = node.name()
-        if name not in _MOVES or len(node.next_functions) != 1 or node.next_functions[0][1] != 0:
-            return None
-        way.append((name, *(getattr(node, what) for what in _MOVES[name])))
-        node = node.next_functions[0][0]
-    return tuple(way)
-
-
-def _found(seen: Seen, edge: GradientEdge, output: Tensor, record: Record) -> Layout:
-    """Where the samples are in the input of a loss that the model computed itself."""
-    enter(record)  # the probe tells where the samples are at the taps
-
-    def agree(cotangent: Tensor, members: Tensor) -> bool:
-        unshard(record)
-        return probe_taps(edge, cotangent, members)
-
-    return _search(seen, output, record.n, record.batch_axis, agree)
-
-
-def _search(seen: Seen, output: Tensor, n: int, axis: int, agree: Callable[[Tensor, Tensor], bool]) -> Layout:
-    """The layout of `output` with which cotangents of some samples, sent down from there, meet no others."""
-    generator = torch.Generator().manual_seed(20250101)
-    for layout in candidates(output.shape, n, axis):
-        if n == 1:
-            return layout
-        for members in separating(n):
-            values = torch.rand(output.shape, generator=generator).to(output) + 0.5
-            if not agree(torch.where(layout.spread(members.to(output.device), values), values, 0.0), members):
-                break
-        else:
-            return layout
-    raise CoupledSamplesError(
-        f"Between the extended model and the extended {seen.name} samples influence each other, or their axis cannot "
-        f"be told: the loss's input is {list(output.shape)}, the batch has {n} samples along axis {axis}. If rows are "
-        "chosen or brought into another order in between (output[mask]), do it in the forward of the model, or keep "
-        "all rows and have the loss ignore some (ignore_index, or a loss module of your own that weights rows by 0)."
-    )
-
-
-def _gates(edge: GradientEdge) -> list[Any]:
-    """The gates of extended models through which the loss's input was computed."""
-    found: dict[int, Any] = {}
-    known: set[Any] = set()
-    todo = [edge.node]
-    while todo:
-        node = todo.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        ddp = getattr(node, "ddp_weakref", lambda: None)()
-        if ddp is not None:
-            refuse_static(ddp)
-        if isinstance(node, Gate._backward_cls):  # pyright: ignore[reportAttributeAccessIssue]
-            found[id(node)] = node
-        else:
-            todo += [function for function, _ in node.next_functions]
-    return list(found.values())

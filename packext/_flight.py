@@ -397,6 +397,12 @@ def probe_inputs(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor 
         return _send(edge, cotangent, targets)
 
 
+def slopes(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
+    """As `probe_inputs`, as functions of the cotangent, which requires grad: what they are linear in."""
+    with meanwhile(probe=Probe(0, cotangent, None, False)), torch.enable_grad():
+        return torch.autograd.grad([edge], targets, [cotangent], create_graph=True, allow_unused=True)
+
+
 def probe_taps(edge: Any, cotangent: Tensor, members: Tensor) -> bool:
     """Whether a cotangent of the samples in `members`, sent from `edge`, meets none but these at all taps."""
     run = Check(members)

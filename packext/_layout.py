@@ -244,17 +244,23 @@ class Tokens(Layout):
         return (entries.T if turned else entries).reshape(shape)
 
 
+def ranks(owner: Tensor, n: int) -> Tensor:
+    """The number `[rows]` of each row among those of its owner, of whom there are n."""
+    order = owner.argsort(stable=True)
+    count = owner.bincount(minlength=n)
+    first = (count.cumsum(0) - count)[owner[order]]
+    return torch.empty_like(order).index_put((order,), torch.arange(len(order), device=owner.device) - first)
+
+
 def gathered(owner: Tensor, n: int) -> Callable[[Tensor], Tensor]:
     """How rows with an `owner` `[rows]` below n are put together.
 
     Returns:
         `[rows, *rest] -> [n, most rows of one, *rest]`, with zeros behind those of an owner who has fewer.
     """
-    order = owner.argsort(stable=True)
-    owner, count = owner[order], owner.bincount(minlength=n)
-    place = torch.arange(len(order), device=owner.device) - (count.cumsum(0) - count)[owner]
-    most = max(1, int(count.max()))
-    return lambda rows: rows.new_zeros(n, most, *rows.shape[1:]).index_put((owner, place), rows[order])
+    place = ranks(owner, n)
+    most = 1 + int(place.max()) if len(place) else 1
+    return lambda rows: rows.new_zeros(n, most, *rows.shape[1:]).index_put((owner, place), rows)
 
 
 def digits(n: int) -> list[Tensor]:

@@ -200,8 +200,8 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         raise PackextError(
             f"No output of the extended model has an axis of {n} entries (the batch, axis {record.batch_axis} of its "
             f"inputs), so that nothing tells its samples apart: outputs are {_shapes(record)}. Return the outputs of "
-            "the batch from forward (a loss computed inside may stand beside them), or give "
-            "px.extend(model, batch_axis=...)."
+            "the batch from forward (a loss computed inside may stand beside them) and choose rows (output[mask]) "
+            "between model and loss, or give px.extend(model, batch_axis=...)."
         )
     if plan is not None and record.routed and _follow(record, starts, plan, send, generator):
         _same_axes(record, key, plan.places)
@@ -501,7 +501,8 @@ def _coupled(record: Record, use: Use) -> str:
         why = (
             "the code computes something across the batch, or calls a layer on some of the samples alone (in a loop, "
             "or where a mask holds: call it on all and choose among its outputs, or px.extend(model, batch_axis=None), "
-            "by which rows are whose output uses them), or the samples are along another axis: then call "
+            "by which rows are whose output uses them), or returns chosen rows of all samples (output[mask]: return "
+            "all, and choose between model and loss), or the samples are along another axis: then call "
             "px.extend(model, batch_axis=...)"
         )
     where = "output" if record.by_use else "input"

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,8 @@ from torch.utils.weak import TensorWeakRef
 
 from packext import _flight, _listening
 from packext._errors import PackextError
-from packext._layout import Layout
+from packext._layout import Layout, Scattered
+from packext._places import gates_of, place
 from packext._precision import as_now, unrounded
 from packext._record import Inside, Record
 from packext._refusals import note_loss, refuse_beside
@@ -139,6 +140,12 @@ class Seen:
             ' Take reduction="sum"; the divisor of the step is expected_batch_size. (Models of Hugging Face compute '
             "that with num_items_in_batch=1 among their arguments.)"
         )
+        if self.module.reduction == "mean" and not self._as_many():
+            return (
+                f"{self.name} with reduction='mean' divides by the number of rows that it is given, which is not the "
+                "same for each sample, as where rows of the model's output are chosen (output[mask]): a sample changes "
+                f"what others add.{instead}"
+            )
         for part in self.module.modules():
             if not isinstance(part, (nn.CrossEntropyLoss, nn.NLLLoss)) or part.reduction != "mean":
                 continue
@@ -164,26 +171,45 @@ class Seen:
         """Whether all targets count, or as many of each sample."""
         if bool(counts.all()):
             return True
-        layout = self._layout()
-        if layout is None or layout.axis in (None, 1):  # axis 1 of the input is that of the classes
+        if len(self.edges) != 1 or type(self.module).forward not in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
+            return False
+        layout = next(self._places(), None)
+        if type(layout) is not Layout or layout.axis in (None, 1):  # axis 1 of the input is that of the classes
             return False
         each = layout.at(layout.axis - (layout.axis > 1)).by_sample(counts).sum(1)
         return bool((each == each[0]).all())
 
-    def _layout(self) -> Layout | None:
-        """Where samples are in the input of one of torch's losses, if that is known for certain."""
-        if len(self.edges) != 1 or type(self.module).forward not in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):
-            return None
-        record, found = self.record(), None
-        if record is not None:
-            inputs = [pair for loss in record.losses for pair in zip(loss.edges, loss.inputs, strict=True)]
-            k = next(k for k, (edge, _) in enumerate(inputs) if edge is self.edges[0])
-            found, (shape, *_) = record.places.get(-1 - k), inputs[k][1]
-        elif isinstance(record := getattr(self.edges[0].node, "record", None), Record):  # of a gate: the model's output
-            shape = next(shape for ref, shape, *_ in record.gates if ref() is self.edges[0].node)
-            if shape[record.batch_axis : record.batch_axis + 1] == (record.n,):
-                found = Layout(record.batch_axis, record.n)
-        return found if type(found) is Layout and found.axis is not None and shape[found.axis] % found.n == 0 else None
+    def _as_many(self) -> bool:
+        """Whether each sample has as many entries as others in the input."""
+        for layout in self._places():
+            if isinstance(layout, Scattered):
+                count = layout.owner.bincount(minlength=layout.n)
+                if bool((count != count[0]).any()):
+                    return False
+        return True
+
+    def _places(self) -> Iterator[Layout | None]:
+        """Where samples are in each tensor of the input; None where that is not known."""
+        record = self.record()
+        for edge in self.edges:
+            shape, dtype, device = _meta(edge)
+            if record is None:
+                gate = getattr(edge.node, "record", None)
+                at = gate.batch_axis if isinstance(gate, Record) else 0
+                if isinstance(gate, Record) and shape[at : at + 1] == (gate.n,):
+                    yield Layout(at, gate.n)
+                elif gates_of(edge):
+                    yield place(self, edge, torch.empty(shape, dtype=dtype, device=device))
+                continue
+            inputs = [e for loss in record.losses for e in loss.edges]
+            found = record.places.get(-1 - next(k for k, e in enumerate(inputs) if e is edge))
+            fits = found is not None and found.axis is not None and shape[found.axis] % found.n == 0
+            yield found if fits else None
+
+
+def _meta(edge: GradientEdge) -> tuple[torch.Size, torch.dtype, torch.device]:
+    meta = edge.node._input_metadata[edge.output_nr]  # type: ignore[attr-defined] - of autograd's node
+    return torch.Size(meta.shape), meta.dtype, meta.device
 
 
 def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import packext as px
-from packext import _curvature, testing
+from packext import _places, testing
 from tests.cases import CASES, Case, Packed, Routed
 from tests.helpers import mlp
 
@@ -109,9 +109,9 @@ def test_a_loss_on_tokens(fold: str, steps: int) -> None:
 def test_moves_between_model_and_loss_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where samples are behind a transposition follows from it; of other functions it is found out in each pass."""
     sent: list[int] = []
-    look = _curvature.probe_inputs
-    monkeypatch.setattr(_curvature, "probe_inputs", lambda *a: sent.append(1) or look(*a))
-    monkeypatch.setattr(_curvature, "_MOVED", {})
+    look = _places.probe_inputs
+    monkeypatch.setattr(_places, "probe_inputs", lambda *a: sent.append(1) or look(*a))
+    monkeypatch.setattr(_places, "_MOVED", {})
     model, loss = px.extend(Tokens()), px.extend(nn.CrossEntropyLoss())
     x, y = torch.randint(7, (N, N)), torch.randint(3, (N, N))
     ways = {
@@ -135,7 +135,7 @@ def test_moves_between_model_and_loss_are_looked_at_once(monkeypatch: pytest.Mon
 
 def test_a_moved_batch_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two moves of one shape, which leave the samples along different axes."""
-    monkeypatch.setattr(_curvature, "_MOVED", {})
+    monkeypatch.setattr(_places, "_MOVED", {})
     plain = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, N))
     x, y = torch.randint(7, (N, N)), torch.randn(N, N, N)
     rows = testing.curvature_rows(plain, nn.MSELoss(), x, y, weights=[1 / N] * N)

@@ -700,10 +700,38 @@ def test_means_over_as_many_targets_of_each_sample(inside: bool) -> None:
     model = px.extend(Tagger())
     tagged(model, probabilities, ids, torch.rand(4, 3, 3))
     flat = px.extend(Tagger())
-    with pytest.raises(px.CoupledSamplesError, match="not known to be the same for each sample"):
-        o = optimizer(flat)
+    o = DPSGD(flat.parameters(), 0.1, **{**SETTINGS, "max_norm": 0.5})
+    with px.optim.emit(o):
+        px.extend(nn.CrossEntropyLoss())(flat(ids).mT.transpose(0, 1).flatten(0, 1), y.T.flatten()).backward()
+    torch.testing.assert_close(total(o), want)
+
+
+UNEVEN = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]]).bool()
+
+
+@pytest.mark.parametrize("make", [nn.CrossEntropyLoss, nn.MSELoss], ids=lambda kind: kind.__name__)
+def test_means_over_chosen_rows(make: Any) -> None:
+    """As many of each sample, in any order, or refused: another sample's rows would change the divisor."""
+    ids = torch.arange(12).view(4, 3) % 7
+    y = torch.arange(12).view(4, 3) % 3 if make is nn.CrossEntropyLoss else torch.ones(4, 3, 3)
+    model, loss = px.extend(Tagger()), px.extend(make())
+
+    def chosen(choose: Callable[[Tensor], Tensor], *samples: int) -> Tensor:
+        o = DPSGD(model.parameters(), 0.1, **{**SETTINGS, "max_norm": 0.5})
         with px.optim.emit(o):
-            px.extend(nn.CrossEntropyLoss())(flat(ids).mT.flatten(0, 1), y.flatten()).backward()
+            loss(choose(model(ids[[*samples]]).mT), choose(y[[*samples]])).backward()
+        return total(o)
+
+    even = UNEVEN & torch.tensor([[1, 0, 1], [0, 1, 1], [0, 1, 1], [1, 1, 1]]).bool()
+    even[3, 0] = True
+    assert even.sum(1).tolist() == [2] * 4
+    order = torch.randperm(8)
+    whole = chosen(lambda t: t[even][order], 0, 1, 2, 3)
+    torch.testing.assert_close(whole, sum(chosen(lambda t, k=k: t[even[k : k + 1]], k) for k in range(4)))
+    for mask in (UNEVEN, even & (torch.arange(4) > 0)[:, None], ~even | (torch.arange(4) == 2)[:, None]):
+        with pytest.raises(px.CoupledSamplesError, match="divides by the number of rows"):
+            chosen(lambda t, mask=mask: t[mask], 0, 1, 2, 3)
+    chosen(lambda t: t[UNEVEN[1:2]], 1)  # there are no others
 
 
 def test_tables_that_count_all_samples_are_refused() -> None:

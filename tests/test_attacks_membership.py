@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -132,6 +133,26 @@ def test_judging_scores() -> None:
     for bad in (torch.empty(0), torch.tensor([math.nan])):
         with pytest.raises(ValueError, match="without NaN"):
             attacks.judge(bad, o)
+
+
+@pytest.mark.parametrize(("n", "shift"), [(5, 3.0), (20, 3.0), (50, 4.0)])
+def test_the_interval_of_an_area_holds_for_few_samples(n: int, shift: float) -> None:
+    """By bootstrap alone it holds the true area in 18, 77 and 75 % of the cases."""
+    generator = torch.Generator().manual_seed(0)
+    true = NormalDist().cdf(shift / math.sqrt(2))
+    held = []
+    for _ in range(200):
+        m, o = (torch.randn(n, generator=generator) + by for by in (shift, 0.0))
+        low, high = attacks.judge(m, o, draws=50).interval
+        held.append(low <= true <= high)
+    assert sum(held) >= 0.93 * len(held)
+
+
+def test_the_interval_of_an_area_is_no_point() -> None:
+    low, high = attacks.judge(torch.ones(3), torch.zeros(3)).interval
+    assert high == 1.0 and 0.4 < low < 0.6, "three of each are in this order by chance in one of twenty cases"
+    low, high = attacks.judge(torch.ones(300), torch.zeros(300)).interval
+    assert high == 1.0 and 0.98 < low < 1.0
 
 
 def test_the_largest_advantage_of_a_threshold() -> None:

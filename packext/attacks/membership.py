@@ -126,7 +126,8 @@ class Judged(NamedTuple):
     Attributes:
         auc: area under the ROC curve; 0.5 for guessing.
         tpr: true positive rate at false positive rates of 0.1 % and 1 %; None where there are too few others to tell.
-        interval: of the area, 95 %, by bootstrap over samples.
+        interval: of the area, 95 %: by bootstrap over samples, and no narrower than what the numbers of samples allow
+            (Newcombe 2006, method 5), which is no point where all members are on one side.
     """
 
     auc: float
@@ -168,12 +169,32 @@ def judge(members: Tensor, others: Tensor, draws: int = 500, seed: int = 0) -> J
         allowed = math.floor(fpr * len(o))
         # The threshold is a score of one of the others: with none allowed beyond it, it would be a matter of luck.
         rates[fpr] = float((m > o.sort(descending=True).values[allowed]).double().mean()) if allowed else None
-    return Judged(float(_area(m, o)), rates, (low, high))
+    area = float(_area(m, o))
+    least, most = _area_interval(area, len(m), len(o))
+    return Judged(area, rates, (min(low, least), max(high, most)))
 
 
 def _tell_nothing(*scores: Tensor) -> bool:
     """Whether members or others have none, or NaN among them."""
     return any(not len(v) or bool(v.isnan().any()) for v in scores)
+
+
+def _area_interval(area: float, members: int, others: int, quantile: float = 1.959964) -> tuple[float, float]:
+    """Areas from which this one is so many standard errors away, at most (Newcombe 2006, method 5)."""
+    more = (members + others) / 2 - 1
+
+    def within(true: float) -> bool:
+        spread = 1 + more * (1 - true) / (2 - true) + more * true / (1 + true)
+        return (area - true) ** 2 <= quantile**2 * true * (1 - true) * spread / (members * others)
+
+    ends = []
+    for outside in (0.0, 1.0):
+        inside = area
+        for _ in range(50):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if within(middle) else (inside, middle)
+        ends.append(inside)
+    return ends[0], ends[1]
 
 
 def _area(members: Tensor, others: Tensor) -> Tensor:

@@ -247,9 +247,21 @@ def _rate(members: Tensor, others: Tensor, fpr: float, value: float | None, draw
         threshold = drawn.topk(allowed + 1).values[-1]
         rates.append(float((m[torch.randint(len(m), (len(m),), generator=generator)] > threshold).double().mean()))
     low, high = torch.tensor(rates, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    # No narrower than that of the hits alone, which is no point where all members are on one side.
+    # No narrower than that of the hits alone, which is no point where all members are on one side, and that of the
+    # threshold alone, which is nowhere among the others where too few of them are to lie beyond it.
     hits = Interval.share(round(value * len(m)), len(m))
-    return Interval(value, min(low, hits.low), max(high, hits.high))
+    ranked, (fewest, most) = o.sort(descending=True).values, _beyond(len(o), fpr)
+    least = float((m > ranked[fewest - 1]).double().mean()) if fewest else 0.0
+    greatest = float((m > ranked[most]).double().mean())
+    return Interval(value, min(low, hits.low, least), max(high, hits.high, greatest))
+
+
+def _beyond(count: int, rate: float) -> tuple[int, int]:
+    """How many of `count` pass what each passes with probability `rate`: fewer and more each in 2.5 % of the cases."""
+    k = torch.arange(count + 1, dtype=torch.float64)
+    ways = torch.lgamma(k[-1] + 1) - torch.lgamma(k + 1) - torch.lgamma(k[-1] - k + 1)
+    upto = (ways + k * math.log(rate) + (k[-1] - k) * math.log1p(-rate)).exp().cumsum(0)
+    return int((upto < 0.025).sum()), int((upto < 0.975).sum())
 
 
 def roc(members: Tensor, others: Tensor, points: int = 400) -> tuple[np.ndarray, np.ndarray]:

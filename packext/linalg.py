@@ -209,6 +209,15 @@ def cg(
     return Solution(space.unpack(x * unit), norm * unit, iterations, norm <= target, None)
 
 
+def _norm(flat: Tensor) -> float:
+    """The Euclidean norm, also where squares in float32 are zero or infinite."""
+    norm = float(flat.norm())
+    if 1e-12 < norm < math.inf or not flat.numel():
+        return norm
+    unit = float(flat.abs().max())
+    return unit * float((flat / unit).norm()) if unit else 0.0
+
+
 def _orthonormal(w: Tensor, basis: Tensor, floor: float, out: Tensor) -> float:
     """As `_split`, the norm alone."""
     return _split(w, basis, floor, out)[1]
@@ -224,7 +233,7 @@ def _split(w: Tensor, basis: Tensor, floor: float, out: Tensor) -> tuple[Tensor,
     """
     along = basis @ w
     torch.addmv(w, basis.mT, along, alpha=-1, out=out)
-    norm, found = float(out.norm()), _double(along)
+    norm, found = _norm(out), _double(along)
     if norm > floor:
         out /= norm
         along = basis @ out
@@ -270,7 +279,7 @@ def lanczos(matvec: Matvec, like: Any, k: int, generator: torch.Generator | None
             v = basis[len(alphas)]
             w = apply(v)
             alphas.append(v @ w)
-            scale = max(scale, float(w.norm()))
+            scale = max(scale, _norm(w))
             used = len(alphas)
             beta = _orthonormal(w, basis[:used], 100 * eps * scale, basis[used] if used < k else w)
             betas.append(beta)
@@ -355,7 +364,7 @@ def eigsh(
                     if len(loose):
                         loose, mass, h[j] = _without(loose, mass, basis[j])
                 image = apply(basis[j], basis[j + 1])
-                scale, used = max(scale, float(image.norm())), j + 1
+                scale, used = max(scale, _norm(image)), j + 1
                 rows = torch.cat([basis[:used], loose]) if len(loose) else basis[:used]
                 along, norm = _split(image, rows, 10 * eps * scale, image)
                 h[:used, j], mass[:, j] = along[:used], along[used:]
@@ -429,20 +438,20 @@ def _probe(
     distribution: str,
     reduce: Callable[[Tensor], Tensor],
 ) -> tuple[_Space, Tensor, Tensor]:
-    """Mean of `reduce(v * A v)` over random v, and its standard error (Welford's update)."""
+    """Mean of `reduce(v * A v)` over random v, and its standard error (Welford's update, without squares)."""
     known = ("rademacher", "normal")
     _check(probes >= 1, f"{name}: probes must be at least 1, got {probes}.")
     _check(distribution in known, f"{name}: distribution must be one of {known}, got {distribution!r}.")
     space, generator = _Space(like, name), _own(generator)
     apply = space.operator(matvec)
-    mean = squares = torch.zeros((), dtype=space.dtype, device=space.device)
+    mean = spread = torch.zeros((), dtype=space.dtype, device=space.device)
     for count in range(1, probes + 1):
         v = space.random(generator, distribution)
         value = reduce(v * apply(v))
         away = value - mean
         mean = mean + away / count
-        squares = squares + away * (value - mean)
-    error = (squares / (probes - 1) / probes).sqrt() if probes > 1 else torch.full_like(mean, math.inf)
+        spread = torch.hypot(spread, away * math.sqrt(1 - 1 / count))
+    error = spread / math.sqrt(probes * (probes - 1)) if probes > 1 else torch.full_like(mean, math.inf)
     return space, mean, error
 
 

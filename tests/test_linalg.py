@@ -727,6 +727,28 @@ def held() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.parametrize("scale", [1e-28, 1e22])
+def test_float32_operators_whose_images_have_squares_beyond_it(scale: float) -> None:
+    matrix = psd(30, 30)
+    small, like = (matrix * scale).float(), torch.zeros(30, dtype=torch.float32)
+
+    def matvec(v: Tensor) -> Tensor:
+        return small @ v
+
+    wanted = torch.linalg.eigvalsh(matrix).flip(0)
+    found = linalg.eigsh(matvec, like, k=3)
+    assert found.converged
+    close(found.values.double() / scale, wanted[:3], 1e-4)
+    steps = linalg.lanczos(matvec, like, 30)
+    beside = steps.betas[:-1].double() / scale
+    dense_ = torch.diag(steps.alphas.double() / scale) + torch.diag(beside, 1) + torch.diag(beside, -1)
+    close(torch.linalg.eigvalsh(dense_)[-1], wanted[0], 1e-4)
+    for estimate in (linalg.trace, linalg.diagonal):
+        got, exact = estimate(matvec, like, probes=5), estimate(lambda v: matrix.float() @ v, like, probes=5)
+        for one, other in zip(got, exact, strict=True):
+            close(one.double() / scale, other.double(), 1e-4)
+
+
 def test_eigsh_holds_its_basis_once() -> None:
     """And one vector more, beside what the product takes and gives."""
     size, ncv, seen = 1 << 16, 12, []

@@ -376,6 +376,15 @@ def test_closures(name: str) -> None:
         optimizer.step(within)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e25])
+def test_updates_are_clipped_where_their_squares_overflow(size: float) -> None:
+    p = nn.Parameter(torch.zeros(4, dtype=torch.float32))
+    optimizer = optim.Optimizer([p], [optim.ClipNorm(0.5), optim.Descend(1.0)])
+    p.grad = size * torch.tensor([3.0, 0.0, -4.0, 0.0], dtype=torch.float32)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([-0.3, 0.0, 0.4, 0.0], dtype=torch.float32))
+
+
 def test_parts_make_an_optimizer() -> None:
     """A part of one's own, with a hyperparameter, a quantity and a state."""
 

@@ -316,6 +316,33 @@ def test_estimates_of_the_hessian_are_in_float32() -> None:
     assert all(t.dtype == torch.float32 for r in (model.bias.diag_h_mc, results.hessian_trace) for t in r)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_standard_errors_do_not_under_or_overflow_needlessly(scale: float) -> None:
+    found = []
+    for size in (1.0, scale):
+        point, diagonal = Noted(), px.DiagHessianMC(7)
+        torch.manual_seed(0)
+        matrix = torch.randn(6, 6)
+        point.matrix, point.parameters = size * (matrix + matrix.T), [torch.zeros(6)]
+        generator = torch.Generator().manual_seed(1)
+        two = diagonal.add(diagonal.measure(point, generator)[0], diagonal.measure(point, generator)[0])
+        found.append([t.double() / size for t in diagonal.land(two, 1, 1.0)])
+        draws = torch.stack(point.noted) / size
+        wanted = sum(part.var(0) / 7 for part in (draws[:7], draws[7:]))
+        torch.testing.assert_close(found[-1][1], torch.as_tensor(wanted).sqrt(), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0.0)
+
+
+def test_a_sample_whose_squared_norm_overflows_is_not_left_out_in_silence() -> None:
+    model = px.extend(nn.Linear(5, 3))
+    x = torch.randn(N, 5)
+    x[2] *= 1e25  # of which the gradient is finite, and its norm
+    with px.backpack(px.BatchGrad(), px.ClippedGrad(1.0), scale=1.0):
+        model(x).sum().backward()
+    assert model.weight.grad_batch.isfinite().all()
+    assert model.weight.clipped_grad.isnan().all() and model.bias.clipped_grad.isnan().all()
+
+
 @pytest.mark.parametrize("quantity", [px.BatchL2Grad, px.ClippedGrad])
 def test_norms_where_positions_cancel(quantity: Any) -> None:
     """Products of positions are a thousand times as large as their sum: rows are formed, as autograd forms them."""

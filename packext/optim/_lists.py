@@ -5,6 +5,7 @@ The second argument is a list of tensors, or of a number for each tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,8 +44,10 @@ def lerp(one: Sequence[Tensor], other: Sequence[Tensor], weights: Sequence[float
 
 
 def norm(one: Sequence[Tensor]) -> float:
-    """The norm of all together, in float64."""
-    return float(_stacked(_run("norm", [t for t in one if t.numel()])).norm())
+    """The norm of all together, in float64, in which squares do not overflow."""
+    some = [t for t in one if t.numel()]
+    found = float(_stacked(_run("norm", some)).norm())
+    return float(_stacked([t.double().norm() for t in some]).norm()) if math.isinf(found) else found
 
 
 def nonzero(one: Sequence[Tensor]) -> list[bool]:

@@ -18,7 +18,7 @@ class ClippedGrad(Summed, Quantity):
     g_n is the gradient of the samples' own loss l_n (see `backpack`, scale="sample"), whatever the reduction and the
     context's scale; |g_n| is over all parameters, or with `per_layer` over those of one module. One backward
     pass: the factors of every parameter are held until the norms are known, or its individual gradients where those are
-    no larger, and let go as its sum is taken.
+    no larger, and let go as its sum is taken. NaN where a squared norm is not finite (in float32, norms from 2e19 on).
     """
 
     savefield = "clipped_grad"
@@ -92,7 +92,8 @@ class ClippedGrad(Summed, Quantity):
                     "ClippedGrad: parameters have seen different batches; use per_layer=True or one batch."
                 )
             norms = torch.stack([s.to(squares[0].dtype) for s in squares]).sum(0).sqrt() * abs(factor)
-            weight = self.weight(norms) * factor
+            # A norm whose square is infinite would make nothing of its sample, and say nothing of it.
+            weight = torch.where(norms.isfinite(), self.weight(norms) * factor, torch.nan)
             for key in reversed(keys):  # the last to arrive has the most beside it, and holds nothing from here on
                 ask = asks.pop(key)
                 shape, dtype = part(ask.parameter).shape, ask.parameter.dtype

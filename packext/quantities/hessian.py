@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,25 +54,28 @@ class DiagHessianMC(_Hutchinson):
     indivisible = ""
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Tensor]:
-        # Of each parameter the mean and the sum of squared deviations, updated draw by draw (Welford, 1962).
+        # Of each parameter the mean and the root of the sum of squared deviations, by draws (Welford, 1962).
         found = [torch.zeros(2, *p.shape, dtype=accumulation_dtype(p.dtype), device=p.device) for p in point.parameters]
         for count, values in enumerate(self.draws(point, generator), 1):
-            for (mean, squares), value in zip(found, values, strict=True):
+            for (mean, spread), value in zip(found, values, strict=True):
                 away = value - mean
                 mean += away / count
-                squares += away * (value - mean)
-        for _, squares in found:
-            squares /= self.mc_samples * (self.mc_samples - 1) if self.mc_samples > 1 else 0.0
+                spread.hypot_(away.mul_(math.sqrt(1 - 1 / count)))  # no squares: they would underflow first
+        for _, spread in found:
+            spread /= math.sqrt(self.mc_samples * (self.mc_samples - 1))
         return found
 
+    def add(self, held: Tensor, value: Tensor) -> Tensor:
+        """Of several losses, whose draws are independent."""
+        return torch.stack([held[0] + value[0], torch.hypot(held[1], value[1])])
+
     def land(self, held: Tensor, n: int, factor: float) -> Estimate:
-        error = held[1].sqrt().nan_to_num(nan=torch.inf)
-        return Estimate(held[0] * factor, error * abs(factor))
+        return Estimate(held[0] * factor, held[1].nan_to_num(nan=torch.inf) * abs(factor))
 
     def unite(self, parts: Sequence[Part], over: Here) -> Part:
         """Errors of passes are independent; ranks may have drawn the same signs, so that theirs are added up."""
         value = over.sum(sum_of([p.value.value for p in parts]))
-        error = over.sum(sum_of([p.value.standard_error.square() for p in parts]).sqrt())
+        error = over.sum(functools.reduce(torch.hypot, [p.value.standard_error for p in parts]))
         return Part(Estimate(value, error), over.count(sum(p.n for p in parts)))
 
 

@@ -87,6 +87,21 @@ def test_quantisation() -> None:
     assert not only(defences.Quantisation("int8")(shared(torch.zeros(3)))).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_defences_compute_in_float32(dtype: torch.dtype) -> None:
+    """In bfloat16, 100 and 1/3 are 100, and 256 and 1 are 256."""
+    g = torch.linspace(0, 1, 1001).to(dtype)
+    rounded = defences.Quantisation("int8", stochastic=True, seed=0)
+    found = torch.stack([only(rounded(shared(g))) for _ in range(200)])
+    assert found.dtype == dtype and abs(float((found.double() - g.double()).mean()) * 127) < 0.01
+    plain = only(defences.Quantisation("int8")(shared(g)))
+    assert torch.equal(plain, (only(defences.Quantisation("int8")(shared(g.float())))).to(dtype))
+    top = defences.TopK(0.1)
+    for _ in range(300):
+        sent = only(top(shared(torch.tensor([1000.0, *9 * [1.0]], dtype=dtype))))
+    assert sent.dtype == dtype and top.residual["0"].tolist() == [0.0, *9 * [300.0]]
+
+
 def test_error_feedback_sends_everything_in_the_end() -> None:
     torch.manual_seed(0)
     top, sent, gave = defences.TopK(0.1), torch.zeros(50), torch.zeros(50)

@@ -84,6 +84,16 @@ def test_only_the_unbiased_one_is_about_zero_for_independent_samples() -> None:
     assert all(distance_correlation(x, z) > 0.8 for x, z in draws)
 
 
+@pytest.mark.parametrize("n", [4, 8, 32])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_rows_that_are_equally_far_from_each_other_correlate_with_nothing(n: int, offset: float) -> None:
+    """Their U-centred distances are 0, and were rounding over rounding: anything from -1 to 1."""
+    torch.manual_seed(0)
+    x = (torch.eye(n) * 0.1 + offset).double()
+    for z in (torch.randn(n, 3), 3 * torch.eye(n), 0.3 * x.flip(0)):
+        assert float(u_distance_correlation_sqr(x, z)) == float(u_distance_correlation_sqr(z, x)) == 0.0
+
+
 def test_distance_correlation_has_gradients_where_rows_repeat() -> None:
     torch.manual_seed(0)
     x, z = torch.randn(6, 3).double(), torch.randn(6, 2).double().requires_grad_()

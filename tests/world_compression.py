@@ -228,6 +228,26 @@ def conserved(rank: int, world: int) -> None:
             assert torch.equal(missing / world, arrived[name]), (kind, name)
 
 
+def half_precision(rank: int, world: int) -> None:
+    """What is kept goes on growing: in bfloat16, 256 and 1 are 256."""
+    torch.set_default_dtype(torch.float64)
+    for kind in (pd.TopK, pd.DGC):
+        net = nn.Linear(20, 2, bias=False).bfloat16()
+        model, optimizer = DDP(net), torch.optim.SGD(net.parameters(), 0.0)
+        options = {} if kind is pd.TopK else {"optimizer": optimizer, "momentum": 0.0}
+        state = kind(net.named_parameters(), ratio=0.025, **options)
+        model.register_comm_hook(state, pd.compression_hook)
+        x = torch.ones(1, 20).bfloat16()
+        x[0, 3] = 4096.0  # is sent each time, for one of the outputs
+        for _ in range(300):
+            optimizer.zero_grad()
+            model(x)[0, 0].backward()
+        kept = state.kept("weight")
+        assert kept is not None and kept.dtype == torch.float32 and net.weight.grad.dtype == torch.bfloat16
+        assert float(net.weight.grad[0, 3]) == 4096.0
+        assert sorted(kept[0].tolist()) == [0.0] + 19 * [300.0]
+
+
 def accumulation(rank: int, world: int) -> None:
     """Passes under `no_sync` are compressed as one."""
     torch.set_default_dtype(torch.float64)
@@ -311,4 +331,4 @@ def saved_and_refused(rank: int, world: int) -> None:
         pd.TopK(model.named_parameters(), 0.1, warmup=(0.5,))
 
 
-TASKS = (ratio_one_is_plain, as_simulated, conserved, accumulation, saved_and_refused)
+TASKS = (ratio_one_is_plain, as_simulated, conserved, half_precision, accumulation, saved_and_refused)

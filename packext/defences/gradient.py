@@ -148,7 +148,8 @@ class Quantisation:
 
     Attributes:
         kind: "float16", "bfloat16" or "int8".
-        stochastic: for "int8", rounds up with the probability that leaves the mean as it is.
+        stochastic: for "int8", rounds up with the probability that leaves the mean as it is (of a gradient in half
+            precision, before what is decoded is rounded to that).
         seed: of the draws; unpredictable by default.
     """
 
@@ -171,15 +172,16 @@ class Quantisation:
     def _rounded(self, _: str, g: Tensor) -> Tensor:
         if self.kind != "int8":
             return g.to(getattr(torch, self.kind)).to(g.dtype)
-        step = g.abs().max() / 127
+        wide = _widened(g)
+        step = wide.abs().max() / 127
         if not step:
             return g.clone()
-        levels = g / step
+        levels = wide / step
         if self.stochastic:
-            levels = (levels + torch.rand(g.shape, generator=self._generator).to(g)).floor()
+            levels = (levels + torch.rand(g.shape, generator=self._generator).to(wide)).floor()
         else:
             levels = levels.round()
-        return levels * step
+        return (levels.clamp(-127, 127) * step).to(g.dtype)
 
 
 @dataclass
@@ -195,7 +197,7 @@ class TopK:
 
     Attributes:
         share: of the entries that are sent, from 0 to 1, in each tensor by itself; rounded up.
-        residual: what was held back, by name.
+        residual: what was held back, by name, in float32 or better.
     """
 
     share: float
@@ -209,8 +211,10 @@ class TopK:
         """What is sent; `residual` is brought up to date."""
 
         def send(name: str, g: Tensor) -> Tensor:
-            whole = g + self.residual[name] if name in self.residual else g
-            sent = _largest(whole, math.ceil(self.share * g.numel() - 1e-9))  # 0.07 * 100 is 7.000000000000001
+            whole = _widened(g)
+            if name in self.residual:
+                whole = whole + self.residual[name]
+            sent = _largest(whole, math.ceil(self.share * g.numel() - 1e-9)).to(g.dtype)  # 0.07 * 100 is above 7
             self.residual[name] = whole - sent
             return sent
 
@@ -282,6 +286,11 @@ class Clipped:
                 total = results[name].clipped_grad if name in results else torch.zeros_like(p)
                 gradient[name] = (total + std * _normal(total, self._generator)) * factor
         return Shared(gradient, len(y), loss_fn)
+
+
+def _widened(g: Tensor) -> Tensor:
+    """In float32 or better."""
+    return g.to(torch.promote_types(g.dtype, torch.float32))
 
 
 def _generator(seed: int | None) -> torch.Generator:

@@ -43,7 +43,8 @@ def u_distance_correlation_sqr(x: Tensor, z: Tensor) -> Tensor:
         z: `[N, ...]`, floating.
 
     Returns:
-        A scalar, float64, at most 1; it may be negative. 0 if all rows of x or of z are equal.
+        A scalar, float64, at most 1; it may be negative. 0 if all rows of x or of z are equal, or as far from each
+        other (labels as vectors of zeros and a one, all different): there is nothing to correlate with.
     """
     a, b = (_u_centred(d) for d in _distances(x, z, 4))
     return _ratio((a * b).sum(), a.square().sum(), b.square().sum())
@@ -78,7 +79,8 @@ def _doubly_centred(d: Tensor) -> Tensor:
 def _u_centred(d: Tensor) -> Tensor:
     n = len(d)
     a = d - d.sum(0, keepdim=True) / (n - 2) - d.sum(1, keepdim=True) / (n - 2) + d.sum() / ((n - 1) * (n - 2))
-    return a * (1 - torch.eye(n, dtype=d.dtype, device=d.device))
+    a = a * (1 - torch.eye(n, dtype=d.dtype, device=d.device))
+    return torch.where(a.abs().amax() > 64 * torch.finfo(d.dtype).eps * d.amax(), a, 0.0)  # else it is rounding
 
 
 def _ratio(both: Tensor, one: Tensor, other: Tensor) -> Tensor:

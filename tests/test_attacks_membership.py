@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from statistics import NormalDist
 
@@ -109,6 +110,24 @@ def test_leverage_needs_a_ridge() -> None:
     assert (attacks.leverage(g @ g.T, 1.0) < 0.9).all()
     with pytest.raises(ValueError, match="all leverages of a batch are 1"):
         attacks.leverage(g @ g.T, 0.0)
+
+
+def test_signals_of_float32_where_gradients_cancel() -> None:
+    """At the optimum: the sum of all inner products is rounding, and was as often negative, for shares of 1e150."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 5)
+    y = x @ torch.randn(5, 1) + 0.5 * torch.randn(64, 1)
+    for seed in range(4):
+        model, loss = nn.Linear(5, 1, bias=False), nn.MSELoss()
+        with torch.no_grad():
+            best = torch.linalg.lstsq(x.double(), y.double()).solution.T
+            model.weight.copy_(best + 1e-4 * torch.randn(1, 5, generator=torch.Generator().manual_seed(seed)))
+        seen = attacks.signals(model, loss, x, y)
+        wanted = attacks.signals(copy.deepcopy(model).double(), loss, x.double(), y.double())
+        torch.testing.assert_close(seen.share, wanted.share, rtol=1e-2, atol=0.0)
+        torch.testing.assert_close(seen.leverage, wanted.leverage, rtol=0.0, atol=1e-3)
+    with pytest.raises(ValueError, match=r"ridge 1e-06 is less than the rounding of 64 samples' inner products"):
+        attacks.signals(model, loss, x, y, ridge=1e-6)
 
 
 def test_what_is_not_finite_is_named() -> None:

@@ -48,7 +48,7 @@ def signals(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, ridge: floa
         loss_fn: with a `reduction` that says what it does, "mean" or "sum" of the samples' own losses.
         x: the samples `[N, ...]`.
         y: their labels `[N, ...]`.
-        ridge: of the leverage, relative to the mean squared norm of gradients.
+        ridge: of the leverage, relative to the mean squared norm of gradients; above rounding (see `leverage`).
 
     Returns:
         A score `[N]` of each kind.
@@ -67,7 +67,10 @@ def signals(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, ridge: floa
         bad = (~(gram.diagonal().isfinite() & losses.isfinite())).nonzero().flatten().tolist()
         raise px.PackextError(f"Loss or gradient of samples {bad[:10]} is not finite: the batch tells nothing.")
     norms = gram.diagonal().clamp_min(0).sqrt()
-    return Signals(losses, norms, leverage(gram, ridge), norms / gram.sum().clamp_min(1e-300).sqrt())
+    # Not by the sum of inner products, which is rounding where gradients all but cancel, as in a trained model.
+    whole = torch.stack([p.grad.double().norm().to(gram) for p in twin.parameters() if p.grad is not None]).norm()
+    whole = whole * (len(y) if loss_fn.reduction in ("mean", "batchmean") else 1)
+    return Signals(losses, norms, leverage(results.batch_dot, ridge), norms / whole.clamp_min(1e-300))
 
 
 def _own_losses(loss_fn: nn.Module, output: Tensor, y: Tensor, value: float) -> Tensor:
@@ -111,13 +114,19 @@ def leverage(gram: Tensor, ridge: float = 1e-2) -> Tensor:
         `[N]`, between 0 and 1.
 
     Raises:
-        ValueError: if the ridge is not positive.
+        ValueError: if the ridge is not positive, or drowns in the rounding of the inner products.
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, got {ridge}: without one, all leverages of a batch are 1.")
+    if ridge < (rounding := 4 * len(gram) * torch.finfo(gram.dtype).eps):
+        raise ValueError(
+            f"ridge {ridge:g} is less than the rounding of {len(gram)} samples' inner products in {gram.dtype} "
+            f"({rounding:.1g}): take a larger one, or a model in float64."
+        )
     k = gram.double()
     r = ridge * k.diagonal().mean().clamp_min(1e-300)
-    return 1 - r * torch.linalg.inv(k + r * torch.eye(len(k), dtype=k.dtype, device=k.device)).diagonal()
+    inverse = torch.linalg.inv(k + r * torch.eye(len(k), dtype=k.dtype, device=k.device))
+    return (1 - r * inverse.diagonal()).clamp(0, 1)
 
 
 class Judged(NamedTuple):

@@ -25,7 +25,7 @@ from packext._results import Results
 from packext._scale import Seen
 from packext._shards import added, is_distributed, like
 from packext._statistics import Statistics
-from packext._union import HERE, Elsewhere, Part, Ranks
+from packext._union import END, HERE, Elsewhere, Part, Ranks
 from packext._use import Source, live_nodes, partner
 
 
@@ -208,7 +208,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             around[-1]._inner += self._passes + self._inner
         if self.ranks is not None and kind is not Elsewhere:
             why = "" if kind is None else f"{kind.__name__}: {value}"
-            self.ranks.meet({"the end of the context": ""}, 0, why)
+            self.ranks.meet({END: ""}, 0, why)
         if kind is None and self.extensions and not (self._passes or self._inner):
             asked = ", ".join(type(e).__name__ for e in self.extensions)
             reached = "" if self.parameters is None else " and reached one of the given parameters"

@@ -54,11 +54,24 @@ def everyone(mine: Any, group: Any) -> list[Any]:
     return found
 
 
+#: What ranks meet over when they leave the context, in place of parameters.
+END = "the end of the context"
+
+
 class Ranks(Here):
     """The parts are those of the ranks of a process group, in their order."""
 
     def __init__(self, group: Any) -> None:
-        """Take the group, in which every rank makes the same calls."""
+        """Take the group, in which every rank makes the same calls.
+
+        Raises:
+            ValueError: if this rank is not in it.
+        """
+        if dist.get_rank(group) < 0:  # collectives of torch do nothing then
+            raise ValueError(
+                f"group=...: rank {dist.get_rank()} is not in this process group. Give it one of its own "
+                "(torch.distributed.new_group returns no group to the others), or leave it out there."
+            )
         self.group = group
         self.counts: list[int] = []
 
@@ -82,6 +95,11 @@ class Ranks(Here):
             if why:
                 raise Elsewhere(f"Rank {rank} of the group failed, so that there are no results of all: {why}")
         for rank, (others, _, _, their) in enumerate(heard):
+            if (END in others) != (END in found):
+                raise Elsewhere(
+                    f"Rank {rank} of the group and this one have run different numbers of backward passes in their "
+                    "contexts: run as many on all ranks."
+                )
             differing = sorted({*others} ^ {*found})
             if differing:
                 raise Elsewhere(

@@ -194,6 +194,19 @@ def skipped_and_refused(rank: int) -> None:
             optimizer.step()
 
 
+def outside_of_the_group(rank: int) -> None:
+    group, model = dist.new_group([1]), network()
+    for make in (
+        lambda: optim.KFAC(model.parameters(), process_group=group),
+        lambda: optim.distributed.DSSGD(torch.optim.SGD(model.parameters(), 0.1), 1, 1, process_group=group),
+    ):
+        if rank:
+            make()
+        else:
+            with pytest.raises(px.PackextError, match="Process 0 is not in the process group"):
+                make()
+
+
 def sharded_is_refused(rank: int) -> None:
     """With what the user of an optimizer can do about it."""
     model = px.extend(network())
@@ -278,6 +291,7 @@ TASKS = (
     several_uses,
     draws_differ,
     skipped_and_refused,
+    outside_of_the_group,
     sharded_is_refused,
     controllers_agree,
     learned_rate,

@@ -1059,11 +1059,27 @@ def same_everywhere(model: nn.Module) -> None:
     assert torch.equal(*both)
 
 
+def outside_of_the_group(rank: int) -> None:
+    """Who is not in a group would neither draw its noise nor hear of it."""
+    group = dist.new_group([1])
+    o = DPSGD(network().parameters(), 0.1, **SETTINGS)
+    if rank:
+        DPSGD(network().parameters(), 0.1, **SETTINGS, process_group=group).step()
+        return
+    with pytest.raises(px.PackextError, match="Process 0 is not in the process group"):
+        DPSGD(network().parameters(), 0.1, **SETTINGS, process_group=group)
+    o.process_group = group
+    before = [p.clone() for p in o.param_groups[0]["params"]]
+    with pytest.raises(px.PackextError, match="Process 0 is not in the process group"):
+        o.step()
+    assert all(map(torch.equal, before, o.param_groups[0]["params"])) and not o.spent
+
+
 def worker(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        for task in (together, empty_on_one, all_see_what_is_wrong):
+        for task in (together, empty_on_one, all_see_what_is_wrong, outside_of_the_group):
             task(rank)
         dist.barrier()
     finally:

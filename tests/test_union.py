@@ -367,6 +367,38 @@ def test_ranks_of_different_models() -> None:
     together(_differ)
 
 
+def _more(rank: int, world: int) -> None:
+    model, loss, x, y = problem()
+    with (
+        pytest.raises(px.PackextError, match="different numbers of backward passes"),
+        px.backpack(px.BatchL2Grad(), scale="sample", group=dist.group.WORLD, accumulate=True),
+    ):
+        for _ in range(1 + rank):
+            loss(model(x), y).backward()
+
+
+def test_ranks_of_different_numbers_of_passes() -> None:
+    together(_more)
+
+
+def _some(rank: int, world: int) -> None:
+    """A group of some of the ranks, in which the others hear nothing and are not heard."""
+    group, (whole, loss, x, y) = dist.new_group([1, 2]), problem()
+    if rank == 0:
+        with pytest.raises(ValueError, match="rank 0 is not in this process group"):
+            px.backpack(px.BatchL2Grad(), scale="sample", group=group)
+        return
+    results = run(whole, loss, x, y, scale="sample")
+    model, loss, x, y = problem()
+    united = run(model, loss, own(x, rank - 1, 2), own(y, rank - 1, 2), scale="sample", group=group)
+    torch.testing.assert_close(values(model, asked()), values(whole, asked()))
+    torch.testing.assert_close(united.batch_l2, results.batch_l2)
+
+
+def test_ranks_outside_of_the_group() -> None:
+    together(_some, 3)
+
+
 def test_no_rank_knows_the_loss_of_all() -> None:
     with pytest.raises(ValueError, match='scale="sample"'):
         px.backpack(px.BatchGrad(), group=object())

@@ -177,22 +177,43 @@ def _merged(value: Any, sums: list[Tensor], n: int) -> Any:
     return n if isinstance(value, int) else sums[0]
 
 
+def place(group: Any) -> tuple[int, int]:
+    """Ask for the place of this process in a group; None is that of all.
+
+    Returns:
+        Its rank, and the number of processes: 0 of 1 before they have met.
+
+    Raises:
+        PackextError: if it is not in the group: torch sends and receives nothing then, and no more than warns.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise px.PackextError(
+            f"Process {dist.get_rank()} is not in the process group that it was given. Give it one of its own "
+            "(torch.distributed.new_group returns no group to the others), or leave it out there."
+        )
+    return rank, dist.get_world_size(group)
+
+
 class Ranks:
     """The processes that share one training, as many as there are when it is asked."""
 
     def __init__(self, group: Any = None) -> None:
         """Take the process group over which gradients are averaged; by default that of all processes, if any."""
         self._group = group
+        place(group)
 
     @property
     def size(self) -> int:
         """Their number; 1 before they have met."""
-        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+        return place(self._group)[1]
 
     @property
     def rank(self) -> int:
         """Of this one among them."""
-        return dist.get_rank(self._group) if dist.is_available() and dist.is_initialized() else 0
+        return place(self._group)[0]
 
     def everyone(self, mine: Any) -> list[Any]:
         """What all processes have, in the order of their ranks."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 import packext as px
+from packext.optim._merge import place
 from packext.optim.accounting import Spent
 
 #: Generators that draw side by side on the CPU, and entries that one draws at a time: parts of the noise's definition,
@@ -122,6 +123,7 @@ class Private(torch.optim.Optimizer):
         self.expected_batch_size = float(expected_batch_size)
         self.per_layer, self.adaptive = per_layer, adaptive
         self.process_group = process_group
+        place(process_group)
         self._spent: list[Spent] = []
         self._noise_of_gradients()  # raises where the count takes all of the noise
         self._start()
@@ -347,9 +349,8 @@ class Private(torch.optim.Optimizer):
         sums, balance = self._sums or [torch.zeros_like(p) for _, p in named], self._balance
         self._forget()
         group = self.process_group
-        ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-        # One process draws the noise of all, and the sum over processes has it once.
-        draws = ranks == 1 or dist.get_rank(group) == 0
+        rank, ranks = place(group)
+        draws = rank == 0  # the noise of all: the sum over processes has it once
         std = self._noise_of_gradients() * self.sensitivity if draws else 0.0
         gradients = self._noisy(sums, std, self.expected_batch_size)
         count = torch.as_tensor(balance, dtype=torch.float64, device=sums[0].device)

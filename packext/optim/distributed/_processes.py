@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 import packext as px
+from packext.optim._merge import place
 
 
 def world(group: Any) -> tuple[int, int]:
@@ -18,11 +19,12 @@ def world(group: Any) -> tuple[int, int]:
         Both.
 
     Raises:
-        PackextError: if there is no process group.
+        PackextError: if there is no process group, or this process is not in the one that is given.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise px.PackextError("There is no process group: call torch.distributed.init_process_group first.")
-    return dist.get_world_size(group), dist.get_rank(group)
+    rank, size = place(group)
+    return size, rank
 
 
 @contextmanager

@@ -7,10 +7,12 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
 
@@ -544,9 +546,35 @@ def test_a_state_from_which_something_was_left_out_is_refused() -> None:
     saved = checkpoint.get_optimizer_state_dict(model, optimizer, options=flat)
     fresh = CASES["M-SVAG"].make(model.parameters())
     model.zero_grad()
-    with pytest.raises(px.PackextError, match="nothing in it. flatten_optimizer_state_dict"):
+    with pytest.raises(px.PackextError, match="4 parameters had a state when this was saved, and 0 have one"):
         checkpoint.set_optimizer_state_dict(model, fresh, saved, options=flat)
     assert fresh.steps == 0 and fresh.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", ["KFAC", "M-SVAG"])
+def test_checkpoints_that_are_loaded_into_what_is_there(name: str, tmp_path: Path) -> None:
+    """A new optimizer has nothing there: it would go on with the number of steps, and without all else."""
+    model, other = network(), network(7)
+    optimizer, resumed = (CASES[name].make(m.parameters()) for m in (model, other))
+    for seed in range(3):
+        step(model, optimizer, data(seed))
+    dcp.save(dict(zip("mo", checkpoint.get_state_dict(model, optimizer), strict=True)), checkpoint_id=tmp_path)
+
+    def load() -> None:
+        there = dict(zip("mo", checkpoint.get_state_dict(other, resumed), strict=True))
+        dcp.load(there, checkpoint_id=tmp_path)
+        checkpoint.set_state_dict(other, resumed, model_state_dict=there["m"], optim_state_dict=there["o"])
+
+    with pytest.raises(px.PackextError, match="and 0 have one in it.* take a step of all parameters before load"):
+        load()
+    step(other, resumed, data(5))
+    load()
+    for seed in range(3, 6):
+        for m, o in ((model, optimizer), (other, resumed)):
+            step(m, o, data(seed))
+    assert same(values(model), values(other)) and same(state_of(optimizer), state_of(resumed))
 
 
 @pytest.mark.parametrize("closure", [False, True])

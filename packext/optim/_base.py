@@ -78,7 +78,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for hyperparameters out of range, or two parts that want the same one.
         """
-        defaults: dict[str, Any] = {"fallback": False, "steps": 0, "lacking": False, "seed": seed}
+        defaults: dict[str, Any] = {"fallback": False, "steps": 0, "kept": 0, "lacking": False, "seed": seed}
         for part in parts:
             twice = defaults.keys() & part.defaults.keys()
             if twice:
@@ -290,6 +290,7 @@ class Optimizer(torch.optim.Optimizer):
                     self.state[p].update(new)
         for group in self.param_groups:
             group["steps"] += 1
+        self.param_groups[0]["kept"] = len(self.state)  # by which a state tells whether it is whole
         return ""
 
     def _settle(self, work: Work) -> None:
@@ -370,10 +371,13 @@ class Optimizer(torch.optim.Optimizer):
         A ValueError refuses groups that differ in what is bounded over all parameters.
         """
         alike(type(self).__name__, state_dict["param_groups"])
-        if not all(state_dict["state"].values()):
+        kept, found = (state_dict["param_groups"][0].get("kept", 0), sum(map(bool, state_dict["state"].values())))
+        if found < kept:
             raise px.PackextError(
-                f"{type(self).__name__}: parameters in this state have nothing in it. flatten_optimizer_state_dict of "
-                "torch.distributed.checkpoint leaves out what a new optimizer has not made yet: save without it."
+                f"{type(self).__name__}: {kept} parameters had a state when this was saved, and {found} have one in "
+                "it. torch.distributed.checkpoint loads into what is there, and leaves out what a new optimizer has "
+                "not made yet: take a step of all parameters before load, and save without "
+                "flatten_optimizer_state_dict."
             )
         super().load_state_dict(state_dict)
         ids = [k for group in state_dict["param_groups"] for k in group["params"]]

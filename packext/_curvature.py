@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
@@ -35,9 +36,23 @@ from packext._use import Source
 
 if TYPE_CHECKING:
     from packext._scale import Seen
+    from packext._union import Ranks
 
 #: A generator of our own: observing a run never changes it.
 _GENERATOR = torch.Generator().manual_seed(20251121)
+
+
+def _numbers(ranks: Ranks | None) -> torch.Generator:
+    """What targets are drawn with where a quantity has no generator of its own.
+
+    Returns:
+        packext's own, which is the same in all processes; with a group another one on each rank, as samples of
+        different ranks would share their draws.
+    """
+    if ranks is None:
+        return _GENERATOR
+    seed = int(torch.randint(1 << 62, (), generator=_GENERATOR)) + dist.get_rank(ranks.group)
+    return torch.Generator().manual_seed(seed)
 
 
 def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
@@ -74,16 +89,19 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     for each in flight.heard:
         # What a context gets is what it would get by itself: the same columns, of which others may have their part.
         compact = all(q.compact for q in each.context.spreading)
+        numbers = _numbers(each.context.ranks) if any(q.root[0] == "mc" for q in each.context.spreading) else None
         for quantity in each.context.spreading:
-            only = frozenset(each.context.parameters or ()) if quantity.root[0] == "hessian" else None
-            groups.setdefault((quantity.root, compact, only), {}).setdefault(each, []).append(quantity)
+            kind, draws, generator = quantity.root
+            root = (kind, draws, numbers if kind == "mc" and generator is None else generator)
+            only = frozenset(each.context.parameters or ()) if kind == "hessian" else None
+            groups.setdefault((root, compact, only), {}).setdefault(each, []).append(quantity)
     for ((kind, draws, generator), compact, _), members in groups.items():
         of = (loss, output, seen.args, seen.kwargs, g)
         with disable():  # the loss may have extended parts of its own
             if kind == "hessian":
                 columns = _roots.signed(*of)
             elif kind == "mc":
-                columns = ((s, 1.0) for s in _roots.sampled(*of, draws, _GENERATOR if generator is None else generator))
+                columns = ((s, 1.0) for s in _roots.sampled(*of, draws, generator))
             else:
                 columns = ((s, 1.0) for s in _roots.exact(*of, compact))
         parts = (

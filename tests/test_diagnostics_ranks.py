@@ -452,9 +452,22 @@ def named(rank: int) -> None:
     assert hardest[0] == hardest[1] and min(hardest[0]) >= 100 and set(hardest[0]) - set(samples.tolist())
 
 
+def drawn(rank: int) -> None:
+    """Of the same samples, processes draw other targets."""
+    found, (x, y) = [], data(8, 3)
+    for model in (by_itself(network()), WAYS["DDP(extend)"](network())):
+        monitor = watched(model, asked=[TICDiag])
+        steps(model, monitor, px.extend(nn.CrossEntropyLoss()), [(x, y)] * 2)
+        found.append(monitor.ranks.needs([px.DiagGGNMC()])[0].generator)
+    assert found[0] is None and found[1] is monitor.ranks.numbers
+    states: list[Any] = [None] * WORLD
+    dist.all_gather_object(states, found[1].get_state().tolist())
+    assert states[0] != states[1] and states[rank] != torch.Generator().manual_seed(rank).get_state().tolist()
+
+
 TASKS = (
     as_one_process, uneven, accumulated, outside_in_passes, hessians, looked_at, unchanged, refused, penalized, climbed,
-    named,
+    named, drawn,
 )  # fmt: skip
 
 

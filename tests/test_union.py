@@ -381,6 +381,22 @@ def test_ranks_of_different_numbers_of_passes() -> None:
     together(_more)
 
 
+def _drawn(rank: int, world: int) -> None:
+    """The same samples on both ranks, of which draws that are shared would be the same."""
+    model, loss, x, y = problem()
+    mc = px.SqrtGGNMC()
+    for quantities in ([mc], [mc, px.DiagGGNMC()]):
+        with px.backpack(*quantities, scale="sample", group=dist.group.WORLD) as results:
+            loss(model(x), y).backward()
+        root = results["6.weight"].sqrt_ggn_mc
+        assert not torch.equal(root[:, :N], root[:, N:])
+    torch.testing.assert_close(results["6.weight"].diag_ggn_mc, root.square().sum((0, 1)))
+
+
+def test_ranks_draw_targets_of_their_own() -> None:
+    together(_drawn)
+
+
 def _some(rank: int, world: int) -> None:
     """A group of some of the ranks, in which the others hear nothing and are not heard."""
     group, (whole, loss, x, y) = dist.new_group([1, 2]), problem()

@@ -29,6 +29,7 @@ class Ranks:
         parallel: the `DistributedDataParallel` that averages their gradients; None in a process by itself.
         size: their number.
         rank: of this one among them.
+        numbers: what targets are drawn with, which are to be others in each.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +37,7 @@ class Ranks:
         self.parallel = model if isinstance(model, DistributedDataParallel) else None
         self._group = None if self.parallel is None else self.parallel.process_group
         self.size, self.rank = (1, 0) if self._group is None else (self._group.size(), self._group.rank())
+        self.numbers = torch.Generator().manual_seed(self.rank)
         self._name = type(model).__name__
         self._synced = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
         self.check()

@@ -102,6 +102,8 @@ def instead(quantity: Any, ranks: Any) -> tuple[Any, ...] | None:
         return quantity, Mean()
     if type(quantity) is MeanTopEigenvalues:
         return (TogetherEigenvalues(quantity, ranks.mean, ranks.parallel),)
+    if type(quantity) is px.DiagGGNMC and quantity.generator is None:  # which is the same in all processes
+        return (px.DiagGGNMC(quantity.mc_samples, ranks.numbers),)
     if type(quantity) is DrawnGrad:  # other entries in each process, as they are others for each sample
         return (DrawnGrad(quantity.seed * ranks.size + ranks.rank, quantity.samples, quantity.entries),)
     known = type(quantity) in (Count, px.GradHistogram, MeanHessianTrace)

@@ -262,7 +262,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
         if record not in flight.records:
             flight.records.append(record)
         refuse_tensors(record, [flight.context])
-        unseen(record, record.modules(), flight.context._wants)
+        unseen(record, record.extended(), flight.context._wants)
         sources.update({id(s.tensor): s for s in record.parameters()})
     if not sources:
         raise PackextError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,11 +29,15 @@ def _none() -> None:
 
 @dataclass
 class Shared:
-    """What the modules of one extended model share: its batch axis, layouts found by the probe, and the last pass."""
+    """What the modules of one extended model share: its batch axis, layouts found by the probe, and the last pass.
+
+    `whole` gives the module that was extended: parts of it may run by themselves, where a method calls them.
+    """
 
     batch_axis: int | None
     plans: dict[Any, Any] = field(default_factory=dict)
     flight: Callable[[], Any] = _none
+    whole: Callable[[], Any] = _none
 
     def remember(self, key: Any, plan: Any) -> None:
         """Keep a plan, dropping the oldest beyond `PLANS`."""
@@ -41,7 +46,13 @@ class Shared:
         self.plans[key] = plan
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"batch_axis": self.batch_axis, "plans": {}, "flight": _none}
+        return {"batch_axis": self.batch_axis, "plans": {}, "flight": _none, "whole": _none}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        copied = Shared(self.batch_axis)
+        if (whole := memo.get(id(self.whole()))) is not None:  # the copy of it that is being made
+            copied.whole = weakref.ref(whole)
+        return copied
 
 
 @dataclass
@@ -88,8 +99,8 @@ def extend(module: M, batch_axis: int | None = 0, *, debug: bool = False, use_co
             "module as it was written."
         )
     unextend(module)
-    shared = Shared(batch_axis)
     root = _compiler.original(module)
+    shared = Shared(batch_axis, whole=weakref.ref(root))
     for path, m in root.named_modules():
         if isinstance(m, torch.jit.ScriptModule):
             continue  # it takes no hooks; what it does with parameters is refused when their gradient is asked for

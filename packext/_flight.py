@@ -231,8 +231,9 @@ def enter(record: Record, g: Tensor | None = None) -> None:
             f"{asked} asked for, but the backward pass came through no extended loss. Use "
             "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
         )
-    modules = record.modules()
-    unseen(record, modules, flight.wants)
+    modules, shared = record.modules(), record.extension.shared
+    first = all(r is record or r.extension.shared is not shared for r in flight.records)
+    unseen(record, record.extended() if first else modules, flight.wants)
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             refuse_static(module)

@@ -233,6 +233,12 @@ class Record:
             self._modules = [weakref.ref(module) for module in modules_of(root)]
         return [module for ref in self._modules if (module := ref()) is not None]
 
+    def extended(self) -> list[nn.Module]:
+        """All modules that were extended with the model's; the first one holds them all."""
+        root, whole = self.root(), self.extension.shared.whole()
+        every = self.modules() if whole is None or whole is root else modules_of(whole)
+        return every if root in every else self.modules()
+
     def parameters(self) -> list[Source]:
         """Every parameter behind a use, once."""
         found: dict[int, Source] = {}

@@ -125,9 +125,9 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
             )
         raise UnsupportedUseError(
             f"A gradient will reach {names}, but packext saw no use of it: it meets data outside of the extended "
-            "model, or inside of a torch.autograd.Function, a torch.func transform or TorchScript, into which packext "
-            "does not see. Have these give the value that the parameter is multiplied with, and multiply in forward, "
-            "or leave the parameter out (parameters=...)."
+            "model's forward (in another method, or in the loss), or inside of a torch.autograd.Function, a torch.func "
+            "transform or TorchScript, into which packext does not see. Have these give the value that the parameter "
+            "is multiplied with, and multiply in forward, or leave the parameter out (parameters=...)."
             f"{after_distributed(record)}"
         )
 

@@ -55,6 +55,35 @@ def test_a_parameter_between_the_model_and_the_loss_is_refused(name: str) -> Non
     torch.testing.assert_close(found, rows)
 
 
+class Policy(nn.Module):
+    """Its method is called, and not the model: the mean is a model by itself then, and the spread is outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.spread = nn.Linear(5, 2), nn.Parameter(torch.zeros(2))
+
+    def act(self, x: Tensor) -> Tensor:
+        return self.mean(x) * self.spread.exp()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("quantity", [px.BatchL2Grad(), px.HessianTrace()])
+def test_a_parameter_beside_the_parts_that_run_is_refused(quantity: Any, copied: bool) -> None:
+    model, loss = px.extend(Policy()), px.extend(nn.MSELoss())
+    model = copy.deepcopy(model) if copied else model
+    x, y = torch.randn(N, 5), torch.randn(N, 2)
+    with pytest.raises(px.UnsupportedUseError, match=r"reach spread, .* no use of it: .*in another method"):
+        with px.backpack(quantity):
+            loss(model.act(x), y).backward()
+    assert all(p.grad is None for p in model.mean.parameters())
+    with px.backpack(quantity, parameters=model.mean.parameters()) as results:  # the others are right
+        loss(model.act(x), y).backward()
+    assert "mean.weight" in results and "spread" not in results
+    with px.backpack(quantity) as results:
+        loss(copy.deepcopy(model.mean)(x), y).backward()  # a copy of a part has no whole
+    assert "mean.weight" in results
+
+
 def test_a_hook_put_on_the_model_later_is_outside() -> None:
     model, loss = px.extend(nn.Linear(5, 5)), px.extend(nn.MSELoss())
     model.register_forward_hook(lambda module, args, out: F.linear(out, module.weight))

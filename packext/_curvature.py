@@ -131,7 +131,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
 
 def account(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     """Note what of the gradients at the outputs of models comes from a loss behind them, where `g` arrived."""
-    gates = list(dict.fromkeys(gate for e in seen.edges for gate in gates_of(e))) if flight.whole else []
+    gates = gates_of(edge) if flight.whole else []
     if not gates:
         return
     with silence():
@@ -257,7 +257,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
     """
     sources: dict[int, Source] = {}
     inside = seen.record()
-    before = [gate.record for e in seen.edges for gate in gates_of(e)]  # a model may read what another one gave
+    before = [gate.record for gate in gates_of(edge)]  # of all arguments; a model may read what another one gave
     for record in dict.fromkeys(before if inside is None else [*before, inside]):
         if record not in flight.records:
             flight.records.append(record)

@@ -183,7 +183,7 @@ def _chosen(
 
 
 def gates_of(edge: GradientEdge) -> list[Any]:
-    """The gates of extended models through which the loss's input was computed."""
+    """The gates of extended models through which what is at `edge` was computed."""
     found: dict[int, Any] = {}
     known: set[Any] = set()
     todo = [edge.node]

@@ -246,7 +246,8 @@ def refuse_arguments(name: str, args: tuple, kwargs: dict) -> None:
         if isinstance(t, Tensor) and t.requires_grad:
             raise PackextError(
                 f"{name} has another argument, {list(t.shape)}, that requires grad. Only the Hessian in the first "
-                "argument is known. Pass .detach() of the other one if it should count as a constant."
+                "argument is known. Pass .detach() of the other one if it should be a constant, or both as a tuple: "
+                "the first argument of an nn.Module of your own with an attribute `reduction`."
             )
 
 

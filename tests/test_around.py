@@ -336,6 +336,24 @@ def test_products_with_the_ggn_of_a_loss_of_which_the_target_depends_on_the_mode
                 product(torch.ones(1, 4, 3))
 
 
+@pytest.mark.parametrize("parted", [False, True])
+def test_products_with_the_hessian_of_a_loss_of_several_arguments(parted: bool) -> None:
+    """Anchor, positive and negative each come by a call of the model, or one by that of another."""
+    model, x, loss = perceptron(), torch.randn(3, N, 3), px.extend(nn.TripletMarginLoss())
+    last = px.extend(nn.Linear(3, 2)) if parted else model
+    weights = [model[2].weight, *([last.weight] if parted else [])]
+    slopes = torch.autograd.grad(loss(model(x[0]), model(x[1]), last(x[2])), weights, create_graph=True)
+    for weight, slope in zip(weights, slopes, strict=True):
+        unit = torch.eye(weight.numel()).view(-1, *weight.shape)
+        with px.backpack(px.HMP()) as results:
+            loss(model(x[0]), model(x[1]), last(x[2])).backward(retain_graph=True)
+        wanted = [torch.autograd.grad(s, weight, retain_graph=True)[0] for s in slope.flatten()]
+        torch.testing.assert_close(results[weight].hmp(unit), torch.stack(wanted))
+    with pytest.raises(px.PackextError, match=r"another argument, \[4, 2\].*both as a tuple"):
+        with px.backpack(px.DiagGGNExact()):
+            loss(model(x[0]), model(x[1]), last(x[2])).backward()
+
+
 class Sums(nn.Module):
     def __init__(self, doubled: bool) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from packext import _compiler, _listening
 from packext._curvature import account, measure, spread
-from packext._errors import CoupledSamplesError, NotExtendedError, PackextError
+from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, due_to
 from packext._extend import end_interrupted
 from packext._layout import Tokens
 from packext._pass import Pass
@@ -278,7 +278,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 raise PackextError(
                     f"The extended {name} with reduction='none' is weighted unevenly over its entries (from "
                     f"{low:.4g} to {high:.4g}), so that the scale of a sample is not defined. "
-                    "Pass scale=<number> to backpack."
+                    f"Pass {_SCALE}."
                 )
             count = float(record_n) if reduction in ("mean", "batchmean") else 1.0
             written.append((f"{name} ({reduction})", count / (low if reduction == "none" else 1.0)))
@@ -287,13 +287,12 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             raise PackextError(
                 f"The gradient came to the model by another term first than the extended {name}, so that the scale of "
                 "a sample's own loss is not known yet. Compute the whole loss in one extended module, or pass "
-                "scale=<number> to backpack (the batch size for a mean, 1 for a sum)."
+                f"{_SCALE} (the batch size for a mean, 1 for a sum)."
             )
         if not written:
             raise NotExtendedError(
                 "The scale of a sample's own loss is not known: the loss is not extended. Use "
-                "loss_fn = px.extend(nn.CrossEntropyLoss()) or pass scale=<number> to backpack (the batch size for a "
-                "mean, 1 for a sum)."
+                f"loss_fn = px.extend(nn.CrossEntropyLoss()) or pass {_SCALE} (the batch size for a mean, 1 for a sum)."
             )
         # Losses of different weights are terms of one; a weight that all have is none of the samples' own losses.
         weights = [(count, low) for count, low in weights if low] or [(count, 1.0) for count, _ in weights]
@@ -303,13 +302,13 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 f"Losses of different weights ({', '.join(name for name, _ in written)}; gradients "
                 f"{', '.join(f'{g:g}' for g in sorted(arrived))} arrive at them), none of which is 1: what all of them "
                 "are multiplied with besides, as by a GradScaler or for micro-batches, is not known. Give one of them "
-                "the weight 1, or pass scale=<number> to backpack."
+                f"the weight 1, or pass {_SCALE}."
             )
         factors = alone if len(alone) == 1 else {factor for _, factor in written}
         if len(factors) > 1:
             each = ", ".join(f"{name} by {factor:g}" for name, factor in written)
             raise PackextError(
-                f"The losses scale samples differently: {each}. Give them one reduction, or pass scale=<number>."
+                f"The losses scale samples differently: {each}. Give them one reduction, or pass {_SCALE}."
             )
         return factors.pop()
 
@@ -328,9 +327,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             if each.context.hessian:
                 flight.spread = True
                 measure(each, each.context.hessian, seen, edge, g.detach())
-        if any(each.context.spreading for each in flight.heard):
+        if asked := [q for each in flight.heard for q in each.context.spreading]:
             flight.spread = True
-            with torch.no_grad():
+            with torch.no_grad(), due_to(asked):
                 spread(flight, seen, edge, g.detach())
 
     def _emit(self, flights: Sequence[Pass], source: Source, statistics: Statistics, deliver: bool) -> Tensor | None:
@@ -515,6 +514,8 @@ def _identified(parameters: Any) -> dict[int, Tensor]:
 
 
 _PLAIN = (int, float, str, tuple, type(None))
+
+_SCALE = "scale=<number> to backpack, or to step() of a monitor"
 
 
 def _kind(t: Tensor, ways: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from packext import _roots
 from packext._chain import Chain, Positive, average, kept
 from packext._distributed import refuse_tensors
-from packext._errors import CoupledSamplesError, PackextError
+from packext._errors import CoupledSamplesError, PackextError, due_to
 from packext._factored import Factored
 from packext._flight import Sweep
 from packext._layout import Layout, Scattered, ranks
@@ -274,7 +274,8 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
         return
     point = Graph([s.tensor for s in sources.values()], seen, edge, g)
     for quantity in quantities:
-        values = quantity.measure(point, _GENERATOR)
+        with due_to([quantity]):
+            values = quantity.measure(point, _GENERATOR)
         for source, value in zip(sources.values(), values, strict=True):
             found = flight.measured.setdefault(id(source.tensor), (source, {}))[1]
             if id(quantity) in found and not quantity.additive:

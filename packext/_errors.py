@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 
 class PackextError(RuntimeError):
-    """Base of the errors that packext raises; what is wrong in an argument is a ValueError or TypeError."""
+    """Base of the errors that packext raises; what is wrong in an argument is a ValueError or TypeError.
+
+    Attributes:
+        quantities: of the context, to which alone the error is due; empty where it may be due to all of them.
+    """
+
+    quantities: tuple[Any, ...] = ()
+
+
+@contextmanager
+def due_to(quantities: Iterable[Any]) -> Iterator[None]:
+    """Errors in here have a note that they concern these quantities alone, unless they have one; () is all."""
+    try:
+        yield
+    except PackextError as error:
+        vars(error).setdefault("quantities", tuple(quantities))
+        raise
 
 
 class NotExtendedError(PackextError):

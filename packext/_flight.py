@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdRef
 
 from packext._distributed import refuse_static, refuse_tensors, sharding, unshard
-from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError
+from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
 from packext._listening import here, meanwhile
@@ -85,7 +85,7 @@ class Sweep:
         with meanwhile(sweep=self):
             for record in self.flight.records:
                 unshard(record)
-            with _kept(self.flight.records):
+            with _kept(self.flight.records), due_to(()):  # what is wrong down there may be so for all
                 arrived = _send(edges, cotangents, targets)
         for source, _, forms in self.gathering.rest():
             self.absorb(source, merge(forms))
@@ -167,6 +167,7 @@ def _arrive(
     return flight.visit(use, saved, gs, sums)
 
 
+@due_to(())  # unless it is said in there: curvature may come here first
 def enter(record: Record, g: Tensor | None = None) -> None:
     """A gate was reached, by the gradient `g` if it is known: a backward pass enters an extended model."""
     state = here()
@@ -220,17 +221,19 @@ def enter(record: Record, g: Tensor | None = None) -> None:
     waiting = [q for f in flight.heard for q in (*f.context.spreading, *f.context.hessian)]
     if state.sweep is None and waiting and not (flight.spread or flight.inside):
         asked = ", ".join(type(q).__name__ for q in waiting)
-        if (name := awaited_loss()) is not None:
-            raise PackextError(
-                f"{asked} asked for, and the gradient came to the model by another term first than the extended "
-                f"{name}: nothing is known of that term's curvature. Compute the whole loss in one nn.Module with an "
-                "attribute `reduction` ('mean' or 'sum') and extend that, or call backward() of the extended loss by "
-                "itself."
+        with due_to(waiting):
+            if (name := awaited_loss()) is not None:
+                raise PackextError(
+                    f"{asked} asked for, and the gradient came to the model by another term first than the extended "
+                    f"{name}: nothing is known of that term's curvature. Compute the whole loss in one nn.Module with "
+                    "an attribute `reduction` ('mean' or 'sum') and extend that, or call backward() of the extended "
+                    "loss by itself."
+                )
+            raise NotExtendedError(
+                f"{asked} asked for, but the backward pass came through no extended loss. Use "
+                "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output. A loss that is a "
+                "function goes into the forward of an nn.Module with an attribute `reduction` ('mean' or 'sum')."
             )
-        raise NotExtendedError(
-            f"{asked} asked for, but the backward pass came through no extended loss. Use "
-            "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output."
-        )
     modules, shared = record.modules(), record.extension.shared
     first = all(r is record or r.extension.shared is not shared for r in flight.records)
     unseen(record, record.extended() if first else modules, flight.wants)
@@ -285,12 +288,13 @@ def compare(gate: Any, g: Tensor) -> None:
         alone = not rest > torch.finfo(g.dtype).eps ** 0.5 * size  # what is not a number tells nothing
     if not alone:
         asked = ", ".join(dict.fromkeys(type(q).__name__ for q in flight.whole))
-        raise PackextError(
-            f"{asked} asked for, and other terms than extended losses contribute to the gradient at an output "
-            f"{list(g.shape)} of the model: nothing is known of their curvature. Compute the whole loss in one "
-            "nn.Module with an attribute `reduction` ('mean' or 'sum') and extend that, or call backward() of the "
-            "extended loss by itself."
-        )
+        with due_to(flight.whole):
+            raise PackextError(
+                f"{asked} asked for, and other terms than extended losses contribute to the gradient at an output "
+                f"{list(g.shape)} of the model: nothing is known of their curvature. Compute the whole loss in one "
+                "nn.Module with an attribute `reduction` ('mean' or 'sum') and extend that, or call backward() of the "
+                "extended loss by itself."
+            )
 
 
 def _agree(record: Record, gates: frozenset[int]) -> None:

@@ -544,7 +544,7 @@ def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) ->
     except PackextError:
         raise
     except RuntimeError as error:
-        raise PackextError(f"{name} cannot be differentiated twice: {error}") from error
+        raise PackextError(f"{name} cannot be differentiated twice: {error}.") from error
     if not blocks.any():
         raise zero
     return blocks

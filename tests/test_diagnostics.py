@@ -979,6 +979,30 @@ def test_refused_before_it_trains(options: Any, said: str) -> None:
     assert Cockpit(model, optimizer, sinks=iter([Keep({})]), rules=(kind() for kind in RULES)).sinks
 
 
+@pytest.mark.parametrize(
+    ("function", "said"), [(nn.CrossEntropyLoss(), "no extended loss"), (px.extend(nn.NLLLoss()), "linear")]
+)
+def test_an_error_about_curvature_names_the_instruments_that_ask_for_it(function: Any, said: str) -> None:
+    (monitor, _), (x, y) = pair(NormTest(), HessTrace(), TICDiag()), batch()
+    with pytest.raises(
+        px.PackextError, match=f"^The instruments HessTrace, TICDiag need .*({said}).*other instruments"
+    ):
+        with monitor.step(scale=4.0):
+            function(monitor.model(x).log_softmax(1), y).backward()
+    monitor.model.append(Centred())
+    with pytest.raises(px.CoupledSamplesError, match=r"NormTest, HessTrace, TICDiag need.*influence.*\)\.$"):
+        with monitor.step():  # which the first column of a root finds
+            px.extend(nn.CrossEntropyLoss())(px.extend(monitor.model)(x), y).backward()
+
+
+class Centred(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) - super().forward(input).mean(0)
+
+
 def test_an_error_names_the_instruments_and_the_model() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -1000,7 +1024,7 @@ def test_an_error_names_the_instruments_and_the_model() -> None:
     with pytest.raises(px.NotExtendedError, match="NormTest need .* loss is not extended"):
         with monitor.step():
             plain(monitor.model(x), y).backward()
-    with pytest.raises(px.PackextError, match="does not see the loss"):
+    with pytest.raises(px.PackextError, match=r'does not see the loss.*monitor.step\("mean"\)'):
         with monitor.step(scale=4.0):
             plain(monitor.model(x), y).backward()
     with pytest.raises(ValueError, match=r"individual losses \[N\]"):

@@ -307,10 +307,16 @@ class Watch:
         self._leave()
         if kind is not None:
             if isinstance(error, px.PackextError):
-                asked = ", ".join(i.name for i, needs in zip(self._due, self._needs, strict=False) if needs)
+                kinds, needs = (
+                    tuple({type(q) for q in error.quantities}),
+                    dict(zip(self._due, self._needs, strict=False)),
+                )
+                asked = [i for i, own in needs.items() if any(not kinds or isinstance(q, kinds) for q in own)]
+                others = kinds and len(asked) < len(needs)
                 if asked:
                     raise type(error)(
-                        f"The instruments {asked} need what {type(monitor.model).__name__} did not give: {error}"
+                        f"The instruments {', '.join(i.name for i in asked)} need what {type(monitor.model).__name__} "
+                        f"did not give: {error}{_OTHERS if others else ''}"
                     ) from error
             return
         with torch.no_grad():
@@ -354,6 +360,9 @@ class Watch:
             elif one is not None:
                 page.values[name] = _plain(one)
         return True
+
+
+_OTHERS = " The other instruments do not ask for that: take another level, or level=None and a list of instruments."
 
 
 def _kind(value: Any) -> str:

@@ -263,8 +263,9 @@ class Observer:
             if o._open is None and any(p in results for p in o.step.parameters.values()):
                 raise px.PackextError(
                     f"The monitor of {type(o.step.model).__name__} does not see the loss that backward() came from: "
-                    "use loss_fn = px.extend(nn.CrossEntropyLoss()), or hand individual losses [N] to losses() (or a "
-                    "scalar to loss()) of what `with monitor.step(scale=<number>) as step` gives."
+                    "use loss_fn = px.extend(nn.CrossEntropyLoss()), or hand individual losses [N] to losses() of what "
+                    "`with monitor.step(scale=<number>) as step` gives, or a scalar, such as a mean that the model has "
+                    'computed itself, to loss() of what `with monitor.step("mean") as step` gives.'
                 )
 
     def _ended(self, task: int) -> None:

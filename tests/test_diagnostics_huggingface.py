@@ -280,6 +280,27 @@ def test_after_an_error(tmp_path: Any) -> None:
     assert not px.is_extended(net) and not net._forward_hooks and not _HERE.steps
 
 
+def test_after_an_error_another_callback_is_not_disturbed(tmp_path: Any) -> None:
+    """Whose loss nothing is known of is refused for curvature; the next training asks for none."""
+
+    class Elsewhere(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            return model(**inputs).logits.square().mean()
+
+    failed = CockpitCallback(None, instruments=[HessTrace()])
+    with pytest.raises(px.NotExtendedError, match="no extended loss"):
+        fit(model(), tmp_path, failed, make=Elsewhere)
+    with pytest.raises(px.PackextError, match=r"different scales.*whose training has failed.*close\(\)"):
+        layer = px.extend(torch.nn.Linear(2, 2))
+        monitor = px.diagnostics.Cockpit(layer, torch.optim.SGD(layer.parameters(), 0.1))
+        with monitor.step():
+            pass
+    callback = CockpitCallback(None, instruments=[Loss(), NormTest()])
+    fit(model(), tmp_path, callback)
+    assert {"Loss", "NormTest"} <= callback.monitor.values.keys() and not _HERE.steps
+    failed.close()
+
+
 class Own(torch.nn.Module):
     """A module that is none of transformers' and computes its loss itself, by a module that it holds."""
 

@@ -114,7 +114,8 @@ class Observer:
             if len({o.scale for o, _ in self._asking}) > 1:
                 raise px.PackextError(
                     f"Nested monitors have different scales, {[o.scale for o, _ in self._asking]}: "
-                    "give each step() the same one."
+                    "give each step() the same one. The step of a CockpitCallback whose training has failed is under "
+                    "way until its close()."
                 )
             self._context = None
             if any(self.asked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +18,15 @@ try:
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
 except ImportError:
     raise ImportError("transformers is not installed: pip install 'packext[transformers]'.") from None
+
+
+class _Here(threading.local):
+    """The callback of which a step is under way in this thread."""
+
+    callback: CockpitCallback | None = None
+
+
+_HERE = _Here()
 
 
 class CockpitCallback(TrainerCallback):
@@ -79,6 +89,8 @@ class CockpitCallback(TrainerCallback):
             if wrong:
                 raise px.PackextError(f"CockpitCallback does not work with {what}.")
         self.close()  # after an error nobody need have done so
+        if _HERE.callback is not None:  # nor of another one, whose step would ask for its quantities in this training
+            _HERE.callback._leave()
         model = kwargs["model"]
         if not px.is_extended(model):
             self._extended = px.extend(model)
@@ -98,6 +110,7 @@ class CockpitCallback(TrainerCallback):
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         self._watch = self.monitor.step("mean", loss_scale=1.0 if scaler is None else float(scaler.get_scale()))
         self._watch.__enter__()
+        _HERE.callback = self
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End it.
@@ -108,7 +121,7 @@ class CockpitCallback(TrainerCallback):
             control: of the Trainer.
             **kwargs: not used.
         """
-        watch, self._watch = self._watch, None
+        watch, self._watch, _HERE.callback = self._watch, None, None
         self._held = []
         if watch is not None:
             watch.__exit__(None, None, None)
@@ -126,15 +139,20 @@ class CockpitCallback(TrainerCallback):
 
     def close(self) -> None:
         """Leave the model as it was; for you to call after an error in training, of which callbacks are not told."""
-        watch, self._watch = self._watch, None
-        self._held = []
-        if watch is not None:
-            watch.__exit__(StopIteration, None, None)
+        self._leave()
         if self._hook is not None:
             self._hook.remove()
         if self._extended is not None:
             px.unextend(self._extended)
         self._hook = self._extended = None
+
+    def _leave(self) -> None:
+        """Leave the step that is under way, if there is one."""
+        watch, self._watch = self._watch, None
+        self._held = []
+        if watch is not None:
+            _HERE.callback = None
+            watch.__exit__(StopIteration, None, None)
 
     def _ran(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
         loss = getattr(output, "loss", None)

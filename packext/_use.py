@@ -99,6 +99,13 @@ class Use:
 
     def bypassed(self) -> str:
         """What to say of a gradient that came another way than through an output of the model."""
+        record = self.owner()
+        if record is not None and record.losses and not any(self.outputs):
+            return (
+                f"{self.describe()} comes behind a loss that the model has computed, where samples are added up: it "
+                "has no individual gradients. Do it outside of what is extended (a loss with parameters of its own "
+                "need not be extended), or leave the parameter out (parameters=...)."
+            )
         return (
             f"A gradient reached {self.describe()} without passing through an output of the extended model. "
             "Return from forward whatever the loss is computed from. If it came through a gradient of the model (made "

@@ -305,3 +305,30 @@ def test_a_loss_in_chunks_is_refused(quantity: Any) -> None:
     assert all(p.grad is None for p in model.parameters())
     model(x, y).backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], before)
+
+
+class Weighted(nn.Module):
+    """A learned weight of the loss, which has another term for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return (-self.weight).exp() * F.mse_loss(output, y) + self.weight
+
+
+def test_a_parameter_behind_a_loss_inside_is_refused() -> None:
+    """Be it a loss that is extended as a model is, since it has a parameter; what the error says to do is right."""
+    model, x, y = px.extend(nn.Linear(6, C)), torch.randn(N, 6), torch.randn(N, C)
+    whole, outside = px.extend(Weighted()), Weighted()
+    with pytest.raises(px.PackextError, match="parameters weight comes behind a loss that the model has computed"):
+        with px.backpack(px.BatchGrad()):
+            whole(model(x), y).backward()
+    with px.backpack(px.BatchGrad()) as rows:
+        outside(model(x), y).backward()
+    with px.backpack(px.BatchGrad(), parameters=model.parameters()) as without:
+        whole(model(x), y).backward()
+    torch.testing.assert_close(without[model.weight].grad_batch, rows[model.weight].grad_batch)
+    slopes = 2 * (-outside.weight.detach()).exp() * (model(x) - y).detach() / (N * C)
+    torch.testing.assert_close(rows[model.bias].grad_batch, slopes)

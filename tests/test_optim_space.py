@@ -36,6 +36,54 @@ def test_either_side_of_the_system_gives_the_direction(n: int, squared: bool) ->
         torch.testing.assert_close(change, 0.3 * memory, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("n", [6, 60])
+@pytest.mark.parametrize("damping", [1e-3, 0.0])
+@pytest.mark.parametrize("what", ["penalty", "clipped", "linear"])
+def test_what_the_samples_do_not_hold_of_the_gradient_counts_all_the_same(what: str, damping: float, n: int) -> None:
+    model, (x, _) = network(), data(n)
+    y = 2 * torch.randn(n, 3, generator=torch.Generator().manual_seed(1))
+    loss = px.extend(nn.HuberLoss() if what == "linear" else nn.MSELoss())
+    optimizer = optim.SPRING(model.parameters(), lr=1.0, damping=damping, momentum=0.5, max_step=None)
+    memory = torch.zeros(43)
+    for _ in range(2 if damping else 1):
+        before = theta(model)
+        error = torch.func.functional_call(model, before, (x,)).detach() - y
+        second = (error.abs() < 1).double() if what == "linear" else torch.full_like(error, 2.0)
+        j = torch.cat(list(oracles.jacobians(before, x).values()), 2)
+        ggn = torch.einsum("nci,nc,ncj->ij", j, second / (3 * n), j)
+        optimizer.zero_grad()
+        with optim.emit(optimizer):
+            penalty = 0.1 * sum((p**2).sum() for p in model.parameters()) if what == "penalty" else 0.0
+            (loss(model(x), y) + penalty).backward()
+        if what == "clipped":
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+        g = torch.cat([p.grad.flatten() for p in model.parameters()])
+        optimizer.step()
+        right = g - 0.5 * ggn @ memory
+        damped = ggn + damping * torch.eye(43)
+        inverse = torch.linalg.inv(damped) if damping else torch.linalg.pinv(damped, rtol=1e-12)
+        memory = 0.5 * memory + inverse @ right
+        change = torch.cat([(before[k] - p.detach()).flatten() for k, p in model.named_parameters()])
+        torch.testing.assert_close(change, memory, rtol=1e-5, atol=1e-6 * float(memory.abs().max()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_columns_of_a_softmax_that_depend_on_each_other_are_not_told_by_rounding(seed: int) -> None:
+    """In float32, where the null direction of a sample's columns is known to 1e-7, and squared to 1e-14."""
+    changes = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        model, x = px.extend(model.to(dtype)), x.to(dtype)
+        optimizer = optim.ENGDW(model.parameters(), lr=1.0, damping=1e-3)
+        before = theta(model)
+        passed(model, optimizer, (x, y))
+        optimizer.step()
+        changes.append(torch.cat([(before[k] - p.detach()).flatten() for k, p in model.named_parameters()]).double())
+    torch.testing.assert_close(changes[1], changes[0], rtol=1e-4, atol=1e-4 * float(changes[0].abs().max()))
+
+
 @pytest.mark.parametrize("n", [6, 40])
 @pytest.mark.parametrize("damping", [0.0, 1e-17])
 def test_without_damping_the_direction_is_that_of_the_pseudo_inverse(n: int, damping: float) -> None:

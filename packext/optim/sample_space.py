@@ -29,6 +29,10 @@ class SPRING(Optimizer):
     times the largest, count as 0 where the damping does not cover them. V is the number of columns of a sample's root:
     its outputs, for a squared error; where passes differ in it, the largest.
 
+    What of the gradient is no `Sᵀ ρ` is solved for as well, `(Sᵀ S + damping I)⁻¹` times it: another term of the loss
+    (a penalty of the parameters), a change by hand, samples at which the loss is linear. So is what autocast rounds
+    off, which a small damping makes large.
+
     Everything is one system: there is one group, and one process. The losses are the extended ones, such as
     `nn.MSELoss`. Passes before a step add their samples (those inside a domain and those on its boundary).
 
@@ -161,14 +165,19 @@ class SampleSpace(Part):
         group = work.groups[0]
         roots, rows = work.emitted("sqrt_ggn_exact"), work.emitted("grad_batch")
         root = torch.cat([s.reshape(*s.shape[:2], -1).double() for s in roots], 2)  # [V, N, P]
-        s = root.flatten(0, 1)
+        s, g, damping = root.flatten(0, 1), _flat(work.grads), group["damping"]
         memory = [torch.zeros_like(g) if d is None else d for g, d in zip(work.grads, work.old("d"), strict=True)]
         before = group["momentum"] * _flat(memory)
         if s.shape[0] <= s.shape[1]:
-            rho = _residuals(root, torch.cat([g.reshape(len(g), -1).double() for g in rows], 1))
-            d = before + s.mT @ _solved(s @ s.mT, rho - s @ before, group["damping"], s.shape[1])
+            each = torch.cat([g.reshape(len(g), -1).double() for g in rows], 1)
+            eps = max(torch.finfo(t.dtype).eps for t in (*roots, *rows, *work.params))
+            rho, gram = _residuals(root, each, eps), s @ s.mT
+            d = before + s.mT @ _solved(gram, rho - s @ before, damping, s.shape[1])
+            rest = g - s.mT @ rho
+            if float(rest.norm()) > 64 * eps * float(each.norm(dim=1).sum()):
+                d += _elsewhere(s, gram, rest, damping)
         else:
-            d = before + _solved(s.mT @ s, _flat(work.grads) - s.mT @ (s @ before), group["damping"], s.shape[0])
+            d = before + _solved(s.mT @ s, g - s.mT @ (s @ before), damping, s.shape[0])
         parts = d.split([g.numel() for g in work.grads])
         work.updates = [part.view(g.shape).to(g.dtype) for part, g in zip(parts, work.grads, strict=True)]
         work.set("d", work.updates)
@@ -178,12 +187,22 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.flatten().double() for t in tensors])
 
 
-def _residuals(root: Tensor, rows: Tensor) -> Tensor:
-    """ρ `[V N]`, with each sample's gradient `[N, P]` as `Σ_v ρ_vn S_vn`; root is `[V, N, P]`."""
+def _residuals(root: Tensor, rows: Tensor, eps: float) -> Tensor:
+    """ρ `[V N]`, with each sample's gradient `[N, P]` as near as can be to `Σ_v ρ_vn S_vn`; root is `[V, N, P]`."""
     by_sample = root.transpose(0, 1)
     right = torch.einsum("nvp,np->nv", by_sample, rows)
-    rho = torch.linalg.pinv(by_sample @ by_sample.mT, hermitian=True) @ right[..., None]
+    # Columns of a softmax depend on each other, but for rounding errors of eps, which are no direction.
+    least = max(len(root) * torch.finfo(root.dtype).eps, (len(root) * eps) ** 2)
+    rho = torch.linalg.pinv(by_sample @ by_sample.mT, rtol=least, hermitian=True) @ right[..., None]
     return rho[..., 0].T.flatten()
+
+
+def _elsewhere(s: Tensor, gram: Tensor, rest: Tensor, damping: float) -> Tensor:
+    """`(Sᵀ S + damping I)⁻¹ rest`, for what of the gradient is not `Sᵀ ρ`; without damping, the pseudo-inverse's."""
+    within = _solved(gram, s @ rest, 0.0, s.shape[1])
+    beyond = rest - s.mT @ within  # where the damping is all there is
+    covers = damping > s.shape[1] * torch.finfo(s.dtype).eps * float(gram.trace())
+    return s.mT @ _solved(gram, within, damping, s.shape[1]) + (beyond / damping if covers else 0.0)
 
 
 def _solved(matrix: Tensor, right: Tensor, damping: float, terms: int) -> Tensor:

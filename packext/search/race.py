@@ -40,10 +40,11 @@ class Race:
 
     Steps differ by more than their samples: weights and other edges' paths change. So of each kind the variance of the
     mean over T steps is `max(W, S) / T`: W is the mean of the steps' own `var(d) / N`, S the variance of the steps'
-    means (the moment estimate of a random effect; Cochran 1954, Hedges & Olkin 1985). Quantiles are Student's, with
-    T - 1 degrees of freedom where S is the larger, by Welch and Satterthwaite for the two kinds. Either end of the
-    t-th interval of a pair is missed with probability `level / (K (K - 1) t (t + 1))`, so that all looks at all pairs
-    together err with at most `level`, if differences stay as they are and means are normal.
+    means (the moment estimate of a random effect; Cochran 1954, Hedges & Olkin 1985). Quantiles are Student's with
+    T - 1 degrees of freedom, by Welch and Satterthwaite for the two kinds: also where W is the larger, as S is small by
+    chance after few steps. Either end of the t-th interval of a pair is missed with probability
+    `level / (K (K - 1) t (t + 1))`, so that all looks at all pairs together err with at most `level`, if differences
+    stay as they are and means are normal.
 
     Attributes:
         level: probability that an operation is said to have lost to another that is not better, over all looks.
@@ -63,7 +64,7 @@ class Race:
         if not 0 < level < 1:
             raise ValueError(f"level must be between 0 and 1, got {level!r}.")
         self.level = level
-        self.steps, self._samples = torch.zeros(k, k, dtype=torch.long), torch.zeros(k, k, dtype=torch.long)
+        self.steps = torch.zeros(k, k, dtype=torch.long)
         self._mean, self._squares, self._within = (torch.zeros(k, k, dtype=torch.float64) for _ in range(3))
 
     def add(self, active: int, inactive: int, differences: Tensor) -> None:
@@ -77,7 +78,6 @@ class Race:
         at = active, inactive
         d = differences.double()
         self.steps[at] += 1
-        self._samples[at] += len(d)
         mean, off = d.mean().cpu(), float(d.mean()) - float(self._mean[at])
         self._mean[at] += off / int(self.steps[at])
         self._squares[at] += off * float(mean - self._mean[at])
@@ -100,9 +100,8 @@ class Race:
         for at in ((a, b), (b, a)):
             t = int(self.steps[at])
             within, between = float(self._within[at]) / t, float(self._squares[at]) / (t - 1)
-            variance, dof = (between, t - 1) if between > within else (within, int(self._samples[at]) - t)
-            parts.append(variance / t)
-            weighted += (variance / t) ** 2 / dof
+            parts.append(max(within, between) / t)
+            weighted += parts[-1] ** 2 / (t - 1)
         total, looks = sum(parts), int(self.steps[a, b] + self.steps[b, a])
         if total == 0:
             return None

@@ -416,6 +416,11 @@ def test_parts_make_an_optimizer() -> None:
     assert all(s["seen"] == 3 for s in optimizer.state.values())
     with pytest.raises(ValueError, match="two parts have a hyperparameter 'lr'"):
         optim.Optimizer(model.parameters(), [optim.Descend(), optim.Descend()])
+    for wrong in ([], [optim.Momentum()], [optim.Diagonal(), optim.DecoupledDecay(0.1)]):
+        with pytest.raises(ValueError, match="no part has a learning rate"):
+            optim.Optimizer(model.parameters(), wrong)
+    with pytest.raises(ValueError, match="Descend is the last part, and L2 comes after it"):
+        optim.Optimizer(model.parameters(), [optim.Momentum(), optim.Descend(), optim.L2(0.1)])
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not CASES[n].of_draws and n != "KFRA"])

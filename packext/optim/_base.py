@@ -76,7 +76,8 @@ class Optimizer(torch.optim.Optimizer):
             process_group: over which gradients are averaged; that of all processes by default.
 
         Raises:
-            ValueError: for hyperparameters out of range, or two parts that want the same one.
+            ValueError: for hyperparameters out of range, two parts that want the same one, none that has a learning
+                rate, or a part after `Descend`.
         """
         defaults: dict[str, Any] = {"fallback": False, "steps": 0, "kept": 0, "lacking": False, "seed": seed}
         for part in parts:
@@ -84,6 +85,12 @@ class Optimizer(torch.optim.Optimizer):
             if twice:
                 raise ValueError(f"two parts have a hyperparameter {sorted(twice)[0]!r}: {type(part).__name__} is one.")
             defaults.update(part.defaults)
+        if "lr" not in defaults:
+            raise ValueError("no part has a learning rate: updates get it, and their sign, from Descend(lr), the last.")
+        early = [k for k, part in enumerate(parts[:-1]) if isinstance(part, Descend)]
+        if early:
+            after = type(parts[early[0] + 1]).__name__
+            raise ValueError(f"Descend is the last part, and {after} comes after it: updates have their sign by then.")
         self.parts = list(parts)
         self._last = [Adam(), DecoupledDecay(), Descend()]
         self.generator = torch.Generator()

@@ -237,6 +237,38 @@ def test_a_weight_under_which_the_rate_does_not_settle_is_refused(weight: float)
         assert (path[-1] < 1e-3 * path[0]) == shrinks
 
 
+@pytest.mark.parametrize("rate", [1e-12, 1e-9])
+def test_a_rate_so_small_that_rounding_swallows_its_update_is_as_in_float64(rate: float) -> None:
+    ends = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        net = px.extend(MODELS["perceptron"]().to(dtype))
+        optimizer = torch.optim.RMSprop([{"params": net[0].parameters()}, {"params": net[2].parameters()}], rate)
+        controller = optim.LearnedRate(optimizer, POLICY)
+        begin = values(net)
+        x, y = data()
+        one_pass(net, controller, x.to(dtype), y)
+        optimizer.step()
+        moved = torch.cat([(a - b).flatten() for a, b in zip(values(net), begin, strict=True)])
+        ends.append((torch.tensor(controller.get_last_lr()), moved.double()))
+    assert ends[1][1].abs().min() > 0
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-3 * float(ends[0][1].abs().max()))
+
+
+def test_a_step_of_the_optimizer_that_fails_leaves_the_rate() -> None:
+    net = px.extend(MODELS["perceptron"]())
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    controller = optim.LearnedRate(optimizer, POLICY)
+    one_pass(net, controller, *data())
+    failing = optimizer.register_step_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    failing.remove()
+    optimizer.zero_grad()
+    one_pass(net, controller, *data())
+    assert controller.get_last_lr() == [0.01]
+
+
 def test_groups_keep_their_ratio() -> None:
     net = px.extend(MODELS["perceptron"]())
     groups = [{"params": net[0].parameters(), "lr": 0.02}, {"params": net[2].parameters(), "lr": 0.005}]
@@ -435,6 +467,8 @@ def test_refused_at_once() -> None:
     p = [nn.Parameter(torch.ones(2))]
     with pytest.raises(ValueError, match="those of LBFGS are not proportional"):
         optim.LearnedRate(torch.optim.LBFGS(p), POLICY)
+    with pytest.raises(ValueError, match="those of Adafactor are not proportional"):  # at most 1 / sqrt(steps)
+        optim.LearnedRate(torch.optim.Adafactor(p), POLICY)
     with pytest.raises(ValueError, match="KFAC asks for quantities of its own"):
         optim.LearnedRate(optim.KFAC(p), POLICY)
     with pytest.raises(ValueError, match="a positive rate of the first group"):

@@ -19,6 +19,9 @@ from packext.optim._merge import Ranks
 from packext.optim._work import name_of
 from packext.optim.learned.policy import Averages, Policy, observation, trained, trained_for
 
+#: Rate at which an update is proposed where the last one is smaller: at 1e-10 float32 parameters would swallow it.
+PROPOSED = 1.0
+
 
 class Held(px.ClippedGrad):
     """Individual gradients as factors, held until the update is known, in `held`.
@@ -67,7 +70,8 @@ class LearnedRate:
     `g_nᵀ Δω` that it predicts for each sample's own loss l_n, by factors that are held until Δω is known (individual
     gradients only of parameters where those are about as small). The policy sees discounted averages of
     `log Var(g_nᵀ Δω)` and `log Var(l_n)` and how uncertain these are; the update is then scaled to the rate that it
-    chooses, and `lr` of the groups is set. All of this happens within `optimizer.step()`, by two hooks.
+    chooses, and `lr` of the groups is set. All of this happens within `optimizer.step()`, by two hooks. Between them
+    `lr` is 1 where it was less, so that no update is lost in the rounding of the parameters.
 
     The update has to be proportional to the rate, as it is for SGD, RMSprop, Adam, AdamW and the like. The first group
     has the chosen rate, and others keep their ratio to it. The rate at the start matters as the first "last rate" only.
@@ -104,7 +108,7 @@ class LearnedRate:
                 own as `KFAC` does, or updates are not proportional to the rate.
         """
         name = type(optimizer).__name__
-        if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Rprop, torch.optim.ASGD)):
+        if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor)):
             raise ValueError(f"LearnedRate scales updates, and those of {name} are not proportional to its rate.")
         if isinstance(optimizer, Emitting):
             raise ValueError(
@@ -120,6 +124,7 @@ class LearnedRate:
         self._averages = Averages(self.policy.discount)
         self.features: Tensor | None = None
         self._start: list[tuple[Tensor, Tensor]] = []
+        self._last: list[float] = []  # rates, while an update is proposed
         self._observed = torch.zeros(0)
         self._open = False
         self._forget()
@@ -132,11 +137,25 @@ class LearnedRate:
         """Leave the optimizer alone from now on, with the rate that it has."""
         for hook in self._hooks:
             hook.remove()
+        self._settle()
         self._forget()
 
     def get_last_lr(self) -> list[float]:
         """The rate of each group, as schedulers of torch give it."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _set(self, rates: Sequence[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):  # which groups may share
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _settle(self) -> None:
+        """Put back the rates that the groups had before an update was proposed, also where that has failed."""
+        if self._last:
+            self._set(self._last)
+        self._last = []
 
     # -- the backward pass -------------------------------------------------------------------------
     def quantities(self) -> Sequence[Any]:
@@ -163,6 +182,7 @@ class LearnedRate:
             )
         if self._open:
             raise px.PackextError("px.optim.emit(LearnedRate) within itself: a backward pass would count twice.")
+        self._settle()
         wanted = [p for p in self._parameters() if p.requires_grad]
         if self._passes and not any(p.grad is not None and bool(p.grad.any()) for p in wanted):
             self._forget()  # of a step that was not taken
@@ -215,6 +235,7 @@ class LearnedRate:
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if any(callable(c) for c in (*args[1:], kwargs.get("closure"))):
             raise ValueError("LearnedRate needs the backward pass before optimizer.step(): call it without a closure.")
+        self._settle()
         moving = [p for p in self._parameters() if p.grad is not None]
         problem = self._problem(moving)
         mine = torch.cat([torch.zeros(0), *(losses.double().cpu() for losses, _ in self._losses)])
@@ -226,6 +247,8 @@ class LearnedRate:
         if len(self._observed) < 2:
             raise px.PackextError("LearnedRate: a batch of one sample has no variance; take two or more.")
         self._start = [(p, p.detach().clone()) for p in moving]
+        self._last = self.get_last_lr()
+        self._set([rate * max(1.0, PROPOSED / self._last[0]) for rate in self._last])
 
     def _problem(self, moving: list[Tensor]) -> str:
         """Why this step cannot be taken; empty if it can."""
@@ -270,12 +293,16 @@ class LearnedRate:
         passes, given, start = self._passes, self._losses, self._start
         self._start = []
         self._forget()
+        proposed = self.get_last_lr()[0]
+        self._settle()
+        last = self.get_last_lr()
         updates: dict[Tensor, Tensor] = {}
         for p, before in start:  # back, to stay there if the update is refused
             after = p.detach().clone()
             p.copy_(before)
             updates[p] = before.neg_().add_(after)
         changes = torch.cat(Ranks(self.process_group).everyone(self._changes(updates, passes, given)))
+        changes *= last[0] / proposed
         if not bool(changes.isfinite().all()):
             raise px.PackextError(
                 "LearnedRate: changes of losses that the update predicts are NaN or infinite. Parameters are as before "
@@ -284,15 +311,10 @@ class LearnedRate:
         if not any(bool(u.any()) for u in updates.values()):
             return  # nothing is learned from a step that was not taken
         self.features = self._averages.update(observation(changes, self._observed))
-        ratio = self.policy.rate(self.features) / self.get_last_lr()[0]
+        rate = self.policy.rate(self.features)
         for p, update in updates.items():
-            p.add_(update, alpha=ratio)
-        groups = self.optimizer.param_groups
-        for group, rate in zip(groups, [ratio * each for each in self.get_last_lr()], strict=True):
-            if isinstance(group["lr"], Tensor):  # which groups may share
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            p.add_(update, alpha=rate / proposed)
+        self._set([each * (rate / last[0]) for each in last])
 
     def _changes(
         self,

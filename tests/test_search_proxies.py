@@ -155,6 +155,11 @@ def test_synflow_sums_over_paths() -> None:
         layer.weight.data.fill_(1.0)
     got = scores(deep, nn.MSELoss(), torch.randn(2, 100), torch.randn(2, 100), ["synflow"])["synflow"]
     assert got == pytest.approx(25 * 100.0**26, rel=1e-9)  # more than float32 holds
+    norm, first, second = nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Linear(2, 2)
+    norm(5 + 3 * torch.randn(8, 2))
+    twice, without = nn.Sequential(first, norm, second, norm).eval(), nn.Sequential(first, second)
+    found = [scores(m, nn.CrossEntropyLoss(), x, y, ["synflow"])["synflow"] for m in (twice, without)]
+    assert found[0] == pytest.approx(found[1], rel=1e-12)  # of one that stands in two places, too
 
 
 def test_naswot_counts_codes_that_are_alike() -> None:
@@ -264,6 +269,7 @@ def test_tokens() -> None:
             ["synflow"],
             "path",
         ),
+        (lambda m, x, y: (nn.Sequential(m, Total()), x, y), ["ntk_condition"], r"one tensor \[N, ...\] .* shape \[\]"),
         (lambda m, x, y: (m, x, y), ["gradsign"], "no proxy 'gradsign'"),
     ],
 )
@@ -273,6 +279,11 @@ def test_what_is_not_defined_is_refused(change: Any, names: list[str], why: str)
     with pytest.raises((px.PackextError, ValueError), match=why):
         scores(model, nn.CrossEntropyLoss(), x, y, names)
     assert [p.grad for p in model.parameters()] == before
+
+
+class Total(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum()
 
 
 class Minus(nn.Module):

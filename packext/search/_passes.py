@@ -153,7 +153,7 @@ class Problem:
         x = self.x.clone().requires_grad_(self.x.is_floating_point())
         with px.backpack(px.BatchDotGrad(), parameters=weights, attach=False, grad=False) as results:
             output = model(x)
-            if not isinstance(output, Tensor) or len(output) != len(x):
+            if not isinstance(output, Tensor) or output.dim() < 1 or len(output) != len(x):
                 what = f"shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
                 raise px.PackextError(f"The output must be one tensor [N, ...] with N = {len(x)}; it is {what}.")
             if output.grad_fn is None:
@@ -197,7 +197,7 @@ class Problem:
             PackextError: if x is not floating, or a share is negative or not finite.
         """
         model = copy.deepcopy(self.model)
-        for path, module in list(model.named_modules()):
+        for path, module in list(model.named_modules(remove_duplicate=False)):  # one may stand in several places
             if isinstance(module, NORMS):
                 if not path:
                     raise px.PackextError(f"SynFlow leaves normalisations out; {type(model).__name__} is nothing else.")

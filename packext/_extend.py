@@ -175,13 +175,13 @@ def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
             LOCAL.unseen = module  # taps would have its parts run uncompiled, for nobody
             return
         tracer = Tracer(record)
-        tracer.push(module, extension.path)
+        tracer.push(module)
         tracer.begin(args, kwargs)
         LOCAL.tracer = tracer
         tracer.restore = restore
         tracer.__enter__()
         return
-    tracer.push(module, extension.path)
+    tracer.push(module)
 
 
 def _left(frame: Any) -> bool:

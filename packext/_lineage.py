@@ -99,7 +99,7 @@ class Tracer(TorchFunctionMode):
         self.restore: Callable[[], None] = lambda: None  # what was changed for the time of the forward pass
 
     # -- modules ---------------------------------------------------------------------------------
-    def push(self, module: nn.Module, path: str) -> None:
+    def push(self, module: nn.Module) -> None:
         """A module starts to run: learn the parameters it holds at this moment."""
         self.stack.append(module)
         self._hooks.append(saved_tensor_hooks())
@@ -107,7 +107,7 @@ class Tracer(TorchFunctionMode):
         if held and not (
             len(held) == len(known := self._held.get(id(module), ())) and all(map(is_, held.values(), known))
         ):
-            self._register(module, path)
+            self._register(module)
         self.record.trail = hash((self.record.trail, module.training))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             self.record.batch_statistics.append(self.where())
@@ -117,8 +117,9 @@ class Tracer(TorchFunctionMode):
         self.stack.pop()
         self._hooks.pop()
 
-    def _register(self, module: nn.Module, path: str) -> None:
+    def _register(self, module: nn.Module) -> None:
         self._held.pop(id(module), None)
+        path = self.record.path(module)
         record, names, lead = self.record, self.record.names, f"{path}." if path else ""
         for name, p in module._parameters.items():
             full = lead + name
@@ -140,7 +141,7 @@ class Tracer(TorchFunctionMode):
         """Whether a parameter that was not there when its module started belongs to a module that runs."""
         for module in reversed(self.stack):
             if any(p is t for p in module._parameters.values()):
-                self._register(module, module.__dict__["_packext"].path)
+                self._register(module)
                 return True
         return False
 
@@ -148,8 +149,7 @@ class Tracer(TorchFunctionMode):
         """Path and class of the module that runs."""
         module = self.stack[-1] if self.stack else self.record.root()
         assert module is not None
-        path = module.__dict__["_packext"].path if "_packext" in module.__dict__ else ""
-        return f"{path or '(the model itself)'} [{type(module).__name__}]"
+        return f"{self.record.path(module) or '(the model itself)'} [{type(module).__name__}]"
 
     # -- lineage ---------------------------------------------------------------------------------
     def behind(self, t: Tensor) -> tuple[Source, ...] | None:
@@ -438,8 +438,8 @@ class Tracer(TorchFunctionMode):
         """Learn the parameters (some modules use those of others that never run), mark the inputs, count samples."""
         for module in self.record.modules():
             held = module._parameters
-            if held and (extension := module.__dict__.get("_packext")) is not None:
-                self._register(module, extension.path)
+            if held and "_packext" in module.__dict__:
+                self._register(module)
                 self._held[id(module)] = tuple(held.values())
         self._buffers = buffers_of(self.record.modules())
         axis = self.record.batch_axis

@@ -132,6 +132,7 @@ class Record:
         self.batch_statistics: list[str] = []
         self.born = torch._C._current_graph_task_id()
         self._modules: list[Callable[[], nn.Module | None]] | None = None
+        self._paths: dict[int, str] | None = None
 
     def structure(self) -> tuple[Any, ...]:
         """What must be equal for the layouts of an earlier forward to hold for this one.
@@ -238,6 +239,19 @@ class Record:
         root, whole = self.root(), self.extension.shared.whole()
         every = self.modules() if whole is None or whole is root else modules_of(whole)
         return every if root in every else self.modules()
+
+    def path(self, module: nn.Module) -> str:
+        """Where `module` is in the extended model; it may have been extended with another one since, or by itself."""
+        extension, root = module.__dict__.get("_packext"), self.root()
+        if extension is None:
+            return ""
+        if extension.shared is self.extension.shared or root is None:
+            return extension.path
+        if self._paths is None:
+            lead = f"{self.extension.path}." if self.extension.path else ""
+            self._paths = {id(m): f"{lead}{path}" for path, m in root.named_modules()}
+        key = id(module)
+        return self._paths[key] if key in self._paths else extension.path
 
     def parameters(self) -> list[Source]:
         """Every parameter behind a use, once."""

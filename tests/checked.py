@@ -39,6 +39,8 @@ def jaxtyped(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         return fn
     if type(fn) is not FunctionType or inspect.isgeneratorfunction(fn):
         return ORIGINAL(fn, typechecker=typechecker)
+    if "_getframe" in fn.__code__.co_names:
+        return fn  # it asks who has called it, and that is not to be a check
     key = fn.__module__, fn.__qualname__, fn.__code__, *fn.__annotations__.items()
     if key not in KNOWN:
         hints = resolved(fn)

@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -671,6 +672,18 @@ def test_parts_that_are_added_or_moved_after_extend() -> None:
     rows = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none") / N)
     loss_fn = px.extend(nn.CrossEntropyLoss())
     assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+
+
+def test_a_part_of_two_models_has_the_names_of_each() -> None:
+    """Also a part that was extended by itself since."""
+    body, x = nn.Linear(5, 6), torch.randn(N, 5)
+    one = px.extend(nn.Sequential(OrderedDict(encoder=body, head=nn.Linear(6, 3))))
+    two = px.extend(nn.Sequential(OrderedDict(backbone=body, top=nn.Linear(6, 2))))
+    for model in (one, two, one, two, px.extend(body), one):
+        with px.backpack(px.BatchGrad()) as results:
+            model(x).sum().backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(results[name].grad_batch.sum(0), torch.autograd.grad(model(x).sum(), p)[0])
 
 
 def chosen_head() -> tuple[nn.Sequential, list[Tensor]]:

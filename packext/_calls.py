@@ -117,9 +117,56 @@ PLACES = frozenset(
 )  # fmt: skip
 
 
-def constants(args: Any, kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """What a call is given beside tensors, to compare."""
-    return tuple([repr(v) for v in pytree.tree_leaves((args, kwargs)) if not isinstance(v, Tensor)])
+#: Functions that fold axes into one another: sizes tell whether the samples stay apart.
+FOLDS = frozenset(
+    {getattr(owner, name) for owner in (torch, Tensor) for name in ("reshape", "flatten", "unflatten")}
+    | {Tensor.view, Tensor.view_as, Tensor.reshape_as}
+)
+
+_INDEXED = frozenset({Tensor.__getitem__, Tensor.__setitem__})
+_FLAGS = frozenset({bool, str})
+
+
+def told(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a call is given beside tensors that may say which entries meet and where they go, to compare.
+
+    These are flags, names and axes, and of an index whether it takes one, some or all entries of an axis. Sizes and
+    values may differ from pass to pass, and count for `PLACES` alone.
+
+    Returns:
+        What to compare.
+    """
+    if func in PLACES:
+        return tuple([repr(v) for v in pytree.tree_leaves((args, kwargs)) if not isinstance(v, Tensor)])
+    if func in _INDEXED:
+        return tuple([_taken(v) for v in (args[1] if type(args[1]) is tuple else args[1:2])])
+    at, names = _axes(func)
+    found: list[Any] = [v for i, v in enumerate(args) if type(v) in _FLAGS or i in at and _plain(v)]
+    found += [(k, v) for k, v in kwargs.items() if type(v) in _FLAGS or k in names and _plain(v)]
+    return tuple([repr(v) for v in found]) if found else ()
+
+
+@functools.cache
+def _axes(func: Any) -> tuple[frozenset[int], frozenset[str]]:
+    """Which arguments of a function are axes: positions, and names."""
+    if isinstance(func, types.FunctionType):
+        signatures = [func.__code__.co_varnames[: func.__code__.co_argcount]]
+    else:
+        found = torch._C._jit_get_schemas_for_operator(f"aten::{getattr(func, '__name__', '')}")
+        signatures = [[argument.name for argument in schema.arguments] for schema in found]
+    named = [(i, name) for names in signatures for i, name in enumerate(names) if "dim" in name or "axis" in name]
+    return frozenset(i for i, _ in named), frozenset(name for _, name in named) | {"dim", "axis"}
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, int) or isinstance(value, (tuple, list)) and all(map(_plain, value))
+
+
+def _taken(index: Any) -> Any:
+    """What an index takes of an axis, whichever entries these are."""
+    if isinstance(index, slice):
+        return index.start is None, index.stop is None, index.step
+    return index if index is None or index is Ellipsis else type(index)
 
 
 EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to})

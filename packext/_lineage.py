@@ -25,18 +25,18 @@ from packext import _flight, _listening, _unseen, rules
 from packext._calls import (
     AVERAGING,
     EXPANDS,
+    FOLDS,
     PASSIVE,
-    PLACES,
     any_unusual,
     changed,
     checkpoints,
-    constants,
     is_composite,
     map_tensors,
     mutates,
     saved_tensor_hooks,
     shallow,
     taken_over,
+    told,
     transparent,
 )
 from packext._choices import CHOOSE, chosen
@@ -230,6 +230,9 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # what torch.cond and the like are given
             return func(*args, **kwargs)
+        record = self.record
+        if func not in PASSIVE:
+            record.trail = hash((record.trail, func, torch.is_grad_enabled(), told(func, args, kwargs)))
         if taken_over():
             self.raw = self.raw or any(self.is_raw(t) for t in shallow((*args, *kwargs.values())))
             return func(*args, **kwargs)
@@ -239,8 +242,6 @@ class Tracer(TorchFunctionMode):
             if func is Tensor.retain_grad:
                 _flight.may_retain(args[0])
             return func(*args, **kwargs)
-        record = self.record
-        record.trail = hash((record.trail, func, constants(args, kwargs) if func in PLACES else None))
         if func in AVERAGING and (kwargs.get("training") or any(args[5:6])):
             self._averaged.update(map(id, shallow((*args, *kwargs.values()))))
         sources: tuple[Source, ...] = ()
@@ -265,6 +266,8 @@ class Tracer(TorchFunctionMode):
                     out = out if found is None else LossMark.mark(found[0], out, found[1], {}, record)
                 if func in CHOOSE and not record.routed:
                     record.routed = chosen(func, args, kwargs, record.batch_axis, self.is_data)
+                if func in FOLDS and record.n > 1:
+                    record.trail = hash((record.trail, *[size % record.n == 0 for size in out.shape]))
                 self.mark(out, None, _FLAT if same else None)
                 if mutates(func):
                     self._written(changed(args, kwargs))

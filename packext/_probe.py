@@ -262,7 +262,7 @@ def _same_axes(record: Record, key: Any, places: dict[int, Layout]) -> None:
         PackextError: if it is along another axis. Where both are as long, the one that extend was told is taken, and no
             cotangent need show that it is the other.
     """
-    (trail, _, uses), _ = key
+    (trail, _, uses, _), _ = key
     for (before, _), plan in record.extension.shared.plans.items():
         for gate, at in plan.places.items() if before[0] == trail else ():
             here = places[gate].axis if gate in places else None

@@ -155,6 +155,7 @@ class Record:
                 )
                 for u in self.uses
             ),
+            tuple([bool(source.tensor._backward_hooks) for source in self.parameters()]),
         )
 
     def settle(self, gates: Iterable[int]) -> None:

@@ -320,6 +320,99 @@ def test_coupling_that_is_switched_on_later_is_found() -> None:
         model(x).square().mean().backward()
 
 
+class Within(nn.Module):
+    """Something between two layers that an attribute decides, by the same functions of torch either way."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.between, self.how = nn.Linear(5, 6), nn.Linear(6, 3), between, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x), self.how))
+
+
+def _without_gradient(h: Tensor, how: bool) -> Tensor:
+    with torch.set_grad_enabled(how):
+        mean = h.mean(0)
+    return h - mean
+
+
+def _in_windows(h: Tensor, _: Any) -> Tensor:
+    return h.reshape(-1, 4, 6).softmax(1).reshape(h.shape)
+
+
+@pytest.mark.parametrize(
+    ("between", "apart", "meeting"),
+    [
+        (lambda h, how: h - h.mean(how, keepdim=True), 1, 0),
+        (lambda h, how: torch.softmax(h, dim=how), -1, 0),
+        (lambda h, how: F.normalize(h, dim=how), 1, 0),
+        (lambda h, how: torch.fft.fft(h, dim=how).real, 1, 0),
+        (lambda h, how: h + torch.cat(torch.chunk(h, 2, how)[::-1], how), 1, 0),
+        (lambda h, how: h + h[how], (slice(None), slice(0, 1)), (slice(0, 1), slice(None))),
+        (lambda h, how: torch.einsum(how, h, h), "nd,ne->nd", "nd,me->nd"),
+        (lambda h, how: F.batch_norm(h, torch.zeros(6), torch.ones(6), training=how), False, True),
+        (_without_gradient, False, True),
+    ],
+)
+def test_samples_that_an_argument_of_a_function_makes_meet_later_are_found(
+    between: Any, apart: Any, meeting: Any
+) -> None:
+    model = px.extend(Within(between))
+    for model.how in (apart, apart):
+        with px.backpack(px.BatchGrad()):
+            model(torch.randn(N, 5)).square().mean().backward()
+    model.how = meeting
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        model(torch.randn(N, 5)).square().mean().backward()
+
+
+def test_samples_that_meet_in_folds_of_another_size_are_found() -> None:
+    """Four steps at a time: a batch of samples with six of them fits as well."""
+    model = px.extend(Within(_in_windows))
+    with px.backpack(px.BatchGrad()):
+        model(torch.randn(2, 8, 5)).square().mean().backward()
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        model(torch.randn(2, 6, 5)).square().mean().backward()
+
+
+def test_samples_that_stand_elsewhere_by_an_argument_of_a_function_are_found_there() -> None:
+    model = Within(lambda h, how: torch.stack([h, 2 * h], how).reshape(-1, 6).tanh())
+    x, names = torch.randn(N, 5), [name for name, _ in model.named_parameters()]
+    px.extend(model)
+    for model.how in (0, 1, 0):
+        with px.disable():
+            rows = [torch.autograd.grad(model(row).sum(), list(model.parameters())) for row in x.split(1)]
+        with px.backpack(px.BatchGrad()) as results:
+            model(x).sum().backward()
+        for name, *row in zip(names, *rows, strict=True):
+            torch.testing.assert_close(results[name].grad_batch, torch.stack(row))
+
+
+def test_a_path_without_a_gradient_may_have_one_later() -> None:
+    """The probe of a pass in which it had none knows nothing of the layers before it."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.gate, self.learns = nn.Linear(5, 3), nn.Linear(5, 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, gate = self.a(x), self.gate(x)
+            with torch.set_grad_enabled(self.learns):
+                gate = gate.sigmoid()
+            return h * gate
+
+    model, x = px.extend(Gated()), torch.randn(N, 5)
+    for model.learns in (False, True, False):
+        with px.backpack(px.BatchGrad()) as results:
+            model(x).square().sum().backward()
+        assert ("gate.weight" in results) == model.learns
+        for p in model.parameters() if model.learns else model.a.parameters():
+            torch.testing.assert_close(results[p].grad_batch.sum(0), p.grad)
+        model.zero_grad()
+
+
 @pytest.mark.parametrize("again", ["forward", "retained graph"])
 def test_coupling_in_a_head_that_is_used_later_is_found(again: str) -> None:
     class Heads(nn.Module):
@@ -864,6 +957,21 @@ def test_torchscript_is_refused_as_a_model_and_where_it_has_parameters() -> None
     assert torch.allclose(model[0].weight.grad_batch.sum(0), model[0].weight.grad)
     px.unextend(model)
     assert not model[0]._forward_hooks and "_packext" not in model[1].__dict__
+
+
+def test_a_hook_that_is_put_on_a_parameter_later_is_found() -> None:
+    model = px.extend(nn.Linear(5, 3))
+
+    def step() -> None:
+        with px.backpack(px.BatchGrad()):
+            model(torch.randn(N, 5)).square().sum().backward()
+
+    step()
+    hook = model.weight.register_hook(lambda g: 2 * g)
+    with pytest.raises(px.WrongRuleError, match="hook"):
+        step()
+    hook.remove()
+    step()
 
 
 def test_a_hook_on_a_parameter_is_named_where_it_changes_the_gradient() -> None:

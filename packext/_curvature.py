@@ -131,7 +131,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
 
 def account(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     """Note what of the gradients at the outputs of models comes from a loss behind them, where `g` arrived."""
-    gates = gates_of(edge) if flight.whole else []
+    gates = gates_of(edge, all=True) if flight.whole else []
     if not gates:
         return
     with silence():
@@ -257,7 +257,8 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
     """
     sources: dict[int, Source] = {}
     inside = seen.record()
-    before = [gate.record for gate in gates_of(edge)]  # of all arguments; a model may read what another one gave
+    # Of all arguments; and a model may read what another one gave.
+    before = [gate.record for gate in gates_of(edge, all=True)]
     for record in dict.fromkeys(before if inside is None else [*before, inside]):
         if record not in flight.records:
             flight.records.append(record)

@@ -200,6 +200,8 @@ class Tracer(TorchFunctionMode):
             self._inputs.add(id(t))
         if t.requires_grad:
             self._grad_inputs = True
+            if t.grad_fn is not None:
+                self.record.behind.append(t.grad_fn)
             hook = t.register_hook(functools.partial(slope, self._record_ref, TensorWeakRef(t)))
             weakref.finalize(self.record, hook.remove)
 

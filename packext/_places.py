@@ -182,8 +182,8 @@ def _chosen(
     return found if found.possible else None
 
 
-def gates_of(edge: GradientEdge) -> list[Any]:
-    """The gates of extended models through which what is at `edge` was computed."""
+def gates_of(edge: GradientEdge, all: bool = False) -> list[Any]:
+    """The gates of extended models through which what is at `edge` was computed; `all` of them, or the last ones."""
     found: dict[int, Any] = {}
     known: set[Any] = set()
     todo = [edge.node]
@@ -197,6 +197,7 @@ def gates_of(edge: GradientEdge) -> list[Any]:
             refuse_static(ddp)
         if isinstance(node, Gate._backward_cls):  # pyright: ignore[reportAttributeAccessIssue]
             found[id(node)] = node
+            todo += getattr(node, "record").behind if all else ()  # noqa: B009 - not in torch's stubs
         else:
             todo += [function for function, _ in node.next_functions]
     return list(found.values())

@@ -82,6 +82,7 @@ class Record:
         names: every name under which a parameter was seen.
         distributed: those that are DTensors, by name, with the class of the module. No tap is placed on them.
         distributed_output: whether an output is a DTensor.
+        behind: autograd nodes of the inputs, where another model may be behind.
         trail: hash of the torch functions that ran, and of the training flags of the modules that did.
         refused: what was seen and cannot be right, with the parameters behind it, and how many uses came before.
         probed: which gates the probe has started from.
@@ -131,6 +132,7 @@ class Record:
         self.strays: dict[int, str] = {}
         self.batch_statistics: list[str] = []
         self.born = torch._C._current_graph_task_id()
+        self.behind: list[Any] = []
         self._modules: list[Callable[[], nn.Module | None]] | None = None
         self._paths: dict[int, str] | None = None
 

@@ -973,3 +973,34 @@ def test_columns_of_several_losses_have_no_gram_matrix_of_the_whole_model() -> N
     with pytest.raises(px.PackextError, match="several losses"), px.backpack(px.GGNGram()):
         z, h = model(x)
         (loss_fn(z, torch.zeros(N, 3)) + loss_fn(h, torch.zeros(N, 4))).backward()
+
+
+def test_models_one_behind_the_other() -> None:
+    """What one model gives is the next one's input: curvature of all of them, as if they were one."""
+    a, b, c = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 3)
+    whole, x, y = nn.Sequential(a, nn.Tanh(), b, nn.Tanh(), c), torch.randn(4, 5), torch.randint(3, (4,))
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    asked = [px.DiagGGNExact(), px.KFAC(fisher="exact"), px.DiagHessian(), px.HMP()]
+
+    def found(model: Any) -> list[list[Any]]:
+        with px.backpack(*asked, attach=False) as results:
+            loss_fn(model(x), y).backward(retain_graph=True)
+            each = [results[p] for p in whole.parameters()]
+            torch.manual_seed(1)
+            products = [r.hmp(torch.randn(2, *p.shape)) for r, p in zip(each, whole.parameters(), strict=True)]
+        return [[r.diag_ggn_exact, *r.kfac, r.diag_h, hmp] for r, hmp in zip(each, products, strict=True)]
+
+    wanted = found(px.extend(whole))
+    px.unextend(whole)
+    first, second, third = (
+        px.extend(nn.Sequential(a, nn.Tanh())),
+        px.extend(nn.Sequential(b, nn.Tanh())),
+        px.extend(c),
+    )
+    torch.testing.assert_close(found(lambda x: third(second(first(x)))), wanted)
+    for part in (first, second):  # and a term of the loss that is made of what stands between them
+        h = first(x)
+        k = second(h)
+        beside = (h if part is first else k).square().sum()
+        with pytest.raises(px.PackextError, match="other terms"), px.backpack(px.DiagGGNExact()):
+            (loss_fn(third(k), y) + beside).backward()

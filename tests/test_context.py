@@ -810,3 +810,29 @@ def test_gradients_to_the_last_bit(quantity: Any) -> None:
     with px.backpack(quantity, exact_grad=True):
         loss(model(x), y).backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
+
+
+@pytest.mark.parametrize("dims", [(64, 5), (16, 4, 5)])
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [(lambda x, p: x @ p, (5, 3)), (lambda x, p: x @ p.t(), (3, 5)), (lambda x, p: F.linear(x, p.t()), (5, 3))],
+)
+def test_gradients_of_a_transposed_weight_to_the_last_bit(call: Any, shape: Any, dims: Any) -> None:
+    """torch multiplies the other way round where a matrix is stored by columns."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(x, self.p)
+
+    for _ in range(4):
+        model, x = Product(), torch.randn(dims)
+        plain = torch.autograd.grad(model(x).tanh().square().sum(), model.p)[0]
+        px.extend(model)
+        assert torch.equal(torch.autograd.grad(model(x).tanh().square().sum(), model.p)[0], plain)
+        with px.backpack(px.BatchL2Grad(), exact_grad=True):
+            model(x).tanh().square().sum().backward()
+        assert model.p.grad is not None and torch.equal(model.p.grad, plain)

@@ -50,7 +50,11 @@ class Linear(OwnedRule):
             found["input"] = (flat @ (w.t() if transposed else w)).view(x.shape).to(x.dtype)
         if "weight" in wanted:
             x = _rows(t["input"]).to(g.dtype)
-            found["weight"] = (x.t() @ flat if transposed else flat.t() @ x).to(t["weight"].dtype)
+            w = t["weight"] if transposed else t["weight"].t()
+            # In the order of torch, which the last bits depend on.
+            turned = w.stride() == (1, w.shape[0])
+            grad = (flat.t() @ x).t() if turned else x.t() @ flat
+            found["weight"] = (grad if transposed else grad.t()).to(w.dtype)
         if "bias" in wanted:
             found["bias"] = flat.sum(0).to(t["bias"].dtype)
         return found

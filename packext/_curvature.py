@@ -270,7 +270,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
             f"The input of the extended {seen.name} does not come from an extended model: call model = "
             "px.extend(model) before the forward pass."
         )
-    sources = {key: s for key, s in sources.items() if flight.context._wants(s.tensor)}
+    sources = {key: s for key, s in sources.items() if s.tensor.requires_grad and flight.context._wants(s.tensor)}
     if not sources:
         return
     point = Graph([s.tensor for s in sources.values()], seen, edge, g)

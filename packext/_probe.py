@@ -222,8 +222,9 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             run = Probe(n, members, compare, scattered)
             run.unchecked = {id(s.tensor) for _, sources in record.half_followed(gates) for s in sources}
             edges = [start.edge for start in starts]
-            parameters = [] if compare is None else [s.tensor for s in record.parameters()]
-            with nullcontext() if compare is None else _compared(run, record):
+            sources = [] if compare is None else [s for s in record.parameters() if s.tensor.requires_grad]
+            parameters = [source.tensor for source in sources]
+            with nullcontext() if compare is None else _compared(run, record, sources):
                 cotangents = (
                     _cotangent(s.meta, layout, members, generator) for s, layout in zip(starts, chosen, strict=True)
                 )
@@ -235,7 +236,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
                 break
             if compare is not None:
                 expected = dict(zip(map(id, parameters), grads[1:], strict=True))
-                for source in record.parameters():  # those that had no gradient, or rows after it
+                for source in sources:  # those that had no gradient, or rows after it
                     if (key_ := id(source.tensor)) not in run.compared or key_ in run.found:
                         _compare(run, record, source, expected[key_])
                 if run.wrong:
@@ -404,7 +405,7 @@ def _cotangent(meta: tuple[Any, ...], layout: Layout, members: Tensor, generator
 
 
 @contextmanager
-def _compared(run: Probe, record: Record) -> Iterator[None]:
+def _compared(run: Probe, record: Record, sources: Sequence[Source]) -> Iterator[None]:
     """Compare the gradient of each parameter as it arrives, and keep neither it nor what the rules made of it."""
 
     def arrived(source: Source, g: Tensor | None) -> Tensor | None:
@@ -418,7 +419,6 @@ def _compared(run: Probe, record: Record) -> Iterator[None]:
             return None
         return g.new_zeros(()).expand_as(g)
 
-    sources = record.parameters()
     run.hooked = {id(s.tensor) for s in sources if s.tensor._backward_hooks}
     leaves = [(s, s.tensor._backward_hooks is None) for s in sources if s.tensor.is_leaf]
     hooks = [source.tensor.register_hook(functools.partial(arrived, source)) for source, _ in leaves]

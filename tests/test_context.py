@@ -836,3 +836,19 @@ def test_gradients_of_a_transposed_weight_to_the_last_bit(call: Any, shape: Any,
         with px.backpack(px.BatchL2Grad(), exact_grad=True):
             model(x).tanh().square().sum().backward()
         assert model.p.grad is not None and torch.equal(model.p.grad, plain)
+
+
+@pytest.mark.parametrize("quantity", [px.BatchGrad(), px.DiagGGNExact(), px.HessianTrace(2)])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_parameter_that_is_frozen_between_the_passes(quantity: Any, known: bool) -> None:
+    """Which torch gives no gradient then; the others are as before."""
+    model, loss_fn = px.extend(mlp()), px.extend(nn.CrossEntropyLoss())
+    x, y = batch()
+    for freeze in (False, True) if known else (True,):
+        model.zero_grad()
+        with px.backpack(quantity) as results:
+            loss = loss_fn(model(x), y)
+            model[0].requires_grad_(not freeze)
+            loss.backward()
+    assert model[0].weight.grad is None and model[2].weight.grad is not None
+    assert "2.weight" in results

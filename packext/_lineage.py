@@ -346,6 +346,7 @@ class Tracer(TorchFunctionMode):
                 ties.append(name)
         use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self._record_ref)
         use.direct, use.ties, use.rooted = frozenset(direct), frozenset(ties), self._rooted
+        use.still = frozenset([name for name, t in tensors.items() if not t.requires_grad])
         if autocasts(device := next(iter(tensors.values())).device.type):
             use.autocast = device, torch.get_autocast_dtype(device)
         if len(direct) < len(sources):

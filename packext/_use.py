@@ -69,6 +69,8 @@ class Use:
     second: bool = False
     #: Names of the tensors that are parameters as they are, and not values made of them.
     direct: frozenset[str] = frozenset()
+    #: Names of the tensors that no gradient is wanted of.
+    still: frozenset[str] = frozenset()
     #: Whether the data that it meets is what uses have made, so that their own samples have been told apart.
     rooted: bool = False
     #: Of each output, while it is probed: the layouts that are left; None where no gradient arrived.

@@ -594,3 +594,27 @@ def test_values_that_no_derivative_takes_may_change(half: bool, quantities: list
         torch.testing.assert_close(mine.grad, other.grad, **tolerance)
         if quantities:
             torch.testing.assert_close(mine.grad_batch, want[name], **tolerance)
+
+
+@pytest.mark.parametrize(
+    "quantities", [[], [px.BatchGrad(), px.DiagGGNExact(), px.DiagHessian()]], ids=["nothing", "all"]
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_weights_of_a_first_layer_may_change_between_the_passes(quantities: list[Any], exact: bool) -> None:
+    """Nobody wants the gradient of its input, so that torch does not keep them: two losses may be made at once."""
+    plain = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    model, loss_fn = px.extend(copy.deepcopy(plain)), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    for this in (plain, model):
+        for _ in range(2):  # the second pass is one of a structure that is known
+            this.zero_grad()
+            with px.backpack(*quantities if this is model else (), exact_grad=exact):
+                loss = loss_fn(this(x), y)
+                with torch.no_grad():
+                    for p in this[0].parameters():
+                        p.mul_(0.5)
+                loss.backward()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+        if quantities:
+            torch.testing.assert_close(q.grad_batch.sum(0), p.grad)

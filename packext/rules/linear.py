@@ -32,7 +32,9 @@ class Linear(OwnedRule):
         return 0 if use.consts["transposed"] else 1
 
     def spares(self, use: Use) -> tuple[str, ...]:
-        return ("bias",) if "weight" in use.sources else ("bias", "input")
+        if "weight" not in use.sources:
+            return "bias", "input"
+        return ("bias", "weight") if "input" in use.still and "weight" in use.direct else ("bias",)
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         x, w, b = tensors["input"], tensors["weight"], tensors.get("bias")

@@ -17,7 +17,7 @@ from packext._curvature import account, measure, spread
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, due_to
 from packext._extend import end_interrupted
 from packext._layout import Tokens
-from packext._pass import Pass
+from packext._pass import Pass, aimed_at
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record
 from packext._refusals import awaited_loss
@@ -524,4 +524,4 @@ def _kind(t: Tensor, ways: Iterable[str]) -> str:
 
 
 def _will_arrive(parameter: Tensor) -> bool:
-    return any(torch._C._will_engine_execute_node(node) for node in live_nodes(parameter))
+    return aimed_at(parameter) and any(torch._C._will_engine_execute_node(node) for node in live_nodes(parameter))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
+from packext._refusals import will_accumulate
 from packext._statistics import Statistics
 from packext._use import Source, Use
 
@@ -25,6 +26,11 @@ def wants_of(contexts: Sequence[backpack]) -> Callable[[Tensor], bool]:
     if len(contexts) == 1:
         return contexts[0]._wants
     return lambda parameter: any(c._wants(parameter) for c in contexts)
+
+
+def aimed_at(parameter: Tensor) -> bool:
+    """Whether the pass under way is to give the gradient of `parameter`, and does not only come by (inputs=...)."""
+    return parameter.requires_grad and will_accumulate(parameter)
 
 
 class End:
@@ -59,7 +65,8 @@ class Pass:
         self.wants = wants_of(contexts)
         self.bounded = [q for c in contexts for q in c.extensions if q.bounded is not None]
         tables = any(q.root[0] == "empirical" for c in contexts for q in c.curvature)
-        self.gathering = Gathering(wants_of([c for c in contexts if c.by_sample]), contexts[0]._tokens, tables=tables)
+        wants = wants_of([c for c in contexts if c.by_sample])
+        self.gathering = Gathering(lambda p: wants(p) and aimed_at(p), contexts[0]._tokens, tables=tables)
         self.records: list[Record] = [] if main is None else main.records
         self.n = 0  # samples, or tokens, once a form has arrived
         self.losses: list[tuple[str, str, Tensor]] = [] if main is None else main.losses

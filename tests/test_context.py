@@ -139,17 +139,16 @@ def test_nothing_asked_for() -> None:
 def test_backward_with_inputs(chosen: list[str]) -> None:
     model = px.extend(mlp())
     rows, x, y = rows_and_batch(model)
-    with px.backpack(px.BatchGrad()) as results:
+    with px.backpack(px.BatchGrad(), px.BatchL2Grad()) as results:
         F.cross_entropy(model(x), y).backward(inputs=[model.get_parameter(name) for name in chosen])
+    torch.testing.assert_close(results.batch_l2, sum(rows[name].flatten(1).square().sum(1) for name in chosen))
     for name, p in model.named_parameters():
         if name in chosen:
             torch.testing.assert_close(p.grad, rows[name].sum(0))
             torch.testing.assert_close(p.grad_batch, rows[name])
-        else:
-            assert p.grad is None
-            if hasattr(p, "grad_batch"):  # reached on the way: right, or absent
-                torch.testing.assert_close(p.grad_batch, rows[name])
-    assert set(chosen) <= set(results)
+        else:  # also where the pass comes by, as by the weight of a layer whose bias is chosen
+            assert p.grad is None and not hasattr(p, "grad_batch")
+    assert set(chosen) == set(results)
 
 
 def test_autograd_grad_fills_results_as_well() -> None:

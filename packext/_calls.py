@@ -117,7 +117,7 @@ PLACES = frozenset(
 )  # fmt: skip
 
 
-#: Functions that fold axes into one another: sizes tell whether the samples stay apart.
+#: Functions that fold axes into one another: the first size tells whether the samples along it stay whole.
 FOLDS = frozenset(
     {getattr(owner, name) for owner in (torch, Tensor) for name in ("reshape", "flatten", "unflatten")}
     | {Tensor.view, Tensor.view_as, Tensor.reshape_as}

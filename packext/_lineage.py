@@ -268,8 +268,8 @@ class Tracer(TorchFunctionMode):
                     out = out if found is None else LossMark.mark(found[0], out, found[1], {}, record)
                 if func in CHOOSE and not record.routed:
                     record.routed = chosen(func, args, kwargs, record.batch_axis, self.is_data)
-                if func in FOLDS and record.n > 1:
-                    record.trail = hash((record.trail, *[size % record.n == 0 for size in out.shape]))
+                if func in FOLDS and args and record.n > 1 and args[0].shape[:1] == (record.n,):
+                    record.trail = hash((record.trail, out.shape[:1].numel() % record.n == 0))
                 self.mark(out, None, _FLAT if same else None)
                 if mutates(func):
                     self._written(changed(args, kwargs))

@@ -60,8 +60,10 @@ def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data:
     """
     first = args[0] if args else kwargs.get("input")
     if func in PUTS:
-        given = [t for t in tensors_in((args[1:], kwargs)) if is_data(t)]
-        return any(t.is_floating_point() for t in given) and not all(t.is_floating_point() for t in given)
+        given = list(tensors_in((args[1:], kwargs)))
+        data = [t.is_floating_point() for t in given if is_data(t)]
+        moved = isinstance(first, Tensor) and any(_reorders(t, first.shape, axis) for t in given)
+        return any(data) and (moved or not all(data))
     if not (isinstance(first, Tensor) and first.is_floating_point() and is_data(first)):
         return False
     if func in PICKS:
@@ -75,4 +77,5 @@ def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data:
 
 def _reorders(index: Tensor, shape: torch.Size, axis: int) -> bool:
     """Whether a constant may be an order of the samples, such as a random permutation: another one the next time."""
-    return index.dim() == 1 and len(shape) > axis and len(index) == shape[axis] and index.dtype != torch.bool
+    whole = not (index.dtype == torch.bool or index.is_floating_point() or index.is_complex())
+    return whole and index.dim() == 1 and len(shape) > axis and len(index) == shape[axis]

@@ -367,6 +367,32 @@ def test_samples_that_an_argument_of_a_function_makes_meet_later_are_found(
         model(torch.randn(N, 5)).square().mean().backward()
 
 
+def _put(h: Tensor, order: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    out[order] = h
+    return out
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        _put,
+        lambda h, order: torch.zeros_like(h).index_copy(0, order, h),
+        lambda h, order: torch.zeros_like(h).index_add(0, order, h),
+        lambda h, order: torch.zeros_like(h).index_put((order,), h),
+    ],
+)
+def test_an_order_in_which_rows_are_put_is_not_taken_for_granted(moved: Any) -> None:
+    """A permutation that was the identity by chance tells nothing of the next."""
+    model = px.extend(Within(moved))
+    model.how = torch.arange(N)
+    with px.backpack(px.BatchGrad()):
+        model(torch.randn(N, 5)).square().mean().backward()
+    model.how = model.how.flip(0)
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        model(torch.randn(N, 5)).square().mean().backward()
+
+
 def test_samples_that_meet_in_folds_of_another_size_are_found() -> None:
     """Four steps at a time: a batch of samples with six of them fits as well."""
     model = px.extend(Within(_in_windows))

@@ -174,9 +174,11 @@ EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch
 
 def is_composite(func: Any) -> bool:
     """Whether `func` is written in Python in torch's functional modules, from other torch functions."""
-    return isinstance(func, types.FunctionType) and func.__module__ in (
-        "torch.nn.functional",
-        "torch.functional",
+    return (
+        # Others leave dispatch to a private function (torch.meshgrid does), which would hand them to the mode again.
+        isinstance(func, types.FunctionType)
+        and func.__module__ in ("torch.nn.functional", "torch.functional")
+        and any(name.startswith("has_torch_function") for name in func.__code__.co_names)
     )
 
 

@@ -405,7 +405,7 @@ class Tracer(TorchFunctionMode):
         out = rule.call(use, tensors)
         if not use.sources:
             return out
-        flat = [out] if isinstance(out, Tensor) else list(out)
+        flat = list(out) if isinstance(out, (tuple, list)) else [out]  # a type or a truth value, of torch.equal
         live = [i for i, y in enumerate(flat) if isinstance(y, Tensor) and y.requires_grad]
         if not live:
             return out

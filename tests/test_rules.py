@@ -359,3 +359,43 @@ def test_biases_that_torch_broadcasts(shape: Sequence[int]) -> None:
 )
 def test_assigned_values_with_leading_axes_of_one_entry(shape: Sequence[int], assigned: Any) -> None:
     exact(Broadcast(shape, assigned), torch.randn(4, 2, 5))
+
+
+class Called(nn.Module):
+    """A function of what a layer gives and of a weight, before a second layer."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layer, self.w, self.head = nn.Linear(5, 4), nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.layer(x), self.w).tanh())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h, w: h * w.to(h),
+        lambda h, w: h * w.to(torch.float32).to(h),
+        lambda h, w: h.to(w) * w,
+        lambda h, w: h * w if not torch.equal(h, w) else h,
+        lambda h, w: h * w if not torch.allclose(h, w) else h,
+        lambda h, w: h.to(torch.result_type(h, w)) * w,
+        lambda h, w: h * w.sin() if not h.is_same_size(w) else h,
+        lambda h, w: torch.meshgrid(h[:, 0], w, indexing="ij")[0] * w,
+    ],
+    ids=["to", "and back", "the other's type", "equal", "close", "type", "sizes", "mesh"],
+)
+def test_calls_that_take_no_values_or_give_none(function: Any) -> None:
+    report = testing.check(Called(function), nn.CrossEntropyLoss(), torch.randn(4, 5), torch.arange(4) % 3)
+    assert report.ok, report
+
+
+def test_a_type_taken_from_a_weight_is_no_use_of_it() -> None:
+    found = px.explain(Called(lambda h, w: h.to(w) * w), torch.randn(4, 5))
+    assert [u.function for u in found.uses if u.parameter == "w"] == ["mul"]
+
+
+def test_a_mesh_of_data_and_a_parameter() -> None:
+    exact(Called(lambda h, w: sum(torch.meshgrid(h[:, 0], w, indexing="ij"))), torch.randn(4, 5))

@@ -26,6 +26,7 @@ FIRST_ONLY = frozenset(
         Tensor.view_as,
         Tensor.reshape_as,
         Tensor.type_as,
+        Tensor.to,
         torch.zeros_like,
         torch.ones_like,
         torch.full_like,

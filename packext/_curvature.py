@@ -28,7 +28,7 @@ from packext._listening import silence
 from packext._pass import Pass
 from packext._places import gates_of, place
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
-from packext._refusals import unseen
+from packext._refusals import refuse_divided, unseen
 from packext._residual import residual
 from packext._scratch import release
 from packext._statistics import Statistics
@@ -172,8 +172,8 @@ class Graph(Point):
                 self._seen = self._seen.fixed()
                 self._refuse_flat(self._leaves)
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
-                live = [t for t in self._leaves if isinstance(t, Tensor) and t.requires_grad]
-                us = [torch.zeros_like(t, requires_grad=True) for t in live]
+                # As torch writes it, it need not have one at zero (of logcumsumexp, by the logarithm of u).
+                us = [u.requires_grad_() for u in _random(self._leaves)]
                 self._pull = (
                     us,
                     torch.autograd.grad(self._seen.edges, self.parameters, us, create_graph=True, allow_unused=True),
@@ -187,9 +187,7 @@ class Graph(Point):
         return [torch.zeros_like(p) if f is None else f.detach() for p, f in zip(self.parameters, found, strict=True)]
 
     def _refuse_flat(self, leaves: list[Any]) -> None:
-        generator = torch.Generator().manual_seed(20251121)
-        live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-        vectors = [torch.randn(t.shape, generator=generator).to(t) for t in live]
+        vectors = _random(leaves)
         _roots.refuse_flat(self._seen.module, f"The extended {self._seen.name}", lambda: self._loss(leaves, vectors))
 
     def _loss(self, leaves: list[Any], vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -233,6 +231,13 @@ _ROWS = (
 _SEVERAL = "{} needs a loss of one tensor with the samples along axis 0, and the extended {} has another input."
 
 
+def _random(leaves: list[Any]) -> list[Tensor]:
+    """A vector for each of the tensors that require grad, the same ones each time."""
+    generator = torch.Generator().manual_seed(20251121)
+    live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+    return [torch.randn(t.shape, generator=generator).to(t) for t in live]
+
+
 def _products(outputs: Sequence[Tensor | None], vectors: Sequence[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o is not None and o.requires_grad]
     found: Sequence[Tensor | None] = [None] * len(inputs)
@@ -263,6 +268,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
         if record not in flight.records:
             flight.records.append(record)
         refuse_tensors(record, [flight.context])
+        refuse_divided(record, [flight.context])
         unseen(record, record.extended(), flight.context._wants)
         sources.update({id(s.tensor): s for s in record.parameters()})
     if not sources:

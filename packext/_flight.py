@@ -30,6 +30,7 @@ from packext._refusals import (
     refuse_again,
     refuse_apart,
     refuse_curvature,
+    refuse_divided,
     refuse_inputs_alone,
     refuse_opacus,
     refuse_unbounded,
@@ -201,6 +202,7 @@ def enter(record: Record, g: Tensor | None = None) -> None:
         if state.sweep is None:
             _agree(record, gates)
     refuse_curvature(record, gates, [f.context for f in flight.heard])
+    refuse_divided(record, [f.context for f in flight.heard])
     if not flight.by_sample and flight.spread:
         return
     for why, sources, _ in record.refused:

@@ -77,16 +77,36 @@ def refuse_unbounded(record: Record, bounded: Sequence[Quantity], wants: Callabl
             "leaves without noise. Normalisations: build them with track_running_stats=False, call .eval() on them "
             "after each model.train(), or take GroupNorm. Own modules: write to no buffer in forward."
         )
-    divided = [
+    if divided := _divided(record, wants):
+        raise CoupledSamplesError(
+            f"scale_grad_by_freq divides a sample's gradient by how often all samples have looked up a row, in "
+            f"{divided}: a sample changes what others add. Build the embedding without it."
+        )
+
+
+def refuse_divided(record: Record, contexts: Iterable[backpack]) -> None:
+    """Refuse curvature of tables whose gradient torch divides by frequencies: what it then calls one is no derivative.
+
+    Raises:
+        UnsupportedUseError: if it is asked for.
+    """
+    for context in contexts:
+        asked = ", ".join(type(q).__name__ for q in (*context.curvature, *context.hessian))
+        if asked and (divided := _divided(record, context._wants)):
+            raise UnsupportedUseError(
+                f"{asked}: scale_grad_by_freq divides the gradient by how often a row was looked up, so that it is no "
+                f"derivative of the loss, and has none that is its Hessian, in {divided}. Build the embedding without "
+                "it, or leave its table out (parameters=...)."
+            )
+
+
+def _divided(record: Record, wants: Callable[[Tensor], bool]) -> str:
+    """Uses of wanted tables whose gradient torch divides by frequencies."""
+    return ", ".join(
         use.describe()
         for use in record.uses
         if use.consts.get("scale_grad_by_freq") and any(wants(s.tensor) for g in use.sources.values() for s in g)
-    ]
-    if divided:
-        raise CoupledSamplesError(
-            f"scale_grad_by_freq divides a sample's gradient by how often all samples have looked up a row, in "
-            f"{', '.join(divided)}: a sample changes what others add. Build the embedding without it."
-        )
+    )
 
 
 def after_distributed(record: Record) -> str:
@@ -110,6 +130,9 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
         if p is not None and p.requires_grad and id(p) not in known and not live_nodes(p)
         if wants(p) and will_accumulate(p)
     }
+    for why, sources, _ in record.refused:
+        if any(id(source.tensor) in missed for source in sources):
+            raise UnsupportedUseError(why)
     if missed:
         names = ", ".join(name for name, p in modules[0].named_parameters() if id(p) in missed)
         new = [

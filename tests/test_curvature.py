@@ -800,6 +800,32 @@ def test_products_with_blocks() -> None:
     assert pickle.loads(pickle.dumps(model))[0].weight.equal(model[0].weight)
 
 
+class Cumulative(nn.Module):
+    """torch differentiates the gradient of logcumsumexp by way of its logarithm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.logcumsumexp(1)
+
+
+def test_products_where_the_gradient_has_no_derivative_at_zero() -> None:
+    model, loss = nn.Sequential(nn.Linear(5, 4), Cumulative(), nn.Linear(4, 3)), nn.CrossEntropyLoss()
+    report = testing.check(model, loss, torch.randn(N, 5), torch.randint(3, (N,)), [px.GGNMP(), px.HMP()])
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("quantity", [px.DiagGGNExact(), px.DiagHessian(), px.GGNMP(), px.HMP()], ids=repr)
+def test_frequencies_have_no_curvature(table: Any, quantity: Any) -> None:
+    model = px.extend(nn.Sequential(table(6, 4, scale_grad_by_freq=True), nn.Flatten(), nn.LazyLinear(3)))
+    loss, x, y = px.extend(nn.CrossEntropyLoss()), torch.randint(6, (N, 2)), torch.randint(3, (N,))
+    with pytest.raises(px.UnsupportedUseError, match=r"divides the gradient .* 0.weight.*parameters="):
+        with px.backpack(quantity):
+            loss(model(x), y).backward()
+    with px.backpack(quantity, parameters=model[2].parameters()) as results:
+        loss(model(x), y).backward()
+    assert "2.weight" in results
+
+
 LOSSES: dict[str, tuple[Any, Any]] = {
     "class weights": (lambda: nn.CrossEntropyLoss(torch.tensor([0.5, 2.0, 1.0]), reduction="sum"), torch.arange(N) % 3),
     "huber": (lambda: nn.HuberLoss("sum"), torch.arange(3.0 * N).view(N, 3).double() / 20),

@@ -410,9 +410,9 @@ class Tracer(TorchFunctionMode):
         if not live:
             return out
         use.positions = tuple(live)
-        tapped = Observed.apply(use, len(live), TARGET, *(flat[i] for i in live), *tensors.values())
+        tapped = Observed.apply(use, len(live), TARGET, *use.tapped(out), *tensors.values())
         for i, y in zip(live, tapped, strict=True):
-            flat[i] = y
+            flat[i] = y if flat[i].dim() else y.sum()
         self._placed(use, tapped[0].grad_fn, tapped)
         if isinstance(out, Tensor):
             return flat[0]
@@ -426,9 +426,9 @@ class Tracer(TorchFunctionMode):
         use = self.use(rules.ARGUMENT, func, {"value": value}, {})
         if not use.sources:
             return value
-        y = Argument.apply(use, TARGET, value, tuple(shape), dtype)
+        y = Argument.apply(use, TARGET, value, tuple(shape) or (1,), dtype)
         self._placed(use, y.grad_fn, (y,))
-        return y
+        return y if len(shape) else y.sum()
 
     def _placed(self, use: Use, node: Any, outputs: Any) -> None:
         use.placed(node, outputs)

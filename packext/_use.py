@@ -122,9 +122,9 @@ class Use:
             return self.tapped(self.rule.call(self, tensors))
 
     def tapped(self, result: Any) -> list[Tensor]:
-        """Those of a call's outputs that the tap sits on."""
+        """Those of a call's outputs that the tap sits on; a number as a row, which may be that of one sample."""
         outputs = [result] if isinstance(result, Tensor) else list(result)
-        return [outputs[i] for i in self.positions]
+        return [outputs[i] if outputs[i].dim() else outputs[i][None] for i in self.positions]
 
     @property
     def function(self) -> str:

@@ -399,3 +399,24 @@ def test_a_type_taken_from_a_weight_is_no_use_of_it() -> None:
 
 def test_a_mesh_of_data_and_a_parameter() -> None:
     exact(Called(lambda h, w: sum(torch.meshgrid(h[:, 0], w, indexing="ij"))), torch.randn(4, 5))
+
+
+NUMBERS: dict[str, Any] = {
+    "product": lambda row, w: row @ w,
+    "distance": lambda row, w: torch.dist(row, w),
+    "multiple": lambda row, w: row.sum() * w[0],
+    "shift": lambda row, w: row.prod() + w.sum(),
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_number_for_each_sample(n: int, number: Any) -> None:
+    exact(Called(lambda h, w: torch.stack([number(row, w) for row in h])[:, None] + h), torch.randn(n, 5))
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+def test_a_number_of_all_samples_is_refused(number: Any) -> None:
+    model, loss = px.extend(Called(lambda h, w: number(h.sum(0), w) + h)), px.extend(nn.CrossEntropyLoss())
+    with pytest.raises(px.CoupledSamplesError, match="Samples influence each other"), px.backpack(px.BatchGrad()):
+        loss(model(torch.randn(4, 5)), torch.arange(4) % 3).backward()

@@ -192,6 +192,12 @@ def test_eigenvectors_of_factors(fisher: str, bias: str, monkeypatch: pytest.Mon
         assert wrong(testing.check(model, nn.CrossEntropyLoss(), x, y, [asked])) == {"EKFAC"}
 
 
+def test_a_table_that_counts_lookups_has_no_gradients_of_single_samples() -> None:
+    model = nn.Sequential(nn.Embedding(3, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 3))
+    with pytest.raises(testing.NoOracle, match="differs from the sum over the samples .* scale_grad_by_freq=True"):
+        testing.check(model, nn.CrossEntropyLoss(), torch.randint(3, (4, 2)), torch.arange(4) % 3)
+
+
 def test_what_has_no_definition_is_refused() -> None:
     x, y = batch()
 

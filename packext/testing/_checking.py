@@ -103,7 +103,7 @@ def against(reference: Reference, quantities: Sequence[Quantity], tolerance: flo
             raise NoOracle(
                 f"check: the gradient of the batch differs from the sum over the samples by {reference.rounding:.1e}: "
                 "the loss does not weight them equally, as a mean with class weights or ignored targets does not. Pass "
-                'one with reduction="sum".'
+                'one with reduction="sum". (A table with scale_grad_by_freq=True is read otherwise by a sample alone.)'
             )
         tolerance = max(tolerance, min(1e-4, 30 * reference.rounding))
     report = compare(twin, first_order, reference.gradients, reference.factor, tolerance) if first_order else Report()

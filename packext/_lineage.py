@@ -42,7 +42,7 @@ from packext._calls import (
 from packext._choices import CHOOSE, chosen
 from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
-from packext._precision import autocasts
+from packext._precision import autocasts, computes_in
 from packext._record import Buffer, Record, buffers_of, tensors_in
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
@@ -382,9 +382,10 @@ class Tracer(TorchFunctionMode):
         for name, t in tensors.items():
             if name in use.sources if name == "input" else t.requires_grad and name not in use.sources:
                 return NotImplemented
-        x = tensors["input"]
-        if use.autocast is not None and x.is_floating_point():
-            tensors = {**tensors, "input": x.to(use.autocast[1])}
+        kind = computes_in(tensors.values())
+        if kind is None:  # torch says so
+            return NotImplemented
+        tensors = {**tensors, "input": tensors["input"].to(kind)}
         if not use.sources:
             return rule.call(use, tensors)
         y = Owned.apply(use, TARGET, *tensors.values())

@@ -121,6 +121,48 @@ def test_autocast_gradients_are_those_of_the_plain_model() -> None:
             torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
 
 
+class Call(nn.Module):
+    """A function of the data, a weight `[5, 5]` and a bias."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call, self.weight, self.bias = call, nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.uint8, torch.int64], ids=str)
+@pytest.mark.parametrize("whole", [False, True], ids=["data", "data and model"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(5, 5),
+        lambda: Call(lambda x, w, b: F.linear(x, w, b[:1].double())),
+        lambda: Call(lambda x, w, b: torch.addmm(b, x, w)),
+        lambda: Call(lambda x, w, b: x @ w),
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3)),
+        lambda: nn.MultiheadAttention(5, 1),
+    ],
+    ids=["linear", "broadcast bias", "addmm", "product", "convolution", "attention"],
+)
+def test_types_that_torch_does_not_take_together(build: Any, whole: bool, kind: torch.dtype, autocast: bool) -> None:
+    """Images that are still bytes, or a batch from numpy, are torch's error; float64 is not rounded by autocast."""
+    plain, x = build(), torch.ones(4, 5, dtype=kind)
+    if whole and kind.is_floating_point:
+        plain = plain.to(kind)
+    said = []
+    for model in (plain, px.extend(copy.deepcopy(plain))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            try:
+                out = model(*[x] * 3)[0] if isinstance(model, nn.MultiheadAttention) else model(x)
+                said.append(out.dtype)
+            except RuntimeError as error:
+                said.append(str(error))
+    assert said[0] == said[1]
+
+
 def test_coupling_is_found_in_bfloat16() -> None:
     class Centred(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

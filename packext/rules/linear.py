@@ -13,6 +13,7 @@ from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, Pulled, Terms, accumulation_dtype
 from packext._layout import Layout
+from packext._precision import computes_in
 from packext._shards import is_distributed
 from packext._taps import OwnedRule
 from packext._use import Rule, Use
@@ -117,7 +118,7 @@ def linear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     w, b = tensors["weight"], tensors.get("bias")
     if w.dim() != 2 or not tracer.is_data(tensors["input"]):
         return NotImplemented
-    if b is not None and b.shape != w.shape[:1]:  # which torch broadcasts
+    if b is not None and b.shape != w.shape[:1] and computes_in((w, b)):  # which torch broadcasts
         with tracer:
             y = F.linear(tensors["input"], w)
             return y + b.to(y.dtype).expand_as(y)

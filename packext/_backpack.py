@@ -507,7 +507,8 @@ def _identified(parameters: Any) -> dict[int, Tensor]:
     found = list(parameters)
     for p in found:
         if not isinstance(p, Tensor):
-            raise ValueError(f"parameters must be tensors such as model.head.parameters() gives, got {p!r}.")
+            what = "pairs of names and tensors" if isinstance(p, tuple) else f"{p!r:.80}"
+            raise ValueError(f"parameters must be tensors such as model.head.parameters() gives, got {what}.")
     if not found:
         raise ValueError("parameters is empty: leave it out to ask for all (a generator can be used once only).")
     return {id(p): p for p in found}

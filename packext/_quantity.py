@@ -282,13 +282,13 @@ def indices(subsampling: Iterable[SupportsIndex] | None) -> list[int] | None:
     """Indices of samples as a list; a ValueError if they are not integers of 0 or more."""
     if subsampling is None:
         return None
-    given = list(subsampling)
+    given = list(subsampling) if isinstance(subsampling, Iterable) else [None]
     try:
         chosen = [operator.index(i) for i in given]  # of numpy and tensors, too
     except TypeError:
         chosen = [-1]
     if any(i < 0 for i in chosen) or any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in given):
-        raise ValueError(f"subsampling must be a list of sample indices, got {given}.")
+        raise ValueError(f"subsampling must be a list of sample indices, got {subsampling!r}.")
     return chosen
 
 

@@ -95,6 +95,8 @@ class _Space:
         )
 
     def operator(self, matvec: Matvec, what: str = "matvec") -> Callable[..., Tensor]:
+        _check(callable(matvec), f"{self.name}: {what} must be a function, such as matrix.mv of a matrix.")
+
         def apply(flat: Tensor, out: Tensor | None = None) -> Tensor:
             self.calls += 1
             with self.around():

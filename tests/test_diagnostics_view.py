@@ -403,6 +403,25 @@ def test_a_column_of_a_map_reaches_to_the_next(tmp_path: Path) -> None:
     np.testing.assert_array_equal(row, 1 + places)
 
 
+def test_a_map_of_zeros_keeps_steps_and_layers(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.begin([])
+    for step in range(3):
+        run.write(step, {"IdleUnits/a": 0.0, "IdleUnits/b": 0.0}, {})
+    axes = drawn(tmp_path)["Idle units"]
+    assert [t.get_text() for t in axes.texts] == ["0 everywhere"]
+    assert axes.get_xlim() == (0, 3) and axes.get_ylim() == (1.5, -0.5)
+
+
+def test_a_label_hides_no_line(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.begin([])
+    for step in range(3):
+        run.write(step, {"Alpha": -0.95}, {})
+    axes = drawn(tmp_path)["Alpha over steps"]
+    assert max(t.get_zorder() for t in axes.texts) < min(line.get_zorder() for line in axes.lines)
+
+
 def test_many_histograms_are_thinned_in_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(view.report, "NUMBERS", 100)

@@ -145,6 +145,11 @@ class DeepLeakage:
     )
     """Who attacks, and what must hold."""
 
+    def __post_init__(self) -> None:
+        """Refuse a search that would find nothing."""
+        if self.iterations < 1 or self.restarts < 1:
+            raise ValueError(f"need iterations >= 1 and restarts >= 1, got {self}.")
+
     def __call__(
         self,
         model: nn.Module,
@@ -246,6 +251,11 @@ class LocalSteps:
     lr: float
     batch: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse steps that would not be taken."""
+        if self.steps < 1 or not self.lr > 0 or (self.batch is not None and self.batch < 1):
+            raise ValueError(f"need steps >= 1, lr > 0 and batch >= 1, got {self}.")
+
     def part(self, step: int, n: int) -> slice:
         """The samples of a step."""
         size = min(self.batch or n, n)
@@ -333,6 +343,11 @@ class InvertingGradients:
         "small batches; few local steps, known",
     )
     """Who attacks, and what must hold."""
+
+    def __post_init__(self) -> None:
+        """Refuse a search that would find nothing."""
+        if self.iterations < 1 or self.restarts < 1 or not self.low < self.high:
+            raise ValueError(f"need iterations >= 1, restarts >= 1 and low < high, got {self}.")
 
     def __call__(
         self,

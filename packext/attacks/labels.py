@@ -33,7 +33,15 @@ class LabelRule(ABC):
 
         Returns:
             Counts `[C]`, int64, that sum to `shared.n`.
+
+        Raises:
+            PackextError: for another thing than what was shared, and for what labels cannot be read off.
         """
+        if not isinstance(shared, Shared):
+            raise px.PackextError(
+                f"{type(self).__name__}()(model, shared) reads what attacks.share(model, loss_fn, x, y) returns, got a "
+                f"{type(shared).__name__}."
+            )
         plain_cross_entropy(shared.loss_fn)
         one_label_each(shared)
         return self.counts(model, shared, Head.of(model, head))

@@ -137,7 +137,7 @@ def run(
     A budget that is none is refused with a ValueError; a model, data and sharing that do not fit each other, and a
     folder that holds an audit of something else, with a PackextError; and `out` without matplotlib with an ImportError.
     """
-    case = Case(model, loss_fn, data, sharing or Sharing(), Budget.of(budget), seed)
+    case = Case(model, loss_fn, data, Sharing() if sharing is None else sharing, Budget.of(budget), seed)
     made_with = {"packext": px.__version__, "train": train is not None, "utility": utility is not None}
     store = None if out is None else _Store(Path(out), case.key() | made_with, fresh)
     if out is not None:

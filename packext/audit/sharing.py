@@ -198,7 +198,8 @@ class Data:
             if pair is None and name == "heldout":
                 continue
             if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
-                raise px.PackextError(f"{name} must be a pair of tensors (x, y), got {type(pair).__name__}.")
+                parts = f" of {', '.join(type(t).__name__ for t in pair)}" if isinstance(pair, (tuple, list)) else ""
+                raise px.PackextError(f"{name} must be a pair of tensors (x, y), got {type(pair).__name__}{parts}.")
             x, y = pair
             if not x.dim() or not y.dim() or len(x) != len(y) or not len(x):
                 raise px.PackextError(

@@ -127,7 +127,7 @@ class Cockpit:
             rules = _instances(rules, Rule, "rules", "[kind() for kind in px.diagnostics.RULES]")
         self.ranks = Ranks(whole)
         self.sinks = sinks if self.ranks.rank == 0 else []
-        self.values: dict[str, float | np.ndarray] = {}
+        self.values: dict[str, float | np.ndarray] = _Values({}, {})
         self.absent: dict[str, str] = {}
         self.judge = Judge([kind() for kind in RULES] if rules is None else rules)
         self.born = perf_counter()
@@ -135,6 +135,7 @@ class Cockpit:
         for instrument in self.instruments:
             instrument.start(self.steps)
         self._left: tuple[int, list[int]] | None = None
+        self._waiting = self._open = False
         self._following: list[tuple[int, Instrument, tuple[Any, ...]]] = []
 
     def step(self, scale: str | float = "sample", samples: Any = None, loss_scale: float = 1.0) -> Watch:
@@ -154,6 +155,7 @@ class Cockpit:
             The context. `with monitor.step(...) as step:` gives what has `step.losses(each)`.
 
         Raises:
+            RuntimeError: if the last one was not entered.
             ValueError: for another scale, samples that are not a row of integers, or a loss scale that is not positive
                 or not with "mean".
         """
@@ -168,6 +170,12 @@ class Cockpit:
                     f"samples must be integers [N], one for each sample of the step, got {samples.dtype} "
                     f"{list(samples.shape)}."
                 )
+        if self._waiting:
+            raise RuntimeError(
+                "step() gives a context, and the last one was not entered: write `with monitor.step():` around forward "
+                "pass, backward pass and update."
+            )
+        self._waiting = True
         return Watch(self, scale, samples, loss_scale)
 
     def log(self, **numbers: Any) -> None:
@@ -254,11 +262,15 @@ class Watch:
 
     def __enter__(self) -> Watch:
         monitor = self._monitor
+        monitor._waiting = False
+        if monitor._open:
+            raise RuntimeError("monitor.step() within itself: one context is one step of the training.")
         number, monitor.steps, monitor._begun = monitor.steps, monitor.steps + 1, True
         self._due = monitor.instruments if monitor.every(number) else []
         self._entered: list[Instrument] = []
         self._following, monitor._following = monitor._following, []
         if not self._due and not self._following:
+            monitor._open = True
             return self
         monitor.ranks.check()
         model = monitor.model
@@ -271,6 +283,7 @@ class Watch:
             self._leave()
             raise
         self._observer = observer
+        monitor._open = True
         return self
 
     def _ask(self, model: nn.Module, number: int) -> tuple[list[tuple[Any, ...]], bool]:
@@ -300,6 +313,7 @@ class Watch:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         observer, monitor = self._observer, self._monitor
+        monitor._open = False
         if observer is None:
             return
         self._observer = None
@@ -391,8 +405,8 @@ class _Values(dict[str, "float | np.ndarray"]):
         instrument = str(name).replace("/", ".").partition(".")[0]
         why = self._absent.get(name) or self._absent.get(instrument)
         if why is None:
-            have = ", ".join(key for key in self if "/" not in key) or "nothing"
-            why = f"the last step that was looked at has {have}"
+            have = ", ".join(key for key in self if "/" not in key)
+            why = f"the last step that was looked at has {have}" if have else "no step was looked at yet"
         raise KeyError(f"{name}: {why}")
 
     def __reduce__(self) -> Any:

@@ -70,15 +70,22 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             params: as for any optimizer of torch: tensors, groups, or pairs of names and tensors.
-            parts: run one after the other; the last is `Descend`, or another that makes the updates.
+            parts: run one after the other; the last is `Descend`, which gives updates their sign and rate.
             seed: of random draws in the backward pass. They are a function of the seed, the number of steps and the
                 rank; torch's random numbers are left alone.
             process_group: over which gradients are averaged; that of all processes by default.
 
         Raises:
+            TypeError: for another thing than a list of parts.
             ValueError: for hyperparameters out of range, two parts that want the same one, none that has a learning
                 rate, or a part after `Descend`.
         """
+        parts = list(parts)
+        for part in parts:
+            if not isinstance(part, Part):
+                raise TypeError(
+                    f"parts must be a list such as [px.optim.Momentum(), px.optim.Descend()], got {part!r}."
+                )
         defaults: dict[str, Any] = {"fallback": False, "steps": 0, "kept": 0, "lacking": False, "seed": seed}
         for part in parts:
             twice = defaults.keys() & part.defaults.keys()
@@ -91,7 +98,7 @@ class Optimizer(torch.optim.Optimizer):
         if early:
             after = type(parts[early[0] + 1]).__name__
             raise ValueError(f"Descend is the last part, and {after} comes after it: updates have their sign by then.")
-        self.parts = list(parts)
+        self.parts = parts
         self._last = [Adam(), DecoupledDecay(), Descend()]
         self.generator = torch.Generator()
         self.ranks = Ranks(process_group)

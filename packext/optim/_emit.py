@@ -57,6 +57,11 @@ def emit(*emitting: Emitting | torch.optim.Optimizer, **options: Any) -> Iterato
     """
     if not emitting:
         raise ValueError("px.optim.emit() needs an optimizer or a controller.")
+    for e in emitting:
+        if isinstance(e, type):
+            raise ValueError(f"px.optim.emit() needs an optimizer or a controller, got the class {e.__name__}.")
+        if hasattr(e, "savefield"):
+            raise ValueError(f"px.optim.emit() needs an optimizer or a controller. For {e!r} write px.backpack({e!r}).")
     found = [_innermost(e) for e in emitting]
     with ExitStack() as stack:
         if len(found) == 1:

@@ -59,15 +59,15 @@ class _Counted:
         return Factors([self.sampled(pair.scaled(factor), n) for pair in held], n)
 
 
-class CountedKFAC(_Counted, px.KFAC):
+class KFAC(_Counted, px.KFAC):
     """`px.KFAC`, with results that can be merged over passes and processes: `Factors`, in `kfac`."""
 
 
-class CountedKFLR(_Counted, px.KFLR):
+class KFLR(_Counted, px.KFLR):
     """`px.KFLR`, with results that can be merged over passes and processes: `Factors`, in `kflr`."""
 
 
-class CountedKFRA(_Counted, px.KFRA):
+class KFRA(_Counted, px.KFRA):
     """`px.KFRA`, with results that can be merged over passes and processes: `Factors`, in `kfra`."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import packext as px
 from packext.optim import _lists as lists
 from packext.optim._base import Optimizer, check
-from packext.optim._merge import CountedKFAC, CountedKFLR, CountedKFRA
+from packext.optim._merge import KFAC, KFLR, KFRA
 from packext.optim._work import Part, Skip, Work
 
 
@@ -90,8 +90,8 @@ class Kronecker(Part):
 
     def _make(self, generator: torch.Generator | None) -> Any:
         if self.curvature == "kfac":
-            return CountedKFAC(generator=generator, **self.options)
-        return CountedKFLR(**self.options) if self.curvature == "kflr" else CountedKFRA(**self.options)
+            return KFAC(generator=generator, **self.options)
+        return KFLR(**self.options) if self.curvature == "kflr" else KFRA(**self.options)
 
     def due(self, optimizer: Optimizer) -> bool:
         """Whether the coming step needs new factors."""

@@ -61,6 +61,11 @@ class GradDot(PerSample, Quantity):
 
     def __init__(self, direction: Mapping[Any, Tensor] | None = None) -> None:
         """Take a direction for each parameter, by name or by the parameter itself."""
+        if direction is not None and not isinstance(direction, Mapping):
+            raise ValueError(
+                "direction must be a dictionary of tensors by name, such as {name: torch.ones_like(p) for name, p in "
+                f"model.named_parameters()}}, got a {type(direction).__name__}."
+            )
         self.direction = direction
         if direction is None:
             self.indivisible = "its direction is the gradient of all (pass direction=...)"

@@ -53,9 +53,11 @@ class MixedOp(nn.Module):
             ops: at least two, by name.
 
         Raises:
-            ValueError: if there are fewer.
+            ValueError: if there are fewer, or they have no names.
         """
         super().__init__()
+        if not isinstance(ops, Mapping):
+            raise ValueError(f'MixedOp takes its operations by name, as {{"skip": nn.Identity(), ...}}, got {ops!r}.')
         if len(ops) < 2:
             raise ValueError(f"MixedOp chooses between two operations or more, got {list(ops)}.")
         self.ops = nn.ModuleDict(ops)

@@ -54,7 +54,7 @@ def scores(
         PackextError: where a score is not defined (singular matrices, no gradient, values that are not finite), and
             what `backpack` refuses.
     """
-    names = list(PROXIES if names is None else names)
+    names = [names] if isinstance(names, str) else list(PROXIES if names is None else names)
     unknown = [name for name in names if name not in PROXIES]
     if unknown:
         raise ValueError(f"There is no proxy {unknown[0]!r}: there are {', '.join(PROXIES)}.")

@@ -88,7 +88,10 @@ def against(reference: Reference, quantities: Sequence[Quantity], tolerance: flo
 
     Raises:
         NoOracle: for a quantity without a definition.
+        TypeError: for one quantity that is not in a list.
     """
+    if isinstance(quantities, Quantity):
+        raise TypeError(f"quantities must be a list, got one {type(quantities).__name__}.")
     for quantity in quantities:
         if type(quantity) not in {**ORACLES, **CURVATURE_ORACLES}:
             known = ", ".join(sorted(q.__name__ for q in {**ORACLES, **CURVATURE_ORACLES}))

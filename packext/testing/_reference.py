@@ -65,8 +65,11 @@ class Reference:
         Raises:
             PackextError: if the model is random: the loop over samples would draw other numbers.
             NoOracle: without a batch axis, along which samples could be cut out of the inputs.
+            TypeError: for a loss that is no module.
             ValueError: for an empty batch.
         """
+        if not isinstance(loss_fn, nn.Module):
+            raise TypeError(f"check takes a loss module, such as nn.CrossEntropyLoss(), got {loss_fn!r}.")
         if batch_axis is None:
             raise NoOracle(
                 "check cuts samples out of the inputs, along their batch axis. Of a model with batch_axis=None compare "

@@ -81,6 +81,7 @@ class Untrained(Instrument):
         except Absent:
             update = None
         rates = {id(p): group.get("lr") for group in step.optimizer.param_groups for p in group["params"]}
+        idle = update is None and not any(id(p) in rates for p in step.model.parameters())  # nothing has moved, either
         found, front, entries, all_entries, tables = {}, True, 0, 0, _tables(step.model)
         for name, p in step.model.named_parameters():
             all_entries += p.numel()
@@ -93,7 +94,7 @@ class Untrained(Instrument):
                 if name not in start:
                     continue  # it did not require grad when the step began
                 if id(p) not in rates:
-                    code = NOT_HELD if update is not None and not bool(update[name].any()) else None
+                    code = NOT_HELD if idle or (update is not None and not bool(update[name].any())) else None
                 elif rates[id(p)] == 0:
                     code = NO_RATE
                 elif name not in gradient:

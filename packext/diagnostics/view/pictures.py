@@ -88,7 +88,7 @@ def _lines(axes: Axes, panel: dict[str, Any], content: Content, message: dict[st
         axes.axhline(height, color=GREY, linewidth=0.8, linestyle=":")
         behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
         place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        axes.annotate(text, (1, height), fontsize=7, bbox=behind, **place)
+        axes.annotate(text, (1, height), fontsize=7, bbox=behind, zorder=1, **place)  # lines pass over it
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel(panel["axis"], fontsize=8)
     axes.tick_params(labelsize=8)
@@ -183,6 +183,9 @@ def _coloured(axes: Axes, table: np.ndarray, extent: tuple[float, ...], origin: 
     axes.set_facecolor("#d4d7db")
     axes.tick_params(labelsize=8)
     if np.isnan(shown).all():
+        axes.set(xlim=extent[:2], ylim=extent[2:])
+        text = "0 everywhere" if (table == 0).all() else "nothing above 0"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8)
         return
     image = axes.imshow(shown, aspect="auto", origin=origin, extent=extent, norm=LogNorm(), interpolation="nearest")  # pyright: ignore[reportArgumentType]
     bar = axes.figure.colorbar(image, ax=axes)

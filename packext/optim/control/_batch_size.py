@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, ClassVar
 
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 import packext as px
 from packext.optim.control._base import Controller, count, fraction
@@ -120,7 +120,16 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
             sampler: gives indices, such as a `RandomSampler`.
             controller: of the batch size.
             drop_last: whether the rest of an epoch, which is no full batch, is left out.
+
+        Raises:
+            TypeError: for a data set in place of a sampler, or another thing than a controller of the batch size.
         """
+        if isinstance(sampler, Dataset) or not isinstance(controller, BatchSizeController):
+            raise TypeError(
+                "AdaptiveBatchSampler takes a sampler, such as torch.utils.data.RandomSampler(data), and a controller "
+                f"of the batch size, such as px.optim.NoiseScale(); got {type(sampler).__name__} and "
+                f"{type(controller).__name__}."
+            )
         self.sampler, self.controller, self.drop_last = sampler, controller, drop_last
 
     def __iter__(self) -> Iterator[list[int]]:

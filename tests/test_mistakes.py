@@ -1,0 +1,163 @@
+"""What is typed by mistake is said to be one, where it was typed, with what would fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import packext as px
+from packext import attacks, audit, linalg, optim, search, testing
+from packext.diagnostics import Cockpit
+
+X, Y = torch.randn(8, 5), torch.arange(8) % 3
+
+
+def net() -> nn.Module:
+    return px.extend(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)))
+
+
+def entered(context: Any) -> None:
+    with context:
+        pass
+
+
+SHARED = attacks.share(nn.Linear(5, 3), nn.CrossEntropyLoss(), X, Y)
+
+MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
+    "names with parameters": (
+        lambda: px.backpack(px.BatchGrad(), parameters=net().named_parameters()),
+        "parameters must be tensors .* got pairs of names and tensors",
+    ),
+    "a number of samples": (lambda: px.BatchGrad(subsampling=3), "a list of sample indices, got 3"),
+    "a direction without names": (
+        lambda: px.GradDot([torch.zeros(3)]),
+        "direction must be a dictionary of tensors by name, .* got a list",
+    ),
+    "a loss that is a function": (
+        lambda: testing.check(net(), F.cross_entropy, X, Y),
+        "check takes a loss module, such as nn.CrossEntropyLoss",
+    ),
+    "one quantity to check": (
+        lambda: testing.against(testing.Reference(net(), nn.CrossEntropyLoss(), X, Y), px.BatchGrad()),
+        "quantities must be a list, got one BatchGrad",
+    ),
+    "the class of an optimizer": (lambda: entered(optim.emit(optim.KFAC)), "got the class KFAC"),
+    "a quantity for an optimizer": (
+        lambda: entered(optim.emit(px.BatchGrad())),
+        r"For BatchGrad\(\) write px.backpack\(BatchGrad\(\)\)",
+    ),
+    "the class of a part": (
+        lambda: optim.Optimizer(net().parameters(), [optim.Momentum, optim.Descend()]),
+        "parts must be a list such as .* got <class",
+    ),
+    "a step uphill": (
+        lambda: optim.Optimizer(net().parameters(), [optim.Adam()]),
+        r"no part has a learning rate: .* Descend\(lr\), the last",
+    ),
+    "a data set for a sampler": (
+        lambda: optim.AdaptiveBatchSampler(torch.utils.data.TensorDataset(X, Y), optim.NoiseScale()),
+        "takes a sampler, .* got TensorDataset and NoiseScale",
+    ),
+    "an optimizer for a controller": (
+        lambda: optim.AdaptiveBatchSampler(range(8), torch.optim.SGD(net().parameters(), 0.1)),
+        "a controller of the batch size, .* got range and SGD",
+    ),
+    "model and gradients in turn": (
+        lambda: attacks.ILRG()(SHARED, net()),
+        r"reads what attacks.share\(model, loss_fn, x, y\) returns, got a Sequential",
+    ),
+    "a search of no iterations": (lambda: attacks.InvertingGradients(iterations=0), "need iterations >= 1"),
+    "a box that is inside out": (lambda: attacks.InvertingGradients(low=1.0, high=0.0), "low < high"),
+    "a search without a start": (lambda: attacks.DeepLeakage(restarts=0), "restarts >= 1"),
+    "no local steps": (lambda: attacks.LocalSteps(0, 0.1), "need steps >= 1, lr > 0"),
+    "labels for sharing": (
+        lambda: audit.run(net(), nn.CrossEntropyLoss(), X, Y),
+        "sharing must be a px.audit.Sharing, got Tensor",
+    ),
+    "arrays for tensors": (
+        lambda: audit.run(net(), nn.CrossEntropyLoss(), (X.numpy(), Y.numpy()), audit.Sharing(batch_size=4)),
+        r"members must be a pair of tensors \(x, y\), got tuple of ndarray, ndarray",
+    ),
+    "operations without names": (
+        lambda: search.MixedOp([nn.Identity(), nn.Identity()]),
+        "MixedOp takes its operations by name",
+    ),
+    "a matrix for a function": (
+        lambda: linalg.cg(torch.eye(3), torch.ones(3)),
+        "cg: matvec must be a function, such as matrix.mv",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def messages() -> dict[str, str]:
+    """What each mistake raises in a process of its own, where no types are checked, as for users."""
+    command = [sys.executable, "-m", "tests.test_mistakes"]
+    root = Path(__file__).parent.parent
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_said(messages: dict[str, str], name: str) -> None:
+    assert re.search(MISTAKES[name][1], messages[name])
+
+
+def test_one_proxy_by_its_name() -> None:
+    (name,) = search.scores(net(), nn.CrossEntropyLoss(), X, Y, "snip")
+    assert name == "snip"
+
+
+def test_an_optimizer_is_called_what_it_is() -> None:
+    model = net()
+    optimizer = optim.KFAC(model.parameters())
+    with pytest.raises(px.NotExtendedError, match="^KFAC asked for"), optim.emit(optimizer):
+        nn.CrossEntropyLoss()(model(X), Y).backward()
+
+
+def test_a_step_that_is_not_entered_or_within_itself() -> None:
+    model, loss_fn = net(), px.extend(nn.CrossEntropyLoss())
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(KeyError, match="Loss: no step was looked at yet"):
+        monitor.values["Loss"]
+    monitor.step()
+    with pytest.raises(RuntimeError, match="write `with monitor.step"):
+        monitor.step()
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(RuntimeError, match=r"^monitor.step\(\) within itself"), monitor.step(), monitor.step():
+        pass
+    with monitor.step():
+        loss_fn(model(X), Y).backward()
+    assert monitor.values["Loss"] > 0
+
+
+def test_an_optimizer_of_another_model_is_seen() -> None:
+    model, loss_fn = net(), px.extend(nn.CrossEntropyLoss())
+    optimizer = torch.optim.SGD(net().parameters(), 0.1)
+    monitor = Cockpit(model, optimizer)
+    for _ in range(4):
+        with monitor.step():
+            loss_fn(model(X), Y).backward()
+            optimizer.step()
+            model.zero_grad()
+    (verdict,) = monitor.verdicts
+    assert "0.weight is not held by the optimizer (and 3 more" in str(verdict)
+
+
+if __name__ == "__main__":
+    found = {}
+    for name, (call, _) in MISTAKES.items():
+        try:
+            found[name] = repr(call())
+        except (TypeError, ValueError, px.PackextError) as error:
+            found[name] = str(error)
+    print(json.dumps(found))

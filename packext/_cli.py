@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     demo = command("demo", _demo, "train a small network on handwritten digits and look into its gradients", DEMO)
     demo.add_argument("--seconds", type=_seconds, default=10.0, help="training time (default: 10)")
-    demo.add_argument("--out", type=Path, default=Path(), help="folder for figure, record and report (default: .)")
+    demo.add_argument("--out", type=_folder, default=Path(), help="folder for figure, record and report (default: .)")
     bench = command("bench", _bench, "time and memory of quantities of your model on this machine", BENCH)
     _subject_options(bench, "?", 32)
     bench.add_argument("--seconds", type=_seconds, default=30.0, help="about how long it may take (default: 30)")
@@ -121,13 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = command("check", _check, "compare each quantity of your model with a slow oracle", CHECK)
     _subject_options(check, None, 4)
     watch = command("watch", _watch, "follow a recorded run, or two, in the browser", WATCH)
-    watch.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a record; one or two")
+    watch.add_argument("runs", type=_folder, nargs="+", metavar="RUN", help="folder of a record; one or two")
     watch.add_argument("--port", type=int, default=PORT, help=f"of the page; 0 for any (default: {PORT})")
     report = command("report", _report, "write a recorded run as one HTML file and PNGs", REPORT)
-    report.add_argument("run", type=Path, metavar="RUN", help="folder of a record")
-    report.add_argument("--out", type=Path, help="folder for the report (default: RUN/report)")
+    report.add_argument("run", type=_folder, metavar="RUN", help="folder of a record")
+    report.add_argument("--out", type=_folder, help="folder for the report (default: RUN/report)")
     audit = command("audit", _audit, "report what gradients of the demo's network give away", AUDIT)
-    audit.add_argument("--out", type=Path, default=Path("packext-audit"), help="folder (default: packext-audit)")
+    audit.add_argument("--out", type=_folder, default=Path("packext-audit"), help="folder (default: packext-audit)")
     length = audit.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=_seconds, default=90.0, help="about how long it may take (default: 90)")
     length.add_argument("--quick", action="store_true", help="about 20 seconds, with few attempts")
@@ -171,6 +171,12 @@ def _count(text: str) -> int:
     return value
 
 
+def _folder(text: str) -> Path:
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, and {text} is a file")
+    return Path(text)
+
+
 def _seed(text: str) -> int:
     with _said("a whole number", text):
         value = int(text)
@@ -197,14 +203,17 @@ def _subject_options(parser: argparse.ArgumentParser, times: str | None, samples
     parser.add_argument(
         "--loss", metavar="NAME", help="cross-entropy, mse, bce, or module:name (default: by the output)"
     )
-    parser.add_argument("--samples", type=_count, default=samples, help=f"N of what is drawn (default: {samples})")
+    parser.add_argument("--samples", type=_count, help=f"N of what is drawn (default: {samples})")
+    parser.set_defaults(drawn=samples)
     parser.add_argument("--train", action="store_true", help="in training mode (default: evaluation)")
 
 
 def _subject(a: argparse.Namespace, model: str, shape: str | None, device: str | None = None) -> Subject:
-    from packext._subject import subject
+    from packext._subject import Mistake, subject
 
-    return subject(model, shape, a.tokens, a.batch, a.loss, a.samples, a.seed, a.train, device)
+    if a.batch is not None and a.samples is not None:
+        raise Mistake(f"{a.batch} returns the samples: leave out --samples, by which some are drawn.")
+    return subject(model, shape, a.tokens, a.batch, a.loss, a.samples or a.drawn, a.seed, a.train, device)
 
 
 def _needs_rich() -> None:

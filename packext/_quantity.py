@@ -282,7 +282,7 @@ def indices(subsampling: Iterable[SupportsIndex] | None) -> list[int] | None:
     """Indices of samples as a list; a ValueError if they are not integers of 0 or more."""
     if subsampling is None:
         return None
-    given = list(subsampling) if isinstance(subsampling, Iterable) else [None]
+    given: list[Any] = list(subsampling) if isinstance(subsampling, Iterable) else [None]
     try:
         chosen = [operator.index(i) for i in given]  # of numpy and tensors, too
     except TypeError:

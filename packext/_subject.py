@@ -93,7 +93,7 @@ def subject(
     if batch is not None:
         if shape is not None or tokens is not None:
             raise Mistake(f"{batch} returns the inputs: leave out --input and --tokens, by which some are drawn.")
-        given = _made(batch, tuple, "a function that returns (inputs, targets)")
+        given = _made(batch, (tuple, list), "(inputs, targets), or a function that returns them")
         if len(given) != 2:
             raise Mistake(f"{batch} must return (inputs, targets), and returned {len(given)} things.")
         inputs, targets = given
@@ -135,7 +135,7 @@ def subject(
     return made
 
 
-def _made(path: str, kind: type, what: str) -> Any:
+def _made(path: str, kind: type | tuple[type, ...], what: str) -> Any:
     """The object that a path names, called if it is not of the kind yet."""
     value = _named(path)
     if not isinstance(value, kind):

@@ -16,6 +16,8 @@ from packext._subject import Subject
 COLOURS = {"right": "green", "wrong": "bold red", "refused": "yellow", "not checked": "dim"}
 #: How many outcomes `check` has: those of the table below, as its progress counts them.
 OUTCOMES = 1 + len(quantities())
+#: Wider than any table: names are not cut in a file, in a pipe and in a narrow terminal.
+WHOLE = 10_000
 
 
 def _progress() -> Progress:
@@ -47,7 +49,7 @@ def show_outcomes(subject: Subject, outcomes: Iterable[Outcome]) -> list[Outcome
     for o in found:
         error = "" if o.error is None else f"{o.error:.1e}"
         table.add_row(o.quantity, f"[{COLOURS[o.verdict]}]{o.verdict}[/]", error, escape(o.where))
-    console.print(table)
+    Console(width=WHOLE).print(table)
     reasons: dict[str, list[str]] = {}
     for o in found:
         if o.why:
@@ -82,7 +84,7 @@ def show_costs(subject: Subject, costs: Iterable[Cost], total: int) -> None:
         else:
             low, high = c.quartiles
             table.add_row(c.name, f"{c.time:.2f}", f"{low:.2f} to {high:.2f}", f"{c.memory:.2f}")
-    console.print(table)
+    Console(width=WHOLE).print(table)
     for c in found:
         if c.why:
             console.print(f"\n{c.name}: {escape(c.why)}", highlight=False)

@@ -224,6 +224,22 @@ def test_a_model_that_keeps_what_it_has_computed(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.usefixtures("few")
+def test_a_batch_of_a_loader_and_long_names_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `DataLoader` gives lists; what is printed is whole in a pipe as well."""
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "a_layer_with_quite_a_long_name_for_a_terminal"
+    Path("named.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        f"net = nn.Sequential()\nnet.add_module({name!r}, nn.Linear(5, 3))\n"
+        "data = torch.utils.data.TensorDataset(torch.randn(8, 5), torch.arange(8) % 3)\n"
+        "def batch():\n    return next(iter(torch.utils.data.DataLoader(data, 4)))\n"
+    )
+    status, out, _ = run(capsys, "check", "named.py:net", "--batch", "named.py:batch")
+    assert status == 0 and f"{name}.weight" in out and "right" in out and "…" not in out
+
+
 def test_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "check", "net_of_mine:words", "--input", "5", "--tokens", "9")
     assert status == 0 and "inputs [4, 5]" in out and verdicts(out)["Variance"] == "right"
@@ -262,7 +278,10 @@ def test_oracles_that_would_take_too_long_are_left_out(capsys: pytest.CaptureFix
         (("check", "net_of_mine:plain", "--input", "0x3"), "positive numbers"),
         (("check", "net_of_mine:plain", "--input", "5"), "Linear on [4, 5]: RuntimeError"),
         (("check", "net_of_mine:plain", "--batch", "net_of_mine:one"), "must return (inputs, targets)"),
-        (("check", "net_of_mine:plain", "--batch", "net_of_mine:number"), "is a int, not a function"),
+        (("check", "net_of_mine:plain", "--batch", "net_of_mine:number"), "is a int, not (inputs, targets), or a fun"),
+        (("check", "net_of_mine:plain", "--batch", "net_of_mine:data", "--samples", "2"), "leave out --samples"),
+        (("report", "net_of_mine.py"), "must be a folder, and net_of_mine.py is a file"),
+        (("audit", "--out", "net_of_mine.py"), "must be a folder, and net_of_mine.py is a file"),
         (("check", "net_of_mine:plain", "--input", "6", "--loss", "hinge"), "cross-entropy, mse, bce"),
         (("check", "net_of_mine:plain", "--input", "6", "--loss", "torch.nn:HuberLoss"), "say --batch"),
         (("check", "net_of_mine:plain", "--batch", "net_of_mine:data", "--loss", "mse"), "the loss of outputs [4, 3]"),

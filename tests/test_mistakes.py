@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import packext as px
-from packext import attacks, audit, linalg, optim, search, testing
+from packext import attacks, audit, defences, linalg, optim, search, testing
 from packext.diagnostics import Cockpit
 
 X, Y = torch.randn(8, 5), torch.arange(8) % 3
@@ -80,6 +80,14 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a box that is inside out": (lambda: attacks.InvertingGradients(low=1.0, high=0.0), "low < high"),
     "a search without a start": (lambda: attacks.DeepLeakage(restarts=0), "restarts >= 1"),
     "no local steps": (lambda: attacks.LocalSteps(0, 0.1), "need steps >= 1, lr > 0"),
+    "a list of defences": (
+        lambda: defences.Compose([defences.Pruning(0.5)]),
+        "Compose takes defences of what was shared, one by one, .* got .Pruning",
+    ),
+    "a defence of samples among those of messages": (
+        lambda: defences.Compose(defences.Clipped(1.0)),
+        "Compose takes defences of what was shared, .* got Clipped",
+    ),
     "labels for sharing": (
         lambda: audit.run(net(), nn.CrossEntropyLoss(), X, Y),
         "sharing must be a px.audit.Sharing, got Tensor",

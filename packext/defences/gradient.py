@@ -28,7 +28,17 @@ class Compose:
     """Defences one after the other."""
 
     def __init__(self, *defences: Callable[[Shared], Shared]) -> None:
-        """Take them in the order in which they act."""
+        """Take them in the order in which they act.
+
+        Raises:
+            TypeError: for a list of them, a class, or one that stands in the place of `attacks.share`, as `Clipped`.
+        """
+        for defence in defences:
+            if not callable(defence) or isinstance(defence, (type, Clipped)):
+                raise TypeError(
+                    "Compose takes defences of what was shared, one by one: Compose(Pruning(0.5), TopK(0.1)), got "
+                    f"{defence!r}."
+                )
         self.defences = defences
 
     def __call__(self, shared: Shared) -> Shared:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import memory, report
+from benchmarks import memory, report, timing
 from benchmarks.bench import RowResult, run_row
 from benchmarks.contenders import LIBRARIES
 from benchmarks.problems import PROBLEMS
@@ -97,6 +97,7 @@ def main() -> None:
     options = parse()
     if options.device == "cpu":
         limit_memory()
+    heap_kept = options.device == "cpu" and timing.keep_pages()
     warnings.simplefilter("ignore")  # peers warn at every step, which would be part of their time
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = False
@@ -113,7 +114,7 @@ def main() -> None:
     failures = []
     with Progress(*columns, console=console) as progress:
         for key in options.problems:
-            about = report.environment(options.device, options.threads)
+            about = report.environment(options.device, options.threads, heap_kept=heap_kept)
             rows = run_problem(key, options, progress)
             if not options.no_memory:
                 add_memory(key, rows, options, progress)

@@ -27,7 +27,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
+def environment(device: str, threads: int, *, heap_kept: bool = False) -> dict[str, Any]:
     """Return what a reader needs to place the figures."""
     processor = platform.processor()
     info = Path("/proc/cpuinfo")
@@ -48,6 +48,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
             **{x.title: x.version for x in LIBRARIES.values() if x.key != "func"},
         },
         "load": os.getloadavg()[0],
+        "heap_kept": heap_kept,
     }
 
 
@@ -174,9 +175,10 @@ def markdown(problem: str, rows: dict[str, RowResult], libraries: list[str], abo
     lines += ["", *ways(rows, libraries), ""]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
     threads = f"{about['threads']} threads, " if about["device"] == "cpu" else ""
+    heap = "; freed memory kept by glibc" if about.get("heap_kept") else ""
     lines.append(
         f"{about['date']}; {about['processor'] if about['device'] == 'cpu' else about['device']}; "
-        f"{threads}Python {about['python']}; {versions}."
+        f"{threads}Python {about['python']}; {versions}{heap}."
     )
     return "\n".join(lines) + "\n"
 

@@ -162,12 +162,13 @@ def _chosen(
     """
     if not output.dim():
         return None
-    cotangent = torch.zeros_like(output).requires_grad_()
+    generator = torch.Generator().manual_seed(20250101)
+    # Not at zero, where products with the transpose of some functions have no derivative (logcumsumexp).
+    cotangent = torch.rand(output.shape, generator=generator).to(output).requires_grad_()
     found = Scattered(0, n)
     try:
         pulled = slopes(edge, edges, cotangent)
         pairs = [(g, place) for g, place in zip(pulled, places, strict=True) if g is not None and g.requires_grad]
-        generator = torch.Generator().manual_seed(20250101)
         values = [torch.rand(g.shape, generator=generator).to(g) + 0.5 for g, _ in pairs]
         for members in separating(n) if pairs else ():
             tangents = [

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.problems import BATCH, Data, Problem
+from benchmarks.faults.data import Data
+from benchmarks.faults.problems import BATCH, Problem
 
 ONSET = 30
 """The step at which faults begin that begin in the middle of a run."""
@@ -152,12 +153,14 @@ def alike(share: float) -> Callable[[Setup], None]:
 
 
 def wrong_labels(share: float) -> Callable[[Setup], None]:
-    """A share of the training targets is that of another sample."""
+    """A share of the training targets is that of another sample, or the other one of two."""
 
     def change(s: Setup) -> None:
         g, y = s.generator(), s.data.y.clone()
         chosen = torch.randperm(len(y), generator=g)[: round(share * len(y))]
-        if y.is_floating_point() or y.dim() > 1:
+        if y.is_floating_point() and y.unique().tolist() == [0.0, 1.0]:
+            y[chosen] = 1 - y[chosen]
+        elif y.is_floating_point() or y.dim() > 1:
             y[chosen] = y[chosen].roll(1, 0)
         else:
             classes = int(y.max()) + 1
@@ -290,7 +293,8 @@ FAULTS = {
         alike(1), alike(0.5),
     ),
     "wrong labels": Fault(
-        "label noise", "20 % of the targets are wrong (half: 10 %)", wrong_labels(0.2), wrong_labels(0.1)
+        "label noise", "20 % of the targets are wrong (half: 10 %)", wrong_labels(0.2), wrong_labels(0.1),
+        lambda p: p.given,
     ),
     "small batch": Fault("batch too small", "batch of 2 (half: 8)", batch_size(2), batch_size(8)),
     "large batch": Fault("batch wastefully large", "batch of 1024 (half: 256)", batch_size(1024), batch_size(256)),
@@ -316,7 +320,7 @@ FAULTS = {
     ),
     "same inputs": Fault(
         "loss does not depend on the input", "all inputs the same (half: differing by 1 %)",
-        constant_inputs(0), constant_inputs(0.01),
+        constant_inputs(0), constant_inputs(0.01), lambda p: p.given,
     ),
     "whole batch": Fault(
         "edge of stability", "gradient descent on all of 256 samples, learning rate x 2 (half: x 1)",

@@ -2,178 +2,37 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images
 from torch import Tensor, nn
 
+from benchmarks.faults import everyday
+from benchmarks.faults.data import (
+    Data,
+    bandits,
+    cancer,
+    claims,
+    copies,
+    corners,
+    digits,
+    friedman,
+    low_digits,
+    noised,
+    parities,
+    patches,
+    pixels,
+    recalls,
+    sentences,
+    sets,
+    signals,
+    tails,
+    texts,
+    waves,
+)
+
 BATCH = 64
-SYMBOLS = "abcdefghijklmnopqrstuvwxyz "
-
-
-@dataclass
-class Data:
-    """Inputs and targets, split."""
-
-    x: Tensor
-    y: Tensor
-    valid_x: Tensor
-    valid_y: Tensor
-
-
-def _split(x: Tensor, y: Tensor, valid: float = 0.25) -> Data:
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y, cut = x[order], y[order], int(len(x) * valid)
-    return Data(x[cut:], y[cut:], x[:cut], y[:cut])
-
-
-@cache
-def digits(shape: tuple[int, ...]) -> Data:
-    """8 x 8 images of digits, pixels from 0 to 1."""
-    images, labels = load_digits(return_X_y=True)
-    return _split(torch.tensor(images, dtype=torch.float32).view(-1, *shape) / 16, torch.tensor(labels))
-
-
-@cache
-def waves() -> Data:
-    """Regression: a smooth function of eight numbers, with a little noise."""
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(1600, 8, generator=g)
-    y = torch.sin(x[:, :1] + x[:, 1:2]) + 0.5 * x[:, 2:3] * x[:, 3:4] + 0.3 * x[:, 4:5]
-    return _split(x, y + 0.1 * torch.randn(y.shape, generator=g))
-
-
-@cache
-def cancer() -> Data:
-    """Thirty standardised features, two classes."""
-    x, y = load_breast_cancer(return_X_y=True)
-    x = torch.tensor(x, dtype=torch.float32)
-    return _split((x - x.mean(0)) / x.std(0), torch.tensor(y))
-
-
-@cache
-def patches() -> Data:
-    """Regression: the middle of 9 x 9 pixels of two photographs, of which the inner 3 x 3 are hidden; standardised."""
-    g, parts = torch.Generator().manual_seed(2), []
-    for image in load_sample_images().images:
-        grey = torch.tensor(image, dtype=torch.float32).mean(-1)
-        rows, columns = (torch.randint(0, size - 8, (900,), generator=g) for size in grey.shape)
-        parts.append(grey.unfold(0, 9, 1).unfold(1, 9, 1)[rows, columns])
-    x = torch.cat(parts)[:, None]
-    x = (x - x.mean()) / x.std()
-    y = x[:, :, 4, 4].clone()
-    x[:, :, 3:6, 3:6] = 0.0
-    return _split(x, y)
-
-
-def _prose() -> str:
-    return " ".join(" ".join(topics[k] for k in sorted(topics)).lower().split())
-
-
-def _numbers(text: str) -> Tensor:
-    """Of 29 symbols: a letter or a space, another sign, a digit."""
-    return torch.tensor([SYMBOLS.find(c) if c in SYMBOLS else 27 + c.isdigit() for c in text])
-
-
-@cache
-def texts() -> Data:
-    """24 characters each: Python's reference, the same backwards, or code; of 29 symbols, with a mean square of 1."""
-    prose = _prose()
-    code = " ".join(Path(inspect.getfile(nn.Transformer)).read_text().lower().split())
-    g, length, pieces, kinds = torch.Generator().manual_seed(3), 24, [], []
-    for kind, text in enumerate((prose, prose[::-1], code)):
-        numbers = _numbers(text)
-        starts = torch.randint(0, len(numbers) - length, (600,), generator=g)
-        pieces.append(numbers.unfold(0, length, 1)[starts])
-        kinds.append(torch.full((600,), kind))
-    return _split(nn.functional.one_hot(torch.cat(pieces), 29).mT * 29**0.5, torch.cat(kinds))
-
-
-@cache
-def pixels() -> Data:
-    """Digits, of which one column is left out, with noise, and the same without, to be told pixel by pixel."""
-    data, g = digits((8, 8)), torch.Generator().manual_seed(4)
-    clean, valid = (x[:, :, 1:].flatten(1) for x in (data.x, data.valid_x))
-    x, valid_x = (y + 0.3 * torch.randn(y.shape, generator=g) for y in (clean, valid))
-    return Data(x, clean, valid_x, valid)
-
-
-@cache
-def sets() -> Data:
-    """Regression on 10 points in four dimensions: 40 times how far they scatter, not scaled."""
-    g = torch.Generator().manual_seed(5)
-    x = torch.randn(1600, 10, 4, generator=g) * (0.3 + 1.4 * torch.rand(1600, 1, 1, generator=g))
-    y = 40 * x.std(1).mean(1, keepdim=True)
-    return _split(x, y + torch.randn(y.shape, generator=g))
-
-
-@cache
-def sentences() -> Data:
-    """20 characters of Python's reference each, and the 20 that come one after: of 29 symbols, mean square 1."""
-    numbers, g, length = _numbers(_prose()), torch.Generator().manual_seed(6), 20
-    pieces = numbers.unfold(0, length + 1, 1)[torch.randint(0, len(numbers) - length, (3000,), generator=g)]
-    return _split(nn.functional.one_hot(pieces[:, :-1], 29) * 29**0.5, pieces[:, 1:])
-
-
-@cache
-def corners() -> Data:
-    """Patches of 8 x 8 pixels in colour, standardised: of which of two photographs, and of its upper or lower half."""
-    g, parts = torch.Generator().manual_seed(7), []
-    for image in load_sample_images().images:
-        whole = torch.tensor(image, dtype=torch.float32).movedim(2, 0)
-        for half in whole.chunk(2, 1):
-            rows, columns = (torch.randint(0, size - 7, (500,), generator=g) for size in half.shape[1:])
-            parts.append(half.unfold(1, 8, 1).unfold(2, 8, 1)[:, rows, columns].movedim(1, 0))
-    x = torch.cat(parts)
-    return _split((x - x.mean()) / x.std(), torch.arange(4).repeat_interleave(500))
-
-
-@cache
-def friedman() -> Data:
-    """Regression: Friedman's first function (1991) of five of ten numbers, with its noise; standardised."""
-    g = torch.Generator().manual_seed(8)
-    x = torch.rand(1600, 10, generator=g)
-    y = 10 * torch.sin(torch.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
-    y = (y + torch.randn(1600, generator=g))[:, None]
-    return _split((x - 0.5) * 12**0.5, (y - y.mean()) / y.std())
-
-
-@cache
-def signals() -> Data:
-    """32 samples of an oscillation with noise, which is a sine, a square, a triangle or a saw tooth."""
-    g = torch.Generator().manual_seed(9)
-    kind = torch.randint(0, 4, (2000,), generator=g)
-    steps = torch.arange(32)
-    rate, start, height = (
-        a + (b - a) * torch.rand(2000, 1, generator=g) for a, b in ((0.06, 0.16), (0, 1), (0.7, 1.3))
-    )
-    turn = (rate * steps + start) % 1
-    shapes = torch.stack([
-        2**0.5 * torch.sin(2 * torch.pi * turn), torch.sign(turn - 0.5), 3**0.5 * (4 * (turn - 0.5).abs() - 1),
-        3**0.5 * (2 * turn - 1),
-    ])  # fmt: skip
-    x = height * shapes[kind, torch.arange(2000)] + 0.2 * torch.randn(2000, 32, generator=g)
-    return _split(x[..., None], kind)
-
-
-@cache
-def recalls() -> Data:
-    """Five symbols of six, of which the first is the class; mean square 1."""
-    symbols = torch.randint(6, (2000, 5), generator=torch.Generator().manual_seed(10))
-    return _split(nn.functional.one_hot(symbols, 6) * 6**0.5, symbols[:, 0])
-
-
-@cache
-def parities() -> Data:
-    """Twelve signs, and whether the product of the first three of them is positive."""
-    signs = 2.0 * torch.randint(2, (3000, 12), generator=torch.Generator().manual_seed(11)) - 1
-    return _split(signs, (signs[:, :3].prod(1) > 0).long())
 
 
 def he(model: nn.Sequential) -> nn.Sequential:
@@ -361,10 +220,13 @@ class Problem:
         blocks: paths of modules that the gradient passes one after the other.
         rates: learning rate of each optimizer, from 0.0003, 0.001, ... 10 (for `sets` from 0.000001 on) by the
             validation loss after 200 steps without a monitor (seeds 0 and 1, models of about this size): the best, or
-            the next lower where the next higher fails.
+            the next lower where the next higher fails; a tenth of it where a network is tuned that was trained before.
         relu: path of a layer whose output goes into a ReLU, if there is one.
         plain: whether the layers feed each other with no way around them.
         held_out: whether it was kept from whoever chose the thresholds.
+        draw: makes a step's inputs and targets of the samples that were chosen, for those that are drawn anew.
+        schedule: a factor on the learning rate, by the step.
+        given: whether each sample has inputs and targets of its own; else they are drawn anew in each step.
     """
 
     make: Callable[[], nn.Module]
@@ -376,11 +238,14 @@ class Problem:
     relu: str | None
     plain: bool
     held_out: bool = False
+    draw: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    schedule: Callable[[int], float] | None = None
+    given: bool = True
 
     @property
     def small(self) -> bool:
         """Whether products with the Hessian are quick: of perceptrons, and of two networks of a few convolutions."""
-        return self.plain and self.middle == "2"
+        return self.plain and self.middle == "2" and self.given
 
 
 CE, MSE, BCE = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
@@ -449,6 +314,38 @@ PROBLEMS = {
     "parity": Problem(
         lambda: mlp([12, 64, 64, 32, 2], nn.GELU), parities, CE, "2", ("1", "3", "5"),
         {"sgd": 0.3, "momentum": 0.03, "adam": 1e-2}, None, True,
+    ),
+    "vae": Problem(
+        everyday.VAE, copies, everyday.Evidence, "code", ("into", "code", "out.1"),
+        {"momentum": 3e-3, "adam": 1e-2, "rmsprop": 3e-3}, "out.0", True, held_out=True,
+    ),
+    "tuner": Problem(
+        everyday.tuned, low_digits, CE, "9", ("7", "10"),
+        {"sgd": 0.03, "momentum": 3e-3, "adam": 1e-3}, "9", True, held_out=True,
+    ),
+    "claims": Problem(
+        lambda: everyday.dropped([32, 48, 48, 32, 1]), claims,
+        lambda: nn.BCEWithLogitsLoss(pos_weight=torch.tensor([13.0])), "3", ("2", "5", "8"),
+        {"sgd": 0.1, "momentum": 0.01, "adam": 3e-3}, "3", True, held_out=True,
+    ),
+    "diffuser": Problem(
+        everyday.Eps, noised, MSE, "body.2", ("body.1", "body.3", "body.5"),
+        {"momentum": 0.3, "adam": 3e-3}, None, True, held_out=True,
+        draw=everyday.noised_anew, schedule=everyday.warm, given=False,
+    ),
+    "actor": Problem(
+        lambda: mlp([8, 48, 48, 4], nn.Tanh), bandits, everyday.Reward, "2", ("1", "3"),
+        {"sgd": 0.1, "adam": 3e-3, "rmsprop": 1e-3}, None, True, held_out=True,
+        draw=everyday.acted, given=False,
+    ),
+    "vit": Problem(
+        everyday.ViT, lambda: digits((1, 8, 8)), lambda: nn.CrossEntropyLoss(label_smoothing=0.1), "blocks.0.down",
+        ("patches", "blocks.0", "blocks.1"), {"adam": 1e-2, "rmsprop": 3e-3}, None, False, held_out=True,
+        draw=everyday.mixed, schedule=everyday.cosine,
+    ),
+    "tails": Problem(
+        lambda: everyday.normed([10, 48, 48, 32, 1]), tails, nn.HuberLoss, "3", ("2", "5", "8"),
+        {"momentum": 0.1, "adam": 1e-2}, "4", True, held_out=True, schedule=everyday.one_cycle,
     ),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import packext as px
+from benchmarks.faults.everyday import Own
 from benchmarks.faults.faults import FAULTS, Setup
 from benchmarks.faults.problems import PROBLEMS, optimizer
 from packext.diagnostics import (
@@ -120,21 +121,35 @@ def train(case: Case, steps: int | None = None, watched: bool = True) -> Outcome
         if factor:
             groups.setdefault(factor, []).append(p)
     opt = optimizer(case.optimizer, [{"params": ps, "lr": setup.rate * f} for f, ps in groups.items()], setup.rate)
-    outcome = Outcome(case, guilty=setup.guilty)
+    own, outcome = isinstance(loss_fn, Own), Outcome(case, guilty=setup.guilty)
     monitor = None
     if watched:
         seen = [*instruments(), HessMaxEV()] if setup.sharpness else instruments()
-        px.extend(model), px.extend(loss_fn)
+        px.extend(model)
+        if not own:
+            px.extend(loss_fn)
         monitor = Cockpit(model, opt, None, sinks=[Listener(outcome)], instruments=seen, rules=[])
     g, order, data = setup.generator(), torch.empty(0, dtype=torch.long), setup.data
+    starts = [group["lr"] for group in opt.param_groups]
     for step in range(steps or (FAULTS[case.fault].onset + WINDOW if case.fault else HEALTHY_STEPS)):
         for change in setup.before:
             change(step)
         if len(order) < setup.batch:
             order = torch.randperm(len(data.x), generator=g)
         chosen, order = order[: setup.batch], order[setup.batch :]
-        with monitor.step(samples=chosen) if monitor else nullcontext():
-            loss = loss_fn(model(data.x[chosen]), data.y[chosen])
+        x, y = data.x[chosen], data.y[chosen]
+        if problem.draw:
+            with px.disable():
+                x, y = problem.draw(model, x, y)
+        for group, start in zip(opt.param_groups, starts, strict=True):
+            group["lr"] = start * (problem.schedule(step) if problem.schedule else 1.0)
+        scale = len(x) if own else "sample"
+        with monitor.step(scale, chosen) if monitor else nullcontext() as seen_step:
+            loss = loss_fn(model(x), y)
+            if own:
+                if seen_step:
+                    seen_step.losses(loss)
+                loss = loss.mean()
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -143,8 +158,10 @@ def train(case: Case, steps: int | None = None, watched: bool = True) -> Outcome
         if outcome.broken is not None and step > outcome.broken + 5:
             break
         if step % VALID_EVERY == 0:
+            model.eval()
             with torch.no_grad(), px.disable():
-                valid = float(loss_fn(model(data.valid_x), data.valid_y))
+                valid = float(loss_fn(model(data.valid_x), data.valid_y).mean())
+            model.train()
             outcome.valid.append(valid)
             if monitor:
                 monitor.log(valid_loss=valid)

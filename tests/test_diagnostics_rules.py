@@ -179,7 +179,7 @@ def test_dead_relus_with_the_layer() -> None:
     model = net()
     with torch.no_grad():
         model[2].bias[:14] -= 50.0
-    said = train(model, steps=25)
+    said = train(model, steps=40, lr=0.03)
     assert first(said, "dead ReLUs").where == ("2.bias",)
     assert first(said, "dead ReLUs").evidence.startswith(f"{100 * 14 / 24:.0f} % of the units of 2.bias")
 
@@ -327,11 +327,23 @@ def test_long_steps_of_which_the_loss_falls(losses: list[float], said: bool) -> 
     assert found[:1] == ([("learning rate too high", 12)] if said else [])
 
 
-@pytest.mark.parametrize("share, loss, at", [(0.55, 1.0, 31), (0.55, 0.8, 3), (0.8, 1.0, 2), (0.45, 0.8, None)])
+@pytest.mark.parametrize(
+    "share, loss, at", [(0.55, 1.0, None), (0.55, 0.8, 17), (0.8, 1.0, None), (0.95, 1.0, 2), (0.45, 0.8, None)]
+)
 def test_units_that_are_shut_where_samples_look_alike(share: float, loss: float, at: int | None) -> None:
     shut = {"IdleUnits/a": share, "IdleUnits/z": 0.0}
     pages = [{"Loss": 1.0 if step == 0 else loss, **shut} for step in range(60)]
     assert names(rules.DeadReLUs(), pages) == ([] if at is None else [("dead ReLUs", at)])
+
+
+def test_units_that_are_shut_for_a_while_or_in_a_model_that_has_learned() -> None:
+    opened = [
+        {"Loss": 0.8 if step else 1.0, "IdleUnits/a": 0.6 * (step % 14 > 0), "IdleUnits/z": 0.0} for step in range(60)
+    ]
+    assert names(rules.DeadReLUs(), opened) == []
+    losses = [1.0, *[0.1] * 19, 0.3, 0.4, 0.3, *[0.1] * 10]  # single losses that jump
+    jumping = [{"Loss": v, "IdleUnits/a": 0.95 * (k > 1), "IdleUnits/z": 0.0} for k, v in enumerate(losses)]
+    assert names(rules.DeadReLUs(), jumping) == []
 
 
 @pytest.mark.parametrize("n, loss, at", [(4, 1.0, 43), (31, 1.0, 43), (32, 1.1, 153), (32, 1.0, None)])
@@ -343,7 +355,53 @@ def test_a_plateau_at_the_start_is_no_small_batch(n: int, loss: float, at: int |
     assert names(rules.BatchTooSmall(), pages) == ([] if at is None else [("batch too small", at)])
 
 
+def warmed(steps: int, until: int) -> list[dict[str, float]]:
+    """A loss that stays where it began in noise, while the rate rises up to some step."""
+    found = []
+    for step in range(steps):
+        rate = 1e-5 * min(step + 1, until)
+        page = {"Loss": 1.0 + 0.01 * (step % 3), "LearningRate": rate, "UpdateSize": rate, "ParamNorm": 1.0}
+        noise = {"NoiseScale": 1e3, "NoiseScale.trace": 1.0, "NoiseScale.signal": 1e-3, "BatchSize": 8.0}
+        found.append({**page, **noise, "GradNorm": 1.0})
+    return found
+
+
+@pytest.mark.parametrize("until, small, low", [(1, 43, 43), (60, 102, 67), (90, 132, 97), (200, None, None)])
+def test_nothing_can_be_learned_in_a_warm_up(until: int, small: int | None, low: int | None) -> None:
+    pages = warmed(180, until)
+    assert names(rules.BatchTooSmall(), pages)[:1] == ([] if small is None else [("batch too small", small)])
+    assert names(rules.LearningRateTooLow(), pages)[:1] == ([] if low is None else [("learning rate too low", low)])
+
+
 # -- runs that go well though something about them is unusual ---------------------------------------------
+
+
+def test_a_policy_gradient_is_no_label_noise() -> None:
+    x, worth = torch.randn(512, 10), torch.randn(512, 4)
+    action = torch.randint(4, (512,))
+    reward = worth[torch.arange(512), action] + x[torch.arange(512), action]
+    y = nn.functional.one_hot(action, 4) * ((reward - reward.mean()) / reward.std())[:, None]
+    valid = torch.randn(256, 10), nn.functional.one_hot(torch.randint(4, (256,)), 4).float()
+    optimizer = torch.optim.Adam((model := net(2)).parameters(), 3e-3)
+    assert train(model, data=(x, y), valid=valid, optimizer=optimizer, steps=160) == []
+
+
+def test_a_loss_of_both_signs_does_not_tell_what_is_learned() -> None:
+    noise = {"NoiseScale": 1e3, "NoiseScale.trace": 1.0, "NoiseScale.signal": 1e-3, "BatchSize": 8.0}
+    for least, said in ((-1.0, []), (0.1, [("batch too small", 43)])):
+        page = {"Loss": 0.01, "SampleLosses.quantiles": torch.tensor([least, 0, 0, 0, 0, 0, 1.0]).numpy(), **noise}
+        assert names(rules.BatchTooSmall(), [page] * 60) == said
+
+
+def test_what_starts_at_zero_and_is_small_does_not_overflow() -> None:
+    for size, said in ((1e-3, []), (1.0, [("NaN about to happen", 9)])):
+        pages = [{"Loss": 1.0 + 0.1 * bool(step), "ParamNorm": 3.0} for step in range(20)]
+        for step, page in enumerate(pages):
+            page["ParamNorm/a.bias"] = size * 1.1**step if step else 0.0
+        assert names(rules.NaNAhead(), pages)[:1] == said
+    for high, said in ((2, []), (3, [("NaN about to happen", 11)])):
+        pages = [{"Loss": 1.1 if 0 < step % 4 <= high else 1.0, "ParamNorm/a": 1.2**step} for step in range(12)]
+        assert names(rules.NaNAhead(), pages)[:1] == said
 
 
 def zero_head() -> nn.Sequential:

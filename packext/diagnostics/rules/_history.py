@@ -84,19 +84,42 @@ class Fall:
         self.sure = n > 1 and self._pairs >= self.errors * math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
 
 
+class Steady:
+    """For how many looks the learning rate has not risen, as it does in each step of a warm-up."""
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        self.looks = 0
+        self._rate = float("inf")
+
+    def add(self, values: Mapping[str, Any]) -> int:
+        """Take those of one more look; return how many there were since the last rise, this one counted."""
+        rate = values.get("LearningRate", self._rate)
+        self.looks = 1 if rate > self._rate else self.looks + 1
+        self._rate = rate
+        return self.looks
+
+
 class SinceStart(Rule):
-    """Base of rules that compare with how the run began; of a run whose step 0 they have not seen they say nothing."""
+    """Base of rules that compare with how the run began; of a run whose step 0 they have not seen they say nothing.
+
+    Some losses have both signs, and how far they have come is not seen: those of a policy gradient are near zero on
+    average from the start, and of any size. `signed` is whether those of the first step's samples had.
+    """
 
     def __init__(self) -> None:
         """Start before the first step."""
         self.first: float | None = None
+        self.signed = False
         self._asked = False
         self._usual = 0.0
 
-    def begin(self, step: int, loss: float) -> bool:
-        """Note the loss of step 0; return whether it is known."""
+    def begin(self, step: int, values: Mapping[str, Any]) -> bool:
+        """Note the loss of step 0, which is among the values of a step; return whether it is known."""
         if not self._asked and step == 0:
-            self.first = abs(loss)
+            self.first = abs(values["Loss"])
+            least, *_, largest = values.get("SampleLosses.quantiles", (0.0, 0.0))
+            self.signed = bool(least < 0 < largest)
         self._asked = True
         return self.first is not None and 0 < self.first < float("inf")
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from packext.diagnostics._verdict import Finding
-from packext.diagnostics.rules._history import Fall, Recent, SinceStart, percent
+from packext.diagnostics.rules._history import Fall, Recent, SinceStart, Steady, percent
 
 
 class LabelNoise(SinceStart):
@@ -28,7 +28,7 @@ class LabelNoise(SinceStart):
     errors over the 20 looks; or, of those alone that were above in their last three visits, now and 20 looks ago or
     more. Needs to know which samples are which (`monitor.step(samples=...)`), and three epochs. A visit is one that
     `SampleLosses` names: of a batch larger than its `count`, these are the samples with the largest losses. Named are
-    the suspects, the largest loss first.
+    the suspects, the largest loss first. Of a loss of both signs nothing is said.
     """
 
     failure = "label noise"
@@ -49,7 +49,9 @@ class LabelNoise(SinceStart):
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, n, samples = (values.get(name) for name in ("Loss", "BatchSize", "SampleLosses.hardest"))
-        if loss is None or not self.begin(step, loss) or self.first is None or n is None or samples is None:
+        if loss is None or not self.begin(step, values) or self.first is None or n is None or samples is None:
+            return None
+        if self.signed:
             return None
         limit, found, lasting = self.above * self.first, 0.0, 0.0
         for sample, own in zip(samples.tolist(), values["SampleLosses.largest"].tolist(), strict=True):
@@ -101,7 +103,8 @@ class Overfitting(SinceStart):
 
     Rise and gap have to be five standard errors: three are no chance, and the lowest of fifty means of noise lies two
     under theirs. The noise of a value is estimated by how far it lies off the line through its two neighbours, over the
-    last ten. A continued run has no loss of the first step, so that only the rise over the lowest value counts.
+    last ten. A continued run has no loss of the first step, so that only the rise over the lowest value counts. Of a
+    loss of both signs nothing is said.
     """
 
     failure = "overfitting"
@@ -125,11 +128,11 @@ class Overfitting(SinceStart):
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, valid = values.get("Loss"), values.get("valid_loss")
         if loss is not None and valid is None:
-            self.begin(step, loss)
+            self.begin(step, values)
             self._between.add(loss)
             if "BatchSize" in values and "SampleLosses.largest" in values:
                 self._hardest.append((values["BatchSize"], values["SampleLosses.largest"]))
-        if valid is None or step == self._logged:
+        if valid is None or step == self._logged or self.signed:
             return self._finding
         if self._between.values:
             self._last = self._between.mean
@@ -213,7 +216,7 @@ class _Batch(SinceStart):
         """Batch size, noise scale (infinite if there is no signal), and the loss over that of the first step."""
         trace, signal = values.get("NoiseScale.trace"), values.get("NoiseScale.signal")
         n, loss = values.get("BatchSize"), values.get("Loss")
-        if trace is None or signal is None or n is None or loss is None or not self.begin(step, loss):
+        if trace is None or signal is None or n is None or loss is None or not self.begin(step, values):
             return None
         assert self.first is not None
         self._trace.add(trace)
@@ -234,6 +237,8 @@ class BatchTooSmall(_Batch):
     noise stays. For sure is five standard errors by ranks, once in the run (`Fall`). Of 32 samples or more it is said
     after 150 looks and not after 40, and only if the loss is 5 % above that of the first step: a plateau at the start,
     which many networks leave by themselves, is likelier then, and where labels are mostly chance no loss falls far.
+    Looks count from the end of a warm-up, in which nothing can be learned yet. Of a loss of both signs, of which is not
+    seen how far it has come, nothing is said.
     """
 
     failure = "batch too small"
@@ -245,19 +250,18 @@ class BatchTooSmall(_Batch):
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
-        self._fall = Fall()
-        self._looks = 0
+        self._fall, self._steady = Fall(), Steady()
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         found = self.averages(step, values)
         self._fall.add(values.get("Loss", math.nan))
-        self._looks += 1
-        if found is None or self._fall.sure:
+        looks = self._steady.add(values)
+        if found is None or looks < self.least or self._fall.sure or self.signed:
             return None
         n, scale, left = found
         if scale < self.times * n or left < self.unlearned:
             return None
-        if n >= self.small and (self._looks < self.patience or left < self.risen):
+        if n >= self.small and (looks < self.patience or left < self.risen):
             return None
         return Finding(f"The batch has {n:.0f} samples, and noise is as large as the gradient for one of {scale:.3g}.")
 

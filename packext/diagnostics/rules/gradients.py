@@ -126,8 +126,9 @@ class NaNAhead(_Matrices):
     Steadily: a parameter, the loss, the gradient or the output has grown in each of the last 8 looks by 5 % or more,
     and by more each time than the time before. Exponential growth lasts: the logarithm has grown in the later four by
     0.95 times what it has in the first four (0.5 times, of what depends on the batch). What starts at zero grows with
-    the square of the steps while the rate is warmed up. And the loss has to be above that of the first step, or what
-    grows a matrix that is 2.5 times as large as in PyTorch's initialisation. Or an input is not finite already.
+    the square of the steps while the rate is warmed up, or faster for a while, and counts from a tenth of the norm of
+    all parameters on. And the loss has to be above that of the first step in three looks in a row, or what grows a
+    matrix that is 2.5 times as large as in PyTorch's initialisation. Or an input is not finite already.
     """
 
     failure = "NaN about to happen"
@@ -136,20 +137,27 @@ class NaNAhead(_Matrices):
     )
     reads = ("Loss", "GradNorm", "OutputScale", "ParamNorm", "InputScale", "InitialScale")
     hold, release = 1, 20
-    looks, growth, lasting, noisy, large = 9, 1.05, 0.95, 0.5, 2.5
+    looks, growth, lasting, noisy, large, risen, part = 9, 1.05, 0.95, 0.5, 2.5, 3, 0.1
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
         self._past: dict[str, Recent] = {}
         self._first: float | None = None
+        self._zero: set[str] = set()
+        self._above = 0  # looks in a row in which the loss was above that of the first step
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         self.shares(values)
         if step == 0:
             self._first = values.get("Loss", self._first)
+        if "Loss" in values:
+            self._above = self._above + 1 if self._first is not None and values["Loss"] > self._first else 0
         watched = {k: float(values[k]) for k in ("Loss", "GradNorm", "OutputScale") if k in values}
-        watched |= {f"ParamNorm/{k}": v for k, v in by_layer(values, "ParamNorm").items()}
+        sizes = {f"ParamNorm/{k}": v for k, v in by_layer(values, "ParamNorm").items()}
+        watched |= sizes
+        if step == 0:
+            self._zero |= {name for name, size in sizes.items() if size == 0}
         broken = [name for name, value in watched.items() if not math.isfinite(value)]
         if values.get("InputScale.infinite", 0.0) > 0:
             return Finding(f"{percent(values['InputScale.infinite'])} % of the inputs are NaN or infinite.")
@@ -161,7 +169,9 @@ class NaNAhead(_Matrices):
             past.add(value)
             if past.full and _exponential(list(past.values), self.growth, self.lasting if "/" in name else self.noisy):
                 grown[name] = (value / past.values[0]) ** (1 / (self.looks - 1))
-        if self._first is None or not watched.get("Loss", 0.0) > self._first:
+        part = self.part * values.get("ParamNorm", 0.0)
+        grown = {name: g for name, g in grown.items() if name not in self._zero or watched[name] > part}
+        if self._above < self.risen:
             # Outputs grow fast where learning begins, and gradients for a while at the edge of stability.
             large = {f"ParamNorm/{k}": self.large * self.usual(k) for k in by_layer(values, "ParamNorm")}
             grown = {name: g for name, g in grown.items() if 0 < large.get(name, 0.0) < watched[name]}

@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
 from packext.diagnostics.instruments.facts import FROZEN, FROZEN_FRONT, NO_GRADIENT, NO_RATE, NOT_HELD
-from packext.diagnostics.rules._history import by_layer, percent
+from packext.diagnostics.rules._history import Recent, by_layer, percent
 from packext.diagnostics.rules.gradients import _Matrices
 
 
 class DeadReLUs(Rule):
-    """Half of the units of a layer have got no gradient for ten looks.
+    """Nine tenths of the units of a layer have got no gradient for ten looks, or half of them and it does not pass.
 
     A unit that is shut for one batch may open for the next, and some are shut in most healthy layers. Before a network
-    tells samples apart, each unit of a layer is open for all or shut for all, so that half of them are by chance: while
-    the loss is above nine tenths of the largest that it has been, it has to be three quarters of the units, or half in
-    thirty looks in a row. Says nothing while the last layer's own units get no gradient either, and once the loss has
-    fallen to a fifth of what it was: then few samples carry the gradient, and the model has what it needs.
+    tells samples apart, each unit of a layer is open for all or shut for all, so that half of them are by chance, and
+    many open again when it does: half have to be shut in 15 looks in a row, of which those count in which the loss is
+    under nine tenths of the largest that it has been. Says nothing while the last layer's own units get no gradient
+    either, nor if in one of the last 20 looks the loss was under a fifth of what it was: then few samples carry the
+    gradient, and the model has what it needs.
     """
 
     failure = "dead ReLUs"
     advice = "Lower the learning rate, start with smaller or no negative biases, or use LeakyReLU or GELU."
     reads = ("IdleUnits", "Loss")
     hold, release = 3, 10
-    share, most, lasting, begun, learned = 0.5, 0.75, 30, 0.9, 0.2
+    share, most, lasting, begun, learned = 0.5, 0.9, 15, 0.9, 0.2
 
     def __init__(self) -> None:
         """Start before the first step."""
-        self._largest = 0.0
+        self._largest, self._lately = 0.0, Recent(20)
         self._rows: dict[str, int] = {}  # of layers of which half is shut: in how many looks in a row
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, idle = values.get("Loss"), by_layer(values, "IdleUnits")
         if loss is not None:
             self._largest = max(self._largest, abs(loss))
+            self._lately.add(abs(loss))
         if not idle:
             return None
-        self._rows = {name: self._rows.get(name, 0) + 1 for name, share in idle.items() if share >= self.share}
         begun = loss is None or abs(loss) < self.begun * self._largest
-        where = tuple(k for k, row in self._rows.items() if begun or idle[k] >= self.most or row >= self.lasting)
+        half = {name: self._rows.get(name, 0) for name, share in idle.items() if share >= self.share}
+        self._rows = {name: row + begun for name, row in half.items()}
+        where = tuple(k for k, row in self._rows.items() if idle[k] >= self.most or row >= self.lasting)
         if not where or list(idle.values())[-1] >= self.share:
             return None
-        if loss is not None and abs(loss) < self.learned * self._largest:
+        if min(self._lately.values, default=math.inf) < self.learned * self._largest:
             return None
         worst = max(where, key=lambda name: idle[name])
         return Finding(f"{percent(idle[worst])} % of the units of {worst} got no gradient from any sample.", where)

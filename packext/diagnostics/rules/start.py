@@ -57,7 +57,7 @@ class BadInitialisation(SinceStart):
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, gains = values.get("Loss"), by_layer(values, "InitialScale")
-        if loss is None or not self.begin(step, loss) or self.first is None:
+        if loss is None or not self.begin(step, values) or self.first is None:
             return None
         if gains:
             self._finding = self._judge(gains, values.get("InitialScale.alike", 0.0))

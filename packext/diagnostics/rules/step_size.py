@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
-from packext.diagnostics.rules._history import Fall, Recent, SinceStart, percent
+from packext.diagnostics.rules._history import Fall, Recent, SinceStart, Steady, percent
 
 
 class LearningRateTooHigh(SinceStart):
@@ -40,7 +40,7 @@ class LearningRateTooHigh(SinceStart):
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, update, norm = values.get("Loss"), values.get("UpdateSize"), self.size(values)
-        if loss is None or not self.begin(step, loss) or self.first is None:
+        if loss is None or not self.begin(step, values) or self.first is None:
             return None
         self._steps += 1
         self._loss.add(loss)
@@ -73,7 +73,7 @@ class LearningRateTooLow(SinceStart):
     loss is where it began, that bound is under 0.5 % of it: hundreds of steps for a factor of e, if all of them went
     straight down. Steps are under 0.1 % of the parameters' norm, too, which is usual. That tells this from a gradient
     that has vanished, under optimizers that make up for its size, and from labels that are mostly chance, of which no
-    step learns more. And steps are not growing, as they do while a rate is warmed up.
+    step learns more. And neither the rate nor steps are growing, as they do in a warm-up.
 
     Gradients are small where many runs begin, and grow as these leave it: so the loss must not have fallen for sure,
     which is five standard errors by ranks since the start (`Fall`). Nothing is said while `.grad` is not empty when a
@@ -90,12 +90,12 @@ class LearningRateTooLow(SinceStart):
         """Start before the first step."""
         super().__init__()
         self._loss, self._update, self._gain, self._fall = Recent(20), Recent(20), Recent(20), Fall()
-        self._looks = 0
+        self._looks, self._steady = 0, Steady()
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, update, gradient = (values.get(name) for name in ("Loss", "UpdateSize", "GradNorm"))
         norm = self.size(values)
-        if loss is None or not self.begin(step, loss) or self.first is None:
+        if loss is None or not self.begin(step, values) or self.first is None:
             return None
         if update is None or not norm or gradient is None or not update > 0:
             return None
@@ -104,7 +104,7 @@ class LearningRateTooLow(SinceStart):
         self._gain.add(gradient * update)
         self._fall.add(loss)
         self._looks += 1
-        if self._looks < self.least or self._fall.sure:
+        if self._steady.add(values) < self.hold or self._looks < self.least or self._fall.sure:
             return None
         mean, gain, growing = self._loss.mean, self._gain.mean, self._update.values[-1] > 1.5 * self._update.values[0]
         if (

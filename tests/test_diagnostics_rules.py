@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -307,7 +308,7 @@ def test_batch_too_large() -> None:
     assert "The batch has 512 samples" in first(train(n=512, steps=14, lr=0.03), "batch wastefully large").evidence
 
 
-def names(rule: Any, pages: list[dict[str, float]]) -> list[tuple[str, int]]:
+def names(rule: Any, pages: list[dict[str, Any]]) -> list[tuple[str, int]]:
     """What a rule says of pages that nobody measured, and at which step."""
     judge = Judge([rule])
     return [(v.name, v.step) for step, page in enumerate(pages) for v in judge.hear(step, page)]
@@ -388,8 +389,9 @@ def test_a_policy_gradient_is_no_label_noise() -> None:
 
 def test_a_loss_of_both_signs_does_not_tell_what_is_learned() -> None:
     noise = {"NoiseScale": 1e3, "NoiseScale.trace": 1.0, "NoiseScale.signal": 1e-3, "BatchSize": 8.0}
-    for least, said in ((-1.0, []), (0.1, [("batch too small", 43)])):
-        page = {"Loss": 0.01, "SampleLosses.quantiles": torch.tensor([least, 0, 0, 0, 0, 0, 1.0]).numpy(), **noise}
+    for least, said in ((-1.0, []), (0.001, [("batch too small", 43)])):
+        quantiles = np.array([least, least, least / 2, 0.01, 0.02 - least / 2, 0.02 - least, 0.02 - least])
+        page = {"Loss": 0.01, "SampleLosses.quantiles": quantiles, **noise}
         assert names(rules.BatchTooSmall(), [page] * 60) == said
 
 

@@ -103,9 +103,12 @@ class Steady:
 class SinceStart(Rule):
     """Base of rules that compare with how the run began; of a run whose step 0 they have not seen they say nothing.
 
-    Some losses have both signs, and how far they have come is not seen: those of a policy gradient are near zero on
-    average from the start, and of any size. `signed` is whether those of the first step's samples had.
+    Some losses cancel, and how far they have come is not seen: those of a policy gradient are near zero on average from
+    the start, and of any size. `signed` is whether the first step's loss was less than half of the mean absolute loss
+    of its samples (by their quantiles, between which lines are drawn).
     """
+
+    _weights = 0.025, 0.125, 0.225, 0.25, 0.225, 0.125, 0.025
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -118,8 +121,8 @@ class SinceStart(Rule):
         """Note the loss of step 0, which is among the values of a step; return whether it is known."""
         if not self._asked and step == 0:
             self.first = abs(values["Loss"])
-            least, *_, largest = values.get("SampleLosses.quantiles", (0.0, 0.0))
-            self.signed = bool(least < 0 < largest)
+            sizes = (abs(q) * w for q, w in zip(values.get("SampleLosses.quantiles", ()), self._weights, strict=False))
+            self.signed = bool(self.first < 0.5 * sum(sizes))
         self._asked = True
         return self.first is not None and 0 < self.first < float("inf")
 

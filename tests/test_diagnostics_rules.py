@@ -395,6 +395,35 @@ def test_a_loss_of_both_signs_does_not_tell_what_is_learned() -> None:
         assert names(rules.BatchTooSmall(), [page] * 60) == said
 
 
+@pytest.mark.parametrize("rest, said", [(0.1, ["label noise"]), (-1.0, [])])
+def test_losses_below_zero_have_no_line_above_which_labels_are_wrong(rest: float, said: list[str]) -> None:
+    judge, found = Judge([rules.LabelNoise()]), []
+    for step in range(60):
+        losses = np.array([1.0 + 0.1 * step, *[rest if step else 1.0] * 3])
+        page = {"Loss": 1.0, "BatchSize": 4.0, "SampleLosses": losses[1], "SampleLosses.largest": losses}
+        page |= {"SampleLosses.hardest": np.arange(4), "SampleLosses.quantiles": np.sort(losses)[[0, 0, 1, 1, 2, 3, 3]]}
+        found += [v.name for v in judge.hear(step, page)]
+    assert found[:1] == said
+
+
+class Difference(nn.Module):
+    """Of what a network makes of two halves; the last bias of that network cancels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.head = nn.Sequential(nn.Linear(5, 24), nn.ReLU(), nn.Linear(24, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.each(x[:, :5]) - self.each(x[:, 5:])).abs())
+
+
+def test_a_bias_that_cancels_is_no_dead_relu() -> None:
+    assert train(Difference(), steps=14) == []
+    for norm, said in ((0.1, []), (0.0, [("dead ReLUs", 2)])):
+        page = {"Loss": 1.0, "IdleUnits/a.bias": 1.0, "IdleUnits/z.bias": 0.0, "GradNorm/a.weight": norm}
+        assert names(rules.DeadReLUs(), [page] * 5) == said
+
+
 def test_what_starts_at_zero_and_is_small_does_not_overflow() -> None:
     for size, said in ((1e-3, []), (1.0, [("NaN about to happen", 9)])):
         pages = [{"Loss": 1.0 + 0.1 * bool(step), "ParamNorm": 3.0} for step in range(20)]

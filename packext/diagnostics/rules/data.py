@@ -28,7 +28,7 @@ class LabelNoise(SinceStart):
     errors over the 20 looks; or, of those alone that were above in their last three visits, now and 20 looks ago or
     more. Needs to know which samples are which (`monitor.step(samples=...)`), and three epochs. A visit is one that
     `SampleLosses` names: of a batch larger than its `count`, these are the samples with the largest losses. Named are
-    the suspects, the largest loss first. Of a loss of both signs nothing is said.
+    the suspects, the largest loss first. Nothing is said of losses below zero: it is from there that lines are drawn.
     """
 
     failure = "label noise"
@@ -45,13 +45,15 @@ class LabelNoise(SinceStart):
         self._visits: dict[int, tuple[int, float, float, float]] = {}
         self._looks = 0
         self._found: int | None = None
+        self._below = False  # whether a loss has been below zero
         self._suspects: dict[int, float] = {}
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, n, samples = (values.get(name) for name in ("Loss", "BatchSize", "SampleLosses.hardest"))
         if loss is None or not self.begin(step, values) or self.first is None or n is None or samples is None:
             return None
-        if self.signed:
+        self._below = self._below or bool(values["SampleLosses.quantiles"][0] < -0.01 * self.first)
+        if self._below:
             return None
         limit, found, lasting = self.above * self.first, 0.0, 0.0
         for sample, own in zip(samples.tolist(), values["SampleLosses.largest"].tolist(), strict=True):

@@ -20,12 +20,13 @@ class DeadReLUs(Rule):
     many open again when it does: half have to be shut in 15 looks in a row, of which those count in which the loss is
     under nine tenths of the largest that it has been. Says nothing while the last layer's own units get no gradient
     either, nor if in one of the last 20 looks the loss was under a fifth of what it was: then few samples carry the
-    gradient, and the model has what it needs.
+    gradient, and the model has what it needs. Nor of a bias that gets no gradient at all though its weight does: that
+    one cancels, as between two halves whose difference is taken.
     """
 
     failure = "dead ReLUs"
     advice = "Lower the learning rate, start with smaller or no negative biases, or use LeakyReLU or GELU."
-    reads = ("IdleUnits", "Loss")
+    reads = ("IdleUnits", "Loss", "GradNorm")
     hold, release = 3, 10
     share, most, lasting, begun, learned = 0.5, 0.9, 15, 0.9, 0.2
 
@@ -41,11 +42,13 @@ class DeadReLUs(Rule):
             self._lately.add(abs(loss))
         if not idle:
             return None
+        weights = {k for k, norm in by_layer(values, "GradNorm").items() if norm and "weight" in k}
+        idle = {k: share for k, share in idle.items() if share < 1 or k.replace("bias", "weight") not in weights}
         begun = loss is None or abs(loss) < self.begun * self._largest
         half = {name: self._rows.get(name, 0) for name, share in idle.items() if share >= self.share}
         self._rows = {name: row + begun for name, row in half.items()}
         where = tuple(k for k, row in self._rows.items() if idle[k] >= self.most or row >= self.lasting)
-        if not where or list(idle.values())[-1] >= self.share:
+        if not where or [*idle.values()][-1] >= self.share:
             return None
         if min(self._lately.values, default=math.inf) < self.learned * self._largest:
             return None

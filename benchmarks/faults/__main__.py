@@ -18,8 +18,8 @@ from benchmarks.faults.problems import PROBLEMS
 from benchmarks.faults.run import Case, Outcome, hear, train
 from benchmarks.faults.score import Row, summary
 
-#: Rules were made on seeds below 100; those from 100, 200, 400, 500 and 600 on were scored before some rules changed.
-SEED = 700
+#: Rules were made on seeds below 100; those from 100 to 899 that were scored came before some rules changed.
+SEED = 900
 
 
 def cases(healthy: int, small: bool, half: bool = True) -> Iterator[Case]:

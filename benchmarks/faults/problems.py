@@ -317,35 +317,35 @@ PROBLEMS = {
     ),
     "vae": Problem(
         everyday.VAE, copies, everyday.Evidence, "code", ("into", "code", "out.1"),
-        {"momentum": 3e-3, "adam": 1e-2, "rmsprop": 3e-3}, "out.0", True, held_out=True,
+        {"momentum": 3e-3, "adam": 1e-2, "rmsprop": 3e-3}, "out.0", True,
     ),
     "tuner": Problem(
         everyday.tuned, low_digits, CE, "9", ("7", "10"),
-        {"sgd": 0.03, "momentum": 3e-3, "adam": 1e-3}, "9", True, held_out=True,
+        {"sgd": 0.03, "momentum": 3e-3, "adam": 1e-3}, "9", True,
     ),
     "claims": Problem(
         lambda: everyday.dropped([32, 48, 48, 32, 1]), claims,
         lambda: nn.BCEWithLogitsLoss(pos_weight=torch.tensor([13.0])), "3", ("2", "5", "8"),
-        {"sgd": 0.1, "momentum": 0.01, "adam": 3e-3}, "3", True, held_out=True,
+        {"sgd": 0.1, "momentum": 0.01, "adam": 3e-3}, "3", True,
     ),
     "diffuser": Problem(
         everyday.Eps, noised, MSE, "body.2", ("body.1", "body.3", "body.5"),
-        {"momentum": 0.3, "adam": 3e-3}, None, True, held_out=True,
+        {"momentum": 0.3, "adam": 3e-3}, None, True,
         draw=everyday.noised_anew, schedule=everyday.warm, given=False,
     ),
     "actor": Problem(
         lambda: mlp([8, 48, 48, 4], nn.Tanh), bandits, everyday.Reward, "2", ("1", "3"),
-        {"sgd": 0.1, "adam": 3e-3, "rmsprop": 1e-3}, None, True, held_out=True,
+        {"sgd": 0.1, "adam": 3e-3, "rmsprop": 1e-3}, None, True,
         draw=everyday.acted, given=False,
     ),
     "vit": Problem(
         everyday.ViT, lambda: digits((1, 8, 8)), lambda: nn.CrossEntropyLoss(label_smoothing=0.1), "blocks.0.down",
-        ("patches", "blocks.0", "blocks.1"), {"adam": 1e-2, "rmsprop": 3e-3}, None, False, held_out=True,
+        ("patches", "blocks.0", "blocks.1"), {"adam": 1e-2, "rmsprop": 3e-3}, None, False,
         draw=everyday.mixed, schedule=everyday.cosine,
     ),
     "tails": Problem(
         lambda: everyday.normed([10, 48, 48, 32, 1]), tails, nn.HuberLoss, "3", ("2", "5", "8"),
-        {"momentum": 0.1, "adam": 1e-2}, "4", True, held_out=True, schedule=everyday.one_cycle,
+        {"momentum": 0.1, "adam": 1e-2}, "4", True, schedule=everyday.one_cycle,
     ),
 }  # fmt: skip
 

@@ -52,7 +52,7 @@ class LabelNoise(SinceStart):
         loss, n, samples = (values.get(name) for name in ("Loss", "BatchSize", "SampleLosses.hardest"))
         if loss is None or not self.begin(step, values) or self.first is None or n is None or samples is None:
             return None
-        self._below = self._below or bool(values["SampleLosses.quantiles"][0] < -0.01 * self.first)
+        self._below = self._below or values.get("SampleLosses.quantiles", (0.0,))[0] < -0.01 * self.first
         if self._below:
             return None
         limit, found, lasting = self.above * self.first, 0.0, 0.0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
+from packext._listening import here
 from packext._refusals import will_accumulate
 from packext._statistics import Statistics
 from packext._use import Source, Use
@@ -30,7 +31,7 @@ def wants_of(contexts: Sequence[backpack]) -> Callable[[Tensor], bool]:
 
 def aimed_at(parameter: Tensor) -> bool:
     """Whether the pass under way is to give the gradient of `parameter`, and does not only come by (inputs=...)."""
-    return parameter.requires_grad and will_accumulate(parameter)
+    return parameter.requires_grad and (here().aimed or will_accumulate(parameter))  # all are, without inputs=...
 
 
 class End:

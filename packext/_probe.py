@@ -501,7 +501,7 @@ def _coupled(record: Record, use: Use) -> str:
         why = (
             "the code computes something across the batch, or calls a layer on some of the samples alone (in a loop, "
             "or where a mask holds: call it on all and choose among its outputs, or px.extend(model, batch_axis=None), "
-            "by which rows are whose output uses them), or returns chosen rows of all samples (output[mask]: return "
+            "by which rows are whose output uses them), or returns chosen rows of all samples (output[mask]; return "
             "all, and choose between model and loss), or the samples are along another axis: then call "
             "px.extend(model, batch_axis=...)"
         )

@@ -245,10 +245,10 @@ class Record:
 
     def path(self, module: nn.Module) -> str:
         """Where `module` is in the extended model; it may have been extended with another one since, or by itself."""
-        extension, root = module.__dict__.get("_packext"), self.root()
+        extension = module.__dict__.get("_packext")
         if extension is None:
             return ""
-        if extension.shared is self.extension.shared or root is None:
+        if extension.shared is self.extension.shared or (root := self.root()) is None:
             return extension.path
         if self._paths is None:
             lead = f"{self.extension.path}." if self.extension.path else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +103,7 @@ class Use:
     def bypassed(self) -> str:
         """What to say of a gradient that came another way than through an output of the model."""
         record = self.owner()
-        if record is not None and record.losses and not any(self.outputs):
+        if record is not None and record.losses and all(math.prod(shape) == 1 for shape in self.outputs):
             return (
                 f"{self.describe()} comes behind a loss that the model has computed, where samples are added up: it "
                 "has no individual gradients. Do it outside of what is extended (a loss with parameters of its own "

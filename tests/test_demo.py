@@ -69,8 +69,9 @@ def test_the_race_starts_from_one_network_which_the_seed_decides(monkeypatch):
 def test_a_folder_that_cannot_be_made_is_said_before_the_training(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(demo, "train", None)
-    assert _cli.main(["demo", "--out", str(tmp_path / "file")]) == 1
-    assert "File exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        _cli.main(["demo", "--out", str(tmp_path / "file")])
+    assert "must be a folder" in capsys.readouterr().err
 
 
 def test_demo_replaces_the_promised_number_of_labels():

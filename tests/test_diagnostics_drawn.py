@@ -32,7 +32,7 @@ def test_entries_that_are_drawn_are_those_of_the_individual_gradients(case: Case
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(3, 8, 2, groups=1), nn.Conv2d(4, 8, 2, groups=2)])
 def test_every_entry_of_a_row_is_as_likely_to_be_drawn_as_any_other(layer: nn.Module) -> None:
-    model, loss = px.extend(nn.Sequential(layer, nn.Flatten())), px.extend(nn.CrossEntropyLoss())
+    model, loss = px.extend(nn.Sequential(layer, nn.Flatten()).double()), px.extend(nn.CrossEntropyLoss())
     x = torch.randn(2, 6) if isinstance(layer, nn.Linear) else torch.randn(2, layer.in_channels, 4, 4)
     size, counts, drawn = layer.weight.numel(), 0, 0
     for seed in range(300):

@@ -462,7 +462,9 @@ def test_mistakes_on_the_command_line(
         for command in ("watch", "report"):
             assert "record.jsonl, line 1, is damaged" in failing(capsys, command, str(tmp_path / "empty"))
     (tmp_path / "file").touch()
-    assert "file" in failing(capsys, "watch", str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match="2"):
+        _cli.main(["watch", str(tmp_path / "file")])
+    assert "file is a file" in capsys.readouterr().err
     (tmp_path / "empty" / "record.jsonl").write_text('{"format": "packext run", "version": 9, "packext": "7.0"}\n')
     for command in ("watch", "report"):
         assert "version 9 of the format" in failing(capsys, command, str(tmp_path / "empty"))

@@ -82,7 +82,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "no local steps": (lambda: attacks.LocalSteps(0, 0.1), "need steps >= 1, lr > 0"),
     "a list of defences": (
         lambda: defences.Compose([defences.Pruning(0.5)]),
-        "Compose takes defences of what was shared, one by one, .* got .Pruning",
+        "Compose takes defences of what was shared, one by one: .* got .Pruning",
     ),
     "a defence of samples among those of messages": (
         lambda: defences.Compose(defences.Clipped(1.0)),

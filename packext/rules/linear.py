@@ -53,11 +53,11 @@ class Linear(OwnedRule):
             found["input"] = (flat @ (w.t() if transposed else w)).view(x.shape).to(x.dtype)
         if "weight" in wanted:
             x = _rows(t["input"]).to(g.dtype)
-            w = t["weight"] if transposed else t["weight"].t()
+            w = t["weight"]
             # In the order of torch, which the last bits depend on.
-            turned = w.stride() == (1, w.shape[0])
-            grad = (flat.t() @ x).t() if turned else x.t() @ flat
-            found["weight"] = (grad if transposed else grad.t()).to(w.dtype)
+            turned = w.stride() == ((1, w.shape[0]) if transposed else (w.shape[1], 1))
+            grad = flat.t() @ x if turned else x.t() @ flat
+            found["weight"] = (grad.t() if turned == transposed else grad).to(w.dtype)
         if "bias" in wanted:
             found["bias"] = flat.sum(0).to(t["bias"].dtype)
         return found

@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=180.0, help="seconds of timing per row, at most")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--keep-heap", action="store_true", help="have glibc keep what is freed, for all contenders")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU")
     return parser.parse_args(arguments)
 
@@ -97,13 +98,15 @@ def main() -> None:
     options = parse()
     if options.device == "cpu":
         limit_memory()
-    heap_kept = options.device == "cpu" and timing.keep_pages()
+    if options.keep_heap and not (options.device == "cpu" and timing.keep_pages()):
+        sys.exit("--keep-heap is for the CPU, and for glibc.")
     warnings.simplefilter("ignore")  # peers warn at every step, which would be part of their time
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = False
     console = Console()
     complete = options.peers == list(LIBRARIES) and not options.no_memory
-    kept = {"rounds": options.rounds, "device": options.device, "complete": complete}
+    where = report.KEPT if options.keep_heap else options.device
+    kept = {"rounds": options.rounds, "device": where, "complete": complete}
     kept |= {"memory": not options.no_memory, "whole": complete and options.rows == list(ROWS)}
     columns = (
         TextColumn("{task.description}"),
@@ -114,13 +117,13 @@ def main() -> None:
     failures = []
     with Progress(*columns, console=console) as progress:
         for key in options.problems:
-            about = report.environment(options.device, options.threads, heap_kept=heap_kept)
+            about = report.environment(options.device, options.threads)
             rows = run_problem(key, options, progress)
             if not options.no_memory:
                 add_memory(key, rows, options, progress)
             report.save(key, rows, about, kept)
             if complete:
-                report.write_page(options.device)
+                report.write_page(where)
             report.show(console, key, rows, options.peers)
             failures += [
                 f"{key}, {ROWS[name].title}: {result.cells['packext'].text}"

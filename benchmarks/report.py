@@ -25,9 +25,12 @@ from benchmarks.timing import Ratio
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+KEPT = "cpu-kept"
+"""In the place of a device: the CPU, where glibc keeps what is freed."""
+KEPT_BEGIN, KEPT_END = "<!-- kept:begin -->", "<!-- kept:end -->"
 
 
-def environment(device: str, threads: int, *, heap_kept: bool = False) -> dict[str, Any]:
+def environment(device: str, threads: int) -> dict[str, Any]:
     """Return what a reader needs to place the figures."""
     processor = platform.processor()
     info = Path("/proc/cpuinfo")
@@ -48,7 +51,6 @@ def environment(device: str, threads: int, *, heap_kept: bool = False) -> dict[s
             **{x.title: x.version for x in LIBRARIES.values() if x.key != "func"},
         },
         "load": os.getloadavg()[0],
-        "heap_kept": heap_kept,
     }
 
 
@@ -175,10 +177,9 @@ def markdown(problem: str, rows: dict[str, RowResult], libraries: list[str], abo
     lines += ["", *ways(rows, libraries), ""]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
     threads = f"{about['threads']} threads, " if about["device"] == "cpu" else ""
-    heap = "; freed memory kept by glibc" if about.get("heap_kept") else ""
     lines.append(
         f"{about['date']}; {about['processor'] if about['device'] == 'cpu' else about['device']}; "
-        f"{threads}Python {about['python']}; {versions}{heap}."
+        f"{threads}Python {about['python']}; {versions}."
     )
     return "\n".join(lines) + "\n"
 
@@ -200,14 +201,20 @@ def ways(rows: dict[str, RowResult], libraries: list[str]) -> list[str]:
 
 def write_page(device: str) -> None:
     """Put the tables of all whole runs, on the CPU and on `device`, between the page's markers; all else stays."""
+    insert(tables("cpu", *{device} - {"cpu", KEPT}), BEGIN, END)
+    insert(tables(KEPT), KEPT_BEGIN, KEPT_END)
+
+
+def tables(*devices: str) -> str:
+    """Return the tables of all whole runs on some devices."""
     sections = []
-    for problem, where in itertools.product(PROBLEMS, dict.fromkeys(("cpu", device))):
+    for problem, where in itertools.product(PROBLEMS, devices):
         found = load(problem, where)
         if found is not None:
             rows, about = found
             known = [key for key in LIBRARIES if all(key in result.cells for result in rows.values())]
             sections.append(markdown(problem, rows, known, about))
-    insert("\n".join(sections), BEGIN, END)
+    return "\n".join(sections)
 
 
 def insert(text: str, begin: str, end: str) -> None:

@@ -96,6 +96,14 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: audit.run(net(), nn.CrossEntropyLoss(), (X.numpy(), Y.numpy()), audit.Sharing(batch_size=4)),
         r"members must be a pair of tensors \(x, y\), got tuple of ndarray, ndarray",
     ),
+    "a function for proxies": (
+        lambda: search.scores(net(), F.cross_entropy, X, Y),
+        "scores takes a loss module, such as nn.CrossEntropyLoss",
+    ),
+    "a function for a search": (
+        lambda: search.ProxylessNAS(net(), F.cross_entropy),
+        "ProxylessNAS takes a loss module, such as nn.CrossEntropyLoss",
+    ),
     "operations without names": (
         lambda: search.MixedOp([nn.Identity(), nn.Identity()]),
         "MixedOp takes its operations by name",

@@ -480,6 +480,7 @@ def test_intervals_that_do_not_fit_are_refused() -> None:
         (lambda: optim.Preconditioned(params, "hessian"), "curvature must be one of kfac, kflr, kfra, got 'hessian'"),
         (lambda: optim.KFAC(params, fisher="true"), "fisher must be one of mc, exact, empirical"),
         (lambda: optim.KFAC(params, momentum=1.0), "momentum must be at least 0 and less than 1, got 1.0"),
+        (lambda: optim.KFAC([{"params": params, "maximize": True}]), "KFAC: maximize must be left out"),
         (lambda: optim.KFAC(params, decay=1.5), "Kronecker: decay must be at least 0 and less than 1, got 1.5"),
         (lambda: optim.Preconditioned(params, "diag_ggn_mc", decay=-1.0), "Diagonal: decay must be at least 0"),
         (lambda: optim.SINGD(params, precondition_momentum=-3.0), "precondition_momentum must be at least 0"),

@@ -496,5 +496,7 @@ def _expected(what: str, value: Any) -> str:
         return "an int of 0 or more"
     if what == "betas" and (not isinstance(value, (tuple, list)) or len(value) != 2):
         return "two numbers"
+    if what == "maximize" and value:  # which groups of torch's optimizers have
+        return "left out (negate the loss: curvature is of what is minimised)"
     known = what not in (*NOT_NEGATIVE, *FRACTIONS) or all(isinstance(v, (Real, Tensor, type(None))) for v in several)
     return "" if known else "a number"

@@ -44,6 +44,16 @@ class Moments:
         return cls(rows.mean(0), rows.abs().mean(0), rows.std(0, correction=0), rows.sign().sum(0))
 
 
+def refuse_function(who: str, loss_fn: Any) -> None:
+    """Refuse a loss that is a function.
+
+    Raises:
+        TypeError: if it is one.
+    """
+    if not isinstance(loss_fn, nn.Module):
+        raise TypeError(f"{who} takes a loss module, such as nn.CrossEntropyLoss(), got {loss_fn!r:.80}.")
+
+
 class Problem:
     """A model and a batch, as proxies see them: copies in float64, on which each pass runs once, when first asked for.
 
@@ -61,6 +71,7 @@ class Problem:
         Raises:
             PackextError: if no parameter requires grad, x is no tensor or has no sample, or something is not finite.
         """
+        refuse_function("scores", loss_fn)
         if not isinstance(x, Tensor) or x.dim() < 1 or not len(x):
             what = f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise px.PackextError(f"Proxies are of a batch x [N, ...] with at least one sample; x is {what}.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.search._apart import check_apart
+from packext.search._passes import refuse_function
 from packext.search.latency import LatencyTable
 from packext.search.mixed import MixedOp, mixed_ops, shown
 from packext.search.race import Race, student
@@ -95,6 +96,7 @@ class ProxylessNAS:
             ValueError: for a level, rate, tradeoff or reference that is out of range.
             PackextError: without a `MixedOp`, with an extended network, or if the table misses an operation.
         """
+        refuse_function(type(self).__name__, loss_fn)
         self.net, self.level, self.prune, self.tradeoff = net, level, prune, tradeoff
         self._edges = mixed_ops(net)
         if any(px.is_extended(m) for m in net.modules()):

@@ -187,7 +187,7 @@ def gates_of(edge: GradientEdge, all: bool = False) -> list[Any]:
     """The gates of extended models through which what is at `edge` was computed; `all` of them, or the last ones."""
     found: dict[int, Any] = {}
     known: set[Any] = set()
-    todo = [edge.node]
+    todo: list[Any] = [edge.node]
     while todo:
         node = todo.pop()
         if node is None or node in known:
@@ -198,7 +198,7 @@ def gates_of(edge: GradientEdge, all: bool = False) -> list[Any]:
             refuse_static(ddp)
         if isinstance(node, Gate._backward_cls):  # pyright: ignore[reportAttributeAccessIssue]
             found[id(node)] = node
-            todo += getattr(node, "record").behind if all else ()  # noqa: B009 - not in torch's stubs
+            todo += node.record.behind if all else ()
         else:
             todo += [function for function, _ in node.next_functions]
     return list(found.values())

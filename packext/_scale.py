@@ -199,7 +199,8 @@ class Seen:
                 if isinstance(gate, Record) and shape[at : at + 1] == (gate.n,):
                     yield Layout(at, gate.n)
                 elif gates_of(edge):
-                    yield place(self, edge, torch.empty(shape, dtype=dtype, device=device))
+                    like = torch.empty((), dtype=dtype, device=device).expand(shape)  # which takes no memory
+                    yield place(self, edge, like)
                 continue
             inputs = [e for loss in record.losses for e in loss.edges]
             found = record.places.get(-1 - next(k for k, e in enumerate(inputs) if e is edge))
@@ -208,7 +209,8 @@ class Seen:
 
 
 def _meta(edge: GradientEdge) -> tuple[torch.Size, torch.dtype, torch.device]:
-    meta = edge.node._input_metadata[edge.output_nr]  # type: ignore[attr-defined] - of autograd's node
+    node: Any = edge.node
+    meta = node._input_metadata[edge.output_nr]
     return torch.Size(meta.shape), meta.dtype, meta.device
 
 

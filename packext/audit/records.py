@@ -13,7 +13,7 @@ from torch import Tensor
 import packext as px
 from packext.attacks import CanaryAudit, LiRA, Threat, epsilon_lower_bound, judge, membership_bound, signals
 from packext.audit.case import Case, Clock, Train
-from packext.audit.section import Interval, Section
+from packext.audit.section import Interval, Section, chances
 
 #: Samples of the table; members and others that membership is judged on, each; records that are named.
 TABLE, JUDGED, WORST = 1024, 1500, 12
@@ -258,9 +258,7 @@ def _rate(members: Tensor, others: Tensor, fpr: float, value: float | None, draw
 
 def _beyond(count: int, rate: float) -> tuple[int, int]:
     """How many of `count` pass what each passes with probability `rate`: fewer and more each in 2.5 % of the cases."""
-    k = torch.arange(count + 1, dtype=torch.float64)
-    ways = torch.lgamma(k[-1] + 1) - torch.lgamma(k + 1) - torch.lgamma(k[-1] - k + 1)
-    upto = (ways + k * math.log(rate) + (k[-1] - k) * math.log1p(-rate)).exp().cumsum(0)
+    upto = chances(count, rate).cumsum(0)
     return int((upto < 0.025).sum()), int((upto < 0.975).sum())
 
 

@@ -101,15 +101,19 @@ class Interval:
         return cls(hits / of, _least(hits, of), 1 - _least(of - hits, of))
 
 
+def chances(of: int, rate: float) -> torch.Tensor:
+    """Probabilities `[of + 1]` of each number of successes, at a rate between 0 and 1."""
+    k = torch.arange(of + 1, dtype=torch.float64)
+    ways = torch.lgamma(k[-1] + 1) - torch.lgamma(k + 1) - torch.lgamma(k[-1] - k + 1)
+    return (ways + k * math.log(rate) + (k[-1] - k) * math.log1p(-rate)).exp()
+
+
 def _least(hits: int, of: int) -> float:
     """The rate at which so many hits or more have the probability 2.5 %."""
-    k = torch.arange(hits, of + 1, dtype=torch.float64)
-    ways = torch.lgamma(torch.tensor(of + 1.0, dtype=k.dtype)) - torch.lgamma(k + 1) - torch.lgamma(of - k + 1)
     low, high = 0.0, 1.0
     while hits and high - low > 1e-12:
         rate = (low + high) / 2
-        tail = float((ways + k * math.log(rate) + (of - k) * math.log1p(-rate)).exp().sum())
-        low, high = (rate, high) if tail <= 0.025 else (low, rate)
+        low, high = (rate, high) if float(chances(of, rate)[hits:].sum()) <= 0.025 else (low, rate)
     return low
 
 

@@ -321,10 +321,8 @@ class Watch:
         self._leave()
         if kind is not None:
             if isinstance(error, px.PackextError):
-                kinds, needs = (
-                    tuple({type(q) for q in error.quantities}),
-                    dict(zip(self._due, self._needs, strict=False)),
-                )
+                kinds = tuple({type(q) for q in error.quantities})
+                needs = dict(zip(self._due, self._needs, strict=False))
                 asked = [i for i, own in needs.items() if any(not kinds or isinstance(q, kinds) for q in own)]
                 others = kinds and len(asked) < len(needs)
                 if asked:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import GradBucket  # pyright: ignore
 
 import packext as px
+from packext.optim._work import at_least_float32
 from packext.optim.distributed._processes import same_world, world
 
 #: Bytes of an index.
@@ -247,7 +248,7 @@ class Compression(ABC):
         """Write what is sent of a parameter over its gradient in the bucket."""
         if not grad.any():
             return
-        found = self._add(self._kept.get(name, {}), _widened(grad.reshape(-1)))
+        found = self._add(self._kept.get(name, {}), at_least_float32(grad.reshape(-1)))
         grad.copy_(found.pop("residual").view_as(grad))
         self._pass.found[name] = found
 
@@ -257,7 +258,8 @@ class Compression(ABC):
         indices, values = grad.new_zeros(room, dtype=torch.long), grad.new_zeros(room)
         if not grad.any():
             return indices, values
-        found = self._add(self._kept.get(name, {}), _widened(grad))
+        # In half precision what is kept would stand still at some hundred times what is added.
+        found = self._add(self._kept.get(name, {}), at_least_float32(grad))
         chosen = self._pick(found["residual"], count)
         indices[: len(chosen)] = chosen
         values[: len(chosen)] = found["residual"][chosen].to(values.dtype)
@@ -284,11 +286,6 @@ class Compression(ABC):
                 f"{type(self).__name__}: the gradient of {name} on {who} has values that are not finite. What is kept "
                 "of earlier passes is as it was. In place of a GradScaler, use bfloat16 without a loss scale."
             )
-
-
-def _widened(grad: Tensor) -> Tensor:
-    """In float32 or better: in half precision what is kept would stand still at some hundred times what is added."""
-    return grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
 def _pack(indices: list[Tensor], values: list[Tensor]) -> Tensor:

@@ -133,6 +133,16 @@ def test_what_is_chosen_after_looking_is_paid_for() -> None:
             canaries.audit(1e-5, wrong)
 
 
+def test_a_step_may_have_no_canary() -> None:
+    """By chance, as rates are small; nor need it have samples."""
+    model = nn.Linear(30, 4)
+    optimizer = DPSGD(model.parameters(), 0.1, max_norm=1.0, noise_multiplier=1.0, expected_batch_size=4.0)
+    canaries = GradientCanaries(optimizer, 3, rate=1e-9)
+    before = model.weight.detach().clone()
+    canaries.step()
+    assert (model.weight != before).all() and optimizer.spent[0].steps == 1
+
+
 def test_canaries_do_not_hide_a_forgotten_context() -> None:
     model, loss = px.extend(nn.Linear(30, 4)), px.extend(nn.CrossEntropyLoss())
     optimizer = DPSGD(model.parameters(), 0.1, max_norm=1.0, noise_multiplier=1.0, expected_batch_size=4.0)

@@ -1168,3 +1168,5 @@ def test_gradients_of_another_origin_are_clipped_alike(per_layer: bool) -> None:
     o = DPSGD([("one", scalar)], 0.1, **{**SETTINGS, "noise_multiplier": 0.0})
     o.contribute([torch.tensor([1.0, -2.0 * C])])
     torch.testing.assert_close(o.pending[0], torch.tensor(1.0 - C))
+    o.contribute([torch.zeros(0)])  # a step may draw none
+    torch.testing.assert_close(o.pending[0], torch.tensor(1.0 - C))

@@ -293,7 +293,8 @@ class Private(torch.optim.Optimizer):
             layers.setdefault(name.rpartition(".")[0] if self.per_layer else "", []).append(i)
         sums: dict[int, Tensor] = {}
         for indices in layers.values():
-            norms = torch.stack([rows[i].reshape(len(rows[i]), -1).square().sum(1) for i in indices]).sum(0).sqrt()
+            flat = [rows[i].reshape(len(rows[i]), named[i][1].numel()) for i in indices]  # K may be 0
+            norms = torch.stack([r.square().sum(1) for r in flat]).sum(0).sqrt()
             weight = clip.weight(norms)
             sums |= {i: torch.tensordot(weight, rows[i], 1) for i in indices}
         self._add([sums[i].to(p.dtype) for i, (_, p) in enumerate(named)], clip.balance)

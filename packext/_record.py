@@ -41,10 +41,14 @@ def _version(t: Tensor) -> int:
 
 def buffers_of(modules: Iterable[nn.Module]) -> list[Buffer]:
     """Buffers as they are now. Whole numbers by themselves count, and spectral norms' are made of parameters alone."""
+    # In evaluation torch 2.9's instance norms write their statistics as they are.
     return [
         Buffer(module.__dict__["_packext"].path, module, name, t, _version(t))
         for module in modules
-        if module._buffers and "_packext" in module.__dict__ and not isinstance(module, _SpectralNorm)
+        if module._buffers
+        and "_packext" in module.__dict__
+        and not isinstance(module, _SpectralNorm)
+        and (module.training or not isinstance(module, nn.modules.instancenorm._InstanceNorm))
         for name, t in module._buffers.items()
         if t is not None and (t.is_floating_point() or t.is_complex() or t.dim())
     ]

@@ -558,6 +558,7 @@ def test_a_state_from_which_something_was_left_out_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.9's own use of it
 @pytest.mark.parametrize("name", ["KFAC", "M-SVAG"])
 def test_checkpoints_that_are_loaded_into_what_is_there(name: str, tmp_path: Path) -> None:
     """A new optimizer has nothing there: it would go on with the number of steps, and without all else."""

@@ -234,6 +234,16 @@ def test_alpha_looks_at_the_step_after() -> None:
     assert wrote.keys() == {0, 3} and all(wrote[k] == pytest.approx(want[k]) for k in wrote)
 
 
+def test_values_are_all_those_of_the_last_look() -> None:
+    """Whether its next step has come or not."""
+    monitor, loss = pair(Alpha(), Loss(), GradNorm(), every=3)
+    looked: list[set[str]] = []
+    for _ in range(5):
+        train(monitor, loss, *batch())
+        looked.append({name.partition("/")[0] for name in monitor.values} | monitor.absent.keys())
+    assert looked == [{"Loss", "GradNorm"}, *[{"Alpha", "Loss", "GradNorm"}] * 2, {"Loss", "GradNorm"}, looked[1]]
+
+
 class Keep:
     def __init__(self, into: dict[int, Any], name: str = "Alpha") -> None:
         self.into, self.name = into, name
@@ -1019,7 +1029,20 @@ def test_an_error_names_the_instruments_and_the_model() -> None:
     with pytest.raises(px.CoupledSamplesError, match="instruments NormTest need what Mixed did not give: .*influence"):
         with monitor.step():
             loss(model(x), y).backward()
-    plain = nn.CrossEntropyLoss()
+    plain, optimizer = nn.CrossEntropyLoss(), px.optim.KFAC(model.parameters(), 0.1)
+
+    def closure() -> Tensor:
+        loss(model(x), y).backward()
+        return torch.zeros(())
+
+    for mistake, message in ((None, "^KFAC: .* has a gradient, but no"), (closure, "^The instruments NormTest need")):
+        model.zero_grad()
+        with pytest.raises(px.PackextError, match=message):
+            with Cockpit(model, optimizer, None, instruments=[NormTest()]).step():
+                if mistake is None:
+                    with px.disable():
+                        loss(model(x), y).backward()
+                optimizer.step(mistake)
     monitor, _ = pair(NormTest())
     with pytest.raises(px.NotExtendedError, match="NormTest need .* loss is not extended"):
         with monitor.step():

@@ -63,8 +63,9 @@ class Cockpit:
 
     Attributes:
         steps: number of steps begun (from the start of the record, where a sink resumes one).
-        values: what was written last, by name: "GradNorm" for the whole model, "GradNorm/0.weight" for a parameter. For
-            what is absent, a KeyError says why.
+        values: of the last step that was looked at, by name: "GradNorm" for the whole model, "GradNorm/0.weight" for a
+            parameter. What the step after a look tells ("Alpha") is added then. For what is absent, a KeyError says
+            why.
         absent: why something is missing from `values`, by instrument.
     """
 
@@ -320,7 +321,7 @@ class Watch:
         observer.end()
         self._leave()
         if kind is not None:
-            if isinstance(error, px.PackextError):
+            if isinstance(error, px.PackextError) and not _of_optimizer(error):
                 kinds = tuple({type(q) for q in error.quantities})
                 needs = dict(zip(self._due, self._needs, strict=False))
                 asked = [i for i, own in needs.items() if any(not kinds or isinstance(q, kinds) for q in own)]
@@ -350,8 +351,10 @@ class Watch:
                 if needs is not None:
                     monitor._following.append((step.number, instrument, needs))
         monitor._left = (step.number, observer.versions())
-        monitor.absent = {**late.absent, **due.absent}
-        monitor.values = _Values({**late.values, **due.values}, monitor.absent)
+        # What the next step says of one that was looked at is added to what was said of it.
+        values, absent = ({}, {}) if self._due else (monitor.values, monitor.absent)
+        monitor.absent = {**absent, **late.absent, **due.absent}
+        monitor.values = _Values({**values, **late.values, **due.values}, monitor.absent)
         pages = [(self._following[0][0], late)] if self._following else []
         pages += [(step.number, due)] if self._due else []
         for number, page in pages:
@@ -372,6 +375,14 @@ class Watch:
             elif one is not None:
                 page.values[name] = _plain(one)
         return True
+
+
+def _of_optimizer(error: px.PackextError) -> bool:
+    """Whether an optimizer raised it of its own, and not a pass in its closure."""
+    trace = error.__traceback__
+    while trace is not None and not isinstance(trace.tb_frame.f_locals.get("self"), torch.optim.Optimizer):
+        trace = trace.tb_next
+    return trace is not None and "quantities" not in vars(error)
 
 
 _OTHERS = " The other instruments do not ask for that: take another level, or level=None and a list of instruments."

@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 from packext import _roots
 from packext._chain import Chain, Positive, average, kept
 from packext._distributed import refuse_tensors
-from packext._errors import CoupledSamplesError, PackextError, due_to
+from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored
 from packext._flight import Sweep
+from packext._graph import inputs_first
 from packext._layout import Layout, Scattered, ranks
 from packext._lineage import disable
 from packext._listening import silence
@@ -157,6 +158,7 @@ class Graph(Point):
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         with kept(self._device):
             if self._slopes is None:
+                _refuse_unsound(self._edge.node, self.parameters)
                 slopes = torch.autograd.grad(
                     [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
                 )
@@ -223,6 +225,33 @@ class Graph(Point):
         return [functools.partial(positive.product, p) for p in self.parameters]
 
 
+def _refuse_unsound(start: Any, parameters: Sequence[Tensor]) -> None:
+    """Raise an UnsupportedUseError if a parameter is the direction of a `torch._weight_norm` that has no Hessian."""
+    wanted = {torch.autograd.graph.get_gradient_edge(p).node for p in parameters}
+    behind: set[Any] = set()
+    for node in inputs_first([start]):
+        below = [child for child, _ in node.next_functions]
+        if node.name().startswith("WeightNormInterface") and below[0] in behind and not _knows_weight_norm():
+            raise UnsupportedUseError(_WEIGHT_NORM)
+        if node in wanted or any(child in behind for child in below):
+            behind.add(node)
+
+
+@functools.cache
+def _knows_weight_norm() -> bool:
+    """Whether torch's second derivative of its fused weight_norm is right: 2.13 takes the norm for a constant in it."""
+    with torch.enable_grad():
+        v = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(torch.ops.aten._weight_norm(v, v.new_ones(1, 1))[0, 0], v, create_graph=True)
+        return abs(float(torch.autograd.grad(slope[0, 0], v)[0][0, 0]) + 3 * 3 * 4**2 / 5**5) < 1e-6
+
+
+_WEIGHT_NORM = (
+    "A parameter is the direction of a weight_norm, of which torch's second derivative is wrong: it takes the norm for "
+    "a constant. Write the weight as v * (g / v.norm(...)) in a parametrization of your own "
+    "(torch.nn.utils.parametrize.register_parametrization), leave that parameter out with px.backpack(..., "
+    "parameters=[...]), or ask for quantities of the GGN, which are right."
+)
 _ONE = "{!r} of a pass through several losses: add them up in one loss module."
 _ROWS = (
     "Rows of the model's output were chosen for the extended {} (output[mask]), which has another input beside them "

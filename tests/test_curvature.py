@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import packext as px
 from packext import _places, testing
+from packext._curvature import _knows_weight_norm
 from tests.cases import CASES, Case, Packed, Routed
 from tests.helpers import mlp
 
@@ -768,6 +769,48 @@ def test_products_of_a_loss_that_torch_differentiates_once() -> None:
     for quantity in (px.HessianTrace(), px.TopEigenvalues()):
         with pytest.raises(px.UnsupportedUseError, match=r"multi_margin_loss.*Use a loss that"), px.backpack(quantity):
             loss(model(torch.randn(N, 5)), torch.randint(3, (N,))).backward()
+
+
+class Normed(nn.Module):
+    """A parametrization that is what torch's weight_norm is, in functions of which it knows the second derivatives."""
+
+    def forward(self, size: Tensor, direction: Tensor) -> Tensor:
+        return direction * (size / direction.norm(dim=1, keepdim=True))
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.norm(dim=1, keepdim=True), weight
+
+
+def test_products_through_a_norm_that_torch_differentiates_wrongly() -> None:
+    """The second derivative of its fused weight_norm takes the norm for a constant (2.13)."""
+    if _knows_weight_norm():
+        pytest.skip("right in this torch")
+    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+    own = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    fused = copy.deepcopy(own)
+    nn.utils.parametrize.register_parametrization(own[0], "weight", Normed())
+    nn.utils.parametrizations.weight_norm(fused[0])
+    whole = testing.hessian(own, nn.CrossEntropyLoss(), x, y)
+    loss = px.extend(nn.CrossEntropyLoss())
+    for model in (px.extend(own), px.extend(fused)):
+        asked, start = [p for name, p in model.named_parameters() if model is own or not name.endswith("original1")], 0
+        with px.backpack(px.HMP(), parameters=asked):
+            loss(model(x), y).backward(retain_graph=True)
+        for p in model.parameters():
+            rows, start = slice(start, start + p.numel()), start + p.numel()
+            if any(p is q for q in asked):
+                v = torch.randn(1, *p.shape)
+                torch.testing.assert_close(
+                    p.hmp(v)[0].flatten(), whole[rows, rows] @ v.flatten(), rtol=1e-9, atol=1e-12
+                )
+    with px.backpack(px.HMP()):
+        loss(fused(x), y).backward(retain_graph=True)
+    with pytest.raises(px.UnsupportedUseError, match="direction of a weight_norm.*parametrization of your"):
+        fused[0].parametrizations.weight.original1.hmp(torch.ones(1, 4, 5))
+    for quantity in (px.HessianTrace(), px.DiagHessianMC(), px.TopEigenvalues()):
+        fused.zero_grad()
+        with pytest.raises(px.UnsupportedUseError, match="direction of a weight_norm"), px.backpack(quantity):
+            loss(fused(x), y).backward()
 
 
 def test_products_with_blocks() -> None:

@@ -29,7 +29,7 @@ from packext._listening import silence
 from packext._pass import Pass
 from packext._places import gates_of, place
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
-from packext._refusals import refuse_divided, unseen
+from packext._refusals import refuse_divided, refuse_moved, unseen
 from packext._residual import residual
 from packext._scratch import release
 from packext._statistics import Statistics
@@ -297,6 +297,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
         if record not in flight.records:
             flight.records.append(record)
         refuse_tensors(record, [flight.context])
+        refuse_moved(record)
         refuse_divided(record, [flight.context])
         unseen(record, record.extended(), flight.context._wants)
         sources.update({id(s.tensor): s for s in record.parameters()})

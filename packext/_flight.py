@@ -32,6 +32,7 @@ from packext._refusals import (
     refuse_curvature,
     refuse_divided,
     refuse_inputs_alone,
+    refuse_moved,
     refuse_opacus,
     refuse_unbounded,
     unseen,
@@ -189,6 +190,7 @@ def enter(record: Record, g: Tensor | None = None) -> None:
     flight = _current(record) if state.sweep is None else state.sweep.flight
     _alone(record, flight)
     refuse_tensors(record, [f.context for f in flight.heard])
+    refuse_moved(record)
     if any(i in record.strays for i in gates):
         raise PackextError(
             f"The extended model returned a value made of parameters alone ({', '.join(record.strays.values())}), and "

@@ -38,6 +38,26 @@ def refuse_inputs_alone(record: Record) -> None:
         )
 
 
+def refuse_moved(record: Record) -> None:
+    """Refuse parameters that were given another dtype or device since the forward pass.
+
+    Torch makes another node that accumulates their gradients then. The graph has the old one, so that `.grad` arrives,
+    and none for who asks for the gradient of such a parameter by itself.
+
+    Raises:
+        PackextError: if there is one.
+    """
+    for source in record.parameters():
+        p = source.tensor
+        if (p.dtype, p.device) != source.kind:
+            was, now = (f"{dtype} on {device}" for dtype, device in (source.kind, (p.dtype, p.device)))
+            raise PackextError(
+                f"{source.name} {list(p.shape)} was {was} in the forward pass, and is {now} in its backward pass: the "
+                "model was converted or moved between them (.to(...), .half(), .float(), .cpu()). Do that before the "
+                "forward pass, or when backward() has run."
+            )
+
+
 def refuse_apart(record: Record, before: Iterable[Source]) -> None:
     """Refuse a pass through other models than those of the passes `before`, whose results it would join.
 

@@ -29,10 +29,15 @@ AIM = torch.autograd.graph.get_gradient_edge(TARGET).node
 
 @dataclass(eq=False, slots=True)
 class Source:
-    """A parameter as it entered the computation: the tensor, its name, and where it was used."""
+    """A parameter as it entered the computation: the tensor, its name, and what it was then."""
 
     tensor: Tensor
     name: str
+    kind: tuple[torch.dtype, torch.device] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note its dtype and device, which the model's `to()` changes in place."""
+        self.kind = self.tensor.dtype, self.tensor.device
 
 
 @dataclass(eq=False, slots=True)

@@ -658,6 +658,22 @@ def test_different_batches_in_one_pass() -> None:
     assert all(p.grad is None and not vars(p) for p in model.parameters())
 
 
+@pytest.mark.parametrize("cast", [nn.Module.float, nn.Module.half, nn.Module.bfloat16])
+@pytest.mark.parametrize("quantity", [px.BatchGrad, px.KFAC, px.HessianTrace, px.DiagHessianMC, px.TopEigenvalues])
+def test_parameters_that_got_another_dtype_before_the_backward_pass(cast: Any, quantity: Any) -> None:
+    model, loss_fn, (x, y) = px.extend(mlp()), px.extend(nn.CrossEntropyLoss()), batch(N)
+    told = r"0.weight \[7, 5\] was torch.float64 on cpu in the forward pass.* converted or moved between them"
+    with pytest.raises(px.PackextError, match=told), px.backpack(quantity()):
+        loss = loss_fn(model(x), y)
+        cast(model)
+        loss.backward()
+    assert not any(hasattr(p, quantity.savefield) for p in model.parameters())
+    model.double()
+    with px.backpack(quantity()):
+        loss_fn(model(x), y).backward()
+    assert all(hasattr(p, quantity.savefield) for p in model.parameters())
+
+
 # -- bad input -------------------------------------------------------------------------------------------
 
 

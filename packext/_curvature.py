@@ -29,7 +29,7 @@ from packext._listening import silence
 from packext._pass import Pass
 from packext._places import gates_of, place
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
-from packext._refusals import refuse_divided, refuse_moved, unseen
+from packext._refusals import refuse_divided, refuse_moved, unseen, will_accumulate
 from packext._residual import residual
 from packext._scratch import release
 from packext._statistics import Statistics
@@ -306,7 +306,11 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
             f"The input of the extended {seen.name} does not come from an extended model: call model = "
             "px.extend(model) before the forward pass."
         )
-    sources = {key: s for key, s in sources.items() if s.tensor.requires_grad and flight.context._wants(s.tensor)}
+    sources = {
+        key: s
+        for key, s in sources.items()
+        if s.tensor.requires_grad and flight.context._wants(s.tensor) and will_accumulate(s.tensor)
+    }
     if not sources:
         return
     point = Graph([s.tensor for s in sources.values()], seen, edge, g)

@@ -723,6 +723,26 @@ def test_hessian_quantities(build: Any) -> None:
         torch.testing.assert_close(p.grad, g)
 
 
+def test_the_hessian_of_what_backward_is_aimed_at() -> None:
+    """Of `backward(inputs=...)` the block of these parameters; and of a head that is not used there is nothing."""
+    model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
+    loss, head = nn.CrossEntropyLoss(), list(model[2].parameters())
+    size = sum(p.numel() for p in head)
+    want = testing.hessian(model, loss, x, y)[-size:, -size:]
+    px.extend(model), px.extend(loss)
+    asked = [px.HessianTrace(), px.DiagHessianMC(), px.TopEigenvalues(2, tol=1e-9), px.HMP(), px.GGNMP()]
+    with px.backpack(*asked) as results:
+        loss(model(x), y).backward(inputs=head, retain_graph=True)
+    assert set(results) == {"2.weight", "2.bias"}
+    values = torch.linalg.eigvalsh(want)[-2:].flip(0)
+    torch.testing.assert_close(results.top_eigenvalues.values, values, rtol=1e-7, atol=1e-9)
+    side = model[2].weight.numel()
+    block = model[2].weight.hmp(torch.eye(side).view(side, *model[2].weight.shape))
+    torch.testing.assert_close(block.flatten(1), want[:side, :side])
+    for p in model[0].parameters():
+        assert not any(hasattr(p, q.savefield) for q in asked)
+
+
 @pytest.mark.parametrize("which", ["LA", "SA", "LM"])
 def test_ends_of_the_spectrum(which: str) -> None:
     model, x, y = mlp(), torch.randn(N, 5), torch.randn(N, 3)

@@ -248,8 +248,8 @@ def enter(record: Record, g: Tensor | None = None) -> None:
     if record.batch_statistics and record.n > 1:
         raise CoupledSamplesError(
             f"BatchNorm uses the statistics of the batch in {', '.join(record.batch_statistics)}: samples influence "
-            "each other, and individual gradients are not defined. Call model.eval() (or .eval() on these layers), or "
-            "replace them by GroupNorm."
+            "each other, and individual gradients are not defined. Call model.eval() (or .eval() on these layers, with "
+            "track_running_stats=True), or replace them by GroupNorm."
         )
     refuse_again(record, gates, [f.context for f in flight.heard])
     if flight.bounded:

@@ -490,7 +490,7 @@ def _coupled(record: Record, use: Use) -> str:
     if norms:
         why = (
             f"BatchNorm uses the statistics of the batch in {', '.join(norms)}. Call model.eval() (or .eval() on "
-            "these), or replace it by GroupNorm"
+            "these, with track_running_stats=True), or replace it by GroupNorm"
         )
     elif record.by_use:
         why = (

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import packext as px
-from packext import attacks, audit, defences, linalg, optim, search, testing
+from packext import attacks, audit, defences, diagnostics, linalg, optim, search, testing
 from packext.diagnostics import Cockpit
 
 X, Y = torch.randn(8, 5), torch.arange(8) % 3
@@ -111,6 +111,28 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a matrix for a function": (
         lambda: linalg.cg(torch.eye(3), torch.ones(3)),
         "cg: matvec must be a function, such as matrix.mv",
+    ),
+    "more classes than outputs": (
+        lambda: attacks.DeepLeakage(1)(nn.Linear(5, 3), SHARED, (5,), classes=7),
+        r"inputs \[8, 5\] with labels \[8, 7\]: .*classes= the number of the model's outputs",
+    ),
+    "the shape of another input": (
+        lambda: attacks.DeepLeakage(1)(nn.Linear(5, 3), SHARED, (6,), classes=3),
+        r"inputs \[8, 6\] .*shape= is that of one input",
+    ),
+    "a label that there is not": (
+        lambda: attacks.InvertingGradients(1, tv=0)(nn.Linear(5, 3), SHARED, (5,), labels=Y + 3),
+        r"with labels \[8\]: .*labels= are one for each input",
+    ),
+    "noise without end": (
+        lambda: optim.epsilon([optim.Spent(float("inf"), 10, 5)], 100, 1e-5),
+        "noise_multiplier=inf.* is no number of private steps",
+    ),
+    "a race of one": (lambda: search.Race(1, 0.1), "2 operations or more, got 1"),
+    "a number for TensorBoard": (lambda: diagnostics.TensorBoard(3), "a folder or a SummaryWriter, got 3"),
+    "a loss of samples to attribute": (
+        lambda: px.adapters.Attributor(net(), lambda batch: batch, 4).fit([X[0]]),
+        r"must return one number, as a tensor with a graph, got shape \[5\]",
     ),
 }
 

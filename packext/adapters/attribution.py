@@ -139,7 +139,11 @@ class Attributor:
         reached: list[int] = []
         for batch in loader:
             with kept_grads(self._all), self._context() as results, torch.enable_grad():
-                self.loss(batch).backward()
+                loss = self.loss(batch)
+                if not isinstance(loss, Tensor) or loss.numel() != 1:
+                    what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                    raise ValueError(f"loss(batch) must return one number, as a tensor with a graph, got {what}.")
+                loss.backward()
             found = [i for i, p in enumerate(self.parameters) if p in results]
             if parts and found != reached:
                 raise px.PackextError("Batches reach different parameters: name those that all reach (parameters=...).")

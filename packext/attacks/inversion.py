@@ -83,6 +83,18 @@ class Matching:
                 _Call(self.model, self.forward), {f"model.{k}": v for k, v in values.items()}, (x,)
             )
 
+    def check(self, x: Tensor, y: Tensor) -> None:
+        """Raise a ValueError if model and loss do not take such inputs and labels."""
+        try:
+            with torch.no_grad():
+                self.shared.loss_fn(self.outputs(self.parameters, x), y)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"Model and loss do not take inputs {list(x.shape)} with labels {list(y.shape)}: {error}. "
+                f"shape= is that of one input of {self.shared.n}, classes= the number of the model's outputs, and "
+                "labels= are one for each input."
+            ) from error
+
     def seen(self, gradient: list[Tensor]) -> list[Tensor]:
         """Of a gradient, what is to be matched; zeros for the rest."""
         return gradient if self.mask is None else [g * m for g, m in zip(gradient, self.mask, strict=True)]
@@ -177,7 +189,8 @@ class DeepLeakage:
             The best restart.
 
         Raises:
-            ValueError: unless one of `classes` and `labels` is given.
+            ValueError: unless one of `classes` and `labels` is given, or if the model does not take such inputs, or the
+                loss such labels.
         """
         if (classes is None) == (labels is None):
             raise ValueError("give classes=<number> to search for labels as well, or labels=<tensor> that are known.")
@@ -190,6 +203,8 @@ class DeepLeakage:
             y = labels
             if y is None:
                 y = torch.randn(shared.n, classes, generator=generator, dtype=torch.float64).to(like)  # type: ignore[arg-type]
+            if not found:
+                matching.check(x, y if labels is not None else y.softmax(1))
             found.append(self._search(matching, x, y, labels is None, progress))
         return _best(found)
 
@@ -378,6 +393,8 @@ class InvertingGradients:
             generator = torch.Generator().manual_seed(self.seed + restart)
             x = torch.rand(shared.n, *shape, generator=generator, dtype=torch.float64).to(like)
             x = (self.low + (self.high - self.low) * x).requires_grad_()
+            if not found:
+                matching.check(x, labels)
             adam = torch.optim.Adam([x], self.lr)
             at = [int(self.iterations * k / 8) for k in (3, 5, 7)]
             schedule = torch.optim.lr_scheduler.MultiStepLR(adam, at)

@@ -123,7 +123,7 @@ def _fresh(method: str) -> Any:
 def _event(kind: Spent, samples: int) -> Any:
     """As dp-accounting describes it; None without noise."""
     rate = kind.expected_batch_size / samples if samples > 0 else 0.0
-    if not (0 < rate <= 1 and kind.steps >= 1 and kind.noise_multiplier >= 0):
+    if not (0 < rate <= 1 and kind.steps >= 1 and 0 <= kind.noise_multiplier < math.inf):
         raise ValueError(f"{kind} is no number of private steps on {samples} samples.")
     if not kind.noise_multiplier:
         return None

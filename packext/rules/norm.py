@@ -64,7 +64,7 @@ class Norm(Rule):
         if c["kind"] == "batch" and c["training"] and use.record.n > 1:
             raise CoupledSamplesError(
                 f"{use.describe()} uses the statistics of the batch, so that samples influence each other. "
-                "Call model.eval() (or .eval() on this layer), or replace it by GroupNorm."
+                "Call model.eval() (or .eval() on it, with track_running_stats=True), or replace it by GroupNorm."
             )
         bare = {k: v for k, v in t.items() if k not in ("weight", "bias")}
         product = None

@@ -59,8 +59,10 @@ class Race:
             level: see above.
 
         Raises:
-            ValueError: if the level is not between 0 and 1.
+            ValueError: if there are no two operations, or the level is not between 0 and 1.
         """
+        if k < 2:
+            raise ValueError(f"a race is between 2 operations or more, got {k!r}.")
         if not 0 < level < 1:
             raise ValueError(f"level must be between 0 and 1, got {level!r}.")
         self.level = level

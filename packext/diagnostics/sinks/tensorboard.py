@@ -27,7 +27,10 @@ class TensorBoard:
 
         Raises:
             ImportError: if TensorBoard is not installed.
+            TypeError: for what is neither.
         """
+        if not isinstance(writer, (str, Path)) and not hasattr(writer, "add_scalar"):
+            raise TypeError(f"TensorBoard takes a folder or a SummaryWriter, got {writer!r}.")
         self.writer: Any
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -21,9 +21,11 @@ class CockpitCallback(Callback):
     Example:
         >>> Trainer(callbacks=[CockpitCallback("economy", every=10, sinks=[Run("runs/first")])])
 
-    The loss has to be a module that is an attribute of the LightningModule, as `self.loss = nn.CrossEntropyLoss()` is:
-    the callback extends the LightningModule while it trains, and with it the loss. A step of the monitor is one of
-    the optimizer: accumulated batches, a loss scale and clipping by the Trainer are seen as in a loop of your own.
+    The callback extends the LightningModule while it trains, and with it a loss that is a module and an attribute, as
+    `self.loss = nn.CrossEntropyLoss()` is. For other losses that are means over samples (functions of
+    `torch.nn.functional`) there is `scale="mean"`; curvature and individual losses are absent then. A step of the
+    monitor is one of the optimizer: accumulated batches, a loss scale and clipping by the Trainer are seen as in a loop
+    of your own.
 
     Attributes:
         monitor: the `Cockpit`, from the start of the training on; its `values` are those of the last step.
@@ -37,6 +39,7 @@ class CockpitCallback(Callback):
         every: int | Callable[[int], bool] = 1,
         sinks: Iterable[Sink] = (),
         instruments: Iterable[Instrument] = (),
+        scale: str = "sample",
     ) -> None:
         """Choose what `Cockpit` is to look at, when, and where to write it.
 
@@ -45,8 +48,15 @@ class CockpitCallback(Callback):
             every: steps of the optimizer, as for `Cockpit`.
             sinks: as for `Cockpit`.
             instruments: as for `Cockpit`.
+            scale: as for `Cockpit.step`: "sample", with a loss that is a module, or "mean".
+
+        Raises:
+            ValueError: for another scale.
         """
         super().__init__()
+        if scale not in ("sample", "mean"):
+            raise ValueError(f'scale must be "sample" or "mean", got {scale!r}.')
+        self._scale = scale
         self._options = {"level": level, "every": every, "sinks": list(sinks), "instruments": list(instruments)}
         self._watch: Watch | None = None
         self._stepped = self._extended = False
@@ -92,8 +102,20 @@ class CockpitCallback(Callback):
             batch_idx: not looked at.
         """
         if self._watch is None:
-            self._watch, self._stepped = self.monitor.step(), False
+            factor = self._factor(trainer) if self._scale == "mean" else 1.0
+            self._watch, self._stepped = self.monitor.step(self._scale, loss_scale=factor), False
             self._watch.__enter__()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Take the loss, if no module has computed it.
+
+        Args:
+            trainer: of Lightning.
+            pl_module: the LightningModule.
+            loss: as `backward()` will go through it: with the factor of a `GradScaler`.
+        """
+        if self._scale == "mean" and self._watch is not None:
+            self._watch.loss(loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Note that the step ends with this batch.
@@ -136,12 +158,24 @@ class CockpitCallback(Callback):
             trainer: of Lightning.
             pl_module: the LightningModule.
             exception: what has stopped the training.
+
+        Raises:
+            NotExtendedError: for a loss that is no module, without `scale="mean"`.
         """
         try:
             self._close(exception)
+        except px.NotExtendedError as error:
+            raise px.NotExtendedError(
+                f'{error} For a loss that is a mean over samples, this callback has CockpitCallback(..., scale="mean").'
+            ) from error
         finally:
             if self._extended:
                 px.unextend(pl_module)
+
+    @staticmethod
+    def _factor(trainer: Any) -> float:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _close(self, error: BaseException | None) -> None:
         watch, self._watch = self._watch, None

@@ -158,7 +158,7 @@ def wrong_labels(share: float) -> Callable[[Setup], None]:
     def change(s: Setup) -> None:
         g, y = s.generator(), s.data.y.clone()
         chosen = torch.randperm(len(y), generator=g)[: round(share * len(y))]
-        if y.is_floating_point() and y.unique().tolist() == [0.0, 1.0]:
+        if y[0].numel() == 1 and y.is_floating_point() and y.unique().tolist() == [0.0, 1.0]:
             y[chosen] = 1 - y[chosen]
         elif y.is_floating_point() or y.dim() > 1:
             y[chosen] = y[chosen].roll(1, 0)
@@ -236,9 +236,16 @@ def cut_off(share: float) -> Callable[[Setup], None]:
 
 
 def constant_inputs(rest: float) -> Callable[[Setup], None]:
-    """Every input is the mean of all, but for a share of how it differs from it."""
+    """Every input is the mean of all, but for a share of how it differs from it; ids are the first sample's."""
 
     def change(s: Setup) -> None:
+        if s.problem.ids:
+            g = s.generator()
+            x, valid_x = (
+                torch.where(torch.rand(x.shape, generator=g) < rest, x, s.data.x[0]) for x in (s.data.x, s.data.valid_x)
+            )
+            s.data = Data(x, s.data.y, valid_x, s.data.valid_y)
+            return
         mean = s.data.x.mean(0)
         s.data = Data(mean + rest * (s.data.x - mean), s.data.y, mean + rest * (s.data.valid_x - mean), s.data.valid_y)
 
@@ -280,7 +287,8 @@ FAULTS = {
         lambda p: p.relu is not None,
     ),
     "inputs": Fault(
-        "bad input scaling", "inputs x 255 (half: x 16)", scaled_inputs(255), scaled_inputs(16)
+        "bad input scaling", "inputs x 255 (half: x 16)", scaled_inputs(255), scaled_inputs(16),
+        lambda p: not p.ids,
     ),
     "large weights": Fault(
         "bad initialisation", "matrices start x 10 (half: x 3.2)", scaled_weights(10), scaled_weights(10**0.5)

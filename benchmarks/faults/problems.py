@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults import everyday
+from benchmarks.faults import everyday, unseen
 from benchmarks.faults.data import (
     Data,
     bandits,
@@ -220,13 +220,17 @@ class Problem:
         blocks: paths of modules that the gradient passes one after the other.
         rates: learning rate of each optimizer, from 0.0003, 0.001, ... 10 (for `sets` from 0.000001 on) by the
             validation loss after 200 steps without a monitor (seeds 0 and 1, models of about this size): the best, or
-            the next lower where the next higher fails; a tenth of it where a network is tuned that was trained before.
+            the next lower where the next higher fails, or where the validation loss jumps (`segmenter` with momentum);
+            a tenth of it where a network is tuned that was trained before.
         relu: path of a layer whose output goes into a ReLU, if there is one.
         plain: whether the layers feed each other with no way around them.
         held_out: whether it was kept from whoever chose the thresholds.
         draw: makes a step's inputs and targets of the samples that were chosen, for those that are drawn anew.
         schedule: a factor on the learning rate, by the step.
         given: whether each sample has inputs and targets of its own; else they are drawn anew in each step.
+        ids: whether inputs are ids, which have no scale.
+        clip: the norm that gradients are clipped to.
+        decay: AdamW's weight decay.
     """
 
     make: Callable[[], nn.Module]
@@ -241,6 +245,9 @@ class Problem:
     draw: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     schedule: Callable[[int], float] | None = None
     given: bool = True
+    ids: bool = False
+    clip: float | None = None
+    decay: float = 0.01
 
     @property
     def small(self) -> bool:
@@ -347,12 +354,40 @@ PROBLEMS = {
         lambda: everyday.normed([10, 48, 48, 32, 1]), tails, nn.HuberLoss, "3", ("2", "5", "8"),
         {"momentum": 0.1, "adam": 1e-2}, "4", True, schedule=everyday.one_cycle,
     ),
+    "matcher": Problem(
+        unseen.Matcher, unseen.matches, CE, "encoder.2", ("encoder.1", "encoder.3"),
+        {"momentum": 0.03, "adam": 1e-2}, "encoder.2", True, held_out=True,
+    ),
+    "gpt": Problem(
+        unseen.GPT, unseen.code, CE, "blocks.0.down", ("drop", "blocks.0", "blocks.1"),
+        {"momentum": 0.3, "adam": 1e-2}, None, False, held_out=True,
+        schedule=unseen.warm_cosine, ids=True, clip=1.0, decay=0.1,
+    ),
+    "recommender": Problem(
+        unseen.Recommender, unseen.ratings, MSE, "deep.2", ("tables", "deep.1", "deep.3"),
+        {"adam": 3e-2, "adagrad": 0.1}, "deep.2", False, held_out=True, ids=True,
+    ),
+    "segmenter": Problem(
+        unseen.UNet, unseen.shapes, unseen.Overlap, "bottom.0", ("down1", "down2", "bottom", "merge2", "merge1"),
+        {"momentum": 0.1, "adam": 3e-2}, "bottom.1", False, held_out=True,
+        schedule=everyday.cosine,
+    ),
+    "counts": Problem(
+        unseen.Counter, unseen.counts, nn.PoissonNLLLoss, "body.3", ("body.2", "body.5"),
+        {"sgd": 0.01, "momentum": 3e-3, "adam": 3e-3}, "body.4", True, held_out=True,
+    ),
+    "forecaster": Problem(
+        unseen.TCN, unseen.delayed, nn.L1Loss, "blocks.1.first", ("into", "blocks.0", "blocks.1", "blocks.2"),
+        {"momentum": 0.03, "adam": 3e-3, "rmsprop": 1e-3}, "blocks.1.first", False, held_out=True,
+    ),
 }  # fmt: skip
 
 
-def optimizer(name: str, groups: list[dict], rate: float) -> torch.optim.Optimizer:
+def optimizer(name: str, groups: list[dict], rate: float, decay: float = 0.01) -> torch.optim.Optimizer:
     """SGD, SGD with momentum 0.9, AdamW, Adagrad, or RMSprop."""
-    others = {"adam": torch.optim.AdamW, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
+    if name == "adam":
+        return torch.optim.AdamW(groups, rate, weight_decay=decay)
+    others = {"adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
     if name in others:
         return others[name](groups, rate)
     return torch.optim.SGD(groups, rate, momentum=0.9 if name == "momentum" else 0.0)

@@ -50,12 +50,15 @@ def markdown(rows: list[Row], about: str) -> str:
 
 
 def faults(rows: list[Row], healthy: list[Row]) -> str:
-    """Detection by fault, and by family of models."""
+    """Detection by fault, and by family of models; of held-out families apart, where both kinds were run."""
+    both = all(groups(rows).values())
+    columns = ["full severity", *(f"of {name}" for name in groups(rows) if both)]
     lines = [
         f"Named within {WINDOW} steps, and the median delay in steps:",
         "",
-        "| fault | verdict that is looked for | full severity | delay | harm | half | delay | also said (at full) |",
-        "|---|---|---:|---:|---:|---:|---:|---|",
+        f"| fault | verdict that is looked for | {' | '.join(columns)} | delay | harm | half | delay "
+        "| also said (at full) |",
+        "|---|---|" + "---:|" * (len(columns) + 4) + "---|",
     ]
     for name, fault in FAULTS.items():
         full, half = (
@@ -65,16 +68,18 @@ def faults(rows: list[Row], healthy: list[Row]) -> str:
             continue
         a, b = score(full, healthy), score(half, healthy)
         beside = ", ".join(f"{word} {count}" for word, count in a.beside.most_common(4))
+        cells = [share(a.detected, a.runs), *(hits(part) for part in groups(full).values() if both)]
         lines.append(
-            f"| {fault.what} | {fault.verdict} | {share(a.detected, a.runs)} | {number(a.delay)} | "
+            f"| {fault.what} | {fault.verdict} | {' | '.join(cells)} | {number(a.delay)} | "
             f"{share(a.harmed, a.runs)} | {share(b.detected, b.runs)} | {number(b.delay)} | {beside or '–'} |"
         )
     for severity in ("full", "half"):
         found = [r for r in rows if r.case.fault and r.case.severity == severity]
         if not found:
             continue
-        hits = sum(delay(r) is not None for r in found)
-        lines += ["", f"All faults at {severity} severity: {share(hits, len(found))}."]
+        lines += ["", f"All faults at {severity} severity: {hits(found)}."]
+        if both:
+            lines[-1] += "".join(f" Of {name}: {hits(part)}." for name, part in groups(found).items())
         if healthy:
             worse = [delay(r) is not None for r in found if harmed(r, healthy)]
             lines[-1] += f" Of those that did harm: {share(sum(worse), len(worse))}."
@@ -86,8 +91,9 @@ def faults(rows: list[Row], healthy: list[Row]) -> str:
         cells = []
         for severity in ("full", "half"):
             found = [r for r in rows if (r.case.problem, r.case.severity) == (problem, severity) and r.case.fault]
-            cells.append(share(sum(delay(r) is not None for r in found), len(found)))
-        lines.append(f"| {family(problem)} | {cells[0]} | {cells[1]} |")
+            cells.append(hits(found))
+        if any(r.case.problem == problem for r in rows):
+            lines.append(f"| {family(problem)} | {cells[0]} | {cells[1]} |")
     noisy = [r.named for r in rows if r.case.fault == "wrong labels"]
     if noisy:
         named, right = (sum(pair[k] for pair in noisy) for k in (0, 1))
@@ -97,23 +103,19 @@ def faults(rows: list[Row], healthy: list[Row]) -> str:
 
 def alarms(healthy: list[Row]) -> str:
     """What was said in healthy runs, by rule."""
-    groups = {
-        "known families": [r for r in healthy if not PROBLEMS[r.case.problem].held_out],
-        "held-out families": [r for r in healthy if PROBLEMS[r.case.problem].held_out],
-    }
-    groups = {name: rows for name, rows in groups.items() if rows}
+    parts = {name: rows for name, rows in groups(healthy).items() if rows}
     lines = [
         f"Verdicts in healthy runs ({HEALTHY_STEPS} steps each), at new seeds:",
         "",
-        "| verdict | " + " | ".join(groups) + " | all |",
-        "|---|" + "---:|" * (len(groups) + 1),
+        "| verdict | " + " | ".join(parts) + " | all |",
+        "|---|" + "---:|" * (len(parts) + 1),
     ]
     for rule in RULES:
-        counts = [sum(rule.failure in r.said for r in rows) for rows in groups.values()]
-        cells = [f"{c} / {len(rows)}" for c, rows in zip(counts, groups.values(), strict=True)]
+        counts = [sum(rule.failure in r.said for r in rows) for rows in parts.values()]
+        cells = [f"{c} / {len(rows)}" for c, rows in zip(counts, parts.values(), strict=True)]
         lines.append(f"| {rule.failure} | {' | '.join(cells)} | {share(sum(counts), len(healthy))} |")
-    some = [sum(bool(r.said) for r in rows) for rows in groups.values()]
-    cells = [f"{c} / {len(rows)}" for c, rows in zip(some, groups.values(), strict=True)]
+    some = [sum(bool(r.said) for r in rows) for rows in parts.values()]
+    cells = [f"{c} / {len(rows)}" for c, rows in zip(some, parts.values(), strict=True)]
     lines.append(f"| any | {' | '.join(cells)} | {share(sum(some), len(healthy))} |")
     where = Counter((r.case.problem, r.case.optimizer, name) for r in healthy for name in r.said)
     if where:
@@ -125,6 +127,19 @@ def alarms(healthy: list[Row]) -> str:
             lines += ["", f"Validation loss at the end over its lowest, of healthy runs {words}: "]
             lines[-1] += f"median {median(rises):.2f}, from {min(rises):.2f} to {max(rises):.2f}."
     return "\n".join(lines) + "\n"
+
+
+def groups(rows: list[Row]) -> dict[str, list[Row]]:
+    """Runs of families that rules were tried on, and of those that were held out, by what the tables call them."""
+    parts: dict[str, list[Row]] = {"known families": [], "held-out families": []}
+    for row in rows:
+        parts["held-out families" if PROBLEMS[row.case.problem].held_out else "known families"].append(row)
+    return parts
+
+
+def hits(rows: list[Row]) -> str:
+    """In how many of the runs the verdict that is looked for came in time."""
+    return share(sum(delay(row) is not None for row in rows), len(rows))
 
 
 def family(problem: str) -> str:

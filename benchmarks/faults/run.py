@@ -120,7 +120,8 @@ def train(case: Case, steps: int | None = None, watched: bool = True) -> Outcome
         factor = next((f for start, f in setup.rates.items() if name.startswith(start)), 1.0)
         if factor:
             groups.setdefault(factor, []).append(p)
-    opt = optimizer(case.optimizer, [{"params": ps, "lr": setup.rate * f} for f, ps in groups.items()], setup.rate)
+    given = [{"params": ps, "lr": setup.rate * f} for f, ps in groups.items()]
+    opt = optimizer(case.optimizer, given, setup.rate, problem.decay)
     own, outcome = isinstance(loss_fn, Own), Outcome(case, guilty=setup.guilty)
     monitor = None
     if watched:
@@ -152,6 +153,8 @@ def train(case: Case, steps: int | None = None, watched: bool = True) -> Outcome
                 loss = loss.mean()
             opt.zero_grad()
             loss.backward()
+            if problem.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), problem.clip)
             opt.step()
         if outcome.broken is None and not math.isfinite(loss.item()):
             outcome.broken = step

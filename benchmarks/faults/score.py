@@ -78,8 +78,8 @@ def score(rows: list[Row], healthy: list[Row]) -> Score:
 
 
 def harmed(row: Row, healthy: list[Row]) -> bool:
-    """Whether the validation loss at the end is 10 % above the median of healthy runs at that step, or no number."""
+    """Whether the validation loss ends above the median of healthy runs at that step by 10 % of it, or is no number."""
     at = (FAULTS[row.case.fault].onset + WINDOW - 1) // VALID_EVERY
     peers = [h for h in healthy if (h.case.problem, h.case.optimizer) == (row.case.problem, row.case.optimizer)]
     usual = median(h.valid[at] for h in peers)
-    return row.broken is not None or not math.isfinite(row.valid[-1]) or row.valid[-1] > 1.1 * usual
+    return row.broken is not None or not math.isfinite(row.valid[-1]) or row.valid[-1] > usual + 0.1 * abs(usual)

@@ -18,8 +18,8 @@ from benchmarks.faults.problems import PROBLEMS
 from benchmarks.faults.run import Case, Outcome, hear, train
 from benchmarks.faults.score import Row, summary
 
-#: Rules were made on seeds below 100; those from 100 to 899 that were scored came before some rules changed.
-SEED = 900
+#: Rules were made on seeds below 100; scores at seeds from 100 to 999 had been seen before these rules were scored.
+SEED = 1000
 
 
 def cases(healthy: int, small: bool, half: bool = True) -> Iterator[Case]:

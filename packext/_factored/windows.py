@@ -112,10 +112,8 @@ class Window:
         k, out = self.kernel[0], self.out[0]
         if self.stride[0] != 1 or self.dilation[0] != 1 or k == 1 or out < k or torch.is_grad_enabled():
             return None
-        x = self.unfold(x, 1)
-        d, (images, channels) = len(self.kernel), x.shape[:2]
+        d, channels = len(self.kernel), x.shape[1]
         c, rest, groups = channels // self.groups, math.prod(self.kernel[1:]), self.groups
-        x = x.permute(1, *range(d + 2, 2 * d + 1), 2, 0, *range(3, d + 2))  # [C, *kernel, rows, images, *out]
         acc, height = accumulation_dtype(x.dtype), out + k - 1
         found = torch.zeros(groups, c, k, rest, c, k, rest, dtype=acc, device=x.device)
 
@@ -123,9 +121,9 @@ class Window:
             for row in rows:
                 found[:, :, row, :, :, row + apart] += product.view(groups, c, rest, c, rest)
 
-        step = max(1, 4 * _scratch.TILE // max(1, x.numel() // images))
-        for lo in range(0, images, step):
-            tile = x.narrow(d + 1, lo, min(step, images - lo))
+        step = max(1, 4 * _scratch.TILE // max(1, channels * rest * height * math.prod(self.out[1:])))
+        for images in x.split(step):  # [C, *kernel, rows, images, *out]
+            tile = self.unfold(images, 1).permute(1, *range(d + 2, 2 * d + 1), 2, 0, *range(3, d + 2))
             tile = scratch("patches", tile.shape, acc, x.device).copy_(tile).view(groups, c * rest, height, -1)
             for apart in range(k):
                 # Every row of the kernel passes rows k - 1 to `out` of the image, some the others.

@@ -13,41 +13,52 @@ from packext.diagnostics.rules.gradients import _Matrices
 
 
 class DeadReLUs(Rule):
-    """Nine tenths of the units of a layer have got no gradient for ten looks, or half of them and it does not pass.
+    """Nine tenths of the units of a layer have got no gradient for ten looks, or half of them never have.
 
     A unit that is shut for one batch may open for the next, and some are shut in most healthy layers. Before a network
     tells samples apart, each unit of a layer is open for all or shut for all, so that half of them are by chance, and
     many open again when it does: half have to be shut in 15 looks in a row, of which those count in which the loss is
-    under nine tenths of the largest that it has been. Says nothing while the last layer's own units get no gradient
-    either, nor if in one of the last 20 looks the loss was under a fifth of what it was: then few samples carry the
-    gradient, and the model has what it needs. Nor of a bias that gets no gradient at all though its weight does: that
-    one cancels, as between two halves whose difference is taken.
+    under nine tenths of the largest that it has been. And they must have been so since the loss fell under that, from
+    ten such looks on: a layer of which more than half got gradients then, and which shuts one unit after the other
+    while the loss falls further, is one from which learning takes units that it has no use for, as where each part of a
+    code costs; then only nine tenths count. A loss near its largest begins this anew, since a leap may shut many. Says
+    nothing while the last layer's own units get no gradient either, nor if in one of the last 20 looks the loss was
+    under a fifth of what it was: then few samples carry the gradient, and the model has what it needs. Nor of a bias
+    that gets no gradient at all though its weight does: that one cancels, as between two halves whose difference is
+    taken.
     """
 
     failure = "dead ReLUs"
     advice = "Lower the learning rate, start with smaller or no negative biases, or use LeakyReLU or GELU."
     reads = ("IdleUnits", "Loss", "GradNorm")
     hold, release = 3, 10
-    share, most, lasting, begun, learned = 0.5, 0.9, 15, 0.9, 0.2
+    share, most, looks, lasting, begun, learned = 0.5, 0.9, 10, 15, 0.9, 0.2
 
     def __init__(self) -> None:
         """Start before the first step."""
         self._largest, self._lately = 0.0, Recent(20)
         self._rows: dict[str, int] = {}  # of layers of which half is shut: in how many looks in a row
+        self._fallen = 0  # looks in a row in which the loss was under nine tenths of its largest
+        self._open: set[str] = set()  # layers of which more than half got gradients in the tenth of these, or later
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, idle = values.get("Loss"), by_layer(values, "IdleUnits")
         if loss is not None:
             self._largest = max(self._largest, abs(loss))
             self._lately.add(abs(loss))
+        begun = loss is None or abs(loss) < self.begun * self._largest
+        self._fallen = self._fallen + 1 if begun else 0
         if not idle:
             return None
         weights = {k for k, norm in by_layer(values, "GradNorm").items() if norm and "weight" in k}
         idle = {k: share for k, share in idle.items() if share < 1 or k.replace("bias", "weight") not in weights}
-        begun = loss is None or abs(loss) < self.begun * self._largest
-        half = {name: self._rows.get(name, 0) for name, share in idle.items() if share >= self.share}
-        self._rows = {name: row + begun for name, row in half.items()}
-        where = tuple(k for k, row in self._rows.items() if idle[k] >= self.most or row >= self.lasting)
+        if not begun:
+            self._open.clear()
+        elif self._fallen >= self.looks:
+            self._open |= {name for name, share in idle.items() if share < self.share}
+        half = {k for k, share in idle.items() if share >= self.share and k not in self._open}
+        self._rows = {name: self._rows.get(name, 0) + begun for name in half}
+        where = tuple(k for k, share in idle.items() if share >= self.most or self._rows.get(k, 0) >= self.lasting)
         if not where or [*idle.values()][-1] >= self.share:
             return None
         if min(self._lately.values, default=math.inf) < self.learned * self._largest:

@@ -192,43 +192,33 @@ def test_a_single_gradient_explodes_if_it_is_above_all_before() -> None:
     assert hear(rules.ExplodingGradients(), [{"GradNorm": v} for v in (*[1.0] * 15, 1e3)]) == [(15, None)]
 
 
+def wrong(*last: float, others: float = 0.1, count: int = 16, n: float = 100.0) -> list[tuple[int, int | None]]:
+    """Some of 100 samples, which are named in each batch, go from 0.5 to these in turn from look 30 on."""
+    fixed = {"Loss": 1.0, "BatchSize": n, "SampleLosses.hardest": np.arange(100)}
+    pages = []
+    for step in range(80):
+        own = 0.5 if step < 30 else last[(step - 30) % len(last)]
+        losses = np.array([own] * count + [others] * (100 - count))
+        pages.append({**fixed, "SampleLosses": others, "SampleLosses.largest": losses})
+    return hear(rules.LabelNoise(), pages)[:1]
+
+
 def test_wrong_labels_count_by_what_they_cost() -> None:
-    def noise(last: float, others: float = 0.1, wrong: int = 1) -> list[tuple[int, int | None]]:
-        """One (or more) of 20 samples, which are all of every batch, goes from 0.5 to `last`."""
-        fixed = {"BatchSize": 20.0, "SampleLosses.hardest": np.arange(20)}
-        losses = [np.array([*[last if step else 0.5] * wrong, *[others] * (20 - wrong)]) for step in range(80)]
-        return hear(
-            rules.LabelNoise(),
-            [{**fixed, "Loss": 1.0, "SampleLosses": others, "SampleLosses.largest": own} for own in losses],
-        )
-
-    # From look 30 on it adds last / 20 to a mean over 20 looks. With 19 of 2.0 that is 9.5 % of the first loss, and its
-    # standard error 0.1 sqrt(0.95 * 0.05 / 19) = 0.5 %; with 18 it is 9 %, and 0.69 %.
-    assert noise(2.0) == [(48, None)]
-    assert noise(1.45) == []  # 7.25 %
-    assert noise(1.55) == [(49, None)]  # 7.75 %
-    assert noise(2.0, others=0.6) == []  # nothing has been learned yet
-    assert noise(1.15, wrong=3) == []  # though they have risen, and come to 17 %: below 1.2
-    assert noise(1.25, wrong=3) == [(44, None)]  # 14.1 % by 3 times 1.86 % with 15 looks
+    # Of k samples with 2.0 it is 2 k %, with a standard error of 2 sqrt(k) %.
+    assert wrong(2.0) == [(31, None)]  # 32 - 24 %, with the second visit above
+    assert wrong(2.0, count=15) == wrong(2.0, count=13) == [(32, None)]  # 26 - 21.6 %, and above half of it: the third
+    assert wrong(2.0, count=12) == []  # 24 - 20.8 %
+    assert wrong(2.0, 2.0, 0.5, count=15) == []  # two visits of three, again and again
+    assert wrong(2.0, others=0.6) == []  # nothing has been learned yet
+    assert wrong(1.15, count=40) == []  # though they have risen, and come to 46 %: below 1.2
+    assert wrong(1.25, count=40) == [(31, None)]
+    assert wrong(2.0, n=200.0) == [(32, None)]  # half of the batch is not named, and counts: 16 - 12 %
+    assert wrong(2.0, count=13, n=200.0) == []
 
 
-def test_wrong_labels_have_to_be_sure_or_to_last() -> None:
-    def sample(losses: list[float]) -> list[tuple[int, int | None]]:
-        """One sample of 20, with a loss of 1 in 30 looks, and then these; the others' falls to nothing."""
-        pages = []
-        for step, loss in enumerate([1.0] * 30 + losses):
-            page = {"Loss": 1.0, "BatchSize": 20.0, "SampleLosses": 1.0 if step == 0 else 0.1}
-            pages.append({**page, "SampleLosses.hardest": np.array([7]), "SampleLosses.largest": np.array([loss])})
-        return hear(rules.LabelNoise(), pages)[:1]
-
-    # Each look at a loss of 4 is a share of 0.2, from the second on. With 8 of 20 their mean is above 0.075; with 14
-    # it is 0.14, and its standard error 0.2 sqrt(0.7 * 0.3 / 19) = 0.021.
-    assert sample([4.0] * 25) == [(30 + 14, None)]
-    # Of three visits it is one look less: 8 of 20 with ten looks, which count if it was so 20 looks ago or more.
-    once, less = [4.0] * 14 + [0.5] * 40, [4.0] * 9 + [0.5] * 40
-    assert sample(once) == sample(less * 5) == []
-    assert sample(once + once) == [(30 + 54 + 9, None)]
-    assert sample([4.0, 4.0, 0.5] * 40) == []  # 2 of 3 visits, again and again: 0.067 on average
+def test_a_few_samples_that_weigh_more_are_no_wrong_labels() -> None:
+    assert wrong(20.0, count=1) == wrong(5.0, count=9) == []  # 20 and 45 % in all 50 looks, of one and of nine samples
+    assert wrong(math.inf, count=20) == wrong(math.nan, count=20) == []
 
 
 def test_a_loss_that_bursts_is_said_at_once() -> None:

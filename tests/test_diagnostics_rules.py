@@ -399,9 +399,12 @@ def test_a_loss_of_both_signs_does_not_tell_what_is_learned() -> None:
 def test_losses_below_zero_have_no_line_above_which_labels_are_wrong(rest: float, said: list[str]) -> None:
     judge, found = Judge([rules.LabelNoise()]), []
     for step in range(60):
-        losses = np.array([1.0 + 0.1 * step, *[rest if step else 1.0] * 3])
-        page = {"Loss": 1.0, "BatchSize": 4.0, "SampleLosses": losses[1], "SampleLosses.largest": losses}
-        page |= {"SampleLosses.hardest": np.arange(4), "SampleLosses.quantiles": np.sort(losses)[[0, 0, 1, 1, 2, 3, 3]]}
+        losses = np.array([1.0 + 0.1 * step] * 16 + [rest if step else 1.0] * 48)
+        page = {"Loss": 1.0, "BatchSize": 64.0, "SampleLosses": losses[-1], "SampleLosses.largest": losses}
+        page |= {
+            "SampleLosses.hardest": np.arange(64),
+            "SampleLosses.quantiles": np.quantile(losses, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]),
+        }
         found += [v.name for v in judge.hear(step, page)]
     assert found[:1] == said
 

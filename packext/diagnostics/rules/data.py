@@ -19,34 +19,36 @@ class LabelNoise(SinceStart):
 
     A model that has learned something is sure of it, and so is surest to be wrong on a sample whose label is. Samples
     that are hard but right fall sooner or later. A sample is suspected if its loss in both of its last two visits was
-    above that of its first, 30 looks ago or more, and above 1.2 times the mean loss of the first step. Said when over
-    20 looks the suspects' losses come to 7.5 % of what all samples' losses were in the first step, while the median
-    loss is under half of that. Losses are summed, not suspects counted, because of two classes or of numbers the
-    hardest of right samples are many, and little above the line.
+    above that of its first, 30 looks ago or more, and above 1.2 times the mean loss of the first step. Said when the
+    suspects' losses come to 7.5 % of what the losses of all known samples were in the first step, or those of suspects
+    that were above in their last three visits to half of that, while the median loss is under half of what it was.
+    Losses are summed, not suspects counted, because of two classes or of numbers the hardest of right samples are many,
+    and little above the line.
 
-    While a model learns, its right samples come to as much for a while, and again. So it has to be so by three standard
-    errors over the 20 looks; or, of those alone that were above in their last three visits, now and 20 looks ago or
-    more. Needs to know which samples are which (`monitor.step(samples=...)`), and three epochs. A visit is one that
-    `SampleLosses` names: of a batch larger than its `count`, these are the samples with the largest losses. Named are
-    the suspects, the largest loss first. Nothing is said of losses below zero: it is from there that lines are drawn.
+    It has to be so by three standard errors, over samples: what varies is which samples the set has, and where a few
+    weigh more (rare positives) a handful carries the sum. Looks are no independent evidence, since the same samples
+    come again. While a model learns, its right samples come to as much for a while, and again, but of these few stay
+    above for three visits, which is why half is enough then. Needs to know which samples are which
+    (`monitor.step(samples=...)`), and three epochs. A visit is one that `SampleLosses` names: of a batch larger than
+    its `count`, these are the samples with the largest losses, and for each of them n / count are taken to be known.
+    Named are the suspects, the largest loss first. Nothing is said of losses below zero: it is from there that lines
+    are drawn.
     """
 
     failure = "label noise"
     advice = "Look at the samples that are named and at their labels; train without them, or with a robust loss."
     reads = ("SampleLosses", "BatchSize", "Loss")
     hold, release = 1, 20
-    learned, above, share, errors, since, window, memory = 0.5, 1.2, 0.075, 3.0, 30, 20, 100_000
+    learned, above, errors, since, memory = 0.5, 1.2, 3.0, 30, 100_000
+    shares = (2, 0.075), (3, 0.0375)  # by how many visits in a row
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
-        self._shares, self._lasting = Recent(self.window), Recent(self.window)
-        # Look and loss of the first visit, and losses of the last two, the later first.
-        self._visits: dict[int, tuple[int, float, float, float]] = {}
+        self._visits: dict[int, tuple[int, float, int]] = {}  # look and loss of the first; how many above it in a row
+        self._suspects: dict[int, tuple[float, int]] = {}  # loss of the last visit, and how many in a row
         self._looks = 0
-        self._found: int | None = None
         self._below = False  # whether a loss has been below zero
-        self._suspects: dict[int, float] = {}
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, n, samples = (values.get(name) for name in ("Loss", "BatchSize", "SampleLosses.hardest"))
@@ -55,34 +57,29 @@ class LabelNoise(SinceStart):
         self._below = self._below or values.get("SampleLosses.quantiles", (0.0,))[0] < -0.01 * self.first
         if self._below:
             return None
-        limit, found, lasting = self.above * self.first, 0.0, 0.0
+        limit = self.above * self.first
         for sample, own in zip(samples.tolist(), values["SampleLosses.largest"].tolist(), strict=True):
-            since, first, last, before = self._visits.pop(sample, (self._looks, own, -math.inf, -math.inf))
+            since, first, row = self._visits.pop(sample, (self._looks, own, 0))
+            row = row + 1 if max(limit, first) < own < math.inf else 0
             self._suspects.pop(sample, None)
-            if self._looks - since >= self.since and min(own, last) > max(limit, first):
-                self._suspects[sample] = own
-                found += own
-                lasting += own if before > max(limit, first) else 0.0
-            self._visits[sample] = since, first, own, last
+            if self._looks - since >= self.since and row >= 2:
+                self._suspects[sample] = own, row
+            self._visits[sample] = since, first, row
         while len(self._visits) > self.memory:
             self._suspects.pop(next(iter(self._visits)), None)
             del self._visits[next(iter(self._visits))]
         self._looks += 1
-        self._shares.add(found / (n * self.first))
-        self._lasting.add(lasting / (n * self.first))
-        if not self._shares.full or not values["SampleLosses"] < self.learned * self.first:
+        if not values["SampleLosses"] < self.learned * self.first:
             return None
-        if not self._shares.mean - self.errors * self._shares.error >= self.share:
-            if self._lasting.mean < self.share:
-                return None
-            if self._found is None:
-                self._found = self._looks
-            if self._looks - self._found < self.window:
-                return None
-        worst = sorted(self._suspects, key=lambda sample: -self._suspects[sample])
+        whole = self.first * len(self._visits) * n / len(samples)
+        losses = {k: [own for own, row in self._suspects.values() if row >= k] for k, _ in self.shares}
+        # Of a sum of independent terms that are there or not, the variance is at most the sum of their squares.
+        if not any(sum(v := losses[k]) - self.errors * math.hypot(*v) >= share * whole > 0 for k, share in self.shares):
+            return None
+        worst = sorted(self._suspects, key=lambda sample: -self._suspects[sample][0])
         return Finding(
             f"{len(worst)} samples have losses above {limit:.3g} that have risen since their first visit, and come to "
-            f"{percent(self._shares.mean)} % of all that was lost at first; the median loss is "
+            f"{percent(sum(losses[2]) / whole)} % of all that was lost at first; the median loss is "
             f"{values['SampleLosses']:.2g}.",
             tuple(f"sample {sample}" for sample in worst),
         )

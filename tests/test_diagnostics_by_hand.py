@@ -119,7 +119,7 @@ def test_a_rise_counts_by_its_noise() -> None:
 
 
 def fitted(
-    valid: Sequence[float], train: Sequence[float], above: Sequence[int], n: int = 64, kept: int = 16
+    valid: Sequence[float], train: Sequence[float], above: Sequence[int], n: int = 128, kept: int = 16
 ) -> list[tuple[int, int | None]]:
     """Logs, each after a batch of n samples, of which some have a loss of 9 and all others one of 0.1."""
     pages = logs(valid, train)
@@ -131,12 +131,12 @@ def fitted(
 def test_a_gap_counts_if_samples_are_known_by_heart() -> None:
     valid, train = [0.9, *[0.5] * 9], [1.0, *[0.2] * 9]
     assert fitted(valid, train, [0] * 10) == [(9, None)]  # with the fifth log
-    assert fitted(valid, train, [1] * 10) == []  # one in 64 has a loss above that of validation
-    assert fitted(valid, train, [1] * 10, n=128) == [(9, None)]  # one in 128
+    assert fitted(valid, train, [1] * 10) == []  # 5 of 640 have a loss above that of validation: 6.4 - 5 < 2 sqrt(6.4)
+    assert fitted(valid, train, [1] * 10, n=256) == [(9, None)]  # 12.8 - 5 > 2 sqrt(12.8)
     assert fitted(valid, train, [0, 0, 4, 0, 0, 0, 0, 0, 0, 0]) == [(15, None)]  # when that batch is the sixth last
     assert fitted(valid, train, [0] * 7 + [4] * 3) == [(9, None), (9, 15)]
-    assert fitted(valid, train, [0] * 10, n=19) == []  # of 95 samples none is not one in a hundred
-    assert fitted(valid, train, [0] * 10, n=20) == [(9, None)]
+    assert fitted(valid, train, [0] * 10, n=79) == []  # of 395 losses none is not surely one in a hundred
+    assert fitted(valid, train, [0] * 10, n=80) == [(9, None)]
     assert fitted(valid, train, [16] * 10, n=4096) == []  # how many are above is not known
     assert overfitting(valid, train) == []  # nor here
 

@@ -94,11 +94,12 @@ class Overfitting(SinceStart):
     rise takes away: where 0.7 came down to 0.10, one to 0.12 is a fifth of the lowest value, and 3 % of what the model
     knows. (Early stopping asks for the ratio to the lowest value; Prechelt 1998.)
 
-    By heart: over the last five values not one in a hundred of the samples that were trained on had a loss above
-    `valid_loss`, while of samples that are fitted and not memorised some always have, since losses have a long tail;
-    the loss is under half of that of the first step; and `valid_loss` lies above it by a tenth of that. A gap alone
-    says little: every fitted model has one, and a small validation set that is harder by chance has one from the start.
-    Needs `SampleLosses`. By the medians of five: one value may jump in the middle of a run that goes well.
+    By heart: over the last five values fewer than one in a hundred of the samples that were trained on had a loss above
+    `valid_loss`, by two standard errors of their number (so that 400 losses are needed, of which none is above), while
+    of samples that are fitted and not memorised some always have, since losses have a long tail; the loss is under half
+    of that of the first step; and `valid_loss` lies above it by a tenth of that. A gap alone says little: every fitted
+    model has one, and a small validation set that is harder by chance has one from the start. Needs `SampleLosses`. By
+    the medians of five: one value may jump in the middle of a run that goes well.
 
     Rise and gap have to be five standard errors: three are no chance, and the lowest of fifty means of noise lies two
     under theirs. The noise of a value is estimated by how far it lies off the line through its two neighbours, over the
@@ -110,7 +111,7 @@ class Overfitting(SinceStart):
     advice = "Stop at the lowest valid_loss; more data, augmentation, weight decay or dropout."
     reads = ("valid_loss", "Loss", "SampleLosses", "BatchSize")
     hold, release = 1, 1
-    risen, fallen, fitted, gap, above, errors, values = 0.1, 0.9, 0.5, 0.1, 0.01, 5.0, 5
+    risen, fallen, fitted, gap, above, sure, errors, values = 0.1, 0.9, 0.5, 0.1, 0.01, 2.0, 5.0, 5
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -180,7 +181,8 @@ class Overfitting(SinceStart):
         # If all of those that are kept lie above, nobody knows how many do.
         above = sum(n if all(largest > valid) else (largest > valid).sum() for n, largest in looks)
         seen = sum(n for n, _ in looks)
-        if seen * self.above < 1 or above >= self.above * seen:
+        rare = self.above * seen
+        if seen == 0 or above > rare - self.sure * math.sqrt(rare):
             return None
         return Finding(
             f"valid_loss is {valid:.3g}, which {above:.0f} of the last {seen:.0f} losses of samples that were trained "

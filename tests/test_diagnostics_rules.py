@@ -319,7 +319,8 @@ def names(rule: Any, pages: list[dict[str, Any]]) -> list[tuple[str, int]]:
     [
         ([1.0] * 9 + [0.95, 0.93, 0.94, 0.91, 0.92, 0.90, 0.89, 0.88, 0.87, 0.86, *[0.7] * 10], False),
         ([1.0, 0.99, 1.01] * 8, True),  # not lower than noise is
-        ([1.0, 1.3, *[1.0] * 7, 0.95, 0.93, 0.94, 0.91, 0.92, 0.90, 0.89, 0.88], True),  # it had risen
+        ([1.0, *[1.3] * 3, *[1.0] * 5, 0.95, 0.93, 0.94, 0.91, 0.92, 0.90, 0.89, 0.88], True),  # it had risen
+        ([1.0, 1.3, *[1.0] * 7, 0.95, 0.93, 0.94, 0.91, 0.92, 0.90, 0.89, 0.88, *[0.8] * 3], False),  # a single batch
     ],
 )
 def test_long_steps_of_which_the_loss_falls(losses: list[float], said: bool) -> None:

@@ -21,7 +21,8 @@ class LearningRateTooHigh(SinceStart):
     a loss may rise for reasons that no learning rate mends. A diverging run often ends on a plateau without gradients,
     where nothing of it is seen any more: the longest step of the last ten counts. Some optimizers' first steps are
     their longest, as RMSprop's, which divides by averages that begin at zero. So a loss that was lower in the last
-    five looks than ever before, and 3 % lower than where it began, does fall, unless it had once risen by a fifth.
+    five looks than ever before, and 3 % lower than where it began, does fall, unless its median had once risen by a
+    fifth.
     """
 
     failure = "learning rate too high"
@@ -52,7 +53,7 @@ class LearningRateTooHigh(SinceStart):
         now = loss if burst else self._loss.median
         if loss < self._low:
             self._low, self._new = loss, self._steps
-        self._risen = self._risen or not loss <= self.above * self.first
+        self._risen = self._risen or not now <= self.above * self.first
         high = now > self.above * self.first
         falls = not self._risen and self._low < self.lower * self.first and self._steps - self._new < self.since
         stays = self._steps > self.patience and now > self.stuck * self.first and length > 5 * self.long and not falls

@@ -239,6 +239,11 @@ def test_a_rate_is_too_low_only_where_the_loss_does_not_fall() -> None:
     assert run(1 + noise) == [(43, None)]
     assert run(1 + noise - 0.0015 * np.arange(60)) == []  # by 6 % until look 40, in noise of 1 %
     assert run(1 + noise, update=0.01) == []
+    # The first batch is high by chance, and 41 steps of 1e-4 take off 0.4 %; 41 of 3e-3 might have taken off a tenth.
+    chance = np.array([1.3, *(1 + noise)])
+    assert run(chance) == [(43, None)]
+    assert run(chance, update=3e-3) == run(chance, update=4e-3) == []
+    assert run(chance[1:], update=9e-4) == [(43, None)]
 
 
 def test_a_fall_is_told_by_ranks() -> None:

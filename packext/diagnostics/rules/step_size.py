@@ -76,6 +76,10 @@ class LearningRateTooLow(SinceStart):
     that has vanished, under optimizers that make up for its size, and from labels that are mostly chance, of which no
     step learns more. And neither the rate nor steps are growing, as they do in a warm-up.
 
+    Where the loss began is known from one batch alone, whose loss may be high by chance (a rare positive that weighs
+    more). So it is where it began, too, if all steps until now together could not have taken a tenth off it: the mean
+    of the bound, times their number.
+
     Gradients are small where many runs begin, and grow as these leave it: so the loss must not have fallen for sure,
     which is five standard errors by ranks since the start (`Fall`). Nothing is said while `.grad` is not empty when a
     step begins, since then steps do not follow the gradient.
@@ -91,7 +95,7 @@ class LearningRateTooLow(SinceStart):
         """Start before the first step."""
         super().__init__()
         self._loss, self._update, self._gain, self._fall = Recent(20), Recent(20), Recent(20), Fall()
-        self._looks, self._steady = 0, Steady()
+        self._looks, self._gains, self._steady = 0, 0.0, Steady()
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, update, gradient = (values.get(name) for name in ("Loss", "UpdateSize", "GradNorm"))
@@ -103,13 +107,15 @@ class LearningRateTooLow(SinceStart):
         self._loss.add(abs(loss))
         self._update.add(update)
         self._gain.add(gradient * update)
+        self._gains += gradient * update
         self._fall.add(loss)
         self._looks += 1
         if self._steady.add(values) < self.hold or self._looks < self.least or self._fall.sure:
             return None
         mean, gain, growing = self._loss.mean, self._gain.mean, self._update.values[-1] > 1.5 * self._update.values[0]
+        most = self._gains / self._looks * (step + 1)  # what all steps can have taken off
         if (
-            mean > self.unlearned * self.first
+            (mean > self.unlearned * self.first or most < (1 - self.unlearned) * mean)
             and gain < self.bound * mean
             and update < self.short * norm
             and not growing

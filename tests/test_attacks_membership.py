@@ -154,22 +154,28 @@ def test_judging_scores() -> None:
             attacks.judge(bad, o)
 
 
-@pytest.mark.parametrize(("n", "shift"), [(5, 3.0), (20, 3.0), (50, 4.0)])
-def test_the_interval_of_an_area_holds_for_few_samples(n: int, shift: float) -> None:
-    """By bootstrap alone it holds the true area in 18, 77 and 75 % of the cases."""
+@pytest.mark.parametrize(
+    ("sizes", "shift", "spread"),
+    [((5, 5), 3.0, 1.0), ((20, 20), 3.0, 1.0), ((50, 50), 4.0, 1.0), ((3, 5), 0.0, 5.0), ((10, 300), 0.0, 5.0)],
+)
+def test_the_interval_of_an_area_holds_for_few_samples(sizes: tuple[int, int], shift: float, spread: float) -> None:
+    """By bootstrap alone it holds the true area in 18 to 77 % of the first three cases.
+
+    Where spreads differ, Newcombe's does in 81 and 91 %: it takes the distributions for alike.
+    """
     generator = torch.Generator().manual_seed(0)
-    true = NormalDist().cdf(shift / math.sqrt(2))
+    true = NormalDist().cdf(shift / math.sqrt(1 + spread**2))
     held = []
     for _ in range(200):
-        m, o = (torch.randn(n, generator=generator) + by for by in (shift, 0.0))
-        low, high = attacks.judge(m, o, draws=50).interval
+        m = shift + spread * torch.randn(sizes[0], generator=generator)
+        low, high = attacks.judge(m, torch.randn(sizes[1], generator=generator), draws=100).interval
         held.append(low <= true <= high)
     assert sum(held) >= 0.93 * len(held)
 
 
 def test_the_interval_of_an_area_is_no_point() -> None:
     low, high = attacks.judge(torch.ones(3), torch.zeros(3)).interval
-    assert high == 1.0 and 0.4 < low < 0.6, "three of each are in this order by chance in one of twenty cases"
+    assert high == 1.0 and 0.1 < low < 0.5, "three of each are in this order by chance in one of twenty cases"
     low, high = attacks.judge(torch.ones(300), torch.zeros(300)).interval
     assert high == 1.0 and 0.98 < low < 1.0
 

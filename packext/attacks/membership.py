@@ -135,8 +135,9 @@ class Judged(NamedTuple):
     Attributes:
         auc: area under the ROC curve; 0.5 for guessing.
         tpr: true positive rate at false positive rates of 0.1 % and 1 %; None where there are too few others to tell.
-        interval: of the area, 95 %: by bootstrap over samples, and no narrower than what the numbers of samples allow
-            (Newcombe 2006, method 5), which is no point where all members are on one side.
+        interval: of the area, 95 %: by Bayesian bootstrap over samples with one more of each side at the end of what
+            scores can be (Gaffke 2005, here for two samples). It holds for few samples, of which it is wide, whatever
+            the two distributions of scores, and is no point where all members are on one side.
     """
 
     auc: float
@@ -162,25 +163,12 @@ def judge(members: Tensor, others: Tensor, draws: int = 500, seed: int = 0) -> J
     m, o = members.double().flatten().cpu(), others.double().flatten().cpu()
     if _tell_nothing(m, o):
         raise ValueError(f"judge() needs scores without NaN of members and others, got {len(m)} and {len(o)}.")
-    generator = torch.Generator().manual_seed(seed)
-    areas = torch.stack(
-        [
-            _area(
-                m[torch.randint(len(m), (len(m),), generator=generator)],
-                o[torch.randint(len(o), (len(o),), generator=generator)],
-            )
-            for _ in range(draws)
-        ]
-    )
-    low, high = areas.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     rates: dict[float, float | None] = {}
     for fpr in (0.001, 0.01):
         allowed = math.floor(fpr * len(o))
         # The threshold is a score of one of the others: with none allowed beyond it, it would be a matter of luck.
         rates[fpr] = float((m > o.sort(descending=True).values[allowed]).double().mean()) if allowed else None
-    area = float(_area(m, o))
-    least, most = _area_interval(area, len(m), len(o))
-    return Judged(area, rates, (min(low, least), max(high, most)))
+    return Judged(float(_area(m, o)), rates, _area_interval(m, o, draws, torch.Generator().manual_seed(seed)))
 
 
 def _tell_nothing(*scores: Tensor) -> bool:
@@ -188,22 +176,24 @@ def _tell_nothing(*scores: Tensor) -> bool:
     return any(not len(v) or bool(v.isnan().any()) for v in scores)
 
 
-def _area_interval(area: float, members: int, others: int, quantile: float = 1.959964) -> tuple[float, float]:
-    """Areas from which this one is so many standard errors away, at most (Newcombe 2006, method 5)."""
-    more = (members + others) / 2 - 1
+def _area_interval(members: Tensor, others: Tensor, draws: int, generator: torch.Generator) -> tuple[float, float]:
+    """The interval of the area, see `Judged`."""
+    ordered = others.sort().values
+    below, upto = (torch.searchsorted(ordered, members, side=side) for side in ("left", "right"))
+    areas = torch.empty(2, draws, dtype=torch.float64)
+    for k in range(draws):
+        mine, theirs = (_weights(len(scores), generator) for scores in (members, others))
+        sums = torch.nn.functional.pad(theirs.cumsum(0), (1, 0))
+        seen = float(mine @ (sums[below] + sums[upto])) / 2
+        # All pairs with one of the two samples that were not seen are wrong, or right.
+        areas[0, k], areas[1, k] = seen, seen + 1 - float(mine.sum() * theirs.sum())
+    return max(0.0, float(areas[0].quantile(0.025))), min(1.0, float(areas[1].quantile(0.975)))
 
-    def within(true: float) -> bool:
-        spread = 1 + more * (1 - true) / (2 - true) + more * true / (1 + true)
-        return (area - true) ** 2 <= quantile**2 * true * (1 - true) * spread / (members * others)
 
-    ends = []
-    for outside in (0.0, 1.0):
-        inside = area
-        for _ in range(50):
-            middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if within(middle) else (inside, middle)
-        ends.append(inside)
-    return ends[0], ends[1]
+def _weights(n: int, generator: torch.Generator) -> Tensor:
+    """Of n samples, which with that of one more sum to 1."""
+    found = torch.empty(n + 1, dtype=torch.float64).exponential_(generator=generator)
+    return found[:-1] / found.sum()
 
 
 def _area(members: Tensor, others: Tensor) -> Tensor:

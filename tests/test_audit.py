@@ -20,8 +20,8 @@ from packext import _cli, attacks, defences, demo
 from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit.case import Case, Clock, fingerprint
 from packext.audit.closed import closed, divided
-from packext.audit.findings import BY_CHANCE, beyond, findings
-from packext.audit.inversion import inversion
+from packext.audit.findings import BY_CHANCE, _told, beyond, findings
+from packext.audit.inversion import Attempt, _summary, inversion
 from packext.audit.labels import by_chance, labels
 from packext.audit.records import _rate, epsilon, membership, records, roc
 from packext.audit.section import plain, restored
@@ -398,6 +398,9 @@ def test_labels_through_secure_aggregation() -> None:
     audit = run(normed().eval(), LOSS, images(80), sharing, budget=FEW)
     s = audit.labels
     assert s.clients_exact is not None and s.clients_exact.value == 1.0 and s.capacity == 13 and s.cohort == 4
+    assert s.rounds == 3 and s.clients_exact.low == pytest.approx(
+        0.2924, abs=1e-4
+    )  # of three rounds, not of 12 clients
     assert "reads every client's labels through secure aggregation" in titles(audit, "high")
     assert audit.setting.behind == s.samples == 32 and s.identity == 1.0
     assert "more than 13 it cannot tell apart" in next(f for f in audit.findings if "normalisation" in f.title).evidence
@@ -491,6 +494,20 @@ def test_half_precision() -> None:
     assert audit.setting.dtype == "bfloat16" and audit.records.norms and audit.membership.scores
     assert audit.inversion.searches and audit.labels.rules
     json.dumps(audit.to_json(), allow_nan=False)
+
+
+def test_samples_of_one_message_are_no_evidence_each() -> None:
+    """One search finds all of its message, the other none."""
+    case = Case(normed(), LOSS, images(60), Sharing(batch_size=8), FEW)
+    x = torch.zeros(8)
+    done = attacks.Reconstruction(x, x, (0.1,), False, 1)
+    made = [Attempt(x, x, torch.full((8,), mse), x, None, hits, done) for mse, hits in ((1e-4, 8), (0.5, 0))]
+    found = _summary("Deep", 8, made, attacks.DeepLeakage(1), case)
+    for share in (found.recovered, found.identified):
+        assert share.value == 0.5 and share == Interval.share(1, 2) and share.low < 0.02 and share.high > 0.98
+    several = replace(found, recovered=Interval(0.0, 0.0, 0.1))
+    assert _told(several)  # by chance 8 of 16 are not recognised among so many
+    assert not _told(replace(several, identified=Interval(1 / 16, 0.0, 0.5)))
 
 
 def test_searches_recover_what_they_should() -> None:

@@ -202,7 +202,9 @@ def _reached(r: SearchResult) -> float:
 
 def _told(r: SearchResult) -> bool:
     """Whether inputs were recovered, or recognised far more often than by chance."""
-    return r.recovered.value > 0 or r.identified.low > 10 / r.candidates
+    made = r.samples * r.seeds  # by chance alone, each of them by itself
+    recognised = Interval.share(round(r.identified.value * made), made) if made else r.identified
+    return r.recovered.value > 0 or recognised.low > 10 / r.candidates
 
 
 def _evidence(r: SearchResult | None) -> str:

@@ -320,8 +320,9 @@ def _summary(name: str, n: int, made: list[Attempt], attack: Any, case: Case) ->
         len(made),
         bare.restarts,
         bare.iterations,
-        Interval.share(int((mse < RECOVERED).sum()), len(mse)),
-        Interval.share(sum(a.identified for a in made), len(mse)),
+        # Samples of one message are found together or not at all: messages are what there are several of.
+        Interval.mean([float((a.mse < RECOVERED).double().mean()) for a in made]),
+        Interval.mean([a.identified / len(a.mse) for a in made]),
         len(candidates(case)),
         float(mse.mean()),
         float(mse.min()),

@@ -216,10 +216,10 @@ def _through_aggregation(case: Case, found: Labels) -> None:
             cohort = case.cohort(batches)
             counts, error = attack.counts(plan, cohort.round(plan.states), cohort.sizes, case.loss_fn)
             true = torch.stack([torch.bincount(y.cpu(), minlength=found.classes) for _, y in batches])
-            exact += (counts.cpu() == true).all(1).tolist()
+            exact.append(float((counts.cpu() == true).all(1).double().mean()))  # one system of equations for all
             doubt += error.tolist()
             found.rounds += 1
-        found.clients_exact = Interval.share(sum(exact), len(exact))
+        found.clients_exact = Interval.mean(exact)
         found.doubt = float(torch.tensor(doubt).median())
 
 

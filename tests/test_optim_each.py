@@ -472,6 +472,7 @@ def test_a_bound_over_all_parameters_is_one() -> None:
 
 def test_intervals_that_do_not_fit_are_refused() -> None:
     params = list(network().parameters())
+    private: Any = {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0}
     for make, text in (
         (lambda: optim.KFAC(params, factors_every=10, inverses_every=15), "multiple of factors_every, got 15 and 10"),
         (lambda: optim.EKFAC(params, scales_every=10, basis_every=15), "multiple of scales_every, got 15 and 10"),
@@ -490,6 +491,11 @@ def test_intervals_that_do_not_fit_are_refused() -> None:
         (lambda: optim.KFAC(params, seed=-1), "KFAC: seed must be an int of 0 or more, got -1"),
         (lambda: optim.KFAC([{"params": params, "seed": 0.5}]), "seed must be an int of 0 or more, got 0.5"),
         (lambda: optim.KFAC([{"params": params, "lr": "0.1"}]), "KFAC: lr must be a number, got '0.1'"),
+        (lambda: optim.KFAC([{"params": params, "lr": None}]), "KFAC: lr must be a number, got None"),
+        (lambda: optim.SINGD([{"params": params, "momentum": None}]), "SINGD: momentum must be a number, got None"),
+        (lambda: optim.KFAC([{"params": params, "damping": torch.ones(2)}]), "damping must be a number, got tensor"),
+        (lambda: optim.DPSGD(params, float("inf"), **private), "DPSGD: lr must be finite and not negative, got inf"),
+        (lambda: optim.DPAdam(params, math.inf, **private), "DPAdam: lr must be finite and not negative, got inf"),
         (lambda: optim.Sophia(params, betas=(0.9, 1.0)), "betas must be at least 0 and less than 1"),
         (lambda: optim.AdaHessian(params, power=2.0), "power must be between 0 and 1, got 2.0"),
         (lambda: optim.SPRING(params, max_step=0.0), "max_step must be positive, or None, got 0.0"),

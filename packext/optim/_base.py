@@ -465,6 +465,7 @@ def alike(name: str, groups: Sequence[dict[str, Any]]) -> None:
 #: Hyperparameters that are at least zero, and those that are averages' weights.
 NOT_NEGATIVE = ("lr", "damping", "weight_decay", "eps", "kl_clip", "max_norm", "rho", "precondition_lr")
 FRACTIONS = ("momentum", "precondition_momentum", "decay", "betas")
+OPTIONAL = ("kl_clip", "max_norm", "decay")
 
 
 def check(name: str, what: str, value: Any) -> None:
@@ -498,5 +499,11 @@ def _expected(what: str, value: Any) -> str:
         return "two numbers"
     if what == "maximize" and value:  # which groups of torch's optimizers have
         return "left out (negate the loss: curvature is of what is minimised)"
-    known = what not in (*NOT_NEGATIVE, *FRACTIONS) or all(isinstance(v, (Real, Tensor, type(None))) for v in several)
+    known = (
+        what not in (*NOT_NEGATIVE, *FRACTIONS) or (value is None and what in OPTIONAL) or all(map(_is_real, several))
+    )
     return "" if known else "a number"
+
+
+def _is_real(value: Any) -> bool:
+    return value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)

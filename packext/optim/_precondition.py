@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -312,6 +313,6 @@ def interval(every: int) -> int:
     Raises:
         ValueError: if it is no int of 1 or more.
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"an interval must be an int of 1 or more steps, got {every!r}.")
-    return every
+    if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
+        raise ValueError(f"an interval (`every` and its like) must be an int of 1 or more steps, got {every!r}.")
+    return int(every)

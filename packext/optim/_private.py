@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 import packext as px
+from packext.optim._base import check
 from packext.optim._merge import place
 from packext.optim.accounting import Spent
 
@@ -108,6 +110,15 @@ class Private(torch.optim.Optimizer):
             ValueError: for a number out of its range, or options that contradict each other.
         """
         super().__init__(params, lr, **options)  # type: ignore[arg-type] - of torch's optimizer, which comes next
+        for group in self.param_groups:
+            check(type(self).__name__, "lr", group["lr"])
+        if not all(isinstance(v, Real) for v in (max_norm, noise_multiplier, expected_batch_size)):
+            raise ValueError(
+                "max_norm, noise_multiplier and expected_batch_size must be numbers, got "
+                f"{max_norm!r}, {noise_multiplier!r} and {expected_batch_size!r}."
+            )
+        if not isinstance(adaptive, (AdaptiveClipping, type(None))):
+            raise ValueError(f"adaptive must be an AdaptiveClipping, got {adaptive!r}.")
         if not (0 < max_norm < math.inf and 0 <= noise_multiplier < math.inf and 0 < expected_batch_size < math.inf):
             raise ValueError(
                 "max_norm and expected_batch_size must be positive and noise_multiplier not negative, got "

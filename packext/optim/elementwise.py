@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -147,8 +148,8 @@ class AdaHessian(Optimizer):
         Raises:
             ValueError: for a power out of its range.
         """
-        if not 0 <= power <= 1:
-            raise ValueError(f"power must be between 0 and 1, got {power}.")
+        if not (isinstance(power, Real) and 0 <= power <= 1):
+            raise ValueError(f"power must be between 0 and 1, got {power!r}.")
         part = HessianMoments(betas, eps, power, mc_samples)
         super().__init__(params, [part, DecoupledDecay(weight_decay), Descend(lr)], seed, process_group)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ class SPRING(Optimizer):
         Raises:
             ValueError: if `max_step` is not positive.
         """
-        if max_step is not None and not max_step > 0:
-            raise ValueError(f"max_step must be positive, or None, got {max_step}.")
+        if max_step is not None and not (isinstance(max_step, Real) and max_step > 0):
+            raise ValueError(f"max_step must be positive, or None, got {max_step!r}.")
         parts = [SampleSpace(damping, momentum), Descend(lr)]
         super().__init__(params, parts)
         self.max_step = max_step

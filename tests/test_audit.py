@@ -20,7 +20,7 @@ from packext import _cli, attacks, defences, demo
 from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit.case import Case, Clock, fingerprint
 from packext.audit.closed import closed, divided
-from packext.audit.findings import BY_CHANCE, _told, beyond, findings
+from packext.audit.findings import BY_CHANCE, _told, beyond, findings, odds
 from packext.audit.inversion import Attempt, _summary, inversion
 from packext.audit.labels import by_chance, labels
 from packext.audit.records import _rate, epsilon, membership, records, roc
@@ -494,6 +494,10 @@ def test_half_precision() -> None:
     assert audit.setting.dtype == "bfloat16" and audit.records.norms and audit.membership.scores
     assert audit.inversion.searches and audit.labels.rules
     json.dumps(audit.to_json(), allow_nan=False)
+
+
+def test_chances_are_written_as_people_do() -> None:
+    assert [odds(p) for p in (1.0, 0.25, 0.0321, 0.00012)] == ["100 %", "25 %", "3.2 %", "0.012 %"]
 
 
 def test_samples_of_one_message_are_no_evidence_each() -> None:

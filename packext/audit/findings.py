@@ -241,8 +241,8 @@ def _labels(audit: Audit) -> Iterator[Finding]:
     best = max(sure or s.rules, key=lambda r: r.over_guess.value)
     evidence = (
         f"{best.rule} counts {percent(best.accuracy)} of the labels of {s.samples} samples, guessing {whole(s.guess)} "
-        f"({best.draws} messages; by chance, the best rule is as far above in {100 * best.chance:.2g} %); all counts "
-        f"were exact in {percent(best.exact)}."
+        f"({best.draws} message{'s' * (best.draws > 1)}; by chance, the best rule is as far above in "
+        f"{odds(best.chance)}); all counts were exact in {percent(best.exact)}."
     )
     if sure:
         yield Finding(
@@ -375,6 +375,11 @@ def beyond(value: Interval, choices: int) -> float:
 def whole(value: float | None) -> str:
     """A rate without an interval, such as "80 %"."""
     return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def odds(chance: float) -> str:
+    """A probability that may be small, such as "0.012 %"."""
+    return whole(chance) if chance >= 0.1 else f"{100 * chance:.2g} %"
 
 
 def percent(value: Interval) -> str:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packext.audit.findings import percent, whole
+from packext.audit.findings import odds, percent, whole
 from packext.audit.section import Section
 
 try:
@@ -249,7 +249,7 @@ def _closed(s: Any) -> str:
 
 def _labels(s: Any) -> str:
     rows = [
-        [r.rule, _rate(r.accuracy), _rate(r.exact), r.draws, f"{100 * r.chance:.2g} %"]
+        [r.rule, _rate(r.accuracy), _rate(r.exact), r.draws, odds(r.chance)]
         for r in sorted(s.rules, key=lambda r: -r.accuracy.value)
     ]
     if s.guess is not None:

@@ -595,3 +595,14 @@ def test_the_monitor_hears_all_rules_unless_told_otherwise() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     assert {type(rule) for rule in Cockpit(model, optimizer).judge.rules} == set(RULES)
     assert Cockpit(model, optimizer, rules=[]).judge.rules == []
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("-inf"), float("nan")])
+def test_a_sample_whose_loss_is_no_number_ends_no_run(loss: float) -> None:
+    """Of any rule: training may go on with such a sample, and so may the monitor."""
+    judge = Judge([kind() for kind in RULES])
+    for step in range(80):
+        own = np.array([loss if step else 1.0, *[0.1 if step else 1.0] * 3])
+        page = {"Loss": 0.5 if step else 1.0, "BatchSize": 4.0, "SampleLosses": 0.1, "SampleLosses.largest": own}
+        judge.hear(step, {**page, "SampleLosses.hardest": np.arange(4), "valid_loss": 0.5, "GradNorm": 1.0})
+    assert "label noise" not in [verdict.name for verdict in judge.standing.values()]

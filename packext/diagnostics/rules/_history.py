@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from packext.diagnostics._verdict import Rule, Said
@@ -42,11 +42,6 @@ class Recent:
     def mean(self) -> float:
         """Their mean."""
         return fmean(self.values)
-
-    @property
-    def error(self) -> float:
-        """Standard error of their mean, if they are independent; two are needed."""
-        return stdev(self.values) / math.sqrt(len(self.values))
 
     @property
     def median(self) -> float:

@@ -50,7 +50,7 @@ def test_a_property_that_is_there_is_found_and_one_that_is_not_is_not(dim: int |
         scores = [classifier(*batches(model, loss, seen[600:], y[600:], has[600:], present)) for present in (4, 0)]
         judged = attacks.judge(scores[0], scores[1])
         if inverted:
-            assert judged.auc > 0.97 and judged.interval[0] > 0.93
+            assert judged.auc > 0.97 and judged.interval[0] > 0.9
             assert scores[0].median() > 0 > scores[1].median()
         else:
             assert judged.interval[0] < 0.5 < judged.interval[1] and 0.35 < judged.auc < 0.65

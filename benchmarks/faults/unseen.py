@@ -34,9 +34,9 @@ def _rows(images: Tensor, labels: Tensor, n: int, g: torch.Generator) -> tuple[T
     like = torch.multinomial(same[first].float(), 1, generator=g)
     unlike = torch.multinomial((~same[first]).float(), 4, generator=g)
     place = torch.randint(5, (n,), generator=g)
-    others = torch.cat([unlike, unlike[:, :1]], 1)
-    others[torch.arange(n), place] = like[:, 0]
-    others[:, 4] = torch.where(place == 4, like[:, 0], unlike[torch.arange(n), place % 4])
+    others, every = torch.cat([unlike, like], 1), torch.arange(n)
+    others[:, 4] = others[every, place]
+    others[every, place] = like[:, 0]
     return images[torch.cat([first[:, None], others], 1)], place
 
 

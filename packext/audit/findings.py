@@ -203,7 +203,7 @@ def _reached(r: SearchResult) -> float:
 def _told(r: SearchResult) -> bool:
     """Whether inputs were recovered, or recognised far more often than by chance."""
     made = r.samples * r.seeds  # by chance alone, each of them by itself
-    recognised = Interval.share(round(r.identified.value * made), made) if made else r.identified
+    recognised = Interval.share(round(r.identified.value * made), made)
     return r.recovered.value > 0 or recognised.low > 10 / r.candidates
 
 

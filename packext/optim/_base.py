@@ -500,10 +500,11 @@ def _expected(what: str, value: Any) -> str:
     if what == "maximize" and value:  # which groups of torch's optimizers have
         return "left out (negate the loss: curvature is of what is minimised)"
     known = (
-        what not in (*NOT_NEGATIVE, *FRACTIONS) or (value is None and what in OPTIONAL) or all(map(_is_real, several))
+        what not in (*NOT_NEGATIVE, *FRACTIONS) or (value is None and what in OPTIONAL) or all(map(is_real, several))
     )
     return "" if known else "a number"
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
+    """Whether `value` is one real number, or a tensor of one."""
     return value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)

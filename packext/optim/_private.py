@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 import packext as px
-from packext.optim._base import check
+from packext.optim._base import check, is_real
 from packext.optim._merge import place
 from packext.optim.accounting import Spent
 
@@ -112,7 +111,7 @@ class Private(torch.optim.Optimizer):
         super().__init__(params, lr, **options)  # type: ignore[arg-type] - of torch's optimizer, which comes next
         for group in self.param_groups:
             check(type(self).__name__, "lr", group["lr"])
-        if not all(isinstance(v, Real) for v in (max_norm, noise_multiplier, expected_batch_size)):
+        if not all(is_real(v) for v in (max_norm, noise_multiplier, expected_batch_size)):
             raise ValueError(
                 "max_norm, noise_multiplier and expected_batch_size must be numbers, got "
                 f"{max_norm!r}, {noise_multiplier!r} and {expected_batch_size!r}."

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 
 import packext as px
 from packext.optim import _lists as lists
-from packext.optim._base import Optimizer
+from packext.optim._base import Optimizer, is_real
 from packext.optim._merge import Count
 from packext.optim._parts import DecoupledDecay, Descend, average
 from packext.optim._precondition import diagonal, interval
@@ -148,7 +147,7 @@ class AdaHessian(Optimizer):
         Raises:
             ValueError: for a power out of its range.
         """
-        if not (isinstance(power, Real) and 0 <= power <= 1):
+        if not (is_real(power) and 0 <= power <= 1):
             raise ValueError(f"power must be between 0 and 1, got {power!r}.")
         part = HessianMoments(betas, eps, power, mc_samples)
         super().__init__(params, [part, DecoupledDecay(weight_decay), Descend(lr)], seed, process_group)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import packext as px
-from packext.optim._base import Optimizer
+from packext.optim._base import Optimizer, is_real
 from packext.optim._parts import Descend
 from packext.optim._work import Part, Skip, Work
 
@@ -63,7 +62,7 @@ class SPRING(Optimizer):
         Raises:
             ValueError: if `max_step` is not positive.
         """
-        if max_step is not None and not (isinstance(max_step, Real) and max_step > 0):
+        if max_step is not None and not (is_real(max_step) and max_step > 0):
             raise ValueError(f"max_step must be positive, or None, got {max_step!r}.")
         parts = [SampleSpace(damping, momentum), Descend(lr)]
         super().__init__(params, parts)

@@ -216,6 +216,10 @@ class Point:
         """Of each parameter the products with its block of the Hessian, second derivatives of functions modified."""
         raise NotImplementedError
 
+    def part(self, places: Sequence[int]) -> Point:
+        """Products with the block of some of the parameters, by their places."""
+        return _Part(self, places)
+
     def block(self, product: Callable[[Sequence[Tensor]], list[Tensor]], k: int, matrix: Tensor) -> Tensor:
         """Products of `matrix` `[V, *p]` with the diagonal block of parameter k, by `hessian` or `ggn`."""
         refuse_vectors(matrix, self.parameters[k])
@@ -225,6 +229,27 @@ class Point:
             vectors[k] = row.to(vectors[k])
             rows.append(product(vectors)[k])
         return torch.stack(rows) if rows else torch.zeros_like(matrix)
+
+
+class _Part(Point):
+    """The block of some of the parameters: products of vectors that are zero elsewhere."""
+
+    def __init__(self, whole: Point, places: Sequence[int]) -> None:
+        self.parameters = [whole.parameters[k] for k in places]
+        self._whole, self._places = whole, places
+
+    def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return self._within(self._whole.hessian, vectors)
+
+    def ggn(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return self._within(self._whole.ggn, vectors)
+
+    def _within(self, product: Callable[[Sequence[Tensor]], list[Tensor]], vectors: Sequence[Tensor]) -> list[Tensor]:
+        filled = [torch.zeros_like(p) for p in self._whole.parameters]
+        for k, vector in zip(self._places, vectors, strict=True):
+            filled[k] = vector
+        products = product(filled)
+        return [products[k] for k in self._places]
 
 
 def refuse_vectors(matrix: Tensor, parameter: Tensor) -> None:

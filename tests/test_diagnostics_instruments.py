@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import packext as px
@@ -308,12 +311,44 @@ def test_the_largest_eigenvalue_over_several_steps_is_never_the_smallest() -> No
                     p += 0.05 * torch.randn_like(p)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_largest_eigenvalue_is_of_the_monitors_own_model(nested: bool) -> None:
+    """The loss of a generator passes through its discriminator, which is extended as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    judge = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    z, one = torch.randn(N, 3).double(), torch.ones(N, 1).double()
+    plain = copy.deepcopy((model, judge))
+    want = []
+    for k, moved in enumerate(plain):
+
+        def value(*values: Tensor, k: int = k, moved: nn.Module = moved) -> Tensor:
+            other = dict(zip(dict(moved.named_parameters()), values, strict=True))
+            run = [(lambda v: torch.func.functional_call(moved, other, (v,))) if j == k else plain[j] for j in (0, 1)]
+            return F.binary_cross_entropy_with_logits(run[1](run[0](z)), one)
+
+        blocks = torch.autograd.functional.hessian(value, tuple(moved.parameters()))
+        rows = [
+            torch.cat([b.reshape(p.numel(), -1) for b in row], 1)
+            for p, row in zip(moved.parameters(), blocks, strict=True)
+        ]
+        want.append(float(torch.linalg.eigvalsh(torch.cat(rows))[-1]))
+    first, _, loss = watched(HessMaxEV(1e-6), model=model, loss=nn.BCEWithLogitsLoss())
+    second, _, _ = watched(HessMaxEV(1e-6), model=judge)
+    for _ in range(2):  # the second begins with the vector of the first
+        with first.step(), second.step() if nested else nullcontext():
+            loss(judge(model(z)), one).backward()
+        assert first.values["HessMaxEV"] == pytest.approx(want[0], rel=1e-6)
+        if nested:
+            assert second.values["HessMaxEV"] == pytest.approx(want[1], rel=1e-6)
+
+
 class Hasty(HessMaxEV):
     """Stops after two products, whatever their residual."""
 
     @property
     def needs(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return (MeanTopEigenvalues(tol=self.tol, start=self._vector, ncv=2, maxiter=1),)
+        return (MeanTopEigenvalues(self._model, tol=self.tol, start=self._vector, ncv=2, maxiter=1),)
 
 
 def test_a_largest_eigenvalue_that_has_not_converged_is_not_given() -> None:

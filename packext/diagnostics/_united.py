@@ -87,6 +87,9 @@ class _Averaged:
     def __init__(self, point: Any, average: Callable[[Tensor], Tensor]) -> None:
         self.parameters, self._point, self._average = point.parameters, point, average
 
+    def part(self, places: Sequence[int]) -> _Averaged:
+        return _Averaged(self._point.part(places), self._average)
+
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         found = self._point.hessian(vectors)
         flat = self._average(torch.cat([t.reshape(-1) for t in found]))

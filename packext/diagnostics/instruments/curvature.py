@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
@@ -31,17 +31,32 @@ class MeanHessianTrace(px.HessianTrace):
 
 
 class MeanTopEigenvalues(px.TopEigenvalues):
-    """Of the mean of the samples' own losses, in `mean_top_eigenvalues`; why Lanczos has failed, where it has."""
+    """Of the mean of the samples' own losses over the parameters of one model, in `mean_top_eigenvalues`.
+
+    Why Lanczos has failed, where it has. The loss may pass through other extended models (a generator's through its
+    discriminator), whose parameters a Hessian of all would have, too.
+    """
 
     savefield = "mean_top_eigenvalues"
 
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        """Take the model, and what `TopEigenvalues` takes."""
+        super().__init__(**options)
+        self.model = model
+
     def measure(self, point: Any, generator: torch.Generator) -> list[Any]:
+        own = {id(p) for p in self.model.parameters()}
+        places = [k for k, p in enumerate(point.parameters) if id(p) in own]
         try:
-            return super().measure(point, generator)
+            found = super().measure(point.part(places), generator) if places else []
         except px.PackextError as error:
             if not str(error).startswith("eigsh: "):  # of the model, not of what its products are
                 raise
-            return [str(error)] * len(point.parameters)
+            found = [str(error)] * len(places)
+        whole: list[Any] = ["a parameter of another model"] * len(point.parameters)
+        for k, one in zip(places, found, strict=True):
+            whole[k] = one
+        return whole
 
     def land(self, held: Any, n: int, factor: float) -> Any:
         return held if isinstance(held, str) else super().land(held, n, factor / n)
@@ -80,7 +95,7 @@ class HessTrace(Instrument):
 
 
 class HessMaxEV(Instrument):
-    """The largest eigenvalue of the Hessian H of the loss, by Lanczos, and the norm of its residual.
+    """The largest eigenvalue of the Hessian H of the loss in the model's parameters, by Lanczos; its residual's norm.
 
     An eigenvalue lies within "HessMaxEV.residual" of the value, whose own error is of the order of the residual's
     square over the distance to the next eigenvalue. Each step starts from the eigenvector of the last one that was
@@ -108,6 +123,9 @@ class HessMaxEV(Instrument):
         self.tol = tol
         self.start(0)
 
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model = model
+
     def start(self, step: int) -> None:
         self._vector: dict[Tensor, Tensor] | None = None
         self._generator = torch.Generator().manual_seed(0)
@@ -115,7 +133,7 @@ class HessMaxEV(Instrument):
     @property
     def needs(self) -> tuple[Any, ...]:  # type: ignore[override]
         ncv = None if self._vector is None else 5
-        return (MeanTopEigenvalues(tol=self.tol, start=self._vector, ncv=ncv),)
+        return (MeanTopEigenvalues(self._model, tol=self.tol, start=self._vector, ncv=ncv),)
 
     def measure(self, step: Step) -> dict[str, Any]:
         found = step.layers("mean_top_eigenvalues")

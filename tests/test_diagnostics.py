@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import packext as px
 from packext import testing
@@ -420,6 +421,45 @@ def test_two_models_under_two_monitors(nested: bool) -> None:
     assert monitors[1].values["SampleNorms.largest"] == pytest.approx(norms.numpy())
     assert "NormTest" in monitors[0].values and "Alpha" in {**monitors[0].values, **monitors[0].absent}
     assert monitors[0].values["GradNorm"] != pytest.approx(monitors[1].values["GradNorm"])
+
+
+def pruned(model: nn.Sequential) -> None:
+    prune.l1_unstructured(model[2], "weight", 0.4)
+
+
+def deepened(model: nn.Sequential) -> None:
+    model.insert(2, nn.Linear(6, 6))
+    px.extend(model)
+
+
+def other_head(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(6, 3)
+    px.extend(model)
+
+
+@pytest.mark.parametrize("operate", [pruned, deepened, other_head])
+def test_parameters_that_others_replace_during_the_training(operate: Any) -> None:
+    """What is kept of a parameter is not that of another one which has got its name."""
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)), px.extend(nn.CrossEntropyLoss())
+    with torch.no_grad():
+        model[0].bias.fill_(10.0)[:2] = -100.0  # two units are never on, the others always
+    monitor = Cockpit(px.extend(model), torch.optim.SGD(model.parameters(), LR), "full", instruments=[])
+    kept = next(i for i in monitor.instruments if isinstance(i, IdleUnits))
+    kept.steps = 3
+    for step in range(9):
+        if step == 4:
+            operate(model)
+            monitor.optimizer = torch.optim.SGD(model.parameters(), LR)
+        train(monitor, loss, *batch())
+        assert ("Distance" in monitor.values) == (step < 4)
+        assert monitor.values.get("IdleUnits/0.bias", 0.0) == (0.0 if step < 2 else pytest.approx(1 / 3))
+        if operate is not pruned:  # two steps before there is a value
+            assert ("IdleUnits/2.bias" in monitor.values) == (step in (2, 3) or step >= 6)
+        if step == 4:
+            assert "the parameters changed" in monitor.absent["Alpha"]
+        elif step:
+            assert "the parameters changed" not in monitor.absent.get("Alpha", "")
 
 
 # -- where a statistic is undefined --------------------------------------------------------------------

@@ -17,7 +17,7 @@ from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._observe import Observer
 from packext.diagnostics._ranks import Ranks, inside
 from packext.diagnostics._schedule import linear
-from packext.diagnostics._step import Absent, Count, Step
+from packext.diagnostics._step import Absent, Count, Step, same
 from packext.diagnostics._united import HESSIAN
 from packext.diagnostics._verdict import Judge, Rule, Verdict
 from packext.diagnostics.instruments import LEVELS
@@ -135,7 +135,7 @@ class Cockpit:
         self.steps, self._begun = self.ranks.first_step(lambda: _begin(self.sinks, names)), False
         for instrument in self.instruments:
             instrument.start(self.steps)
-        self._left: tuple[int, list[int]] | None = None
+        self._left: tuple[int, Mapping[str, Tensor], list[int]] | None = None
         self._waiting = self._open = False
         self._following: list[tuple[int, Instrument, tuple[Any, ...]]] = []
 
@@ -341,7 +341,7 @@ class Watch:
 
     def _record(self, observer: Observer) -> None:
         monitor, step = self._monitor, observer.step
-        after = monitor._left == (step.number - 1, observer._versions)  # the gradient was taken where that step ended
+        after = self._goes_on(observer)  # the gradient was taken where the last step ended
         late, due = _Page(), _Page()
         for k, (_, instrument, _) in enumerate(self._following, len(self._due)):
             self._measure(late, k, instrument, instrument.conclude if after else _moved, step)
@@ -350,7 +350,7 @@ class Watch:
                 needs = instrument.follow()
                 if needs is not None:
                     monitor._following.append((step.number, instrument, needs))
-        monitor._left = (step.number, observer.versions())
+        monitor._left = (step.number, step.parameters, observer.versions())
         # What the next step says of one that was looked at is added to what was said of it.
         values, absent = ({}, {}) if self._due else (monitor.values, monitor.absent)
         monitor.absent = {**absent, **late.absent, **due.absent}
@@ -359,6 +359,12 @@ class Watch:
         pages += [(step.number, due)] if self._due else []
         for number, page in pages:
             monitor._write(number, page.values, page.absent)
+
+    def _goes_on(self, observer: Observer) -> bool:
+        """Whether the parameters were, in the pass, those that the step before has left, and where it left them."""
+        step = observer.step
+        number, parameters, versions = self._monitor._left or (-1, {}, [])
+        return number == step.number - 1 and versions == observer._versions and same(parameters, step.parameters)
 
     def _measure(self, page: _Page, k: int, instrument: Instrument, read: Callable[[Step], Any], step: Step) -> bool:
         try:

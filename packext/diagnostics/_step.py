@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,6 +37,11 @@ def outside(rows: float, whole: float) -> str:
     if not (math.isfinite(rows) and math.isfinite(whole)):
         return OVERFLOW
     return "" if abs(rows - whole) <= 0.01 * max(rows, whole) else OUTSIDE
+
+
+def same(ones: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether they are the same parameters by the same names."""
+    return ones.keys() == others.keys() and all(p is others[name] for name, p in ones.items())
 
 
 def _sum(values: list[Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from packext.diagnostics._instrument import Instrument
-from packext.diagnostics._step import Absent, Step
+from packext.diagnostics._step import Absent, Step, same
 from packext.diagnostics._tensors import norms, norms_apart
 
 
@@ -94,7 +94,8 @@ class Distance(Instrument):
     - Units: those of the parameters
     - Cost: a copy of the parameters that is held; no quantity
     - Source: the definition
-    - Absent: in a record that was continued; if other parameters require grad than in the first step
+    - Absent: in a record that was continued; if other parameters require grad than in the first step, also others of
+      the same names
     """
 
     def __init__(self) -> None:
@@ -109,8 +110,8 @@ class Distance(Instrument):
         if self._resumed:
             raise Absent("the record was continued: where the parameters started is not in it")
         if self._first is None:
-            self._first = step.start
+            self._first, self._parameters = step.start, step.parameters
         start = step.start
-        if start.keys() != self._first.keys():
+        if not same(self._parameters, step.parameters):
             raise Absent("other parameters require grad than in the first step")
         return norms_apart(start, self._first)

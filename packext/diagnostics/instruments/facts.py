@@ -179,22 +179,26 @@ class IdleUnits(Instrument):
         self.start(0)
 
     def start(self, step: int) -> None:
-        self._idle: dict[str, Tensor] = {}  # tracked steps since the last gradient, by parameter
-        self._seen = 0
+        # Of each parameter, by name: itself, in how many tracked steps it had a gradient, and how many it is since each
+        # entry last had one.
+        self._idle: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def measure(self, step: Step) -> dict[str, Any]:
         units = _units(step.model)
         vectors = {name: g for name, g in step.gradient.items() if id(step.parameters[name]) in units}
         if not vectors:
             raise Absent("no parameter with one axis, beside a weight with as many rows, has got a gradient")
-        self._seen += 1
         for name, g in vectors.items():
-            before = self._idle.get(name, torch.zeros_like(g))
-            self._idle[name] = torch.where(g == 0, before + 1, 0.0)
-        if self._seen < self.steps:
+            parameter = step.parameters[name]
+            held, seen, since = self._idle.get(name, (parameter, 0, torch.zeros_like(g)))
+            if held is not parameter:  # another one has its name now
+                seen, since = 0, torch.zeros_like(g)
+            self._idle[name] = parameter, seen + 1, torch.where(g == 0, since + 1, 0.0)
+        known = [name for name in vectors if self._idle[name][1] >= self.steps]
+        if not known:
             return {}
-        shares = torch.stack([(self._idle[name] >= self.steps).float().mean() for name in vectors]).tolist()
-        return dict(zip(vectors, shares, strict=True))
+        shares = torch.stack([(self._idle[name][2] >= self.steps).float().mean() for name in known]).tolist()
+        return dict(zip(known, shares, strict=True))
 
 
 def _units(model: nn.Module) -> set[int]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from packext._compiler import original
 from packext._copies import Apart
 from packext._extend import extend, is_extended
 from packext._observation import INPUT as INPUT
@@ -232,7 +233,7 @@ def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | Non
     unsupported stands in the table with its reason, instead of raising.
 
     Args:
-        model: extended or not (then the batch axis is 0).
+        model: extended or not (then the batch axis is 0); may be compiled, and is explained as it was written.
         *inputs: what the model is called with.
         quantities: of gradients, whose routes and costs are shown; norms, variance and inner products by default.
         **kwargs: keyword arguments of the model.
@@ -249,6 +250,7 @@ def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | Non
     """
     if not isinstance(model, nn.Module) or is_loss(model) or next(model.parameters(), None) is None:
         raise TypeError(f"explain expects a model with parameters, got {model!r:.80}.")
+    model = original(model)
     lazy = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
     if lazy:
         raise ValueError(

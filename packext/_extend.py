@@ -145,8 +145,8 @@ def unextend(module: M) -> M:
 
 
 def is_extended(module: nn.Module) -> bool:
-    """Whether `module` is, or is part of, an extended model or loss."""
-    return "_packext" in module.__dict__
+    """Whether `module` is, or is part of, an extended model or loss; may be compiled."""
+    return "_packext" in _compiler.original(module).__dict__
 
 
 def _out_of_reach() -> bool:

@@ -227,6 +227,33 @@ def test_forward_passes_that_overlap() -> None:
     assert backend.runs == 1
 
 
+# torch warns of the hook by which a monitor knows the forward passes of a step.
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
+@pytest.mark.parametrize("way", ["extended, then compiled", "compiled, then extended"])
+def test_a_monitor_is_given_what_is_compiled(way: str) -> None:
+    values = []
+    for model in (px.extend(net()), WAYS[way](Counted())):
+        assert px.is_extended(model)
+        optimizer, loss_fn = torch.optim.SGD(model.parameters(), 0.1), px.extend(nn.CrossEntropyLoss())
+        watch = (px.diagnostics.GradNorm(), px.diagnostics.SampleNorms(), px.diagnostics.OutputScale())
+        monitor = px.diagnostics.Cockpit(model, optimizer, None, instruments=watch)
+        torch.manual_seed(1)
+        for _ in range(2):
+            with monitor.step():
+                loss_fn(model(torch.randn(4, 5).double()), torch.tensor([0, 1, 2, 0])).backward()
+                optimizer.step()
+        values.append({k: v for k, v in monitor.values.items() if "before" not in k})
+    one, other = values
+    assert one.keys() == other.keys() and "GradNorm/0.weight" in one
+    assert all(torch.allclose(torch.as_tensor(v), torch.as_tensor(other[k]), rtol=1e-12) for k, v in one.items())
+
+
+def test_explained_as_it_was_written() -> None:
+    x = torch.randn(4, 2, 5).double()
+    model = torch.compile(px.extend(net(), batch_axis=1), backend=Counted())
+    assert str(px.explain(model, x)) == str(px.explain(px.extend(net(), batch_axis=1), x))  # type: ignore[arg-type]
+
+
 def test_unextend() -> None:
     model = torch.compile(px.extend(net()), backend=Counted())
     px.unextend(model)  # type: ignore[arg-type]

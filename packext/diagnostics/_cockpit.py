@@ -82,8 +82,8 @@ class Cockpit:
         """Choose what to look at, when, and where to write it.
 
         Args:
-            model: extended by `px.extend`. In several processes the `DistributedDataParallel` that holds it, or that is
-                extended itself; others are refused there.
+            model: extended by `px.extend`; may be compiled (`torch.compile`). In several processes the
+                `DistributedDataParallel` that holds it, or that is extended itself; others are refused there.
             optimizer: of the model's parameters. Of several, give one: its learning rate is recorded, and what the
                 others do is seen by how the parameters move.
             level: "economy" (first-order instruments), "business" (and the diagonal of the GGN), "full" (and the
@@ -99,7 +99,7 @@ class Cockpit:
             TypeError: for another thing than one optimizer, or than lists of sinks, instruments or rules.
             ValueError: for an unknown level, or an instrument that does not fit model or optimizer.
         """
-        whole, model = model, inside(model)
+        model, parallel = inside(model)
         if not isinstance(model, nn.Module) or not px.is_extended(model):
             raise px.NotExtendedError(
                 f"Cockpit needs an extended model, got {type(model).__name__}: call model = px.extend(model) first."
@@ -126,7 +126,7 @@ class Cockpit:
         sinks = _instances(sinks, Sink, "sinks", '[px.diagnostics.Run("runs/first")]')
         if rules is not None:
             rules = _instances(rules, Rule, "rules", "[kind() for kind in px.diagnostics.RULES]")
-        self.ranks = Ranks(whole)
+        self.ranks = Ranks(model, parallel)
         self.sinks = sinks if self.ranks.rank == 0 else []
         self.values: dict[str, float | np.ndarray] = _Values({}, {})
         self.absent: dict[str, str] = {}

@@ -17,9 +17,16 @@ from packext.diagnostics._tensors import square
 from packext.diagnostics._united import HESSIAN, Mean, Weighing, instead
 
 
-def inside(model: Any) -> Any:
-    """The model that a `DistributedDataParallel` holds; any other as it is."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def inside(model: Any) -> tuple[Any, DistributedDataParallel | None]:
+    """The model that a `DistributedDataParallel` or `torch.compile` holds, and the former if there is one."""
+    parallel = None
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            parallel, model = model, model.module
+        elif type(model).__module__.startswith("torch._dynamo"):  # an import of it takes a second
+            model = model._modules["_orig_mod"]
+        else:
+            return model, parallel
 
 
 class Ranks:
@@ -32,9 +39,9 @@ class Ranks:
         numbers: what targets are drawn with, which are to be others in each.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Take the model as it is trained."""
-        self.parallel = model if isinstance(model, DistributedDataParallel) else None
+    def __init__(self, model: nn.Module, parallel: DistributedDataParallel | None) -> None:
+        """Take the model, and what averages its gradients."""
+        self.parallel = parallel
         self._group = None if self.parallel is None else self.parallel.process_group
         self.size, self.rank = (1, 0) if self._group is None else (self._group.size(), self._group.rank())
         self.numbers = torch.Generator().manual_seed(self.rank)

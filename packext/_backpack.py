@@ -20,7 +20,7 @@ from packext._layout import Tokens
 from packext._pass import Pass, aimed_at
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record
-from packext._refusals import awaited_loss
+from packext._refusals import awaited_loss, refuse_reentrant
 from packext._results import Results
 from packext._scale import Seen
 from packext._shards import added, is_distributed, like
@@ -322,6 +322,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     def _spread(self, flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         """An extended loss was reached: send its curvature ahead of the gradient."""
+        if waiting := [q for each in flight.heard for q in (*each.context.spreading, *each.context.hessian)]:
+            with due_to(waiting):
+                refuse_reentrant(edge.node)
         account(flight, seen, edge, g.detach())
         for each in flight.heard:
             if each.context.hessian:

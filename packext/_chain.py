@@ -131,11 +131,6 @@ def _toward_taps(start: Any) -> set[Any]:
     todo, found = [start], set()
     while todo:
         node = todo.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            raise UnsupportedUseError(
-                "A part of the extended model is under reentrant activation checkpointing, which hides its functions. "
-                "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
-            )
         for child, _ in node.next_functions:
             if child is not None:
                 if child not in parents:

@@ -34,6 +34,7 @@ from packext._refusals import (
     refuse_inputs_alone,
     refuse_moved,
     refuse_opacus,
+    refuse_run_again,
     refuse_unbounded,
     unseen,
     will_accumulate,
@@ -200,6 +201,8 @@ def enter(record: Record, g: Tensor | None = None) -> None:
             f"{after_distributed(record)}"
         )
     if record not in flight.records:
+        if state.sweep is None and record.born == flight.task:
+            refuse_run_again(record, flight)
         flight.records.append(record)
         if state.sweep is None:
             _agree(record, gates)

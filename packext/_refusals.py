@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
+from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
 from packext._graph import inputs_first
 from packext._use import Source, live_nodes
 
 if TYPE_CHECKING:
     from packext._backpack import backpack
+    from packext._pass import Pass
     from packext._quantity import Quantity
     from packext._record import Record
 
@@ -346,3 +347,37 @@ def refuse_again(record: Record, gates: frozenset[int], contexts: Sequence[backp
     for why, sources in record.half_followed(gates):
         if any(c._wants(s.tensor) and will_accumulate(s.tensor) for s in sources for c in contexts):
             raise UnsupportedUseError(why)
+
+
+def refuse_reentrant(node: Any) -> None:
+    """Refuse curvature of a loss behind a part of a model that is hidden from it, before any gradient is accumulated.
+
+    Args:
+        node: of autograd's graph, where the loss was computed.
+
+    Raises:
+        UnsupportedUseError: if there is one.
+    """
+    if any(type(each).__name__ == "CheckpointFunctionBackward" for each in inputs_first([node])):
+        raise UnsupportedUseError(
+            "A part of the extended model is under reentrant activation checkpointing, which hides its functions. Pass "
+            "use_reentrant=False to torch.utils.checkpoint.checkpoint."
+        )
+
+
+def refuse_run_again(record: Record, flight: Pass) -> None:
+    """Refuse curvature of a part of a model that a Function runs again in its backward, and no column has reached.
+
+    Raises:
+        UnsupportedUseError: if quantities want it of the parameters in there.
+    """
+    asked = [q for f in flight.heard for q in (*f.context.spreading, *f.context.hessian)]
+    reached = any(other.root() is record.root() for other in flight.records)
+    if asked and not reached and any(flight.wants(source.tensor) for source in record.parameters()):
+        with due_to(asked):
+            raise UnsupportedUseError(
+                f"{', '.join(dict.fromkeys(type(q).__name__ for q in asked))} asked for, and a Function runs "
+                f"{type(record.root()).__name__} again in its backward and calls backward() of that, where no "
+                "curvature of the loss arrives. Return the gradients that torch.autograd.grad gives, or ask for "
+                "quantities of individual gradients."
+            )

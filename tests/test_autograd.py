@@ -208,6 +208,33 @@ def test_reentrant_checkpointing_is_refused(part: str) -> None:
     assert all(p.grad is None and not vars(p) for p in model.parameters())
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "quantity", [px.KFAC(), px.EKFAC(), px.DiagGGNMC(), px.SqrtGGNMC(), px.DiagGGNExact(), px.HMP()]
+)
+def test_curvature_of_a_first_part_under_reentrant_checkpointing_is_refused(whole: bool, quantity: Any) -> None:
+    """Columns of a root never come there; individual gradients do."""
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(5, 4), nn.Tanh()), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            part = (lambda t: self.head(self.body(t))) if whole else self.body
+            h = checkpoint.checkpoint(part, x.requires_grad_(), use_reentrant=True)
+            return h if whole else self.head(h)
+
+    model, loss_fn, (x, y) = px.extend(First()), px.extend(nn.CrossEntropyLoss()), batch()
+    with pytest.raises(px.UnsupportedUseError, match="use_reentrant=False"), px.backpack(quantity):
+        loss_fn(model(x), y).backward()
+    assert not any(hasattr(p, quantity.savefield) or p.grad is not None for p in model.parameters())
+    with px.backpack(px.BatchGrad()):
+        loss_fn(model(x), y).backward()
+    for p in model.parameters():
+        torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
+
+
 def test_checkpointed_function_that_holds_a_parameter_is_refused() -> None:
     model, rows, x, y = checkpointed(False, "method")
     with (

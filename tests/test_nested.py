@@ -171,6 +171,29 @@ def test_curvature_is_refused_where_gradients_are_accumulated_within() -> None:
             loss(model(torch.randn(N, D)), torch.randint(3, (N,))).backward()
 
 
+@pytest.mark.parametrize("quantity", [px.DiagGGNMC(), px.KFAC(), px.SqrtGGNMC()])
+def test_curvature_of_what_no_column_reaches_is_refused(quantity: Any) -> None:
+    """With nothing before it that a column would be sent to, a Function is not run for it."""
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh()), nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(Again.apply(x.requires_grad_(), self.inner))
+
+    model, loss = px.extend(First()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(N, D), torch.randint(3, (N,))
+    with pytest.raises(px.UnsupportedUseError, match=f"{type(quantity).__name__}.*Sequential again"):
+        with px.backpack(quantity):
+            loss(model(x), y).backward()
+    assert not any(hasattr(p, quantity.savefield) for p in model.parameters())
+    with px.backpack(quantity, parameters=model.head.parameters()):
+        loss(model(x), y).backward()
+    assert hasattr(model.head.weight, quantity.savefield)
+
+
 def test_a_context_within_a_pass_of_another() -> None:
     """It hears `backward()`, and says why it does not hear `torch.autograd.grad`."""
     model, other = px.extend(nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3))), px.extend(nn.Linear(D, 1))

@@ -29,7 +29,7 @@ from packext._listening import silence
 from packext._pass import Pass
 from packext._places import gates_of, place
 from packext._quantity import Ask, Curvature, HessianQuantity, Point
-from packext._refusals import refuse_divided, refuse_moved, unseen, will_accumulate
+from packext._refusals import refuse_divided, refuse_moved, refuse_replaced, unseen, will_accumulate
 from packext._residual import residual
 from packext._scratch import release
 from packext._statistics import Statistics
@@ -287,7 +287,8 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
     """Give `quantities` products with the Hessian of `sum(g * loss)`, the loss being computed at `edge`.
 
     Raises:
-        PackextError: if it does not come from an extended model, or results of several losses cannot be added.
+        PackextError: if it does not come from an extended model, if results of several losses cannot be added, or where
+            parameters were converted and converted back since the forward pass.
     """
     sources: dict[int, Source] = {}
     inside = seen.record()
@@ -306,11 +307,9 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
             f"The input of the extended {seen.name} does not come from an extended model: call model = "
             "px.extend(model) before the forward pass."
         )
-    sources = {
-        key: s
-        for key, s in sources.items()
-        if s.tensor.requires_grad and flight.context._wants(s.tensor) and will_accumulate(s.tensor)
-    }
+    wanted = [s for s in sources.values() if s.tensor.requires_grad and flight.context._wants(s.tensor)]
+    sources = {id(s.tensor): s for s in wanted if will_accumulate(s.tensor)}
+    refuse_replaced(edge.node, [s for s in wanted if id(s.tensor) not in sources])
     if not sources:
         return
     point = Graph([s.tensor for s in sources.values()], seen, edge, g)

@@ -105,6 +105,27 @@ def refuse_unbounded(record: Record, bounded: Sequence[Quantity], wants: Callabl
         )
 
 
+def refuse_replaced(node: Any, sources: Sequence[Source]) -> None:
+    """Refuse parameters that were converted since the forward pass, and converted back (see `refuse_moved`).
+
+    Args:
+        node: of autograd's graph, behind all of the model.
+        sources: parameters of which the pass seems to compute no gradient.
+
+    Raises:
+        PackextError: if it computes that of one, by the node that accumulated it in the forward pass.
+    """
+    known = {id(source.tensor): source for source in sources}
+    for each in inputs_first([node]) if known else ():
+        source = known.get(id(getattr(each, "variable", None)))
+        if source is not None and awaited(each):
+            raise PackextError(
+                f"{source.name} {list(source.tensor.shape)} was converted or moved between the forward and its "
+                "backward pass, and back (.to(...), .half(), .cpu()). Do that before the forward pass, or when "
+                "backward() has run."
+            )
+
+
 def refuse_divided(record: Record, contexts: Iterable[backpack]) -> None:
     """Refuse curvature of tables whose gradient torch divides by frequencies: what it then calls one is no derivative.
 

@@ -674,6 +674,22 @@ def test_parameters_that_got_another_dtype_before_the_backward_pass(cast: Any, q
     assert all(hasattr(p, quantity.savefield) for p in model.parameters())
 
 
+@pytest.mark.parametrize("layer", [None, 0, 2])
+@pytest.mark.parametrize("quantity", [px.HessianTrace, px.DiagHessianMC, px.TopEigenvalues, px.HMP])
+def test_parameters_that_got_another_dtype_and_their_own_again(layer: int | None, quantity: Any) -> None:
+    """Torch has accumulated by another node since: products would be without these parameters."""
+    model, loss_fn, (x, y) = px.extend(mlp()), px.extend(nn.CrossEntropyLoss()), batch(N)
+    part = model if layer is None else model[layer]
+    with pytest.raises(px.PackextError, match=r"\d.* was converted or moved .* and back"), px.backpack(quantity()):
+        loss = loss_fn(model(x), y)
+        part.float().double()
+        loss.backward()
+    assert not any(hasattr(p, quantity.savefield) for p in model.parameters())
+    with px.backpack(quantity()):
+        loss_fn(model(x), y).backward(inputs=[*part.parameters()])
+    assert all(hasattr(p, quantity.savefield) for p in part.parameters())
+
+
 # -- bad input -------------------------------------------------------------------------------------------
 
 

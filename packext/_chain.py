@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._factored import Factored, accumulation_dtype
 from packext._flight import Sweep, undisturbed
+from packext._graph import name_of
 from packext._layout import Layout, separating
 from packext._listening import silence
 from packext._pass import Pass
@@ -69,7 +70,7 @@ class Chain:
                 return
             if len(following) > 1:
                 raise UnsupportedUseError(
-                    f"{asked} is defined for a chain of layers, and before {before} comes {node.name()} "
+                    f"{asked} is defined for a chain of layers, and before {before} comes {name_of(node)} "
                     f"{_shape(edge)}, which joins {len(following)} values that depend on parameters (as residual "
                     f"connections and elementwise parameters do). Ask for {instead}, which needs no chain."
                 )
@@ -91,7 +92,7 @@ class Chain:
         generator = torch.Generator().manual_seed(20251121)
         for edge in self.edges:
             if n > 1 and _shape(edge)[:1] != [n]:
-                raise CoupledSamplesError(_AXIS.format(n, edge.node.name(), _shape(edge)))
+                raise CoupledSamplesError(_AXIS.format(n, name_of(edge.node), _shape(edge)))
         start, meta = self.edges[0], _meta(self.edges[0])
         for members in separating(n):
             members = members.to(meta.device)
@@ -101,7 +102,7 @@ class Chain:
                 arrived = torch.autograd.grad([start], self.edges[1:], [cotangent], retain_graph=True)
             for edge, g in zip(self.edges[1:], arrived, strict=True):
                 if not Layout(0, n).agrees(g, members):
-                    raise CoupledSamplesError(_AXIS.format(n, edge.node.name(), _shape(edge)))
+                    raise CoupledSamplesError(_AXIS.format(n, name_of(edge.node), _shape(edge)))
 
 
 _AXIS = (
@@ -172,7 +173,7 @@ def average(
         entries = torch.Size(_shape(edge)).numel() // n
         if entries > LARGEST:
             raise PackextError(
-                f"KFRA keeps a matrix of {entries} x {entries} at {edge.node.name()} {_shape(edge)}, and the most is "
+                f"KFRA keeps a matrix of {entries} x {entries} at {name_of(edge.node)} {_shape(edge)}, and the most is "
                 f"{LARGEST}. Ask for KFLR or KFAC, which keep none."
             )
     square: Tensor | None = None
@@ -181,7 +182,7 @@ def average(
     for edge, following in zip(chain.edges, [*chain.edges[1:], None], strict=True):
         assert square is not None
         if not square.isfinite().all():
-            where = "the loss's input" if edge is chain.edges[0] else f"what {edge.node.name()} gives"
+            where = "the loss's input" if edge is chain.edges[0] else f"what {name_of(edge.node)} gives"
             raise PackextError(
                 f"KFRA: the curvature at {where} {_shape(edge)} is not finite. Check that the model's inputs, "
                 "parameters and outputs are."
@@ -292,7 +293,7 @@ def _residual(upper: GradientEdge, lower: GradientEdge, slope: Tensor) -> Tensor
     apart = 0.0 if other is None else float((other - residual * z).abs().max())
     if apart > torch.finfo(pulled.dtype).eps ** 0.5 * float(residual.abs().max()):
         raise UnsupportedUseError(
-            f"PCHMP is defined where functions are linear or act on each entry by itself, and {upper.node.name()} "
+            f"PCHMP is defined where functions are linear or act on each entry by itself, and {name_of(upper.node)} "
             f"{list(pulled.shape)} does neither. Ask for GGNMP or HMP."
         )
     return residual.detach() if residual.any() else None

@@ -22,7 +22,7 @@ from packext._distributed import refuse_tensors
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored
 from packext._flight import Sweep
-from packext._graph import inputs_first
+from packext._graph import inputs_first, name_of
 from packext._layout import Layout, Scattered, ranks
 from packext._lineage import disable
 from packext._listening import silence
@@ -231,7 +231,7 @@ def _refuse_unsound(start: Any, parameters: Sequence[Tensor]) -> None:
     behind: set[Any] = set()
     for node in inputs_first([start]):
         below = [child for child, _ in node.next_functions]
-        if node.name().startswith("WeightNormInterface") and below[0] in behind and not _knows_weight_norm():
+        if name_of(node).startswith("WeightNormInterface") and below[0] in behind and not _knows_weight_norm():
             raise UnsupportedUseError(_WEIGHT_NORM)
         if node in wanted or any(child in behind for child in below):
             behind.add(node)

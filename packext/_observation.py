@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from packext._backpack import backpack
 from packext._errors import PackextError
 from packext._factored import Factored, Lookup, Masked, Outer, Pulled, Sum
-from packext._graph import inputs_first
+from packext._graph import inputs_first, name_of
 from packext._lineage import LOCAL
 from packext._quantity import Ask, Quantity
 from packext._record import Record, tensors_in
@@ -218,4 +218,4 @@ def _connections(record: Record, outputs: Sequence[Tensor]) -> tuple[dict[int, s
 
 def _is_argument(use: Use) -> bool:
     node = use.node()
-    return node is not None and getattr(node, "name", str)() == f"{Argument.__name__}Backward"
+    return node is not None and name_of(node) == f"{Argument.__name__}Backward"

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from packext._distributed import refuse_static, unshard
 from packext._errors import CoupledSamplesError, PackextError
 from packext._flight import enter, probe_inputs, probe_taps, slopes
+from packext._graph import name_of
 from packext._layout import Layout, Scattered, candidates, separating
 from packext._taps import Gate
 
@@ -112,7 +113,7 @@ def _moved(node: Any, gate: Any) -> tuple[Any, ...] | None:
     """What tells the places of entries at `node` from those at the gate; None if there is more on the way."""
     way = []
     while node is not gate:
-        name = node.name()
+        name = name_of(node)
         if name not in _MOVES or len(node.next_functions) != 1 or node.next_functions[0][1] != 0:
             return None
         way.append((name, *(getattr(node, what) for what in _MOVES[name])))

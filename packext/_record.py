@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from packext._graph import inputs_first
+from packext._graph import inputs_first, name_of
 from packext._layout import Layout
 from packext._use import Source, Use
 
@@ -341,4 +341,4 @@ def only_losses(gate: Any, marks: set[Any]) -> bool:
 
 
 def _kind(node: Any) -> str:
-    return node.name().partition("Backward")[0]
+    return name_of(node).partition("Backward")[0]

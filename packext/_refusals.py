@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
-from packext._graph import inputs_first
+from packext._graph import inputs_first, leaf_of
 from packext._use import Source, live_nodes
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def refuse_replaced(node: Any, sources: Sequence[Source]) -> None:
     """
     known = {id(source.tensor): source for source in sources}
     for each in inputs_first([node]) if known else ():
-        source = known.get(id(getattr(each, "variable", None)))
+        source = known.get(id(leaf_of(each)))
         if source is not None and awaited(each):
             raise PackextError(
                 f"{source.name} {list(source.tensor.shape)} was converted or moved between the forward and its "
@@ -227,7 +227,7 @@ def refuse_beside(name: str, edges: Iterable[Any], wants: Callable[[Tensor], boo
         UnsupportedUseError: if such a parameter has uses in a model as well: of these alone the results would be.
     """
     for node in inputs_first([edge.node for edge in edges], _before_models):
-        p = getattr(node, "variable", None)
+        p = leaf_of(node)
         if p is None or not wants(p):
             continue
         uses = [tap.use for tap in live_nodes(p) if torch._C._will_engine_execute_node(tap)]

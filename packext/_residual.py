@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._flight import Look
-from packext._graph import inputs_first
+from packext._graph import inputs_first, name_of
 from packext._layout import Layout, digits
 from packext._listening import here, silence
 from packext._pass import Pass
@@ -127,7 +127,7 @@ class _Unhooked(Look):
                 hook.remove()
         if self.undefined is not None:
             raise PackextError(
-                f"DiagHessian: {self.undefined.name()} passes on a gradient of NaN to the model. Check that the "
+                f"DiagHessian: {name_of(self.undefined)} passes on a gradient of NaN to the model. Check that the "
                 "model's inputs, parameters and outputs are finite."
             )
         for (node, index), left in self.left.items():
@@ -137,7 +137,7 @@ class _Unhooked(Look):
             if arrived is None or not torch.allclose(arrived, left, tol, tol * size, equal_nan=True):
                 raise UnsupportedUseError(
                     "DiagHessian: a hook (Tensor.register_hook) changes the gradient at an output of "
-                    f"{node.name()} (behind {self.nodes[node].describe()}), and its derivative is not known. Take it "
+                    f"{name_of(node)} (behind {self.nodes[node].describe()}), and its derivative is not known. Take it "
                     f"out, or write what it does as functions. {_INSTEAD}"
                 )
 
@@ -188,12 +188,12 @@ class Place:
     @property
     def kind(self) -> str:
         """What torch calls it, without the number of the overload."""
-        return self.node.name().rstrip("0123456789")
+        return name_of(self.node).rstrip("0123456789")
 
     @property
     def name(self) -> str:
         """What torch calls it, and where it is."""
-        return f"{self.node.name()} (behind {self.after.describe()})"
+        return f"{name_of(self.node)} (behind {self.after.describe()})"
 
 
 def _inspect(

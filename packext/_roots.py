@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from packext._errors import CoupledSamplesError, PackextError
-from packext._graph import inputs_first
+from packext._graph import inputs_first, name_of
 from packext._layout import digits
 from packext._precision import unrounded
 
@@ -520,7 +520,7 @@ def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) ->
             slope = torch.autograd.grad((g * value).sum(), x, create_graph=True, materialize_grads=True)[0]
         if not slope.requires_grad:
             raise zero
-        if any(node.name() == "torch::autograd::Error" for node in inputs_first([slope.grad_fn])):
+        if any(name_of(node) == "torch::autograd::Error" for node in inputs_first([slope.grad_fn])):
             raise PackextError(f"{name} cannot be differentiated twice: a part of it is differentiable once.")
 
         def times(v: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from packext import _compiler, rules
 from packext._errors import UnsupportedUseError
+from packext._graph import leaf_of, name_of
 from packext._record import tensors_in
 from packext._taps import TARGET, Observed
 from packext._use import Use
@@ -72,7 +73,7 @@ def _origins(tracer: Tracer, t: Tensor) -> tuple[list[Tensor], bool, bool]:
         elif node in inputs:
             given = True
         else:
-            if (leaf := getattr(node, "variable", None)) is not None:
+            if (leaf := leaf_of(node)) is not None:
                 leaves.append(leaf)
             open_.extend(child for child, _ in node.next_functions)
     return leaves, tapped, given
@@ -115,7 +116,7 @@ def _tap(tracer: Tracer, t: Tensor, sources: tuple[Source, ...], tapped: bool, r
     tracer.mark(t, None)
     if not t.requires_grad or t.grad_fn is None:
         return t
-    node, tensors = t.grad_fn.name(), {source.name: source.tensor for source in sources}
+    node, tensors = name_of(t.grad_fn), {source.name: source.tensor for source in sources}
     func = rules.named(node)
     if "CheckpointFunction" in node:
         return t

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from packext._errors import PackextError, UnsupportedUseError
 from packext._factored import Factored, Masked, Pulled, View, rows_in
+from packext._graph import name_of
 from packext._layout import Layout, Tokens
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ class Use:
             return Pulled(form, parameter, pull, functools.partial(view.rows_in, parameter), view, view)
         rows = functools.partial(self._rows_in, name, value, parameter)
         node: Any = (value.grad_fn, value.output_nr)
-        while node[0] is not None and node[0].name() == "CloneBackward0":  # the same value, made contiguous for a use
+        while node[0] is not None and name_of(node[0]) == "CloneBackward0":  # the same value, made contiguous for a use
             (node,) = node[0].next_functions
         return Pulled(form, parameter, functools.partial(_pull, value, parameter), rows, value=node)
 

@@ -411,3 +411,39 @@ def test_sparse_inputs(kind: str) -> None:
         torch.manual_seed(0)
         report = testing.check(Sparse(), nn.CrossEntropyLoss(), torch.randn(N, D), torch.randint(2, (N,)))
         assert report.ok, report
+
+
+class Noting(torch.autograd.Function):
+    """`tanh`, with notes of its own on the context, under names that autograd's nodes have, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.name, ctx.variable = "tanh", "x"
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return gs[0] * (1 - torch.tanh(x) ** 2)
+
+
+class NotedLoss(nn.Module):
+    """The same behind the model."""
+
+    reduction = "mean"
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return (Noting.apply(z) - y).square().mean()
+
+
+@pytest.mark.parametrize("quantity", [px.BatchGrad(), px.DiagGGNExact(), px.KFAC(fisher="exact"), px.HMP()])
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_function_may_note_on_its_context_what_it_likes(behind: bool, quantity: Any) -> None:
+    with double_precision():
+        x, y = torch.randn(N, D), torch.randn(N, 2)
+        model = Between(lambda m, h: m.mid(h) * m.scale if behind else Noting.apply(m.mid(h) * m.scale))
+        if behind:  # the GGN is split at the input of the extended loss: its Hessian is to be positive
+            y = torch.tanh(testing.call(model, x).detach())
+        report = testing.check(model, NotedLoss() if behind else nn.MSELoss(), x, y, [quantity])
+        assert report.ok, report

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packext._factored.base import table
-from packext._graph import inputs_first
+from packext._graph import inputs_first, leaf_of, name_of
 
 #: Autograd's nodes of functions that put entries in other places, several times, or nowhere.
 MOVES = frozenset(
@@ -67,19 +67,19 @@ class View(NamedTuple):
         ):
             return None
         node: Any = value.grad_fn
-        while node is not None and node.name() in VIEWS:
+        while node is not None and name_of(node) in VIEWS:
             node = node.next_functions[0][0]
-        if getattr(node, "variable", None) is not parameter:
+        if leaf_of(node) is not parameter:
             return None
         return cls(tuple(value.shape), value.stride(), int(value.storage_offset() - parameter.storage_offset()))
 
     @classmethod
     def _cast(cls, value: Tensor, parameter: Tensor) -> View | None:
         node: Any = value.grad_fn
-        if node is None or node.name() != "ToCopyBackward0" or not value.is_floating_point():
+        if node is None or name_of(node) != "ToCopyBackward0" or not value.is_floating_point():
             return None
         alike = value.stride() == parameter.stride() and value.device == parameter.device
-        if not alike or getattr(node.next_functions[0][0], "variable", None) is not parameter:
+        if not alike or leaf_of(node.next_functions[0][0]) is not parameter:
             return None
         return cls(tuple(value.shape), value.stride(), 0) if parameter.is_contiguous() else None
 
@@ -155,8 +155,8 @@ def _moves(root: Any, parameter: Tensor) -> bool:
     leads: dict[Any, int] = {}
     for node in inputs_first([root]):
         children = [child for child, _ in node.next_functions if child is not None]
-        leads[node] = sum(leads[child] for child in children) or int(getattr(node, "variable", None) is parameter)
-        name = node.name()
+        leads[node] = sum(leads[child] for child in children) or int(leaf_of(node) is parameter)
+        name = name_of(node)
         # In a sum with what other parameters make, entries of this one stand as they are.
         added = name == "AddBackward0" and leads[node] == 1 and getattr(node, "_saved_alpha", 1) == 1
         if children and leads[node] and not (added or (name in MOVES and _plain(node))):
@@ -167,7 +167,7 @@ def _moves(root: Any, parameter: Tensor) -> bool:
 
 def _plain(node: Any) -> bool:
     """Whether a node that may be an embedding's hands on each gradient as it is."""
-    if not node.name().startswith("Embedding"):
+    if not name_of(node).startswith("Embedding"):
         return True
     padding = bool((node._saved_indices == node._saved_padding_idx).any()) if node._saved_padding_idx < 2**62 else False
     return not (padding or node._saved_scale_grad_by_freq or node._saved_sparse)

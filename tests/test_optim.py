@@ -387,6 +387,26 @@ def test_updates_are_clipped_where_their_squares_overflow(size: float) -> None:
     torch.testing.assert_close(p.detach(), torch.tensor([-0.3, 0.0, 0.4, 0.0], dtype=torch.float32))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e20])
+def test_steps_are_bounded_where_products_overflow(size: float) -> None:
+    """Of one sign, and of both, whose sum is no number."""
+    for signs in ([1.0, 1.0], [1.0, -0.5]):
+
+        class Scaled(optim.Part):
+            def __call__(self, work: optim.Work) -> None:
+                work.updates = [s * g for s, g in zip(signs, work.grads, strict=True)]  # noqa: B023
+
+        params = [nn.Parameter(torch.zeros(2, dtype=torch.float32)) for _ in signs]
+        optimizer = optim.Optimizer(params, [Scaled(), optim.KLClip(1e-3), optim.Descend(0.5)])
+        for p in params:
+            p.grad = size * torch.tensor([3.0, -4.0], dtype=torch.float32)
+        optimizer.step()
+        shrink = (1e-3 / (0.25 * 25 * sum(signs))) ** 0.5
+        for p, s in zip(params, signs, strict=True):
+            expected = -0.5 * shrink * s * torch.tensor([3.0, -4.0], dtype=torch.float32)
+            torch.testing.assert_close(p.detach(), expected)
+
+
 def test_parts_make_an_optimizer() -> None:
     """A part of one's own, with a hyperparameter, a quantity and a state."""
 

@@ -57,10 +57,12 @@ def nonzero(one: Sequence[Tensor]) -> list[bool]:
 
 
 def dots(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Inner products of the two lists' tensors, `[len]` in float64."""
+    """Inner products of the two lists' tensors, `[len]` in float64, in which products do not overflow."""
     kinds = [torch.promote_types(a.dtype, b.dtype) for a, b in zip(one, other, strict=True)]
     flat = [(a.reshape(-1).to(d), b.reshape(-1).to(d)) for a, b, d in zip(one, other, kinds, strict=True)]
-    return _stacked([torch.dot(a, b) for a, b in flat])
+    found = _stacked([torch.dot(a, b) for a, b in flat])
+    overflown = not math.isfinite(float(found.sum()))
+    return _stacked([torch.dot(a.double(), b.double()) for a, b in flat]) if overflown else found
 
 
 def _stacked(numbers: Sequence[Tensor]) -> Tensor:

@@ -407,6 +407,21 @@ def test_steps_are_bounded_where_products_overflow(size: float) -> None:
             torch.testing.assert_close(p.detach(), expected)
 
 
+@pytest.mark.parametrize("fallback", [False, True])
+def test_an_update_that_half_precision_does_not_hold_is_skipped(fallback: bool) -> None:
+    p, q = (nn.Parameter(torch.full((2,), 6e4, dtype=torch.float16)) for _ in range(2))
+    named = {"params": [("p", p)], "fallback": fallback, "lr": 1e4}
+    optimizer = optim.Optimizer([named, {"params": [("q", q)]}], [optim.Momentum(0.5), optim.Descend(1e-3)])
+    p.grad, q.grad = (torch.full_like(p, -1.0) for _ in range(2))
+    text = r"skipped a step: the update of p, shape \[2\] takes it beyond what torch.float16 holds"
+    with pytest.warns(optim.SkippedStep, match=text):
+        optimizer.step()
+    assert (p == 6e4).all() and (q == 6e4).all() and not optimizer.state and optimizer.steps == 0
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step()
+    assert optimizer.steps == 1 and p.isfinite().all()
+
+
 def test_parts_make_an_optimizer() -> None:
     """A part of one's own, with a hyperparameter, a quantity and a state."""
 

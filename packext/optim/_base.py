@@ -292,8 +292,12 @@ class Optimizer(torch.optim.Optimizer):
             except Skip as reason:
                 return str(reason)
         pairs = [(p, u) for work in works for p, u in zip(work.params, work.updates, strict=True)]
-        if not finite([u for _, u in pairs]):
-            bad = next(p for p, u in pairs if not finite([u]))
+        # In float16 the sum may overflow where the update, in float32, does not.
+        ends = [u if p.dtype == u.dtype else (p + u).to(p.dtype) for p, u in pairs]
+        if not finite(ends):
+            bad, update = next(pair for pair, end in zip(pairs, ends, strict=True) if not finite([end]))
+            if finite([update]):
+                return f"the update of {self.name_of(bad)} takes it beyond what {bad.dtype} holds"
             return f"the update of {self.name_of(bad)} is NaN or infinite"
         self.param_groups[0]["lacking"] = False
         for work in works:

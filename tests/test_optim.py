@@ -209,6 +209,28 @@ def test_goes_on_from_a_saved_state_to_the_last_bit(name: str) -> None:
     assert same(state_of(optimizer), state_of(resumed))
 
 
+def test_hooks_of_loading_have_the_last_word() -> None:
+    model = network()
+    optimizer = optim.Sophia(model.parameters(), every=1)
+    step(model, optimizer, data())
+    saved = optimizer.state_dict()
+
+    def scaled(state: dict[Any, Any], factor: float) -> dict[Any, Any]:
+        return {p: {**each, "m": factor * each["m"]} for p, each in state.items()}
+
+    def after(other: torch.optim.Optimizer) -> None:
+        for p, each in scaled(other.state, 3.0).items():
+            other.state[p] = each
+
+    other = optim.Sophia(model.parameters(), every=1)
+    other.register_load_state_dict_pre_hook(lambda _, given: {**given, "state": scaled(given["state"], 2.0)})
+    other.register_load_state_dict_post_hook(after)
+    for _ in range(2):
+        other.load_state_dict(saved)
+        for p, each in optimizer.state.items():
+            assert torch.equal(other.state[p]["m"], 6 * each["m"]) and torch.equal(other.state[p]["h"], each["h"])
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_half_precision_keeps_its_state_in_single(name: str) -> None:
     model = network().bfloat16()

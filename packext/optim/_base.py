@@ -383,10 +383,40 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps the dtype that it was saved with.
 
-        Raises:
-            PackextError: for a state from which something was left out.
+        A PackextError refuses a state from which something was left out, a ValueError groups that differ in what is
+        bounded over all parameters.
+        """
+        found: dict[str, Any] = {}
 
-        A ValueError refuses groups that differ in what is bounded over all parameters.
+        def read(_: Any, given: dict[str, Any]) -> None:
+            """Runs after the user's hooks, and sees what they have made of it."""
+            self._judge(given)
+            found.update(given)
+
+        def settle(_: Any) -> None:
+            ids = [k for group in found["param_groups"] for k in group["params"]]
+            mine = [p for group in self.param_groups for p in group["params"]]
+            for k, p in zip(ids, mine, strict=True):
+                if k in found["state"]:
+                    self.state[p] = {name: _moved(v, p.device) for name, v in found["state"][k].items()}
+            self._forget()
+            self.skipped = 0
+
+        handles = [
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(settle, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _judge(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that is not to be loaded.
+
+        Raises:
+            PackextError: if something was left out.
         """
         alike(type(self).__name__, state_dict["param_groups"])
         kept, found = (state_dict["param_groups"][0].get("kept", 0), sum(map(bool, state_dict["state"].values())))
@@ -397,14 +427,6 @@ class Optimizer(torch.optim.Optimizer):
                 "not made yet: take a step of all parameters before load, and save without "
                 "flatten_optimizer_state_dict."
             )
-        super().load_state_dict(state_dict)
-        ids = [k for group in state_dict["param_groups"] for k in group["params"]]
-        mine = [p for group in self.param_groups for p in group["params"]]
-        for k, p in zip(ids, mine, strict=True):
-            if k in state_dict["state"]:
-                self.state[p] = {name: _moved(v, p.device) for name, v in state_dict["state"][k].items()}
-        self._forget()
-        self.skipped = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what torch keeps, and the parts."""

@@ -370,6 +370,21 @@ def test_refuses_what_is_out_of_range(name: str) -> None:
         CASES[name].make([])
 
 
+def test_what_a_group_would_not_get_is_refused() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    for group, text in (
+        ({"decay": 0.5}, "KFAC: decay is for all groups: pass it to KFAC"),
+        ({"bias": "separate"}, "bias is for all groups"),
+        ({"nesterov": True}, "KFAC has no nesterov"),
+        ({"fallback": True, "lr": 0.1, "amsgrad": True}, "KFAC has no amsgrad"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            optim.KFAC([{"params": [p], **group}])
+    optim.KFAC([{"params": [p], "nesterov": False, "name": "of the user"}])
+    own = optim.Optimizer([{"params": [p], "decay": 0.5}], [optim.Part(decay=0.1), optim.Descend()])
+    assert own.param_groups[0]["decay"] == 0.5
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_closures(name: str) -> None:
     ends = []

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,6 +24,9 @@ from packext.optim._work import Part, Skip, Work, name_of
 
 #: What a group with `fallback=True` gets where it does not say otherwise.
 FALLBACK = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+#: What torch's optimizers find in a group, and no part here does.
+TORCHS = ("nesterov", "amsgrad", "dampening")
 
 
 EMPIRICAL = (
@@ -112,8 +116,11 @@ class Optimizer(torch.optim.Optimizer):
         """As torch's, with hyperparameters checked.
 
         Raises:
-            ValueError: for a negative learning rate, damping or the like, or parameters that are not real.
+            ValueError: for a negative learning rate, damping or the like, an argument that is not of groups, or
+                parameters that are not real.
         """
+        if isinstance(param_group, dict):
+            self._refuse_unread(param_group)
         if isinstance(param_group, dict) and param_group.get("fallback"):
             if "lr" not in param_group:
                 raise ValueError("a group with fallback=True is trained by AdamW and needs a learning rate of its own.")
@@ -131,6 +138,15 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def _refuse_unread(self, param_group: dict[str, Any]) -> None:
+        """Refuse what a group asks for and would not get: arguments for all groups, and options of torch's own."""
+        name = type(self).__name__
+        for what in param_group.keys() - {"params", *self.defaults}:
+            if what in signature(type(self).__init__).parameters:
+                raise ValueError(f"{name}: {what} is for all groups: pass it to {name}, and leave it out of the group.")
+            if what in TORCHS and param_group[what]:
+                raise ValueError(f"{name} has no {what}: leave it out of the group.")
 
     @property
     def steps(self) -> int:

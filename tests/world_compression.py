@@ -246,6 +246,12 @@ def half_precision(rank: int, world: int) -> None:
         assert kept is not None and kept.dtype == torch.float32 and net.weight.grad.dtype == torch.bfloat16
         assert float(net.weight.grad[0, 3]) == 4096.0
         assert sorted(kept[0].tolist()) == [0.0] + 19 * [300.0]
+        x[0, 3] = 0.0  # and now another one, as 300: what 301 has beyond that is kept
+        optimizer.zero_grad()
+        model(x)[0, 0].backward()
+        assert float(net.weight.grad.sum()) == 300.0
+        kept = state.kept("weight")
+        assert kept is not None and sorted(kept[0].tolist()) == [0.0, 1.0] + 18 * [301.0]
 
 
 def accumulation(rank: int, world: int) -> None:

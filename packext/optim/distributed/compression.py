@@ -262,9 +262,11 @@ class Compression(ABC):
         found = self._add(self._kept.get(name, {}), at_least_float32(grad))
         chosen = self._pick(found["residual"], count)
         indices[: len(chosen)] = chosen
-        values[: len(chosen)] = found["residual"][chosen].to(values.dtype)
+        due, sent = found["residual"][chosen], values[: len(chosen)]
+        sent.copy_(due)
         for t in found.values():
             t[chosen] = 0
+        found["residual"][chosen] = due - sent  # what half precision rounds off
         self._pass.found[name] = found
         return indices, values
 

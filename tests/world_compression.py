@@ -252,6 +252,13 @@ def half_precision(rank: int, world: int) -> None:
         assert float(net.weight.grad.sum()) == 300.0
         kept = state.kept("weight")
         assert kept is not None and sorted(kept[0].tolist()) == [0.0, 1.0] + 18 * [301.0]
+    net = nn.Linear(20, 2, bias=False).half()
+    model = DDP(net)
+    model.register_comm_hook(pd.TopK(net.named_parameters(), 0.025), pd.compression_hook)
+    x = torch.zeros(1, 20).half()
+    x[0, 3] = 4e4  # of which two are more than float16 holds
+    model(x)[0, 0].backward()
+    assert net.weight.grad[0, 3] == x[0, 3]
 
 
 def accumulation(rank: int, world: int) -> None:

@@ -272,12 +272,13 @@ class Compression(ABC):
 
     def _add_up(self, now: _Pass, received: list[Tensor], sparse: list[tuple[str, Tensor, int]]) -> None:
         """Means over the processes, in the order of ranks, so that all have the same."""
-        sums = {name: torch.zeros_like(grad).reshape(-1) for name, grad, _ in sparse}
+        # In float16 the sum may overflow where the mean does not.
+        sums = {name: at_least_float32(torch.zeros_like(grad)).reshape(-1) for name, grad, _ in sparse}
         for rank, message in enumerate(received):
             parts = _unpack(message, [count for *_, count in sparse], sparse[0][1].dtype)
             for (name, *_), (indices, values) in zip(sparse, parts, strict=True):
                 self._look(now, values, f"rank {rank}", name)
-                sums[name].index_add_(0, indices, values)
+                sums[name].index_add_(0, indices, at_least_float32(values))
         for name, grad, _ in sparse:
             grad.copy_((sums[name] / self.size).view_as(grad))
 

@@ -97,7 +97,7 @@ def above(u: Tensor, count: int) -> list[int]:
         elif passing > 4 * count / 3:
             threshold *= 1.5
     chosen = [k for k in largest(u, n) if abs(values[k]) > threshold]
-    return chosen[: math.ceil(4 * count / 3)]
+    return chosen[: math.ceil(4 * count / 3)] or largest(u, count)
 
 
 class Simulated:
@@ -261,6 +261,16 @@ def half_precision(rank: int, world: int) -> None:
     assert net.weight.grad[0, 3] == x[0, 3]
 
 
+def entries_of_one_size(rank: int, world: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    model = DDP(nn.Linear(50, 1, bias=False))
+    model.register_comm_hook(pd.GaussianK(model.module.named_parameters(), 0.1), pd.compression_hook)
+    for _ in range(4):
+        model.zero_grad()
+        model(torch.ones(1, 50)).sum().backward()
+        assert model.module.weight.grad.count_nonzero() == 5
+
+
 def accumulation(rank: int, world: int) -> None:
     """Passes under `no_sync` are compressed as one."""
     torch.set_default_dtype(torch.float64)
@@ -344,4 +354,12 @@ def saved_and_refused(rank: int, world: int) -> None:
         pd.TopK(model.named_parameters(), 0.1, warmup=(0.5,))
 
 
-TASKS = (ratio_one_is_plain, as_simulated, conserved, half_precision, accumulation, saved_and_refused)
+TASKS = (
+    ratio_one_is_plain,
+    as_simulated,
+    conserved,
+    half_precision,
+    entries_of_one_size,
+    accumulation,
+    saved_and_refused,
+)

@@ -90,6 +90,17 @@ def test_where_nothing_but_noise_is_left_batches_grow_to_the_largest() -> None:
         assert sizes[-1] == 256, type(control).__name__
 
 
+def test_where_all_gradients_are_zero_batches_stay() -> None:
+    """At a minimum of all samples there is no noise either, whatever a larger batch would be for."""
+    for control in (optim.NoiseScale(16, 256), optim.NormTest(16, 256), optim.InnerProductTest(16, 256)):
+        model, x = px.extend(Shift([0.0, 0.0])), torch.zeros(16, 2)
+        for _ in range(28):
+            with optim.emit(control):
+                HALF(model(x), torch.zeros_like(x)).backward()
+            control.step()
+        assert control.batch_size == 16, type(control).__name__
+
+
 def test_statistics_of_the_tests_are_unbiased() -> None:
     """Over 3,000 batches of 5; with the batch's own gradient in place of the true one they are far off."""
     draw, n = torch.Generator().manual_seed(0), 5

@@ -140,7 +140,7 @@ class InnerProductTest(AveragingController):
     def _choose(self, *averages: float) -> int:
         trace, signal, along, fourth = averages
         needed = [_needed(along, self.theta**2 * fourth)]
-        across = trace - along / signal if signal > 0 else math.inf
+        across = trace - along / signal if signal > 0 else trace  # which no batch makes small enough, unless it is 0
         needed.append(_needed(across, self.nu**2 * signal))
         return max(self.batch_size, self._grow_to(max(needed)))
 

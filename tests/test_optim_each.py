@@ -78,6 +78,24 @@ def test_emit_finds_what_is_within_another_optimizer() -> None:
             pass
 
 
+def test_passes_that_go_to_a_context_within_are_refused() -> None:
+    """A private optimizer would take a step of noise alone, as after an empty batch."""
+    model, batch = network(), data()
+    private = {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 12}
+    for optimizer in (
+        optim.DPSGD(model.parameters(), **private),
+        optim.MSVAG(model.parameters()),
+        optim.NoiseScale(),
+    ):
+        text = rf"emit\({type(optimizer).__name__}\): all passes within went to another context within"
+        with pytest.raises(px.PackextError, match=text), optim.emit(optimizer), px.backpack(px.BatchL2Grad()):
+            LOSS(model(batch[0]), batch[1]).backward()
+    with optim.emit(optimizer):  # one of two may
+        with px.backpack(px.BatchL2Grad()):
+            LOSS(model(batch[0]), batch[1]).backward()
+        LOSS(model(batch[0]), batch[1]).backward()
+
+
 def test_emit_refuses_what_the_optimizer_chooses() -> None:
     model = network()
     optimizer = optim.KFAC(model.parameters())

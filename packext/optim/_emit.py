@@ -52,6 +52,7 @@ def emit(*emitting: Emitting | torch.optim.Optimizer, **options: Any) -> Iterato
 
     Raises:
         UnsupportedUseError: where a parameter has no such quantity.
+        PackextError: if all passes within went to a context within.
         ValueError: for several that cannot share one pass, an option that the optimizer chooses itself, or an optimizer
             that reads gradients alone.
     """
@@ -78,9 +79,18 @@ def emit(*emitting: Emitting | torch.optim.Optimizer, **options: Any) -> Iterato
             asked = list(optimizer.quantities())
         else:
             own, asked = _together(stack, found, options)
+        heard: list[bool] = []
+        if (hook := own.get("pass_hook")) is not None:
+            own["pass_hook"] = lambda results: (heard.append(True), hook(results))
         try:
             with px.backpack(*asked, **own) as results:
                 yield results
+            if asked and hook is not None and not heard:  # else there was none at all, and backpack has said so
+                raise px.PackextError(
+                    f"px.optim.emit({', '.join(type(e).__name__ for e in found)}): all passes within went to another "
+                    "context within, as the innermost one hears a pass. Give one context all that read the pass, "
+                    "px.optim.emit(one, other), or have a pass for each. A monitor's context belongs around this one."
+                )
         except px.UnsupportedUseError as error:
             if any(hasattr(p, "device_mesh") for p in own.get("parameters") or ()):
                 raise px.UnsupportedUseError(

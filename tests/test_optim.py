@@ -615,6 +615,15 @@ def test_state_by_names_as_torchs_checkpoints_have_it(name: str) -> None:
     assert same(values(model), values(other)) and same(state_of(optimizer), state_of(resumed))
 
 
+def test_a_state_that_was_looked_at_is_whole() -> None:
+    model, unused = network(), nn.Parameter(torch.zeros(2))
+    optimizer, other = (optim.KFAC([*model.parameters(), unused]) for _ in range(2))
+    assert not optimizer.state[unused]  # torch's own makes it
+    step(model, optimizer, data())
+    other.load_state_dict(optimizer.state_dict())
+    assert same(state_of(optimizer), state_of(other))
+
+
 def test_a_state_from_which_something_was_left_out_is_refused() -> None:
     model = network()
     optimizer = CASES["M-SVAG"].make(model.parameters())

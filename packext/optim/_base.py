@@ -324,7 +324,8 @@ class Optimizer(torch.optim.Optimizer):
                     self.state[p].update(new)
         for group in self.param_groups:
             group["steps"] += 1
-        self.param_groups[0]["kept"] = len(self.state)  # by which a state tells whether it is whole
+        # By which a state tells whether it is whole; to look at a parameter's state gives it one, which is empty.
+        self.param_groups[0]["kept"] = sum(map(bool, self.state.values()))
         return ""
 
     def _settle(self, work: Work) -> None:

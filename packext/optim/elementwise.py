@@ -111,7 +111,8 @@ class AdaHessian(Optimizer):
         θ <- θ - lr weight_decay θ - lr m̂ / (v̂^(power / 2) + eps)
 
     with m̂ and v̂ corrected for their start. The mean is over all axes but the first two, of parameters with three or
-    more.
+    more, and of numbers with their signs, as the paper defines it: noise averages out. The authors' code takes absolute
+    values before this mean, which makes D larger for convolutions, and their steps shorter; all else is as theirs.
 
     - Cost: `DiagHessianMC` at each step: the gradient is differentiated once more for each draw; holds two tensors of
       each parameter's size

@@ -683,6 +683,23 @@ def test_gram_and_empirical_fisher(name: str) -> None:
             torch.testing.assert_close(p.diag_ef, plain[key].square().sum(0) / n)
 
 
+def test_gram_of_packed_sequences() -> None:
+    """Columns differ in whose rows of zeros are taken for, and so in how many a sample has."""
+
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(2, 3, batch_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            some = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return nn.utils.rnn.pad_packed_sequence(self.rnn(some)[0], batch_first=True, total_length=x.shape[1])[0]
+
+    x, lengths, y = torch.randn(3, 4, 2), torch.tensor([2, 4, 1]), torch.randn(3, 4, 3)
+    report = testing.check(Each(), nn.MSELoss(), (x, lengths), y, [px.GGNGram(), px.SqrtGGNExact()])
+    assert report.ok, str(report)
+
+
 # -- the Hessian ---------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packext._factored.base import Dense, Factored, Terms
@@ -18,7 +19,11 @@ def side_by_side(parts: Sequence[Factored]) -> Factored:
     """The rows of forms of one parameter one after the other, as if they were samples of one batch."""
     pairs = [(p.a, p.g) for p in parts if isinstance(p, Outer) and isinstance(p.a, Tensor)]
     if len(pairs) == len(parts):
-        return Outer(torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs]), parts[0].shape)
+        # Where data routes rows, the samples of some forms have more positions than those of others.
+        longest = max(a.shape[2] for a, _ in pairs)
+        a = torch.cat([F.pad(a, (0, 0, 0, longest - a.shape[2])) for a, _ in pairs])
+        g = torch.cat([F.pad(g, (0, longest - g.shape[3])) for _, g in pairs])
+        return Outer(a, g, parts[0].shape)
     return Dense(torch.cat([p.rows(0, p.n) for p in parts]))
 
 

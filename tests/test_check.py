@@ -140,6 +140,23 @@ def test_a_subset_of_samples_and_a_parameter_that_is_not_reached() -> None:
     assert report.ok and {e.parameter for e in report if e.quantity == "SqrtGGNExact"} >= {"left.bias"}, str(report)
 
 
+@pytest.mark.parametrize("shape", [(), (0,)], ids=["a number", "empty"])
+def test_a_parameter_that_is(shape: tuple[int, ...]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(5, 3), nn.Parameter(torch.randn(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x).tanh()
+            return torch.cat([h, self.scale.expand(len(h), -1)], 1) if self.scale.dim() else h * self.scale
+
+    x, y = batch()
+    asked = [q for q in testing.exact_curvature() if shape != (0,) or not isinstance(q, px.EKFAC)]
+    report = testing.check(Scaled(), nn.CrossEntropyLoss(), x, y, asked)  # EKFAC has no eigenvectors of no entries
+    assert report.ok, str(report)
+
+
 # -- what it cannot tell -----------------------------------------------------------------------------------------
 
 

@@ -165,7 +165,7 @@ class Reference:
         """Kronecker factors of the modules that have some, "exact" or "empirical"."""
         if fisher not in self._factors:
             for p in self.parameters.values():
-                self.limit(max(len(p), p[0].numel()) ** 2 if p.dim() else 1, "a Kronecker factor")
+                self.limit(max(len(p), p.numel() // max(1, len(p))) ** 2 if p.dim() else 1, "a Kronecker factor")
             if fisher == "exact":
                 self.limit(self.outputs * self.n * self.entries, "the root of the GGN")
             self._factors[fisher] = Factors(*self._samples, fisher)

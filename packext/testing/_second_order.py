@@ -114,22 +114,22 @@ def _vectors(ref: Reference, name: str) -> Tensor:
 
 
 def _product(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[Tensor]:
-    return [results[name](_vectors(ref, name)).flatten(1)]
+    return [results[name](_vectors(ref, name)).reshape(PRODUCTS, -1)]
 
 
 def _hessian_product(q: Any, ref: Reference, name: str) -> list[Tensor]:
-    return [_vectors(ref, name).flatten(1) @ ref.hessian_block(name)]
+    return [_vectors(ref, name).reshape(PRODUCTS, -1) @ ref.hessian_block(name)]
 
 
 def _ggn_product(q: Any, ref: Reference, name: str) -> list[Tensor]:
-    root = ref.ggn_root[name].flatten(1)
-    return [_vectors(ref, name).flatten(1) @ root.T @ root]
+    root = ref.ggn_root[name].reshape(len(ref.ggn_root[name]), -1)
+    return [_vectors(ref, name).reshape(PRODUCTS, -1) @ root.T @ root]
 
 
 def _positive_product(q: Any, ref: Reference, name: str) -> list[Tensor]:
     path, _, own = name.rpartition(".")
     block = ref.layers.positive(path, own, torch.abs if q.modify == "abs" else lambda r: r.clamp(min=0))
-    return [_vectors(ref, name).flatten(1) @ block]
+    return [_vectors(ref, name).reshape(PRODUCTS, -1) @ block]
 
 
 # -- eigenvalues -----------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def _matrix(q: Any, ref: Reference) -> Tensor:
     if q.curvature == "hessian":
         return ref.hessian
     ref.limit(ref.entries**2, "the GGN")
-    root = torch.cat([r.flatten(1) for r in ref.ggn_root.values()], 1)
+    root = torch.cat([r.reshape(len(r), -1) for r in ref.ggn_root.values()], 1)
     return root.T @ root
 
 
@@ -158,7 +158,7 @@ def _eigen(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[T
     size = values.abs().max().clamp(min=1e-300)
     parts = {k: found.vectors for k, found in results.items()}  # of those that the loss reaches
     zeros = matrix.new_zeros(q.k, 1)
-    v = [parts[k].flatten(1) if k in parts else zeros.expand(-1, p.numel()) for k, p in ref.parameters.items()]
+    v = [parts[k].reshape(q.k, -1) if k in parts else zeros.expand(-1, p.numel()) for k, p in ref.parameters.items()]
     v = torch.cat(v, 1).to(matrix)
     image = v @ matrix
     quotients = (image * v).sum(1)
@@ -281,7 +281,7 @@ def _corrected(q: Any, ref: Reference, name: str) -> list[Tensor]:
         bias = all_rows[f"{name.rpartition('.')[0]}.bias"]
         rows = torch.cat([rows.flatten(2), bias.reshape(len(rows), -1, 1)], 2)
     return [
-        _times(given.vectors, rows.flatten(1), back=True).square().sum(0),
+        _times(given.vectors, rows.reshape(len(rows), -1), back=True).square().sum(0),
         _times(given.vectors, _some(entries), back=True),
     ]
 

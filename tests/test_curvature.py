@@ -593,6 +593,67 @@ def test_factors_where_samples_differ_in_their_rows() -> None:
     torch.testing.assert_close(layer.weight.kfac, [5 * g.T @ g, longer.T @ longer / len(a)])
 
 
+class Frames(nn.Module):
+    """A convolution of the frames of films `[T, N, C, W]`, at will with the samples in front, and a mixture of them."""
+
+    def __init__(self, layer: nn.Module, turned: bool) -> None:
+        super().__init__()
+        self.layer, self.turned, self.mix = layer, turned, torch.arange(9.0).view(3, 3).sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) if self.turned else x
+        y = self.layer(x.flatten(0, 1)).tanh().unflatten(0, x.shape[:2])
+        return torch.einsum("st,tncw->sncw", self.mix, y.transpose(0, 1) if self.turned else y)
+
+
+@pytest.mark.parametrize("n", [2, 3])  # as many as frames, or not
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_convolutions_of_frames_that_come_before_the_samples(kind: Any, n: int) -> None:
+    model, x = Frames(kind(2, 4, 3, groups=2, stride=2), False), torch.randn(3, n, 2, 5)
+    y, loss = torch.randn_like(model(x)), nn.MSELoss()
+    other = Frames(model.layer, True)
+    asked = [*testing.all_quantities(), px.DiagGGNExact(), px.DiagEF()]
+    report = testing.check(model, loss, x, y, asked, batch_axis=1)
+    assert report.ok, str(report)
+    px.extend(loss)
+    for approx in ("expand", "reduce"):
+        found = []
+        for some in (px.extend(copy.deepcopy(model), 1), px.extend(copy.deepcopy(other), 1)):
+            with px.backpack(px.KFAC(fisher="empirical", approx=approx)):
+                loss(some(x), y).backward()
+            found += [[p.kfac for p in some.parameters()]]
+        torch.testing.assert_close(*found)
+
+
+def test_factors_of_a_convolution_of_chosen_images() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.expert = nn.Conv1d(2, 2, 1), nn.Conv1d(2, 3, 2)
+
+        def forward(self, x: Tensor, at: Tensor) -> Tensor:
+            h = self.first(x.flatten(0, 1))
+            out = h.new_zeros(len(h), 3, 4).index_put((at,), self.expert(h[at]).tanh())
+            return out.unflatten(0, x.shape[:2]).sum(1)
+
+    torch.manual_seed(0)
+    model, loss, x, at = Chosen(), nn.MSELoss(reduction="sum"), torch.randn(3, 3, 2, 5), torch.tensor([7, 0, 2, 1, 8])
+    a = model.first(x.flatten(0, 1))[at].unfold(2, 2, 1).transpose(1, 2).flatten(2).flatten(0, 1).detach()
+    y, seen = model(x, at).detach() + 1, []
+    model.expert.register_forward_hook(lambda m, args, out: out.register_hook(seen.append) and None)
+    px.extend(model)
+    px.extend(loss)
+    with px.backpack(px.KFAC(fisher="empirical")):
+        loss(model(x, at), y).backward()
+    g = seen[-1].transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(model.expert.weight.kfac, [g.T @ g, a.T @ a / len(a)])
+    torch.testing.assert_close(model.expert.bias.kfac, [g.T @ g])
+    with px.backpack(px.KFAC(fisher="empirical", bias="joint")):
+        loss(model(x, at), y).backward()
+    longer = torch.cat([a, torch.ones(len(a), 1)], 1)
+    torch.testing.assert_close(model.expert.weight.kfac, [g.T @ g, longer.T @ longer / len(a)])
+
+
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_factors_of_packed_sequences(kind: type[nn.Module], approx: str) -> None:

@@ -378,7 +378,7 @@ class Outer(Factored):
 
         if isinstance(a, Patches):
             longer = Patches(*a.shape[:3], self.i + 1, lambda lo, hi: one_more(a[lo:hi], own[lo:hi]), a.source)
-            return Outer(longer, g, shape, terms=self.terms)
+            return Outer(longer, g, shape, terms=self.terms, positions=self.positions, own=self.own)
         return Outer(one_more(a, own), g, shape, terms=self.terms, positions=self.positions, own=self.own)
 
     def apart(self, parts: int) -> Outer | None:

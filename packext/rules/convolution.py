@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, Patches, Terms, accumulation_dtype
 from packext._factored.windows import Window
-from packext._layout import Layout
+from packext._layout import Layout, Tokens
 from packext._taps import OwnedRule
 from packext._use import Use
 from packext.rules._common import bind, handles
@@ -104,14 +104,17 @@ class Convolution(OwnedRule):
     ) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
-        # Convolutions keep their samples along axis 0, several images of one sample side by side.
-        if layout.axis not in (None, 0) or layout.inner:
+        # Convolutions keep their samples along axis 0, and several images of one sample are put side by side.
+        if layout.axis not in (None, 0) or (layout.inner and isinstance(layout, Tokens)):
             return None
+        x, count, own = t["input"], layout.positions(g, 1), functools.partial(layout.own, g.shape[:1])
+        if layout.inner:
+            x, g = (layout.split(v, 1).flatten(0, 1) for v in (x, g))
         n, images = layout.n, g.shape[0]
         forms: dict[str, Factored] = {}
         acc = accumulation_dtype(g.dtype)
         if "weight" in use.sources:
-            forms["weight"] = self._weight(use, t["input"], t["weight"], g, n)
+            forms["weight"] = self._weight(use, x, t["weight"], g, n, count, own)
         if "bias" in use.sources:
             rows = g.flatten(2).sum(2, dtype=acc).reshape(n, images // n, -1).sum(1)
             shared = forms.get("weight")
@@ -122,7 +125,16 @@ class Convolution(OwnedRule):
             forms["bias"] = Dense(rows, terms)
         return forms
 
-    def _weight(self, use: Use, x: Tensor, w: Tensor, g: Tensor, n: int) -> Outer:
+    def _weight(
+        self,
+        use: Use,
+        x: Tensor,
+        w: Tensor,
+        g: Tensor,
+        n: int,
+        count: float | None,
+        own: Callable[[], Tensor | None],
+    ) -> Outer:
         c = use.consts
         groups, per = c["groups"], g.shape[0] // n
         read, written = (g, x) if c["transposed"] else (x, g)
@@ -174,7 +186,13 @@ class Convolution(OwnedRule):
         # Of a transposed convolution, every position of the input is written to a patch of the output.
         stored = "IO" if c["transposed"] else "OI"
         fast = native if alone or together else None
-        return Outer(a, canonical(written), w.shape, weighted, apply, fast, alone, stored=stored)
+
+        def real() -> Tensor | None:
+            images = own()
+            return None if images is None else images.repeat_interleave(out.numel(), 1)
+
+        total = None if count is None else count * out.numel()
+        return Outer(a, canonical(written), w.shape, weighted, apply, fast, alone, None, stored, total, real)
 
     @staticmethod
     def _apply(read: Tensor, direction: Tensor, c: dict[str, Any]) -> Tensor:

@@ -140,6 +140,14 @@ def test_a_subset_of_samples_and_a_parameter_that_is_not_reached() -> None:
     assert report.ok and {e.parameter for e in report if e.quantity == "SqrtGGNExact"} >= {"left.bias"}, str(report)
 
 
+@pytest.mark.parametrize("kind", [px.KFAC, px.EKFAC])
+def test_a_layer_whose_units_are_dead(kind: Any) -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), batch()
+    nn.init.constant_(model[0].bias, -100.0)
+    report = testing.check(model, nn.CrossEntropyLoss(), x, y, [kind(fisher="exact", bias="joint")])
+    assert report.ok, str(report)
+
+
 @pytest.mark.parametrize("shape", [(), (0,)], ids=["a number", "empty"])
 def test_a_parameter_that_is(shape: tuple[int, ...]) -> None:
     class Scaled(nn.Module):

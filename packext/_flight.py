@@ -215,7 +215,7 @@ def enter(record: Record, g: Tensor | None = None) -> None:
             raise UnsupportedUseError(why)
     record.settle(gates)
     if record.n == 0:
-        raise PackextError(f"Per-sample quantities need samples: {record.without_samples()}")
+        raise PackextError(record.without_samples())
     if state.sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
     if any(f.context.accumulate for f in flight.heard) and state.sweep is None:

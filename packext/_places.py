@@ -50,7 +50,7 @@ def place(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
         record.settle(record.awaited_gates())
     n, axis = records[0].n, records[0].batch_axis
     if n == 0:
-        raise PackextError(f"Curvature needs samples: {records[0].without_samples()}")
+        raise PackextError(records[0].without_samples())
     if any(record.n != n for record in records):
         raise PackextError(f"The extended {seen.name} joins forwards of different batches: run one loss for each.")
     places: list[Layout] = []

@@ -196,7 +196,10 @@ class Record:
         return [(GradientEdge(*node.next_functions[0]), meta) for node, meta in nodes if node is not None]
 
     def without_samples(self) -> str:
-        """Why there are none, and what to do."""
+        """Say why there are none, and what to do."""
+        return f"Per-sample quantities and curvature need samples: {self._why_none()}"
+
+    def _why_none(self) -> str:
         if self.by_use and len(self.sizes) != 1:
             return (
                 f"with batch_axis=None they are along axis 0 of the outputs, of which sizes are {self.sizes}. Return "
@@ -208,8 +211,9 @@ class Record:
                 f"inputs have {several} entries along axis {self.batch_axis}, and neither outputs nor losses inside of "
                 "the model tell which are the samples. Return the outputs of the batch from forward, beside the loss."
             )
-        why = "the batch is empty" if self.sizes else f"no input tensor has an axis {self.batch_axis}"
-        return f"{why}. Pass the batch to the extended model."
+        if not self.sizes:
+            return f"no input tensor has an axis {self.batch_axis}. Pass the batch to the extended model."
+        return "the batch is empty. Make no pass for it (px.optim.DPSGD and DPAdam step by noise alone then)."
 
     def awaited_gates(self) -> frozenset[int]:
         """Indices of the gates that the backward pass which runs will reach."""

@@ -531,8 +531,10 @@ def test_refusals() -> None:
         backward(optimizer(coupled), coupled, loss, *data())
     assert all(p.grad is None for p in coupled.parameters())
     model.zero_grad()
-    with pytest.raises(px.PackextError, match="batch is empty"):
-        backward(optimizer(model), model, loss, *data(0))
+    (x, y), said = data(0), "^Per-sample quantities .* the batch is empty. Make no pass for it"
+    for kept in (True, False):  # what lies between model and loss is looked at by itself
+        with pytest.raises(px.PackextError, match=said), px.optim.emit(optimizer(model)):
+            loss(model(x) if kept else 2 * model(x), y).backward()
     o = optimizer(model)
     backward(o, model, loss, *data())
     model[0].requires_grad_(False)

@@ -319,9 +319,13 @@ def kept(device: str) -> Iterator[None]:
                 f"Products with the curvature differentiate a gradient, and torch has no derivative of {kernel[1]}. "
                 "Use a loss that torch differentiates twice, or DiagEF, which squares gradients."
             ) from None
+        instead = "Use functions that torch differentiates twice"
+        if "attention" in kernel[1]:
+            instead = (
+                "Run the forward pass inside of `with torch.nn.attention.sdpa_kernel("
+                'torch.nn.attention.SDPBackend.MATH):` (Hugging Face: attn_implementation="eager")'
+            )
         raise UnsupportedUseError(
             f"Products with the curvature differentiate a gradient, and torch has no derivative of {kernel[1]}. "
-            "For attention, run the forward pass inside of `with torch.nn.attention.sdpa_kernel("
-            'torch.nn.attention.SDPBackend.MATH):` (Hugging Face: attn_implementation="eager"), or ask for '
-            "DiagGGNExact or DiagGGNMC, which do without."
+            f"{instead}, or ask for DiagGGNExact or DiagGGNMC, which do without."
         ) from None

@@ -352,10 +352,11 @@ class Part:
             with silence():
                 yield
         except RuntimeError as error:
+            attention = "attention" in str(error)
+            how = ", as in `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):` around the forward pass"
             raise UnsupportedUseError(
-                f"DiagHessian: torch cannot differentiate {self.place.name} twice: {error}. Use functions that it can "
-                "(for attention, `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):` around the forward pass), or "
-                "DiagHessianMC with them, an estimate."
+                f"DiagHessian: torch cannot differentiate {self.place.name} twice: {error}. Use functions that it can"
+                f"{how if attention else ''}."
             ) from error
 
     def is_curved(self) -> bool:

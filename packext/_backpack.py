@@ -211,7 +211,10 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             self.ranks.meet({END: ""}, 0, why)
         if kind is None and self.extensions and not (self._passes or self._inner):
             asked = ", ".join(type(e).__name__ for e in self.extensions)
-            reached = "" if self.parameters is None else " and reached one of the given parameters"
+            reached = given = ""
+            if self.parameters is not None:
+                reached = " and reached one of the given parameters"
+                given = " Give parameters=... of that model that require grad."
             if _listening.here().passes:
                 raise NotExtendedError(
                     f"{asked} asked for within a backward pass that another context hears: what a hook or a Function "
@@ -219,8 +222,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 )
             raise NotExtendedError(
                 f"{asked} asked for, but no backward pass through an extended model ended in this context{reached}. "
-                "Call model = px.extend(model) before the forward pass, and backward() inside the context. If "
-                "torch.compile is to run the model, its forward pass has to be inside, too."
+                "Call model = px.extend(model) before the forward pass, and backward() inside the context, neither of "
+                f"them within px.disable().{given} If torch.compile is to run the model, its forward pass has to be "
+                "inside, too."
             )
 
     def _strange(self) -> bool:

@@ -249,7 +249,7 @@ def explain(model: nn.Module, *inputs: Any, quantities: Sequence[Quantity] | Non
         >>> print(px.explain(model, x))
     """
     if not isinstance(model, nn.Module) or is_loss(model) or next(model.parameters(), None) is None:
-        raise TypeError(f"explain expects a model with parameters, got {model!r:.80}.")
+        raise TypeError(f"explain expects a model with parameters, got {repr(model).splitlines()[0]:.80}.")
     model = original(model)
     lazy = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
     if lazy:

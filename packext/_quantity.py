@@ -282,6 +282,13 @@ class HessianQuantity(Quantity):
         raise NotImplementedError
 
 
+def source(generator: torch.Generator | None) -> torch.Generator | None:
+    """`generator`; a ValueError for another thing that a user gives, such as a seed."""
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise ValueError(f"generator must be one, such as torch.Generator().manual_seed(0), got {generator!r}.")
+    return generator
+
+
 class Sampled:
     """What quantities with random draws share: how many, and where from."""
 
@@ -289,11 +296,11 @@ class Sampled:
         """Say how many draws, and from which generator (one of packext's own by default).
 
         Raises:
-            ValueError: if there is no draw.
+            ValueError: if there is no draw, or for a seed in place of a generator.
         """
         if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
             raise ValueError(f"mc_samples must be an int of 1 or more, got {mc_samples!r}.")
-        self.mc_samples, self.generator = mc_samples, generator
+        self.mc_samples, self.generator = mc_samples, source(generator)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(mc_samples={self.mc_samples})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -31,6 +32,13 @@ def entered(context: Any) -> None:
         pass
 
 
+def passed(*asked: Any, around: Any = None, **options: Any) -> None:
+    model, loss_fn = net(), px.extend(nn.CrossEntropyLoss())
+    with px.backpack(*asked, **options), around or contextlib.nullcontext():
+        loss_fn(model(X), Y).backward()
+
+
+NET = net()
 SHARED = attacks.share(nn.Linear(5, 3), nn.CrossEntropyLoss(), X, Y)
 
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
@@ -130,6 +138,38 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a race of one": (lambda: search.Race(1, 0.1), "2 operations or more, got 1"),
     "a number for TensorBoard": (lambda: diagnostics.TensorBoard(3), "a folder or a SummaryWriter, got 3"),
+    "a data set for its size": (
+        lambda: optim.PoissonSampler(torch.utils.data.TensorDataset(X, Y), 0.25, steps=4),
+        r"samples must be their number, such as len\(dataset\), got a TensorDataset",
+    ),
+    "instruments for a level": (
+        lambda: Cockpit(NET, torch.optim.SGD(NET.parameters(), 0.1), [diagnostics.GradNorm()]),
+        "level must be a name or None, got an object of list: instruments go by instruments=",
+    ),
+    "draws for a basis": (lambda: px.EKFAC(8), "basis must be a dictionary .* got a int"),
+    "a seed for draws": (lambda: px.KFAC(1, generator=0), "generator must be one, such as torch.Generator"),
+    "a seed for a start": (lambda: px.TopEigenvalues(generator=0), "generator must be one, such as"),
+    "the class of a model": (
+        lambda: testing.check(nn.Linear, nn.CrossEntropyLoss(), X, Y),
+        "check takes a model, an object of a class of nn.Module, got <class",
+    ),
+    "a loader for a batch": (
+        lambda: testing.check(net(), nn.CrossEntropyLoss(), torch.utils.data.DataLoader(range(8)), Y),
+        "inputs are a tensor, a tuple of arguments or a dictionary .* got a DataLoader",
+    ),
+    "the class of a quantity to check": (
+        lambda: testing.check(net(), nn.CrossEntropyLoss(), X, Y, [px.BatchGrad]),
+        r"quantities must be instances, got the class BatchGrad: write BatchGrad\(\)",
+    ),
+    "a batch to explain": (lambda: px.explain(X, net()), "expects a model with parameters, got tensor.*[^\n]*$"),
+    "parameters of another model": (
+        lambda: passed(px.BatchGrad(), parameters=nn.Linear(5, 3).parameters()),
+        r"backward\(\) inside .* Give parameters=... of that model that require grad\.",
+    ),
+    "a pass that is not listened to": (
+        lambda: passed(px.BatchGrad(), around=px.disable()),
+        r"no backward pass .* neither of them within px.disable\(\)",
+    ),
     "a loss of samples to attribute": (
         lambda: px.adapters.Attributor(net(), lambda batch: batch, 4).fit([X[0]]),
         r"must return one number, as a tensor with a graph, got shape \[5\]",

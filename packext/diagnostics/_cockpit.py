@@ -96,7 +96,7 @@ class Cockpit:
 
         Raises:
             NotExtendedError: if the model is not extended.
-            TypeError: for another thing than one optimizer, or than lists of sinks, instruments or rules.
+            TypeError: for another thing than one optimizer, a level, or lists of sinks, instruments or rules.
             ValueError: for an unknown level, or an instrument that does not fit model or optimizer.
         """
         model, parallel = inside(model)
@@ -109,6 +109,8 @@ class Cockpit:
                 f"Cockpit needs one torch.optim.Optimizer, got {_kind(optimizer)}: of several, give one (its learning "
                 "rate is recorded; what the others do is seen by how the parameters move)."
             )
+        if not isinstance(level, (str, type(None))):
+            raise TypeError(f"level must be a name or None, got {_kind(level)}: instruments go by instruments=[...].")
         if level is not None and level not in LEVELS:
             raise ValueError(f"level must be one of {', '.join(map(repr, LEVELS))} or None, got {level!r}.")
         self.model, self.optimizer = model, optimizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from typing import SupportsIndex
 
 import torch
 
@@ -85,8 +86,11 @@ class PoissonSampler:
             generator: of the draws; one with an unpredictable seed by default.
 
         Raises:
+            TypeError: for another thing than a number of samples.
             ValueError: if there are no samples, or the rate is no probability.
         """
+        if not isinstance(samples, SupportsIndex):
+            raise TypeError(f"samples must be their number, such as len(dataset), got a {type(samples).__name__}.")
         if not (samples >= 1 and 0 < rate <= 1 and steps >= 0):
             raise ValueError(f"need samples >= 1, a rate in (0, 1] and steps >= 0, got {samples}, {rate}, {steps}.")
         self.samples, self.rate, self.steps = samples, rate, steps

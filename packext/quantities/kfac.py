@@ -315,7 +315,16 @@ class EKFAC(KFAC):
         generator: torch.Generator | None = None,
         bias: str = "separate",
     ) -> None:
-        """Take an earlier result for each parameter, by name or by the parameter itself, and what `KFAC` takes."""
+        """Take an earlier result for each parameter, by name or by the parameter itself, and what `KFAC` takes.
+
+        Raises:
+            ValueError: for another thing than a dictionary, or an unknown choice.
+        """
+        if not isinstance(basis, (Mapping, type(None))):
+            raise ValueError(
+                "basis must be a dictionary of earlier results by name, such as {name: result.ekfac for name, result "
+                f"in results.items()}}, got a {type(basis).__name__}."
+            )
         super().__init__(mc_samples, approx, fisher, generator, bias)
         self.basis = basis
         if basis is None:

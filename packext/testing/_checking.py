@@ -88,12 +88,16 @@ def against(reference: Reference, quantities: Sequence[Quantity], tolerance: flo
 
     Raises:
         NoOracle: for a quantity without a definition.
-        TypeError: for one quantity that is not in a list.
+        TypeError: for one quantity that is not in a list, or the class of one.
     """
     if isinstance(quantities, Quantity):
         raise TypeError(f"quantities must be a list, got one {type(quantities).__name__}.")
     for quantity in quantities:
         if type(quantity) not in {**ORACLES, **CURVATURE_ORACLES}:
+            if isinstance(quantity, type):
+                raise TypeError(
+                    f"quantities must be instances, got the class {quantity.__name__}: write {quantity.__name__}()."
+                )
             known = ", ".join(sorted(q.__name__ for q in {**ORACLES, **CURVATURE_ORACLES}))
             raise NoOracle(f"check has no slow oracle for {quantity!r}, but for {known}.")
     random = [q for q in quantities if drawn(q)]

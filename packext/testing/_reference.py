@@ -65,9 +65,11 @@ class Reference:
         Raises:
             PackextError: if the model is random: the loop over samples would draw other numbers.
             NoOracle: without a batch axis, along which samples could be cut out of the inputs.
-            TypeError: for a loss that is no module.
-            ValueError: for an empty batch.
+            TypeError: for a model or a loss that is no module.
+            ValueError: for an empty batch, or inputs that are no tensors.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"check takes a model, an object of a class of nn.Module, got {model!r:.80}.")
         if not isinstance(loss_fn, nn.Module):
             raise TypeError(f"check takes a loss module, such as nn.CrossEntropyLoss(), got {loss_fn!r}.")
         if batch_axis is None:

@@ -43,7 +43,10 @@ def batch_size(inputs: Any, batch_axis: int = 0) -> int:
             return leaf.shape[batch_axis]
         if isinstance(leaf, (Mapping, tuple, list)) and leaf:
             return batch_size(tuple(leaf.values()) if isinstance(leaf, Mapping) else tuple(leaf), batch_axis)
-    raise ValueError(f"no input has an axis {batch_axis}")
+    raise ValueError(
+        f"no input has an axis {batch_axis}: inputs are a tensor, a tuple of arguments or a dictionary of keyword "
+        f"arguments with tensors, got a {type(inputs).__name__}."
+    )
 
 
 def wanted(model: nn.Module) -> dict[str, nn.Parameter]:

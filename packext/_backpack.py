@@ -140,7 +140,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             if fields.count(field) > 1:
                 raise ValueError(f"two quantities write {field!r}: use one, or one context each.")
         if not (scale in ("loss", "sample") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
-            raise ValueError(f'scale must be "loss", "sample" or a number, got {scale!r}.')
+            raise ValueError(f'scale must be "loss", "sample" or a number, got {scale!r:.80}.')
         if not isinstance(scale, str) and not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale!r}.")
         self.extensions = extensions

@@ -161,6 +161,18 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: testing.check(net(), nn.CrossEntropyLoss(), X, Y, [px.BatchGrad]),
         r"quantities must be instances, got the class BatchGrad: write BatchGrad\(\)",
     ),
+    "the state of another optimizer": (
+        lambda: optim.KFAC(NET.parameters()).load_state_dict(torch.optim.Adam(NET.parameters()).state_dict()),
+        "of another optimizer than KFAC: its groups have no damping, fallback",
+    ),
+    "a rate without a policy": (
+        lambda: optim.LearnedRate(torch.optim.Adam(NET.parameters())),
+        'no policy was trained for Adam .* name it: policy="rmsprop"',
+    ),
+    "a batch for a scale": (
+        lambda: Cockpit(NET, torch.optim.SGD(NET.parameters(), 0.1)).step(torch.zeros(100, 5)),
+        r'(?s)scale must be "sample", "mean" or a number, got .{80}\.$',
+    ),
     "a batch to explain": (lambda: px.explain(X, net()), "expects a model with parameters, got tensor.*[^\n]*$"),
     "parameters of another model": (
         lambda: passed(px.BatchGrad(), parameters=nn.Linear(5, 3).parameters()),

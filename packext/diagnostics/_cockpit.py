@@ -163,7 +163,7 @@ class Cockpit:
                 or not with "mean".
         """
         if not (scale in ("sample", "mean") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
-            raise ValueError(f'scale must be "sample", "mean" or a number, got {scale!r}.')
+            raise ValueError(f'scale must be "sample", "mean" or a number, got {scale!r:.80}.')
         if not loss_scale > 0 or (loss_scale != 1 and scale != "mean"):
             raise ValueError(f'loss_scale must be positive and goes with scale="mean"; got {loss_scale} and {scale!r}.')
         if samples is not None:

@@ -400,8 +400,8 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps the dtype that it was saved with.
 
-        A PackextError refuses a state from which something was left out, a ValueError groups that differ in what is
-        bounded over all parameters.
+        A PackextError refuses a state of an optimizer with other hyperparameters, or from which something was left out,
+        a ValueError groups that differ in what is bounded over all parameters.
         """
         found: dict[str, Any] = {}
 
@@ -433,8 +433,14 @@ class Optimizer(torch.optim.Optimizer):
         """Refuse a state that is not to be loaded.
 
         Raises:
-            PackextError: if something was left out.
+            PackextError: if it is another optimizer's, or something was left out.
         """
+        lacking = sorted({name for group in state_dict["param_groups"] for name in self.defaults.keys() - group.keys()})
+        if lacking:
+            raise px.PackextError(
+                f"The state is of another optimizer than {type(self).__name__}: its groups have no "
+                f"{', '.join(lacking)}."
+            )
         alike(type(self).__name__, state_dict["param_groups"])
         kept, found = (state_dict["param_groups"][0].get("kept", 0), sum(map(bool, state_dict["state"].values())))
         if found < kept:

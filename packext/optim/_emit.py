@@ -79,23 +79,28 @@ def emit(*emitting: Emitting | torch.optim.Optimizer, **options: Any) -> Iterato
             asked = list(optimizer.quantities())
         else:
             own, asked = _together(stack, found, options)
+        names = ", ".join(type(e).__name__ for e in found)
         heard: list[bool] = []
         if (hook := own.get("pass_hook")) is not None:
             own["pass_hook"] = lambda results: (heard.append(True), hook(results))
         try:
-            with px.backpack(*asked, **own) as results:
+            context = px.backpack(*asked, **own)
+        except ValueError as error:  # which names what they ask for, and that is not what was typed
+            raise ValueError(f"px.optim.emit({names}): {error}") from error
+        try:
+            with context as results:
                 yield results
             if asked and hook is not None and not heard:  # else there was none at all, and backpack has said so
                 raise px.PackextError(
-                    f"px.optim.emit({', '.join(type(e).__name__ for e in found)}): all passes within went to another "
-                    "context within, as the innermost one hears a pass. Give one context all that read the pass, "
-                    "px.optim.emit(one, other), or have a pass for each. A monitor's context belongs around this one."
+                    f"px.optim.emit({names}): all passes within went to another context within, as the innermost one "
+                    "hears a pass. Give one context all that read the pass, px.optim.emit(one, other), or have a pass "
+                    "for each. A monitor's context belongs around this one."
                 )
         except px.UnsupportedUseError as error:
             if any(hasattr(p, "device_mesh") for p in own.get("parameters") or ()):
                 raise px.UnsupportedUseError(
-                    f"{', '.join(type(e).__name__ for e in found)}: parameters that are DTensors, as FSDP2 makes them, "
-                    f"are not supported. Take DistributedDataParallel. (The backward pass says: {error})"
+                    f"{names}: parameters that are DTensors, as FSDP2 makes them, are not supported. Take "
+                    f"DistributedDataParallel. (The backward pass says: {error})"
                 ) from error
             optimizer = next((e for e in found if hasattr(e, "preconditioned")), None)
             if optimizer is None:

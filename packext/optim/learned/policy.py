@@ -171,7 +171,7 @@ def trained_for(optimizer: torch.optim.Optimizer) -> Policy:
     )
     raise ValueError(
         f"no policy was trained for {type(optimizer).__name__} with these hyperparameters. There are {known}. To use "
-        "one of them all the same, name it: policy=px.optim.learned.trained(...)."
+        f'one of them all the same, name it: policy="{next(iter(_shipped()))}".'
     )
 
 

@@ -319,8 +319,8 @@ class KronEigh:
     Args:
         vectors: the eigenvectors (columns) of each factor, as `kron_eigh` has them.
         eigenvalues: as many as the parameter has entries, in any shape, in row-major order. Those of the product are
-            the outer product of its factors' (`KronEigh.of`); EKFAC's are the mean over samples of the squared entries
-            of `rotate(g_n)`.
+            the outer product of its factors' (`KronEigh.of`); EKFAC's are the sum over samples and columns of the
+            squared entries of `rotate(c)`, with c the columns of the root of the GGN.
     """
 
     vectors: Sequence[Tensor]

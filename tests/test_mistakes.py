@@ -32,8 +32,13 @@ def entered(context: Any) -> None:
         pass
 
 
-def passed(*asked: Any, around: Any = None, **options: Any) -> None:
-    model, loss_fn = net(), px.extend(nn.CrossEntropyLoss())
+class Own(nn.Module):
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return -outputs.log_softmax(1)[torch.arange(len(targets)), targets].mean()
+
+
+def passed(*asked: Any, around: Any = None, loss_fn: nn.Module | None = None, **options: Any) -> None:
+    model, loss_fn = net(), px.extend(loss_fn or nn.CrossEntropyLoss())
     with px.backpack(*asked, **options), around or contextlib.nullcontext():
         loss_fn(model(X), Y).backward()
 
@@ -160,6 +165,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "the class of a quantity to check": (
         lambda: testing.check(net(), nn.CrossEntropyLoss(), X, Y, [px.BatchGrad]),
         r"quantities must be instances, got the class BatchGrad: write BatchGrad\(\)",
+    ),
+    "a loss of your own without a reduction": (
+        lambda: passed(px.BatchGrad(), loss_fn=Own(), scale="sample"),
+        "not extended, or has no `reduction`.* A loss of your own is an nn.Module with an attribute `reduction`",
     ),
     "the state of another optimizer": (
         lambda: optim.KFAC(NET.parameters()).load_state_dict(torch.optim.Adam(NET.parameters()).state_dict()),

@@ -21,7 +21,7 @@ from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit.case import Case, Clock, fingerprint
 from packext.audit.closed import closed, divided
 from packext.audit.findings import BY_CHANCE, _told, beyond, findings, odds
-from packext.audit.inversion import Attempt, _summary, inversion
+from packext.audit.inversion import Attempt, _identified, _summary, inversion
 from packext.audit.labels import by_chance, labels
 from packext.audit.records import _rate, epsilon, membership, records, roc
 from packext.audit.section import plain, restored
@@ -512,6 +512,23 @@ def test_samples_of_one_message_are_no_evidence_each() -> None:
     several = replace(found, recovered=Interval(0.0, 0.0, 0.1))
     assert _told(several)  # by chance 8 of 16 are not recognised among so many
     assert not _told(replace(several, identified=Interval(1 / 16, 0.0, 0.5)))
+
+
+@pytest.mark.parametrize(("samples", "members"), [(1, 1000), (8, 100), (64, 1000)])
+def test_pictures_that_know_nothing_of_a_client_are_not_recognised(samples: int, members: int) -> None:
+    """Drawn from where the inputs are from, and given in the order that fits best, as what a search finds is."""
+    case = Case(linear(), LOSS, images(members), Sharing(batch_size=samples), FEW)
+    done = attacks.Reconstruction(torch.zeros(1), torch.zeros(1), (0.1,), False, 1)
+    made = []
+    for k in range(20):
+        true, found = case.x[case.draw(k, samples)], images(samples, seed=k + 1)[0]
+        found = found[attacks.in_order(found, true)]
+        mse = (found - true).square().flatten(1).mean(1)
+        hits = _identified(case, found, true)
+        made.append(Attempt(found, true, mse, mse, None, hits, done))
+    seen = _summary("Deep", samples, made, attacks.DeepLeakage(1), case)
+    assert not seen.recovered.value and seen.identified.value <= 1.2 * samples / members
+    assert not _told(seen)
 
 
 def test_searches_recover_what_they_should() -> None:

@@ -204,7 +204,12 @@ def _told(r: SearchResult) -> bool:
     """Whether inputs were recovered, or recognised far more often than by chance."""
     made = r.samples * r.seeds  # by chance alone, each of them by itself
     recognised = Interval.share(round(r.identified.value * made), made)
-    return r.recovered.value > 0 or recognised.low > 10 / r.candidates
+    return r.recovered.value > 0 or recognised.low > max(10 / r.candidates, _at_most_by_chance(r))
+
+
+def _at_most_by_chance(r: SearchResult) -> float:
+    """Share that is recognised of reconstructions which know nothing, in the order that fits the inputs best."""
+    return min(1.0, r.samples / r.candidates)  # of the nearest candidate to be one of the inputs, whichever
 
 
 def _evidence(r: SearchResult | None) -> str:
@@ -213,7 +218,8 @@ def _evidence(r: SearchResult | None) -> str:
     return (
         f"{r.search}, {r.samples} sample{'s' * (r.samples > 1)}: {percent(r.recovered)} of the inputs recovered to "
         f"20 dB (mean {r.psnr:.1f}, best {r.psnr_best:.1f} dB), {percent(r.identified)} recognised among "
-        f"{r.candidates} candidates; {r.matched} of {r.seeds} searches matched."
+        f"{r.candidates} candidates (by chance {odds(_at_most_by_chance(r))} at most); {r.matched} of {r.seeds} "
+        "searches matched."
     )
 
 

@@ -44,7 +44,8 @@ class SearchResult:
         restarts: of each search.
         iterations: of each restart.
         recovered: share of the inputs with a mean squared error below 1 % of the squared range (20 dB).
-        identified: share of the reconstructions whose nearest candidate is the client's input.
+        identified: share of the reconstructions whose nearest candidate is the client's input; they come in the order
+            of the inputs that fit them best, so that chance alone gives up to `samples / candidates`.
         candidates: that there were.
         mse: relative to the squared range of inputs, mean.
         mse_best: of all samples.

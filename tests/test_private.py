@@ -1054,6 +1054,26 @@ def all_see_what_is_wrong(rank: int) -> None:
     assert not o.spent
 
 
+def none_waits_for_one_that_refuses(rank: int) -> None:
+    """What is wrong in one process, and processes whose sums do not belong together."""
+    x, y = data(4)
+    for wrong in ("outside", "scaler", "norm", "frozen"):
+        loss, model = px.extend(nn.CrossEntropyLoss()), px.extend(network())
+        if wrong == "frozen" and rank:
+            model[0].requires_grad_(False)
+        o = optimizer(model, **({"max_norm": 2 * C} if wrong == "norm" and rank else {}))
+        backward(o, model, loss, x, y)
+        if wrong == "outside" and rank:
+            loss(model(x), y).backward()
+        if wrong == "scaler" and rank:
+            o.grad_scale = torch.ones(())
+        before = [p.clone() for p in model.parameters()]
+        match = {"outside": "^rank 1: .* no pass within", "scaler": "^rank 1: DPSGD refuses GradScaler"}
+        with pytest.raises(px.PackextError, match=match.get(wrong, "clip to other norms")):
+            o.step()
+        assert all(map(torch.equal, before, model.parameters())) and not o.spent
+
+
 def same_everywhere(model: nn.Module) -> None:
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
     both = [torch.empty_like(flat) for _ in range(2)]
@@ -1081,7 +1101,13 @@ def worker(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        for task in (together, empty_on_one, all_see_what_is_wrong, outside_of_the_group):
+        for task in (
+            together,
+            empty_on_one,
+            all_see_what_is_wrong,
+            none_waits_for_one_that_refuses,
+            outside_of_the_group,
+        ):
             task(rank)
         dist.barrier()
     finally:

@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 import packext as px
 from packext.optim._base import check, is_real
-from packext.optim._merge import place
+from packext.optim._merge import Ranks, place
 from packext.optim.accounting import Spent
 
 #: Generators that draw side by side on the CPU, and entries that one draws at a time: parts of the noise's definition,
@@ -345,18 +345,7 @@ class Private(torch.optim.Optimizer):
     @torch.no_grad()
     def _privatise(self) -> None:
         """Put the private gradient into `.grad`."""
-        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-            self._forget()
-            raise px.PackextError(
-                f"{type(self).__name__} refuses GradScaler, which skips steps by gradients that have no noise yet. Use "
-                "torch.autocast with bfloat16, which needs no scaling."
-            )
-        named = self._private_parameters()
-        if not self._passed:
-            self._refuse_zeros(named)
-            self._given = []  # an empty batch, or a forgotten `emit`: what is left of the last step does not tell
-        self._refuse_others()
-        self._unchanged()
+        named = self._ready()
         sums, balance = self._sums or [torch.zeros_like(p) for _, p in named], self._balance
         self._forget()
         group = self.process_group
@@ -383,6 +372,44 @@ class Private(torch.optim.Optimizer):
         if self.adaptive is not None:
             share = 0.5 + float(count) / self.expected_batch_size
             self.max_norm *= math.exp(-self.adaptive.rate * (share - self.adaptive.quantile))
+
+    def _ready(self) -> list[tuple[str, Tensor]]:
+        """The private parameters of a step that no process refuses: if one does, all do, and none waits."""
+        ranks, problem, named, bound = Ranks(self.process_group), None, [], 0.0
+        try:
+            named, bound = self._checked(), self.sensitivity
+        except px.PackextError as error:
+            if ranks.size == 1:
+                raise
+            problem = str(error)
+        alike = self.noise_multiplier, self.expected_batch_size, self.adaptive, [list(p.shape) for _, p in named]
+        found = ranks.everyone((problem, bound, alike))
+        wrong = [f"rank {k}: {text}" for k, (text, _, _) in enumerate(found) if text]
+        bounds = [other for _, other, _ in found]  # what one clips to a larger norm, the noise of another does not hide
+        if not wrong and (max(bounds) > (1 + 1e-9) * min(bounds) or any(other != alike for _, _, other in found)):
+            wrong = [
+                "the processes of one private step clip to other norms, or have other noise, expected batch sizes or "
+                "parameters that require grad: make their optimizers alike, and freeze the same parameters in all."
+            ]
+        if wrong:
+            raise px.PackextError("; ".join(wrong))
+        return named
+
+    def _checked(self) -> list[tuple[str, Tensor]]:
+        """The private parameters, once nothing in this process speaks against a step."""
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            self._forget()
+            raise px.PackextError(
+                f"{type(self).__name__} refuses GradScaler, which skips steps by gradients that have no noise yet. Use "
+                "torch.autocast with bfloat16, which needs no scaling."
+            )
+        named = self._private_parameters()
+        if not self._passed:
+            self._refuse_zeros(named)
+            self._given = []  # an empty batch, or a forgotten `emit`: what is left of the last step does not tell
+        self._refuse_others()
+        self._unchanged()
+        return named
 
     def _noisy(self, totals: list[Tensor], std: float, divisor: float = 1.0) -> list[Tensor]:
         """Sums with noise, over `divisor`; several generators draw side by side, since torch draws in one thread."""

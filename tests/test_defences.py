@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import pickle
 from typing import Any
 
 import pytest
@@ -39,6 +41,36 @@ def test_noise_has_its_scale(kind: Any) -> None:
     state = torch.get_rng_state()
     noisy(shared(g))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "fork"])
+def test_clients_that_are_copies_have_noise_of_their_own(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a seed; with one a copy goes on as its original does."""
+    g, model, loss = torch.full((200, 100), 0.355), nn.Linear(60, 40), nn.CrossEntropyLoss()
+    x, y = torch.randn(4, 60), torch.randint(40, (4,))
+    kinds: list[tuple[Any, ...]] = [(defences.GaussianNoise, 1.0), (defences.LaplacianNoise, 1.0)]
+    for kind, *level in [*kinds, (defences.Quantisation, "int8", True), (defences.Clipped, 1.0, 4.0)]:
+        for seed in (None, 3):
+            client = kind(*level, seed=seed)
+
+            def sent(one: Any) -> Tensor:
+                if isinstance(one, defences.Clipped):
+                    return one(model, loss, x, y).gradient["weight"]
+                return only(one(shared(torch.cat([g, 1.27 * torch.ones_like(g)]))))
+
+            sent(client)
+            if way == "fork":  # a child has all of its parent's memory, and a number of its own
+                other = copy.copy(client)
+                other.__dict__.update(copy.deepcopy(client.__dict__))
+                assert torch.equal(other._generator.get_state(), client._generator.get_state())
+                first = sent(client)
+                monkeypatch.setattr(os, "getpid", lambda: -1)
+                second = sent(other)
+                monkeypatch.undo()
+            else:
+                other = copy.deepcopy(client) if way == "deepcopy" else pickle.loads(pickle.dumps(client))
+                first, second = sent(client), sent(other)
+            assert torch.equal(first, second) == (seed is not None), (kind, seed)
 
 
 def test_noise_is_not_known_to_who_knows_the_defence() -> None:

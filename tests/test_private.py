@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import pickle
 import weakref
 from collections.abc import Callable, Sequence
@@ -873,6 +874,27 @@ def test_noise_is_drawn_anew_where_training_goes_on(way: str) -> None:
     std = 0.5 * C / 10
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert float((drawn[a] - drawn[b]).std()) == pytest.approx(std * math.sqrt(2), rel=0.1)
+
+
+def test_a_fork_draws_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who forks has a copy of the generators; here a copy that keeps them, as memory does."""
+    drawn = []
+    for seed in (None, 3):
+        o = DPSGD(nn.Linear(30, 40).parameters(), 0.0, **SETTINGS, seed=seed)
+        kept = [generator.get_state() for generator in o.generators]
+        for process in (os.getpid(), -1, -1):
+            monkeypatch.setattr(os, "getpid", lambda process=process: process)
+            if len(drawn) % 3 == 1:
+                for generator, state in zip(o.generators, kept, strict=True):
+                    generator.set_state(state)
+            o.zero_grad()
+            o.step()
+            drawn.append(o.param_groups[0]["params"][0].grad.clone())
+        monkeypatch.undo()
+    std = 0.5 * C / 10
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert float((drawn[a] - drawn[b]).std()) == pytest.approx(std * math.sqrt(2), rel=0.1)
+    assert torch.equal(drawn[3], drawn[4])  # which a seed is for
 
 
 def test_optimizers_of_one_training_have_noise_of_their_own() -> None:

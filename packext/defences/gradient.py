@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,23 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.attacks import Shared
+
+
+class _Drawing:
+    """What draws from a generator of its own: without a seed each copy from another one, as each client does."""
+
+    seed: int | None
+    _drawn: tuple[int, torch.Generator] | None = None
+
+    @property
+    def _generator(self) -> torch.Generator:
+        if self._drawn is None or (self.seed is None and self._drawn[0] != os.getpid()):  # a fork is a copy as well
+            seed = secrets.randbits(32) if self.seed is None else self.seed
+            self._drawn = os.getpid(), torch.Generator().manual_seed(seed)
+        return self._drawn[1]
+
+    def __getstate__(self) -> dict[str, Any]:  # noqa: D105
+        return {k: v for k, v in self.__dict__.items() if k != "_drawn" or self.seed is not None}
 
 
 def _each(shared: Shared, f: Callable[[str, Tensor], Tensor]) -> Shared:
@@ -52,7 +70,7 @@ class Compose:
 
 
 @dataclass
-class GaussianNoise:
+class GaussianNoise(_Drawing):
     """Adds noise of a standard deviation to every entry, whatever the gradient's size: no privacy by itself.
 
     - Formula: `g + std z`, z of independent standard normal draws
@@ -71,7 +89,6 @@ class GaussianNoise:
     def __post_init__(self) -> None:
         """Refuse a negative level."""
         _not_negative("std", self.std)
-        self._generator = _generator(self.seed)
 
     def __call__(self, shared: Shared) -> Shared:
         """Noise added."""
@@ -79,7 +96,7 @@ class GaussianNoise:
 
 
 @dataclass
-class LaplacianNoise:
+class LaplacianNoise(_Drawing):
     """Adds Laplacian noise to every entry, whatever the gradient's size: no privacy by itself.
 
     - Formula: `g + scale z`, z of independent draws with the density `exp(-|z|) / 2`
@@ -98,7 +115,6 @@ class LaplacianNoise:
     def __post_init__(self) -> None:
         """Refuse a negative level."""
         _not_negative("scale", self.scale)
-        self._generator = _generator(self.seed)
 
     def __call__(self, shared: Shared) -> Shared:
         """Noise added."""
@@ -147,7 +163,7 @@ def _largest(g: Tensor, count: int) -> Tensor:
 
 
 @dataclass
-class Quantisation:
+class Quantisation(_Drawing):
     """Rounds entries: to a shorter float, or to the 255 whole multiples of 1/127 of the tensor's largest magnitude.
 
     - Formula: of "int8" `s round(g / s)` with `s = max |g| / 127`; stochastic `s floor(g / s + u)`, u uniform in `[0,
@@ -173,7 +189,6 @@ class Quantisation:
             raise ValueError(
                 f'kind must be "float16", "bfloat16" or "int8" (which may be stochastic), got {self.kind!r}.'
             )
-        self._generator = _generator(self.seed)
 
     def __call__(self, shared: Shared) -> Shared:
         """What the receiver decodes."""
@@ -232,7 +247,7 @@ class TopK:
 
 
 @dataclass
-class Clipped:
+class Clipped(_Drawing):
     """Gradients of samples, each clipped to a norm, summed with noise: the step of DP-SGD.
 
     Called as `packext.attacks.share` is, in its place. One backward pass; no individual gradient is formed where its
@@ -264,7 +279,6 @@ class Clipped:
         self._quantity = px.ClippedGrad(self.max_norm)
         self._quantity.bounded = object()
         self._quantity.parts = ""  # of one seed, all parts of a parameter would get the same noise
-        self._generator = _generator(self.seed)
 
     def __call__(
         self, model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mapping[str, Tensor] | None = None
@@ -301,10 +315,6 @@ class Clipped:
 def _widened(g: Tensor) -> Tensor:
     """In float32 or better."""
     return g.to(torch.promote_types(g.dtype, torch.float32))
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    return torch.Generator().manual_seed(secrets.randbits(32) if seed is None else seed)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

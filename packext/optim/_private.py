@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -145,6 +146,7 @@ class Private(torch.optim.Optimizer):
         if self._seed is not None:  # two optimizers of one training, with one seed, are not to draw the same
             shapes = [n for _, p in self._named() for n in (p.dim(), *p.shape)]
             seed = int(np.random.SeedSequence((self._seed, *shapes)).generate_state(1)[0])
+        self._process = os.getpid()
         seeds = torch.Generator().manual_seed(seed)
         count = STREAMS if device.type == "cpu" else 1
         self.generators = [
@@ -346,6 +348,8 @@ class Private(torch.optim.Optimizer):
     def _privatise(self) -> None:
         """Put the private gradient into `.grad`."""
         named = self._ready()
+        if self._seed is None and self._process != os.getpid():  # a fork has a copy of the generators
+            self._draw_anew()
         sums, balance = self._sums or [torch.zeros_like(p) for _, p in named], self._balance
         self._forget()
         group = self.process_group

@@ -135,6 +135,21 @@ def test_a_label_without_a_bias() -> None:
         assert counts.argmax() == y and counts.sum() == 1
 
 
+@pytest.mark.parametrize("classes", [3, 10])
+def test_a_label_without_a_bias_of_features_with_signs(classes: int) -> None:
+    """As those of text and of tanh are; and of a model that is so sure of another class that all others are at 0."""
+    for seed in range(40):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, classes, bias=False))
+        x, y = torch.randn(1, 6), torch.randint(classes, (1,))
+        counts = attacks.IDLG()(model, attacks.share(model, nn.CrossEntropyLoss(), x, y))
+        assert counts.argmax() == y and counts.sum() == 1
+        sure = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, classes, bias=False))
+        sure[2].weight.data[0] += 100.0
+        counts = attacks.IDLG()(sure, attacks.share(sure, nn.CrossEntropyLoss(), x, torch.tensor([1])))
+        assert counts.argmax() == 1
+
+
 def test_counts_of_an_untrained_model() -> None:
     """Better than guessing, by which rule is known from the papers."""
     guess = sum(attacks.guessed(some(32, seed)[1], 10) for seed in range(3)) / 3
@@ -216,13 +231,19 @@ def test_rules_are_of_one_label_for_each_sample(reduction: str) -> None:
     tokens = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9), Swapped())
     x = torch.randint(9, (3, 5))
     ignored = torch.tensor([0, 1, -100, -100])
+    mixed = torch.eye(9)[:4] * torch.tensor([[1.0], [1.0], [0.5], [0.9]])
+    mixed[2:, 8] = 1 - mixed[2:].sum(1)
     for model, batch, y, n, count in (
         (tokens, x, x, 3, 15),
         (nn.Linear(6, 9), torch.randn(4, 6), ignored, 4, 2),
         (tokens, x, F.one_hot(x, 9).double().mT, 3, 15),
+        (nn.Linear(6, 9), torch.randn(4, 6), mixed, 4, 2),
     ):
         local = attacks.LocalSteps(1, 0.1)
-        for shared in (attacks.share(model, loss, batch, y), attacks.share_update(model, loss, batch, y, local)):
+        made = [attacks.share(model, loss, batch, y), attacks.share_update(model, loss, batch, y, local)]
+        if y is not ignored:  # of a mean over some of the targets, samples have no gradients of their own
+            made.append(defences.Clipped(1.0)(model, loss, batch, y))
+        for shared in made:
             for sent in (shared, defences.Pruning(0.1)(shared)):
                 with pytest.raises(px.PackextError, match=f"The loss of these {n} samples counts {count} labels"):
                     attacks.ILRG()(model, sent)

@@ -38,13 +38,30 @@ class Shared:
         n: samples in the batch.
         loss_fn: whose gradient it is.
         labels: of the batch that a cross-entropy is the mean (or sum) of: not n where a sample has one for each of its
-            positions, or some are ignored; None if not known.
+            positions, or some are ignored, or are probabilities of several; None if not known.
     """
 
     gradient: Mapping[str, Tensor]
     n: int
     loss_fn: nn.Module
     labels: int | None = None
+
+    @classmethod
+    def of(cls, gradient: Mapping[str, Tensor], loss_fn: nn.Module, y: Tensor) -> Shared:
+        """A gradient and what it is of.
+
+        Args:
+            gradient: by parameter name.
+            loss_fn: whose it is.
+            y: labels of the batch, classes `[N, ...]` or probabilities `[N, C, ...]`.
+
+        Returns:
+            Both, with the labels that a cross-entropy counts: none that is ignored; of probabilities the sure ones.
+        """
+        labels = None
+        if isinstance(loss_fn, nn.CrossEntropyLoss):
+            labels = int(((y == 1).any(1) if y.is_floating_point() else y != loss_fn.ignore_index).sum())
+        return cls(gradient, len(y), loss_fn, labels)
 
     @property
     def summed(self) -> float:
@@ -93,22 +110,7 @@ def share(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mappin
             'Use reduction="mean" or "sum", and train at least one parameter.'
         )
     grads = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
-    return Shared({name: g.detach() for name, g in zip(own, grads, strict=True)}, len(y), loss_fn, counted(loss_fn, y))
-
-
-def counted(loss_fn: nn.Module, y: Tensor) -> int | None:
-    """How many labels of a batch a cross-entropy counts; None for other losses.
-
-    Args:
-        loss_fn: of the client.
-        y: its labels, classes `[N, ...]` or probabilities `[N, C, ...]`.
-
-    Returns:
-        Those that are not ignored.
-    """
-    if not isinstance(loss_fn, nn.CrossEntropyLoss):
-        return None
-    return y[:, 0].numel() if y.is_floating_point() else int((y != loss_fn.ignore_index).sum())
+    return Shared.of({name: g.detach() for name, g in zip(own, grads, strict=True)}, loss_fn, y)
 
 
 def sent(shared: Shared) -> dict[str, Tensor]:
@@ -215,7 +217,7 @@ def one_label_each(shared: Shared) -> None:
     if shared.labels not in (None, shared.n):
         raise px.PackextError(
             f"The loss of these {shared.n} samples counts {shared.labels} labels: rules are of one label for each "
-            "sample, none for each token and none that is ignored (ignore_index)."
+            "sample, none for each token, none that is ignored (ignore_index), and no probabilities of several."
         )
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import packext as px
 from packext.attacks._objectives import cosine_distance, squared_distance, total_variation
-from packext.attacks._shared import Shared, Threat, counted
+from packext.attacks._shared import Shared, Threat
 
 
 @dataclass(frozen=True)
@@ -292,12 +292,8 @@ def share_update(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, loc
         The sum of the steps' gradients.
     """
     matching = Matching(model, Shared({k: p for k, p in model.named_parameters() if p.requires_grad}, len(y), loss_fn))
-    return Shared(
-        {k: g.detach() for k, g in zip(matching.parameters, _unrolled(matching, x, y, local), strict=True)},
-        len(y),
-        loss_fn,
-        counted(loss_fn, y),
-    )
+    steps = zip(matching.parameters, _unrolled(matching, x, y, local), strict=True)
+    return Shared.of({k: g.detach() for k, g in steps}, loss_fn, y)
 
 
 def _unrolled(matching: Matching, x: Tensor, y: Tensor, local: LocalSteps | None) -> list[Tensor]:

@@ -55,10 +55,11 @@ class LabelRule(ABC):
 class IDLG(LabelRule):
     """The label of one sample: the only class whose bias gradient is negative.
 
-    Without a bias, the class whose row of the weight's gradient has the least sum, for features that are not negative:
-    the rows are `(p - y)_c e`, and only the label's factor is negative. Exact for one sample.
+    Without a bias, the class whose row of the weight's gradient is the longest: rows are `(p - y)_c e`, and the label's
+    factor is as large as all others together. With two classes, or where all others but one are rounded to 0, two rows
+    are as long; then it is the one with the least sum, for features that are not negative. Exact for one sample.
 
-    - Formula: `argmin over c of db_c`, or of `sum over d of dW_cd`
+    - Formula: `argmin over c of db_c`; or `argmax over c of |dW_c|`, of rows as long the least `sum over d of dW_cd`
     - Cost: none beside the gradient that was shared
     - Source: Zhao, Mopuri & Bilen 2020
     - Refused: gradients of several samples; other losses than plain cross-entropy
@@ -68,7 +69,7 @@ class IDLG(LabelRule):
         "one client's gradient of the last fully connected layer",
         "the model",
         "honest",
-        "a batch of one sample; without a bias also features >= 0",
+        "a batch of one sample; without a bias three classes or more, or features >= 0",
     )
     """Who attacks, and what must hold."""
 
@@ -78,7 +79,13 @@ class IDLG(LabelRule):
             raise px.PackextError(
                 f"iDLG reads the label of one sample; the gradient is of {shared.n}: use LLG or ILRG."
             )
-        read = head.bias_gradient(shared) if head.bias is not None else head.weight_gradient(shared).sum(1)
+        if head.bias is not None:
+            read = head.bias_gradient(shared)
+        else:
+            rows = head.weight_gradient(shared)
+            norms = rows.norm(dim=1)
+            longest = norms >= (1 - 1e-4) * norms.max()  # or as long: its rounding tells nothing
+            read = -norms if longest.sum() == 1 else rows.sum(1).where(longest, 0.0)
         _tells(head, read < 0)
         return torch.bincount(read.argmin()[None], minlength=len(head.weight))
 

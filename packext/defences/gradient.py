@@ -309,7 +309,7 @@ class Clipped(_Drawing):
             if p.requires_grad:
                 total = results[name].clipped_grad if name in results else torch.zeros_like(p)
                 gradient[name] = (total + std * _normal(total, self._generator)) * factor
-        return Shared(gradient, len(y), loss_fn)
+        return Shared.of(gradient, loss_fn, y)
 
 
 def _widened(g: Tensor) -> Tensor:

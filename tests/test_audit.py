@@ -21,7 +21,7 @@ from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit.case import Case, Clock, fingerprint
 from packext.audit.closed import closed, divided
 from packext.audit.findings import BY_CHANCE, _told, beyond, findings, odds
-from packext.audit.inversion import Attempt, _identified, _summary, inversion
+from packext.audit.inversion import Attempt, _identified, _summary, attempt, guess, inversion
 from packext.audit.labels import by_chance, labels
 from packext.audit.records import _rate, epsilon, membership, records, roc
 from packext.audit.section import plain, restored
@@ -156,12 +156,12 @@ def test_names_in_the_json_are_stable() -> None:
         "integrity": "feature_variance rank_ratio without_gradient zero_scales reasons samples",
         "closed": "layers embeddings draws samples",
         "labels": "samples classes guess identity rules cohort capacity clients_exact rounds doubt",
-        "inversion": "searches planned",
+        "inversion": "searches planned psnr_guess",
         "records": "samples batch worst norm_quantiles share_quantiles dominating suggested_clip norms leverages "
         "indices",
         "membership": "members others scores bound bound_by_chance shadows",
         "epsilon": "claimed delta measured confidence correct guesses canaries choices",
-        "sweep": "rows iterations",
+        "sweep": "rows iterations psnr_guess",
     }
     assert {k: set(v) for k, v in found["sections"].items()} == {k: set(v.split()) | section for k, v in names.items()}
     rows = {
@@ -505,7 +505,10 @@ def test_samples_of_one_message_are_no_evidence_each() -> None:
     case = Case(normed(), LOSS, images(60), Sharing(batch_size=8), FEW)
     x = torch.zeros(8)
     done = attacks.Reconstruction(x, x, (0.1,), False, 1)
-    made = [Attempt(x, x, torch.full((8,), mse), x, None, hits, done) for mse, hits in ((1e-4, 8), (0.5, 0))]
+    made = [
+        Attempt(x, x, torch.full((8,), mse), x, None, hits, torch.full((8,), hits > 0), done)
+        for mse, hits in ((1e-4, 8), (0.5, 0))
+    ]
     found = _summary("Deep", 8, made, attacks.DeepLeakage(1), case)
     for share in (found.recovered, found.identified):
         assert share.value == 0.5 and share == Interval.share(1, 2) and share.low < 0.02 and share.high > 0.98
@@ -525,10 +528,29 @@ def test_pictures_that_know_nothing_of_a_client_are_not_recognised(samples: int,
         found = found[attacks.in_order(found, true)]
         mse = (found - true).square().flatten(1).mean(1)
         hits = _identified(case, found, true)
-        made.append(Attempt(found, true, mse, mse, None, hits, done))
+        made.append(Attempt(found, true, mse, mse, None, hits, mse < 1e-3, done))
     seen = _summary("Deep", samples, made, attacks.DeepLeakage(1), case)
     assert not seen.recovered.value and seen.identified.value <= 1.2 * samples / members
     assert not _told(seen)
+
+
+def test_the_mean_of_a_table_with_outliers_is_no_reconstruction() -> None:
+    """The range is many times what entries mostly differ by: the mean is within a hundredth of its square."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 12, generator=generator)
+    x[0, 0] = 15.0
+    seen = Case(nn.Linear(12, 3), LOSS, (x, torch.arange(200) % 3), Sharing(batch_size=4), FEW)
+    true, spread = x[5:9], float(x.max() - x.min())
+    message = attacks.share(seen.model, LOSS, true, torch.arange(4) % 3)
+    for found, recovered in ((x.mean(0).expand(4, -1), 0), (torch.randn(4, 12, generator=generator), 0), (true, 4)):
+
+        def attack(*_: Any, found: Tensor = found, **__: Any) -> attacks.Reconstruction:
+            return attacks.Reconstruction(found.double(), torch.arange(4) % 3, (0.1,), False, 1)
+
+        made = attempt(seen, attack, message, true, torch.arange(4) % 3)
+        assert int(made.recovered.sum()) == recovered and (made.mse < 1e-2).sum() >= 3, found
+    errors = (x - x.mean(0)).square().mean(1) / spread**2
+    assert guess(seen) == pytest.approx(float((-10 * errors.log10()).mean()), abs=1e-4) and guess(seen) > 20
 
 
 def test_searches_recover_what_they_should() -> None:
@@ -814,7 +836,8 @@ def test_defences_that_change_nothing_are_named_where_there_was_something_to_los
 
 def test_the_better_search_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(case: Case, attack: Any, *args: Any) -> Any:
-        return SimpleNamespace(psnr=torch.tensor([30.0 if isinstance(attack, tuple) else 10.0]))
+        good = isinstance(attack, tuple)
+        return SimpleNamespace(psnr=torch.tensor([30.0 if good else 10.0]), recovered=torch.tensor([good]))
 
     monkeypatch.setattr("packext.audit.sweep.attempt", fake)
     monkeypatch.setattr("packext.audit.sweep.candidates", lambda case, found: {"8 bits": defences.Quantisation("int8")})

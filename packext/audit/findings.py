@@ -150,6 +150,7 @@ def _closed(audit: Audit) -> Iterator[Finding]:
 
 def _inversion(audit: Audit) -> Iterator[Finding]:
     s, behind = audit.inversion, audit.setting.behind
+    guess = f", guessing the mean {s.psnr_guess:.1f}" if s.psnr_guess is not None else ""
     best: dict[int, SearchResult] = {}
     for r in s.searches:
         if r.samples not in best or _reached(r) > _reached(best[r.samples]):
@@ -160,7 +161,7 @@ def _inversion(audit: Audit) -> Iterator[Finding]:
             "high" if shown.recovered.value > 0 or shown.identified.value > 0.5 else "medium",
             "inversion",
             "Inputs can be reconstructed from what is shared." if shown.recovered.value > 0 else RECOGNISED,
-            _evidence(shown) + (f" {_evidence(alone)}" if alone not in (shown, None) else ""),
+            _evidence(shown, guess) + (f" {_evidence(alone)}" if alone not in (shown, None) else ""),
             "Look at the pictures. Larger batches, more local steps, noise on clipped gradients; see the sweep.",
         )
         return
@@ -169,7 +170,7 @@ def _inversion(audit: Audit) -> Iterator[Finding]:
             "medium",
             "inversion",
             "The gradient of a single sample gives its input away; that of a real batch was not inverted.",
-            _evidence(alone) + (" " + _evidence(shown) if shown is not None else ""),
+            _evidence(alone, guess) + (" " + _evidence(shown) if shown is not None else ""),
             "Let no client send the gradient of a single sample. Larger batches were hidden from these searches alone.",
         )
         return
@@ -188,7 +189,7 @@ def _inversion(audit: Audit) -> Iterator[Finding]:
             "note",
             "inversion",
             title,
-            f"{matched} of {tried} searches have matched. {_evidence(shown or alone)}",
+            f"{matched} of {tried} searches have matched. {_evidence(shown or alone, guess)}",
             advice,
         )
 
@@ -212,12 +213,12 @@ def _at_most_by_chance(r: SearchResult) -> float:
     return min(1.0, r.samples / r.candidates)  # of the nearest candidate to be one of the inputs, whichever
 
 
-def _evidence(r: SearchResult | None) -> str:
+def _evidence(r: SearchResult | None, guess: str = "") -> str:
     if r is None:
         return ""
     return (
-        f"{r.search}, {r.samples} sample{'s' * (r.samples > 1)}: {percent(r.recovered)} of the inputs recovered to "
-        f"20 dB (mean {r.psnr:.1f}, best {r.psnr_best:.1f} dB), {percent(r.identified)} recognised among "
+        f"{r.search}, {r.samples} sample{'s' * (r.samples > 1)}: {percent(r.recovered)} of the inputs recovered "
+        f"(mean {r.psnr:.1f}{guess}, best {r.psnr_best:.1f} dB), {percent(r.identified)} recognised among "
         f"{r.candidates} candidates (by chance {odds(_at_most_by_chance(r))} at most); {r.matched} of {r.seeds} "
         "searches matched."
     )

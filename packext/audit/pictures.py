@@ -170,7 +170,7 @@ def _sweep(s: Sweep) -> Figure | None:
     guess = next((r.guess for r in s.rows if r.labels is not None), None)
     panels = [
         (*left, None, ""),
-        ("best reconstruction of one sample, dB", [r.psnr_best for r in s.rows], 20.0, "recovered"),
+        ("best reconstruction of one sample, dB", [r.psnr_best for r in s.rows], s.psnr_guess, "guessing"),
         ("labels counted at the real batch size", [r.labels for r in s.rows], guess, "guessing"),
     ]
     panels = [p for p in panels if any(v is not None for v in p[1])]

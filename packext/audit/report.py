@@ -43,8 +43,8 @@ SAYS = {
     "it beats guessing that all classes are as frequent.",
     "inversion": "Inputs whose gradient is the one that was shared. A search that has not matched the gradient has "
     "failed as a search, which is no protection; nothing matches a gradient that a defence has changed. An input "
-    "counts as recovered with a mean squared error below 1 % of the squared range (20 dB), and as recognised if it is "
-    "the nearest of the candidates.",
+    "counts as recovered with a mean squared error below 1 % of the squared range (20 dB) and a tenth of that of the "
+    "candidates' mean, which is what guessing is here; and as recognised if it is the nearest of the candidates.",
     "records": "Leverage is how much of a sample's gradient the others' do not span; share, how large its own gradient "
     "is next to that of its batch. Records that stand out are those that an update says most about.",
     "membership": "Scores that tell who was trained on from who was not. What counts is the rate of true positives "
@@ -293,6 +293,8 @@ def _inversion(s: Any) -> str:
         ]
         for r in s.searches
     ]
+    if s.psnr_guess is not None:
+        rows.append(["guessing the mean", *[None] * 3, f"{s.psnr_guess:.1f}", *[None] * 6])
     return table(head, rows) + (
         '<p class="says">PSNR in dB, of all samples. Matched: searches that have found inputs with the gradient that '
         "was shared. Tried: seeds × restarts × iterations.</p>"

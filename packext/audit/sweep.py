@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 import packext as px
 from packext.attacks import Shared, count_accuracy, guessed, sent, share
 from packext.audit.case import Case, Clock, Utility
-from packext.audit.inversion import RECOVERED, affordable, attempt, searchable, searches_for, seeded
+from packext.audit.inversion import affordable, attempt, guess, searchable, searches_for, seeded
 from packext.audit.labels import rules_for
 from packext.audit.section import Section
 from packext.audit.sharing import fresh, in_place, name_of
@@ -39,7 +38,7 @@ class Defended:
         guess: of the same labels.
         psnr: in dB, of one sample by itself, the better of the searches, mean over seeds.
         psnr_best: the attacker's best seed.
-        recovered: seeds whose input was recovered to 20 dB.
+        recovered: seeds whose input was recovered (see `SearchResult`).
         seeds: searched.
         signal: cosine of what is shared and the undefended gradient, at the real batch size, mean over draws.
         accuracy: of a training with the defence; None if no way to train was given.
@@ -68,10 +67,12 @@ class Sweep(Section):
     Attributes:
         rows: of defences, the first without one.
         iterations: of the searches, of which the better counts.
+        psnr_guess: in dB, of who guesses the mean of all candidates, mean over them.
     """
 
     rows: list[Defended] = field(default_factory=list)
     iterations: dict[str, int] = field(default_factory=dict)
+    psnr_guess: float | None = None
 
 
 def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
@@ -234,7 +235,7 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
 
     Only those that get anywhere without a defence go on, and the one that is blind to a factor, such as clipping is.
     """
-    planned = min(5, case.budget.seeds)
+    planned, found.psnr_guess = min(5, case.budget.seeds), guess(case)
     seconds = clock.seconds / (len(every) * min(3, planned))
     searches = {name: affordable(case, a, 1, seconds) for name, a in searches_for(case, found.absent).items()}
     x, y = (t[case.draw(100, 1)] for t in (case.x, case.y))
@@ -244,6 +245,7 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
     searches = {name: a for name, a in searches.items() if name in kept}
     found.iterations = {name: (a[0] if isinstance(a, tuple) else a).iterations for name, a in searches.items()}
     ratios: dict[str, list[float]] = {name: [] for name in every}
+    hits = dict.fromkeys(every, 0)
     seed = 0
     while clock.go_on(seed, planned):
         x, y = (t[case.draw(100 + seed, 1)] for t in (case.x, case.y))
@@ -255,9 +257,10 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
                 begun = [seeded(a, case.seed + 1000 * seed) for a in searches.values()]
                 tried = [attempt(case, a, message, x, y, mask) for a in begun]
                 ratios[name].append(max(float(one.psnr) for one in tried))
+                hits[name] += any(bool(one.recovered) for one in tried)
         seed += 1
     for row in found.rows:
         seen = ratios[row.name]
         if seen:
             row.psnr, row.psnr_best, row.seeds = statistics.mean(seen), max(seen), len(seen)
-            row.recovered = sum(p > -10 * math.log10(RECOVERED) for p in seen)
+            row.recovered = hits[row.name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from packext import _cli, attacks, defences, demo
 from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit.case import Case, Clock, fingerprint
 from packext.audit.closed import closed, divided
-from packext.audit.findings import BY_CHANCE, _told, beyond, findings, odds
+from packext.audit.findings import BY_CHANCE, _told, beyond, findings, odds, percent
 from packext.audit.inversion import Attempt, _identified, _summary, attempt, guess, inversion
 from packext.audit.labels import by_chance, labels
 from packext.audit.records import _rate, epsilon, membership, records, roc
@@ -498,6 +499,8 @@ def test_half_precision() -> None:
 
 def test_chances_are_written_as_people_do() -> None:
     assert [odds(p) for p in (1.0, 0.25, 0.0321, 0.00012)] == ["100 %", "25 %", "3.2 %", "0.012 %"]
+    shares = [percent(Interval(p, 0.0, 0.5)) for p in (0.0, 0.00062, 0.0051, 1.0)]
+    assert shares == ["0 % (0 to 50)", "0.06 % (0 to 50)", "1 % (0 to 50)", "100 % (0 to 50)"]
 
 
 def test_samples_of_one_message_are_no_evidence_each() -> None:
@@ -728,6 +731,41 @@ def test_few_messages_show_nothing_of_a_rule(bare: None) -> None:
     assert "2 messages are too few to say whether a label rule beats guessing." in titles(audit, "note")
     many = run(linear(), LOSS, images(), Sharing(batch_size=1), budget=replace(FEW, draws=12))
     assert "The labels of a batch can be counted from what is shared." in titles(many, "high")
+
+
+def test_words_of_the_pictures_stand_apart() -> None:
+    """Names of defences, ticks of a narrow histogram, and what a line across means, which is above the axes."""
+    pictures = pytest.importorskip("packext.audit.pictures")
+    long = "as audited: " + repr(defences.Clipped(1.0, 0.5, seed=0))
+    rows = [Defended(name, psnr=3.0, psnr_best=3.0, signal=1.0) for name in ("nothing", long, long, "8 bits")]
+    norms = np.geomspace(2.5, 30, 50).tolist()
+    rule = px.audit.RuleResult("LLG", *[Interval(0.5, 0.4, 0.6)] * 3, draws=9)
+    swept = pictures._sweep(px.audit.Sweep(rows=rows, psnr_guess=3.0))
+    counted = pictures._labels(px.audit.Labels(rules=[rule], guess=0.5))
+    recorded = pictures._records(px.audit.Records(norms=norms, suggested_clip=9.0))
+    for figure, axes in ((swept, swept.axes[0].yaxis), (recorded, recorded.axes[0].xaxis)):
+        figure.savefig(io.BytesIO())
+        boxes = [t.get_window_extent() for t in axes.get_ticklabels(which="both") if t.get_text()]
+        assert len(boxes) > 2 and not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+    for figure, axes in ((swept, swept.axes[1]), (counted, counted.axes[0])):
+        figure.savefig(io.BytesIO())
+        (word,) = axes.texts
+        assert word.get_text() == "guessing" and word.get_window_extent().y0 >= axes.get_window_extent().y1
+
+
+def test_what_was_not_measured_for_one_reason_is_said_once() -> None:
+    report = pytest.importorskip("packext.audit.report")
+    audit = SimpleNamespace(
+        sweep=px.audit.Sweep(absent={"a: labels": "no classes", "b": "else", "c: labels": "no classes"})
+    )
+    page = report._section("sweep", audit, None)
+    assert page.count("<li>") == 2 and "<b>a: labels; c: labels</b> were not measured: no classes" in page
+
+
+def test_an_update_is_not_clipped_by_samples() -> None:
+    seen = case(sharing=Sharing(what="update", batch_size=4, local_steps=2, lr=0.1))
+    found = sweep(seen, Clock(1e6))
+    assert not any(r.name.startswith("clip") for r in found.rows) and "several local steps" in found.absent["clipping"]
 
 
 def test_all_defences_of_a_sweep_can_be_seen(bare: None) -> None:

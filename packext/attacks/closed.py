@@ -51,7 +51,7 @@ def tokens_present(shared: Shared, embedding: str) -> Tensor:
     - Formula: all v for which `dE_v` is not 0
     - Cost: none beside the gradient that was shared
     - Source: Melis et al., S&P 2019
-    - Refused: an embedding that is used for more than looking tokens up, so that all rows have a gradient
+    - Refused: a gradient in all rows: all tokens occurred, or the embedding is used for more than looking them up
 
     Args:
         shared: by a client.
@@ -66,7 +66,8 @@ def tokens_present(shared: Shared, embedding: str) -> Tensor:
     rows = _matrix(shared, embedding).any(1)
     if bool(rows.all()):
         raise px.PackextError(
-            f"All {len(rows)} rows of {embedding!r} have a gradient: it is used for more than looking tokens up."
+            f"All {len(rows)} rows of {embedding!r} have a gradient: all tokens occurred, or it is used for more than "
+            "looking them up."
         )
     return rows.nonzero()[:, 0]
 

@@ -131,7 +131,7 @@ def closed(case: Case, clock: Clock) -> Closed:
             alone = case.client(x, y), _inputs(case.model, (x,), list(layers))
         for name, layer in layers.items():
             if name not in inputs:
-                found.absent[name] = "the model does not call it with data"
+                found.absent[name] = "the model does not call it as a module, so that its inputs are not seen"
                 continue
             note = tried[name]
             if isinstance(layer, nn.Embedding):

@@ -104,12 +104,13 @@ def _closed(audit: Audit) -> Iterator[Finding]:
     protect = "Larger batches mix more samples in a row; noise on clipped gradients hides single ones."
     for layer in s.layers:
         what = "the clients' inputs themselves" if layer.is_input else f"the {layer.features} features that it sees"
+        some = "some of " if layer.divided is not None and layer.divided.value < 0.5 else ""
         level = "high" if layer.is_input else "medium"
         if layer.divided is not None and layer.divided.value > 0:
             yield Finding(
                 level,
                 "closed",
-                f"Layer {layer.name!r} gives {what} away without any search.",
+                f"Layer {layer.name!r} gives {some}{what} away without any search.",
                 f"Rows of its weight's gradient over entries of its bias's are {percent(layer.divided)} of the "
                 f"{layer.inputs} inputs behind a message, to 1 %.",
                 protect,
@@ -311,6 +312,8 @@ def _records(audit: Audit) -> Iterator[Finding]:
     s = audit.records
     if s.dominating and s.batch > 1:
         names = ", ".join(str(r.index) for r in s.worst[:5])
+        # Of a model that has learnt most samples the median is next to nothing, and all of the others would be clipped.
+        typical = s.suggested_clip is not None and s.suggested_clip > 0.01 * s.norm_quantiles[3]
         yield Finding(
             "low",
             "records",
@@ -318,7 +321,7 @@ def _records(audit: Audit) -> Iterator[Finding]:
             f"{whole(s.dominating)} of the records are more than half of the norm of their batch's gradient "
             f"({s.batch} samples). Highest leverage: members {names}.",
             "Look at these records; clip gradients of samples"
-            + (f", to about {s.suggested_clip:.2g} to begin with." if s.suggested_clip else "."),
+            + (f", to about {s.suggested_clip:.2g} to begin with." if typical else "."),
         )
 
 
@@ -398,4 +401,5 @@ def percent(value: Interval) -> str:
     Returns:
         Such as "80 % (62 to 91)".
     """
-    return f"{100 * value.value:.0f} % ({100 * value.low:.0f} to {100 * value.high:.0f})"
+    shown = f"{100 * value.value:.0f}" if not 0 < value.value < 0.005 else f"{100 * value.value:.1g}"
+    return f"{shown} % ({100 * value.low:.0f} to {100 * value.high:.0f})"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from packext.audit.findings import BY_CHANCE
 from packext.audit.inversion import Inversion
@@ -47,6 +48,12 @@ def _bare(axes: Axes) -> None:
     axes.tick_params(labelsize=9)
 
 
+def _mark(axes: Axes, at: float, word: str) -> None:
+    """A line across, named above the axes, where nothing is drawn."""
+    axes.axvline(at, color="#222", ls="--", lw=1)
+    axes.text(at, 1.0, word, transform=axes.get_xaxis_transform(), fontsize=8, va="bottom", ha="center")
+
+
 def _labels(s: Labels) -> Figure | None:
     """Rules as points with intervals, guessing as a line."""
     if not s.rules:
@@ -59,8 +66,7 @@ def _labels(s: Labels) -> Figure | None:
         axes.plot([r.accuracy.low, r.accuracy.high], [k, k], color=COLOURS[1] if beats else GREY, lw=3, alpha=0.5)
         axes.plot(r.accuracy.value, k, "o", color=COLOURS[1] if beats else GREY, ms=8)
     if s.guess is not None:
-        axes.axvline(s.guess, color="#222", ls="--", lw=1)
-        axes.text(s.guess, len(rules) - 0.45, " guessing", fontsize=9, va="bottom", ha="center")
+        _mark(axes, s.guess, "guessing")
     axes.set_yticks(range(len(rules)), [r.rule for r in rules])
     axes.set(xlim=(0, 1.02), ylim=(-0.6, len(rules) - 0.4), xlabel="share of a batch's labels that are counted")
     _bare(axes)
@@ -97,7 +103,7 @@ def _inversion(s: Inversion) -> Figure | None:
             if k < len(images):
                 _image(axes, images[k], low, high)
                 if ratios is not None:
-                    axes.set_xlabel(f"{ratios[k]:.1f} dB", fontsize=8, labelpad=1)
+                    axes.set_xlabel(f"{round(float(ratios[k]), 1) or 0.0:.1f} dB", fontsize=8, labelpad=1)
         line[0].set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center", labelpad=8)
     return figure
 
@@ -136,6 +142,10 @@ def _records(s: Records) -> Figure | None:
         left.axvline(s.suggested_clip, color=COLOURS[1], lw=2)
         left.set_title(f"suggested C {s.suggested_clip:.2g}", color=COLOURS[1], fontsize=9)
     left.set(xscale="log", xlabel="norm of a sample's gradient", ylabel="samples")
+    if positive.max() < 30 * positive.min():  # no two decades to name: matplotlib would name all parts of one
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.xaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_minor_formatter(NullFormatter())
     _bare(left)
     return figure
 
@@ -176,7 +186,9 @@ def _sweep(s: Sweep) -> Figure | None:
     panels = [p for p in panels if any(v is not None for v in p[1])]
     if len(panels) < 2 or len(s.rows) < 2:
         return None
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.32 * len(s.rows)), layout="constrained")
+    names = [fill(r.name, 28) for r in s.rows]
+    pitch = max(0.32, *(0.16 * (name.count("\n") + 1) + 0.06 for name in names))
+    figure = Figure(figsize=(WIDTH, 1.2 + pitch * len(s.rows)), layout="constrained")
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for k, (axes, (title, values, mark, word)) in enumerate(zip(every, panels, strict=True)):
         for line, value in enumerate(values):
@@ -184,14 +196,13 @@ def _sweep(s: Sweep) -> Figure | None:
             if value is not None:
                 axes.plot(value, line, "o" if line else "D", color=colour, ms=7)
         if mark is not None:
-            axes.axvline(mark, color="#222", ls="--", lw=1)
-            axes.text(mark, -0.7, word, fontsize=8, va="bottom", ha="center")
+            _mark(axes, mark, word)
         axes.margins(x=0.08)
         if not title.endswith("dB"):
             axes.set_xlim(min(-0.04, axes.get_xlim()[0]), 1.04)
         axes.set_xlabel(title, fontsize=9)
         axes.set_ylim(len(s.rows) - 0.4, -0.6)
-        axes.set_yticks(range(len(s.rows)), [fill(r.name, 28) for r in s.rows])
+        axes.set_yticks(range(len(s.rows)), names)
         axes.grid(axis="y", color=GREY, lw=0.4, alpha=0.6)
         _bare(axes)
     return figure

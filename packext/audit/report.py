@@ -139,7 +139,13 @@ def _section(name: str, audit: Audit, png: bytes | None) -> str:
         parts.append(f'<img alt="{TITLES[name]}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
     parts.append(TABLES[name](section))
     if section.absent:
-        items = "".join(f"<li><b>{escape(k)}</b> was not measured: {escape(v)}</li>" for k, v in section.absent.items())
+        by_reason: dict[str, list[str]] = {}
+        for what, why in section.absent.items():
+            by_reason.setdefault(why, []).append(what)
+        items = "".join(
+            f"<li><b>{escape('; '.join(what))}</b> {'were' if what[1:] else 'was'} not measured: {escape(why)}</li>"
+            for why, what in by_reason.items()
+        )
         parts.append(f'<ul class="absent">{items}</ul>')
     if section.threats:
         by_threat: dict[Any, list[str]] = {}

@@ -148,6 +148,9 @@ def candidates(case: Case, found: Sweep) -> dict[str, Any]:
         rms = float(whole.square().mean().sqrt())
         made |= {f"noise of {level:g} x RMS": GaussianNoise(level * rms, seed=case.seed) for level in (0.1, 1.0)}
     made |= {"pruning 90 %": Pruning(0.9), "8 bits": Quantisation("int8")}
+    if case.sharing.local is not None:
+        found.absent["clipping"] = "it is of one gradient, and what is shared is an update of several local steps"
+        return made
     with found.unless_refused("clipping"):
         each = [case.client(case.x[i, None], case.y[i, None], defended=False) for i in case.draw(51, 32).tolist()]
         clip = statistics.median(float(_flat(one).norm()) for one in each)

@@ -256,6 +256,19 @@ class Swapped(nn.Module):
         return x.mT
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "sum"}])
+def test_soft_labels_of_a_loss_with_class_weights(options: dict[str, Any]) -> None:
+    """The label that is found is the client's: a mean over weights cancels that of a single sample's class."""
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, 1.0, 9.0, 9.0]).double(), **options)
+    for label in (0, 3):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(12, 24), nn.Sigmoid(), nn.Linear(24, 5)).double()
+        x, y = torch.rand(1, 12).double(), torch.tensor([label])
+        found = attacks.DeepLeakage(60, 2)(model, attacks.share(model, loss, x, y), (12,), classes=5)
+        assert found.matched and found.labels.tolist() == [label]
+        torch.testing.assert_close(found.inputs, x, rtol=0, atol=1e-3)
+
+
 # -- closed forms -------------------------------------------------------------------------------------
 
 

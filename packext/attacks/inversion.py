@@ -223,9 +223,12 @@ class DeepLeakage:
 
         def objective() -> Tensor:
             whole = torch.cat(words)
-            return squared_distance(
-                matching.seen(matching.gradient(torch.cat(rows), whole.softmax(1) if soft else whole)), matching.target
-            )
+            if soft:
+                whole = whole.softmax(1)
+            found = matching.gradient(torch.cat(rows), whole)
+            if soft:
+                found = [_divisor(matching.shared.loss_fn, whole) * g for g in found]
+            return squared_distance(matching.seen(found), matching.target)
 
         def closure() -> float:
             for tensor in [*rows, *words]:
@@ -250,6 +253,13 @@ class DeepLeakage:
         x, y = kept
         seen[-1] = best if math.isfinite(best) else seen[-1]
         return Reconstruction(x, y.argmax(1) if soft else y, tuple(seen), best < self.tolerance, 1)
+
+
+def _divisor(loss_fn: nn.Module, soft: Tensor) -> Tensor | float:
+    """What makes a mean for soft labels one over class weights, as it is for classes: there torch divides by N."""
+    if not isinstance(loss_fn, nn.CrossEntropyLoss) or loss_fn.weight is None or loss_fn.reduction != "mean":
+        return 1.0
+    return len(soft) / (soft @ loss_fn.weight.to(soft)).sum()
 
 
 @dataclass(frozen=True)

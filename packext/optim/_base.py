@@ -435,7 +435,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             PackextError: if it is another optimizer's, or something was left out.
         """
-        lacking = sorted({name for group in state_dict["param_groups"] for name in self.defaults.keys() - group.keys()})
+        read = self.defaults.keys() & self.param_groups[0].keys()  # torch puts names of its own among the defaults
+        lacking = sorted({name for group in state_dict["param_groups"] for name in read - group.keys()})
         if lacking:
             raise px.PackextError(
                 f"The state is of another optimizer than {type(self).__name__}: its groups have no "

@@ -490,7 +490,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         results = self.results
         results._by_parameter = {key: (source.name, values) for key, (source, values) in flight.values.items()}
         names = [(source.name, key) for key, (source, _) in flight.values.items()]
-        names += [(name, id(p)) for record in flight.records for name, p in record.names.items()]
+        known = [item for record in flight.records for item in record.names.items()]
+        names += [(name, id(p)) for name, p in known if id(p) in flight.values]
         results._names = dict(names)
         results._ambiguous = {name for name, key in names if results._names[name] != key}
         for source, values in flight.values.values():

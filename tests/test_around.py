@@ -59,6 +59,11 @@ def test_models_whose_parameters_have_equal_names() -> None:
         cross_entropy()(back(front(x).tanh()), y).backward()
     parameters = [*front.parameters(), *back.parameters()]
     torch.testing.assert_close(results.batch_l2, sum(getattr(p, "batch_l2") for p in parameters))  # noqa: B009
+    with pytest.raises(KeyError, match="several models"):
+        results["weight"]
+    with px.backpack(px.BatchL2Grad(), parameters=front.parameters()) as results:  # a generator, and its discriminator
+        cross_entropy()(back(front(x).tanh()), y).backward()
+    assert results["weight"].batch_l2 is getattr(front.weight, "batch_l2")  # noqa: B009
     with pytest.raises(ValueError, match="equal names.*ModuleDict"), px.backpack(px.ClippedGrad(1.0, per_layer=True)):
         cross_entropy()(back(front(x).tanh()), y).backward()
 

@@ -388,7 +388,7 @@ def _power_of_two(count: int) -> bool:
 
 def partner(parameter: Tensor) -> tuple[Tensor, int] | None:
     """The bias that a weight meets in every use of either (or the weight that a bias does), and the `bias_axis`."""
-    uses = {id(node.use): node.use for node in live_nodes(parameter) if not node.use.second}
+    uses = _passed(parameter)
     found: dict[tuple[int, int], Tensor] = {}
     for use in uses.values():
         pair = [use.sources[k][0].tensor for k in ("weight", "bias") if k in use.direct]
@@ -400,7 +400,13 @@ def partner(parameter: Tensor) -> tuple[Tensor, int] | None:
     if len(found) != 1:
         return None
     ((_, axis), other) = found.popitem()
-    return (other, axis) if {id(node.use) for node in live_nodes(other) if not node.use.second} == uses.keys() else None
+    return (other, axis) if _passed(other).keys() == uses.keys() else None
+
+
+def _passed(parameter: Tensor) -> dict[int, Use]:
+    """Uses that the pass under way comes through, by id: graphs of other passes are alive as long as their losses."""
+    nodes = [node for node in live_nodes(parameter) if not node.use.second]
+    return {id(node.use): node.use for node in nodes if torch._C._will_engine_execute_node(node)}
 
 
 def live_nodes(parameter: Tensor) -> list[Any]:

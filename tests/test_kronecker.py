@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import packext as px
 from packext import linalg, testing
 from tests.cases import CASES, Case
-from tests.helpers import mlp
+from tests.helpers import batch, mlp
 
 #: torch's own advice on even kernels, for the plain model as well.
 pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
@@ -182,6 +182,26 @@ class Sharing(nn.Module):
         x = self.b(self.a(x).tanh()).tanh()
         x = F.linear(self.c(x).tanh(), self.c.weight).tanh()
         return self.head(F.linear(x, self.d.weight, 2 * self.d.bias).tanh())
+
+
+def test_a_joint_block_beside_the_graph_of_another_pass() -> None:
+    """As long as somebody holds its loss, there is a use without the bias, which is none of this pass."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, bare: bool) -> Tensor:
+            return F.linear(x, self.layer.weight) if bare else self.layer(x)
+
+    model, loss, (x, y) = px.extend(Net()), px.extend(nn.CrossEntropyLoss()), batch()
+    held = loss(model(x, True), y)
+    with px.backpack(px.KFAC(bias="joint"), px.EKFAC(bias="joint")):
+        loss(model(x, False), y).backward()
+    assert [f.shape[0] for f in model.layer.weight.kfac] == [3, 6]
+    assert model.layer.bias.kfac.weight is model.layer.bias.ekfac.weight is model.layer.weight
+    held.backward()
 
 
 def test_who_has_a_joint_block() -> None:

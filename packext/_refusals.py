@@ -169,8 +169,8 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
         id(p)
         for module in modules
         for p in module._parameters.values()
-        if p is not None and p.requires_grad and id(p) not in known and not live_nodes(p)
-        if wants(p) and will_accumulate(p)
+        if p is not None and p.requires_grad and id(p) not in known and wants(p) and will_accumulate(p)
+        if not any(awaited(tap) for tap in live_nodes(p))  # of another forward pass; those of passes before may live on
     }
     for why, sources, _ in record.refused:
         if any(id(source.tensor) in missed for source in sources):
@@ -191,8 +191,10 @@ def unseen(record: Record, modules: list[nn.Module], wants: Callable[[Tensor], b
         raise UnsupportedUseError(
             f"A gradient will reach {names}, but packext saw no use of it: it meets data outside of the extended "
             "model's forward (in another method, or in the loss), or inside of a torch.autograd.Function, a torch.func "
-            "transform or TorchScript, into which packext does not see. Have these give the value that the parameter "
-            "is multiplied with, and multiply in forward, or leave the parameter out (parameters=...)."
+            "transform or TorchScript, into which packext does not see, or is what a weight was computed from that the "
+            "model was given in its place (functional_call). Have these give the value that the parameter is "
+            "multiplied with, and multiply in forward, detach such a weight (and have it require grad), or leave the "
+            "parameter out (parameters=...)."
             f"{after_distributed(record)}"
         )
 

@@ -55,6 +55,29 @@ def test_a_parameter_between_the_model_and_the_loss_is_refused(name: str) -> Non
     torch.testing.assert_close(found, rows)
 
 
+@pytest.mark.parametrize("alive", [False, True])
+def test_weights_that_were_computed_from_the_models_own_are_refused(alive: bool) -> None:
+    """A step of meta-learning; also while the graph of the pass before, in which they had uses, is alive."""
+    model, loss = (
+        px.extend(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))),
+        px.extend(nn.CrossEntropyLoss()),
+    )
+    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+    own = dict(model.named_parameters())
+    value = loss(model(x), y)
+    moved = {k: p - 0.1 * g for (k, p), g in zip(own.items(), torch.autograd.grad(value, [*own.values()]), strict=True)}
+    held = value if alive else None
+    del value
+    with pytest.raises(px.UnsupportedUseError, match=r"reach 0\.weight.*functional_call.*detach such a weight"):
+        with px.backpack(px.BatchGrad()):
+            loss(torch.func.functional_call(model, moved, (x,)), y).backward()
+    assert (held is not None) == alive and all(p.grad is None for p in own.values())
+    leaves = {k: v.detach().requires_grad_() for k, v in moved.items()}  # as the message says
+    with px.backpack(px.BatchGrad()) as results:
+        loss(torch.func.functional_call(model, leaves, (x,)), y).backward()
+    assert all(torch.allclose(results[k].grad_batch.sum(0), v.grad) for k, v in leaves.items() if v.grad is not None)
+
+
 class Policy(nn.Module):
     """Its method is called, and not the model: the mean is a model by itself then, and the spread is outside of it."""
 

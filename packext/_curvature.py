@@ -28,7 +28,7 @@ from packext._lineage import disable
 from packext._listening import silence
 from packext._pass import Pass
 from packext._places import gates_of, place
-from packext._quantity import Ask, Curvature, HessianQuantity, Point
+from packext._quantity import Ask, Curvature, HessianQuantity, Point, Quantity
 from packext._refusals import refuse_divided, refuse_moved, refuse_replaced, unseen, will_accumulate
 from packext._residual import residual
 from packext._scratch import release
@@ -74,7 +74,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         )
     for quantity in (q for each in flight.heard for q in each.context.spreading if len(flight.losses) > 1):
         if not quantity.additive:
-            raise PackextError(_ONE.format(quantity))
+            _refuse_several(quantity)
     seen = seen.fixed()
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     places = layouts = [place(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
@@ -252,7 +252,6 @@ _WEIGHT_NORM = (
     "(torch.nn.utils.parametrize.register_parametrization), leave that parameter out with px.backpack(..., "
     "parameters=[...]), or ask for quantities of the GGN, which are right."
 )
-_ONE = "{!r} of a pass through several losses: add them up in one loss module."
 _ROWS = (
     "Rows of the model's output were chosen for the extended {} (output[mask]), which has another input beside them "
     "or has them in a dictionary: call it with the chosen rows alone, or choose none and weight rows by 0 in the loss."
@@ -319,8 +318,13 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
         for source, value in zip(sources.values(), values, strict=True):
             found = flight.measured.setdefault(id(source.tensor), (source, {}))[1]
             if id(quantity) in found and not quantity.additive:
-                raise PackextError(_ONE.format(quantity))
+                _refuse_several(quantity)
             found[id(quantity)] = quantity.add(found[id(quantity)], value) if id(quantity) in found else value
+
+
+def _refuse_several(quantity: Quantity) -> None:
+    with due_to([quantity]):
+        raise PackextError(f"{quantity!r} of a pass through several losses: add them up in one loss module.")
 
 
 def _alone(column: Tensor) -> list[Tensor]:

@@ -1045,6 +1045,14 @@ def test_an_error_about_curvature_names_the_instruments_that_ask_for_it(function
             px.extend(nn.CrossEntropyLoss())(px.extend(monitor.model)(x), y).backward()
 
 
+def test_an_eigenvalue_of_two_losses_is_refused_by_the_instrument_that_asks_for_it() -> None:
+    (monitor, loss), (x, y) = pair(NormTest(), HessTrace(), HessMaxEV()), batch()
+    with pytest.raises(px.PackextError, match="^The instruments HessMaxEV need .*several losses.*other instruments"):
+        with monitor.step("mean"):  # mixup
+            z = monitor.model(x)
+            (0.3 * loss(z, y) + 0.7 * loss(z, y.flip(0))).backward()
+
+
 class Centred(nn.Linear):
     def __init__(self) -> None:
         super().__init__(3, 3)

@@ -152,7 +152,7 @@ class Scattered(Layout):
 
     def positions(self, t: Tensor, lead: int) -> float:
         """How many positions of `split` are a sample's own on average."""
-        return max(1, t.shape[:lead].numel()) / self.n
+        return t.shape[:lead].numel() / self.n
 
     def own(self, lead: torch.Size) -> Tensor:
         """Which positions of `split` are a sample's own, `[N, S]`, for tensors `[*lead, *features]`."""

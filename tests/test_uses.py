@@ -169,6 +169,43 @@ def test_experts_count_the_tokens_that_they_were_given() -> None:
         close(united["w"].kfac, run(model, x, y, kfac(fisher), scale="sample")["w"].kfac)
 
 
+class Called(nn.Module):
+    """Experts that are called also where they are given no token, and a table of bags that may hold padding alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.w = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 5, 4))
+        self.own = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(4, 5)])
+        self.table = nn.EmbeddingBag(6, 5, mode="sum", padding_idx=1)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given, tokens = x[..., 0].flatten().long(), self.first(x).flatten(0, 1)
+        out = tokens.new_zeros(len(tokens), 5)
+        for k, own in enumerate(self.own):
+            to = (given == k).nonzero()[:, 0]
+            out = out.index_add(0, to, F.linear(tokens[to], self.w[k]).sin() + own(tokens[to]))
+        return self.last(out.unflatten(0, x.shape[:2]).tanh().sum(1) + self.table(x[..., 1].long()).tanh())
+
+
+def test_a_part_of_a_batch_that_gives_a_use_nothing_does_not_count() -> None:
+    """A is the mean over all that there was, whatever parts the batch came in."""
+    x, y = torch.randn(N, 3, 4), torch.randint(3, (N,))
+    x[..., 0] = torch.tensor([[0, 0, 1], [1, 1, 0], [0, 1, 0], [2, 1, 1], [2, 2, 0]])  # to whom tokens are given
+    x[..., 1] = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 1, 2], [1, 1, 1], [4, 5, 2]])  # what is in the bags
+    model = Called()
+    whole, parts = (run(model, x, y, kfac("exact"), parts=parts) for parts in ((N,), (2, 1, 2)))
+    with px.disable():
+        tokens = model.first(x).flatten(0, 1)
+    for k in range(3):
+        own = tokens[x[..., 0].flatten() == k]
+        close(whole["w"].kfac[1][k], own.T @ own / len(own))
+        close(whole[f"own.{k}.weight"].kfac[1], own.T @ own / len(own))
+    close(whole["table.weight"].kfac[0], torch.tensor([1, 0, 2, 0, 1, 1]) / 5.0)
+    for name in whole:
+        close(parts[name].kfac, whole[name].kfac)
+
+
 class Separate(Routed):
     """The same with a parameter for each expert."""
 

@@ -122,7 +122,7 @@ class Lookup(Factored):
     def kronecker(self, reduce: bool) -> list[Kronecker]:
         if not self.one_hot or (reduce and self.s > 1):
             return []
-        return [Kronecker(Terms(self.g.mT[:, None]).squared, self._counts, 1 if reduce else self.positions or 1, "IO")]
+        return [Kronecker(Terms(self.g.mT[:, None]).squared, self._counts, 1 if reduce else self.positions, "IO")]
 
     def _counts(self) -> Tensor:
         ids = self.index[self.index >= 0]

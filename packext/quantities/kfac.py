@@ -91,7 +91,7 @@ def _along(terms: Tensor, inputs: Tensor) -> Tensor:
 
 def _mean(total: Tensor, terms: int | float | Tensor) -> Tensor:
     """A, from the sum over its terms; zeros for a group without any."""
-    return total / (_along(torch.where(terms > 0, terms, 1.0), total) if isinstance(terms, Tensor) else terms)
+    return total / (_along(torch.where(terms > 0, terms, 1.0), total) if isinstance(terms, Tensor) else terms or 1)
 
 
 def _joined(pairs: Sequence[_Pair], over: Here) -> _Pair:

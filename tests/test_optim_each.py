@@ -250,6 +250,42 @@ def test_a_first_gradient_between_two_bases_waits_one_step() -> None:
     assert optimizer.steps == 6
 
 
+class Experts(nn.Module):
+    """Two experts, each called with the samples that are its own; weights in one tensor, or in layers."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(5, 3)
+        self.own = nn.Parameter(torch.randn(2, 5, 4)) if together else nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, out = self.first(x), x.new_zeros(len(x), 5)
+        for k in range(2):
+            to = (x[:, 0] == k).nonzero()[:, 0]
+            one = self.own[k]
+            out = out.index_add(0, to, one(h[to]) if isinstance(one, nn.Linear) else nn.functional.linear(h[to], one))
+        return self.last(torch.tanh(out))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_expert_that_nothing_reached_keeps_its_a(together: bool) -> None:
+    torch.manual_seed(0)
+    model = px.extend(Experts(together))
+    optimizer = optim.KFAC(
+        model.named_parameters(), lr=1e-12, factors_every=1, inverses_every=1, decay=0.5, bias="separate"
+    )
+    x, y = data()
+    expert = model.own if together else model.own[1].weight
+    held = []
+    for first in (torch.arange(12.0) % 2, torch.zeros(12), torch.zeros(12)):
+        passed(model, optimizer, (torch.cat([first[:, None], x[:, 1:]], 1), y))
+        optimizer.step()
+        held.append([f[-1] if together else f for f in optimizer.state[expert]["factors"]])
+    for _, inputs in held[1:]:
+        torch.testing.assert_close(inputs, held[0][1], rtol=1e-9, atol=0)
+    torch.testing.assert_close(held[2][0], held[0][0] / 4, rtol=1e-9, atol=0)
+
+
 def test_a_singular_factor_is_refused_by_name() -> None:
     model = network()
     optimizer = optim.Preconditioned(model.named_parameters(), "kflr", damping=0.0)

@@ -43,9 +43,13 @@ class Factors:
         found, first = px.KFAC.matrices(self.pairs), self.pairs[0]
         if before is None or [m.shape for m in before] != [m.shape for m in found]:
             return found
-        if len(self.pairs) == 1 and len(first.outputs) > 1 and isinstance(first.terms, Tensor):
-            place = int(first.stored == "OI")
-            found[place] = torch.where((first.terms > 0)[:, None, None], found[place], before[place])
+        if len(self.pairs) == 1 and first.inputs is not None:
+            place, met = int(first.stored == "OI"), first.terms > 0
+            if isinstance(met, Tensor):
+                met = met[:, None, None] if len(first.outputs) > 1 and met.dim() else met
+                found[place] = torch.where(met, found[place], before[place])
+            elif not met:
+                found[place] = before[place]
         return found
 
 

@@ -204,6 +204,8 @@ def _add_square(square: Tensor | None, g: Tensor, n: int) -> Tensor:
 
 def _root(square: Tensor) -> Tensor:
     """Rows whose outer products sum to `square`, the largest first; one of them at least."""
+    if not len(square):  # a layer that gives no entry
+        return square.new_zeros(1, 0)
     values, vectors = torch.linalg.eigh(square.double())
     keep = values > torch.finfo(square.dtype).eps * values[-1]
     keep[-1] = True
@@ -278,7 +280,7 @@ class Positive:
 def _residual(upper: GradientEdge, lower: GradientEdge, slope: Tensor) -> Tensor | None:
     """Second derivatives of `sum(slope * f(x))` by each entry of x, for an elementwise f; None if f is linear."""
     pulled = torch.autograd.grad([upper], [lower], [slope], create_graph=True)[0]
-    if not pulled.requires_grad:
+    if not pulled.requires_grad or not pulled.numel():
         return None
 
     def product(z: Tensor) -> Tensor | None:

@@ -532,3 +532,23 @@ def test_some_of_the_parameters(layer: int) -> None:
     torch.testing.assert_close(*found)
     run(model, nn.CrossEntropyLoss(), x, y, asked[2], parameters=[model[layer].weight])
     assert [len(f) for f in model[layer].weight.kfac] == [len(model[layer].weight), model[layer].weight.shape[1]]
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1)
+
+
+def test_a_layer_that_gives_nothing() -> None:
+    """Samples of no tokens at all: what is before them has no curvature, and what is behind them all that there is."""
+    model, x, y = (
+        nn.Sequential(nn.Linear(5, 4), nn.Tanh(), Sum(), nn.Linear(4, 3)),
+        torch.ones(N, 0, 5),
+        torch.ones(N, 3),
+    )
+    run(model, nn.MSELoss(), x, y, px.KFRA(), px.PCHMP(), px.KFLR(), px.GGNMP())
+    for p in model.parameters():
+        v = torch.randn(2, *p.shape)
+        torch.testing.assert_close(p.kfra, p.kflr)
+        torch.testing.assert_close(p.pchmp(v), p.ggnmp(v))
+    assert model[3].bias.kfra[0].any() and not model[0].bias.kfra[0].any()

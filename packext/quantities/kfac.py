@@ -259,10 +259,11 @@ class KFAC(Sampled, _Kronecker):
                 "empirical": the gradients of the loss as it is, of each sample's own loss as in `DiagEF`: where that
                 is a mean over T terms (tokens, labels), B is T times smaller than that of the other two.
             generator: for the draws; one of packext's own by default.
-            bias: "separate": weight and bias have blocks of their own. "joint": a bias that is added to what a weight
-                gives in every use of either has one with it, that of the weight with an input more, which is 1: A is
-                `[I + 1, I + 1]`, and the bias has a `linalg.Joint` with the weight in it, whose `join` and `split`
-                make one matrix of two gradients and the reverse. Others have blocks of their own.
+            bias: "separate": weight and bias have blocks of their own. "joint": a bias that a linear layer or
+                convolution adds in every use of its weight has one with it, that of the weight with an input more,
+                which is 1: A is `[I + 1, I + 1]`, and the bias has a `linalg.Joint` with the weight in it, whose `join`
+                and `split` make one matrix of two gradients and the reverse. Other biases (those of transposed
+                convolutions, of bilinear and recurrent layers, what is added by hand) have blocks of their own.
 
         Raises:
             ValueError: for an unknown choice.

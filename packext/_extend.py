@@ -90,7 +90,10 @@ def extend(module: M, batch_axis: int | None = 0, *, debug: bool = False, use_co
     """
     if not isinstance(module, nn.Module):
         what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
-        raise TypeError(f"extend expects an nn.Module instance, got {what}. Functions need no extend.")
+        raise TypeError(
+            f"extend expects an nn.Module instance, got {what}. Functions need no extend, but for losses: take the "
+            "module, such as nn.CrossEntropyLoss(), or call the function in the forward of the model."
+        )
     if batch_axis is not None and (type(batch_axis) is not int or batch_axis < 0):
         raise ValueError(f"batch_axis must be an int of 0 or more, or None, got {batch_axis!r}.")
     if isinstance(module, torch.jit.ScriptModule):

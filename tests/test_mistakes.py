@@ -170,6 +170,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: passed(px.BatchGrad(), loss_fn=Own(), scale="sample"),
         "not extended, or has no `reduction`.* A loss of your own is an nn.Module with an attribute `reduction`",
     ),
+    "a loss function to extend": (
+        lambda: px.extend(F.cross_entropy),
+        r"got a function. Functions need no extend, but for losses: take the module, such as nn.CrossEntropyLoss\(\)",
+    ),
     "the state of another optimizer": (
         lambda: optim.KFAC(NET.parameters()).load_state_dict(torch.optim.Adam(NET.parameters()).state_dict()),
         "of another optimizer than KFAC: its groups have no damping, fallback",

@@ -44,6 +44,7 @@ def passed(*asked: Any, around: Any = None, loss_fn: nn.Module | None = None, **
 
 
 NET = net()
+PRIVATE = optim.DPSGD(NET.parameters(), 0.1, max_norm=1.0, noise_multiplier=1.0, expected_batch_size=4)
 SHARED = attacks.share(nn.Linear(5, 3), nn.CrossEntropyLoss(), X, Y)
 
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
@@ -174,6 +175,15 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: px.extend(F.cross_entropy),
         r"got a function. Functions need no extend, but for losses: take the module, such as nn.CrossEntropyLoss\(\)",
     ),
+    "one part": (
+        lambda: optim.Optimizer(NET.parameters(), optim.Descend(0.1)),
+        "parts must be a list such as .* got <packext.*Descend",
+    ),
+    "an optimizer for its steps": (lambda: optim.epsilon(PRIVATE, 100, 1e-5), r"such as DPSGD.*spent, got one DPSGD"),
+    "one kind of steps": (lambda: optim.epsilon(optim.Spent(1.0, 4, 9), 100, 1e-5), "a list of Spent.* got one Spent"),
+    "one run to serve": (lambda: diagnostics.Server("runs/first"), r"a list of folders, such as \['runs/first'\]"),
+    "a trace that there is not": (lambda: diagnostics.HessTrace("ggn-mc"), "one of 'ggn_mc', 'ggn', 'hessian', got"),
+    "a norm in letters": (lambda: px.ClippedGrad("1"), "max_norm must be a positive number, got '1'"),
     "the state of another optimizer": (
         lambda: optim.KFAC(NET.parameters()).load_state_dict(torch.optim.Adam(NET.parameters()).state_dict()),
         "of another optimizer than KFAC: its groups have no damping, fallback",

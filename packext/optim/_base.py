@@ -84,9 +84,9 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: for hyperparameters out of range, two parts that want the same one, none that has a learning
                 rate, or a part after `Descend`.
         """
-        parts = list(parts)
-        for part in parts:
-            if not isinstance(part, Part):
+        one = isinstance(parts, Part)
+        for part in (parts := [parts] if one else list(parts)):
+            if one or not isinstance(part, Part):
                 raise TypeError(
                     f"parts must be a list such as [px.optim.Momentum(), px.optim.Descend()], got {part!r}."
                 )

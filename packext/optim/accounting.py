@@ -44,8 +44,11 @@ def epsilon(spent: Iterable[Spent], samples: int, delta: float, method: str = "p
         Epsilon; infinite where a step had no noise, 0 for no steps.
 
     Raises:
+        TypeError: for an optimizer, or one kind of steps that is not in a list.
         ValueError: if a number is out of its range.
     """
+    if isinstance(spent, Spent) or not isinstance(spent, Iterable):
+        raise TypeError(f"spent must be a list of Spent, such as DPSGD(...).spent, got one {type(spent).__name__}.")
     if not 0 < delta < 1:
         raise ValueError(f"delta must be between 0 and 1, got {delta}.")
     return _composed([Spent(*kind) for kind in spent], samples, delta, method)

@@ -29,10 +29,10 @@ class ClippedGrad(Summed, Quantity):
         """Take C, and whether it bounds each module's part or the whole gradient.
 
         Raises:
-            ValueError: if `max_norm` is not positive.
+            ValueError: if `max_norm` is no positive number.
         """
-        if not max_norm > 0:
-            raise ValueError(f"max_norm must be positive, got {max_norm}.")
+        if isinstance(max_norm, str) or not max_norm > 0:
+            raise ValueError(f"max_norm must be a positive number, got {max_norm!r}.")
         self.max_norm, self.per_layer = float(max_norm), per_layer
 
     def check(self, sample_factor: Callable[[], float]) -> None:

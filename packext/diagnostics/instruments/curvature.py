@@ -15,9 +15,10 @@ from packext.diagnostics._tensors import CHUNK, total
 DIAGONALS = {"ggn_mc": px.DiagGGNMC, "ggn": px.DiagGGNExact}
 
 
-def _diagonal(curvature: str) -> Any:
+def _diagonal(curvature: str, *others: str) -> Any:
     if curvature not in DIAGONALS:
-        raise ValueError(f"curvature must be one of {', '.join(map(repr, DIAGONALS))}, got {curvature!r}.")
+        known = ", ".join(map(repr, (*DIAGONALS, *others)))
+        raise ValueError(f"curvature must be one of {known}, got {curvature!r}.")
     return DIAGONALS[curvature]()
 
 
@@ -80,7 +81,7 @@ class HessTrace(Instrument):
     def __init__(self, curvature: str = "ggn_mc", draws: int = 4) -> None:
         """Choose "ggn_mc", "ggn" (exact) or "hessian" (for which BatchNorm is no obstacle), and its draws."""
         self.hessian = curvature == "hessian"
-        self.needs = (_diagonal(curvature),) if not self.hessian else (MeanHessianTrace(draws),)
+        self.needs = (_diagonal(curvature, "hessian"),) if not self.hessian else (MeanHessianTrace(draws),)
 
     def measure(self, step: Step) -> dict[str, Any]:
         if not self.hessian:

@@ -99,7 +99,12 @@ class Server(ThreadingHTTPServer):
             paths: folders of records, which need not exist yet.
             port: 0 for any that is free.
             tell: is told when a record appears, disappears, or cannot be read.
+
+        Raises:
+            TypeError: for one path that is not in a list.
         """
+        if isinstance(paths, (str, Path)):
+            raise TypeError(f"paths must be a list of folders, such as [{str(paths)!r}], got {paths!r}.")
         self.plotly = gzip.compress(plotly_source().encode(), 1)
         self.runs = [Watched(Path(path), tell) for path in paths]
         super().__init__(("127.0.0.1", port), _Handler)

@@ -40,7 +40,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
     A result is from the last backward pass that ran in a context which asked for it. Each such pass first
     forgets the context's savefields on all parameters of the model, so that a parameter which the pass did
     not reach has none, and no older value is mistaken for a new one. A pass that fails changes no attribute
-    (`.grad` of parameters that it had come by is as autograd left it).
+    (`.grad` of parameters that it had come by is as autograd left it). Of nested contexts the innermost alone hears a
+    pass, as in BackPACK; `overhear` says otherwise.
     """
 
     def __init__(

@@ -587,6 +587,15 @@ def test_the_mode_is_part_of_the_fingerprint() -> None:
     assert fingerprint(normed().train()) != fingerprint(normed().eval()) == fingerprint(normed().eval())
 
 
+def test_no_clip_is_suggested_where_half_of_the_samples_are_learnt() -> None:
+    model = linear()
+    model[1].weight.data.zero_()  # type: ignore[operator, union-attr]
+    model[1].bias.data = torch.tensor([12.0, 0.0, 0.0, 0.0, 0.0])  # type: ignore[union-attr]
+    labels = torch.cat([torch.zeros(25), torch.ones(15)]).long()
+    found = records(case(model, (images()[0], labels)), Clock(1e6))
+    assert 0 < found.norm_quantiles[2] < 1e-3 < 1 < found.norm_quantiles[3] and found.suggested_clip is None
+
+
 def test_the_table_of_records() -> None:
     seen = case(sharing=Sharing(batch_size=4))
     found = records(seen, Clock(1e6))

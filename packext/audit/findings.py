@@ -312,8 +312,6 @@ def _records(audit: Audit) -> Iterator[Finding]:
     s = audit.records
     if s.dominating and s.batch > 1:
         names = ", ".join(str(r.index) for r in s.worst[:5])
-        # Of a model that has learnt most samples the median is next to nothing, and all of the others would be clipped.
-        typical = s.suggested_clip is not None and s.suggested_clip > 0.01 * s.norm_quantiles[3]
         yield Finding(
             "low",
             "records",
@@ -321,7 +319,7 @@ def _records(audit: Audit) -> Iterator[Finding]:
             f"{whole(s.dominating)} of the records are more than half of the norm of their batch's gradient "
             f"({s.batch} samples). Highest leverage: members {names}.",
             "Look at these records; clip gradients of samples"
-            + (f", to about {s.suggested_clip:.2g} to begin with." if typical else "."),
+            + (f", to about {s.suggested_clip:.2g} to begin with." if s.suggested_clip else "."),
         )
 
 

@@ -186,7 +186,7 @@ def _sweep(s: Sweep) -> Figure | None:
     panels = [p for p in panels if any(v is not None for v in p[1])]
     if len(panels) < 2 or len(s.rows) < 2:
         return None
-    names = [fill(r.name, 28) for r in s.rows]
+    names = [fill(r.name, 40) for r in s.rows]
     pitch = max(0.32, *(0.16 * (name.count("\n") + 1) + 0.06 for name in names))
     figure = Figure(figsize=(WIDTH, 1.2 + pitch * len(s.rows)), layout="constrained")
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

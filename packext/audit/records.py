@@ -51,7 +51,8 @@ class Records(Section):
         norm_quantiles: of the gradients' norms, at 0, 10, 50, 90, 99 and 100 %.
         share_quantiles: of the shares, at the same.
         dominating: share of the samples that make up more than half of the norm of their batch's gradient.
-        suggested_clip: the median norm, which clips half of the samples (Andrew et al. 2021).
+        suggested_clip: the median norm, which clips half of the samples (Andrew et al. 2021); None where it is below
+            1 % of the 90 % quantile, as of a model that has learnt most samples: what the others tell would be gone.
         norms: of each sample in `indices`.
         leverages: the same.
         indices: in the members.
@@ -88,7 +89,8 @@ def records(case: Case, clock: Clock) -> Records:
         found.indices, found.samples = index.tolist(), len(index)
         at = torch.tensor([0.0, 0.1, 0.5, 0.9, 0.99, 1.0], dtype=torch.float64, device=index.device)
         found.norm_quantiles = seen.gradient_norm.quantile(at).tolist()
-        found.suggested_clip = found.norm_quantiles[2] or None
+        median, large = found.norm_quantiles[2:4]
+        found.suggested_clip = median if median > 0.01 * large else None
         shares = _shares(case, found, index, clock)
         if shares.numel():
             found.share_quantiles = shares.quantile(at).tolist()

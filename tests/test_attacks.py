@@ -166,6 +166,7 @@ def test_noise_takes_labels_away_and_bfloat16_does_not() -> None:
 
 def test_counts_that_are_guessed_and_rounded() -> None:
     assert attacks.guessed(torch.tensor([0, 0, 0, 0]), 4) == 0.25
+    assert attacks.guessed(torch.tensor([0, 0, 0, 1]), 4, torch.tensor([70, 30, 0, 0])) == 1.0
     assert attacks.count_accuracy(torch.tensor([3, 0, 1]), torch.tensor([0, 0, 1, 1])) == 0.5
     assert attacks.labels.rounded(torch.tensor([1.6, -0.4, 2.5]), 4).tolist() == [2, 0, 2]
     assert attacks.labels.rounded(torch.zeros(3), 2).sum() == 2

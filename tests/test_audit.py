@@ -728,6 +728,23 @@ def test_rules_that_only_guess_beat_guessing_no_more_often_than_is_said(k: int, 
         assert by_chance(drawn[0].abs() + 0.01).min() <= 2.0**-k + 1 / 4096  # and one that is better is told
 
 
+def test_counting_the_usual_class_beats_no_guess(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine in ten members have one label: a rule that always says so has read nothing."""
+
+    class Usual(attacks.LabelRule):
+        threat = attacks.LLG.threat
+
+        def counts(self, model: nn.Module, shared: attacks.Shared, head: attacks.Head) -> Tensor:
+            return torch.tensor([shared.n, 0, 0, 0, 0])
+
+    monkeypatch.setattr("packext.audit.labels.rules_for", lambda case, absent: {"usual": Usual()})
+    x, _ = images(200)
+    y = torch.tensor([0] * 9 + [1]).repeat(20)
+    audit = run(linear(), LOSS, (x, y), Sharing(batch_size=8), budget=replace(FEW, draws=20))
+    assert audit.labels.rules[0].accuracy.value > 0.85 and audit.labels.guess == pytest.approx(0.9, abs=0.06)
+    assert "No label rule beats guessing" in titles(audit, "note")
+
+
 def test_chance_by_hand() -> None:
     """Two rules, two messages: of the four ways to flip signs, the best is (3, 1), (1, 3), (1, 3), (-1, -3)."""
     above = torch.tensor([[2.0, 1.0], [0.0, 1.0]])

@@ -303,14 +303,16 @@ def count_accuracy(found: Tensor, labels: Tensor) -> float:
     return 1 - float((found.cpu() - true).abs().sum()) / (2 * len(labels))
 
 
-def guessed(labels: Tensor, classes: int) -> float:
-    """`count_accuracy` of who knows N alone and guesses that all classes are as frequent: what a rule must beat.
+def guessed(labels: Tensor, classes: int, frequencies: Tensor | None = None) -> float:
+    """`count_accuracy` of who knows N and how frequent classes are, and sees no gradient: what a rule must beat.
 
     Args:
         labels: the true ones `[N]`.
         classes: their number.
+        frequencies: of the classes in the data, or counts `[C]`; all the same by default.
 
     Returns:
         Between 0 and 1.
     """
-    return count_accuracy(rounded(torch.ones(classes, dtype=torch.float64), len(labels)), labels)
+    known = torch.ones(classes) if frequencies is None else frequencies.cpu()
+    return count_accuracy(rounded(known.double(), len(labels)), labels)

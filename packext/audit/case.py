@@ -111,6 +111,11 @@ class Case:
             raise px.PackextError(f"No parameter of {type(self.model).__name__} is trained: no gradient leaves anyone.")
 
     @property
+    def frequencies(self) -> Tensor:
+        """How many members each class has `[C]`."""
+        return torch.bincount(self.y.cpu(), minlength=self.classes)
+
+    @property
     def classes(self) -> int:
         """Of a classifier with one label for each sample.
 

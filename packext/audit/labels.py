@@ -61,7 +61,7 @@ class Labels(Section):
     Attributes:
         samples: behind each message.
         classes: that the model tells apart.
-        guess: accuracy of who guesses all classes equally often.
+        guess: accuracy of who guesses classes as often as the members have them.
         identity: accuracy of the counts from what no attacker knows, the batch's mean probabilities: the bound.
         rules: of the attackers.
         cohort: clients of the simulated round behind secure aggregation.
@@ -108,7 +108,7 @@ def labels(case: Case, clock: Clock) -> Labels:
         x, y = case.x[index], case.y[index]
         with found.unless_refused("message"):
             message = case.as_gradient(case.message(x, y))
-            guesses.append(guessed(y, found.classes))
+            guesses.append(guessed(y, found.classes, case.frequencies))
             for name, rule in rules.items():
                 with found.unless_refused(name):
                     accuracy = count_accuracy(rule(case.model, message), y)

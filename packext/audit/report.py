@@ -40,7 +40,7 @@ SAYS = {
     "trace is found proves nothing.",
     "closed": "Divisions, zero rows and spans of a layer's gradient. They cost nothing and are exact where they hold.",
     "labels": "How often each class occurs in a batch, read off the last layer's gradient. A rule says something where "
-    "it beats guessing that all classes are as frequent.",
+    "it beats guessing that classes are as frequent in the batch as in the data.",
     "inversion": "Inputs whose gradient is the one that was shared. A search that has not matched the gradient has "
     "failed as a search, which is no protection; nothing matches a gradient that a defence has changed. An input "
     "counts as recovered with a mean squared error below 1 % of the squared range (20 dB) and a tenth of that of the "

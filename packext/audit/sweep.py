@@ -221,7 +221,7 @@ def _labels(case: Case, defence: Any, row: Defended) -> None:
         index = case.draw(80 + k, case.sharing.behind)
         x, y = case.x[index], case.y[index]
         message = case.as_gradient(case.message(x, y, defence=defence))
-        guesses.append(guessed(y, case.classes))
+        guesses.append(guessed(y, case.classes, case.frequencies))
         for name, rule in rules.items():
             try:
                 scores.setdefault(name, []).append(count_accuracy(rule(case.model, message), y))

@@ -385,12 +385,24 @@ def test_bias_division_by_hand() -> None:
     weight = torch.tensor([[2.0, 4.0], [0.0, 0.0], [3.0, 3.03]])
     shared = attacks.Shared({"l.weight": weight, "l.bias": torch.tensor([2.0, 0.0, 3.0])}, 3, LOSS)
     inputs = torch.tensor([[1.0, 2.0], [1.0, 1.0], [1.0, 0.5], [0.0, 0.0]])
-    assert divided(shared, "l", inputs) == 0.5  # (1, 2) exactly, (1, 1) to 0.7 %
-    assert divided(shared, "l", torch.tensor([[1.0, 1.05]])) == 0.0
+    nowhere = torch.zeros(2)
+    assert divided(shared, "l", inputs, nowhere) == 0.5  # (1, 2) exactly, (1, 1) to 0.7 %
+    assert divided(shared, "l", inputs, torch.tensor([0.9, 1.0])) == 0.25  # of which (1, 1) differs by less
+    assert divided(shared, "l", torch.tensor([[1.0, 1.05]]), nowhere) == 0.0
     zero = attacks.Shared({"l.weight": weight, "l.bias": torch.zeros(3)}, 3, LOSS)
-    assert divided(zero, "l", inputs) == 0.0
+    assert divided(zero, "l", inputs, nowhere) == 0.0
     with pytest.raises(px.PackextError, match="'other' .* was not shared"):
-        divided(shared, "other", inputs)
+        divided(shared, "other", inputs, nowhere)
+
+
+def test_inputs_that_vary_little_are_not_given_away_by_their_mean() -> None:
+    """As temperatures in kelvin: each row of a sum of gradients is within a hundredth of all inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 4))
+    data = 10 + 0.05 * torch.randn(100, 24), torch.arange(100) % 4
+    first, second = closed(case(model, data, Sharing(batch_size=16)), Clock(1e6)).layers
+    assert first.is_input and first.divided is not None and first.divided.value == 0.0
+    assert first.alone is not None and second.alone is not None and first.alone.value == second.alone.value == 1.0
 
 
 @pytest.mark.usefixtures("bare")

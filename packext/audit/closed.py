@@ -17,7 +17,8 @@ from packext.audit.section import Interval, Section
 
 SEEN = Threat("the message", "the model", "honest", "inputs of a layer that can be told apart in its gradient")
 
-#: A candidate this near to an input (relative to its norm) is that input.
+#: A candidate this near to an input is that input: relative to its norm, and for a quotient to what it differs by from
+#: the mean of inputs, which all are near to where they vary little.
 NEAR = 1e-2
 
 #: Entries of a weight up to which its singular values are computed, and candidates of a span test.
@@ -35,7 +36,7 @@ class LayerCheck:
         is_input: whether its input is the client's input itself.
         inputs: of the layer in a batch: samples times positions.
         divided: share of a batch's inputs that a row of the weight's gradient over an entry of the bias's gives, to
-            1 %; None without a bias.
+            1 % (and of what they differ by from the mean of inputs); None without a bias.
         alone: the same of messages with one sample.
         rank: of the weight's gradient, mean over draws.
         spanned: share of a batch's inputs that lie in the span of the gradient's rows, to 1 %; None if it spans all.
@@ -146,23 +147,32 @@ def closed(case: Case, clock: Clock) -> Closed:
                 continue
             e = inputs[name].flatten(0, -2)
             sizes[name] = len(e), _same(inputs[name], case.x[index])
-            _try_linear(found, layer, name, message, e, others.get(name), note)
+            every = torch.cat([e, others[name].flatten(0, -2)]) if name in others else e
+            centre = every.double().mean(0) if len(every) > 1 else torch.zeros_like(e[0])
+            _try_linear(found, layer, name, message, e, others.get(name), centre, note)
             if layer.bias is not None and alone is not None and name in alone[1]:
                 with found.unless_refused(f"{_shown(name, layer)}: bias division, one sample"):
-                    note.setdefault("alone", []).append(divided(alone[0], name, alone[1][name].flatten(0, -2)))
+                    note.setdefault("alone", []).append(divided(alone[0], name, alone[1][name].flatten(0, -2), centre))
     for name, note in tried.items():
         _conclude(found, layers[name], name, note, sizes.get(name))
     return found
 
 
 def _try_linear(
-    found: Closed, layer: nn.Linear, name: str, message: Shared, e: Tensor, others: Tensor | None, note: dict[str, list]
+    found: Closed,
+    layer: nn.Linear,
+    name: str,
+    message: Shared,
+    e: Tensor,
+    others: Tensor | None,
+    centre: Tensor,
+    note: dict[str, list],
 ) -> None:
     """All forms for a fully connected layer and one message."""
     shown, weight = _shown(name, layer), _entry(name, "weight")
     if layer.bias is not None:
         with found.unless_refused(f"{shown}: bias division"):
-            note.setdefault("divided", []).append(divided(message, name, e))
+            note.setdefault("divided", []).append(divided(message, name, e, centre))
     with found.unless_refused(f"{shown}: rank"):
         note.setdefault("rank", []).append(rank(message, weight))
     with found.unless_refused(f"{shown}: span test"):
@@ -200,7 +210,7 @@ def _conclude(found: Closed, layer: nn.Module, name: str, note: dict[str, list],
         found.layers.append(check)
 
 
-def divided(shared: Shared, layer: str, inputs: Tensor) -> float:
+def divided(shared: Shared, layer: str, inputs: Tensor, centre: Tensor) -> float:
     """Share of a layer's inputs that are a row of the weight's gradient over the bias's entry.
 
     For one input every row is (Geiping et al. 2020, Proposition 3.1); for several, a row whose unit is active for one
@@ -210,6 +220,7 @@ def divided(shared: Shared, layer: str, inputs: Tensor) -> float:
         shared: what the attacker sees.
         layer: name of a fully connected layer with bias; "" if the model is the layer.
         inputs: that the layer had `[M, I]`.
+        centre: mean of its inputs `[I]`, from which a quotient has to tell an input.
 
     Returns:
         Between 0 and 1.
@@ -227,8 +238,8 @@ def divided(shared: Shared, layer: str, inputs: Tensor) -> float:
     candidates, true = weight[rows] / bias[rows, None], inputs.double()
     # Rows that are rounding error of a gradient that is zero are no candidates for an input of zeros.
     apart = torch.cdist(true, candidates, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
-    norms = true.norm(dim=1)
-    return float(((apart < NEAR * norms) & (norms > 0)).double().mean())
+    scale = torch.minimum(true.norm(dim=1), (true - centre.double()).norm(dim=1))
+    return float((apart < NEAR * scale).double().mean())
 
 
 def _inputs(model: nn.Module, batches: Sequence[Tensor], names: list[str]) -> dict[str, Tensor]:

@@ -251,6 +251,18 @@ def test_a_layer_that_is_not_run_tells_nothing_of_the_model() -> None:
     assert not defences.check_received(model, loss, x, y, "head").zero_scales
 
 
+def test_inputs_that_hardly_vary_accuse_no_server() -> None:
+    """As temperatures in kelvin: the features of an honest model are then as good as fixed."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, y = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 4)), torch.arange(64) % 4
+        for std in (1e-2, 0.05, 0.3, 0.9):
+            with pytest.raises(px.PackextError, match=r"Inputs \[64, 24\] vary by .* Standardise the inputs"):
+                defences.check_received(model, nn.CrossEntropyLoss(), 10 + std * torch.randn(64, 24), y)
+        honest = defences.check_received(model, nn.CrossEntropyLoss(), 10 + 1.2 * torch.randn(64, 24), y)
+        assert not honest.suspicious
+
+
 @pytest.mark.parametrize("classes", [1, 2])
 def test_two_classes_are_no_trace_of_a_fishing_model(classes: int) -> None:
     """Their gradient at the last layer has rank one whatever the model; features that do not vary still tell."""

@@ -59,7 +59,8 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
       singular value of the last layer's gradient is below 2e-3 of the first
     - Cost: one gradient of the batch, and singular values of the last layer's
     - Source: ours, against Wang et al., INFOCOM 2024
-    - Refused: fewer than 8 samples, one label, or inputs that are all alike
+    - Refused: fewer than 8 samples, one label, or inputs that vary by less than 1e-2 of their own mean square, whose
+      features hardly vary whatever the model
 
     Args:
         model: as it was received, in the mode in which it would be run.
@@ -79,6 +80,11 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
             f"{len(y)} samples with {len(y.unique())} label(s) cannot tell whether features vary: pass 8 different "
             "ones or more, with two labels at least."
         )
+    if x.is_floating_point() and (own := _variance(x.detach().double().flatten(1))) < 10 * VARIANCE:
+        raise px.PackextError(
+            f"Inputs {list(x.shape)} vary by {own:.1e} of their mean square: their features hardly vary whatever the "
+            "model. Standardise the inputs, which training wants as well."
+        )
     layer = Head.of(model, head)
     features: list[Tensor] = []
     twin = copy.deepcopy(model)
@@ -92,7 +98,7 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
             "of its last fully connected layer."
         )
     e = features[-1].detach().double().flatten(0, -2)
-    variance = float((e - e.mean(0)).square().sum(1).mean() / e.square().sum(1).mean().clamp_min(1e-300))
+    variance = _variance(e)
     g = layer.weight_gradient(shared)
     if layer.bias is not None:
         g = torch.cat([g, layer.bias_gradient(shared)[:, None]], 1)
@@ -114,3 +120,8 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
     if reasons and len(missing) > len(shared.gradient) / 4:  # by itself, it may be a branch that begins at zero
         reasons.append(f"{len(missing)} of {len(shared.gradient)} parameters get no gradient, the first {missing[0]!r}")
     return Received(variance, ratio, missing, scales, tuple(reasons))
+
+
+def _variance(rows: Tensor) -> float:
+    """Of rows around their mean, over their mean square."""
+    return float((rows - rows.mean(0)).square().sum(1).mean() / rows.square().sum(1).mean().clamp_min(1e-300))

@@ -599,6 +599,13 @@ def test_the_mode_is_part_of_the_fingerprint() -> None:
     assert fingerprint(normed().train()) != fingerprint(normed().eval()) == fingerprint(normed().eval())
 
 
+@pytest.mark.parametrize("defence", [None, defences.Clipped(1.0)])
+def test_records_are_those_before_a_defence(defence: Any, bare: None) -> None:
+    audit = run(linear(), LOSS, images(), Sharing(batch_size=2, defence=defence), budget=FEW)
+    (found,) = [f for f in audit.findings if f.section == "records"]
+    assert ("gradient, before the defence that is audited (2 samples)" in found.evidence) == (defence is not None)
+
+
 def test_no_clip_is_suggested_where_half_of_the_samples_are_learnt() -> None:
     model = linear()
     model[1].weight.data.zero_()  # type: ignore[operator, union-attr]

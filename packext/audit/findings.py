@@ -312,11 +312,12 @@ def _records(audit: Audit) -> Iterator[Finding]:
     s = audit.records
     if s.dominating and s.batch > 1:
         names = ", ".join(str(r.index) for r in s.worst[:5])
+        before = ", before the defence that is audited" if audit.setting.sharing.get("defence") else ""
         yield Finding(
             "low",
             "records",
             "Single records make up most of a batch's gradient.",
-            f"{whole(s.dominating)} of the records are more than half of the norm of their batch's gradient "
+            f"{whole(s.dominating)} of the records are more than half of the norm of their batch's gradient{before} "
             f"({s.batch} samples). Highest leverage: members {names}.",
             "Look at these records; clip gradients of samples"
             + (f", to about {s.suggested_clip:.2g} to begin with." if s.suggested_clip else "."),

@@ -42,7 +42,7 @@ class Record:
 
 @dataclass(kw_only=True)
 class Records(Section):
-    """Individual gradients.
+    """Individual gradients, before any defence.
 
     Attributes:
         samples: that were looked at.

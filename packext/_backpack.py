@@ -71,9 +71,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             pass_hook: called with the results at the end of each backward pass, when `.grad` is complete. Those of the
                 next pass take their place.
             attach: whether results become attributes of the parameters; if not, attributes stay as they are.
-            exact_grad: whether `.grad` is that of a backward pass without packext to the last bit (of the extended model,
-                where a loss is made of second derivatives). Otherwise sums that a quantity has formed anyway may serve
-                as `.grad`: faster, and equal up to rounding.
+            exact_grad: whether `.grad` is that of a backward pass without packext to the last bit (of the extended
+                model, where a loss is made of second derivatives). Otherwise sums that a quantity has formed anyway may
+                serve as `.grad`: faster, and equal up to rounding.
             grad: whether `.grad` is wanted. If not, matrix products and convolutions for `.grad` alone are left out:
                 `.grad` of the parameters that quantities are wanted of is missing or incomplete, and not to be read.
             debug: accepted for code written for BackPACK; `px.explain` shows more.

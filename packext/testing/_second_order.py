@@ -175,18 +175,11 @@ def _eigen_wanted(q: Any, ref: Reference, name: str) -> list[Tensor]:
 # -- Kronecker factors -----------------------------------------------------------------------------------------
 
 
-def _axis(q: Any, found: Joint) -> list[Tensor]:
-    """Of a bias that has one block with its weight: the axis of the inputs, and 0 where that block is zero."""
-    block = getattr(found.weight, q.savefield)
-    values = block.eigenvalues if isinstance(block, KronEigh) else block[0]
-    return [torch.tensor(float(found.axis) * bool(values.any())).double()]
-
-
 def _factors(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[Tensor]:
     """With an axis of groups; the axis of the inputs for a bias that is part of its weight's block."""
     found = results[name]
     if isinstance(found, Joint):
-        return _axis(q, found)
+        return [torch.tensor(float(found.axis)).double()]
     table = any(t.dim() == 1 for t in found)
     return list(found) if table else [t if t.dim() == 3 else t[None] for t in found]
 
@@ -211,7 +204,7 @@ def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
     joint = getattr(q, "bias", "") == "joint" and own is not None and own.requires_grad and module.weight.requires_grad
     joint = joint and all(getattr(m, "bias", None) is own for m in factors.modules[weight])
     if p is own and joint:  # the inputs of its weight are axis 1, if the loss reaches it
-        return [factors.outputs(weight, "expand").any().double()]
+        return [torch.tensor(float(name in ref.plain)).double()]
     if p is own:
         return [factors.outputs(weight, approx, whole=True, kind=module)]
     products = {}
@@ -265,7 +258,7 @@ def _decomposed(q: Any, ref: Reference, results: dict[str, Any], name: str) -> l
     """Without a basis, products with the matrix and with its eigenvectors' square; with one, both of them."""
     found = results[name]
     if isinstance(found, Joint):
-        return _axis(q, found)
+        return [torch.tensor(float(found.axis)).double()]
     values = found.eigenvalues.double().flatten()
     turned = _times(found.vectors, _some(len(values)), back=True)
     if q.basis is not None:

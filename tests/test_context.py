@@ -9,7 +9,7 @@ import io
 import pickle
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -95,6 +95,31 @@ def test_results_are_not_overwritten_where_they_are_kept() -> None:
                 copies.append(tensor.clone())
     for tensor, value in zip(kept, copies, strict=True):
         assert torch.equal(tensor, value)
+
+
+def in_another_process(tensor: Tensor) -> Tensor:
+    """What another process has of a tensor that a queue of torch.multiprocessing has handed to it."""
+    handed = torch.UntypedStorage._new_shared_fd_cpu(*tensor.untyped_storage()._share_fd_cpu_())
+    return torch.tensor([]).set_(handed, 0, tensor.shape)
+
+
+@pytest.mark.parametrize(
+    "keep", [torch.detach, torch.flatten, Tensor.numpy, Tensor.untyped_storage, in_another_process, None]
+)
+def test_individual_gradients_are_written_over_where_nobody_has_them(keep: Callable[[Tensor], Any] | None) -> None:
+    model = px.extend(nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 3)))
+    x, y = batch()
+    with px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+        kept = None if keep is None else keep(model[0].weight.grad_batch)
+        before, place = model[0].weight.grad_batch.clone(), model[0].weight.grad_batch.data_ptr()
+        F.cross_entropy(model(3 * x), y).backward()
+    if kept is None:
+        assert model[0].weight.grad_batch.data_ptr() == place and not torch.equal(model[0].weight.grad_batch, before)
+        return
+    if isinstance(kept, torch.UntypedStorage):
+        kept = torch.tensor([]).to(before).set_(kept, 0, before.shape)
+    assert torch.equal(torch.as_tensor(kept).reshape(before.shape), before)
 
 
 def test_nested_contexts_ask_for_what_the_innermost_says() -> None:

@@ -13,6 +13,16 @@ from packext._factored import Factored
 from packext._quantity import SUBSAMPLED, Ask, PerSample, Quantity, indices, rows_of
 
 
+def _references(tensor: Tensor) -> tuple[int, int]:
+    """To the storage of a tensor, by Python and by tensors: a view shares it."""
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+
+
+#: Those of a tensor whose storage nobody else has.
+_UNSHARED = _references(torch.empty(1))
+
+
 class BatchGrad(PerSample, Quantity):
     """Individual gradients `[N, *p]`, in `grad_batch`. They sum to `.grad` (scale "loss").
 
@@ -47,9 +57,10 @@ class BatchGrad(PerSample, Quantity):
             return None
         if not old.is_contiguous():
             return None
+        if not old.is_cuda and old.is_shared():  # other processes may have it; of CUDA that is always said
+            return None
         # Beside the holders: this function's name, the parameter's dictionary, and getrefcount's argument.
-        # A view of it shares its storage, which the tensor and the object asked for hold themselves.
-        if sys.getrefcount(old) > 3 + holders or torch._C._storage_Use_Count(old.untyped_storage()._cdata) > 2:
+        if sys.getrefcount(old) > 3 + holders or _references(old) != _UNSHARED:
             return None
         delattr(ask.parameter, self.savefield)
         return old

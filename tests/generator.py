@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests import generator_ill  # noqa: F401 - registers its blocks
+from tests import generator_ill, generator_layers  # noqa: F401 - they register their blocks
 from tests.generator_axes import from_image
 from tests.generator_blocks import linear
 from tests.generator_draw import COUPLERS, IDS, MAYBE, Draw, State, pick
+from tests.generator_losses import Record, Whole, any_loss, flat, summed, targets_of
 
 
 class Model(nn.Module):
@@ -26,7 +27,7 @@ class Model(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.start, self.out, self.form = state, out, form
-        self.head = nn.Linear(out.c, 2) if form["outputs"] == "two heads" else None
+        self.head = nn.Linear(out.c, 2) if form["outputs"] != "one" else None
         self.unused = nn.Parameter(torch.randn(3)) if form["unused"] else None
         self.aux: Tensor | None = None
 
@@ -40,9 +41,12 @@ class Model(nn.Module):
             h = step(h, extra)
             if i == self.form["aux at"]:
                 self.aux = h.movedim(self.form["aux axis"], 0).flatten(1).tanh()
-        if self.head is not None:
-            return {"a": h, "b": (self.head(h).tanh(), None)}
-        return h
+        if self.head is None:
+            return h
+        other = self.head(h).tanh()
+        if self.form["outputs"] == "tuple, in part":
+            return h, {"not used": other}
+        return Record(h, [None, other]) if self.form["outputs"] == "record" else {"a": h, "b": (other, None)}
 
 
 @dataclass
@@ -89,7 +93,15 @@ class Problem:
 
     def targets(self, outputs: Any) -> Any:
         """Targets for these outputs."""
-        return [torch.randn(y.shape) for y in flat(outputs)]
+        return [targets_of(self.loss, y) for y in flat(outputs)]
+
+    def whole(self, outputs: Any, targets: Any) -> Whole:
+        """The loss of this batch, which takes single samples as well."""
+        each = summed(self.loss)
+        with torch.no_grad():
+            pairs = list(zip(flat(outputs), targets, strict=True))
+            shares = [float(each(y, t) / self.loss(y, t)) for y, t in pairs]
+        return Whole(self.loss, shares, targets[0].shape[self.out_axis], self.out_axis)
 
     def total(self, outputs: Any, targets: Any) -> Tensor:
         """The loss of a batch."""
@@ -98,13 +110,8 @@ class Problem:
         if self.aux:
             aux = self.model.aux
             assert aux is not None
-            return total + aux.square().sum() / (len(aux) if self.loss.reduction == "mean" else 1)
+            return total + aux.square().sum() / (1 if self.loss.reduction == "sum" else len(aux))
         return total
-
-
-def flat(outputs: Any) -> list[Tensor]:
-    """The tensors of an output."""
-    return [outputs] if isinstance(outputs, Tensor) else [outputs["a"], outputs["b"][0]]
 
 
 def generate(seed: int) -> Problem:
@@ -138,7 +145,7 @@ def generate(seed: int) -> Problem:
         blocks.append(m)
     form = {
         "batch_axis": start.axis,
-        "outputs": d.choice(["one", "one", "two heads"]),
+        "outputs": d.choice(["one"] * 6 + ["two heads", "record", "tuple, in part"]),
         "inputs": d.choice(["args", "kwargs", "dict"]),
         "unused": d.chance(0.1),
         "aux at": -1,
@@ -149,7 +156,7 @@ def generate(seed: int) -> Problem:
         form["aux at"], form["aux axis"] = len(blocks) - 1, state.axis
         ill = "maybe refused"
     model = Model(blocks, start, state, form)
-    loss = d.choice([nn.MSELoss, nn.SmoothL1Loss])(reduction=d.choice(["mean", "sum"]))
+    loss = any_loss(d, state, form["outputs"] in ("one", "tuple, in part"))
     sizes = [(d.n, d.t)]
     if d.chance(0.5) and ill != "maybe refused":
         n = d.choice([1, 2, 3, 4, 5])

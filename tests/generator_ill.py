@@ -125,7 +125,7 @@ def unseen(d: Draw, s: State) -> tuple[nn.Module, State]:
             ("vmap", lambda b, h, e: torch.vmap(lambda x: (x * v(b)).tanh() + u(b), s.axis, s.axis)(h)),
             ("vmap of grad", lambda b, h, e: torch.vmap(
                 torch.func.grad(lambda x: (x.sin() * v(b)).square().sum()), s.axis, s.axis)(h)),
-            ("jvp", lambda b, h, e: torch.func.jvp(lambda x: x.sin() * v(b), (h,), (h.cos(),))[1]),
+            ("jvp", lambda b, h, e: torch.func.jvp(lambda x: x.sin() * v(b), (h + 0,), (h.cos(),))[1]),
             ("chunks", lambda b, h, e: torch.vmap(lambda x: x * v(b), s.axis, s.axis, chunk_size=2)(h) + h * u(b)),
             ("Function of halves", lambda b, h, e: _halves(lambda x: Cubed.apply(x, v(b)), h, s.axis)),
             ("forward mode", lambda b, h, e: _derivative(lambda x: x.sin() * v(b) + u(b), h)),

@@ -6,6 +6,8 @@ One model by hand: `python -m tests.test_fuzz SEED`. Many: `pytest tests/test_fu
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import sys
 import time
 import traceback
@@ -24,8 +26,9 @@ import packext as px
 from packext import _scratch, _statistics, testing
 from packext._factored import outer
 from packext.rules import convolution
-from tests.generator import Problem, flat, generate
-from tests.generator_draw import Coupler
+from tests.generator import Problem, generate
+from tests.generator_draw import Coupler, Draw, Made
+from tests.generator_losses import Whole, flat
 from tests.helpers import double_precision
 
 #: Of well-posed models, at most this share may be refused.
@@ -79,16 +82,16 @@ def truth(problem: Problem, inputs: Any, targets: Any, n: int) -> Truth:
     """
     model, axis = problem.model, problem.out_axis
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    weight = 1 / n if problem.loss.reduction == "mean" else 1.0
+    weight = 1.0 if problem.loss.reduction == "sum" else 1 / n
 
     def part(outputs: Any, sample: int, at: int) -> Tensor:
         alone = [y.narrow(axis, at, 1) for y in flat(outputs)]
         wanted = [t.narrow(axis, sample, 1) for t in targets]
-        loss = sum(problem.loss(y, t) for y, t in zip(alone, wanted, strict=True))
+        loss = whole(alone, wanted)
         if problem.aux:
             assert model.aux is not None
             loss = loss + model.aux[at].square().sum()
-        return loss
+        return loss * weight
 
     if _ends_the_process(problem, inputs):
         raise Void
@@ -96,7 +99,7 @@ def truth(problem: Problem, inputs: Any, targets: Any, n: int) -> Truth:
     outputs = testing.call(model, inputs)
     if n > 1 and any(_ambiguous(y, n, problem) for y in flat(outputs)):
         raise Void
-    total = problem.total(outputs, targets)
+    total, whole = problem.total(outputs, targets), problem.whole(outputs, targets)
     if not total.requires_grad:
         raise Void
     grads = torch.autograd.grad(total, list(named.values()), retain_graph=True, allow_unused=True)
@@ -108,7 +111,7 @@ def truth(problem: Problem, inputs: Any, targets: Any, n: int) -> Truth:
     lists: dict[str, list[Tensor]] = {name: [] for name in named}
     coupled = False
     for sample in range(n):
-        loss = part(outputs, sample, sample) * weight
+        loss = part(outputs, sample, sample)
         found = torch.autograd.grad(loss, [*named.values(), *seen], retain_graph=True, allow_unused=True)
         for (name, p), g in zip(named.items(), found, strict=False):
             lists[name].append(torch.zeros_like(p) if g is None else g.to_dense())
@@ -127,7 +130,6 @@ def truth(problem: Problem, inputs: Any, targets: Any, n: int) -> Truth:
             inputs,
             torch.arange(n),
             problem.axis,
-            [weight] * n,
         )
         for name, r in rows.items():
             assert _error(loop[name], r, _size(rows)) < 1e-6, f"the loop disagrees: {name}"
@@ -192,11 +194,13 @@ def quantities(problem: Problem) -> tuple[list[Any], list[Any]]:
     return [*usual, d.choice(others)], d.sample([*usual, *others], d.randint(1, 4))
 
 
-def compare(problem: Problem, model: Any, asked: list[Any], want: Truth, n: int) -> str:
+def compare(problem: Problem, model: Any, asked: list[Any], want: Truth, n: int, scale: str) -> str:
     """What is wrong with the results on the parameters; "" if nothing."""
-    factor = float(n) if problem.loss.reduction == "mean" else 1.0
+    factor = 1.0 if problem.loss.reduction == "sum" else float(n)
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    size = _size(want.rows)
+    all_rows, size = want.rows, _size(want.rows)
+    if scale == "sample":
+        all_rows, factor = {k: r * factor for k, r in all_rows.items()}, 1.0
     for name, p in named.items():
         expected = want.grads[name]
         got = torch.zeros_like(p) if p.grad is None else p.grad
@@ -206,16 +210,19 @@ def compare(problem: Problem, model: Any, asked: list[Any], want: Truth, n: int)
         for q in asked:
             label = f"{name}.{q.savefield}"
             if not hasattr(p, q.savefield):
-                if want.rows[name].any():
+                if all_rows[name].any():
                     return f"{label} is missing"
                 continue
             value = getattr(p, q.savefield)
-            oracle = testing.ORACLES[type(q)](q, want.rows, name, p.detach(), factor)
+            oracle = testing.ORACLES[type(q)](q, all_rows, name, p.detach(), factor)
+            if isinstance(q, px.GradDot) and scale == "sample":  # with the mean, not with the sum
+                oracle = oracle / n
             if isinstance(value, px.Histogram):
                 moved = int((value.counts - oracle.counts).abs().sum())
-                if moved > 2 + 0.02 * want.rows[name].numel():
+                if moved > 2 + 0.02 * all_rows[name].numel():
                     return f"{label} has {moved} entries in other bins"
                 continue
+            size = _size(all_rows)
             unit = size**2 * p.numel() if q.savefield not in ("grad_batch", "clipped_grad", "grad_projected") else size
             if q.savefield == "clipped_grad":
                 unit *= factor
@@ -270,25 +277,27 @@ def _examine(problem: Problem, axis: int | None) -> tuple[str, str]:
         except Void:
             return "void", ""
         for asked in quantities(problem):
+            scale = problem.draw.choice(["loss", "sample"])
             torch.manual_seed(problem.seed)
             model.zero_grad()
             aside = copy.copy(problem)
             aside.model, aside.loss = model, loss
             try:
-                with px.backpack(*asked):
+                with px.backpack(*asked, scale=scale):
                     aside.total(testing.call(model, inputs), targets).backward()
             except px.PackextError as error:
                 refused = f"{type(error).__name__}: {error}"
                 continue
             except Exception:
                 return "crashed", traceback.format_exc()
-            wrong = compare(problem, model, asked, want, n)
+            wrong = compare(problem, model, asked, want, n, scale)
             if wrong:
                 fields = ", ".join(q.savefield for q in asked)
                 coupled = "samples are coupled, nothing was said, and " if want.coupled else ""
                 elsewhere = want.coupled and _another_axis(testing.call(model, inputs), n, problem)
                 kind = "mistaken" if elsewhere else "wrong"
-                return kind, f"{coupled}{wrong} (N = {n}, T = {t}, {problem.sizes}, asked for {fields})"
+                asked_for = f"asked for {fields} in scale {scale}"
+                return kind, f"{coupled}{wrong} (N = {n}, T = {t}, {problem.sizes}, {asked_for})"
             told &= not want.coupled
     if refused:
         return "refused", refused
@@ -360,27 +369,38 @@ def ggn_diagonals(problem: Problem, inputs: Any, targets: Any) -> dict[str, Tens
     return {k: (j * (hessian @ j)).sum(0).view_as(named[k]) for k, j in jacobians.items()}
 
 
+def posed(seed: int) -> tuple[Problem, Any, Any] | None:
+    """A problem with a batch whose samples are kept apart, and are known; None for others."""
+    problem = generate(seed)
+    if problem.ill or problem.aux or problem.draws:
+        return None
+    n, t = problem.sizes[0]
+    inputs = problem.inputs(n, t)
+    with torch.no_grad():
+        outputs = testing.call(problem.model, inputs)
+        targets = problem.targets(outputs)
+    if n > 1 and any(_ambiguous(y, n, problem) for y in flat(outputs)):
+        return None
+    return None if _ends_the_process(problem, inputs) else (problem, inputs, targets)
+
+
 def test_curvature_of_random_models(request: pytest.FixtureRequest) -> None:
     """The diagonal of the GGN is that of the dense one wherever outputs have their samples, or refused."""
     count, start = (request.config.getoption(k) for k in ("--fuzz-models", "--fuzz-start"))
     kinds: Counter[str] = Counter()
-    count = max(1, count // 3)
+    count = max(1, count // 4)
     for seed in range(start, start + count):
         with double_precision(seed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            problem = generate(seed)
-            if problem.ill or problem.aux or problem.draws:
+            found = posed(seed)
+            if found is None:
                 continue
-            n, t = problem.sizes[0]
-            inputs = problem.inputs(n, t)
-            with torch.no_grad():
-                outputs = testing.call(problem.model, inputs)
-                targets = problem.targets(outputs)
-            if n > 1 and any(_ambiguous(y, n, problem) for y in flat(outputs)):
+            problem, inputs, targets = found
+            try:
+                want = ggn_diagonals(problem, inputs, targets)
+            except RuntimeError as error:  # torch cannot differentiate the loss twice
+                kinds[f"no oracle: {str(error)[:60]}"] += 1
                 continue
-            if _ends_the_process(problem, inputs):
-                continue
-            want = ggn_diagonals(problem, inputs, targets)
             if want is None or _size(want) < 1e-9:
                 continue
             model, problem.loss = px.extend(copy.deepcopy(problem.model), problem.axis), px.extend(problem.loss)
@@ -401,6 +421,113 @@ def test_curvature_of_random_models(request: pytest.FixtureRequest) -> None:
             kinds["right"] += 1
     print(kinds)
     assert kinds["right"] >= 0.9 * kinds.total() > 0.2 * count, kinds
+
+
+def curvatures(d: Draw) -> list[list[Any]]:
+    """Quantities of curvature, by the pass in which they are asked for."""
+    how: dict[str, Any] = {"fisher": d.choice(["exact", "empirical"]), "approx": d.choice(["expand", "reduce"])}
+    factors = [px.KFAC(**how, bias=d.choice(["separate", "joint"])), px.EKFAC(**how), px.KFLR()]
+    root = [px.DiagGGNExact(), px.BatchDiagGGNExact(), px.SqrtGGNExact(), px.GGNGram(), px.DiagEF()]
+    return [root, [d.choice([px.HMP(), px.GGNMP()])], [px.DiagHessian(), px.BatchDiagHessian()], [d.choice(factors)]]
+
+
+def definitions(whole: Whole, asked: list[Any], problem: Problem, inputs: Any, targets: Any) -> dict[str, list[Any]]:
+    """Of each parameter that has them: how each result is read, and what it should be."""
+    model, batch = problem.model, (inputs, targets, problem.axis)
+    oracles = [testing.CURVATURE_ORACLES[type(q)] for q in asked]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if isinstance(asked[0], (px.KFAC, px.KFLR)):  # not of values made of parameters, and of those that have factors
+        made = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Made))
+        for name in list(named):
+            alone = testing.Reference(model, whole, *batch, parameters=[named[name]])
+            try:
+                oracles[0].wanted(asked[0], alone, name)
+            except testing.NoOracle:
+                made = (*made, name)
+        named = {name: p for name, p in named.items() if not name.startswith(made)}
+    ref = testing.Reference(model, whole, *batch, parameters=named.values())
+    found: dict[str, list[Any]] = {name: [] for name in named}
+    for name in named:
+        for oracle, q in zip(oracles, asked, strict=True):
+            found[name].append((functools.partial(oracle.read, q, ref), oracle.wanted(q, ref, name)))
+    return found
+
+
+def curvature_outcomes(seed: int) -> Iterator[str]:
+    """What became of each pass for quantities of curvature: "right", "refused", "no oracle"; or wrong, and where."""
+    found = posed(seed)
+    if found is None:
+        return
+    problem, inputs, targets = found
+    whole = problem.whole(testing.call(problem.model, inputs), targets)
+    if not all(map(math.isfinite, whole.shares)):  # the loss is zero
+        return
+    entries, sizes = sum(p.numel() for p in problem.model.parameters()), sum(t.numel() for t in targets)
+    if problem.axis != problem.out_axis or problem.model.form["outputs"] == "record" or entries > 500 or sizes > 60:
+        return
+    n, d = problem.sizes[0][0], problem.draw
+    for asked in curvatures(d):
+        together, scale = len(targets) > 1 or d.chance(0.3), d.choice(["loss", "sample"])
+        if isinstance(asked[0], (px.KFAC, px.KFLR)):
+            scale = "loss"
+        try:
+            wants = definitions(whole, asked, problem, inputs, targets)
+        except (RuntimeError, ValueError):  # torch cannot differentiate it twice, or nothing reaches a parameter
+            yield "no oracle"
+            continue
+        model, aside = px.extend(copy.deepcopy(problem.model), problem.axis), copy.copy(problem)
+        aside.loss = px.extend(copy.deepcopy(problem.loss))
+        loss = px.extend(copy.deepcopy(whole)) if together else aside.total
+        chosen = [model.get_parameter(name) for name in wants]
+        keep = isinstance(asked[0], (px.HMP, px.GGNMP))
+        if not wants:
+            yield "no oracle"
+            continue
+        try:
+            with px.backpack(*asked, parameters=chosen, scale=scale):
+                loss(testing.call(model, inputs), targets).backward(retain_graph=keep)
+            yield from _differences(model, asked, wants, n if scale == "sample" and whole.reduction == "mean" else 1)
+        except px.PackextError as error:
+            yield f"refused: {error}"
+
+
+def _differences(model: nn.Module, asked: list[Any], wants: dict[str, list[Any]], factor: int) -> Iterator[str]:
+    """ "right", or what is not: of each parameter `(read, wanted)` for each quantity, times powers of a factor."""
+    wrong = False
+    for k, q in enumerate(asked):
+        results = {name: getattr(p, q.savefield) for name, p in model.named_parameters() if hasattr(p, q.savefield)}
+        size = max(float(w.abs().max()) for each in wants.values() for w in each[k][1] if w.numel()) * factor
+        if size < 1e-6:  # little but rounding
+            continue
+        for name, each in wants.items():
+            read, wanted = each[k]
+            if name not in results:
+                if min((float(w.abs().max()) for w in wanted if w.numel()), default=0.0) > 1e-9 * size:
+                    wrong = True
+                    yield f"{name}.{q.savefield} is missing"
+                continue
+            for power, (got, w) in enumerate(zip(read(results, name), wanted, strict=True), 1):
+                scaled = w * factor ** (power if isinstance(q, px.GGNGram) else 1)  # of the second, inner products
+                if _error(got, scaled, size ** (power if isinstance(q, px.GGNGram) else 1)) > 1e-5:
+                    wrong = True
+                    yield f"{name}.{q.savefield} is off by {_error(got, scaled, size):.1e}: {q!r}"
+    if not wrong:
+        yield "right"
+
+
+def test_definitions_of_curvature_of_random_models(request: pytest.FixtureRequest) -> None:
+    """Roots, products, the Hessian's diagonal and factors are as their definitions say, or refused."""
+    count, start = (request.config.getoption(k) for k in ("--fuzz-models", "--fuzz-start"))
+    kinds: Counter[str] = Counter()
+    for seed in range(start, start + max(1, count // 6)):
+        with double_precision(seed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for outcome in curvature_outcomes(seed):
+                kind = outcome.partition(":")[0]
+                assert kind in ("right", "refused", "no oracle"), f"{outcome}: seed {seed}, {generate(seed).label}"
+                kinds[outcome[:90]] += 1
+    print("\n" + "\n".join(f"{count:>4} x {kind}" for kind, count in kinds.most_common(20)))
+    assert kinds["right"] > 0.4 * kinds.total() > 0, kinds
 
 
 def test_seeds_give_equal_models() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import packext as px
+from packext import testing
 from tests.cases import Lambda, Pool
 from tests.helpers import assert_exact, batch, fields, mlp, rows_of
 
@@ -570,6 +571,28 @@ def test_parameter_written_in_place() -> None:
             return table
 
     refused(Writes(), torch.randn(N, 5), px.UnsupportedUseError, r"in place.*out-of-place")
+
+
+def test_tokens_written_before_the_data() -> None:
+    """What it says to do instead, the data first, is right."""
+
+    class Tokens(nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            self.first, self.linear, self.token = first, nn.Linear(5, 5), nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, out = self.linear(x), torch.zeros(len(x), 4, 5, dtype=x.dtype)
+            if self.first:
+                out[:, 0] = self.token
+            out[:, 1:] = h
+            if not self.first:
+                out[:, 0] = self.token
+            return out.tanh()
+
+    x = torch.randn(N, 3, 5)
+    refused(Tokens(True), x, px.UnsupportedUseError, "Write the data first, and the parameters over them")
+    assert testing.check(Tokens(False), nn.MSELoss(), x, torch.randn(N, 4, 5)).ok
 
 
 class Cubed(torch.autograd.Function):

@@ -138,6 +138,12 @@ def joined(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
 def assigned(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`data[index] = value`."""
     target, index, value = args
+    if tracer.sources(target) and tracer.is_data(value):
+        raise tracer.refuse(
+            func,
+            "data is written into a tensor that is made of parameters so far, in place",
+            "Write the data first, and the parameters over them, or use a form out of place (torch.cat, torch.where).",
+        )
     if tracer.sources(target) or not isinstance(value, Tensor):
         return NotImplemented
     masks = isinstance(index, Tensor) and index.dtype == torch.bool

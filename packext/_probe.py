@@ -89,6 +89,7 @@ class Probe:
                 row = form.rows(self.compare, self.compare + 1)[0].detach()
                 self.found[key] = self.found[key] + row if key in self.found else row
                 size = sum(float(torch.linalg.vector_norm(g, 1)) for g in gs if g is not None)
+                size *= use.rule.cancels(use, dict(zip(use.names, saved, strict=True)))
                 self.size[key] = self.size.get(key, 0.0) + size
                 self.rules.setdefault(key, []).append(use)
             self.busy = False

@@ -275,6 +275,10 @@ class Rule:
         """Names of tensors whose values no derivative of the call takes."""
         return ()
 
+    def cancels(self, use: Use, tensors: dict[str, Tensor]) -> float:
+        """How much larger than 1 values are that cancel inside the call, of whose rounding its gradients are made."""
+        return 1.0
+
     def tells_rows(self, use: Use) -> bool:
         """Whether it sees by itself that rows of a model's input, in whatever order, are of one sample each."""
         return False

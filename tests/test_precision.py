@@ -163,6 +163,17 @@ def test_types_that_torch_does_not_take_together(build: Any, whole: bool, kind: 
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 19), (torch.float32, 24), (torch.float64, 3)])
+def test_a_norm_of_which_rounding_is_all_that_is_left(dtype: torch.dtype, seed: int) -> None:
+    """Of one feature less its mean, over a deviation of nothing: the probe must not take that for a path not seen."""
+    torch.manual_seed(seed)
+    model = px.extend(nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), nn.Linear(1, 2)).to(dtype))
+    x, y, loss = torch.randn(8, 3, dtype=dtype), torch.randn(8, 2, dtype=dtype), px.extend(nn.MSELoss(reduction="sum"))
+    with px.backpack(px.BatchGrad()):
+        loss(model(x), y).backward()
+    torch.testing.assert_close(model[2].weight.grad_batch.sum(0), model[2].weight.grad)
+
+
 def test_coupling_is_found_in_bfloat16() -> None:
     class Centred(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -52,6 +52,15 @@ class Norm(Rule):
         function = torch.batch_norm if c["kind"] == "batch" else torch.instance_norm
         return function(x, w, b, mean, var, c["training"], c["momentum"], c["eps"], c["cudnn_enabled"])
 
+    def cancels(self, use: Use, tensors: dict[str, Tensor]) -> float:
+        """Of a LayerNorm: what the mean is taken from, over the deviation; of one feature nothing but that is left."""
+        c, x = use.consts, tensors["input"]
+        if c["kind"] != "layer" or not x.numel():
+            return 1.0
+        x = x.detach().flatten(-len(c["normalized_shape"])).to(accumulation_dtype(x.dtype))
+        scale = (x.var(-1, correction=0) + c["eps"]).rsqrt()
+        return max(1.0, float((x.abs().amax(-1) * scale).nan_to_num(1.0, 1.0, 1.0).max()))
+
     def factors(
         self,
         use: Use,

@@ -203,7 +203,7 @@ def space(d: Draw, s: State) -> tuple[nn.Module, State]:
         nn.LayerNorm([s.c, s.side, s.side]),
         nn.LocalResponseNorm(2),
     ]
-    layer = d.choice(norms)
+    layer = d.choice(norms if s.side > 1 else norms[1:])
     side = s.side
     fs: list[tuple[str, Callable[..., Tensor]]] = [
         (type(layer).__name__, lambda b, h, e: b.m(h.contiguous())),
@@ -246,7 +246,8 @@ def normalise_time(d: Draw, s: State) -> tuple[nn.Module, State]:
     )
     for p in layer.parameters():
         nn.init.normal_(p)
-    return Block(f"{type(layer).__name__} of time", lambda b, h, e: b.m(h.mT).mT, m=layer), s
+    norm = lambda b, h, e: b.m(h.mT).mT if h[0].numel() > groups else h  # noqa: E731 - torch refuses a group of one
+    return Block(f"{type(layer).__name__} of time", norm, m=layer), s
 
 
 @block("vec seq tmj", 2)

@@ -278,6 +278,9 @@ def test_the_input_of_a_fully_connected_layer() -> None:
     (x, y), loss = some(1), nn.CrossEntropyLoss()
     shared = attacks.share(model, loss, x, y)
     torch.testing.assert_close(attacks.fully_connected_input(shared, "1"), x.flatten(), rtol=0, atol=1e-12)
+    alike = (10 + 0.05 * torch.rand(8, 1, 8, 8)).double(), torch.arange(8)
+    with pytest.raises(px.PackextError, match="is not of one input .* 8 sample"):
+        attacks.fully_connected_input(attacks.share(model, loss, *alike), "1")
     x, y = some(2)
     with pytest.raises(px.PackextError, match=r"'1' \[16, 64\] is not of one input .* 2 sample"):
         attacks.fully_connected_input(attacks.share(model, loss, x, y), "1")

@@ -205,6 +205,18 @@ def test_levels_that_mean_nothing_are_refused() -> None:
         defences.Clipped(1.0)(model, nn.CrossEntropyLoss(), torch.randn(5, 4), torch.randint(2, (5,)))
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "sum"])
+def test_what_nothing_clips_is_what_is_shared(reduction: str) -> None:
+    """Of a loss whose mean over samples has a name of its own."""
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(nn.Linear(6, 4), nn.LogSoftmax(1)).double(), nn.KLDivLoss(reduction=reduction)
+    x, y = torch.randn(5, 6).double(), torch.rand(5, 4).double().softmax(1)
+    want, found = attacks.share(model, loss, x, y), defences.Clipped(1e6)(model, loss, x, y)
+    assert want.summed == (5 if reduction == "batchmean" else 1)
+    for name, g in want.gradient.items():
+        torch.testing.assert_close(found.gradient[name], g)
+
+
 def test_clipped_bounds_what_a_sample_changes() -> None:
     """Where a mean would have it change what others add, it is refused."""
     torch.manual_seed(0)

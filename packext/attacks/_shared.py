@@ -66,7 +66,7 @@ class Shared:
     @property
     def summed(self) -> float:
         """The factor from the gradient as sent to the sum over samples: `n` for a mean, 1 for a sum."""
-        return float(self.n) if self.loss_fn.reduction == "mean" else 1.0
+        return float(self.n) if self.loss_fn.reduction in ("mean", "batchmean") else 1.0
 
 
 def share(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mapping[str, Tensor] | None = None) -> Shared:
@@ -76,7 +76,7 @@ def share(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mappin
 
     Args:
         model: as the client received it, in the mode (`train` or `eval`) in which it is run.
-        loss_fn: with `reduction` "mean" or "sum", called as `loss_fn(model(x), y)`.
+        loss_fn: with `reduction` "mean" ("batchmean") or "sum", called as `loss_fn(model(x), y)`.
         x: the batch, or a tuple of the model's arguments.
         y: labels `[N, ...]`.
         state: parameters and buffers to run the model with instead of its own, by name.

@@ -287,7 +287,7 @@ class Clipped(_Drawing):
 
         Args:
             model: as the client received it, in the mode in which it is run.
-            loss_fn: with `reduction` "mean" or "sum".
+            loss_fn: with `reduction` "mean" ("batchmean") or "sum".
             x: the batch, or a tuple of the model's arguments.
             y: labels `[N, ...]`.
             state: parameters and buffers in place of the model's, by name.
@@ -302,7 +302,7 @@ class Clipped(_Drawing):
         arguments = x if isinstance(x, tuple) else (x,)
         with px.backpack(self._quantity, attach=False) as results:
             loss_fn(model(*arguments), y).backward()
-        factor = 1 / len(y) if loss_fn.reduction == "mean" else 1.0
+        factor = 1 / Shared.of({}, loss_fn, y).summed
         std = self.noise_multiplier * self.max_norm
         gradient = {}
         for name, p in model.named_parameters():

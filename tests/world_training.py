@@ -355,6 +355,18 @@ def gathered(rank: int, world: int) -> None:
         torch.testing.assert_close(float(found.sums["l2"]), l2)
 
 
+def gathered_in_half_precision(rank: int, world: int) -> None:
+    p = nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    target = pd.TargetBatch([p], world)
+    p.grad = torch.tensor([4e4, 1.0], dtype=torch.float16)  # of which two are more than float16 holds
+    dist.barrier()
+    found = target.add(1)
+    while found is None:
+        time.sleep(0.005)
+        found = target.add(0)
+    assert p.grad.dtype == torch.float16 and p.grad.tolist() == [4e4, 1.0]
+
+
 def gathered_and_refused(rank: int, world: int) -> None:
     torch.set_default_dtype(torch.float64)
     model = Partial()
@@ -472,5 +484,5 @@ def copied(rank: int, world: int) -> None:
 
 TASKS = (
     delayed_as_simulated, no_drift, delayed_saved_and_refused, averages, spread_as_predicted, measured, unlike,
-    gathered, gathered_and_refused, joined, copied,
+    gathered, gathered_in_half_precision, gathered_and_refused, joined, copied,
 )  # fmt: skip

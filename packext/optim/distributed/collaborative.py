@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d
 
 import packext as px
 from packext.optim._merge import Ranks, summed
+from packext.optim._work import at_least_float32
 from packext.optim.distributed._processes import waiting, world
 
 
@@ -155,8 +156,9 @@ class TargetBatch:
         shares = [n for n, *_ in everyone]
         total = sum(shares)
         anywhere = [any(each) for each in zip(*(flags for _, flags, *_ in everyone), strict=True)]
+        # In float16 the sum may overflow where the mean does not.
         parts = [
-            torch.zeros_like(p) if g is None else g
+            at_least_float32(torch.zeros_like(p) if g is None else g)
             for p, g, reached in zip(self.parameters, grads, anywhere, strict=True)
             if reached
         ]
@@ -166,7 +168,7 @@ class TargetBatch:
             sums = iter(summed(parts, self.process_group))
         for p, reached in zip(self.parameters, anywhere, strict=True):
             if reached:
-                p.grad = next(sums) / total
+                p.grad = (next(sums) / total).to(p.dtype)
         return Gathered(total, shares, {name: next(sums) for name in shapes})
 
     def _exchange(self, mine: Any) -> list[Any]:

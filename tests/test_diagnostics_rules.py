@@ -348,6 +348,13 @@ def test_units_that_are_shut_for_a_while_or_in_a_model_that_has_learned() -> Non
     assert names(rules.DeadReLUs(), jumping) == []
 
 
+@pytest.mark.parametrize("share, loss, at", [(0.6, 0.8, None), (0.95, 0.8, None), (0.95, 1.0, 22)])
+def test_units_that_took_part_once_are_seldom_dead(share: float, loss: float, at: int | None) -> None:
+    shares = [0.4] * 20 + [share] * 40
+    pages = [{"Loss": loss if k else 1.0, "IdleUnits/a": s, "IdleUnits/z": 0.0} for k, s in enumerate(shares)]
+    assert names(rules.DeadReLUs(), pages) == ([] if at is None else [("dead ReLUs", at)])
+
+
 @pytest.mark.parametrize("n, loss, at", [(4, 1.0, 43), (31, 1.0, 43), (32, 1.1, 153), (32, 1.0, None)])
 def test_a_plateau_at_the_start_is_no_small_batch(n: int, loss: float, at: int | None) -> None:
     noise = {"NoiseScale": 1e3, "NoiseScale.trace": 1.0, "NoiseScale.signal": 1e-3}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
 from packext.diagnostics.instruments.facts import FROZEN, FROZEN_FRONT, NO_GRADIENT, NO_RATE, NOT_HELD
-from packext.diagnostics.rules._history import Recent, by_layer, percent
+from packext.diagnostics.rules._history import by_layer, percent
 from packext.diagnostics.rules.gradients import _Matrices
 
 
@@ -17,58 +16,48 @@ class DeadReLUs(Rule):
 
     A unit that is shut for one batch may open for the next, and some are shut in most healthy layers. Before a network
     tells samples apart, each unit of a layer is open for all or shut for all, so that half of them are by chance, and
-    many open again when it does: half have to be shut in 15 looks in a row, of which those count in which the loss is
-    under nine tenths of the largest that it has been. And they must have been so since the loss fell under that, from
-    ten such looks on: a layer of which more than half got gradients then, and which shuts one unit after the other
-    while the loss falls further, is one from which learning takes units that it has no use for, as where each part of a
-    code costs; then only nine tenths count. A loss near its largest begins this anew, since a leap may shut many. Says
-    nothing while the last layer's own units get no gradient either, nor if in one of the last 20 looks the loss was
-    under a fifth of what it was: then few samples carry the gradient, and the model has what it needs. Nor of a bias
-    that gets no gradient at all though its weight does: that one cancels, as between two halves whose difference is
-    taken.
+    many open again when it does: half have to be shut from the start on, and still in 15 looks in which the loss is
+    under nine tenths of the largest that it has been. A layer of which more than half have once got gradients, and
+    which shuts one unit after the other while the loss falls, is one from which learning takes units that it has no use
+    for, as where each part of a code costs, or few samples still carry a gradient: of it nine tenths count only while
+    the loss is near its largest, as after a leap that shuts many. Says nothing while the last layer's own units get no
+    gradient either. Nor of a bias that gets no gradient at all though its weight does: that one cancels, as between two
+    halves whose difference is taken.
     """
 
     failure = "dead ReLUs"
     advice = "Lower the learning rate, start with smaller or no negative biases, or use LeakyReLU or GELU."
     reads = ("IdleUnits", "Loss", "GradNorm")
     hold, release = 3, 10
-    share, most, looks, lasting, begun, learned = 0.5, 0.9, 10, 15, 0.9, 0.2
+    share, most, lasting, begun = 0.5, 0.9, 15, 0.9
 
     def __init__(self) -> None:
         """Start before the first step."""
-        self._largest, self._lately = 0.0, Recent(20)
-        self._rows: dict[str, int] = {}  # of layers of which half is shut: in how many looks in a row
-        self._fallen = 0  # looks in a row in which the loss was under nine tenths of its largest
-        self._open: set[str] = set()  # layers of which more than half got gradients in the tenth of these, or later
+        self._largest = 0.0
+        self._rows: dict[str, int] = {}  # of layers of which half has always been shut: in how many looks
+        self._open: set[str] = set()  # layers of which more than half have once got gradients
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, idle = values.get("Loss"), by_layer(values, "IdleUnits")
         if loss is not None:
             self._largest = max(self._largest, abs(loss))
-            self._lately.add(abs(loss))
         begun = loss is None or abs(loss) < self.begun * self._largest
-        self._fallen = self._fallen + 1 if begun else 0
         if not idle:
             return None
         weights = {k for k, norm in by_layer(values, "GradNorm").items() if norm and "weight" in k}
         idle = {k: share for k, share in idle.items() if share < 1 or k.replace("bias", "weight") not in weights}
-        if not begun:
-            self._open.clear()
-        elif self._fallen >= self.looks:
-            self._open |= {name for name, share in idle.items() if share < self.share}
-        half = {k for k, share in idle.items() if share >= self.share and k not in self._open}
-        self._rows = {name: self._rows.get(name, 0) + begun for name in half}
-        where = tuple(k for k, share in idle.items() if share >= self.most or self._rows.get(k, 0) >= self.lasting)
+        self._open |= {name for name, share in idle.items() if share < self.share}
+        self._rows = {k: self._rows.get(k, 0) + begun for k in idle if k not in self._open}
+        nearly = {k for k, share in idle.items() if share >= self.most and not (begun and k in self._open)}
+        where = tuple(k for k in idle if k in nearly or self._rows.get(k, 0) >= self.lasting)
         if not where or [*idle.values()][-1] >= self.share:
-            return None
-        if min(self._lately.values, default=math.inf) < self.learned * self._largest:
             return None
         worst = max(where, key=lambda name: idle[name])
         return Finding(f"{percent(idle[worst])} % of the units of {worst} got no gradient from any sample.", where)
 
 
 class LayerDoesNotLearn(_Matrices):
-    """A layer's matrix moves a hundred times less, compared with its size, than those of the other layers do.
+    """A layer's matrix moves thirty times less, compared with its size, than those of the other layers do.
 
     Compared with the median over the matrices. Layers of healthy networks differ by factors of about ten. The size is
     no less than in PyTorch's initialisation, and matrices that started at zero are left out: nearly all of these is
@@ -79,7 +68,7 @@ class LayerDoesNotLearn(_Matrices):
     advice = "Look at the layer's learning rate and weight decay, and at what scales its gradient."
     reads = ("UpdateSize", "ParamNorm", "InitialScale", "Untrained")
     hold, release = 10, 10
-    small = 1e-2
+    small = 0.03
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         self.shares(values)

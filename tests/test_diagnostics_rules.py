@@ -355,6 +355,22 @@ def test_units_that_took_part_once_are_seldom_dead(share: float, loss: float, at
     assert names(rules.DeadReLUs(), pages) == ([] if at is None else [("dead ReLUs", at)])
 
 
+@pytest.mark.parametrize(
+    "factors, at",
+    [
+        ([1.0] * 30 + [0.03] * 20, 34),
+        ([1.0] * 30 + [0.1] * 20, None),
+        ([0.95**k for k in range(80)], None),  # slowly
+        ([1.0] * 30 + [0.0, 0.03] * 10, None),  # another set of layers each time
+    ],
+)
+def test_first_layers_whose_share_falls_at_once(factors: list[float], at: int | None) -> None:
+    fixed = {"InitialScale/a": 1.0, "InitialScale/b": 1.0, "InitialScale/c": 1.0}
+    fixed |= {"ParamNorm/a": 1.0, "ParamNorm/b": 1.0, "ParamNorm/c": 1.0, "GradNorm/c": 0.5}
+    pages = [{"GradNorm/a": 0.8 * f, "GradNorm/b": 1.0 * f, **fixed} for f in factors]
+    assert names(rules.VanishingGradients(), pages) == ([] if at is None else [("vanishing gradients", at)])
+
+
 @pytest.mark.parametrize("n, loss, at", [(4, 1.0, 43), (31, 1.0, 43), (32, 1.1, 153), (32, 1.0, None)])
 def test_a_plateau_at_the_start_is_no_small_batch(n: int, loss: float, at: int | None) -> None:
     noise = {"NoiseScale": 1e3, "NoiseScale.trace": 1.0, "NoiseScale.signal": 1e-3}

@@ -48,6 +48,12 @@ class Recent:
         """Their median."""
         return median(self.values)
 
+    @property
+    def usual(self) -> float | None:
+        """The median of all but the last six; None while these are fewer than ten."""
+        before = [*self.values][:-6]
+        return median(before) if len(before) >= 10 else None
+
 
 class Fall:
     """Whether something falls, by ranks alone: the trend test of Mann (1945) and Kendall (1975).

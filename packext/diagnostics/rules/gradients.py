@@ -45,9 +45,12 @@ class _Matrices(Rule):
 class VanishingGradients(_Matrices):
     """Next to nothing of the gradient reaches the first layers.
 
-    All matrices from the first one on, up to some layer, have less than a 200th of the largest share in the gradient
-    (the norm of the gradient times that of the matrix). Layers in the order of the model; a single layer in the middle
-    is another failure.
+    All matrices from the first one on, up to some layer, have less than a hundredth of the largest share in the
+    gradient (the norm of the gradient times that of the matrix). Or the first ones' shares have fallen to a 15th of
+    what they were, compared with those of the others, by geometric means: what they were is the median over the 30
+    looks before the last 6. Layers learn at paces of their own, but slowly; what multiplies the gradient on its way
+    changes the shares before it and those behind it by that factor at once, wherever they were. Layers in the order of
+    the model; a single layer in the middle is another failure.
     """
 
     failure = "vanishing gradients"
@@ -56,20 +59,47 @@ class VanishingGradients(_Matrices):
     )
     reads = ("GradNorm", "ParamNorm", "InitialScale")
     hold, release = 5, 10
-    small = 5e-3
+    small, fallen = 1e-2, 15.0
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        super().__init__()
+        self._past: dict[str, Recent] = {}  # how much larger shares were up to a layer than behind it, as logarithms
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         shares = self.shares(values)
+        lower, factor = self._lowered(shares)
         front: list[str] = []
         for name, share in shares.items():
             if share >= self.small:
                 break
             front.append(name)
         if not front or len(front) == len(shares) or not any(shares[name] > 0 for name in front):
-            return None
+            if not factor >= self.fallen:
+                return None
+            return Finding(
+                f"The share of {lower[0]}, up to {lower[-1]}, in the gradient has fallen to 1 / {factor:.3g} of what "
+                f"it was, compared with that of the layers behind.",
+                lower,
+            )
         least = min(front, key=lambda name: shares[name])
         top = max(shares, key=lambda name: shares[name])
         return Finding(f"The share of {least} in the gradient is {shares[least]:.2g} of that of {top}.", tuple(front))
+
+    def _lowered(self, shares: dict[str, float]) -> tuple[tuple[str, ...], float]:
+        """The first layers whose shares have fallen most against those behind, and by which factor."""
+        names = [name for name, share in shares.items() if share > 0]
+        logs = [math.log(shares[name]) for name in names]
+        if self._past.keys() != set(names[:-1]):  # means over other layers are no past
+            self._past = {name: Recent(36) for name in names[:-1]}
+        most, count, head, whole = 0.0, 0, 0.0, sum(logs)
+        for k, name in enumerate(names[:-1], 1):
+            head += logs[k - 1]
+            ratio, past = head / k - (whole - head) / (len(names) - k), self._past[name]
+            past.add(ratio)
+            if (usual := past.usual) is not None and usual - ratio > most:
+                most, count = usual - ratio, k
+        return tuple(names[:count]), math.exp(min(most, 700.0))
 
 
 class ExplodingGradients(Rule):
@@ -100,12 +130,12 @@ class ExplodingGradients(Rule):
         norms = {"": whole, **by_layer(values, "GradNorm")}
         for name, norm in norms.items():
             self._past.setdefault(name, Recent(36)).add(norm)
-        usual, largest = self._usual(""), self._largest
+        usual, largest = self._past[""].usual or None, self._largest
         self._largest = max(largest, whole)
         self._row = self._row + 1 if usual is not None and whole >= self.grown * usual else 0
         if usual is None or not (self._row >= self.looks or self._row and whole >= self.grown * largest):
             return None
-        growth = {name: norm / u for name, norm in norms.items() if (u := self._usual(name))}
+        growth = {name: norm / u for name, norm in norms.items() if (u := self._past[name].usual)}
         most = max((g for name, g in growth.items() if name), default=0.0)
         where = tuple(name for name, g in growth.items() if name and g >= 0.5 * most)
         return Finding(
@@ -113,11 +143,6 @@ class ExplodingGradients(Rule):
             f"{largest:.3g}.",
             where,
         )
-
-    def _usual(self, name: str) -> float | None:
-        """The median of the norm, without the last six; None if there are too few, or if it is zero."""
-        before = sorted(list(self._past[name].values)[:-6])
-        return before[len(before) // 2] or None if len(before) >= 10 else None
 
 
 class NaNAhead(_Matrices):

@@ -286,7 +286,12 @@ def test_wrong_labels_by_sample() -> None:
     x, y = task()
     wrong = torch.randperm(512)[:80]
     y[wrong] = (y[wrong] + torch.randint(1, 4, (80,))) % 4
-    verdict = first(train(data=(x, y), steps=120, lr=0.15), "label noise")
+    model = net()
+    with torch.no_grad():
+        list(model.parameters())[-2].mul_(
+            0.1
+        )  # that the loss begins at log(4): it is from where it began that lines are drawn
+    verdict = first(train(model, data=(x, y), steps=120, lr=0.15), "label noise")
     named = {int(place.removeprefix("sample ")) for place in verdict.where}
     assert len(named) >= 10 and len(named & set(wrong.tolist())) >= 0.8 * len(named)
 
@@ -355,6 +360,20 @@ def test_units_that_took_part_once_are_seldom_dead(share: float, loss: float, at
     assert names(rules.DeadReLUs(), pages) == ([] if at is None else [("dead ReLUs", at)])
 
 
+@pytest.mark.parametrize("spread, at", [(0.01, 6), (1.0, None)])
+def test_a_first_batch_that_was_low_by_chance(spread: float, at: int | None) -> None:
+    quantiles = 1.0 + spread * np.array([-1.0, -1.0, -0.5, 0.0, 0.5, 1.0, 6.0])
+    first = {"SampleLosses.quantiles": quantiles, "BatchSize": 64.0}
+    pages = [{"Loss": 1.3 if k else 1.0, "UpdateSize": 0.05, "ParamNorm": 1.0, **first} for k in range(40)]
+    assert names(rules.LearningRateTooHigh(), pages) == ([] if at is None else [("learning rate too high", at)])
+
+
+def test_a_first_loss_that_was_high_by_chance_is_no_fall() -> None:
+    page = {"UpdateSize": 1e-5, "ParamNorm": 1.0, "GradNorm": 1.0}
+    pages = [{"Loss": 1.0 + 0.01 * (k % 3) if k else 1.5, **page} for k in range(60)]
+    assert names(rules.LearningRateTooLow(), pages) == [("learning rate too low", 43)]
+
+
 @pytest.mark.parametrize(
     "factors, at",
     [
@@ -369,6 +388,19 @@ def test_first_layers_whose_share_falls_at_once(factors: list[float], at: int | 
     fixed |= {"ParamNorm/a": 1.0, "ParamNorm/b": 1.0, "ParamNorm/c": 1.0, "GradNorm/c": 0.5}
     pages = [{"GradNorm/a": 0.8 * f, "GradNorm/b": 1.0 * f, **fixed} for f in factors]
     assert names(rules.VanishingGradients(), pages) == ([] if at is None else [("vanishing gradients", at)])
+
+
+@pytest.mark.parametrize("valid, at", [(0.7, 20), (0.5, None)])
+def test_what_does_not_hold_for_other_samples(valid: float, at: int | None) -> None:
+    said = Judge([rules.Overfitting()])
+    found: list[tuple[str, int]] = []
+    for step in range(41):
+        loss = max(0.1, 1.0 - 0.2 * step) + 0.001 * (step % 2)
+        found += [(v.name, v.step) for v in said.hear(step, {"Loss": loss})]
+        if step % 5 == 0:
+            now = max(valid, 1.0 - 0.2 * step) + 0.001 * (step % 3)
+            found += [(v.name, v.step) for v in said.hear(step, {"valid_loss": now})]
+    assert found == ([] if at is None else [("overfitting", at)])
 
 
 @pytest.mark.parametrize("n, loss, at", [(4, 1.0, 43), (31, 1.0, 43), (32, 1.1, 153), (32, 1.0, None)])

@@ -104,9 +104,12 @@ class Steady:
 class SinceStart(Rule):
     """Base of rules that compare with how the run began; of a run whose step 0 they have not seen they say nothing.
 
+    Where it began is known from one batch alone: `doubt` is two standard errors of its mean loss, by how its samples'
+    losses are spread (by their quantiles, between which lines are drawn), or 0 where these are not known.
+
     Some losses cancel, and how far they have come is not seen: those of a policy gradient are near zero on average from
     the start, and of any size. `signed` is whether the first step's loss was less than half of the mean absolute loss
-    of its samples (by their quantiles, between which lines are drawn).
+    of its samples.
     """
 
     _weights = 0.025, 0.125, 0.225, 0.25, 0.225, 0.125, 0.025
@@ -114,7 +117,7 @@ class SinceStart(Rule):
     def __init__(self) -> None:
         """Start before the first step."""
         self.first: float | None = None
-        self.signed = False
+        self.doubt, self.signed = 0.0, False
         self._asked = False
         self._usual = 0.0
 
@@ -122,8 +125,11 @@ class SinceStart(Rule):
         """Note the loss of step 0, which is among the values of a step; return whether it is known."""
         if not self._asked and step == 0:
             self.first = abs(values["Loss"])
-            sizes = (abs(q) * w for q, w in zip(values.get("SampleLosses.quantiles", ()), self._weights, strict=False))
-            self.signed = bool(self.first < 0.5 * sum(sizes))
+            known = [*zip(values.get("SampleLosses.quantiles", ()), self._weights, strict=False)]
+            self.signed = bool(self.first < 0.5 * sum(abs(q) * w for q, w in known))
+            mean, n = sum(q * w for q, w in known), values.get("BatchSize", math.inf)
+            doubt = 2 * math.sqrt(sum((q - mean) ** 2 * w for q, w in known) / n)
+            self.doubt = doubt if doubt < math.inf else 0.0
         self._asked = True
         return self.first is not None and 0 < self.first < float("inf")
 

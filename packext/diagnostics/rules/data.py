@@ -19,7 +19,8 @@ class LabelNoise(SinceStart):
 
     A model that has learned something is sure of it, and so is surest to be wrong on a sample whose label is. Samples
     that are hard but right fall sooner or later. A sample is suspected if its loss in both of its last two visits was
-    above that of its first, 30 looks ago or more, and above 1.2 times the mean loss of the first step. Said when the
+    above that of its first, 30 looks ago or more, and above 1.2 times the mean loss of the first step and two standard
+    errors of that mean, which one rare sample that weighs more may have moved. Said when the
     suspects' losses come to 7.5 % of what the losses of all known samples were in the first step, or those of suspects
     that were above in their last three visits to half of that, while the median loss is under half of what it was.
     Losses are summed, not suspects counted, because of two classes or of numbers the hardest of right samples are many,
@@ -57,7 +58,7 @@ class LabelNoise(SinceStart):
         self._below = self._below or values.get("SampleLosses.quantiles", (0.0,))[0] < -0.01 * self.first
         if self._below:
             return None
-        limit = self.above * self.first
+        limit = self.above * self.first + self.doubt
         for sample, own in zip(samples.tolist(), values["SampleLosses.largest"].tolist(), strict=True):
             since, first, row = self._visits.pop(sample, (self._looks, own, 0))
             row = row + 1 if max(limit, first) < own < math.inf else 0
@@ -86,7 +87,7 @@ class LabelNoise(SinceStart):
 
 
 class Overfitting(SinceStart):
-    """The logged `valid_loss` rises while the loss falls, or the samples that are trained on are known by heart.
+    """The logged `valid_loss` rises while the loss falls, or what is learned does not hold for it, or is by heart.
 
     Rises: each of its last five values lies above the lowest mean of five in a row, by a tenth of that mean and by a
     tenth of what had been learned until then (the loss of the first step less that mean); and the loss, averaged over
@@ -94,12 +95,15 @@ class Overfitting(SinceStart):
     rise takes away: where 0.7 came down to 0.10, one to 0.12 is a fifth of the lowest value, and 3 % of what the model
     knows. (Early stopping asks for the ratio to the lowest value; Prechelt 1998.)
 
+    Not for others: `valid_loss` lies above the loss by more than half of what that has fallen by since the first step
+    (and two standard errors of the first batch), so that less than half of what was learned holds for other samples.
+
     By heart: over the last five values fewer than one in a hundred of the samples that were trained on had a loss above
     `valid_loss`, by two standard errors of their number (so that 400 losses are needed, of which none is above), while
-    of samples that are fitted and not memorised some always have, since losses have a long tail; the loss is under half
-    of that of the first step; and `valid_loss` lies above it by a tenth of that. A gap alone says little: every fitted
-    model has one, and a small validation set that is harder by chance has one from the start. Needs `SampleLosses`. By
-    the medians of five: one value may jump in the middle of a run that goes well.
+    of samples that are fitted and not memorised some always have, since losses have a long tail. For both the loss is
+    under half of that of the first step, and `valid_loss` lies above it by a tenth of that. A smaller gap alone says
+    little: every fitted model has one, and a small validation set that is harder by chance has one from the start. By
+    heart needs `SampleLosses`. By the medians of five: one value may jump in the middle of a run that goes well.
 
     Rise and gap have to be five standard errors: three are no chance, and the lowest of fifty means of noise lies two
     under theirs. The noise of a value is estimated by how far it lies off the line through its two neighbours, over the
@@ -111,7 +115,7 @@ class Overfitting(SinceStart):
     advice = "Stop at the lowest valid_loss; more data, augmentation, weight decay or dropout."
     reads = ("valid_loss", "Loss", "SampleLosses", "BatchSize")
     hold, release = 1, 1
-    risen, fallen, fitted, gap, above, sure, errors, values = 0.1, 0.9, 0.5, 0.1, 0.01, 2.0, 5.0, 5
+    risen, fallen, fitted, gap, kept, above, sure, errors, values = 0.1, 0.9, 0.5, 0.1, 0.5, 0.01, 2.0, 5.0, 5
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -177,6 +181,12 @@ class Overfitting(SinceStart):
         noise = math.hypot(_error(self._valid, self.values), _error(self._train, self.values))
         if not valid - train > max(self.gap * self.first, self.errors * noise):
             return None
+        learned = self.first + self.doubt - train
+        if valid - train > self.kept * learned:
+            return Finding(
+                f"The loss has fallen by {learned:.3g}, to {train:.3g}, and valid_loss is {valid:.3g}: less than half "
+                f"of what was learned holds for other samples."
+            )
         looks = [look for between in self._earlier for look in between]
         # If all of those that are kept lie above, nobody knows how many do.
         above = sum(n if all(largest > valid) else (largest > valid).sum() for n, largest in looks)
@@ -214,19 +224,18 @@ class _Batch(SinceStart):
         self._trace, self._signal, self._loss = Recent(self.window), Recent(self.window), Recent(20)
 
     def averages(self, step: int, values: Mapping[str, Any]) -> tuple[float, float, float] | None:
-        """Batch size, noise scale (infinite if there is no signal), and the loss over that of the first step."""
+        """Batch size, noise scale (infinite if there is no signal), and the loss."""
         trace, signal = values.get("NoiseScale.trace"), values.get("NoiseScale.signal")
         n, loss = values.get("BatchSize"), values.get("Loss")
         if trace is None or signal is None or n is None or loss is None or not self.begin(step, values):
             return None
-        assert self.first is not None
         self._trace.add(trace)
         self._signal.add(signal)
         self._loss.add(abs(loss))
         if len(self._trace.values) < self.least:
             return None
         scale = self._trace.mean / self._signal.mean if self._signal.mean > 0 else math.inf
-        return n, scale, self._loss.mean / self.first
+        return n, scale, self._loss.mean
 
 
 class BatchTooSmall(_Batch):
@@ -236,7 +245,8 @@ class BatchTooSmall(_Batch):
     for sure since then. Noise alone is no failure: a run whose loss falls learns through it, as many do early, before
     the samples agree on anything, and later it is normal, since the signal goes to zero where training ends, and the
     noise stays. For sure is five standard errors by ranks, once in the run (`Fall`). Of 32 samples or more it is said
-    after 150 looks and not after 40, and only if the loss is 5 % above that of the first step: a plateau at the start,
+    after 150 looks and not after 40, and only if the loss is 5 % above that of the first step, and two standard errors
+    of that batch's mean: a plateau at the start,
     which many networks leave by themselves, is likelier then, and where labels are mostly chance no loss falls far.
     Looks count from the end of a warm-up, in which nothing can be learned yet. Of a loss of both signs, of which is not
     seen how far it has come, nothing is said.
@@ -257,12 +267,12 @@ class BatchTooSmall(_Batch):
         found = self.averages(step, values)
         self._fall.add(values.get("Loss", math.nan))
         looks = self._steady.add(values)
-        if found is None or looks < self.least or self._fall.sure or self.signed:
+        if found is None or looks < self.least or self._fall.sure or self.signed or self.first is None:
             return None
-        n, scale, left = found
-        if scale < self.times * n or left < self.unlearned:
+        n, scale, loss = found
+        if scale < self.times * n or loss < self.unlearned * self.first:
             return None
-        if n >= self.small and (looks < self.patience or left < self.risen):
+        if n >= self.small and (looks < self.patience or loss < self.risen * self.first + self.doubt):
             return None
         return Finding(f"The batch has {n:.0f} samples, and noise is as large as the gradient for one of {scale:.3g}.")
 

@@ -12,8 +12,9 @@ from packext.diagnostics.rules._history import Fall, Recent, SinceStart, Steady,
 class LearningRateTooHigh(SinceStart):
     """The loss is a fifth above where it began and steps are long, or it does not fall and they are very long.
 
-    Of the loss the median of five looks counts, in three looks in a row, since a single batch's may be high by chance.
-    None is ten times where it began by chance, or no number: after a very long step that is said at once.
+    A fifth, and two standard errors of the first batch's mean, from which alone is known where it began. Of the loss
+    the median of five looks counts, in three looks in a row, since a single batch's may be high by chance. None is ten
+    times where it began by chance, or no number: after a very long step that is said at once.
 
     Long is a step of more than 2 % of the norm of the parameters (or of what their matrices have in PyTorch's
     initialisation, where that is more: a model may start at zero), and very long one of 10 %; 0.1 % is usual, and the
@@ -53,8 +54,8 @@ class LearningRateTooHigh(SinceStart):
         now = loss if burst else self._loss.median
         if loss < self._low:
             self._low, self._new = loss, self._steps
-        self._risen = self._risen or not now <= self.above * self.first
-        high = now > self.above * self.first
+        high = not now <= self.above * self.first + self.doubt
+        self._risen = self._risen or high
         falls = not self._risen and self._low < self.lower * self.first and self._steps - self._new < self.since
         stays = self._steps > self.patience and now > self.stuck * self.first and length > 5 * self.long and not falls
         found = self._loss.full and length > self.long and (high or stays)
@@ -68,20 +69,17 @@ class LearningRateTooHigh(SinceStart):
 
 
 class LearningRateTooLow(SinceStart):
-    """After 40 looks nothing has been learned, and steps are so short that it could not be otherwise.
+    """After 40 looks the loss has not fallen, and steps are so short that it could not be otherwise.
 
-    The norm of the gradient times that of the update bounds what a step can take off the loss to first order. While the
-    loss is where it began, that bound is under 0.5 % of it: hundreds of steps for a factor of e, if all of them went
-    straight down. Steps are under 0.1 % of the parameters' norm, too, which is usual. That tells this from a gradient
-    that has vanished, under optimizers that make up for its size, and from labels that are mostly chance, of which no
-    step learns more. And neither the rate nor steps are growing, as they do in a warm-up.
+    The norm of the gradient times that of the update bounds what a step can take off the loss to first order. That
+    bound is under 0.5 % of it: hundreds of steps for a factor of e, if all of them went straight down. Steps are under
+    0.1 % of the parameters' norm, too, which is usual. That tells this from a gradient that has vanished, under
+    optimizers that make up for its size, and from labels that are mostly chance, of which no step learns more. And
+    neither the rate nor steps are growing, as they do in a warm-up.
 
-    Where the loss began is known from one batch alone, whose loss may be high by chance (a rare positive that weighs
-    more). So it is where it began, too, if all steps until now together could not have taken a tenth off it: the mean
-    of the bound, times their number.
-
-    Gradients are small where many runs begin, and grow as these leave it: so the loss must not have fallen for sure,
-    which is five standard errors by ranks since the start (`Fall`). Nothing is said while `.grad` is not empty when a
+    Not fallen is by ranks since the start: it is by less than five standard errors (`Fall`). The first loss alone, of
+    one batch, says little; more than half of it is left, as what falls in a few steps and then stays is not seen in
+    ranks. Nothing is said while `.grad` is not empty when a
     step begins, since then steps do not follow the gradient.
     """
 
@@ -89,13 +87,13 @@ class LearningRateTooLow(SinceStart):
     advice = "Multiply the learning rate by 10 until the loss falls, or stops falling."
     reads = ("Loss", "UpdateSize", "ParamNorm", "GradNorm")
     hold, release = 5, 10
-    bound, short, unlearned, least = 5e-3, 1e-3, 0.9, 40
+    bound, short, unlearned, least = 5e-3, 1e-3, 0.5, 40
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
         self._loss, self._update, self._gain, self._fall = Recent(20), Recent(20), Recent(20), Fall()
-        self._looks, self._gains, self._steady = 0, 0.0, Steady()
+        self._looks, self._steady = 0, Steady()
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, update, gradient = (values.get(name) for name in ("Loss", "UpdateSize", "GradNorm"))
@@ -107,15 +105,13 @@ class LearningRateTooLow(SinceStart):
         self._loss.add(abs(loss))
         self._update.add(update)
         self._gain.add(gradient * update)
-        self._gains += gradient * update
         self._fall.add(loss)
         self._looks += 1
         if self._steady.add(values) < self.hold or self._looks < self.least or self._fall.sure:
             return None
         mean, gain, growing = self._loss.mean, self._gain.mean, self._update.values[-1] > 1.5 * self._update.values[0]
-        most = self._gains / self._looks * (step + 1)  # what all steps can have taken off
         if (
-            (mean > self.unlearned * self.first or most < (1 - self.unlearned) * mean)
+            mean > self.unlearned * self.first
             and gain < self.bound * mean
             and update < self.short * norm
             and not growing

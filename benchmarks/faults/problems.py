@@ -356,29 +356,29 @@ PROBLEMS = {
     ),
     "matcher": Problem(
         unseen.Matcher, unseen.matches, CE, "encoder.2", ("encoder.1", "encoder.3"),
-        {"momentum": 0.03, "adam": 1e-2}, "encoder.2", True, held_out=True,
+        {"momentum": 0.03, "adam": 1e-2}, "encoder.2", True,
     ),
     "gpt": Problem(
         unseen.GPT, unseen.code, CE, "blocks.0.down", ("drop", "blocks.0", "blocks.1"),
-        {"momentum": 0.3, "adam": 1e-2}, None, False, held_out=True,
+        {"momentum": 0.3, "adam": 1e-2}, None, False,
         schedule=unseen.warm_cosine, ids=True, clip=1.0, decay=0.1,
     ),
     "recommender": Problem(
         unseen.Recommender, unseen.ratings, MSE, "deep.2", ("tables", "deep.1", "deep.3"),
-        {"adam": 3e-2, "adagrad": 0.1}, "deep.2", False, held_out=True, ids=True,
+        {"adam": 3e-2, "adagrad": 0.1}, "deep.2", False, ids=True,
     ),
     "segmenter": Problem(
         unseen.UNet, unseen.shapes, unseen.Overlap, "bottom.0", ("down1", "down2", "bottom", "merge2", "merge1"),
-        {"momentum": 0.1, "adam": 3e-2}, "bottom.1", False, held_out=True,
+        {"momentum": 0.1, "adam": 3e-2}, "bottom.1", False,
         schedule=everyday.cosine,
     ),
     "counts": Problem(
         unseen.Counter, unseen.counts, nn.PoissonNLLLoss, "body.3", ("body.2", "body.5"),
-        {"sgd": 0.01, "momentum": 3e-3, "adam": 3e-3}, "body.4", True, held_out=True,
+        {"sgd": 0.01, "momentum": 3e-3, "adam": 3e-3}, "body.4", True,
     ),
     "forecaster": Problem(
         unseen.TCN, unseen.delayed, nn.L1Loss, "blocks.1.first", ("into", "blocks.0", "blocks.1", "blocks.2"),
-        {"momentum": 0.03, "adam": 3e-3, "rmsprop": 1e-3}, "blocks.1.first", False, held_out=True,
+        {"momentum": 0.03, "adam": 3e-3, "rmsprop": 1e-3}, "blocks.1.first", False,
     ),
 }  # fmt: skip
 

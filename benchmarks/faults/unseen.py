@@ -1,4 +1,4 @@
-"""Families that are held out: whoever makes rules looks at none of this before the score."""
+"""Families that were held out of one score: whoever made rules looked at none of this before it."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks.faults import report
+from benchmarks.faults import later, report
+from benchmarks.faults.__main__ import cases
 from benchmarks.faults.data import Data
-from benchmarks.faults.faults import Setup, constant_inputs, wrong_labels
+from benchmarks.faults.faults import FAULTS, Setup, constant_inputs, wrong_labels
 from benchmarks.faults.problems import PROBLEMS
 from benchmarks.faults.run import Case
 from benchmarks.faults.score import Row, harmed
@@ -48,6 +49,46 @@ def test_ids_are_all_those_of_the_first_sample():
         assert 0.005 < float((getattr(half.data, name) != x[0]).float().mean()) < 0.015
 
 
+def test_faults_that_do_no_harm_are_not_run():
+    run = {(c.problem, c.severity, c.fault) for c in cases(0, False)}
+    for name, problem in PROBLEMS.items():
+        for severity in ("full", "half"):
+            left_out = set(problem.harmless.get(severity, ()))
+            assert left_out <= set(FAULTS)
+            fitting = {fault for fault, what in FAULTS.items() if what.fits(problem)}
+            assert {f for p, s, f in run if (p, s) == (name, severity)} == fitting - left_out
+
+
+def test_values_of_next_states_are_those_of_parameters_that_follow():
+    model = torch.nn.Linear(6, 4)
+    x, y = (
+        torch.randn(3, 6),
+        torch.cat([torch.tensor([[2.0, 0.5, 0.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0]]), torch.randn(3, 6)], 1),
+    )
+    later.bootstrapped(model, x, y)
+    start = model.weight.clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    _, target = later.bootstrapped(model, x, y)
+    best = torch.nn.functional.linear(y[:, 3:], start + 0.1, model.bias).amax(1)
+    wanted = torch.zeros(3, 8)
+    wanted[0, 2], wanted[1, 1], wanted[2, 0] = 0.5 + 0.8 * best[0], -1.0, 0.8 * best[2]
+    wanted[0, 6] = wanted[1, 5] = wanted[2, 4] = 1.0
+    torch.testing.assert_close(target, wanted)
+
+
+def test_a_density_of_a_flow_is_a_density():
+    torch.manual_seed(0)
+    flow = later.Flow().double()
+    x = torch.randn(6, dtype=torch.float64)
+    slopes = torch.autograd.functional.jacobian(lambda z: flow(z[None])[0, :6], x)
+    found = flow(x[None])
+    torch.testing.assert_close(found[0, 6], slopes.det().abs().log())
+    normal = torch.distributions.MultivariateNormal(torch.zeros(6).double(), torch.eye(6).double())
+    wanted = -normal.log_prob(found[:, :6]) - found[:, 6]
+    torch.testing.assert_close(later.Surprise()(found, x), wanted)
+
+
 @pytest.mark.parametrize(("usual", "slightly", "far"), [(2.0, 2.19, 2.21), (-2.0, -1.81, -1.79)])
 def test_harm_is_a_tenth_above_the_usual_loss_of_either_sign(usual: float, slightly: float, far: float):
     healthy = [row("counts", "sgd", usual)]
@@ -59,8 +100,8 @@ def test_harm_is_a_tenth_above_the_usual_loss_of_either_sign(usual: float, sligh
 def test_held_out_families_have_a_column_where_they_were_run_beside_known_ones():
     found = {"bad input scaling": 2}
     known = [row("mlp", "sgd", 1.0), row("mlp", "sgd", 1.0, "inputs", found)]
-    unseen = [row("counts", "sgd", 1.0), row("counts", "sgd", 1.0, "inputs")]
-    both = report.faults([*known, *unseen], [known[0], unseen[0]])
+    later = [row("siren", "sgd", 1.0), row("siren", "sgd", 1.0, "inputs")]
+    both = report.faults([*known, *later], [known[0], later[0]])
     assert "| 1 / 2 (50 %) | 1 / 1 (100 %) | 0 / 1 (0 %) | 2 |" in both
     assert "Of known families: 1 / 1 (100 %). Of held-out families: 0 / 1 (0 %)." in both
     assert "held-out" not in report.faults(known, known[:1])

@@ -18,12 +18,12 @@ from benchmarks.faults.problems import PROBLEMS
 from benchmarks.faults.run import Case, Outcome, hear, train
 from benchmarks.faults.score import Row, summary
 
-#: Rules were made on seeds below 100; scores at seeds from 100 to 999 had been seen before these rules were scored.
-SEED = 1000
+#: Rules were made on seeds below 100; scores at seeds from 100 to 1099 had been seen before these rules were scored.
+SEED = 1100
 
 
 def cases(healthy: int, small: bool, half: bool = True) -> Iterator[Case]:
-    """What is run: healthy runs, and faults.
+    """What is run: healthy runs, and faults, but for those that are known to do no harm.
 
     Args:
         healthy: runs of each model and optimizer.
@@ -40,9 +40,11 @@ def cases(healthy: int, small: bool, half: bool = True) -> Iterator[Case]:
             if fault.fits(PROBLEMS[problem]):
                 able = [o for o in PROBLEMS[problem].rates if not fault.optimizers or o in fault.optimizers]
                 turn = [able[(k + i + j) % len(able)] for j in range(len(able))]
+                harmless = PROBLEMS[problem].harmless
                 for optimizer in turn[:1] if small else turn:
-                    yield Case(problem, optimizer, SEED, name, "full")
-                if half and (not small or (k + i) % 2 == 0):
+                    if name not in harmless.get("full", ()):
+                        yield Case(problem, optimizer, SEED, name, "full")
+                if half and (not small or (k + i) % 2 == 0) and name not in harmless.get("half", ()):
                     yield Case(problem, turn[0], SEED + 1, name, "half")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.faults.data import Data
+from benchmarks.faults.later import Sine
 from benchmarks.faults.problems import BATCH, Problem
 
 ONSET = 30
@@ -90,7 +91,7 @@ def sigmoids(share: float) -> Callable[[Setup], None]:
     """Two sigmoids, with a halving between them, in place of (the last of) the activations."""
 
     def change(s: Setup) -> None:
-        kinds = nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.GELU, nn.SiLU
+        kinds = nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.GELU, nn.SiLU, Sine
         paths = [k for k, m in s.model.named_modules() if isinstance(m, kinds)]
         assert paths
         for path in paths[len(paths) - round(share * len(paths)) :]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults import everyday, unseen
+from benchmarks.faults import everyday, later, unseen
 from benchmarks.faults.data import (
     Data,
     bandits,
@@ -224,13 +224,15 @@ class Problem:
             a tenth of it where a network is tuned that was trained before.
         relu: path of a layer whose output goes into a ReLU, if there is one.
         plain: whether the layers feed each other with no way around them.
-        held_out: whether it was kept from whoever chose the thresholds.
+        held_out: whether it is kept from whoever chooses the thresholds.
         draw: makes a step's inputs and targets of the samples that were chosen, for those that are drawn anew.
         schedule: a factor on the learning rate, by the step.
-        given: whether each sample has inputs and targets of its own; else they are drawn anew in each step.
+        given: whether each sample has inputs and targets of its own; else they are drawn anew in each step, or there
+            are no targets.
         ids: whether inputs are ids, which have no scale.
         clip: the norm that gradients are clipped to.
         decay: AdamW's weight decay.
+        harmless: faults that are left out since no harm of theirs was shown here, by severity.
     """
 
     make: Callable[[], nn.Module]
@@ -248,6 +250,7 @@ class Problem:
     ids: bool = False
     clip: float | None = None
     decay: float = 0.01
+    harmless: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     @property
     def small(self) -> bool:
@@ -379,6 +382,74 @@ PROBLEMS = {
     "forecaster": Problem(
         unseen.TCN, unseen.delayed, nn.L1Loss, "blocks.1.first", ("into", "blocks.0", "blocks.1", "blocks.2"),
         {"momentum": 0.03, "adam": 3e-3, "rmsprop": 1e-3}, "blocks.1.first", False,
+    ),
+    "transcriber": Problem(
+        later.Transcriber, later.speech, later.Alignments, "hidden", ("frames", "recurrent", "hidden"),
+        {"momentum": 0.03, "adam": 1e-2}, "hidden", False, held_out=True,
+        harmless={
+            "full": ("exploding", "inputs", "few samples"),
+            "half": ("exploding", "inputs", "large weights", "few samples"),
+        },
+    ),
+    "molecules": Problem(
+        later.GIN, later.molecules, MSE, "rounds.1.body.0", ("rounds.0", "rounds.1", "rounds.2"),
+        {"momentum": 0.01, "adam": 1e-2}, "rounds.1.body.0", True, held_out=True,
+        harmless={
+            "full": ("wrong labels", "slow layer", "few samples", "left out", "frozen"),
+            "half": ("vanishing", "dead ReLUs", "inputs", "wrong labels", "slow layer", "few samples", "left out",
+                "frozen", "detached"),
+        },
+    ),
+    "flow": Problem(
+        later.Flow, later.clouds, later.Surprise, "couplings.2.net.2", ("couplings.0", "couplings.2", "couplings.4"),
+        {"momentum": 0.01, "adam": 1e-2, "rmsprop": 3e-3}, "couplings.2.net.2", False, held_out=True, given=False,
+        harmless={
+            "full": ("exploding", "vanishing", "dead ReLUs", "slow layer", "left out", "frozen"),
+            "half": ("exploding", "vanishing", "dead ReLUs", "large weights", "slow layer", "left out", "frozen",
+                "detached"),
+        },
+    ),
+    "critic": Problem(
+        lambda: mlp([6, 64, 64, 4], nn.ReLU), later.walks, later.Temporal, "2", ("1", "3"),
+        {"momentum": 0.3, "adam": 1e-2, "rmsprop": 3e-3}, "2", True, held_out=True,
+        draw=later.bootstrapped, given=False,
+        harmless={
+            "full": ("slow layer", "left out", "frozen"),
+            "half": ("slow layer", "left out", "frozen", "detached"),
+        },
+    ),
+    "siren": Problem(
+        later.siren, later.painting, MSE, "4", ("1", "3", "5"),
+        {"sgd": 0.01, "adam": 1e-3}, None, True, held_out=True,
+        harmless={
+            "half": ("vanishing", "detached"),
+        },
+    ),
+    "detector": Problem(
+        later.Detector, later.things, later.WhatAndWhere, "trunk.4", ("trunk.1", "trunk.3", "trunk.5", "trunk.8"),
+        {"momentum": 0.03, "adam": 1e-2}, "trunk.4", True, held_out=True,
+        harmless={
+            "full": ("left out",),
+            "half": ("dead ReLUs", "slow layer", "left out", "frozen"),
+        },
+    ),
+    "translator": Problem(
+        later.Translator, later.dates, lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
+        "both.decoder.layers.0.linear1", ("both.encoder", "both.decoder"), {"adam": 1e-2, "rmsprop": 3e-3},
+        "both.decoder.layers.0.linear1", False, held_out=True,
+        schedule=later.inverse_root, ids=True,
+        harmless={
+            "full": ("exploding", "dead ReLUs", "slow layer", "left out", "frozen"),
+            "half": ("exploding", "dead ReLUs", "slow layer", "left out", "frozen"),
+        },
+    ),
+    "experts": Problem(
+        later.Experts, later.regimes, later.Balanced, "into", ("into", "mixture"),
+        {"momentum": 0.03, "adam": 1e-2, "adagrad": 0.1}, "into", False, held_out=True,
+        harmless={
+            "full": ("exploding", "small weights"),
+            "half": ("exploding", "dead ReLUs", "inputs", "small weights"),
+        },
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Families that were held out of one score: whoever made rules looked at none of this before it."""
+"""Families that were held out once: whoever made rules had looked at none of this before their score."""
 
 from __future__ import annotations
 

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="one optimizer, half severity on every second problem")
     parser.add_argument("--full", action="store_true", help="no runs at half severity")
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), metavar="NAME", help="some only; writes nothing")
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), metavar="NAME", help="likewise")
     parser.add_argument("--records", type=Path, metavar="FOLDER", help="train what is not there, and judge from there")
     parser.add_argument("--tables", action="store_true", help="no runs: write the tables of the last whole run again")
     options = parser.parse_args()
@@ -83,7 +84,8 @@ def main() -> None:
         report.write(report.load(), report.known())
         return
     listed = cases(options.healthy, options.small, not options.full)
-    chosen = [c for c in listed if not options.faults or c.fault in options.faults]
+    chosen = [c for c in listed if c.fault in (options.faults or [c.fault])]
+    chosen = [c for c in chosen if c.problem in (options.problems or [c.problem])]
     if options.records:
         options.records.mkdir(parents=True, exist_ok=True)
     console, rows = Console(), []
@@ -95,7 +97,7 @@ def main() -> None:
             progress.advance(task)
     rows.sort(key=lambda row: chosen.index(row.case))
     console.print(report.markdown(rows, report.today()), markup=False)
-    if not options.faults:
+    if not (options.faults or options.problems):
         report.write(rows, report.today())
         console.print(f"Tables written to {report.PAGE}.")
 

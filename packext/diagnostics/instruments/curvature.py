@@ -122,6 +122,7 @@ class HessMaxEV(Instrument):
         if not tol > 0:
             raise ValueError(f"tol must be positive, got {tol!r}.")
         self.tol = tol
+        self._model = nn.Module()  # until `check` gives it
         self.start(0)
 
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

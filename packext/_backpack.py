@@ -18,6 +18,7 @@ from packext._errors import CoupledSamplesError, NotExtendedError, PackextError,
 from packext._extend import end_interrupted
 from packext._layout import Tokens
 from packext._pass import Pass, aimed_at
+from packext._places import records_of
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record
 from packext._refusals import awaited_loss, refuse_reentrant
@@ -331,7 +332,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         """An extended loss was reached: send its curvature ahead of the gradient."""
         if waiting := [q for each in flight.heard for q in (*each.context.spreading, *each.context.hessian)]:
             with due_to(waiting):
-                refuse_reentrant(edge.node)
+                refuse_reentrant(edge.node, records_of(seen, edge))
         account(flight, seen, edge, g.detach())
         for each in flight.heard:
             if each.context.hessian:

@@ -27,7 +27,7 @@ from packext._layout import Layout, Scattered, ranks
 from packext._lineage import disable
 from packext._listening import silence
 from packext._pass import Pass
-from packext._places import gates_of, place
+from packext._places import gates_of, place, records_of
 from packext._quantity import Ask, Curvature, HessianQuantity, Point, Quantity
 from packext._refusals import refuse_divided, refuse_moved, refuse_replaced, unseen, will_accumulate
 from packext._residual import residual
@@ -290,10 +290,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
             parameters were converted and converted back since the forward pass.
     """
     sources: dict[int, Source] = {}
-    inside = seen.record()
-    # Of all arguments; and a model may read what another one gave.
-    before = [gate.record for gate in gates_of(edge, all=True)]
-    for record in dict.fromkeys(before if inside is None else [*before, inside]):
+    for record in records_of(seen, edge):
         if record not in flight.records:
             flight.records.append(record)
         refuse_tensors(record, [flight.context])

@@ -184,6 +184,13 @@ def _chosen(
     return found if found.possible else None
 
 
+def records_of(seen: Seen, edge: GradientEdge) -> list[Record]:
+    """Forward passes behind the loss at `edge`: of all its arguments, of what these have read, and the one it is in."""
+    inside = seen.record()
+    before = [gate.record for gate in gates_of(edge, all=True)]
+    return list(dict.fromkeys(before if inside is None else [*before, inside]))
+
+
 def gates_of(edge: GradientEdge, all: bool = False) -> list[Any]:
     """The gates of extended models through which what is at `edge` was computed; `all` of them, or the last ones."""
     found: dict[int, Any] = {}

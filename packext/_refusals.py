@@ -372,15 +372,21 @@ def refuse_again(record: Record, gates: frozenset[int], contexts: Sequence[backp
             raise UnsupportedUseError(why)
 
 
-def refuse_reentrant(node: Any) -> None:
-    """Refuse curvature of a loss behind a part of a model that is hidden from it, before any gradient is accumulated.
+def refuse_reentrant(node: Any, records: Sequence[Record]) -> None:
+    """Refuse curvature of a part of a model that is hidden from it, before any gradient is accumulated.
 
     Args:
         node: of autograd's graph, where the loss was computed.
+        records: the forward passes behind it.
 
     Raises:
-        UnsupportedUseError: if there is one.
+        UnsupportedUseError: if there is a checkpoint, and a parameter of these models of which no use was seen.
     """
+    seen = {id(source.tensor) for record in records for source in record.parameters()}
+    modules = [module for record in records for module in record.extended()]
+    every = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
+    if records and all(id(p) in seen for p in every):
+        return
     if any(type(each).__name__ == "CheckpointFunctionBackward" for each in inputs_first([node])):
         raise UnsupportedUseError(
             "A part of the extended model is under reentrant activation checkpointing, which hides its functions. Pass "

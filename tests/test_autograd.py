@@ -235,6 +235,20 @@ def test_curvature_of_a_first_part_under_reentrant_checkpointing_is_refused(whol
         torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
 
 
+@pytest.mark.parametrize("quantity", [px.KFLR(), px.KFRA(), px.DiagHessian()])
+def test_curvature_of_a_model_behind_reentrant_checkpointing(quantity: Any) -> None:
+    """What is checkpointed before an extended model hides nothing of it."""
+    body, head = nn.Sequential(nn.Linear(5, 4), nn.Tanh()), px.extend(nn.Sequential(nn.Linear(4, 3)))
+    loss_fn, (x, y) = px.extend(nn.CrossEntropyLoss()), batch()
+    found = []
+    for reentrant in (False, True):
+        h = checkpoint.checkpoint(body, x.requires_grad_(), use_reentrant=reentrant)
+        with px.backpack(quantity) as results:
+            loss_fn(head(h), y).backward()
+        found.append([getattr(results[name], quantity.savefield) for name in ("0.weight", "0.bias")])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_checkpointed_function_that_holds_a_parameter_is_refused() -> None:
     model, rows, x, y = checkpointed(False, "method")
     with (

@@ -56,13 +56,14 @@ def nonzero(one: Sequence[Tensor]) -> list[bool]:
     return [bool(each) for each in _stacked(some).tolist()]
 
 
-def dots(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Inner products of the two lists' tensors, `[len]` in float64, in which products do not overflow."""
+def dots(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
+    """Inner products of the two lists' tensors, in float64 where they overflow; a GPU is waited for once."""
     kinds = [torch.promote_types(a.dtype, b.dtype) for a, b in zip(one, other, strict=True)]
     flat = [(a.reshape(-1).to(d), b.reshape(-1).to(d)) for a, b, d in zip(one, other, kinds, strict=True)]
-    found = _stacked([torch.dot(a, b) for a, b in flat])
-    overflown = not math.isfinite(float(found.sum()))
-    return _stacked([torch.dot(a.double(), b.double()) for a, b in flat]) if overflown else found
+    found = _stacked([torch.dot(a, b) for a, b in flat]).tolist()
+    if all(map(math.isfinite, found)):
+        return found
+    return _stacked([torch.dot(a.double(), b.double()) for a, b in flat]).tolist()
 
 
 def _stacked(numbers: Sequence[Tensor]) -> Tensor:

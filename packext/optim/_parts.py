@@ -102,7 +102,7 @@ class KLClip(Part):
         bound = work.groups[0]["kl_clip"]
         if bound is None:
             return
-        slopes = lists.dots(work.grads, work.updates).tolist()
+        slopes = lists.dots(work.grads, work.updates)
         size = sum(slope * lr**2 for slope, lr in zip(slopes, work.of("lr"), strict=True))
         if size > bound:
             work.updates = lists.mul(work.updates, [math.sqrt(bound / size)] * len(work.updates))

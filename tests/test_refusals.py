@@ -590,7 +590,14 @@ def test_tokens_written_before_the_data() -> None:
                 out[:, 0] = self.token
             return out.tanh()
 
+    class Masked(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.token.expand(x.shape).clone()
+            out[x > 0] = 0.0
+            return self.linear(x) * out
+
     x = torch.randn(N, 3, 5)
+    refused(Masked(True), x, px.UnsupportedUseError, "in place.*out-of-place")
     refused(Tokens(True), x, px.UnsupportedUseError, "Write the data first, and the parameters over them")
     assert testing.check(Tokens(False), nn.MSELoss(), x, torch.randn(N, 4, 5)).ok
 

@@ -138,7 +138,7 @@ def joined(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
 def assigned(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`data[index] = value`."""
     target, index, value = args
-    if tracer.sources(target) and tracer.is_data(value):
+    if tracer.sources(target) and isinstance(value, Tensor) and tracer.is_data(value):
         raise tracer.refuse(
             func,
             "data is written into a tensor that is made of parameters so far, in place",

@@ -282,7 +282,7 @@ class HessianQuantity(Quantity):
         raise NotImplementedError
 
 
-def source(generator: torch.Generator | None) -> torch.Generator | None:
+def checked_generator(generator: torch.Generator | None) -> torch.Generator | None:
     """`generator`; a ValueError for another thing that a user gives, such as a seed."""
     if not isinstance(generator, (torch.Generator, type(None))):
         raise ValueError(f"generator must be one, such as torch.Generator().manual_seed(0), got {generator!r}.")
@@ -300,7 +300,7 @@ class Sampled:
         """
         if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
             raise ValueError(f"mc_samples must be an int of 1 or more, got {mc_samples!r}.")
-        self.mc_samples, self.generator = mc_samples, source(generator)
+        self.mc_samples, self.generator = mc_samples, checked_generator(generator)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(mc_samples={self.mc_samples})"

@@ -148,6 +148,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: optim.PoissonSampler(torch.utils.data.TensorDataset(X, Y), 0.25, steps=4),
         r"samples must be their number, such as len\(dataset\), got a TensorDataset",
     ),
+    "a seed for batches": (
+        lambda: optim.PoissonSampler(100, 0.25, steps=4, generator=0),
+        "generator must be one, such as torch.Generator",
+    ),
     "instruments for a level": (
         lambda: Cockpit(NET, torch.optim.SGD(NET.parameters(), 0.1), [diagnostics.GradNorm()]),
         "level must be a name or None, got an object of list: instruments go by instruments=",

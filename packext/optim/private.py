@@ -87,12 +87,14 @@ class PoissonSampler:
 
         Raises:
             TypeError: for another thing than a number of samples.
-            ValueError: if there are no samples, or the rate is no probability.
+            ValueError: if there are no samples, the rate is no probability, or for a seed in place of a generator.
         """
         if not isinstance(samples, SupportsIndex):
             raise TypeError(f"samples must be their number, such as len(dataset), got a {type(samples).__name__}.")
         if not (samples >= 1 and 0 < rate <= 1 and steps >= 0):
             raise ValueError(f"need samples >= 1, a rate in (0, 1] and steps >= 0, got {samples}, {rate}, {steps}.")
+        if not isinstance(generator, (torch.Generator, type(None))):
+            raise ValueError(f"generator must be one, such as torch.Generator().manual_seed(0), got {generator!r}.")
         self.samples, self.rate, self.steps = samples, rate, steps
         self.generator = generator or torch.Generator().manual_seed(secrets.randbits(63))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packext import linalg
 from packext._factored import accumulation_dtype
-from packext._quantity import HessianQuantity, Point, Sampled, source, sum_of
+from packext._quantity import HessianQuantity, Point, Sampled, checked_generator, sum_of
 from packext._union import Here, Part
 
 
@@ -166,8 +166,8 @@ class TopEigenvalues(HessianQuantity):
         if curvature not in ("hessian", "ggn"):
             raise ValueError(f'curvature must be "hessian" or "ggn", got {curvature!r}.')
         self.curvature = curvature
-        self.k, self.which, self.tol, self.maxiter, self.generator = k, which, tol, maxiter, source(generator)
-        self.ncv, self.start = ncv, start
+        self.k, self.which, self.tol, self.maxiter, self.ncv, self.start = k, which, tol, maxiter, ncv, start
+        self.generator = checked_generator(generator)
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Any]:
         product = point.hessian if self.curvature == "hessian" else point.ggn

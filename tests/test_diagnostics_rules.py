@@ -288,9 +288,7 @@ def test_wrong_labels_by_sample() -> None:
     y[wrong] = (y[wrong] + torch.randint(1, 4, (80,))) % 4
     model = net()
     with torch.no_grad():
-        list(model.parameters())[-2].mul_(
-            0.1
-        )  # that the loss begins at log(4): it is from where it began that lines are drawn
+        list(model.parameters())[-2].mul_(0.1)  # the loss begins at log(4), and lines are drawn from there
     verdict = first(train(model, data=(x, y), steps=120, lr=0.15), "label noise")
     named = {int(place.removeprefix("sample ")) for place in verdict.where}
     assert len(named) >= 10 and len(named & set(wrong.tolist())) >= 0.8 * len(named)

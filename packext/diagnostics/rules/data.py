@@ -20,11 +20,11 @@ class LabelNoise(SinceStart):
     A model that has learned something is sure of it, and so is surest to be wrong on a sample whose label is. Samples
     that are hard but right fall sooner or later. A sample is suspected if its loss in both of its last two visits was
     above that of its first, 30 looks ago or more, and above 1.2 times the mean loss of the first step and two standard
-    errors of that mean, which one rare sample that weighs more may have moved. Said when the
-    suspects' losses come to 7.5 % of what the losses of all known samples were in the first step, or those of suspects
-    that were above in their last three visits to half of that, while the median loss is under half of what it was.
-    Losses are summed, not suspects counted, because of two classes or of numbers the hardest of right samples are many,
-    and little above the line.
+    errors of that mean, which one rare sample that weighs more may have moved. Said when the suspects' losses come to
+    7.5 % of what the losses of all known samples were in the first step, or those of suspects that were above in their
+    last three visits to half of that, while the median loss is under half of what it was. Losses are summed, not
+    suspects counted, because of two classes or of numbers the hardest of right samples are many, and little above the
+    line.
 
     It has to be so by three standard errors, over samples: what varies is which samples the set has, and where a few
     weigh more (rare positives) a handful carries the sum. Looks are no independent evidence, since the same samples
@@ -155,7 +155,7 @@ class Overfitting(SinceStart):
         ):
             self._finding = None
         else:
-            self._finding = self._rises(step) or self._by_heart()
+            self._finding = self._rises(step) or self._wide_gap()
         return self._finding
 
     def _rises(self, step: int) -> Finding | None:
@@ -174,18 +174,17 @@ class Overfitting(SinceStart):
             f"{noise:.2g}, and the loss fell from {then:.3g} to {train:.3g}."
         )
 
-    def _by_heart(self) -> Finding | None:
+    def _wide_gap(self) -> Finding | None:
         valid, train = (median([*recent.values][-self.values :]) for recent in (self._valid, self._train))
         if self.first is None or not train < self.fitted * self.first:
             return None
         noise = math.hypot(_error(self._valid, self.values), _error(self._train, self.values))
         if not valid - train > max(self.gap * self.first, self.errors * noise):
             return None
-        learned = self.first + self.doubt - train
-        if valid - train > self.kept * learned:
+        if valid - train > self.kept * (self.first + self.doubt - train):
             return Finding(
-                f"The loss has fallen by {learned:.3g}, to {train:.3g}, and valid_loss is {valid:.3g}: less than half "
-                f"of what was learned holds for other samples."
+                f"The loss has fallen by {self.first - train:.3g}, to {train:.3g}, and valid_loss is {valid:.3g}: less "
+                "than half of what was learned holds for other samples."
             )
         looks = [look for between in self._earlier for look in between]
         # If all of those that are kept lie above, nobody knows how many do.
@@ -246,10 +245,9 @@ class BatchTooSmall(_Batch):
     the samples agree on anything, and later it is normal, since the signal goes to zero where training ends, and the
     noise stays. For sure is five standard errors by ranks, once in the run (`Fall`). Of 32 samples or more it is said
     after 150 looks and not after 40, and only if the loss is 5 % above that of the first step, and two standard errors
-    of that batch's mean: a plateau at the start,
-    which many networks leave by themselves, is likelier then, and where labels are mostly chance no loss falls far.
-    Looks count from the end of a warm-up, in which nothing can be learned yet. Of a loss of both signs, of which is not
-    seen how far it has come, nothing is said.
+    of that batch's mean: a plateau at the start, which many networks leave by themselves, is likelier then, and where
+    labels are mostly chance no loss falls far. Looks count from the end of a warm-up, in which nothing can be learned
+    yet. Of a loss of both signs, of which is not seen how far it has come, nothing is said.
     """
 
     failure = "batch too small"

@@ -79,8 +79,7 @@ class LearningRateTooLow(SinceStart):
 
     Not fallen is by ranks since the start: it is by less than five standard errors (`Fall`). The first loss alone, of
     one batch, says little; more than half of it is left, as what falls in a few steps and then stays is not seen in
-    ranks. Nothing is said while `.grad` is not empty when a
-    step begins, since then steps do not follow the gradient.
+    ranks. Nothing is said while `.grad` is not empty when a step begins, since then steps do not follow the gradient.
     """
 
     failure = "learning rate too low"

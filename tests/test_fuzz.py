@@ -506,11 +506,12 @@ def _differences(model: nn.Module, asked: list[Any], wants: dict[str, list[Any]]
                     wrong = True
                     yield f"{name}.{q.savefield} is missing"
                 continue
-            for power, (got, w) in enumerate(zip(read(results, name), wanted, strict=True), 1):
-                scaled = w * factor ** (power if isinstance(q, px.GGNGram) else 1)  # of the second, inner products
-                if _error(got, scaled, size ** (power if isinstance(q, px.GGNGram) else 1)) > 1e-5:
+            for part, (got, w) in enumerate(zip(read(results, name), wanted, strict=True), 1):
+                power = part if isinstance(q, px.GGNGram) else 1  # its second part has inner products
+                error = _error(got, w * factor**power, size**power)
+                if error > 1e-6:
                     wrong = True
-                    yield f"{name}.{q.savefield} is off by {_error(got, scaled, size):.1e}: {q!r}"
+                    yield f"{name}.{q.savefield} is off by {error:.1e}: {q!r}"
     if not wrong:
         yield "right"
 

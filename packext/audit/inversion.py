@@ -238,11 +238,11 @@ def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor, mask
     inputs = torch.nan_to_num(result.inputs.detach(), nan=low).clamp(2 * low - high, 2 * high - low)
     order = in_order(inputs, true).to(inputs.device)
     inputs = inputs[order]
-    mse = (inputs - true).square().flatten(1).mean(1) / (high - low) ** 2
+    guessed = candidates(case).to(true).mean(0)
+    mse, by_guess = ((some - true).square().flatten(1).mean(1) / (high - low) ** 2 for some in (inputs, guessed))
     labels = float((result.labels[order] == y).double().mean()) if isinstance(attack, tuple) else None
     hits = _identified(case, inputs, true)
-    nothing = (candidates(case).to(true).mean(0) - true).square().flatten(1).mean(1) / (high - low) ** 2
-    recovered = mse < (NEARER * nothing).clamp_max(RECOVERED)
+    recovered = mse < (NEARER * by_guess).clamp_max(RECOVERED)
     return Attempt(inputs, true, mse, psnr(inputs, true, high - low), labels, hits, recovered, result)
 
 

@@ -377,10 +377,13 @@ def test_what_a_group_would_not_get_is_refused() -> None:
         ({"bias": "separate"}, "bias is for all groups"),
         ({"nesterov": True}, "KFAC has no nesterov"),
         ({"fallback": True, "lr": 0.1, "amsgrad": True}, "KFAC has no amsgrad"),
+        ({"betas": (0.9, 0.99)}, "KFAC has no betas"),
+        ({"max_norm": 1.0}, "KFAC has no max_norm"),
     ):
         with pytest.raises(ValueError, match=text):
             optim.KFAC([{"params": [p], **group}])
     optim.KFAC([{"params": [p], "nesterov": False, "name": "of the user"}])
+    optim.KFAC([{"params": [p], "fallback": True, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6}])
     own = optim.Optimizer([{"params": [p], "decay": 0.5}], [optim.Part(decay=0.1), optim.Descend()])
     assert own.param_groups[0]["decay"] == 0.5
 

@@ -140,12 +140,12 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _refuse_unread(self, param_group: dict[str, Any]) -> None:
-        """Refuse what a group asks for and would not get: arguments for all groups, and options of torch's own."""
-        name = type(self).__name__
-        for what in param_group.keys() - {"params", *self.defaults}:
+        """Refuse what a group asks for and would not get: arguments for all groups, and what others have."""
+        name, fallback = type(self).__name__, FALLBACK.keys() if param_group.get("fallback") else ()
+        for what in param_group.keys() - {"params", *self.defaults, *fallback}:
             if what in signature(type(self).__init__).parameters:
                 raise ValueError(f"{name}: {what} is for all groups: pass it to {name}, and leave it out of the group.")
-            if what in TORCHS and param_group[what]:
+            if what in (*NOT_NEGATIVE, *FRACTIONS, *TORCHS) and param_group[what]:
                 raise ValueError(f"{name} has no {what}: leave it out of the group.")
 
     @property

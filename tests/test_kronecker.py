@@ -497,3 +497,34 @@ def test_several_losses_are_parts_of_one_batch(quantity: Any) -> None:
         found.append(getattr(model.weight, quantity.savefield))
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize(("sizes", "bias"), [((0, 5), "separate"), ((4, 0), "separate"), ((4, 0), "joint")])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_parameter_without_entries(sizes: tuple[int, int], bias: str, fisher: str) -> None:
+    """Factors of KFAC are empty; a decomposition of what is empty is refused before any gradient is there."""
+    layers = nn.Sequential(nn.Linear(*sizes), nn.Tanh(), nn.Linear(sizes[1], 3))
+    model, loss_fn = px.extend(layers), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(3, sizes[0]), torch.randint(3, (3,))
+    with px.backpack(px.KFAC(fisher=fisher, bias=bias)) as results:
+        loss_fn(model(x), y).backward()
+    extra = bias == "joint"
+    assert [list(f.shape) for f in results["0.weight"].kfac] == [[sizes[1]] * 2, [sizes[0] + extra] * 2]
+    model.zero_grad()
+    with pytest.raises(px.UnsupportedUseError, match=r"EKFAC has no eigenvectors for \d.weight .*no entries"):
+        with px.backpack(px.EKFAC(fisher=fisher, bias=bias)):
+            loss_fn(model(x), y).backward()
+    if fisher != "empirical":
+        assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_joint_block_of_a_weight_without_inputs_is_that_of_its_bias() -> None:
+    model, loss_fn = px.extend(nn.Linear(0, 3)), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(4, 0), torch.randint(3, (4,))
+    with px.backpack(px.EKFAC(fisher="exact", bias="joint"), px.KFLR()) as results:
+        loss_fn(model(x), y).backward()
+    found = results["weight"].ekfac
+    dense = found.matvec(torch.eye(3))
+    torch.testing.assert_close(dense, results["bias"].kflr[0])

@@ -357,10 +357,15 @@ class EKFAC(KFAC):
         return found
 
     def absorb(self, ask: Ask, held: Any) -> Any:
+        form, turned = self._form(ask), None
+        if isinstance(form, Factored) and not form.shape.numel():
+            raise UnsupportedUseError(
+                f"EKFAC has no eigenvectors for {ask.name} {list(form.shape)}, which has no entries. Leave it out "
+                "(px.backpack(..., parameters=[...])), or ask for KFAC, whose factors are empty then."
+            )
         basis = self._basis(ask)
         if basis is None:
             return super().absorb(ask, held)
-        form, turned = self._form(ask), None
         if isinstance(form, linalg.Joint):
             return form
         vectors = [] if isinstance(basis, linalg.Joint) else basis.vectors

@@ -298,6 +298,8 @@ class Tracer(TorchFunctionMode):
             # Raised when a context asks for what this use cannot give; training without one goes on.
             record.refused.append((str(error), sources, len(record.uses)))
             out = func(*args, **kwargs)
+            if mutates(func):  # what it is a view of is made of both by now, and known to be refused
+                self.mark([t._base for t in shallow((changed(args, kwargs),)) if t._base is not None], None)
         self.mark(out, None)
         if mutates(func):
             self._written(changed(args, kwargs))

@@ -573,8 +573,17 @@ def test_parameter_written_in_place() -> None:
     refused(Writes(), torch.randn(N, 5), px.UnsupportedUseError, r"in place.*out-of-place")
 
 
-def test_tokens_written_before_the_data() -> None:
-    """What it says to do instead, the data first, is right."""
+@pytest.mark.parametrize("how", ["index", "copy_", "index of a view"])
+def test_tokens_written_before_the_data(how: str) -> None:
+    """What it says to do instead, the data first, is right; without the token, the data's layer has its gradients."""
+
+    def write(out: Tensor, at: slice, value: Tensor) -> None:
+        if how == "index":
+            out[:, at] = value
+        elif how == "copy_":
+            out[:, at].copy_(value)
+        else:
+            out[:, at][:] = value
 
     class Tokens(nn.Module):
         def __init__(self, first: bool) -> None:
@@ -584,10 +593,10 @@ def test_tokens_written_before_the_data() -> None:
         def forward(self, x: Tensor) -> Tensor:
             h, out = self.linear(x), torch.zeros(len(x), 4, 5, dtype=x.dtype)
             if self.first:
-                out[:, 0] = self.token
-            out[:, 1:] = h
+                write(out, slice(1), self.token)
+            write(out, slice(1, None), h)
             if not self.first:
-                out[:, 0] = self.token
+                write(out, slice(1), self.token)
             return out.tanh()
 
     class Masked(Tokens):
@@ -596,10 +605,12 @@ def test_tokens_written_before_the_data() -> None:
             out[x > 0] = 0.0
             return self.linear(x) * out
 
-    x = torch.randn(N, 3, 5)
+    x, y = torch.randn(N, 3, 5), torch.randn(N, 4, 5)
     refused(Masked(True), x, px.UnsupportedUseError, "in place.*out-of-place")
     refused(Tokens(True), x, px.UnsupportedUseError, "Write the data first, and the parameters over them")
-    assert testing.check(Tokens(False), nn.MSELoss(), x, torch.randn(N, 4, 5)).ok
+    assert testing.check(Tokens(False), nn.MSELoss(), x, y).ok
+    model = Tokens(True)
+    assert testing.check(model, nn.MSELoss(), x, y, parameters=model.linear.parameters()).ok
 
 
 class Cubed(torch.autograd.Function):

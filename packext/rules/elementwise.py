@@ -94,6 +94,8 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 @handles(*_FUNCTIONS)
 def elementwise(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """Broadcasting elementwise functions."""
+    if func is Tensor.copy_ and tracer.sources(args[0]):
+        raise _written_over(tracer, func)
     if writes_in_place(func, kwargs) and tracer.sources(args[0]):
         raise tracer.refuse(
             func,
@@ -139,11 +141,7 @@ def assigned(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`data[index] = value`."""
     target, index, value = args
     if tracer.sources(target) and isinstance(value, Tensor) and tracer.is_data(value):
-        raise tracer.refuse(
-            func,
-            "data is written into a tensor that is made of parameters so far, in place",
-            "Write the data first, and the parameters over them, or use a form out of place (torch.cat, torch.where).",
-        )
+        raise _written_over(tracer, func)
     if tracer.sources(target) or not isinstance(value, Tensor):
         return NotImplemented
     masks = isinstance(index, Tensor) and index.dtype == torch.bool
@@ -155,6 +153,14 @@ def assigned(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     if masks and _stretches(value.shape, target.shape, index.dim()):
         return func(target, index, tracer.argument(value, target.shape, value.dtype, func)[index])
     return func(target, index, tracer.argument(value, shape, value.dtype, func))
+
+
+def _written_over(tracer: Tracer, func: Any) -> Exception:
+    return tracer.refuse(
+        func,
+        "data is written into a tensor that is made of parameters so far, in place",
+        "Write the data first, and the parameters over them, or use a form out of place (torch.cat, torch.where).",
+    )
 
 
 def _stretches(value: Any, target: Any, masked: int) -> bool:

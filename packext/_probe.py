@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 from packext._errors import CoupledSamplesError, PackextError, WrongRuleError
 from packext._layout import Layout, Scattered, candidates, separating
 from packext._owners import whose_now
-from packext._refusals import awaited
+from packext._refusals import awaited, refuse_replaced
 from packext._shards import group_of, is_distributed, part
 from packext._union import everyone
 from packext._use import AIM, TARGET, Source, Use
@@ -177,7 +177,8 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     Raises:
         CoupledSamplesError: if samples influence each other.
         WrongRuleError: if a rule disagrees with autograd.
-        PackextError: if nothing tells the samples of an output apart.
+        PackextError: if parameters were converted and converted back since the forward pass, or nothing tells the
+            samples of an output apart.
     """
     key = (record.structure(), gates)
     plan = record.extension.shared.plans.get(key)
@@ -241,6 +242,9 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
                     if (key_ := id(source.tensor)) not in run.compared or key_ in run.found:
                         _compare(run, record, source, expected[key_])
                 if run.wrong:
+                    missed = [source for source in sources if expected[id(source.tensor)] is None]
+                    for edge in edges:
+                        refuse_replaced(edge.node, missed)
                     raise WrongRuleError(run.wrong[0])
         if conflict is None:
             record.places.update({s.gate: layout for s, layout in zip(starts, chosen, strict=True)})

@@ -731,6 +731,27 @@ def test_parameters_that_got_another_dtype_and_their_own_again(layer: int | None
     assert all(hasattr(p, quantity.savefield) for p in part.parameters())
 
 
+@pytest.mark.parametrize("quantity", [px.BatchGrad, px.KFAC, px.DiagGGNExact])
+def test_parameters_that_got_their_dtype_again_before_the_structure_is_probed(quantity: Any) -> None:
+    """The probe asks for gradients at nodes that the graph does not have; rules that are known find the right ones."""
+    model, loss_fn, (x, y) = px.extend(mlp()), px.extend(nn.CrossEntropyLoss()), batch(N)
+
+    def run() -> None:
+        with px.backpack(quantity()):
+            loss = loss_fn(model(x), y)
+            model[2].float().double()
+            loss.backward()
+
+    with pytest.raises(px.PackextError, match=r"2.\w+ \[.* was converted or moved .* and back") as info:
+        run()
+    assert not isinstance(info.value, px.WrongRuleError)
+    assert not any(hasattr(p, quantity.savefield) or p.grad is not None for p in model.parameters())
+    with px.backpack(quantity()):
+        loss_fn(model(x), y).backward()
+    run()
+    assert all(hasattr(p, quantity.savefield) for p in model.parameters())
+
+
 # -- bad input -------------------------------------------------------------------------------------------
 
 

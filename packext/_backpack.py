@@ -109,12 +109,22 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 With `attach=False`. Passes `per="token"` are not overheard.
 
         Raises:
-            ValueError: for a class in place of an instance, an unknown scale or one that is not finite, a negative one
-                with quantities of the GGN, `parameters` that are no tensors, a hook that reads attributes which are not
-                to be attached or not complete, `overhear` with options that need a pass of their own, a quantity that
-                parts of a batch do not tell, a `group` with scale "loss" (there is no loss as written of all ranks),
-                curvature per token (it is not a sum over tokens), or a mask that is none.
+            ValueError: for a class in place of an instance, an unknown scale or one that is zero or not finite, a
+                negative one with quantities of the GGN, `parameters` that are no tensors, a hook that is no function,
+                or reads attributes which are not to be attached or not complete, a flag that is neither true nor false,
+                `overhear` with options that need a pass of their own, a quantity that parts of a batch do not tell, a
+                `group` with scale "loss" (there is no loss as written of all ranks), curvature per token (it is not a
+                sum over tokens), or a mask that is none.
         """
+        for name, hook in (("extension_hook", extension_hook), ("pass_hook", pass_hook)):
+            if hook is not None and not callable(hook):
+                raise ValueError(f"{name} must be a function, got {hook!r:.80}.")
+        flags = {
+            "accumulate": accumulate, "attach": attach, "exact_grad": exact_grad, "grad": grad, "overhear": overhear,
+        }  # fmt: skip
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, got {flag!r:.80}.")
         self._unites = accumulate or group is not None
         if extension_hook is not None and self._unites:
             raise ValueError("extension_hook is called before results of several passes or ranks are known.")
@@ -144,8 +154,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 raise ValueError(f"two quantities write {field!r}: use one, or one context each.")
         if not (scale in ("loss", "sample") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
             raise ValueError(f'scale must be "loss", "sample" or a number, got {scale!r:.80}.')
-        if not isinstance(scale, str) and not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale!r}.")
+        if not isinstance(scale, str) and (not math.isfinite(scale) or scale == 0):
+            raise ValueError(f"scale must be finite and not zero, got {scale!r}.")
         self.extensions = extensions
         self.curvature = tuple(e for e in extensions if isinstance(e, Curvature))
         self.spreading = tuple(e for e in self.curvature if e.root[0] != "empirical")
@@ -515,6 +525,10 @@ def _identified(parameters: Any) -> dict[int, Tensor]:
         raise ValueError(
             f"parameters must be several tensors, got a {type(parameters).__name__}: put it in a list, or "
             "call its .parameters()."
+        )
+    if not isinstance(parameters, Iterable):
+        raise ValueError(
+            f"parameters must be several tensors, such as model.head.parameters(), got {parameters!r:.80}."
         )
     found = list(parameters)
     for p in found:

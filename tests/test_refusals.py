@@ -765,9 +765,17 @@ def test_class_in_place_of_a_quantity() -> None:
         make("variance")
     with pytest.raises(ValueError, match="two quantities write 'grad_batch'"):
         make(px.BatchGrad(), px.BatchGrad([0]))
-    for scale in ("mean", None, True):
+    for scale in ("mean", None, True, 0, 0.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="scale"):
             make(px.BatchGrad(), scale=scale)
+    for hook in ("extension_hook", "pass_hook"):
+        with pytest.raises(ValueError, match=f"{hook} must be a function, got 'x'"):
+            make(px.BatchGrad(), **{hook: "x"})
+    for flag in ("accumulate", "attach", "exact_grad", "grad", "overhear"):
+        with pytest.raises(ValueError, match=f"{flag} must be True or False, got 4"):
+            make(px.BatchGrad(), **{flag: 4})
+    with pytest.raises(ValueError, match="parameters must be several tensors"):
+        make(px.BatchGrad(), parameters=1)
 
 
 def test_what_is_not_a_module() -> None:

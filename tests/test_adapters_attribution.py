@@ -155,6 +155,8 @@ def test_what_is_refused() -> None:
         Attributor(model, loss, damping=0.0)
     with pytest.raises(ValueError, match="scale"):
         Attributor(model, loss, scale="loss")
+    with pytest.raises(ValueError, match=r"function of a batch .* got CrossEntropyLoss.*lambda batch: loss_fn\(model"):
+        Attributor(model, loss_fn)
     with pytest.raises(px.PackextError, match=r"call fit\(loader\) first"):
         Attributor(model, loss).scores([data])
     with pytest.raises(px.PackextError, match="no batches"):

@@ -61,13 +61,18 @@ class Attributor:
             parameters: of which gradients are looked at; all that require grad by default.
 
         Raises:
-            ValueError: for a damping that is not positive, or a scale of "loss".
+            ValueError: for a damping that is not positive, a scale of "loss", or a loss that is no function of a batch.
             NotExtendedError: if the model is not extended.
         """
         if not damping > 0:
             raise ValueError(f"damping must be positive, as M may be singular; got {damping}.")
         if scale == "loss":
             raise ValueError('scale must be "sample" or a number: batches of other sizes would have other weights.')
+        if not callable(loss) or isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
+            raise ValueError(
+                f"loss must be a function of a batch that runs the model, got {type(loss).__name__}. With a loss "
+                "module: lambda batch: loss_fn(model(batch[0]), batch[1])."
+            )
         if not px.is_extended(model):
             raise px.NotExtendedError(f"The {type(model).__name__} is not extended: model = px.extend(model).")
         self.loss, self.damping, self.scale = loss, float(damping), scale

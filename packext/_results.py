@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,7 +62,11 @@ class Results:
         if key is None or key not in self._by_parameter:
             if not self._by_parameter:
                 raise KeyError(f"{name!r}: no backward pass through an extended model has ended in this context yet")
-            raise KeyError(f"{name!r}: the last backward pass reached {', '.join(self)}")
+            near = difflib.get_close_matches(str(name), list(dict.fromkeys([*self, *self._names])), 3)
+            reached = ", ".join(self)
+            if near:
+                reached = f"{len(self)} parameters, among them {', '.join(near)}" if len(self) > 1 else near[0]
+            raise KeyError(f"{name!r}: the last backward pass reached {reached}")
         return self._by_parameter[key]
 
     def __getitem__(self, name: str | Tensor) -> ParameterResults:
@@ -75,6 +80,12 @@ class Results:
 
     def __len__(self) -> int:
         return len(self._by_parameter)
+
+    def __repr__(self) -> str:
+        asked = ", ".join(q.savefield for q in self._quantities) or "nothing asked for"
+        count = len(self)
+        what = f"{count} parameter{'s' if count > 1 else ''}" if count else "no pass yet"
+        return f"Results of {what}: {asked}"
 
     def keys(self) -> list[str]:
         """Names of the parameters that have results."""

@@ -560,12 +560,18 @@ def test_results_for_the_whole_model() -> None:
     with pytest.raises(AttributeError, match="asked for batch_l2, batch_dot"):
         _ = results.grad_batch
     assert results.keys() == [name for name, _ in results.items()] and len(results) == 4
+    assert repr(results) == "Results of 4 parameters: batch_l2, batch_dot, grad_dot, variance"
+    with pytest.raises(KeyError, match=r"'0.weigth': the last backward pass reached 4 parameters, among them 0.weight"):
+        results["0.weigth"]
+    with pytest.raises(KeyError, match=r"'head': the last backward pass reached .*0.weight, "):
+        results["head"]
 
 
 def test_results_before_the_first_pass() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     with px.backpack(px.BatchL2Grad()) as results:
         assert len(results) == 0 and "0.weight" not in results
+        assert repr(results) == "Results of no pass yet: batch_l2"
         with pytest.raises(KeyError, match="no backward pass"):
             results["0.weight"]
         with pytest.raises(AttributeError, match="no backward pass"):

@@ -245,6 +245,8 @@ def test_layers_are_written_without_their_names(tmp_path: Path) -> None:
         assert found.absent() == [(step, f"A/{names[step]}", "no") for step in range(0, 50, 2)]
         steps, layers, matrix = found.layers("A", first=10)
         assert steps.tolist() == [*range(20, 60, 2)] and matrix.shape == (20, 50)
+        with pytest.raises(KeyError, match="'Typo' has no numbers of layers in the record; these have: A, B"):
+            found.layers("Typo")
         for name, column in zip(layers, matrix.T, strict=True):
             np.testing.assert_array_equal(column, found.column(name)[10:])
 
@@ -302,6 +304,8 @@ def test_a_record_of_version_1(tmp_path: Path) -> None:
     assert run.arrays("H/0.weight")[0].tolist() == [0, 1, 2] and run.absent() == [(0, "B", "no")]
     steps, names, matrix = run.layers("A")
     assert (steps.tolist(), names, matrix.tolist()) == ([0], ["A/0.weight"], [[2.0]])
+    with pytest.raises(KeyError, match="these have: A"):
+        run.layers("B")
     with pytest.raises(px.PackextError, match="version 1 of the format, .* another folder"):
         run.begin(["A"])
 

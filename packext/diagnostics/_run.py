@@ -340,13 +340,18 @@ class Run:
 
         Returns:
             Steps `[rows]` in the order of writing, names, and numbers `[rows, names]`; NaN where there is none.
+
+        Raises:
+            KeyError: for one that has said nothing of a layer.
         """
+        of = {name: name.split("/")[0] for name in self.names if "/" in name}
+        names = [name for name, its in of.items() if its == instrument]
+        if not names:
+            known = ", ".join(dict.fromkeys(of.values())) or "none"
+            raise KeyError(f"{instrument!r} has no numbers of layers in the record; these have: {known}")
         if self.header.get("version") == 1:  # which wrote them among all numbers
-            names = [n for n in self._columns if n.startswith(f"{instrument}/")]
             steps = np.array(self.steps)[first:]
             return steps, names, np.array([self.column(n)[first:] for n in names]).T.reshape(len(steps), len(names))
-        every = self._groups[self._rows[1][-1]] if self._rows[1] else []  # the last group has all that were seen
-        names = [n for n in every if n.split("/")[0] == instrument]
         steps, matrix = self._gathered(names, first)
         return steps, names, matrix
 

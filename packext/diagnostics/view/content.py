@@ -68,12 +68,13 @@ class Content:
             if len(odd):
                 before, first = self.odd.get(name, (0, int(odd.min())))
                 self.odd[name] = before + len(odd), min(first, int(odd.min()))
-        found = {instrument: self.run.layers(instrument, self._rows) for instrument in self.maps}
-        for instrument, (steps, names, matrix) in found.items():
-            if names:
-                self.maps[instrument][0].add(steps, _finite(matrix), self.revision)
-                self.maps[instrument] = self.maps[instrument][0], names
-        self._rows += len(next(iter(found.values()))[0])
+        known = {name.split("/")[0] for name in self.run.names if "/" in name}
+        rows = self._rows
+        for instrument in self.maps.keys() & known:
+            steps, names, matrix = self.run.layers(instrument, rows)
+            self.maps[instrument][0].add(steps, _finite(matrix), self.revision)
+            self.maps[instrument] = self.maps[instrument][0], names
+            self._rows = rows + len(steps)
         for step, why, names in self.run.reasons(self._gaps):
             self._gaps += 1
             for name in names:

@@ -290,6 +290,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         written: list[tuple[str, float]] = []
         weights: list[tuple[float, float]] = []
         for name, reduction, g in flight.losses:
+            if reduction not in _REDUCTIONS:
+                raise PackextError(
+                    f"The extended {name} has reduction={reduction!r}, so that the scale of a sample's own loss is not "
+                    f"known. Make it one of {', '.join(_REDUCTIONS)}, or pass {_SCALE}."
+                )
             low, high = torch.stack([g.min(), g.max()]).tolist() if g.dim() else (g.item(),) * 2  # read once
             if reduction == "none" and (low != high or low == 0):
                 raise PackextError(
@@ -541,6 +546,9 @@ def _identified(parameters: Any) -> dict[int, Tensor]:
 
 
 _PLAIN = (int, float, str, tuple, type(None))
+
+#: Of a loss module; "batchmean" is that of KLDivLoss.
+_REDUCTIONS = ("mean", "batchmean", "sum", "none")
 
 _SCALE = "scale=<number> to backpack, or to step() of a monitor"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -415,6 +416,34 @@ def test_uneven_weights_have_no_scale() -> None:
     with px.backpack(px.BatchGrad()):
         (loss_fn(model(x), y) * torch.arange(4.0)).sum().backward()
     torch.testing.assert_close(model[0].weight.grad_batch, rows["0.weight"])
+
+
+@pytest.mark.parametrize("quantity", [px.BatchGrad, px.ClippedGrad, functools.partial(px.KFAC, fisher="empirical")])
+def test_a_reduction_of_another_name_has_no_scale(quantity: Any) -> None:
+    """It may be a mean: to take it for a sum would be wrong by N."""
+
+    class Loss(nn.Module):
+        reduction = "avg"
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(output, target)
+
+    model, loss_fn, (x, y) = px.extend(mlp()), px.extend(Loss()), batch(N)
+    asked = quantity(1.0) if quantity is px.ClippedGrad else quantity()
+    with pytest.raises(px.PackextError, match="Loss has reduction='avg'.*one of mean, batchmean, sum, none"):
+        with px.backpack(asked, scale="sample"):
+            loss_fn(model(x), y).backward()
+    assert bare(model) and all(p.grad is None for p in model.parameters())
+    loss_fn.reduction = "mean"
+    with px.backpack(asked, scale="sample", attach=False) as expected:
+        loss_fn(model(x), y).backward()
+    loss_fn.reduction = "avg"
+    with px.backpack(asked, scale=float(N), attach=False) as results:
+        loss_fn(model(x), y).backward()
+    for name in expected:
+        torch.testing.assert_close(
+            getattr(results[name], asked.savefield), getattr(expected[name], asked.savefield), rtol=1e-9, atol=0
+        )
 
 
 def test_two_losses_of_different_reduction_have_no_scale() -> None:

@@ -457,6 +457,19 @@ def test_two_losses_of_different_reduction_have_no_scale() -> None:
         (mean(out, y) + total(out, y)).backward()
 
 
+def test_halves_of_a_batch_in_two_losses_are_as_the_page_on_trust_says() -> None:
+    """Their weight is divided out, and each mean is taken for one over all samples; a number is right."""
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    for scale, factor in (("sample", 2 * N), (float(N), N), ("loss", 1)):
+        with px.backpack(px.BatchGrad(), scale=scale):
+            z = model(x)
+            (0.5 * loss_fn(z[:2], y[:2]) + 0.5 * loss_fn(z[2:], y[2:])).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad_batch, factor * rows[name])
+
+
 def test_functional_loss_with_a_number_for_the_scale() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     own = rows_of(model, lambda: F.cross_entropy(model(x), y, reduction="none"))

@@ -381,3 +381,39 @@ def test_the_dense_matrices_are_those_of_torch() -> None:
     torch.testing.assert_close(root.T @ root, want)
     rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[0.25] * 4)["weight"].reshape(12, 15)
     torch.testing.assert_close(rows.T @ rows, want)
+
+
+class Experts(nn.Module):
+    """Each sample goes to one of two layers, and a sample of the second meets a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, out, second = self.trunk(x), torch.zeros(len(x), 3, dtype=x.dtype), x[:, 0] > 0
+        for layer, chosen in ((self.first, ~second), (self.second, second)):
+            where = torch.where(chosen)[0]
+            if len(where):
+                out = out.index_add(0, where, layer(h[where]).tanh())
+        return out + self.bias * second[:, None] if second.any() else out
+
+
+@pytest.mark.parametrize("part", ["second.weight", "bias"])
+def test_parameters_that_some_samples_alone_depend_on(part: str) -> None:
+    """Of the others the output requires no grad, where nothing else is asked for: their rows are zeros."""
+    x, y = torch.randn(4, 4), torch.randint(3, (4,))
+    x[:, 0] = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    model = Experts()
+    for quantities in (
+        None,
+        *([q] for q in (*testing.exact_curvature(), px.DiagGGNMC(8), px.KFAC(fisher="empirical"))),
+    ):
+        asked = None if quantities is None else [*quantities]
+        if part != "bias" and asked and isinstance(asked[0], (px.KFAC, px.KFLR)):
+            with pytest.raises(testing.NoOracle, match="at as many positions in each sample"):
+                testing.check(model, nn.CrossEntropyLoss(), x, y, asked, parameters=[model.get_parameter(part)])
+            continue
+        report = testing.check(model, nn.CrossEntropyLoss(), x, y, asked, parameters=[model.get_parameter(part)])
+        assert report.ok, report

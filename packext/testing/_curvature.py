@@ -19,6 +19,9 @@ AT_ONCE = 64
 def columns(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any, weight: float) -> tuple[Tensor, Tensor]:
     """The outputs that require grad, flat `[D]`, and `[D, D]`: columns of a root of weight times the loss's Hessian."""
     leaves, spec = pytree.tree_flatten(outputs)
+    if not any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
+        # Of a sample that no parameter reaches (another expert's): what the columns are taken back through gives zeros.
+        leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in leaves]
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     flat = torch.cat([t.detach().flatten() for t in live]).requires_grad_()
     parts = iter(flat.split([t.numel() for t in live]))
@@ -115,7 +118,7 @@ def hessian_diagonals(
     with disable(), torch.enable_grad():
         for output, target, weight in singles(model, inputs, targets, batch_axis, weights):
             loss = loss_fn(output, target) * weight
-            slopes = torch.autograd.grad(loss, list(named.values()), create_graph=True, materialize_grads=True)
+            slopes = _slopes(loss, list(named.values()))
             for (name, p), slope in zip(named.items(), slopes, strict=True):
                 (block,) = _derivatives(slope.flatten(), [p])
                 rows[name].append(block.diagonal().view(p.shape))
@@ -137,9 +140,16 @@ def hessian(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any
     parameters = list(wanted(model).values())
     with disable(), torch.enable_grad():
         loss = loss_fn(call(model, inputs), targets)
-        slopes = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        slopes = _slopes(loss, parameters)
         slope = torch.cat([s.flatten() for s in slopes])
         return torch.cat(_derivatives(slope, parameters), 1)
+
+
+def _slopes(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradient, to be differentiated; zeros where no parameter reaches the loss."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    return torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
 
 
 def _derivatives(slope: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -287,4 +287,5 @@ def _cotangents(
     if fisher == "exact":
         return columns(loss_fn, output, target, weight)
     # The gradient of the sample's own loss, whose square counts with the weight that it has in the loss.
-    return (loss_fn(output, target) * weight**0.5)[None], torch.ones(1, 1).to(torch.float64)
+    loss = loss_fn(output, target) * weight**0.5
+    return (loss if loss.requires_grad else loss.detach().requires_grad_())[None], torch.ones(1, 1).to(torch.float64)

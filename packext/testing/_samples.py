@@ -91,7 +91,8 @@ def gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]
     try:
         for p in parameters:
             p.grad = None
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        reached = loss.requires_grad  # by any of them; by none of a sample that goes to another expert
+        found = torch.autograd.grad(loss, parameters, allow_unused=True) if reached else [None] * len(parameters)
         both = [
             [g.detach() for g in (mine, p.grad) if g is not None] for mine, p in zip(found, parameters, strict=True)
         ]

@@ -129,7 +129,12 @@ def unextend(module: M) -> M:
 
     Returns:
         The same module.
+
+    Raises:
+        TypeError: if `module` is not an `nn.Module`.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"unextend expects an nn.Module instance, got a {type(module).__name__}.")
     for m in module.modules():
         m.__dict__.pop("_packext", None)
         for buffer in m._buffers.values():

@@ -254,6 +254,8 @@ class _Part(Point):
 
 def refuse_vectors(matrix: Tensor, parameter: Tensor) -> None:
     """Raise a ValueError unless `matrix` is `[V, *p]`."""
+    if not isinstance(matrix, Tensor):
+        raise ValueError(f"products are of vectors in one tensor, one after the other; got a {type(matrix).__name__}.")
     if matrix.dim() != parameter.dim() + 1 or matrix.shape[1:] != parameter.shape:
         shape = ", ".join(map(str, ("V", *parameter.shape)))
         one = " Of one vector pass vector[None]." if matrix.shape == parameter.shape else ""

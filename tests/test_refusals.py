@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import packext as px
 from packext import testing
+from packext._quantity import refuse_vectors
 from tests.cases import Lambda, Pool
 from tests.helpers import assert_exact, batch, fields, mlp, rows_of
 
@@ -787,6 +788,32 @@ def test_what_is_not_a_module() -> None:
     for axis in (-1, True, 1.0):
         with pytest.raises(ValueError, match="batch_axis"):
             extend(nn.Linear(2, 2), axis)
+    with pytest.raises(TypeError, match="unextend expects an nn.Module instance, got a list"):
+        inspect.unwrap(px.unextend)([nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "match"),
+    [
+        (px.EKFAC, {"basis": {"0.weight": [torch.eye(2)]}}, "basis has a list for 0.weight: .*KronEigh.of"),
+        (px.ClippedGrad, {"max_norm": {"0.weight": 1.0}}, "max_norm must be a positive number"),
+        (px.TopEigenvalues, {"k": 1.5}, "k an int of 1 or more, got 'LA' and 1.5"),
+        (px.TopEigenvalues, {"start": {"0.weight": torch.ones(2)}}, "start must be .* by the parameter itself"),
+        (px.GradHistogram, {"bins": 3.5}, "whole number of bins"),
+        (px.GradHistogram, {"range": 5}, "low < high, finite; got 100 on 5"),
+        (px.GradHistogram, {"param_range": (1.0,)}, "low < high, finite"),
+        (px.GradHistogram, {"range": (-float("inf"), float("inf"))}, "low < high, finite"),
+    ],
+)
+def test_arguments_that_no_quantity_can_use(kind: Any, arguments: dict[str, Any], match: str) -> None:
+    """They are errors where the quantity is made, and not within a backward pass."""
+    with pytest.raises(ValueError, match=match):
+        inspect.unwrap(kind.__init__)(kind.__new__(kind), **arguments)
+
+
+def test_products_of_what_is_no_tensor() -> None:
+    with pytest.raises(ValueError, match="vectors in one tensor.* got a list"):
+        inspect.unwrap(refuse_vectors)([torch.ones(3)], torch.ones(3))
 
 
 def test_model_that_was_never_extended() -> None:

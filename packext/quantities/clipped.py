@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class ClippedGrad(Summed, Quantity):
         Raises:
             ValueError: if `max_norm` is no positive number.
         """
-        if isinstance(max_norm, str) or not max_norm > 0:
+        if not isinstance(max_norm, SupportsFloat) or not float(max_norm) > 0:
             raise ValueError(f"max_norm must be a positive number, got {max_norm!r}.")
         self.max_norm, self.per_layer = float(max_norm), per_layer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -161,10 +162,12 @@ class TopEigenvalues(HessianQuantity):
         Raises:
             ValueError: for an unknown choice.
         """
-        if which not in ("LA", "SA", "LM") or k < 1:
-            raise ValueError(f'which must be "LA", "SA" or "LM" and k at least 1, got {which!r} and {k}.')
+        if which not in ("LA", "SA", "LM") or not isinstance(k, Integral) or k < 1:
+            raise ValueError(f'which must be "LA", "SA" or "LM" and k an int of 1 or more, got {which!r} and {k!r}.')
         if curvature not in ("hessian", "ggn"):
             raise ValueError(f'curvature must be "hessian" or "ggn", got {curvature!r}.')
+        if start is not None and not (isinstance(start, Mapping) and all(isinstance(p, Tensor) for p in start)):
+            raise ValueError(f"start must be a dictionary of tensors by the parameter itself, got {start!r:.80}.")
         self.curvature = curvature
         self.k, self.which, self.tol, self.maxiter, self.ncv, self.start = k, which, tol, maxiter, ncv, start
         self.generator = checked_generator(generator)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -53,9 +55,12 @@ class GradHistogram(Quantity):
         """
         if dim not in (1, 2):
             raise ValueError(f"dim must be 1 or 2, got {dim}.")
-        for count, (low, high) in ((bins, range), (param_bins, param_range)):
-            if count < 1 or not low < high:
-                raise ValueError(f"a histogram needs bins >= 1 and low < high, got {count} on ({low}, {high}).")
+        for count, ends in ((bins, range), (param_bins, param_range)):
+            pair = isinstance(ends, Sequence) and len(ends) == 2 and all(isinstance(e, Real) for e in ends)
+            if not (isinstance(count, Integral) and count >= 1 and pair and -math.inf < ends[0] < ends[1] < math.inf):
+                raise ValueError(
+                    f"a histogram needs a whole number of bins >= 1 and low < high, finite; got {count!r} on {ends!r}."
+                )
         self.dim, self.bins, self.range = dim, bins, range
         self.param_bins, self.param_range = param_bins, param_range
 

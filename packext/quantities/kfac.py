@@ -319,13 +319,20 @@ class EKFAC(KFAC):
         """Take an earlier result for each parameter, by name or by the parameter itself, and what `KFAC` takes.
 
         Raises:
-            ValueError: for another thing than a dictionary, or an unknown choice.
+            ValueError: for another thing than a dictionary of such results, or an unknown choice.
         """
         if not isinstance(basis, (Mapping, type(None))):
             raise ValueError(
                 "basis must be a dictionary of earlier results by name, such as {name: result.ekfac for name, result "
                 f"in results.items()}}, got a {type(basis).__name__}."
             )
+        for key, value in (basis or {}).items():
+            if not isinstance(value, (linalg.KronEigh, linalg.Joint)):
+                name = key if isinstance(key, str) else f"a parameter {list(key.shape)}"
+                raise ValueError(
+                    f"basis has a {type(value).__name__} for {name}: it takes results of EKFAC, {{name: result.ekfac "
+                    "...}; of factors (kfac), linalg.KronEigh.of(factors)."
+                )
         super().__init__(mc_samples, approx, fisher, generator, bias)
         self.basis = basis
         if basis is None:

@@ -199,6 +199,13 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         starts = starts + inside if inside else _starts(record, frozenset(range(len(record.gates))), send, generator)
         starts = [start for start in starts if start.layouts]
     if not starts:
+        gone = [list(shape) for ref, shape, *_ in record.gates if ref() is None and n in shape]
+        if gone:
+            raise PackextError(
+                f"The loss that the extended model returns does not tell its {n} samples apart, and the output "
+                f"{gone[0]} that it returns beside it is not there any more: keep that until backward(), as in "
+                "`out = model(x); out.loss.backward()`, in place of `model(x).loss.backward()`."
+            )
         raise PackextError(
             f"No output of the extended model has an axis of {n} entries (the batch, axis {record.batch_axis} of its "
             f"inputs), so that nothing tells its samples apart: outputs are {_shapes(record)}. Return the outputs of "

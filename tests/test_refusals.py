@@ -217,6 +217,26 @@ def test_no_output_has_the_batch() -> None:
     refused(model, torch.randn(N, 5), px.PackextError, "axis of 4 entries.*batch_axis", lambda y: y)
 
 
+def test_outputs_beside_a_loss_that_nobody_keeps() -> None:
+    """They tell samples apart, for a loss that packext does not know; afterwards the structure is known."""
+
+    class WithLoss(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            out = super().forward(x)
+            return out, out.logsumexp(1).mean()
+
+    x = torch.randn(N, 5)
+    refused(WithLoss(5, 3), x, px.PackextError, r"the output \[4, 3\] .* not there any more: keep", lambda y: y[1])
+    model = px.extend(WithLoss(5, 3))
+    rows = rows_of(model, lambda: model(x)[0].logsumexp(1) / N)
+    for keep in (True, False):
+        with px.backpack(px.BatchGrad()):
+            out = model(x)
+            loss, out = out[1], out if keep else None
+            loss.backward()
+        torch.testing.assert_close(model.weight.grad_batch, rows["weight"])
+
+
 def test_a_loss_computed_inside_is_taken_like_one_outside() -> None:
     """Even one that couples samples: rows are what passes through each sample, and add up to the gradient."""
 

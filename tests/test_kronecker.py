@@ -528,3 +528,16 @@ def test_a_joint_block_of_a_weight_without_inputs_is_that_of_its_bias() -> None:
     found = results["weight"].ekfac
     dense = found.matvec(torch.eye(3))
     torch.testing.assert_close(dense, results["bias"].kflr[0])
+
+
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_eigenvectors_of_factors_that_are_not_finite_are_refused_by_name(fisher: str, bias: str) -> None:
+    model, loss_fn, (x, y) = px.extend(mlp()), px.extend(nn.CrossEntropyLoss()), batch(4)
+    x[1, 2] = float("nan")
+    with pytest.raises(px.PackextError, match=r"EKFAC: the factors of \d\.\w+ \[.*\] are not finite"):
+        with px.backpack(px.EKFAC(fisher=fisher, bias=bias)):
+            loss_fn(model(x), y).backward()
+    assert not any(hasattr(p, "ekfac") for p in model.parameters())
+    if fisher != "empirical":
+        assert all(p.grad is None for p in model.parameters())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from packext import linalg
-from packext._errors import UnsupportedUseError
+from packext._errors import PackextError, UnsupportedUseError
 from packext._factored import Factored, Sum, added
 from packext._quantity import Ask, Curvature, Sampled, sum_of
 from packext._statistics import Statistics
@@ -372,7 +372,10 @@ class EKFAC(KFAC):
             )
         basis = self._basis(ask)
         if basis is None:
-            return super().absorb(ask, held)
+            found = super().absorb(ask, held)
+            if self.fisher == "empirical":  # whose gradients are there with `.grad`, and no earlier
+                self.settle({ask.name: found})
+            return found
         if isinstance(form, linalg.Joint):
             return form
         vectors = [] if isinstance(basis, linalg.Joint) else basis.vectors
@@ -385,6 +388,16 @@ class EKFAC(KFAC):
             )
         moment = Statistics(turned)["second_moment"]
         return linalg.KronEigh(vectors, moment if held is None else held.eigenvalues.add_(moment))
+
+    def settle(self, held: dict[str, Any]) -> None:
+        for name, found in held.items():
+            pairs = found if isinstance(found, list) else []
+            factors = [f for pair in pairs for f in (pair.outputs, pair.inputs) if f is not None]
+            if not all(bool(f.isfinite().all()) for f in factors):
+                raise PackextError(
+                    f"EKFAC: the factors of {name} {pairs[0].shape} are not finite, and have no eigenvectors. Check "
+                    "that the model's inputs, parameters and outputs are."
+                )
 
     def land(self, held: Any, n: int, factor: float) -> linalg.KronEigh | linalg.Joint:
         if isinstance(held, linalg.KronEigh):

@@ -209,6 +209,33 @@ def test_goes_on_from_a_saved_state_to_the_last_bit(name: str) -> None:
     assert same(state_of(optimizer), state_of(resumed))
 
 
+def test_a_state_that_other_parts_keep_is_refused() -> None:
+    """Where the groups are alike, by what is kept of each parameter; a part of one's own may say nothing of that."""
+    kinds = [optim.KFAC, optim.EKFAC, optim.SINGD, optim.MSVAG, optim.SPRING, optim.Preconditioned]
+    model = network()
+    for kind in kinds:
+        trained = kind(model.parameters())
+        step(model, trained, data())
+        for other in kinds:
+            fresh = other(model.parameters())
+            if other is not kind:
+                with pytest.raises(px.PackextError, match=f"of another optimizer than {other.__name__}: it"):
+                    fresh.load_state_dict(trained.state_dict())
+            assert not fresh.state and fresh.steps == 0
+
+    class Counted(optim.Part):
+        def __call__(self, work: optim.Work) -> None:
+            work.set("seen", [1 + n for n in work.old("seen", 0)])
+
+    made = [optim.Optimizer(model.parameters(), [Counted(), optim.Descend()]) for _ in range(2)]
+    step(model, made[0], data())
+    made[1].load_state_dict(made[0].state_dict())
+    assert all(s["seen"] == 1 for s in made[1].state.values()) and made[1].state
+    Counted.keeps = ("count",)
+    with pytest.raises(px.PackextError, match=r"it keeps seen of a parameter, where Optimizer keeps count, m, t, v\."):
+        made[1].load_state_dict(made[0].state_dict())
+
+
 def test_hooks_of_loading_have_the_last_word() -> None:
     model = network()
     optimizer = optim.Sophia(model.parameters(), every=1)

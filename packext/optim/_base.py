@@ -442,6 +442,14 @@ class Optimizer(torch.optim.Optimizer):
                 f"The state is of another optimizer than {type(self).__name__}: its groups have no "
                 f"{', '.join(lacking)}."
             )
+        known = [part.keeps for part in (*self.parts, *self._last)]
+        own = {name for names in known for name in names or ()}
+        foreign = sorted({name for state in state_dict["state"].values() for name in state} - own)
+        if foreign and None not in known:
+            raise px.PackextError(
+                f"The state is of another optimizer than {type(self).__name__}: it keeps {', '.join(foreign)} of a "
+                f"parameter, where {type(self).__name__} keeps {', '.join(sorted(own))}."
+            )
         alike(type(self).__name__, state_dict["param_groups"])
         kept, found = (state_dict["param_groups"][0].get("kept", 0), sum(map(bool, state_dict["state"].values())))
         if found < kept:

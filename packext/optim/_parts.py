@@ -15,6 +15,8 @@ from packext.optim._work import Part, Work
 class Descend(Part):
     """`-lr u`: the last part."""
 
+    keeps = ()
+
     def __init__(self, lr: float = 1e-3) -> None:
         """Take the learning rate."""
         super().__init__(lr=lr)
@@ -26,6 +28,8 @@ class Descend(Part):
 
 class DecoupledDecay(Part):
     """`u + weight_decay p`, before `Descend` (Loshchilov & Hutter, 2019, "Decoupled Weight Decay Regularization")."""
+
+    keeps = ()
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         """Take the factor."""
@@ -40,6 +44,8 @@ class DecoupledDecay(Part):
 
 class Adam(Part):
     """Adam's direction (Kingma & Ba, 2015): m / (sqrt(v) + eps) of bias-corrected averages of gradient and square."""
+
+    keeps = ("m", "v", "t")
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         """Take the decay of both averages, and what is added to the root."""
@@ -72,6 +78,8 @@ def average(work: Work, name: str, new: Sequence[Tensor], decays: Sequence[float
 class L2(Part):
     """`g + weight_decay p`: the gradient of the loss plus `weight_decay / 2 |p|²`, which is damping as well."""
 
+    keeps = ()
+
     def __init__(self, weight_decay: float = 0.0) -> None:
         """Take the factor."""
         super().__init__(weight_decay=weight_decay)
@@ -93,6 +101,8 @@ class KLClip(Part):
     section 5).
     """
 
+    keeps = ()
+
     def __init__(self, kl_clip: float | None = 1e-3) -> None:
         """Take the bound; None: no clipping."""
         super().__init__(kl_clip=kl_clip)
@@ -111,6 +121,8 @@ class KLClip(Part):
 class ClipNorm(Part):
     """Shrinks all updates alike, such that their norm over all parameters is at most `max_norm`."""
 
+    keeps = ()
+
     def __init__(self, max_norm: float) -> None:
         """Take the bound."""
         super().__init__(max_norm=max_norm)
@@ -125,6 +137,8 @@ class ClipNorm(Part):
 
 class Momentum(Part):
     """Heavy ball: `v <- momentum v + u`, in place of u."""
+
+    keeps = ("velocity",)
 
     def __init__(self, momentum: float = 0.9) -> None:
         """Take the factor."""

@@ -27,6 +27,8 @@ def _weights(work: Work, decay: float | None, counts: list[int]) -> list[float]:
 class Diagonal(Part):
     """`u / (c + damping + weight_decay)`, with c the average of a diagonal of the curvature."""
 
+    keeps = ("batches", "diagonal")
+
     def __init__(
         self, curvature: str = "diag_ggn_mc", damping: float = 1e-2, decay: float | None = None, mc_samples: int = 1
     ) -> None:
@@ -62,6 +64,8 @@ class Kronecker(Part):
     A parameter with one factor gets all of the damping, each of two its root, balanced by the factors' mean eigenvalues
     (`px.linalg.kron_inv`). With `bias="joint"`, weight and bias are one matrix and belong into one group.
     """
+
+    keeps = ("batches", "partner", "factors", "inverses")
 
     def __init__(
         self,

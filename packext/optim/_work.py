@@ -26,7 +26,11 @@ class Part:
 
     Attributes:
         defaults: hyperparameters that it wants in each group.
+        keeps: names of what it puts into the state of a parameter, by which a state of other parts is refused when it
+            is loaded; None: not said, and nothing is refused.
     """
+
+    keeps: Sequence[str] | None = None
 
     def __init__(self, **defaults: Any) -> None:
         """Take hyperparameters by name."""

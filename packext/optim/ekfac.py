@@ -94,6 +94,8 @@ class _Moments(px.EKFAC):
 class Eigenbasis(Kronecker):
     """`Q (s + damping)⁻¹ Qᵀ u`, see `EKFAC`."""
 
+    keeps = ("batches", "partner", "factors", "vectors", "scales")
+
     def __init__(self, damping: float, decay: float, every: int, basis_every: int, **options: Any) -> None:
         """As for `Kronecker`; a new basis comes every `basis_every` steps.
 

@@ -78,6 +78,8 @@ class Sophia(Optimizer):
 class ClippedNewton(Part):
     """`clip(m / max(rho h, eps), -1, 1)`, see `Sophia`."""
 
+    keeps = ("m", "h", "unclipped")
+
     def __init__(
         self, betas: tuple[float, float], rho: float, eps: float, every: int, curvature: str, mc_samples: int
     ) -> None:
@@ -157,6 +159,8 @@ class AdaHessian(Optimizer):
 class HessianMoments(Part):
     """`m̂ / (v̂^(power / 2) + eps)`, see `AdaHessian`."""
 
+    keeps = ("m", "v", "t")
+
     def __init__(self, betas: tuple[float, float], eps: float, power: float, mc_samples: int) -> None:
         """As for `AdaHessian`."""
         super().__init__(betas=betas, eps=eps, power=power)
@@ -224,6 +228,8 @@ class MSVAG(Optimizer):
 
 class NoiseShrunk(Part):
     """`m̂² / (m̂² + ρ s) m̂`, see `MSVAG`."""
+
+    keeps = ("m", "t")
 
     def __init__(self, momentum: float) -> None:
         """Take β."""

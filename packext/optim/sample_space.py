@@ -152,6 +152,8 @@ class ENGDW(SPRING):
 class SampleSpace(Part):
     """The direction of `SPRING`."""
 
+    keeps = ("d",)
+
     def __init__(self, damping: float, momentum: float) -> None:
         """Take λ and μ."""
         super().__init__(damping=damping, momentum=momentum)

@@ -77,6 +77,8 @@ class SINGD(Optimizer):
 class InverseFree(Kronecker):
     """`C Cᵀ u K Kᵀ`, see `SINGD`."""
 
+    keeps = ("partner", "roots", "momenta")
+
     def __init__(self, damping: float, every: int, lr: float, momentum: float, **options: Any) -> None:
         """As for `Kronecker`, and the preconditioner's own rate and momentum."""
         super().__init__("kfac", damping, None, every, **options)

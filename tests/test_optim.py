@@ -489,6 +489,29 @@ def test_an_update_that_half_precision_does_not_hold_is_skipped(fallback: bool) 
     assert optimizer.steps == 1 and p.isfinite().all()
 
 
+@pytest.mark.parametrize("make", [lambda p: optim.KFAC(p, factors_every=2), lambda p: optim.AdaHessian(p, 0.1)])
+@pytest.mark.parametrize("empty", [False, True])
+def test_momentum_goes_on_where_all_gradients_are_zero(make: Any, empty: bool) -> None:
+    """As in torch's optimizers, whether the step asks something of the pass or not; so after an empty batch."""
+    model = network()
+    optimizer = make(model.parameters())
+    step(model, optimizer, data())
+    before = values(model)
+    states = [dict(optimizer.state[p]) for p in model.parameters()]
+    optimizer.zero_grad()
+    x, y = data()
+    with optim.emit(optimizer):
+        (LOSS(model(x[:0]), y[:0]) if empty else 0 * LOSS(model(x), y)).backward()
+    assert not any(bool(p.grad.any()) for p in model.parameters())
+    optimizer.step()
+    assert optimizer.steps == 2 and not optimizer.skipped
+    for p, old, state in zip(model.parameters(), before, states, strict=True):
+        if "velocity" in state:
+            torch.testing.assert_close(p.detach(), old - optimizer.param_groups[0]["lr"] * 0.9 * state["velocity"])
+        else:
+            assert torch.equal(optimizer.state[p]["m"], 0.9 * state["m"]) and (p != old).any()
+
+
 def test_parts_make_an_optimizer() -> None:
     """A part of one's own, with a hyperparameter, a quantity and a state."""
 

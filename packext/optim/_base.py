@@ -213,7 +213,7 @@ class Optimizer(torch.optim.Optimizer):
             only = {"parameters": wanted} if wanted else {}
             yield {"attach": False, "pass_hook": self._receive, **only, **options}
         finally:
-            self._open = False
+            self._open, self._entered = False, True
 
     def _empirical(self) -> bool:
         return any(getattr(q, "root", ("",))[0] == "empirical" for q in self.quantities())
@@ -240,7 +240,7 @@ class Optimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def _forget(self) -> None:
-        self._received, self._passes = {}, 0
+        self._received, self._passes, self._entered = {}, 0, False
         self._older: dict[Tensor, Any] = {}  # gradients that were there before the first pass that emits
         self._missed: Tensor | None = None  # a parameter whose gradient such a pass has added to
 
@@ -295,8 +295,8 @@ class Optimizer(torch.optim.Optimizer):
         ]
         found = [t for w in works for t in (*w.grads, *_tensors([v for each in w.values for v in each.values()]))]
         size = lists.norm(found)
-        if not found or not (self._passes or size or any(lists.nonzero(found))):
-            return ""  # no gradient, or zeros of no pass: nothing to step along
+        if not found or not (self._entered or size or any(lists.nonzero(found))):
+            return ""  # no gradient, or zeros that no pass within `emit` has made: nothing to step along
         if not math.isfinite(size) and not finite(found):
             return f"{next(filter(None, map(self._infinite, works)))} is NaN or infinite"
         for work, parts in zip(works, (self.parts, self._last), strict=True):

@@ -261,6 +261,28 @@ def half_precision(rank: int, world: int) -> None:
     assert net.weight.grad[0, 3] == x[0, 3]
 
 
+def what_float16_does_not_hold_waits(rank: int, world: int) -> None:
+    """Of 80001 that are due here 65504 are sent, and the rest with the next; of a parameter that is sent whole, too."""
+    x = torch.zeros(1, 20).half()
+    x[0, 3] = 1.0
+    for ratio in (0.05, 1.0):
+        net = nn.Linear(20, 1, bias=False).half()
+        model = DDP(net)
+        state = pd.TopK(net.named_parameters(), ratio)
+        model.register_comm_hook(state, pd.compression_hook)
+        kept = torch.zeros(20)
+        kept[3] = 8e4 if rank == 0 else 0.0
+        state.load_state_dict({**state.state_dict(), "kept": {"weight": {"residual": kept}}})
+        for sent, rest in ((65504.0, 14497.0), (14496.0, 2.0 if ratio < 1 else 0.0)):  # what rounding takes, as ever
+            model.zero_grad()
+            model(x).sum().backward()
+            mean = torch.tensor((sent + world - 1) / world)
+            torch.testing.assert_close(net.weight.grad[0, 3].float(), mean, rtol=2e-3, atol=0.0)
+            left = state.kept("weight")
+            if rank == 0:
+                assert rest == (0.0 if left is None else float(left[0, 3])), (ratio, sent, left)
+
+
 def entries_of_one_size(rank: int, world: int) -> None:
     torch.set_default_dtype(torch.float64)
     model = DDP(nn.Linear(50, 1, bias=False))
@@ -359,6 +381,7 @@ TASKS = (
     as_simulated,
     conserved,
     half_precision,
+    what_float16_does_not_hold_waits,
     entries_of_one_size,
     accumulation,
     saved_and_refused,

@@ -249,7 +249,12 @@ class Compression(ABC):
         if not grad.any():
             return
         found = self._add(self._kept.get(name, {}), at_least_float32(grad.reshape(-1)))
-        grad.copy_(found.pop("residual").view_as(grad))
+        due = found.pop("residual")
+        grad.copy_(_within(due, grad.dtype).view_as(grad))
+        if grad.dtype != due.dtype:
+            beyond = due - grad.reshape(-1)
+            if (beyond.abs() > torch.finfo(grad.dtype).eps * due.abs()).any():  # more than what rounding takes
+                found["residual"] = beyond
         self._pass.found[name] = found
 
     def _send_some(self, name: str, grad: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -263,10 +268,10 @@ class Compression(ABC):
         chosen = self._pick(found["residual"], count)
         indices[: len(chosen)] = chosen
         due, sent = found["residual"][chosen], values[: len(chosen)]
-        sent.copy_(due)
+        sent.copy_(_within(due, sent.dtype))
         for t in found.values():
             t[chosen] = 0
-        found["residual"][chosen] = due - sent  # what half precision rounds off
+        found["residual"][chosen] = due - sent  # what half precision rounds off, or does not hold
         self._pass.found[name] = found
         return indices, values
 
@@ -289,6 +294,12 @@ class Compression(ABC):
                 f"{type(self).__name__}: the gradient of {name} on {who} has values that are not finite. What is kept "
                 "of earlier passes is as it was. In place of a GradScaler, use bfloat16 without a loss scale."
             )
+
+
+def _within(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bounded by what a type holds; what is not finite stays so."""
+    most = torch.finfo(dtype).max
+    return values.clamp(-most, most).where(values.isfinite(), values)
 
 
 def _pack(indices: list[Tensor], values: list[Tensor]) -> Tensor:

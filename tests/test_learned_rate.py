@@ -463,6 +463,21 @@ def test_an_update_that_is_not_finite_leaves_the_parameters() -> None:
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
+def test_a_rate_with_which_parameters_overflow_is_refused() -> None:
+    """At the proposed rate of 1 they do not."""
+    net = px.extend(nn.Linear(3, 1, bias=False).half())
+    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    controller = optim.LearnedRate(optimizer, learned.Policy((0.0, 0.0, 0.0, 0.0, 6.9)))  # a rate of 992, at any sight
+    before = values(net)
+    with optim.emit(controller):
+        controller.watch(torch.tensor([60.0, 80.0]).half() * net(torch.ones(2, 3).half())[:, 0]).mean().backward()
+    text = r"chosen rate, 992\.\d+, parameter 0 of group 0, shape \[1, 3\] goes beyond what torch.float16 holds"
+    with pytest.raises(px.PackextError, match=text):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
 def test_refused_at_once() -> None:
     p = [nn.Parameter(torch.ones(2))]
     with pytest.raises(ValueError, match="those of LBFGS are not proportional"):

@@ -85,7 +85,7 @@ class LearnedRate:
       holds a copy of the parameters during the step
     - Source: Daniel, Taylor & Nowozin, AAAI 2016
     - Refused: optimizers without a trained policy, or whose update is not proportional to the rate; a closure; a batch
-      of one; losses or gradients that are not finite
+      of one; losses, gradients or updated parameters that are not finite
 
     Attributes:
         policy: as given.
@@ -312,6 +312,13 @@ class LearnedRate:
             return  # nothing is learned from a step that was not taken
         self.features = self._averages.update(observation(changes, self._observed))
         rate = self.policy.rate(self.features)
+        for p, update in updates.items():
+            if not bool(torch.add(p, update, alpha=rate / proposed).isfinite().all()):
+                raise px.PackextError(
+                    f"LearnedRate: with the chosen rate, {rate:g}, {name_of(self.optimizer, p)} goes beyond what "
+                    f"{p.dtype} holds. Parameters are as before the step; {type(self.optimizer).__name__}'s state and "
+                    "the policy's averages are not: make them anew, or load earlier ones."
+                )
         for p, update in updates.items():
             p.add_(update, alpha=rate / proposed)
         self._set([each * (rate / last[0]) for each in last])

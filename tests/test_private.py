@@ -566,6 +566,21 @@ def test_poisson_batches() -> None:
             PoissonSampler(*wrong)
 
 
+def test_copies_of_a_sampler_draw_batches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where the generator is the user's, as a seed is."""
+    for seed in (None, 3):
+        given = None if seed is None else torch.Generator().manual_seed(seed)
+        sampler = PoissonSampler(50, 0.2, 5, given)
+        copies = [copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))]
+        fork = copy.deepcopy(sampler)
+        fork.generator.set_state(sampler.generator.get_state())  # as memory has it
+        first = list(sampler)
+        assert all((list(c) == first) == (seed is not None) for c in copies)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: -1)
+            assert (list(fork) == first) == (seed is not None)
+
+
 # -- what a sample adds -------------------------------------------------------------------------------
 
 

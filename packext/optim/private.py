@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 
@@ -72,8 +73,9 @@ class PoissonSampler:
     """Batches of indices to which each sample belongs with probability `rate`, independently of all others.
 
     What accountants assume. Batches differ in size and may be empty; as `batch_sampler` of a `DataLoader` that needs a
-    `collate_fn` which accepts an empty list. Iterating again draws other batches, and so does another process: one that
-    goes on with a `generator` of yours has to set its state, or the batches are those of before.
+    `collate_fn` which accepts an empty list. Iterating again draws other batches, and so do copies and other processes;
+    with a `generator` of yours copies and forks draw the same, and a process that goes on has to set its state, or the
+    batches are those of before.
     """
 
     def __init__(self, samples: int, rate: float, steps: int, generator: torch.Generator | None = None) -> None:
@@ -96,7 +98,15 @@ class PoissonSampler:
         if not isinstance(generator, (torch.Generator, type(None))):
             raise ValueError(f"generator must be one, such as torch.Generator().manual_seed(0), got {generator!r}.")
         self.samples, self.rate, self.steps = samples, rate, steps
-        self.generator = generator or torch.Generator().manual_seed(secrets.randbits(63))
+        self._drawn = generator is None
+        if generator is None:
+            self._draw_anew()
+        else:
+            self.generator = generator
+
+    def _draw_anew(self) -> None:
+        """A generator of batches that were not drawn before."""
+        self.generator, self._process = torch.Generator().manual_seed(secrets.randbits(63)), os.getpid()
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -105,5 +115,17 @@ class PoissonSampler:
     def __iter__(self) -> Iterator[list[int]]:
         """Indices of each batch."""
         for _ in range(self.steps):
+            if self._drawn and self._process != os.getpid():  # a fork has a copy of the generator
+                self._draw_anew()
             draws = torch.rand(self.samples, generator=self.generator, dtype=torch.float64)
             yield (draws < self.rate).nonzero().flatten().tolist()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without a generator that is not the user's."""
+        return {name: value for name, value in vars(self).items() if not (self._drawn and name == "generator")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make what is not kept anew."""
+        vars(self).update(state)
+        if self._drawn:
+            self._draw_anew()

@@ -179,7 +179,8 @@ class DeepLeakage:
             model: with the parameters at which the gradient was taken, in the client's mode.
             shared: what the client sent.
             shape: of one input.
-            classes: how many there are, where labels are searched for.
+            classes: how many there are, where labels are searched for: among probabilities, which add up to 1. What a
+                loss takes beside (several classes of one sample, numbers) is not among them, and nothing is matched.
             labels: `[N]`, or `[N, ...]` for other losses than of classes, where they are known.
             forward: how the model is run on what is searched for; `model(x)` by default.
             mask: entries that are matched, by parameter name, such as `packext.attacks.sent` gives; all by default.

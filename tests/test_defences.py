@@ -134,6 +134,21 @@ def test_defences_compute_in_float32(dtype: torch.dtype) -> None:
     assert sent.dtype == dtype and top.residual["0"].tolist() == [0.0, *9 * [300.0]]
 
 
+def test_what_a_type_does_not_hold_is_kept_or_refused() -> None:
+    """float16 ends at 65504: of 40000 + 40000 the rest waits, and nothing becomes infinite."""
+    top, wide = defences.TopK(0.5), torch.tensor([5e4, 4e4]).half()
+    sent = torch.stack([only(top(shared(wide))).double() for _ in range(6)])
+    assert sent.isfinite().all() and 65504.0 in sent
+    torch.testing.assert_close(sent.sum(0) + top.residual["0"].double(), 6 * wide.double(), rtol=0.0, atol=0.0)
+    before = top.residual["0"].clone()
+    with pytest.raises(px.PackextError, match=r"TopK: the gradient of .* \[2\] is not finite"):
+        top(shared(torch.tensor([math.nan, 1.0]).half()))
+    assert torch.equal(top.residual["0"], before)
+    for kind, value in (("float16", 1e5), ("bfloat16", 3.4e38)):
+        with pytest.raises(px.PackextError, match=rf"the gradient of .* \[2\] has entries beyond what {kind} holds"):
+            defences.Quantisation(kind)(shared(torch.tensor([value, 1.0], dtype=torch.float32)))
+
+
 def test_error_feedback_sends_everything_in_the_end() -> None:
     torch.manual_seed(0)
     top, sent, gave = defences.TopK(0.1), torch.zeros(50), torch.zeros(50)

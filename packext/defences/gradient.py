@@ -170,7 +170,7 @@ class Quantisation(_Drawing):
       1)`
     - Cost: one operation for each entry; stochastic a draw
     - Source: as a defence, Zhu, Liu & Han, NeurIPS 2019
-    - Refused: another kind
+    - Refused: another kind; entries beyond what a shorter float holds
 
     Attributes:
         kind: "float16", "bfloat16" or "int8".
@@ -194,9 +194,15 @@ class Quantisation(_Drawing):
         """What the receiver decodes."""
         return _each(shared, self._rounded)
 
-    def _rounded(self, _: str, g: Tensor) -> Tensor:
+    def _rounded(self, name: str, g: Tensor) -> Tensor:
         if self.kind != "int8":
-            return g.to(getattr(torch, self.kind)).to(g.dtype)
+            short = g.to(getattr(torch, self.kind))
+            if (short.isinf() & g.isfinite()).any():
+                raise px.PackextError(
+                    f"Quantisation: the gradient of {name} {list(g.shape)} has entries beyond what {self.kind} holds: "
+                    'take "int8", which has a scale for each tensor, or a mean for the loss\'s reduction.'
+                )
+            return short.to(g.dtype)
         wide = _widened(g)
         step = wide.abs().max() / 127
         if not step:
@@ -213,12 +219,13 @@ class Quantisation(_Drawing):
 class TopK:
     """Sends the entries of largest magnitude, and adds the others to the next gradient (error feedback).
 
-    What was held back stays with the client; nothing else remembers it, so each client has a `TopK` of its own.
+    What was held back stays with the client; nothing else remembers it, so each client has a `TopK` of its own. Of an
+    entry that has become larger than the gradient's type holds, what it holds is sent.
 
     - Formula: `r <- r + g`, send the entries of r with the largest magnitudes, and `r <- r - sent`, with r the residual
     - Cost: the entries are sorted; holds a copy of the gradient
     - Source: Stich et al. 2018, Algorithm 1
-    - Refused: what is no share
+    - Refused: what is no share; a gradient that is not finite, which the residual would never be rid of
 
     Attributes:
         share: of the entries that are sent, from 0 to 1, in each tensor by itself; rounded up.
@@ -234,12 +241,17 @@ class TopK:
 
     def __call__(self, shared: Shared) -> Shared:
         """What is sent; `residual` is brought up to date."""
+        bad = [f"{name} {list(g.shape)}" for name, g in shared.gradient.items() if not g.isfinite().all()]
+        if bad:
+            raise px.PackextError(f"TopK: the gradient of {', '.join(bad)} is not finite. The residual is as it was.")
 
         def send(name: str, g: Tensor) -> Tensor:
             whole = _widened(g)
             if name in self.residual:
                 whole = whole + self.residual[name]
-            sent = _largest(whole, math.ceil(self.share * g.numel() - 1e-9)).to(g.dtype)  # 0.07 * 100 is above 7
+            most = torch.finfo(g.dtype).max
+            kept = _largest(whole, math.ceil(self.share * g.numel() - 1e-9))  # 0.07 * 100 is above 7
+            sent = kept.clamp(-most, most).to(g.dtype)
             self.residual[name] = whole - sent
             return sent
 

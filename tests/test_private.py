@@ -566,6 +566,23 @@ def test_poisson_batches() -> None:
             PoissonSampler(*wrong)
 
 
+def test_the_state_of_another_private_optimizer_is_refused() -> None:
+    """Else the step would fail, counted as one that was taken."""
+    model = nn.Linear(3, 2)
+    for kind, other, name in ((DPSGD, DPAdam, "betas"), (DPAdam, DPSGD, "momentum")):
+        made, fresh = (k(model.parameters(), 0.1, **SETTINGS) for k in (kind, other))
+        made.zero_grad()
+        made.step()
+        with pytest.raises(
+            px.PackextError, match=f"of another optimizer than {other.__name__}: its groups have no {name}"
+        ):
+            fresh.load_state_dict(made.state_dict())
+        assert not fresh.spent and not fresh.state
+        again = kind(model.parameters(), 0.2, **SETTINGS)
+        again.load_state_dict(made.state_dict())
+        assert again.spent == made.spent and again.param_groups[0]["lr"] == 0.1
+
+
 def test_copies_of_a_sampler_draw_batches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """But where the generator is the user's, as a seed is."""
     for seed in (None, 3):

@@ -484,6 +484,15 @@ class Private(torch.optim.Optimizer):
         """
         if "private" not in state_dict:
             raise px.PackextError("The state is not of a private optimizer: what it holds may not be private.")
+        lacking = [
+            name
+            for name in ("betas", "momentum")  # older versions of torch lack others, which torch then sets
+            if name in self.defaults and any(name not in group for group in state_dict["param_groups"])
+        ]
+        if lacking:
+            raise px.PackextError(
+                f"The state is of another optimizer than {type(self).__name__}: its groups have no {lacking[0]}."
+            )
         own = state_dict["private"]
         # Copies: a generator that is handed a view takes the process down.
         drawn = [] if self._seed is None else [state.cpu().clone() for state in own["generators"]]

@@ -289,6 +289,12 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         """The factor from the loss as written to the samples' own, by the losses that the pass came through."""
         written: list[tuple[str, float]] = []
         weights: list[tuple[float, float]] = []
+        numbers = [name for name, reduction, g in flight.losses if reduction == "none" and not g.dim()]
+        if 0 < len(numbers) < record_n:  # as many are of samples one by one
+            raise PackextError(
+                f"The extended {numbers[0]} has reduction='none' and gave one number, not the losses of {record_n} "
+                f"samples: whether it is their mean or their sum is not known. Set its `reduction`, or pass {_SCALE}."
+            )
         for name, reduction, g in flight.losses:
             if reduction not in _REDUCTIONS:
                 raise PackextError(

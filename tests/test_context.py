@@ -446,6 +446,31 @@ def test_a_reduction_of_another_name_has_no_scale(quantity: Any) -> None:
         )
 
 
+def test_one_number_without_a_reduction_has_no_scale() -> None:
+    """The losses of samples one by one have."""
+
+    class Loss(nn.Module):
+        reduction = "none"
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(output, target)
+
+    model = px.extend(mlp())
+    rows, x, y = rows_and_batch(model)
+    with pytest.raises(px.PackextError, match="reduction='none' and gave one number, not the losses of 4 samples"):
+        with px.backpack(px.BatchGrad(), scale="sample"):
+            px.extend(Loss())(model(x), y).backward()
+    assert bare(model) and all(p.grad is None for p in model.parameters())
+    loss_fn = px.extend(nn.CrossEntropyLoss(reduction="none"))
+    for one_by_one in (False, True):
+        with px.backpack(px.BatchGrad(), scale="sample"):
+            z = model(x)
+            losses = [loss_fn(out, label) for out, label in zip(z, y, strict=True)] if one_by_one else loss_fn(z, y)
+            (torch.stack(losses) if one_by_one else losses).mean().backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad_batch, N * rows[name])
+
+
 def test_two_losses_of_different_reduction_have_no_scale() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     mean, total = px.extend(nn.CrossEntropyLoss()), px.extend(nn.MultiMarginLoss(reduction="sum"))

@@ -101,6 +101,8 @@ def test_pruning_keeps_the_largest() -> None:
     assert only(defences.Pruning(0.5)(shared(g))).tolist() == [[3.0, 0.0, 0.0], [-4.0, 2.0, 0.0]]
     assert only(defences.Pruning(0.0)(shared(g))).tolist() == g.tolist()
     assert not only(defences.Pruning(1.0)(shared(g))).any()
+    for share, n, want in ((0.29, 100, 29), (0.57, 100, 57), (0.999, 10, 9)):
+        assert int((only(defences.Pruning(share)(shared(torch.arange(1.0, n + 1)))) == 0).sum()) == want
     ties = only(defences.Pruning(0.5)(shared(torch.ones(10))))
     assert int(ties.sum()) == 5
 

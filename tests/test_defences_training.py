@@ -368,6 +368,9 @@ def test_soteria_of_a_received_state_and_a_named_layer() -> None:
         Soteria(0.0)(two, loss, x, y).gradient["2.weight"], attacks.share(two, loss, x, y).gradient["2.weight"]
     )
     assert not Soteria(1.0)(two, loss, x, y).gradient["2.weight"].any()
+    wide = nn.Sequential(nn.Linear(4, 100), nn.Linear(100, 3)).double()
+    part = Soteria(0.29)(wide, loss, torch.randn(5, 4).double(), torch.arange(5) % 3).gradient["1.weight"]
+    assert int((~part.any(0)).sum()) == 29
     px.extend(two)
     with px.disable():
         assert torch.equal(Soteria(0.5, "0.5")(two, loss, x, y).gradient["0.5.weight"], g["0.5.weight"])

@@ -72,7 +72,8 @@ class Soteria:
         ratio, r = sensitivity(model, x, self.head, state)
         score = ratio.where(r != 0, torch.nan).nanmean(0).nan_to_num(nan=torch.inf)
         pruned = shared.gradient[name].clone()
-        pruned[:, score.argsort(stable=True)[: int(self.share * len(score))]] = 0
+        count = int(self.share * len(score) + 1e-9)  # 0.29 * 100 is below 29
+        pruned[:, score.argsort(stable=True)[:count]] = 0
         return replace(shared, gradient={**shared.gradient, name: pruned})
 
 

@@ -353,7 +353,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         """An extended loss was reached: send its curvature ahead of the gradient."""
         if waiting := [q for each in flight.heard for q in (*each.context.spreading, *each.context.hessian)]:
             with due_to(waiting):
-                refuse_reentrant(edge.node, records_of(seen, edge))
+                refuse_reentrant(edge.node, records_of(seen, edge), flight.wants)
         account(flight, seen, edge, g.detach())
         for each in flight.heard:
             if each.context.hessian:

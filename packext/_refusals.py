@@ -372,20 +372,21 @@ def refuse_again(record: Record, gates: frozenset[int], contexts: Sequence[backp
             raise UnsupportedUseError(why)
 
 
-def refuse_reentrant(node: Any, records: Sequence[Record]) -> None:
+def refuse_reentrant(node: Any, records: Sequence[Record], wants: Callable[[Tensor], bool]) -> None:
     """Refuse curvature of a part of a model that is hidden from it, before any gradient is accumulated.
 
     Args:
         node: of autograd's graph, where the loss was computed.
         records: the forward passes behind it.
+        wants: tells of a parameter whether curvature of it is wanted.
 
     Raises:
-        UnsupportedUseError: if there is a checkpoint, and a parameter of these models of which no use was seen.
+        UnsupportedUseError: if there is a checkpoint, and such a parameter of these models of which no use was seen.
     """
     seen = {id(source.tensor) for record in records for source in record.parameters()}
     modules = [module for record in records for module in record.extended()]
     every = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
-    if records and all(id(p) in seen for p in every):
+    if records and all(id(p) in seen for p in every if wants(p)):
         return
     if any(type(each).__name__ == "CheckpointFunctionBackward" for each in inputs_first([node])):
         raise UnsupportedUseError(

@@ -302,18 +302,19 @@ def test_batches_by_hand() -> None:
 
 def test_units_that_learning_shuts_one_after_the_other() -> None:
     def shut(last: float, leap: int = 0) -> list[tuple[int, int | None]]:
-        """A layer shuts by and by, up to a share; or at once, as the loss leaps."""
+        """A layer shuts by and by, up to a share; or at once, after the loss has leaped and stays there."""
         pages: list[dict[str, Any]] = []
         for step in range(80):
             share = min(last, 0.025 * (step - 1)) if leap < 1 or step >= leap + 10 else 0.1
-            pages.append({"Loss": 1.0 if step == 0 else 1.5 if 0 < leap == step else 0.6})
+            pages.append({"Loss": 1.0 if step == 0 else 1.5 if 0 < leap <= step else 0.6})
             if step >= 9:
                 pages[-1] |= {"IdleUnits/a": share, "IdleUnits/z": 0.0}
         return hear(rules.DeadReLUs(), pages)
 
     assert shut(0.8) == []
-    assert shut(0.95) == [(39, None)]
-    assert shut(0.8, leap=40) == [(66, None)]
+    assert shut(0.95) == []
+    assert shut(0.8, leap=40) == []
+    assert shut(0.95, leap=40) == [(52, None)]
 
 
 def test_label_noise_keeps_a_bounded_memory() -> None:

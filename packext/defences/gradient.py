@@ -34,7 +34,8 @@ class _Drawing:
             self._drawn = os.getpid(), torch.Generator().manual_seed(seed)
         return self._drawn[1]
 
-    def __getstate__(self) -> dict[str, Any]:  # noqa: D105
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: with its generator only where a seed says that they draw the same."""
         return {k: v for k, v in self.__dict__.items() if k != "_drawn" or self.seed is not None}
 
 
@@ -149,9 +150,14 @@ class Pruning:
         """The rest."""
 
         def prune(_: str, g: Tensor) -> Tensor:
-            return _largest(g, g.numel() - int(self.share * g.numel() + 1e-9))  # 0.29 * 100 is below 29
+            return _largest(g, g.numel() - pruned_of(g.numel(), self.share))
 
         return _each(shared, prune)
+
+
+def pruned_of(count: int, share: float) -> int:
+    """How many of `count` a share is, rounded down."""
+    return int(share * count + 1e-9)  # 0.29 * 100 is below 29
 
 
 def _largest(g: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.attacks import Head, Shared, share
+from packext.defences.gradient import pruned_of
 
 #: Columns of the Jacobian that are sent at once: on a CPU more are slower again, as they leave the cache.
 COLUMNS = 16
@@ -72,8 +73,7 @@ class Soteria:
         ratio, r = sensitivity(model, x, self.head, state)
         score = ratio.where(r != 0, torch.nan).nanmean(0).nan_to_num(nan=torch.inf)
         pruned = shared.gradient[name].clone()
-        count = int(self.share * len(score) + 1e-9)  # 0.29 * 100 is below 29
-        pruned[:, score.argsort(stable=True)[:count]] = 0
+        pruned[:, score.argsort(stable=True)[: pruned_of(len(score), self.share)]] = 0
         return replace(shared, gradient={**shared.gradient, name: pruned})
 
 

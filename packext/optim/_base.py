@@ -85,11 +85,12 @@ class Optimizer(torch.optim.Optimizer):
                 rate, or a part after `Descend`.
         """
         one = isinstance(parts, Part)
-        for part in (parts := [parts] if one else list(parts)):
-            if one or not isinstance(part, Part):
-                raise TypeError(
-                    f"parts must be a list such as [px.optim.Momentum(), px.optim.Descend()], got {part!r}."
-                )
+        parts = [parts] if one else list(parts)
+        wrong = parts if one else [part for part in parts if not isinstance(part, Part)]
+        if wrong:
+            raise TypeError(
+                f"parts must be a list such as [px.optim.Momentum(), px.optim.Descend()], got {wrong[0]!r}."
+            )
         defaults: dict[str, Any] = {"fallback": False, "steps": 0, "kept": 0, "lacking": False, "seed": seed}
         for part in parts:
             twice = defaults.keys() & part.defaults.keys()

@@ -80,9 +80,15 @@ def emit(*emitting: Emitting | torch.optim.Optimizer, **options: Any) -> Iterato
         else:
             own, asked = _together(stack, found, options)
         names = ", ".join(type(e).__name__ for e in found)
-        heard: list[bool] = []
-        if (hook := own.get("pass_hook")) is not None:
-            own["pass_hook"] = lambda results: (heard.append(True), hook(results))
+        hook, heard = own.get("pass_hook"), False
+        if hook is not None:
+
+            def hear(results: px.Results) -> None:
+                nonlocal heard
+                heard = True
+                hook(results)
+
+            own["pass_hook"] = hear
         try:
             context = px.backpack(*asked, **own)
         except ValueError as error:  # which names what they ask for, and that is not what was typed

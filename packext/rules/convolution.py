@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: Multiply-adds of one sample from which on torch's own call for its weight gradient beats unfolding.
 LARGE = 64_000_000
 
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSES = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_NAMES = (
     "input",
@@ -87,13 +90,9 @@ class Convolution(OwnedRule):
             over = [r - s * (w - 1) - e - 1 for r, w, s, e in zip(read, written, stride, ends, strict=True)]
         elif any((w - 1 - e) // s + 1 != r for r, w, s, e in zip(read, written, stride, ends, strict=True)):
             return None  # a transposed convolution whose output was padded by a stride or more
-        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": c["groups"]}
-        if transposed:
-            options["output_padding"] = over
-        d = len(read) - 1
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[d] if transposed else (
-            F.conv1d, F.conv2d, F.conv3d)[d]  # fmt: skip
-        return function, {**options, "options": options, "transposed": transposed, "output_padding": over}
+        d = len(read)
+        function = (_TRANSPOSES if transposed else _CONVOLUTIONS)[d - 1]
+        return function, _flags(d, c["groups"], transposed, *map(tuple, (stride, padding, dilation, over)))
 
     def factors(
         self,
@@ -161,7 +160,9 @@ class Convolution(OwnedRule):
             return y.permute(0, 2, 3, 1, 4).reshape(n, groups, -1, positions)
 
         def apply(direction: Tensor) -> Tensor:
-            return canonical(self._apply(read, direction.to(read.dtype), c))
+            # That of a transposed one reads g.
+            convolve, other = _CONVOLUTIONS[read.dim() - 3], direction.to(read.dtype)
+            return canonical(convolve(read, other, None, c["stride"], c["padding"], c["dilation"], groups))
 
         def native(lo: int, hi: int, first: int = 0, last: int | None = None) -> Tensor:
             images, count, outputs = slice(lo * per, hi * per), hi - lo, slice(first, last)
@@ -181,7 +182,7 @@ class Convolution(OwnedRule):
             return rows.unflatten(0, (count, -1))
 
         a = Patches(n, groups, positions, features, take, read, lambda: window.second_moment(read), window)
-        alone = groups * positions * features * written.shape[1] // groups >= LARGE
+        alone = positions * features * written.shape[1] >= LARGE
         together = per == 1 and not c["transposed"] and groups == 1 and _suits(x, w)
         # Of a transposed convolution, every position of the input is written to a patch of the output.
         stored = "IO" if c["transposed"] else "OI"
@@ -192,14 +193,9 @@ class Convolution(OwnedRule):
             return None if images is None else images.repeat_interleave(out.numel(), 1)
 
         total = None if count is None else count * out.numel()
-        return Outer(a, canonical(written), w.shape, weighted, apply, fast, alone, None, stored, total, real)
-
-    @staticmethod
-    def _apply(read: Tensor, direction: Tensor, c: dict[str, Any]) -> Tensor:
-        """The convolution of what is read with other weights; that of a transposed one reads g."""
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[read.dim() - 3]
-        y = convolve(read, direction, None, c["stride"], c["padding"], c["dilation"], c["groups"])
-        return y
+        return Outer(
+            a, canonical(written), w.shape, weighted, apply, fast, alone, stored=stored, positions=total, own=real
+        )
 
 
 CONVOLUTION = Convolution()
@@ -262,14 +258,14 @@ def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[s
     return tracer.owned(CONVOLUTION, func, ordered, flags)
 
 
-@handles(F.conv1d, F.conv2d, F.conv3d)
+@handles(*_CONVOLUTIONS)
 def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`F.conv1d` to `F.conv3d`."""
     tensors, consts = bind(_NAMES, args, kwargs, stride=1, padding=0, dilation=1, groups=1)
     return _place(tracer, func, tensors, consts, transposed=False)
 
 
-@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+@handles(*_TRANSPOSES)
 def transposed(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`F.conv_transpose1d` to `F.conv_transpose3d`."""
     tensors, consts = bind(_TRANSPOSED_NAMES, args, kwargs, stride=1, padding=0, output_padding=0, dilation=1, groups=1)

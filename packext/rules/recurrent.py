@@ -72,10 +72,9 @@ class Recurrent(Rule):
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Any:
         c = use.consts
         weights = [tensors[name] for name in c["weights"]]
-        if c["cell"]:
-            hidden = (tensors["h"], tensors["c"]) if c["kind"] == "lstm" else tensors["h"]
-            return use.func(tensors["input"], hidden, *weights)
         hidden = (tensors["h"], tensors["c"]) if c["kind"] == "lstm" else tensors["h"]
+        if c["cell"]:
+            return use.func(tensors["input"], hidden, *weights)
         flags = (c["bias"], c["layers"], 0.0, c["train"], c["bidirectional"])
         if c["sizes"] is not None:
             return use.func(tensors["input"], c["sizes"], hidden, weights, *flags)
@@ -147,10 +146,8 @@ class Recurrent(Rule):
         layouts: Sequence[Layout | None],
     ) -> dict[str, Factored] | None:
         c = use.consts
-        if any(name in ("h", "c") for name in use.sources):
-            return None  # a learned initial state
-        if any(name.endswith("hr") for name in use.sources):
-            return None
+        if any(name in ("h", "c") or name.endswith("hr") for name in use.sources):
+            return None  # a learned initial state, or projection
         layout = _of_steps(use, t["input"], gs, layouts)
         if layout is None:
             return None

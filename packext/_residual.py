@@ -26,7 +26,7 @@ from torch.autograd.graph import GradientEdge
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._flight import Look
 from packext._graph import inputs_first, name_of
-from packext._layout import Layout, digits
+from packext._layout import Layout, digits, ranks
 from packext._listening import here, silence
 from packext._pass import Pass
 from packext._taps import Gate, OwnedRule
@@ -390,7 +390,7 @@ class Part:
         edges = [GradientEdge(*key) for key in self.inputs]
         for sign in (1.0, -1.0):
             block, which = ((sign * values > 0) & kept).nonzero().T
-            rank = _rank(owner[block], n)
+            rank = ranks(owner[block], n)
             for chosen in rank.argsort(stable=True).split(rank.bincount().tolist()):
                 b, k = block[chosen], which[chosen]
                 flat = self.vector.new_zeros(sum(self.sizes) + 1)
@@ -423,7 +423,7 @@ class Part:
             return slots[:, real].T, sample[real]
         entries = (owner >= 0).nonzero()[:, 0]
         sample = owner[entries]
-        rank = _rank(sample, n)
+        rank = ranks(sample, n)
         k = int(rank.max()) + 1
         if k > LARGEST:
             raise UnsupportedUseError(
@@ -443,15 +443,6 @@ class Part:
             image = torch.nn.functional.pad(self._product(self.slopes, unit[:-1]), (0, 1))
             blocks[:, :, k] = image[slots].double()
         return (blocks + blocks.mT) / 2
-
-
-def _rank(sample: Tensor, n: int) -> Tensor:
-    """The place of each entry of `sample` among those that are equal to it."""
-    order = sample.argsort(stable=True)
-    count = sample.bincount(minlength=n)
-    rank = torch.empty_like(sample)
-    rank[order] = torch.arange(len(sample), device=sample.device) - (count.cumsum(0) - count)[sample[order]]
-    return rank
 
 
 @contextmanager

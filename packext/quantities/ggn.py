@@ -18,10 +18,6 @@ from packext._quantity import SUBSAMPLED, Ask, Curvature, PerSample, Sampled, Su
 from packext._statistics import Statistics
 
 
-class _Exact(Curvature):
-    """With the exact Hessian of the loss."""
-
-
 class _Sampled(Sampled, Curvature):
     """With the Hessian estimated from targets drawn from the model's own predictions."""
 
@@ -52,7 +48,7 @@ class BatchDiagonal(PerSample, Curvature):
         return rows.square() if held is None else held.addcmul_(rows, rows)
 
 
-class DiagGGNExact(Diagonal, _Exact):
+class DiagGGNExact(Diagonal):
     """Diagonal of the GGN `[*p]`, in `diag_ggn_exact`."""
 
     savefield = "diag_ggn_exact"
@@ -65,7 +61,7 @@ class DiagGGNMC(Diagonal, _Sampled):
     savefield = "diag_ggn_mc"
 
 
-class BatchDiagGGNExact(BatchDiagonal, _Exact):
+class BatchDiagGGNExact(BatchDiagonal):
     """Each sample's share of the GGN's diagonal `[N, *p]`, in `diag_ggn_exact_batch`."""
 
     savefield = "diag_ggn_exact_batch"
@@ -97,7 +93,7 @@ class DiagEF(Diagonal):
         return ("empirical", 0, None)
 
 
-class GGNGram(_Exact):
+class GGNGram(Curvature):
     """Inner products of the columns of the GGN's root `[V, N, V, N]`, in `ggn_gram`; in `results` of the whole model.
 
     The small side of the GGN: as a matrix `[V N, V N]` it has the GGN's eigenvalues other than zero. For a sum of
@@ -141,7 +137,7 @@ class _Root(PerSample, Curvature):
         return torch.stack(held) if factor == 1.0 else torch.stack(held) * factor**0.5
 
 
-class SqrtGGNExact(_Root, _Exact):
+class SqrtGGNExact(_Root):
     """A root of the GGN `[V, N, *p]`, in `sqrt_ggn_exact`.
 
     With rows flattened and concatenated over parameters, `sum over v, n of s sᵀ` is the GGN. V counts the entries of

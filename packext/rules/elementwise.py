@@ -144,13 +144,14 @@ def assigned(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
         raise _written_over(tracer, func)
     if tracer.sources(target) or not isinstance(value, Tensor):
         return NotImplemented
-    masks = isinstance(index, Tensor) and index.dtype == torch.bool
     shape = target.detach()[index].shape
     more = max(0, value.dim() - len(shape))
     if more and value.shape[:more].numel() == 1:  # leading axes of one entry, which torch leaves out
         with tracer:
             value = value.reshape(value.shape[more:])
-    if masks and _stretches(value.shape, target.shape, index.dim()):
+    masks = isinstance(index, Tensor) and index.dtype == torch.bool
+    # A value that reaches only axes behind the masked ones may as well be as large as the target.
+    if masks and value.dim() <= target.dim() - index.dim():
         return func(target, index, tracer.argument(value, target.shape, value.dtype, func)[index])
     return func(target, index, tracer.argument(value, shape, value.dtype, func))
 
@@ -163,19 +164,12 @@ def _written_over(tracer: Tracer, func: Any) -> Exception:
     )
 
 
-def _stretches(value: Any, target: Any, masked: int) -> bool:
-    """Whether a value reaches only axes behind the masked ones, so that it may as well be as large as the target."""
-    return len(value) <= len(target) - masked
-
-
-@handles(Tensor.masked_fill, torch.masked_fill, Tensor.masked_fill_)
+@handles(Tensor.masked_fill, torch.masked_fill)
 def filled(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     """`masked_fill` with a scalar made of parameters."""
     if len(args) != 3 or kwargs or not isinstance(args[2], Tensor) or tracer.sources(args[0]):
         return NotImplemented
     x, mask, value = args
-    if func is Tensor.masked_fill_:
-        return NotImplemented
     shape = torch.broadcast_shapes(x.shape, mask.shape)
     return torch.where(mask, tracer.argument(value, shape, x.dtype, func), x)
 

@@ -91,22 +91,11 @@ def indexed(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return tracer.observed(INDEXED, func, {"weight": weight, "indices": index}, {})
 
 
-@handles(F.embedding)
-def with_max_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
-    """`F.embedding`, which comes down to `torch.embedding` unless it changes the table."""
-    tensors, consts = bind(("input", "weight", "padding_idx", "max_norm"), args, kwargs, max_norm=None)
-    return _unless_renormalised(tracer, func, tensors["weight"], consts["max_norm"])
-
-
-@handles(F.embedding_bag)
-def bag_with_max_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
-    """`F.embedding_bag`, which comes down to `torch.embedding_bag` unless it changes the table."""
-    tensors, consts = bind(("input", "weight", "offsets", "max_norm"), args, kwargs, max_norm=None)
-    return _unless_renormalised(tracer, func, tensors["weight"], consts["max_norm"])
-
-
-def _unless_renormalised(tracer: Tracer, func: Any, weight: Tensor, max_norm: float | None) -> Any:
-    if max_norm is not None and tracer.sources(weight):
+@handles(F.embedding, F.embedding_bag)
+def renormalised(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """Refuse a table that is changed; else these functions come down to `torch.embedding` and `torch.embedding_bag`."""
+    tensors, consts = bind(("input", "weight", "padding_idx or offsets", "max_norm"), args, kwargs, max_norm=None)
+    if consts["max_norm"] is not None and tracer.sources(tensors["weight"]):
         raise tracer.refuse(
             func,
             "the table is renormalised in place while it is read (max_norm)",

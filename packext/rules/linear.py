@@ -181,6 +181,11 @@ def _matmul_equation(left: int, right: int, shape: torch.Size, other: torch.Size
     return f"{lefts}xy,{rights}yz->{batch}xz"
 
 
+def _letters(use: Use) -> list[str]:
+    """Those of the data, of the parameter and of the result."""
+    return use.consts["equation"].replace("->", ",").split(",")
+
+
 class Contraction(Rule):
     """`einsum` of data and a parameter.
 
@@ -204,8 +209,7 @@ class Contraction(Rule):
     ) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
-        inputs, result = use.consts["equation"].split("->")
-        x, w = inputs.split(",")
+        x, w, result = _letters(use)
         shared = [c for c in result if c in x and c not in w]
         groups = [c for c in w if c in x and c in result]
         reads = [c for c in w if c in x and c not in result]
@@ -246,7 +250,7 @@ class OwnedContraction(Contraction, OwnedRule):
     """
 
     def gradients(self, use: Use, t: dict[str, Tensor], g: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
-        x, w, result = self._letters(use)
+        x, w, result = _letters(use)
         found: dict[str, Tensor] = {}
         if "input" in wanted:
             found["input"] = torch.einsum(f"{result},{w}->{x}", g, t["weight"].to(g.dtype)).to(t["input"].dtype)
@@ -255,16 +259,11 @@ class OwnedContraction(Contraction, OwnedRule):
         return found
 
     def back(self, use: Use, t: dict[str, Tensor]) -> tuple[Callable[..., Any], dict[str, Any]]:
-        x, w, result = self._letters(use)
+        x, w, result = _letters(use)
         equation = f"{result},{w}->{x}"
         run = functools.partial(torch.einsum, equation)
         turned = not use.consts.get("turned")
         return torch.einsum, {"equation": equation, "run": run, "data first": True, "turned": turned}
-
-    @staticmethod
-    def _letters(use: Use) -> list[str]:
-        inputs, result = use.consts["equation"].split("->")
-        return [*inputs.split(","), result]
 
 
 CONTRACTION, OWNED_CONTRACTION = Contraction(), OwnedContraction()

@@ -73,7 +73,7 @@ def eager() -> Callable[[], None] | None:
     if torch.compiler.is_compiling():
         return None
     if _loaded() is None:
-        return _nothing
+        return lambda: None
     try:
         _EAGER.begin()
     except RuntimeError:
@@ -84,7 +84,3 @@ def eager() -> Callable[[], None] | None:
 def as_usual() -> AbstractContextManager[Any]:
     """In this context, code is compiled as if nobody had said that it should not be."""
     return nullcontext() if _loaded() is None else torch.compiler.set_stance("default")
-
-
-def _nothing() -> None:
-    pass

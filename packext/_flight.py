@@ -18,7 +18,7 @@ from packext._distributed import refuse_static, refuse_tensors, sharding, unshar
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
-from packext._listening import here, meanwhile
+from packext._listening import here, meanwhile, silence
 from packext._owners import Owners
 from packext._pass import Pass, wants_of
 from packext._precision import autocasts
@@ -405,13 +405,13 @@ def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
 
 def probe_inputs(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
     """Gradients at `targets` of a cotangent at `edge`, unseen by taps and contexts."""
-    with meanwhile(probe=Probe(0, cotangent, None, False)):
+    with silence():
         return _send(edge, cotangent, targets)
 
 
 def slopes(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
     """As `probe_inputs`, as functions of the cotangent, which requires grad: what they are linear in."""
-    with meanwhile(probe=Probe(0, cotangent, None, False)), torch.enable_grad():
+    with silence(), torch.enable_grad():
         return torch.autograd.grad([edge], targets, [cotangent], create_graph=True, allow_unused=True)
 
 

@@ -195,11 +195,6 @@ def _choose() -> None:
     state.hearing = heard[:1] if heard and heard[0].per == "token" else heard  # whose rows are no samples'
 
 
-def hearing() -> tuple[backpack, ...]:
-    """The contexts that hear a pass which runs now."""
-    return here().hearing
-
-
 def silence() -> AbstractContextManager[Any]:
     """Passes in here are nobody's business; taps are placed all the same, since what is checkpointed runs again."""
     return meanwhile(silent=True)

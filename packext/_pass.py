@@ -151,11 +151,6 @@ class Pass:
             flight.context._land(flight)
         self.landed = True
 
-    def _let_go(self) -> None:
-        self.accounted.clear()
-        for flight in self.heard:
-            flight.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected
-
     def attach(self, parameter: Tensor, field: str, value: Any) -> None:
         """Attach a result before it is known that the pass will succeed."""
         self.replaced.append((parameter, field, parameter.__dict__.get(field, _MISSING)))
@@ -177,4 +172,6 @@ class Pass:
                 setattr(parameter, field, old)
             elif hasattr(parameter, field):  # not deleted by the user
                 delattr(parameter, field)
-        self._let_go()
+        self.accounted.clear()
+        for flight in self.heard:
+            flight.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected

@@ -254,14 +254,14 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
                         refuse_replaced(edge.node, missed)
                     raise WrongRuleError(run.wrong[0])
         if conflict is None:
-            record.places.update({s.gate: layout for s, layout in zip(starts, chosen, strict=True)})
+            places = {start.gate: at for start, at in zip(starts, chosen, strict=True)}
+            record.places.update(places)
             break
         first = first or conflict
     else:
         assert first is not None
         raise CoupledSamplesError(_coupled(record, first))
     # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
-    places = {start.gate: at for start, at in zip(starts, chosen, strict=True)}
     if record.routed or all(is_settled(use) for use in record.uses):
         layouts = [use.layouts if use.options else None for use in record.uses]
         record.extension.shared.remember(key, Plan(layouts, places).here(record))
@@ -320,10 +320,6 @@ class Plan(NamedTuple):
         layouts = [found and tuple(at and of(at) for at in found) for found in self.layouts]
         return Plan(layouts, {gate: of(at) for gate, at in self.places.items()})
 
-    def place(self, record: Record) -> None:
-        """Tell the record where samples are in its outputs."""
-        record.places.update(self.places)
-
 
 def _follow(record: Record, starts: list[_Start], plan: Plan, send: Any, generator: torch.Generator) -> bool:
     """Whether the plan holds, but for rows that have other places in this pass; these are found."""
@@ -335,7 +331,7 @@ def _follow(record: Record, starts: list[_Start], plan: Plan, send: Any, generat
     sent = [(_cotangent(s.meta, at, everyone, generator), at) for s, at in begin]
     if not whose_now(record.uses, plan.layouts, [start.edge for start in starts], sent, send, generator):
         return False
-    plan.place(record)
+    record.places.update(plan.places)
     return True
 
 
@@ -344,7 +340,7 @@ def _adopt(record: Record, plan: Plan) -> bool:
     for gate, layout in plan.places.items():
         if gate >= 0 and layout.axis is not None and record.gates[gate][1][layout.axis] % record.n:
             return False
-    plan.place(record)
+    record.places.update(plan.places)
     for use, layouts in zip(record.uses, plan.layouts, strict=True):
         if layouts is None:
             continue

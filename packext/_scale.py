@@ -216,7 +216,7 @@ def _meta(edge: GradientEdge) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
     """A function that gives `leaves` again, detached; large ones only as long as somebody else keeps them."""
-    asked = any(context.curvature for context in _listening.hearing())
+    asked = any(context.curvature for context in _listening.here().hearing)
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     if asked or sum(t.numel() for t in tensors) <= SMALL:
         kept = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]

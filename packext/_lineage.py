@@ -311,13 +311,7 @@ class Tracer(TorchFunctionMode):
         self.mark([t._base for t in shallow((target,)) if t._base is not None and not self.sources(t._base)], None)
 
     # -- taps ------------------------------------------------------------------------------------
-    def use(
-        self,
-        rule: Rule,
-        func: Callable[..., Any],
-        tensors: dict[str, Tensor],
-        consts: dict[str, Any],
-    ) -> Use:
+    def use(self, rule: Rule, func: Any, tensors: dict[str, Tensor], consts: dict[str, Any]) -> Use:
         """A use whose parameters are found among `tensors`."""
         hooks = saved_tensor_hooks()
         if self._hooks and hooks is not self._hooks[-1] and checkpoints(hooks):
@@ -370,13 +364,7 @@ class Tracer(TorchFunctionMode):
                     "Make it of two: torch.complex(real, imaginary) in forward.",
                 )
 
-    def owned(
-        self,
-        rule: OwnedRule,
-        func: Callable[..., Any],
-        tensors: dict[str, Tensor],
-        consts: dict[str, Any],
-    ) -> Any:
+    def owned(self, rule: OwnedRule, func: Any, tensors: dict[str, Tensor], consts: dict[str, Any]) -> Any:
         """Run a call inside a tap; NotImplemented where the weight is not what is made of parameters."""
         if any_unusual(tensors):
             return NotImplemented
@@ -394,13 +382,7 @@ class Tracer(TorchFunctionMode):
         self._placed(use, y.grad_fn, (y,))
         return y
 
-    def observed(
-        self,
-        rule: Rule,
-        func: Callable[..., Any],
-        tensors: dict[str, Tensor],
-        consts: dict[str, Any],
-    ) -> Any:
+    def observed(self, rule: Rule, func: Any, tensors: dict[str, Tensor], consts: dict[str, Any]) -> Any:
         """Run a call, and put a tap on its outputs; NotImplemented where the rule is not made for what it meets."""
         if not rule.conjugates and any_unusual(tensors):
             return NotImplemented

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 TARGET = torch.zeros((), requires_grad=True)
 AIM = torch.autograd.graph.get_gradient_edge(TARGET).node
 
+#: Gradients at the outputs of a call, None where none arrived, and where the samples are in them.
+Gradients = Sequence[Tensor | None]
+Layouts = Sequence[Layout | None]
+
 
 @dataclass(eq=False, slots=True)
 class Source:
@@ -178,7 +182,7 @@ class Use:
         """
         tensors = dict(zip(self.names, saved, strict=True))
         assert self.layouts is not None
-        layouts: Sequence[Layout | None] = self.layouts
+        layouts: Layouts = self.layouts
         if tokens is not None:
             layouts = [None if g is None else self._of_tokens(tokens, at, g) for at, g in zip(layouts, gs, strict=True)]
         forms = self.rule.factors(self, tensors, gs, layouts)
@@ -300,23 +304,12 @@ class Rule:
         )
         return dict(zip(names, found, strict=True))
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         """A form for every name in `use.sources`; None where this rule does not apply."""
         return None
 
 
-def masked(
-    use: Use,
-    tensors: dict[str, Tensor],
-    gs: Sequence[Tensor | None],
-    layouts: Sequence[Layout | None],
-) -> dict[str, Factored]:
+def masked(use: Use, tensors: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored]:
     """The generic rule: the call's own vjp, with the cotangent masked to one sample at a time.
 
     It needs to know nothing of the function and is the reference for every rule written for speed.

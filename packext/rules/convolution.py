@@ -12,9 +12,9 @@ from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, Patches, Terms, accumulation_dtype
 from packext._factored.windows import Window
-from packext._layout import Layout, Tokens
+from packext._layout import Tokens
 from packext._taps import OwnedRule
-from packext._use import Use
+from packext._use import Gradients, Layouts, Use
 from packext.rules._common import bind, handles
 
 if TYPE_CHECKING:
@@ -94,13 +94,7 @@ class Convolution(OwnedRule):
         function = (_TRANSPOSES if transposed else _CONVOLUTIONS)[d - 1]
         return function, _flags(d, c["groups"], transposed, *map(tuple, (stride, padding, dilation, over)))
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
         # Convolutions keep their samples along axis 0, and several images of one sample are put side by side.

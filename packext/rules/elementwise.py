@@ -7,7 +7,6 @@ backward of the call yields the gradient before it is summed over samples.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from packext._factored import Dense, Factored, Masked, accumulation_dtype
 from packext._layout import Layout
-from packext._use import Rule, Use
+from packext._use import Gradients, Layouts, Rule, Use
 from packext.rules._common import bind, handles, writes_in_place
 
 if TYPE_CHECKING:
@@ -35,13 +34,7 @@ class ArgumentRule(Rule):
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         return tensors["value"].expand(use.outputs[0])
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         arrived, layout, value = gs[0], layouts[0], t["value"]
         assert arrived is not None and layout is not None
         g = arrived.to(accumulation_dtype(arrived.dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from packext._factored import Factored, Lookup
 from packext._layout import Layout
-from packext._use import Rule, Use
+from packext._use import Gradients, Layouts, Rule, Use
 from packext.rules._common import bind, handles
 
 if TYPE_CHECKING:
@@ -28,13 +27,7 @@ class Embedding(Rule):
     def spares(self, use: Use) -> tuple[str, ...]:
         return ("weight",)
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
         lead = g.dim() - 1
@@ -112,13 +105,7 @@ class Bag(Rule):
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Any:
         return use.func(**tensors, **use.consts["call"])
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         c = use.consts
         # With scale_grad_by_freq, torch divides by the frequencies of other rows than those looked up (2.13, CPU);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packext._factored import Factored, Outer
-from packext._layout import Layout, gathered
-from packext._use import Rule, Use
+from packext._layout import gathered
+from packext._use import Gradients, Layouts, Rule, Use
 from packext.rules._common import bind, handles
 
 if TYPE_CHECKING:
@@ -28,13 +27,7 @@ class Grouped(Rule):
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         return use.func(tensors["input"], tensors["weight"], offs=tensors["offs"], **use.consts)
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         (g,), (layout,) = gs, layouts
         assert g is not None and layout is not None
         x, (experts, features, outputs) = t["input"], t["weight"].shape

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, Pulled, Terms, accumulation_dtype
-from packext._layout import Layout
 from packext._precision import computes_in
 from packext._shards import is_distributed
 from packext._taps import OwnedRule
-from packext._use import Rule, Use
+from packext._use import Gradients, Layouts, Rule, Use
 from packext.rules._common import bind, handles
 
 if TYPE_CHECKING:
@@ -65,13 +64,7 @@ class Linear(OwnedRule):
     def back(self, use: Use, t: dict[str, Tensor]) -> tuple[Callable[..., Any], dict[str, Any]]:
         return F.linear, {"transposed": not use.consts["transposed"], "turned": not use.consts.get("turned")}
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
         lead = g.dim() - 1
@@ -200,13 +193,7 @@ class Contraction(Rule):
         pair = (tensors["input"], tensors["weight"])
         return use.consts["run"](*(pair if use.consts["data first"] else pair[::-1]))
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
         x, w, result = _letters(use)

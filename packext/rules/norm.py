@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from packext._errors import CoupledSamplesError
 from packext._factored import Dense, Factored, Outer, Terms, accumulation_dtype
 from packext._layout import Layout
-from packext._use import Rule, Use
+from packext._use import Gradients, Layouts, Rule, Use
 from packext.rules._common import bind, handles
 
 if TYPE_CHECKING:
@@ -61,13 +60,7 @@ class Norm(Rule):
         scale = (x.var(-1, correction=0) + c["eps"]).rsqrt()
         return max(1.0, float((x.abs().amax(-1) * scale).nan_to_num(1.0, 1.0, 1.0).max()))
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         g, layout, c = gs[0], layouts[0], use.consts
         assert g is not None and layout is not None
         if c["kind"] == "batch" and c["training"] and use.record.n > 1:
@@ -176,13 +169,7 @@ class PReLU(Rule):
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
         return torch.prelu(tensors["input"], tensors["weight"])
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
         product = g * t["input"].clamp(max=0)
@@ -215,13 +202,7 @@ class Bilinear(Rule):
     name = "bilinear"
     positionwise = True
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         g, layout = gs[0], layouts[0]
         assert g is not None and layout is not None
         lead = g.dim() - 1

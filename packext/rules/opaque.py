@@ -6,7 +6,7 @@ that sample alone, as far as the parameters and the last tap before them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 from packext import _listening
 from packext._errors import UnsupportedUseError
 from packext._factored import Factored, Traced
-from packext._layout import Layout
-from packext._use import Rule, Use
+from packext._use import Gradients, Layouts, Rule, Use
 
 
 class Opaque(Rule):
@@ -31,13 +30,7 @@ class Opaque(Rule):
             "that: leave these parameters out (parameters=...)."
         )
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         (g,), (layout,) = gs, layouts
         assert g is not None and layout is not None
         keep = torch.is_grad_enabled()

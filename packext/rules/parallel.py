@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from packext._factored import Factored
-from packext._layout import Layout
 from packext._shards import contiguous, is_distributed, like, part
-from packext._use import Use
+from packext._use import Gradients, Layouts, Use
 from packext.rules.linear import Linear
 
 if TYPE_CHECKING:
@@ -40,13 +39,7 @@ class ParallelLinear(Linear):
         found = super().gradients(use, _here(t), g, wanted)
         return {name: like(grad, t[name]) if is_distributed(t[name]) else grad for name, grad in found.items()}
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         return super().factors(use, _here(t), gs, layouts)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from packext._errors import CoupledSamplesError
 from packext._factored import Dense, Factored, Outer, Terms, accumulation_dtype
 from packext._layout import Layout, Scattered
-from packext._use import Rule, Use
+from packext._use import Gradients, Layouts, Rule, Use
 from packext.rules import _lstm
 from packext.rules._common import handles
 
@@ -138,13 +138,7 @@ class Recurrent(Rule):
         ends = [torch.stack(last_h)] + ([torch.stack(last_c)] if last_c else [])
         return [y, *ends], strands
 
-    def factors(
-        self,
-        use: Use,
-        t: dict[str, Tensor],
-        gs: Sequence[Tensor | None],
-        layouts: Sequence[Layout | None],
-    ) -> dict[str, Factored] | None:
+    def factors(self, use: Use, t: dict[str, Tensor], gs: Gradients, layouts: Layouts) -> dict[str, Factored] | None:
         c = use.consts
         if any(name in ("h", "c") or name.endswith("hr") for name in use.sources):
             return None  # a learned initial state, or projection
@@ -206,7 +200,7 @@ class Recurrent(Rule):
 RECURRENT = Recurrent()
 
 
-def _of_steps(use: Use, x: Tensor, gs: Sequence[Tensor | None], layouts: Sequence[Layout | None]) -> Layout | None:
+def _of_steps(use: Use, x: Tensor, gs: Gradients, layouts: Layouts) -> Layout | None:
     """Where the samples are in what there is of all steps, `[T, N, features]`.
 
     Returns:

@@ -308,34 +308,38 @@ class Sampled:
         return f"{type(self).__name__}(mc_samples={self.mc_samples})"
 
 
-#: Why a quantity of some samples of a batch is not had from its parts.
-SUBSAMPLED = "subsampling counts the samples of one pass"
+class Subsampled:
+    """What quantities share that have rows of all samples, or of those in `subsampling`, a list of indices."""
 
+    subsampling: list[int] | None = None
 
-def indices(subsampling: Iterable[SupportsIndex] | None) -> list[int] | None:
-    """Indices of samples as a list; a ValueError if they are not integers of 0 or more."""
-    if subsampling is None:
-        return None
-    given: list[Any] = list(subsampling) if isinstance(subsampling, Iterable) else [None]
-    try:
-        chosen = [operator.index(i) for i in given]  # of numpy and tensors, too
-    except TypeError:
-        chosen = [-1]
-    if any(i < 0 for i in chosen) or any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in given):
-        raise ValueError(f"subsampling must be a list of sample indices, got {subsampling!r}.")
-    return chosen
+    def choose(self, subsampling: Iterable[SupportsIndex] | None) -> None:
+        """Take the samples; a ValueError if they are not integers of 0 or more."""
+        if subsampling is None:
+            return
+        given: list[Any] = list(subsampling) if isinstance(subsampling, Iterable) else [None]
+        try:
+            chosen = [operator.index(i) for i in given]  # of numpy and tensors, too
+        except TypeError:
+            chosen = [-1]
+        no_index = any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in given)
+        if no_index or any(i < 0 for i in chosen):
+            raise ValueError(f"subsampling must be a list of sample indices, got {subsampling!r}.")
+        self.subsampling, self.indivisible = chosen, "subsampling counts the samples of one pass"
 
+    def wants(self, form: Factored) -> tuple[str, ...]:
+        return ("rows",) if self.subsampling is None else ()
 
-def rows_of(quantity: Quantity, ask: Ask, subsampling: list[int] | None) -> Tensor:
-    """All rows, or those of the samples chosen; an IndexError if the batch has no such sample."""
-    if subsampling is None:
-        return ask.statistics["rows"]
-    beyond = [i for i in subsampling if i >= ask.n]
-    if beyond:
-        name = type(quantity).__name__
-        raise IndexError(f"{name}(subsampling=...): samples {beyond} of a batch of {ask.n} asked for.")
-    index = torch.tensor(subsampling, dtype=torch.long, device=ask.parameter.device)
-    return ask.statistics.form.select(index)
+    def rows(self, ask: Ask) -> Tensor:
+        """Those of this pass; an IndexError if the batch has no such sample."""
+        if self.subsampling is None:
+            return ask.statistics["rows"]
+        beyond = [i for i in self.subsampling if i >= ask.n]
+        if beyond:
+            name = type(self).__name__
+            raise IndexError(f"{name}(subsampling=...): samples {beyond} of a batch of {ask.n} asked for.")
+        index = torch.tensor(self.subsampling, dtype=torch.long, device=ask.parameter.device)
+        return ask.statistics.form.select(index)
 
 
 def summed(values: dict[str, Tensor]) -> Tensor:

@@ -9,8 +9,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from packext._factored import Factored
-from packext._quantity import SUBSAMPLED, Ask, PerSample, Quantity, indices, rows_of
+from packext._quantity import Ask, PerSample, Quantity, Subsampled
 
 
 def _references(tensor: Tensor) -> tuple[int, int]:
@@ -23,7 +22,7 @@ def _references(tensor: Tensor) -> tuple[int, int]:
 _UNSHARED = _references(torch.empty(1))
 
 
-class BatchGrad(PerSample, Quantity):
+class BatchGrad(Subsampled, PerSample, Quantity):
     """Individual gradients `[N, *p]`, in `grad_batch`. They sum to `.grad` (scale "loss").
 
     The memory of the previous result is used again if nobody else refers to it: one that you keep never changes, and
@@ -38,12 +37,7 @@ class BatchGrad(PerSample, Quantity):
 
     def __init__(self, subsampling: Iterable[SupportsIndex] | None = None) -> None:
         """Give all samples, or those in `subsampling`."""
-        self.subsampling = indices(subsampling)
-        if self.subsampling is not None:
-            self.indivisible = SUBSAMPLED
-
-    def wants(self, form: Factored) -> tuple[str, ...]:
-        return ("rows",) if self.subsampling is None else ()
+        self.choose(subsampling)
 
     def buffer(self, ask: Ask, holders: int) -> Tensor | None:
         """The previous result, if nothing but the parameter and `holders` others refer to it, to be written over."""
@@ -66,5 +60,5 @@ class BatchGrad(PerSample, Quantity):
         return old
 
     def result(self, ask: Ask) -> Tensor:
-        rows, dtype = rows_of(self, ask, self.subsampling), ask.parameter.dtype
+        rows, dtype = self.rows(ask), ask.parameter.dtype
         return ask.statistics.kept(rows).to(dtype) if ask.factor == 1.0 else rows.to(dtype) * ask.factor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, side_by_side
-from packext._quantity import SUBSAMPLED, Ask, Curvature, PerSample, Sampled, Summed, indices, rows_of, summed
+from packext._quantity import Ask, Curvature, PerSample, Sampled, Subsampled, Summed, summed
 from packext._statistics import Statistics
 
 
@@ -119,18 +119,13 @@ class GGNGram(Curvature):
         return summed(values)
 
 
-class _Root(PerSample, Curvature):
+class _Root(Subsampled, PerSample, Curvature):
     compact = False
     axis = 1
-    subsampling: list[int] | None = None
-
-    def wants(self, form: Factored) -> tuple[str, ...]:
-        return ("rows",) if self.subsampling is None else ()
 
     def absorb(self, ask: Ask, held: Any) -> list[Tensor]:
-        rows = rows_of(self, ask, self.subsampling)
         held = [] if held is None else held
-        held.append(rows)
+        held.append(self.rows(ask))
         return held
 
     def land(self, held: Any, n: int, factor: float) -> Tensor:
@@ -149,9 +144,7 @@ class SqrtGGNExact(_Root):
 
     def __init__(self, subsampling: Iterable[SupportsIndex] | None = None) -> None:
         """Take indices of the samples to keep (with the scale of the whole batch); all by default."""
-        self.subsampling = indices(subsampling)
-        if self.subsampling is not None:
-            self.indivisible = SUBSAMPLED
+        self.choose(subsampling)
 
 
 class SqrtGGNMC(_Root, _Sampled):
@@ -167,6 +160,4 @@ class SqrtGGNMC(_Root, _Sampled):
     ) -> None:
         """As for `DiagGGNMC`, and indices of the samples to keep."""
         super().__init__(mc_samples, generator)
-        self.subsampling = indices(subsampling)
-        if self.subsampling is not None:
-            self.indivisible = SUBSAMPLED
+        self.choose(subsampling)

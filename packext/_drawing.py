@@ -55,7 +55,6 @@ class _Box:
     top: float = 0.0
     middle: float = 0.0
     gradient: bool = True
-    stops: bool = False
     size: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +107,7 @@ def _boxes(e: Explanation) -> list[_Box]:
     """The input, a box for each use, and the output; `after` counts from the input."""
     groups = [list(group) for _, group in groupby(e.uses, key=lambda u: u.index)]
     place = {group[0].index: k + 1 for k, group in enumerate(groups)} | {-1: 0}
-    boxes = [_Box("input", _shapes(e.inputs), [], "white", FAINT, gradient=False)]
+    boxes = [_Box("input", _shapes(e.inputs), [], "white", FAINT)]
     for group in groups:
         u = group[0]
         flow = max((u.flow for u in group), key=list(COLOURS).index)
@@ -117,7 +116,6 @@ def _boxes(e: Explanation) -> list[_Box]:
         after = tuple(place[j] for j in u.after if j in place)
         box = _Box(_title(u), _passage(u), lines, fill, edge, after, _reason(u.refused))
         box.gradient = any(v.n is not None for v in group) and not u.refused
-        box.stops = bool(u.refused)
         boxes.append(box)
     ends = tuple(place[k] for k in e.ends if k in place)
     last = _Box("output", _shapes(e.outputs), [], "white", FAINT, ends)
@@ -155,10 +153,10 @@ def _line(u: ParameterUse) -> tuple[str, str, str, str]:
     return f"{name} {list(u.shape)}", form, route, COLOURS[u.flow][1]
 
 
-def _reason(message: str, width: int = 92, most: int = 4) -> tuple[str, ...]:
-    """A message in lines, without the place that the box names anyway."""
-    lines = textwrap.wrap(message.partition("]: ")[2] or message, width)
-    return tuple(lines) if len(lines) <= most else (*lines[: most - 1], lines[most - 1][: width - 4] + " ...")
+def _reason(message: str) -> tuple[str, ...]:
+    """A message in four lines at most, without the place that the box names anyway."""
+    lines = textwrap.wrap(message.partition("]: ")[2] or message, 92)
+    return tuple(lines) if len(lines) <= 4 else (*lines[:3], lines[3][:88] + " ...")
 
 
 def _write(axes: Axes, x: float, y: float, text: str, room: float, **style: Any) -> float:
@@ -210,9 +208,8 @@ def _draw_box(axes: Axes, box: _Box) -> None:
 def _arrows(axes: Axes, boxes: list[_Box], j: int, k: int) -> None:
     """Data from box j to box k, and the gradient back."""
     upper, lower = boxes[j], boxes[k]
-    blocked = lower.stops or upper.stops or not (upper.gradient and lower.gradient)
-    style = {"linestyle": (0, (2, 2)), "alpha": 0.55} if blocked and upper.title != "input" else {}
-    back = upper.title != "input" or upper.gradient
+    style = {} if upper.gradient and lower.gradient else {"linestyle": (0, (2, 2)), "alpha": 0.55}
+    back = upper.title != "input"
     if k == j + 1:
         _arrow(axes, (LEFT + 0.45, upper.bottom), (LEFT + 0.45, lower.top), DATA)
         if back:

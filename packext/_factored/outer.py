@@ -168,7 +168,7 @@ class Outer(Factored):
 
     def outputs_at_once(self) -> int:
         """How many outputs of all samples' rows fit into a tile; 0 where too few do, or unfolding would be repeated."""
-        native = self._alone and self._native is not None and self.groups == 1
+        native = self._alone and self.groups == 1
         if isinstance(self.a, Patches) and not native:
             return 0
         most = (3 if native else 1) * _scratch.TILE // max(1, self.n * self.groups * self.i)

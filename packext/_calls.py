@@ -15,7 +15,6 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[report
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from packext import rules
 from packext._record import tensors_in
 
 
@@ -63,12 +62,6 @@ def shallow(values: Iterable[Any]) -> list[Tensor]:
 
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
-
-
-@functools.cache
-def mutates(func: Any) -> bool:
-    """Whether `func` changes its first argument."""
-    return rules.writes_in_place(func, {})
 
 
 def any_unusual(tensors: dict[str, Tensor]) -> bool:

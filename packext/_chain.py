@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError
 from packext._factored import Factored, accumulation_dtype
 from packext._flight import Sweep, undisturbed
-from packext._graph import name_of
+from packext._graph import inputs_first, name_of
 from packext._layout import Layout, separating
 from packext._listening import silence
 from packext._pass import Pass
@@ -128,22 +128,10 @@ def _shape(edge: GradientEdge) -> list[int]:
 
 def _toward_taps(start: Any) -> set[Any]:
     """The nodes from which a gradient reaches taps."""
-    parents: dict[Any, list[Any]] = {start: []}
-    todo, found = [start], set()
-    while todo:
-        node = todo.pop()
-        for child, _ in node.next_functions:
-            if child is not None:
-                if child not in parents:
-                    parents[child] = []
-                    todo.append(child)
-                parents[child].append(node)
-    todo = [node for node in parents if isinstance(node, _TAPS)]
-    while todo:
-        node = todo.pop()
-        if node not in found:
+    found: set[Any] = set()
+    for node in inputs_first([start]):
+        if isinstance(node, _TAPS) or any(child in found for child, _ in node.next_functions):
             found.add(node)
-            todo += parents[node]
     return found
 
 

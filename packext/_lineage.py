@@ -32,7 +32,6 @@ from packext._calls import (
     checkpoints,
     is_composite,
     map_tensors,
-    mutates,
     saved_tensor_hooks,
     shallow,
     taken_over,
@@ -48,6 +47,7 @@ from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
 from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, slope
 from packext._use import Rule, Source, Use
+from packext.rules import mutates
 
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the
 #: value that it is an expanded view of.
@@ -91,7 +91,6 @@ class Tracer(TorchFunctionMode):
         self.raw = False  # whether a transform has read data without a gradient
         self.inputs: list[Tensor] = []  # of the model
         self._given: set[int] = set()  # ids of these: threads may share a tensor, and what is written on it
-        self._inputs: set[int] = set()
         self._buffers: list[Buffer] = []  # as they were at the start
         self._averaged: set[int] = set()  # those that batch_norm writes to, of which autograd keeps no version
         self._grad_inputs = False
@@ -196,8 +195,6 @@ class Tracer(TorchFunctionMode):
         """An input of the model."""
         self.inputs.append(t)
         self._given.add(id(t))
-        if not self.record.by_use:
-            self._inputs.add(id(t))
         if t.requires_grad:
             self._grad_inputs = True
             if t.grad_fn is not None:
@@ -323,7 +320,8 @@ class Tracer(TorchFunctionMode):
             )
         sources: dict[str, tuple[Source, ...]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        direct, ties, inputs, axis = [], [], self._inputs, self.record.batch_axis
+        direct, ties, axis = [], [], self.record.batch_axis
+        inputs = () if self.record.by_use else self._given
         for name, t in tensors.items():
             if t.is_nested:
                 raise self.refuse(

@@ -220,18 +220,13 @@ def _inspect(
             if not isinstance(node, Gate._backward_cls):  # pyright: ignore[reportAttributeAccessIssue]
                 inputs = {edge: reach[edge[0]] for edge in node.next_functions if edge[0] in children}
                 places[node] = Place(node, inputs, near[node])
-    known, todo = {e.node for e in edges}, [loss.node]
-    while todo:
-        node = todo.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if reach.get(node) or isinstance(getattr(node, "use", None), Use):
+    known = {e.node for e in edges}
+    for node in inputs_first([loss.node], lambda node: node not in known):
+        if node not in known and (reach.get(node) or isinstance(getattr(node, "use", None), Use)):
             raise UnsupportedUseError(
                 "DiagHessian needs a loss that sees the model through the input that it is "
                 f"called with, and in no other way. {_INSTEAD}"
             )
-        todo += [child for child, _ in node.next_functions]
     return places, near
 
 

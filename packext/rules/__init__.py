@@ -9,8 +9,8 @@ and does not write in place.
 from __future__ import annotations
 
 from packext.rules import convolution, embedding, grouped, linear, norm, recurrent  # noqa: F401 - they register handlers
-from packext.rules._common import FIRST_ONLY, HANDLERS, generic, writes_in_place
+from packext.rules._common import FIRST_ONLY, HANDLERS, generic, mutates
 from packext.rules.elementwise import ARGUMENT
 from packext.rules.opaque import OPAQUE, named
 
-__all__ = ["ARGUMENT", "FIRST_ONLY", "HANDLERS", "OPAQUE", "generic", "named", "writes_in_place"]
+__all__ = ["ARGUMENT", "FIRST_ONLY", "HANDLERS", "OPAQUE", "generic", "mutates", "named"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,15 +91,18 @@ class Generic(Rule):
 GENERIC = Generic()
 
 
-def writes_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a torch function changes one of its arguments, by torch's naming."""
+@functools.cache
+def mutates(func: Any) -> bool:
+    """Whether a torch function changes its first argument, by torch's naming."""
     name = getattr(func, "__name__", "")
-    dunder = name.startswith("__") and name.endswith("__")
-    return kwargs.get("out") is not None or (
-        name in ("__setitem__",)
-        or (dunder and name[2] == "i" and name[2:5] not in ("inv", "int", "ind"))
-        or (not dunder and name.endswith("_"))
-    )
+    if not (name.startswith("__") and name.endswith("__")):
+        return name.endswith("_")
+    return name == "__setitem__" or (name[2] == "i" and name[2:5] not in ("inv", "int", "ind"))
+
+
+def writes_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call changes one of its arguments."""
+    return kwargs.get("out") is not None or mutates(func)
 
 
 def generic(tracer: Tracer, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

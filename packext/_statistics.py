@@ -27,6 +27,15 @@ SMALL = 1 << 13
 
 _NOTHING = torch.empty(0)
 
+
+def _references() -> int:
+    thing = object()
+    return sys.getrefcount(thing)
+
+
+#: What `sys.getrefcount` says of a local name's only value: 2, or 1 where calls borrow references (Python 3.14).
+NAMED = _references()
+
 #: Outputs of all samples' rows that a tile has to hold for its product to run at full speed.
 BROAD = 64
 
@@ -291,8 +300,8 @@ class Statistics:
     def scaled(self, want: str, factor: float) -> Tensor:
         """A statistic times `factor`, for the caller to keep; in place where nobody else asked for it or holds it."""
         value = self[want]
-        # Held by `known`, by this function, and by the argument of getrefcount.
-        if self._asked.count(want) != 1 or torch.is_grad_enabled() or sys.getrefcount(value) > 3:
+        # Held by `known`, and by this function's name.
+        if self._asked.count(want) != 1 or torch.is_grad_enabled() or sys.getrefcount(value) > 1 + NAMED:
             return value * factor
         value = self.known.pop(want)
         return value if factor == 1.0 else value.mul_(factor)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from packext._quantity import Ask, PerSample, Quantity, Subsampled
+from packext._statistics import NAMED
 
 
 def _references(tensor: Tensor) -> tuple[int, int]:
@@ -53,8 +54,8 @@ class BatchGrad(Subsampled, PerSample, Quantity):
             return None
         if not old.is_cuda and old.is_shared():  # other processes may have it; of CUDA that is always said
             return None
-        # Beside the holders: this function's name, the parameter's dictionary, and getrefcount's argument.
-        if sys.getrefcount(old) > 3 + holders or _references(old) != _UNSHARED:
+        # Beside the holders: the parameter's dictionary, and this function's name.
+        if sys.getrefcount(old) > holders + 1 + NAMED or _references(old) != _UNSHARED:
             return None
         delattr(ask.parameter, self.savefield)
         return old

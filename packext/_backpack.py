@@ -373,11 +373,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             attached=self.attach,
         )  # fmt: skip
         wants = [w for e in self.extensions if e not in self.spreading for w in e.wants(form)]
-        visitors = []
-        for extension in self.first_order:
-            visitor = extension.visitor(ask)
-            if visitor is not None:
-                visitors.append(visitor)
+        visitors = [visitor for e in self.first_order if (visitor := e.visitor(ask)) is not None]
         buffer = None
         if "rows" in wants and not torch.is_grad_enabled():
             holders = 1 if id(source.tensor) in self.results._by_parameter else 0

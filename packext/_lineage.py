@@ -45,8 +45,8 @@ from packext._precision import autocasts, computes_in
 from packext._record import Buffer, Record, buffers_of, tensors_in
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
-from packext._taps import TARGET, Argument, Observed, Owned, OwnedRule, gate, slope
-from packext._use import Rule, Source, Use
+from packext._taps import Argument, Observed, Owned, OwnedRule, gate, slope
+from packext._use import TARGET, Rule, Source, Use
 from packext.rules import mutates
 
 #: What a marked tensor carries: the forward's token, the parameters behind it (None: data), and the

@@ -139,8 +139,6 @@ def _search(output: Tensor, n: int, axis: int, agree: Callable[[Tensor, Tensor],
     """The layout of `output` with which cotangents of some samples, sent down from there, meet no others; if any."""
     generator = torch.Generator().manual_seed(20250101)
     for layout in candidates(output.shape, n, axis):
-        if n == 1:
-            return layout
         for members in separating(n):
             values = torch.rand(output.shape, generator=generator).to(output) + 0.5
             if not agree(torch.where(layout.spread(members.to(output.device), values), values, 0.0), members):

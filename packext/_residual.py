@@ -205,10 +205,8 @@ def _inspect(
     near: dict[Any, Use] = {}
     places: dict[Any, Place] = {}
     for node in inputs_first([e.node for e in edges]):
-        children = [child for child, _ in node.next_functions if child is not None and reach.get(child)]
-        below = 0
-        for child in children:
-            below |= reach[child]
+        children = [child for child, _ in node.next_functions if reach.get(child)]
+        below = functools.reduce(int.__or__, (reach[child] for child in children), 0)
         use = getattr(node, "use", None)
         if isinstance(use, Use):
             sources = [source for group in use.sources.values() for source in group if wants(source.tensor)]

@@ -29,8 +29,7 @@ from packext._errors import PackextError
 from packext._listening import here
 from packext._record import Slope
 from packext._refusals import Again, awaited, will_accumulate
-from packext._use import TARGET as TARGET
-from packext._use import Rule, Use
+from packext._use import TARGET, Rule, Use
 
 if TYPE_CHECKING:
     from packext._record import Record

@@ -19,8 +19,8 @@ from packext import _compiler, rules
 from packext._errors import UnsupportedUseError
 from packext._graph import leaf_of, name_of
 from packext._record import tensors_in
-from packext._taps import TARGET, Observed
-from packext._use import Use
+from packext._taps import Observed
+from packext._use import TARGET, Use
 
 if TYPE_CHECKING:
     from packext._lineage import Tracer

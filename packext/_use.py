@@ -320,7 +320,6 @@ def masked(use: Use, tensors: dict[str, Tensor], gs: Gradients, layouts: Layouts
     """
     n = use.record.n
     keep_graph = torch.is_grad_enabled()
-    wanted = list(use.sources)
     inner = tensors
     if not keep_graph:
         inner = {k: v.detach().requires_grad_(k in use.sources) for k, v in tensors.items()}
@@ -343,7 +342,7 @@ def masked(use: Use, tensors: dict[str, Tensor], gs: Gradients, layouts: Layouts
         )[0]
         return torch.zeros_like(inner[name]) if grad is None else grad
 
-    return {name: Masked(n, inner[name], lambda i, name=name: vjp(name, i)) for name in wanted}
+    return {name: Masked(n, inner[name], lambda i, name=name: vjp(name, i)) for name in use.sources}
 
 
 def _pull(value: Tensor, parameter: Tensor, rows: Tensor) -> Tensor:

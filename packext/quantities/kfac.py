@@ -73,10 +73,9 @@ class _Pair(NamedTuple):
         if not rest:
             return self._replace(outputs=outputs)
         total, terms, *samples = rest
-        if samples:
-            terms = torch.where(terms > 0, samples[0], 0.0)
-            return self._replace(outputs=outputs, inputs=_mean(total, terms), terms=terms, samples=samples[0])
-        return self._replace(outputs=outputs, inputs=_mean(total, terms), terms=terms)
+        every = samples[0] if samples else None
+        terms = terms if every is None else torch.where(terms > 0, every, 0.0)
+        return self._replace(outputs=outputs, inputs=_mean(total, terms), terms=terms, samples=every)
 
     def absent(self, n: int) -> _Pair:
         """Of n samples that do not reach the parameter."""

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def moments(
+def moments(  # noqa: D417 - those along the axes of one thing are described together
     x,
     g,
     norms,
@@ -72,25 +72,13 @@ def moments(
         features: I, channels times entries of the weight's window.
         positions: S.
         width_out: positions in a row of the output.
-        height: rows of an image.
-        width: columns of an image.
+        height, width: rows and columns of an image.
         channels: of a group.
-        x_n: stride of x along its axes; so are `x_c`, `x_h` and `x_w`.
-        x_c: as above.
-        x_h: as above.
-        x_w: as above.
-        g_n: stride of g along its axes; so are `g_g`, `g_o` and `g_s`.
-        g_g: as above.
-        g_o: as above.
-        g_s: as above.
-        stride_h: of the convolution, down; with `_w` to the right.
-        stride_w: as above.
-        padding_h: likewise.
-        padding_w: as above.
-        dilation_h: likewise.
-        dilation_w: as above.
-        KERNEL_H: rows of the weight's window.
-        KERNEL_W: columns of the weight's window.
+        x_n, x_c, x_h, x_w: strides of x along its axes.
+        g_n, g_g, g_o, g_s: strides of g along its axes.
+        stride_h, stride_w: of the convolution, down and to the right.
+        padding_h, padding_w, dilation_h, dilation_w: likewise.
+        KERNEL_H, KERNEL_W: rows and columns of the weight's window.
         BLOCK_O: outputs of a block.
         BLOCK_I: features of a block.
         BLOCK_S: positions that a product takes at once.

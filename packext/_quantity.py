@@ -342,13 +342,18 @@ class Subsampled:
         return ask.statistics.form.select(index)
 
 
-def summed(values: dict[str, Tensor]) -> Tensor:
-    """Sum over parameters, for quantities that add up over them."""
-    tensors = list(values.values())
-    if len({t.shape for t in tensors}) > 1:
-        sizes = {name: list(t.shape) for name, t in values.items()}
-        raise AttributeError(f"parameters have seen different batches, there is no result for the whole model: {sizes}")
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return sum((t.to(dtype) for t in tensors[1:]), tensors[0].to(dtype))
+class Total:
+    """What quantities share that add up over parameters."""
+
+    def whole(self, values: dict[str, Tensor]) -> Tensor:
+        """The sum; an AttributeError where parameters have seen different batches."""
+        tensors = list(values.values())
+        if len({t.shape for t in tensors}) > 1:
+            sizes = {name: list(t.shape) for name, t in values.items()}
+            raise AttributeError(
+                f"parameters have seen different batches, there is no result for the whole model: {sizes}"
+            )
+        dtype = tensors[0].dtype
+        for t in tensors[1:]:
+            dtype = torch.promote_types(dtype, t.dtype)
+        return sum((t.to(dtype) for t in tensors[1:]), tensors[0].to(dtype))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packext._factored import Dense, Factored, Outer, side_by_side
-from packext._quantity import Ask, Curvature, PerSample, Sampled, Subsampled, Summed, summed
+from packext._quantity import Ask, Curvature, PerSample, Sampled, Subsampled, Summed, Total
 from packext._statistics import Statistics
 
 
@@ -93,7 +93,7 @@ class DiagEF(Diagonal):
         return ("empirical", 0, None)
 
 
-class GGNGram(Curvature):
+class GGNGram(Total, Curvature):
     """Inner products of the columns of the GGN's root `[V, N, V, N]`, in `ggn_gram`; in `results` of the whole model.
 
     The small side of the GGN: as a matrix `[V N, V N]` it has the GGN's eigenvalues other than zero. For a sum of
@@ -114,9 +114,6 @@ class GGNGram(Curvature):
     def land(self, held: list[Factored], n: int, factor: float) -> Tensor:
         gram = Statistics(side_by_side(held))["gram"] * factor
         return gram.reshape(len(held), n, len(held), n)
-
-    def whole(self, values: dict[str, Any]) -> Tensor:
-        return summed(values)
 
 
 class _Root(Subsampled, PerSample, Curvature):

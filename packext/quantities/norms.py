@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from packext._factored import Factored
-from packext._quantity import Ask, PerSample, Quantity, summed
+from packext._quantity import Ask, PerSample, Quantity, Total
 
 
-class BatchL2Grad(PerSample, Quantity):
+class BatchL2Grad(Total, PerSample, Quantity):
     """Squared Euclidean norms of individual gradients `[N]`, in `batch_l2`; summed over parameters in `results`."""
 
     savefield = "batch_l2"
@@ -23,11 +23,8 @@ class BatchL2Grad(PerSample, Quantity):
     def result(self, ask: Ask) -> Tensor:
         return ask.statistics.scaled("sq_norms", ask.factor**2)
 
-    def whole(self, values: dict[str, Any]) -> Tensor:
-        return summed(values)
 
-
-class BatchDotGrad(Quantity):
+class BatchDotGrad(Total, Quantity):
     """Inner products of all pairs of individual gradients `[N, N]`, in `batch_dot`.
 
     Summed over parameters in `results`.
@@ -43,11 +40,8 @@ class BatchDotGrad(Quantity):
     def result(self, ask: Ask) -> Tensor:
         return ask.statistics.scaled("gram", ask.factor**2)
 
-    def whole(self, values: dict[str, Any]) -> Tensor:
-        return summed(values)
 
-
-class GradDot(PerSample, Quantity):
+class GradDot(Total, PerSample, Quantity):
     """Inner products of individual gradients with a direction `[N]`, in `grad_dot`.
 
     Summed over parameters in `results`.
@@ -93,6 +87,3 @@ class GradDot(PerSample, Quantity):
                 f"GradDot: direction for {ask.name} has shape {list(d.shape)}, needed {list(ask.parameter.shape)}."
             )
         return d.to(ask.parameter.device)
-
-    def whole(self, values: dict[str, Any]) -> Tensor:
-        return summed(values)

@@ -170,7 +170,7 @@ class Scattered(Layout):
 class Tokens(Layout):
     """Tokens in the place of samples: `n` of the `samples` times `length` that there are, sample by sample.
 
-    A tensor in which no axis, or more than one, is as long as a sample has tokens does not tell them apart.
+    A sample has at least two. A tensor in which no axis, or more than one, is as long does not tell them apart.
     """
 
     samples: int = 1
@@ -184,10 +184,10 @@ class Tokens(Layout):
 
     def _folded(self, shape: Sequence[int]) -> bool:
         """Whether the tokens are in the axis of the samples."""
-        return self.axis is not None and self.samples > 1 and shape[self.axis] == self.samples * self.length != 1
+        return self.axis is not None and self.samples > 1 and shape[self.axis] == self.samples * self.length
 
     def _where(self, shape: Sequence[int]) -> int | None:
-        """The one axis of tokens in an unfolded tensor."""
+        """The one axis of tokens; None in a tensor in which they are folded, and where none or several may be it."""
         if self.axis is not None and shape[self.axis] != self.samples:
             return None
         found = [axis for axis, size in enumerate(shape) if size == self.length and axis != self.axis]
@@ -206,8 +206,7 @@ class Tokens(Layout):
 
     def occupied(self, t: Tensor) -> tuple[int, ...]:
         """The axes of samples and of tokens."""
-        token = None if self._folded(t.shape) else self._where(t.shape)
-        return tuple(axis for axis in (self.axis, token) if axis is not None)
+        return tuple(axis for axis in (self.axis, self._where(t.shape)) if axis is not None)
 
     def fits(self, t: Tensor, lead: int) -> bool:
         """Whether the first `lead` axes of `t` are those of samples and tokens."""
@@ -239,7 +238,7 @@ class Tokens(Layout):
         shape = [1] * t.dim()
         for axis in self.occupied(t):
             shape[axis] = t.shape[axis]
-        token = None if self._folded(t.shape) else self._where(t.shape)
+        token = self._where(t.shape)
         turned = self.inner if token is None else self.axis is not None and token < self.axis
         return (entries.T if turned else entries).reshape(shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,7 +47,6 @@ class Lookup(Factored):
         self.positions = self.s if positions is None else positions
         self.shape = torch.Size(shape)
         self.acc, self.device = accumulation_dtype(g.dtype), g.device
-        self._grouped: tuple[Tensor, Tensor, Tensor] | None = None
 
     def _scatter(self, index: Tensor, g: Tensor) -> Tensor:
         """Dense rows `[c, V, E]` of indices `[c, S]`."""
@@ -65,46 +65,45 @@ class Lookup(Factored):
     def subset(self, index: Tensor) -> Lookup:
         return Lookup(self.index[index], self.g[index], self.shape, self.one_hot, self.positions)
 
+    @functools.cached_property
     def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sample `[U]`, id `[U]` and gradient `[U, E]` of each distinct (sample, id)."""
-        if self._grouped is None:
-            keep = self.index >= 0
-            sample = torch.arange(self.n, device=self.device)[:, None].expand_as(self.index)[keep]
-            key = sample * self.shape[0] + self.index[keep]
-            unique, inverse = key.unique(return_inverse=True)
-            z = torch.zeros(len(unique), self.shape[1], dtype=self.acc, device=self.device)
-            z = z.index_add(0, inverse, self.g[keep].to(self.acc))
-            self._grouped = unique // self.shape[0], unique % self.shape[0], z
-        return self._grouped
+        keep = self.index >= 0
+        sample = torch.arange(self.n, device=self.device)[:, None].expand_as(self.index)[keep]
+        key = sample * self.shape[0] + self.index[keep]
+        unique, inverse = key.unique(return_inverse=True)
+        z = torch.zeros(len(unique), self.shape[1], dtype=self.acc, device=self.device)
+        z = z.index_add(0, inverse, self.g[keep].to(self.acc))
+        return unique // self.shape[0], unique % self.shape[0], z
 
     def _over_ids(self, values: Tensor) -> Tensor:
         out = torch.zeros(*self.shape, dtype=self.acc, device=self.device)
-        return out.index_add(0, self.grouped()[1], values)
+        return out.index_add(0, self.grouped[1], values)
 
     def _over_samples(self, values: Tensor) -> Tensor:
         out = torch.zeros(self.n, dtype=self.acc, device=self.device)
-        return out.index_add(0, self.grouped()[0], values)
+        return out.index_add(0, self.grouped[0], values)
 
     def weighted(self, weight: Tensor | None) -> Tensor:
-        sample, _, z = self.grouped()
+        sample, _, z = self.grouped
         return self._over_ids(z if weight is None else z * weight[sample, None])
 
     def sq_norms(self) -> Tensor:
-        return self._over_samples(self.grouped()[2].square().sum(1))
+        return self._over_samples(self.grouped[2].square().sum(1))
 
     def second_moment(self) -> Tensor:
-        return self._over_ids(self.grouped()[2].square())
+        return self._over_ids(self.grouped[2].square())
 
     def scatter(self) -> Tensor:
         """Deviations of the rows that are there, and those of the zeros that are not."""
-        sample, ids, z = self.grouped()
+        sample, ids, z = self.grouped
         mean = self._over_ids(z) / self.n
         present = torch.zeros(self.shape[0], dtype=self.acc, device=self.device)
         present = present.index_add(0, ids, torch.ones_like(ids, dtype=self.acc))
         return self._over_ids((z - mean[ids]).square()) + (self.n - present)[:, None] * mean.square()
 
     def gram(self) -> Tensor:
-        sample, ids, z = self.grouped()
+        sample, ids, z = self.grouped
         used, column = ids.unique(return_inverse=True)
         out = torch.zeros(self.n, self.n, dtype=self.acc, device=self.device)
         step = max(1, 8 * _scratch.TILE // max(1, self.n * len(used)))
@@ -116,7 +115,7 @@ class Lookup(Factored):
         return out
 
     def dots(self, direction: Tensor) -> Tensor:
-        _, ids, z = self.grouped()
+        _, ids, z = self.grouped
         return self._over_samples((z * direction.reshape(self.shape)[ids]).sum(1))
 
     def kronecker(self, reduce: bool) -> list[Kronecker]:
@@ -143,7 +142,7 @@ class Lookup(Factored):
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
         if right is None:
             return None
-        sample, ids, z = self.grouped()
+        sample, ids, z = self.grouped
         pairs = left.T[ids][:, :, None] * (z @ right.T)[:, None, :]
         out = torch.zeros(self.n, *pairs.shape[1:], dtype=self.acc, device=self.device)
         return out.index_add(0, sample, pairs)
@@ -196,9 +195,7 @@ class Sum(Factored):
         self.parts = list(parts)
         first = self.parts[0]
         self.n, self.shape, self.device = first.n, first.shape, first.device
-        self.acc = first.acc
-        for part in self.parts[1:]:
-            self.acc = torch.promote_types(self.acc, part.acc)
+        self.acc = functools.reduce(torch.promote_types, (part.acc for part in self.parts))
 
     def tile(self) -> int:
         return min(part.tile() for part in self.parts)

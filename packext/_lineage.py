@@ -336,7 +336,7 @@ class Tracer(TorchFunctionMode):
                     direct.append(name)
                 if type(t) is not nn.Parameter or t.is_complex():
                     self._refuse_kinds(func, group, t, rule.splits)
-            if id(t) in inputs and len(shape) > axis:
+            if id(t) in inputs and len(shape) > axis and name not in rule.own_axis:
                 ties.append(name)
         use = Use(rule, func, tuple(tensors), consts, sources, self.where(), shapes, self._record_ref)
         use.direct, use.ties, use.rooted = frozenset(direct), frozenset(ties), self._rooted

@@ -260,6 +260,8 @@ class Rule:
     name = "generic"
     #: Names of tensors that keep the samples of the output apart, as a check may rely on.
     reads: tuple[str, ...] = ("input", "input1", "input2", "data")
+    #: Names of tensors that have the samples along an axis of torch's choice, whatever the model's batch axis is.
+    own_axis: tuple[str, ...] = ()
     #: Names of integer tensors whose axes lead those of the output.
     leads: tuple[str, ...] = ()
     #: Whether a position of the output comes of the same position of the input alone, where sizes do not show else.

@@ -311,6 +311,27 @@ def test_every_output_in_turn_on_one_graph() -> None:
             torch.testing.assert_close(p.grad_batch, rows[name])
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_as_many_initial_states_as_samples(kind: Any) -> None:
+    """Torch takes them with the samples along axis 1; both axes have 4 entries, and the model's own is axis 0."""
+
+    class Started(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(2, 3, num_layers=2, bidirectional=True, batch_first=True)
+
+        def forward(self, x: Tensor, *states: Tensor) -> Tensor:
+            return self.rnn(x, states if kind is nn.LSTM else states[0])[0]
+
+    model, x = px.extend(Started()), torch.randn(N, 3, 2)
+    states = [torch.randn(4, N, 3) for _ in range(2 if kind is nn.LSTM else 1)]
+    rows = rows_of(model, lambda: model(x, *states).square().flatten(1).sum(1))
+    with px.backpack(px.BatchGrad()) as results:
+        model(x, *states).square().sum().backward()
+    for name, row in rows.items():
+        torch.testing.assert_close(results[name].grad_batch, row)
+
+
 def test_samples_are_told_apart_once_per_structure(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[object] = []
     send = _flight._send_probe

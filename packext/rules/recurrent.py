@@ -65,6 +65,7 @@ class Recurrent(Rule):
     """Layers and directions of one recurrent call."""
 
     name = "recurrent"
+    own_axis = ("h", "c")
 
     def tells_rows(self, use: Use) -> bool:
         return use.consts["sizes"] is not None

@@ -54,7 +54,7 @@ class Quantity:
     """Base of all quantities. A quantity holds its arguments and nothing of any pass."""
 
     #: Attribute of a parameter under which the result is found.
-    savefield: ClassVar[str]
+    savefield: str
     #: Whether the result needs all parameters, and comes from `finish` at the end of the pass.
     deferred: ClassVar[bool] = False
     #: Whether curvature may be that of several losses in one pass.

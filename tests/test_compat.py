@@ -214,6 +214,27 @@ def test_kronecker_factors_of_a_convolution_are_others() -> None:
     torch.testing.assert_close(mixed.bias.kflr, reduce.bias.kfac)
 
 
+def test_products_in_fields_of_ones_own() -> None:
+    """As in BackPACK's example of all extensions: two kinds of one product in one pass."""
+    import packext as px
+
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 2, 9, 9).double(), torch.randint(3, (6,))
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(147, 3)).double()
+    asked = {
+        "clipped": ("PCHMP", {"modify": "clip"}), "absolute": ("PCHMP", {"modify": "abs"}),
+        "hessian": ("HMP", {}), "ggn": ("GGNMP", {}),
+    }  # fmt: skip
+    nets = []
+    for library in (backpack, px):
+        products = [getattr(library.extensions, kind)(savefield=k, **how) for k, (kind, how) in asked.items()]
+        nets.append(passed(library, model, x, y, *products, retain_graph=True))
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        v = torch.randn(2, *p.shape).double()
+        for field in asked:
+            torch.testing.assert_close(getattr(q, field)(v), getattr(p, field)(v))
+
+
 def test_products_inverses_and_damping() -> None:
     """The rows of docs/migrate/backpack.md on `utils.kroneckers` and `hessianfree`."""
     from backpack.hessianfree.ggnvp import ggn_vector_product

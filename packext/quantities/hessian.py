@@ -220,6 +220,11 @@ class Product:
 
 
 class _Products(HessianQuantity):
+    def __init__(self, savefield: str | None = None) -> None:
+        """Say under which attribute the function is found, if it is to be another one, as for two of them in a pass."""
+        if savefield is not None:
+            self.savefield = savefield
+
     def measure(self, point: Point, generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
         return [functools.partial(point.block, self._product(point), k) for k in range(len(point.parameters))]
 
@@ -247,12 +252,17 @@ class PCHMP(_Products):
 
     savefield = "pchmp"
 
-    def __init__(self, modify: str = "clip") -> None:
-        """Say what becomes of negative entries of R: "clip" makes them zero, "abs" positive.
+    def __init__(self, modify: str = "clip", savefield: str | None = None) -> None:
+        """Say what becomes of negative entries of R, and under which attribute the function is found.
+
+        Args:
+            modify: "clip" makes them zero, "abs" positive.
+            savefield: "pchmp" by default; the two in one pass need two.
 
         Raises:
             ValueError: for another choice.
         """
+        super().__init__(savefield)
         if modify not in ("clip", "abs"):
             raise ValueError(f'modify must be "clip" or "abs", got {modify!r}.')
         self.modify = modify

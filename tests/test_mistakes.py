@@ -188,6 +188,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "one run to serve": (lambda: diagnostics.Server("runs/first"), r"a list of folders, such as \['runs/first'\]"),
     "a trace that there is not": (lambda: diagnostics.HessTrace("ggn-mc"), "one of 'ggn_mc', 'ggn', 'hessian', got"),
     "a norm in letters": (lambda: px.ClippedGrad("1"), "max_norm must be a positive number, got '1'"),
+    "a dimension that is no int": (lambda: px.ProjectedGrad(1.5), "dim must be one or two positive ints, got 1.5"),
+    "a generator for a seed": (lambda: px.ProjectedGrad(8, torch.Generator()), "seed must be an int, got <torch"),
     "the state of another optimizer": (
         lambda: optim.KFAC(NET.parameters()).load_state_dict(torch.optim.Adam(NET.parameters()).state_dict()),
         "of another optimizer than KFAC: its groups have no damping, fallback",

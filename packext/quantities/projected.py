@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ class ProjectedGrad(PerSample, Quantity):
         """Choose r and q (one number: both), and the seed; equal seeds and names give equal projections.
 
         Raises:
-            ValueError: if a dimension is less than one.
+            ValueError: if `dim` is not one or two positive ints, or `seed` is none.
         """
-        self.dim = (dim, dim) if isinstance(dim, int) else tuple(dim)
-        if len(self.dim) != 2 or min(self.dim) < 1:
-            raise ValueError(f"dim must be one or two positive ints, got {dim}.")
+        self.dim = tuple(dim) if isinstance(dim, Sequence) else (dim, dim)
+        if len(self.dim) != 2 or not all(isinstance(d, int) and d > 0 for d in self.dim):
+            raise ValueError(f"dim must be one or two positive ints, got {dim!r}.")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be an int, got {seed!r}.")
         self.seed = seed
 
     def matrices(self, name: str, shape: torch.Size) -> tuple[Tensor, Tensor | None]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROUTES = ("sq_norms", "second_moment", "scatter", "gram", "dots", "total", "rows")
-_SHORT = {"sq_norms": "norms", "second_moment": "squares", "total": "sum", "gram": "products"}
+_SHORT = {"sq_norms": "norms", "second_moment": "squares", "scatter": "variance", "total": "sum", "gram": "products"}
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ class Explanation:
         """What stands under the table."""
         batch = f"N = {self.n}" if self.n else "no samples"
         lines = [f"{self.model}, {batch}; routes and costs of {', '.join(self.quantities)}."]
+        lines.append("S positions, I features in, O out, G groups; cost: multiply-adds relative to those of `.grad`.")
         lines += [f"Refused: {message}" for message in self.refusals]
         if self.unused:
             lines.append(f"No gradient reaches: {', '.join(self.unused)}.")

@@ -501,12 +501,16 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             self._unite(flight)
         self._assemble(flight)
         fields = [e.savefield for e in self.extensions] if self.attach else []
+        order: dict[int, int] = {}
         for record in flight.records:
             for module in record.modules():
-                for p in module._parameters.values():
+                for p in [p for p in module._parameters.values() if p is not None]:
+                    order.setdefault(id(p), len(order))
                     for field in fields:
-                        if p is not None and field in vars(p):
+                        if field in vars(p):
                             delattr(p, field)
+        # Gradients arrive in an order that the forward pass may change: columns side by side would change theirs.
+        flight.values = dict(sorted(flight.values.items(), key=lambda item: order.get(item[0], len(order))))
         results = self.results
         results._by_parameter = {key: (source.name, values) for key, (source, values) in flight.values.items()}
         names = [(source.name, key) for key, (source, _) in flight.values.items()]

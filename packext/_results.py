@@ -36,7 +36,8 @@ class Results:
     """What the last backward pass inside a context gave.
 
     `results["conv1.weight"].variance` is the result for a parameter, by any of its names or by the parameter itself;
-    `results.batch_l2` the one for the whole model, where the quantity has one.
+    `results.batch_l2` the one for the whole model, where the quantity has one. Parameters are in the order of
+    `model.parameters()`, those without results left out.
     """
 
     def __init__(self, quantities: tuple[Quantity, ...]) -> None:
@@ -90,6 +91,10 @@ class Results:
     def keys(self) -> list[str]:
         """Names of the parameters that have results."""
         return list(self)
+
+    def values(self) -> list[ParameterResults]:
+        """Results of these parameters."""
+        return [self[name] for name in self]
 
     def items(self) -> Iterator[tuple[str, ParameterResults]]:
         """Names and results."""

@@ -628,12 +628,35 @@ def test_results_for_the_whole_model() -> None:
         _ = results.variance
     with pytest.raises(AttributeError, match="asked for batch_l2, batch_dot"):
         _ = results.grad_batch
-    assert results.keys() == [name for name, _ in results.items()] and len(results) == 4
+    assert results.keys() == [name for name, _ in results.items()] == list(rows) and len(results) == 4
+    assert [found.variance.shape for found in results.values()] == [p.shape for p in model.parameters()]
     assert repr(results) == "Results of 4 parameters: batch_l2, batch_dot, grad_dot, variance"
     with pytest.raises(KeyError, match=r"'0.weigth': the last backward pass reached 4 parameters, among them 0.weight"):
         results["0.weigth"]
     with pytest.raises(KeyError, match=r"'head': the last backward pass reached .*0.weight, "):
         results["head"]
+
+
+def test_results_are_in_the_order_of_the_model() -> None:
+    """And not in that of the backward pass: rows of two batches are compared column by column."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, turned: bool) -> Tensor:
+            values = [part(x) for part in ([self.b, self.a] if turned else [self.a, self.b])]
+            return values[0] * values[1]
+
+    model, (x, y) = px.extend(Turned()), batch()
+    projected = []
+    for turned in (False, True):
+        with px.backpack(px.ProjectedGrad(2)) as results:
+            F.cross_entropy(model(x, turned), y).backward()
+        assert list(results) == [name for name, _ in model.named_parameters()]
+        projected.append(results.grad_projected)
+    torch.testing.assert_close(*projected)
 
 
 def test_results_before_the_first_pass() -> None:

@@ -152,7 +152,7 @@ def _rows(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, quantity: 
     model, loss_fn = px.extend(copy.deepcopy(model)), px.extend(copy.deepcopy(loss_fn))
     with px.backpack(quantity, scale="sample", attach=False) as results:
         loss_fn(model(x), y).backward()
-    names = [name for name, _ in model.named_parameters() if name in results]
+    names = list(results)
     rows = torch.cat([getattr(results[name], quantity.savefield).flatten(1).double() for name in names], 1).cpu()
     if not rows.isfinite().all():
         bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()

@@ -20,7 +20,7 @@ class ProjectedGrad(PerSample, Quantity):
     with a single axis becomes `L grad` `[N, r]`. Entries are Gaussian with variance 1/r and 1/q, so that inner products
     are preserved in expectation. Linear layers, convolutions and lookups are projected from their factors, without
     the gradient being formed (LoGra, Choe et al. 2024, arXiv:2405.13954). In `results`, all parameters side by
-    side `[N, sum]`.
+    side `[N, sum]`, in the order of the model.
     """
 
     savefield = "grad_projected"

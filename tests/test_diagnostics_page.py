@@ -279,6 +279,38 @@ def test_a_long_run_of_many_layers(tmp_path: Path, browser: Any, serve: Any, mon
     no_errors(browser)
 
 
+def test_a_page_that_becomes_wider(tmp_path: Path, browser: Any, serve: Callable[..., str]) -> None:
+    """Legends stay above the lines, and what two panels show side by side has the space for its words."""
+    for k, name in enumerate(("one", "another one")):
+        run = write(tmp_path / name, range(10), 10.0**k)
+        long = {"OutputScale": 1.0, "OutputScale.spread": 0.5, "LearningRate.edge": 4.0, "HessMaxEV": 2.0}
+        run.write(10, {**long, "HessMaxEV.residual": 0.1, "GradNorm": 1.0}, {})
+        run.write(11, long, {})
+    browser.get(serve(tmp_path / "one", tmp_path / "another one"))
+    until(lambda: len(traces(browser, "Noise tests")) >= 6, "both runs")
+    script = """
+        const plots = [...boxes.values()].flatMap((box) => box.plots).filter((div) => div.querySelector(".legend"));
+        return plots.filter((div) => {
+            const top = div.getBoundingClientRect().top + div._fullLayout._size.t;
+            return div.querySelector(".legend").getBoundingClientRect().bottom > top;
+        }).map((div) => div.closest(".panel").dataset.key);
+    """
+    try:
+        for width in (420, 1500, 1300, 1500):
+            browser.set_window_size(width, 1200)
+            fits = f"return Math.abs(boxes.get('Loss').plots[0]._fullLayout.width - {width}) < 140 || {width} > 500"
+            until(lambda fits=fits: browser.execute_script(fits), "the width")
+            time.sleep(0.5)
+            assert browser.execute_script(script) == []
+            if width == 420:
+                places = "return boxes.get('Hardest samples').plots.map((div) => div.getBoundingClientRect().top)"
+                above, below = browser.execute_script(places)
+                assert below > above + 100
+    finally:
+        browser.set_window_size(1500, 1200)
+    no_errors(browser)
+
+
 def test_a_report_opens_from_disk(tmp_path: Path, browser: Any) -> None:
     run = write(tmp_path / "run", range(12))
     run.say(Verdict("too noisy", 3, ("0.bias",), "The noise is 3 times the gradient.", "Try a larger batch."))

@@ -403,12 +403,48 @@ def test_a_column_of_a_map_reaches_to_the_next(tmp_path: Path) -> None:
     np.testing.assert_array_equal(row, 1 + places)
 
 
+def test_a_narrow_logarithmic_axis_has_numbers(tmp_path: Path) -> None:
+    """No digit and power of ten lies between 1.48 and 1.66; and a distance of 0 draws no vertical line."""
+    run = Run(tmp_path)
+    run.begin([])
+    for step, loss in enumerate([1.48, 1.66, 1.52]):
+        run.write(step, {"Loss": loss, "Distance": 0.1 * step}, {})
+    axes = drawn(tmp_path)
+    low, high = axes["Loss"].get_ylim()
+    shown = [float(t.get_text()) for t in axes["Loss"].get_yticklabels() if t.get_text()]
+    assert sum(low <= tick <= high for tick in shown) >= 3
+    [line] = axes["Distance and update size"].lines
+    assert np.isnan(line.get_ydata()[0]) and line.get_ydata()[1] == pytest.approx(0.1)
+
+
+def test_a_line_keeps_the_digits_that_change(tmp_path: Path) -> None:
+    """Norms of parameters change in their sixth digit: without it, they stand still and jump."""
+    run = Run(tmp_path)
+    run.begin([])
+    for step in range(5):
+        run.write(step, {"ParamNorm": 32.684 + step / 9000}, {})
+    content = Content(tmp_path)
+    content.update()
+    assert len(set(content.message()["lines"]["ParamNorm"]["mean"])) == 5
+
+
+def test_a_share_of_zero_is_not_absent(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.begin([])
+    run.write(0, {}, {"IdleUnits": "no gradient"})
+    for step in (1, 2):
+        run.write(step, {"IdleUnits/a": 0.0, "IdleUnits/b": 0.5}, {})
+    [image] = drawn(tmp_path)["Idle units"].images
+    np.testing.assert_array_equal(np.unique(image.get_array()), [0, 0.5])
+    assert image.get_clim() == (0, 1)
+
+
 def test_a_map_of_zeros_keeps_steps_and_layers(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.begin([])
     for step in range(3):
-        run.write(step, {"IdleUnits/a": 0.0, "IdleUnits/b": 0.0}, {})
-    axes = drawn(tmp_path)["Idle units"]
+        run.write(step, {"GradNorm/a": 0.0, "GradNorm/b": 0.0}, {})
+    axes = drawn(tmp_path)["Gradient norm"]
     assert [t.get_text() for t in axes.texts] == ["0 everywhere"]
     assert axes.get_xlim() == (0, 3) and axes.get_ylim() == (1.5, -0.5)
 

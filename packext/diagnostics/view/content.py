@@ -116,7 +116,8 @@ class Content:
         }  # fmt: skip
         for name, bins in self.lines.items():
             at, *columns = bins.since(since)
-            numbers = {k: _short(c[:, 0]) for k, c in zip(("mean", "low", "high"), columns, strict=True)}
+            digits = _digits(columns)
+            numbers = {k: _short(c[:, 0], digits) for k, c in zip(("mean", "low", "high"), columns, strict=True)}
             found["lines"][name] = {"width": bins.width, "at": at.tolist(), "odd": self.odd.get(name), **numbers}
         order = {layer: k for k, layer in enumerate(dict.fromkeys(n.split("/", 1)[1] for n in run.names if "/" in n))}
         for name, (bins, names) in self.maps.items():
@@ -214,8 +215,16 @@ def _labels(names: list[str], most: int = 26) -> list[str]:
     return [tail if len(tail) <= most else f"{tail[: most // 2 - 1]}…{tail[-most // 2 :]}" for tail in tails]
 
 
-def _short(numbers: np.ndarray) -> list[Any]:
-    """Numbers with five digits for JSON, which has no NaN and no infinity: they become null."""
+def _digits(columns: list[np.ndarray]) -> int:
+    """How many digits tell numbers of one line apart: five of how much they differ."""
+    numbers = np.concatenate([c[np.isfinite(c)] for c in columns])
+    spread = float(np.ptp(numbers)) if len(numbers) else 0.0
+    largest = float(np.abs(numbers).max()) if spread else 0.0
+    return 5 + min(7, round(math.log10(largest / spread))) if largest > spread > 0 else 5
+
+
+def _short(numbers: np.ndarray, digits: int = 5) -> list[Any]:
+    """Numbers with few digits for JSON, which has no NaN and no infinity: they become null."""
     if numbers.ndim > 1:
-        return [_short(row) for row in numbers]
-    return [float(f"{x:.5g}") if math.isfinite(x) else None for x in numbers.tolist()]
+        return [_short(row, digits) for row in numbers]
+    return [float(f"{x:.{digits}g}") if math.isfinite(x) else None for x in numbers.tolist()]

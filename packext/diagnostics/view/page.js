@@ -62,7 +62,8 @@ const stepAxis = (more) => axis("step", { exponentformat: "SI", rangemode: "toze
 function draw(div, traces, layout) {
   Plotly.react(div, traces, {
     margin: { l: 48, r: 12, t: 8, b: 34 }, height: 230, font: { size: 11, color: "#222" }, uirevision: "keep", hovermode: "closest",
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" }, ...layout,
+    // Of the container: relative to the plot, it may lie on the lines once the page has become wider.
+    legend: { orientation: "h", x: 0, y: 1, yanchor: "top", yref: "container" }, ...layout,
   }, { displayModeBar: false });
 }
 // Whether a logarithmic axis is possible, and its ticks.
@@ -75,10 +76,10 @@ function scale(log, values) {
   }
   if (!log || below || high < 0) return { type: "linear", nticks: 6 };
   const decades = Math.log10(high / low);
-  if (decades < 0.6) return { type: "log", nticks: 5 };
+  if (decades > 0 && decades < 0.6) return { type: "log", nticks: 5 };
   if (decades > 2) return { type: "log", dtick: Math.ceil(decades / 6) };
-  const tickvals = []; // plotly's own have no power of ten on them
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) tickvals.push(...[1, 2, 5].map((digit) => Number(`${digit}e${power}`)));
+  const tickvals = [], around = decades ? 0 : 1; // plotly's own have no power of ten on them; it shows a decade around a constant
+  for (let power = Math.floor(Math.log10(low)) - around; power <= Math.log10(high) + around; power++) tickvals.push(...[1, 2, 5].map((digit) => Number(`${digit}e${power}`)));
   return { type: "log", tickvals, ticktext: tickvals.map(String) };
 }
 // Two runs side by side share the vertical axis; each has a horizontal one, and they move together.
@@ -152,7 +153,8 @@ function drawAlpha(box, panel) {
     traces.push({ x, y: x.map((v) => v * v), yaxis: columns && run === here()[1] ? "y3" : "y2", ...side, mode: "lines", line: { color: "#5a5f66", width: 1, dash: "dot" }, hoverinfo: "skip", showlegend: false });
   }
   const hidden = { overlaying: "y", visible: false, range: [0, 4.4], fixedrange: true };
-  const ticks = { range: [-2.05, 2.05], tickvals: [-2, -1, 0, 1, 2], ticktext: ["\u2264 \u22122", "\u22121", "0", "1", "\u2265 2"] };
+  const ends = columns ? ["", ""] : ["\u2264 \u22122", "\u2265 2"]; // which would touch
+  const ticks = { range: [-2.05, 2.05], tickvals: [-2, -1, 0, 1, 2], ticktext: [ends[0], "\u22121", "0", "1", ends[1]] };
   const layout = { yaxis: axis(panel.axis, { tickformat: ".0%", range: [0, top * 1.08], nticks: 5 }), yaxis2: hidden, yaxis3: { ...hidden, anchor: "x2" } };
   draw(box.plots[0], traces, sides({ ...layout, height: here().length > 1 ? 270 : 230 }, axis("alpha", ticks)));
 }
@@ -184,6 +186,9 @@ function coloured(low, high, title) {
   const text = ticks.map((t) => (pace >= 1 ? `10<sup>${t}</sup>` : String(Number((10 ** t).toPrecision(2)))));
   return { zmin: low, zmax: high, colorscale: "Viridis", colorbar: { tickvals: ticks, ticktext: text, thickness: 10, outlinewidth: 0, title: { text: title, side: "right", font: { size: 11 } } } };
 }
+// Shares as they are: 0 is the best of them, and not absent.
+const SHARES = { zmin: 0, zmax: 1, colorscale: "Viridis", colorbar: { tickformat: ".0%", nticks: 5, thickness: 10, outlinewidth: 0 } };
+const plain = (v) => (Number.isFinite(v) ? v : null);
 const logarithm = (v) => (v > 0 && v < Infinity ? Math.log10(v) : null);
 function extremes(tables) {
   let low = Infinity, high = -Infinity;
@@ -222,8 +227,8 @@ function drawSamples(box, panel, found) {
 const edgesOf = ({ at, width }) => [...at, at.at(-1) + Math.max(width, at.at(-1) - (at.at(-2) ?? at.at(-1)))];
 function drawMap(box, heat, name) {
   const found = here().filter((run) => run.maps[name]);
-  const tables = found.map((run) => run.maps[name].layers.map((_, layer) => run.maps[name].rows.map((row) => logarithm(row[layer]))));
-  const colours = coloured(...extremes(tables), heat.axis);
+  const tables = found.map((run) => run.maps[name].layers.map((_, layer) => run.maps[name].rows.map((row) => (heat.log ? logarithm : plain)(row[layer]))));
+  const colours = heat.log ? coloured(...extremes(tables), heat.axis) : SHARES;
   box.plots.forEach((div, k) => { div.hidden = k >= found.length; });
   const edges = found.map((run) => edgesOf(run.maps[name])), range = [Math.min(...edges.flat()), Math.max(...edges.flat())];
   found.forEach((run, k) => {
@@ -333,7 +338,7 @@ function drawPanels() {
   for (const panel of panels.values()) DRAWERS[panel.kind](boxOf(panel.title), panel);
   for (const [name, heat] of Object.entries(heats)) drawMap(boxOf(`map ${name}`), heat, name);
   const widths = here().flatMap((run) => Object.values(run.maps).map((map) => map.width)), width = Math.max(1, ...widths);
-  maps.querySelector(".says").textContent = `Logarithmic colour, layers in the order of the model. ${width > 1 ? `A column is the mean of up to ${count(width)} steps.` : "A column is one step."} Grey: absent, or not positive.`;
+  maps.querySelector(".says").textContent = `Logarithmic colour (of shares from 0 to 1), layers in the order of the model. ${width > 1 ? `A column is the mean of up to ${count(width)} steps.` : "A column is one step."} Grey: absent, or a logarithm of what is not positive.`;
   for (const [key, box] of boxes) {
     if (panels.has(key) || (key.startsWith("map ") && key.slice(4) in heats)) continue;
     box.root.remove();

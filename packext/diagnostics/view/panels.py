@@ -75,9 +75,9 @@ PANELS = (
         "entry of a sample's gradient", "image", says="Share of entries by their gradient and their parameter's value.",
     ),
     Panel(
-        "Hardest samples", "Gradients", {"SampleNorms.largest": "norm"}, "norm of a sample's gradient", "samples",
-        says="The largest in one step, and their shares in the sum of all norms; by index in the data set, or in the "
-        "batch where the step was given none.",
+        "Hardest samples", "Gradients", {"SampleNorms.largest": "norm"}, "gradient norm", "samples",
+        says="The largest norms of single samples' gradients in one step, and their shares in the sum of all; by index "
+        "in the data set, or in the batch where the step was given none.",
     ),
     Panel("Mean GSNR", "Gradients", {"MeanGSNR": "mean over entries"}, "signal / noise", log=False),
     Panel(
@@ -136,10 +136,17 @@ HIDDEN = {"Time", "NoiseScale.trace", "NoiseScale.signal", "GradHist1d.limit", "
 
 @dataclass(frozen=True)
 class Heat:
-    """A map of an instrument over layers and steps, in logarithmic colour: its title, and what colour shows."""
+    """A map of an instrument over layers and steps.
+
+    Attributes:
+        title: of the map.
+        axis: what colour shows.
+        log: whether colour is logarithmic; if not, it is that of a share.
+    """
 
     title: str
     axis: str
+    log: bool = True
 
 
 #: By instrument.
@@ -150,8 +157,8 @@ HEATS = {
     "NoiseScale": Heat("Noise scale", "samples"),
     "HessTrace": Heat("Trace of the curvature", "loss / parameter²"),
     "ActivationScale": Heat("Activations", "root mean square"),
-    "DeadUnits": Heat("Dead units", "share of units"),
-    "IdleUnits": Heat("Idle units", "share of units"),
+    "DeadUnits": Heat("Dead units", "share of units", log=False),
+    "IdleUnits": Heat("Idle units", "share of units", log=False),
     "ParamNorm": Heat("Norm of the parameters", "norm"),
 }
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from packext.diagnostics.view.content import Content
 from packext.diagnostics.view.panels import COLUMNS
@@ -83,6 +83,8 @@ def _lines(axes: Axes, panel: dict[str, Any], content: Content, message: dict[st
     if odd:
         axes.text(0.02, 0.02, "\n".join(odd), transform=axes.transAxes, fontsize=7, color="#9b1c00")
     if panel["log"] and lowest and min(lowest) >= 0 and max(lowest) > 0:
+        for line in axes.lines:  # the way to 0 would be a vertical line
+            line.set_ydata([y if y > 0 else math.nan for y in line.get_ydata()])  # pyright: ignore
         _logarithmic(axes)
     for height, text in panel["marks"]:
         axes.axhline(height, color=GREY, linewidth=0.8, linestyle=":")
@@ -105,9 +107,11 @@ def _logarithmic(axes: Axes) -> None:
 
 def _readable(axes: Axes, size: int) -> None:
     low, high = np.log10(axes.get_ylim())
-    digits = "25" if high - low > 0.6 else "23456789"
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    few = FuncFormatter(lambda value, _: f"{value:g}" if high - low < 2 and f"{value:e}"[0] in digits else "")
+    if high - low < 0.6:  # which may have no digit and power of ten in it
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_minor_locator(NullLocator())
+    few = FuncFormatter(lambda value, _: f"{value:g}" if high - low < 2 and f"{value:e}"[0] in "25" else "")
     axes.yaxis.set_minor_formatter(few)
     axes.tick_params(which="both", labelsize=size)
 
@@ -177,9 +181,11 @@ def _samples(axes: Axes, panel: dict[str, Any], content: Content, message: dict[
     axes.tick_params(axis="x", labelsize=8)
 
 
-def _coloured(axes: Axes, table: np.ndarray, extent: tuple[float, ...], origin: Any, label: str) -> None:
-    """A table in logarithmic colour; what is absent or not positive is grey."""
-    shown = np.where(np.isfinite(table) & (table > 0), table, np.nan)
+def _coloured(
+    axes: Axes, table: np.ndarray, extent: tuple[float, ...], origin: Any, label: str, log: bool = True
+) -> None:
+    """A table in colour, logarithmic or of shares; what is absent, or has no logarithm, is grey."""
+    shown = np.where(np.isfinite(table) & ((table > 0) | (not log)), table, np.nan)
     axes.set_facecolor("#d4d7db")
     axes.tick_params(labelsize=8)
     if np.isnan(shown).all():
@@ -187,10 +193,14 @@ def _coloured(axes: Axes, table: np.ndarray, extent: tuple[float, ...], origin: 
         text = "0 everywhere" if (table == 0).all() else "nothing above 0"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8)
         return
-    image = axes.imshow(shown, aspect="auto", origin=origin, extent=extent, norm=LogNorm(), interpolation="nearest")  # pyright: ignore[reportArgumentType]
+    norm = LogNorm() if log else Normalize(0, 1)
+    image = axes.imshow(shown, aspect="auto", origin=origin, extent=extent, norm=norm, interpolation="nearest")  # pyright: ignore[reportArgumentType]
     bar = axes.figure.colorbar(image, ax=axes)
     bar.set_label(label, fontsize=8)
-    _readable(bar.ax, 7)
+    if log:
+        _readable(bar.ax, 7)
+    else:
+        bar.ax.tick_params(labelsize=7)
 
 
 def _map(axes: Axes, heat: dict[str, Any], table: dict[str, Any]) -> None:
@@ -201,7 +211,7 @@ def _map(axes: Axes, heat: dict[str, Any], table: dict[str, Any]) -> None:
     edges = np.linspace(at[0], at[-1] + last, 401)
     columns = np.searchsorted(at, edges[:-1], side="right") - 1
     extent = (float(edges[0]), float(edges[-1]), len(layers) - 0.5, -0.5)
-    _coloured(axes, values.T[:, columns], extent, "upper", heat["axis"])
+    _coloured(axes, values.T[:, columns], extent, "upper", heat["axis"], heat["log"])
     pace = math.ceil(len(layers) / 36)
     axes.set_yticks(range(0, len(layers), pace), table["labels"][::pace], fontsize=7)
     axes.set_title(heat["title"], fontsize=10, loc="left")

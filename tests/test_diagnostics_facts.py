@@ -376,6 +376,18 @@ def test_parameters_of_another_optimizer_and_without_gradient() -> None:
     assert {k for k, v in monitor.values.items() if v == 5} == {"Untrained/0.weight", "Untrained/0.bias"}
 
 
+def test_a_norm_over_several_axes_is_no_matrix() -> None:
+    """Its scale is 1 throughout, as it should be, and would be the largest of all matrices, with rows alike."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Unflatten(1, (2, 3)), nn.LayerNorm([2, 3]), nn.RMSNorm([2, 3]))
+    model.extend([nn.Flatten(), nn.Linear(6, 3)])
+    monitor, (x, y) = watch(model, InitialScale()), batch()
+    step(monitor, x, y)
+    assert monitor.values.keys() == {
+        "InitialScale.alike", "InitialScale.usual", "InitialScale/0.weight", "InitialScale/5.weight",
+    }  # fmt: skip
+    assert monitor.values["InitialScale.alike"] == 0 and monitor.values["InitialScale.usual"] == pytest.approx(3**0.5)
+
+
 def test_how_weights_started() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3))
     nn.init.normal_(model[2].weight, std=2.0)

@@ -109,8 +109,9 @@ class InitialScale(Instrument):
     """How large the matrices were at the start: root mean square of a weight's entries times the root of its fan-in.
 
     Of each parameter with two axes or more (`[out, in, ...]`, fan-in is the product of all sizes but the first), except
-    matrices of one row, embeddings, and what a module with layers of its own adds to them (positions, a class token:
-    parameters beside parts with parameters that are not called a weight). PyTorch's default is 0.58, Glorot's (2010)
+    matrices of one row, embeddings, scales and shifts of `nn.LayerNorm` and `nn.RMSNorm` over several axes, and what a
+    module with layers of its own adds to them (positions, a class token: parameters beside parts with parameters that
+    are not called a weight). PyTorch's default is 0.58, Glorot's (2010)
     about 1, that of He et al. (2015) 1.41. "InitialScale.alike" is the number of matrices whose rows are all the same
     (and not zero), so that their units stay copies of each other, and "InitialScale.usual" the norm that all matrices
     together, those of one row too, have in PyTorch's default.
@@ -133,8 +134,10 @@ class InitialScale(Instrument):
         if self._late:
             return {}
         start, self._late = step.start, True
-        tables = _tables(step.model)
-        matrices = {name: w for name, w in start.items() if w.dim() > 1 and id(step.parameters[name]) not in tables}
+        none = _tables(step.model) | {
+            id(p) for m in step.model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm)) for p in m.parameters()
+        }
+        matrices = {name: w for name, w in start.items() if w.dim() > 1 and id(step.parameters[name]) not in none}
         usual = (sum(len(w) for w in matrices.values()) / 3) ** 0.5
         weights = {name: w for name, w in matrices.items() if len(w) > 1}
         alike = [bool((w == w[:1]).all()) and bool(w.any()) for w in weights.values()]

@@ -692,6 +692,15 @@ def test_not_finite() -> None:
         assert "not finite" in monitor.absent[name] or "not a number" in monitor.absent[name]
 
 
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_a_factor_that_is_not_finite(factor: float) -> None:
+    monitor, loss = pair(Loss(), GradNorm(), NormTest())
+    x, y = batch()
+    with monitor.step():
+        (loss(monitor.model(x), y) * factor).backward()
+    assert monitor.absent["Loss"] == monitor.absent["GradNorm"] == "not finite: a factor on the loss is NaN or infinite"
+
+
 def test_the_largest_magnitude_of_several_tensors() -> None:
     tensors = [torch.tensor([1.0, -3.0]), torch.tensor([[2.0]], dtype=torch.float32)]
     assert largest(tensors) == largest(tensors[::-1]) == 3.0

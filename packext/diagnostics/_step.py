@@ -195,7 +195,10 @@ class Step:
         return self.samples[positions.cpu()]
 
     def _known_share(self) -> None:
-        if any(math.isnan(p.share) for p in self._passed()) or (len(self.passes) > 1 and not self.n):
+        unknown = [p for p in self._passed() if math.isnan(p.share) or not p.share]
+        if not all(bool(g.isfinite().all()) for p in unknown for _, g in p.calls):
+            raise Absent(NOT_FINITE.format("a factor on the loss"))
+        if unknown or (len(self.passes) > 1 and not self.n):
             raise Absent(NO_NUMBER)
 
     def _mean(self, each: list[float]) -> float:

@@ -29,6 +29,7 @@ from packext.diagnostics import (
     Cockpit,
     DeadUnits,
     Distance,
+    EffectiveRank,
     GradHist1d,
     GradNorm,
     GradSNR,
@@ -984,6 +985,27 @@ def test_padding_counts_no_sample_twice() -> None:
         loss(model(x).flatten(0, 1), y.flatten()).backward()
         monitor.optimizer.step()
     assert "20 rows for 4 samples" in monitor.absent["Alpha"]
+
+
+def test_samples_without_a_target_have_no_statistics() -> None:
+    """Zeros in place of their gradients would count as gradients: all that is made of these is absent."""
+    model = px.extend(mlp())
+    loss = px.extend(nn.CrossEntropyLoss(ignore_index=3))
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), LR), "business", instruments=[CABS(), EffectiveRank()])
+    x, y = batch()
+    y[0] = 3
+    train(monitor, loss, x, y)
+    found = {name for name in monitor.values if "/" not in name and "." not in name}
+    apart = {"Loss", "Time", "GradNorm", "Distance", "UpdateSize", "BatchSize", "LearningRate", "ParamNorm"}
+    assert found == apart | {"InputScale", "OutputScale", "Untrained", "HessTrace"}
+    assert set(monitor.absent.values()) == {
+        f"1 of {len(y)} samples have no target that counts (ignore_index): they have no loss and no gradient, which "
+        "zeros are not. Leave them out of the batch"
+    }
+    with monitor.step():  # of another loss, they have gradients
+        output = model(x)
+        (loss(output, y) + px.extend(nn.MSELoss())(output, torch.zeros_like(output))).backward()
+    assert "NormTest" in monitor.values
 
 
 # -- refusals ---------------------------------------------------------------------------------------------

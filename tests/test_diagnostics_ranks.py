@@ -198,6 +198,17 @@ def uneven(rank: int) -> None:
     assert monitor.values["TICDiag"] == pytest.approx(float((top / (bottom + 1e-7)).sum()))
 
 
+def without_a_target(rank: int) -> None:
+    model = WAYS["DDP(extend)"](network())
+    monitor = watched(model)
+    x, y = data(4, rank)
+    if rank:
+        y[2] = -100
+    steps(model, monitor, px.extend(nn.CrossEntropyLoss(reduction="sum")), [(x, y)])
+    assert "1 of 8 samples have no target" in monitor.absent["NormTest"] and "HessTrace" in monitor.values
+    assert "GradNorm" in monitor.values and "Loss" in monitor.values, monitor.absent
+
+
 def accumulated(rank: int) -> None:
     """Passes of all processes together are those of one with twice the samples, in another order."""
     batches = [data(8, seed) for seed in range(3)]
@@ -467,7 +478,7 @@ def drawn(rank: int) -> None:
 
 TASKS = (
     as_one_process, uneven, accumulated, outside_in_passes, hessians, looked_at, unchanged, refused, penalized, climbed,
-    named, drawn,
+    named, drawn, without_a_target,
 )  # fmt: skip
 
 

@@ -153,6 +153,7 @@ class Observer:
         step = self.step
         if not step.passes:
             return
+        step.empty = sum(p.empty for p in step.passes)
         counts = [p.n for p in step.passes]
         if len(counts) == 1:
             step._gradient = self._sum
@@ -207,7 +208,7 @@ class Observer:
             each = output.detach()
         elif self._wanted:
             each = _individual(module, args, kwargs)
-        call = Call(type(module).__name__, reduction, output.detach(), each)
+        call = Call(type(module).__name__, reduction, output.detach(), each, counted=_counted(module, args, kwargs))
         self._computed.append((call, output.grad_fn))
         self._listen(call, output)
 
@@ -287,6 +288,7 @@ class Observer:
         own = {k: vars(results[q]) for k, q in self.step.parameters.items() if results is not None and q in results}
         raw = {held: {k: r[held] for k, r in own.items() if held in r} for part in fields for held in part.values()}
         p.n = _samples(raw, p)
+        p.empty = _empty(p)
         self._scale(p)
         if not self.step.passes and (found := {k: _dense(v) for k, v in p.before.items() if v is not None}):
             self.step.before = abs(p.share) * float(norms(found)[""])
@@ -390,6 +392,26 @@ def _samples(raw: dict[str, dict[str, Any]], p: Pass) -> int | None:
     # Of other losses than those that were handed over, rows may be tokens.
     counts += [len(c.value) for c, _ in p.calls if c.kind == "losses()"]
     return counts[0] if counts else None
+
+
+def _counted(module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
+    """Which rows of a loss's targets have one that is not ignored."""
+    target = kwargs.get("target", args[1] if len(args) > 1 else None)
+    if not (isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss)) and isinstance(target, Tensor) and target.dim()):
+        return None
+    if target.is_floating_point():  # probabilities
+        return None
+    counts = target != module.ignore_index
+    return counts.flatten(1).any(1) if counts.dim() > 1 else counts
+
+
+def _empty(p: Pass) -> int:
+    """How many samples have no share in any loss of the pass."""
+    counted = [c.counted for c, _ in p.calls]
+    masks = [mask for mask in counted if mask is not None and len(mask) == p.n]
+    if not masks or len(masks) < len(counted):
+        return 0
+    return int((~torch.stack(masks).any(0)).sum())
 
 
 def _leads(start: Any, end: Any) -> bool:

@@ -134,7 +134,7 @@ class Ranks:
             "n": _attempt(lambda: step.n), "factor": _attempt(lambda: step.factor),
             "square": _attempt(lambda: step.factor**2 * square(step._gradient)),
             "loss": _attempt(lambda: step.loss), "losses": _attempt(lambda: step.losses.cpu()),
-            "samples": step.samples, "balances": [p.balance for p in step.passes],
+            "samples": step.samples, "empty": step.empty, "balances": [p.balance for p in step.passes],
         }  # fmt: skip
         everyone = self.gather(mine)
         if not any(r["passes"] for r in everyone):
@@ -159,7 +159,7 @@ class Ranks:
         done = self._results(local, step, weighing)
         merged = Pass(0, {}, n=total, share=1 / mean)
         merged.calls = [_call(step.passes[0].calls[0][0].kind, everyone, factors, weights, mean)]
-        step._several = len(step.passes) > 1
+        step._several, step.empty = len(step.passes) > 1, sum(r["empty"] for r in everyone)
         merged.results = [{("grad_dot" if f == "kept" else f): done[key] for f, key in part.items()} for part in where]
         step.passes = [merged]
         indices = [r["samples"] for r in everyone]
@@ -210,12 +210,14 @@ class Ranks:
 
 def _layers(step: Step, k: int, field: str) -> dict[str, Any]:
     """Results of an instrument by parameter; of a variance with the mean that it is about."""
-    found = step.seen_by(k, (field, Mean.savefield)).layers(field)
+    view = step.seen_by(k, (field, Mean.savefield))
+    view.empty = 0  # which is told when all processes are together
+    found = view.layers(field)
     if field == "kept" and len(step.passes) > 1:
         raise Absent(f"grad_dot is defined within one backward pass; this step had {len(step.passes)}")
     if field != px.Variance.savefield:
         return found
-    means = step.seen_by(k, (Mean.savefield,)).layers(Mean.savefield)
+    means = view.layers(Mean.savefield)
     return {name: (value, means[name]) for name, value in found.items()}
 
 

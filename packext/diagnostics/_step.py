@@ -70,6 +70,13 @@ POWERS: dict[str, int] = {
 }  # fmt: skip
 
 
+#: Results that are, or are made of, the samples' own gradients.
+INDIVIDUAL = {
+    "batch_l2", "grad_dot", "batch_dot", "sum_grad_squared", "variance", "grad_batch", "drawn_grad", "slope_dot",
+    "grad_projected", "grad_histogram",
+}  # fmt: skip
+
+
 @dataclass
 class Pass:
     """One backward pass of a step.
@@ -82,6 +89,7 @@ class Pass:
         n: number of samples, if known.
         multiplier: of the samples' own losses, known when the step has ended; divided out where that can be done.
         share: factor from the loss as written to the mean of the samples' own losses; NaN if that is not known.
+        empty: as that of the step.
         balance: for several processes, along `.grad` as it was after the pass: the sum of the individual gradients as
             written, what the pass has added to `.grad`, and `.grad` itself.
     """
@@ -93,6 +101,7 @@ class Pass:
     n: int | None = None
     multiplier: float = 1.0
     share: float = 1.0
+    empty: int = 0
     balance: tuple[float, float, float] | None = None
 
 
@@ -106,6 +115,7 @@ class Call:
         value: what it gave.
         each: individual losses (or those of entries), or why there are none.
         part: whether it is part of a loss that was handed over, which stands for it.
+        counted: which rows have a target that is not ignored `[rows]`; None if none is.
     """
 
     kind: str
@@ -113,6 +123,7 @@ class Call:
     value: Tensor
     each: Tensor | str
     part: bool = False
+    counted: Tensor | None = None
 
 
 @dataclass
@@ -134,6 +145,7 @@ class Step:
         passes: the backward passes of the step, made before the parameters changed.
         samples: indices of the step's samples in the data set `[N]`, where the user has given them.
         before: norm of what was in `.grad` when the first of the passes began, in units of `gradient`.
+        empty: how many of the samples have no share in the loss, since all their targets are ignored.
     """
 
     number: int
@@ -146,6 +158,7 @@ class Step:
     passes: list[Pass] = field(default_factory=list)
     samples: Tensor | None = None
     before: float = 0.0
+    empty: int = 0
     _groups: list[dict[str, Any]] = field(default_factory=list)
     _gradient: dict[str, Tensor] = field(default_factory=dict)
     _outside: str = ""
@@ -182,6 +195,13 @@ class Step:
         if any(n is None for n in counts):
             raise Absent(NONE if self._needs else NO_NUMBER)
         return sum(n for n in counts if n is not None)
+
+    def _all_counted(self) -> None:
+        if self.empty:
+            raise Absent(
+                f"{self.empty} of {self.n} samples have no target that counts (ignore_index): they have no loss and no "
+                "gradient, which zeros are not. Leave them out of the batch"
+            )
 
     def indices(self, positions: Tensor) -> Tensor | None:
         """Indices in the data set of the samples at these positions of the step; None if the user has given none."""
@@ -222,6 +242,7 @@ class Step:
     def _losses(self) -> Tensor:
         found = []
         self._known_share()
+        self._all_counted()
         for p in self._passed():
             parts: list[Tensor] = []
             for call, g in p.calls:
@@ -357,6 +378,8 @@ class Step:
             raise Absent(found)
         if not found:
             raise Absent(NONE)
+        if savefield in INDIVIDUAL:
+            self._all_counted()
         for p in self.passes:
             if p.multiplier != 1.0 and savefield not in POWERS:
                 raise Absent(f"the loss was multiplied by {p.multiplier:.6g}: pass scale=<number> to monitor.step()")

@@ -28,7 +28,7 @@ from packext.audit.records import _rate, epsilon, membership, records, roc
 from packext.audit.section import plain, restored
 from packext.audit.setting import integrity
 from packext.audit.sharing import fresh, name_of
-from packext.audit.sweep import Defended, local, sweep
+from packext.audit.sweep import Defended, candidates, local, sweep
 
 FEW = Budget(1e6, draws=2, seeds=1, restarts=1, iterations=2, shadows=4)
 LOSS = nn.CrossEntropyLoss()
@@ -611,8 +611,11 @@ def test_no_clip_is_suggested_where_half_of_the_samples_are_learnt() -> None:
     model[1].weight.data.zero_()  # type: ignore[operator, union-attr]
     model[1].bias.data = torch.tensor([12.0, 0.0, 0.0, 0.0, 0.0])  # type: ignore[union-attr]
     labels = torch.cat([torch.zeros(25), torch.ones(15)]).long()
-    found = records(case(model, (images()[0], labels)), Clock(1e6))
+    seen = case(model, (images()[0], labels))
+    found = records(seen, Clock(1e6))
     assert 0 < found.norm_quantiles[2] < 1e-3 < 1 < found.norm_quantiles[3] and found.suggested_clip is None
+    clips = [d.max_norm for d in candidates(seen, px.audit.Sweep()).values() if isinstance(d, defences.Clipped)]
+    assert len(clips) == 3 and min(clips) > 1  # of the sweep: of those that are not
 
 
 def test_the_table_of_records() -> None:
@@ -905,16 +908,27 @@ def test_a_way_to_share_is_called_as_share_is() -> None:
         assert local(defence)(linear(), LOSS, x, y, state={"1.bias": torch.zeros(5)}).n == 8
 
 
-@pytest.mark.parametrize("recovered", [True, False])
-def test_defences_that_change_nothing_are_named_where_there_was_something_to_lose(recovered: bool, bare: None) -> None:
+@pytest.mark.parametrize(
+    ("psnr", "recovered", "title"),
+    [
+        (30.0, 4, "Some defences change next to nothing."),
+        (20.0, 0, "Some defences change next to nothing."),  # not recovered, and still far better than guessing
+        (8.0, 0, "was not seen: without one, the searches find nothing either."),
+    ],
+)
+def test_defences_are_compared_where_there_is_something_to_lose(
+    psnr: float, recovered: int, title: str, bare: None
+) -> None:
     audit = run(linear(), LOSS, images(), budget=FEW)
-    names = ("nothing", "8 bits", "pruning 90 %")
+    levels = {"nothing": psnr, "8 bits": psnr, "noise": psnr - 5}
     audit.sweep.rows = [
-        Defended(name, psnr=30.0, psnr_best=30.0, recovered=4 * recovered, seeds=4, signal=1.0) for name in names
+        Defended(name, psnr=v, psnr_best=v, recovered=recovered * (v == psnr), seeds=4, signal=1.0)
+        for name, v in levels.items()
     ]
+    audit.sweep.psnr_guess = 10.0
     found = [f for f in findings(audit) if f.section == "sweep"]
-    assert [f.title for f in found] == ["Some defences change next to nothing."] * recovered
-    assert not found or "With 8 bits, pruning 90 %" in found[0].evidence
+    stopped = ["Some defences stop searches that do not know of them, and no other was tried."] * (psnr > 10)
+    assert found[0].title.endswith(title) and [f.title for f in found[1:]] == stopped
 
 
 def test_the_better_search_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,10 +328,20 @@ def _sweep(audit: Audit) -> Iterator[Finding]:
     rows = [r for r in audit.sweep.rows if r.psnr is not None and r.signal is not None]
     if len(rows) < 2 or rows[0].psnr is None:
         return
+    guess = audit.sweep.psnr_guess
+    if not rows[0].recovered and (guess is None or rows[0].psnr < guess + 3):
+        known = "" if guess is None else f", guessing the mean {guess:.1f} dB"
+        yield Finding(
+            "note",
+            "sweep",
+            "What defences do against reconstruction was not seen: without one, the searches find nothing either.",
+            f"Of single samples they reach {rows[0].psnr:.1f} dB without a defence{known} ({rows[0].seeds} "
+            f"seed{'s' * (rows[0].seeds > 1)}).",
+            "Credit no defence with it. Try a larger budget (more restarts and iterations).",
+        )
+        return
     weak = [r.name for r in rows[1:] if r.psnr is not None and r.psnr > rows[0].psnr - 3]
     strong = [r for r in rows[1:] if not r.recovered and r.name not in weak]
-    if not strong and not rows[0].recovered:  # without a defence nothing was found that could be lost
-        return
     if weak:
         yield Finding(
             "note",

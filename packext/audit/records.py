@@ -89,8 +89,7 @@ def records(case: Case, clock: Clock) -> Records:
         found.indices, found.samples = index.tolist(), len(index)
         at = torch.tensor([0.0, 0.1, 0.5, 0.9, 0.99, 1.0], dtype=torch.float64, device=index.device)
         found.norm_quantiles = seen.gradient_norm.quantile(at).tolist()
-        median, large = found.norm_quantiles[2:4]
-        found.suggested_clip = median if median > 0.01 * large else None
+        found.suggested_clip = fitting_clip(seen.gradient_norm)
         shares = _shares(case, found, index, clock)
         if shares.numel():
             found.share_quantiles = shares.quantile(at).tolist()
@@ -104,6 +103,19 @@ def records(case: Case, clock: Clock) -> Records:
         if case.images:
             found.arrays["worst"] = case.x[[r.index for r in found.worst]].cpu().float().numpy()
     return found
+
+
+def fitting_clip(norms: Tensor) -> float | None:
+    """The median norm, unless half of the samples have next to no gradient.
+
+    Args:
+        norms: of samples' gradients `[N]`, float64.
+
+    Returns:
+        None where it is below 1 % of the 90 % quantile.
+    """
+    median, large = norms.quantile(torch.tensor([0.5, 0.9]).to(norms)).tolist()
+    return median if median > 0.01 * large else None
 
 
 def _shares(case: Case, found: Records, index: Tensor, clock: Clock) -> Tensor:

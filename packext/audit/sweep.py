@@ -15,6 +15,7 @@ from packext.attacks import Shared, count_accuracy, guessed, sent, share
 from packext.audit.case import Case, Clock, Utility
 from packext.audit.inversion import affordable, attempt, guess, searchable, searches_for, seeded
 from packext.audit.labels import rules_for
+from packext.audit.records import fitting_clip
 from packext.audit.section import Section
 from packext.audit.sharing import fresh, in_place, name_of
 from packext.defences import Clipped, Compose, GaussianNoise, Pruning, Quantisation, Soteria, TopK
@@ -153,7 +154,8 @@ def candidates(case: Case, found: Sweep) -> dict[str, Any]:
         return made
     with found.unless_refused("clipping"):
         each = [case.client(case.x[i, None], case.y[i, None], defended=False) for i in case.draw(51, 32).tolist()]
-        clip = statistics.median(float(_flat(one).norm()) for one in each)
+        norms = torch.stack([_flat(one).norm() for one in each])
+        clip = fitting_clip(norms) or float(norms.max())  # of a model that has learnt most samples: of those it has not
         for noise in (0.0, 0.1, 1.0):
             made[f"clip {clip:.2g}" + (f", noise x {noise:g}" if noise else "")] = Clipped(clip, noise, seed=case.seed)
     return made

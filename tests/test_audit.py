@@ -635,6 +635,18 @@ def test_the_table_of_records() -> None:
     batch = found.indices[place // 4 * 4 : place // 4 * 4 + 4]
     whole = flat(attacks.share(seen.model, LOSS, seen.x[batch], seen.y[batch])).norm() * 4
     assert worst.share == pytest.approx(want[place] / float(whole), rel=1e-4)
+    # Those that are named have one although there was time for a single batch; who is in no whole batch, in the last n.
+    seen = case(sharing=Sharing(batch_size=7))
+    hurried = records(seen, Clock(0.0))
+    for worst in hurried.worst:
+        start = min(hurried.indices.index(worst.index) // 7 * 7, 33)
+        batch = hurried.indices[start : start + 7]
+        whole = flat(attacks.share(seen.model, LOSS, seen.x[batch], seen.y[batch])).norm() * 7
+        assert worst.share == pytest.approx(want[found.indices.index(worst.index)] / float(whole), rel=1e-4)
+    first = hurried.indices[:7]
+    whole = flat(attacks.share(seen.model, LOSS, seen.x[first], seen.y[first])).norm() * 7
+    parts = [want[found.indices.index(i)] / float(whole) for i in first]
+    assert hurried.share_quantiles[-1] == pytest.approx(max(parts), rel=1e-4)  # of what was drawn, and no others
     alone = records(case(sharing=Sharing(batch_size=1)), Clock(1.0))
     assert alone.worst[0].share is None and "a batch of one" in alone.absent["share of the batch gradient"]
 
@@ -808,6 +820,16 @@ def test_what_was_not_measured_for_one_reason_is_said_once() -> None:
     )
     page = report._section("sweep", audit, None)
     assert page.count("<li>") == 2 and "<b>a: labels; c: labels</b> were not measured: no classes" in page
+
+
+def test_columns_of_tables() -> None:
+    """Numbers stand under their names, what is missing as its column does, and a column of nothing is left out."""
+    report = pytest.importorskip("packext.audit.report")
+    made = report.table(["a", "b", "c"], [["x<", 2.5, None], [None, None, None]])
+    assert made.count("<tr>") == 3 and "c</th>" not in made
+    assert '<th>a</th><th class="number">b</th>' in made and '<td>x&lt;</td><td class="number">2.5</td>' in made
+    assert '<td class="quiet">–</td><td class="number quiet">–</td>' in made
+    assert report.table(["a"], []) == "" == report.table(["a"], [[None]])
 
 
 def test_an_update_is_not_clipped_by_samples() -> None:

@@ -90,16 +90,16 @@ def records(case: Case, clock: Clock) -> Records:
         at = torch.tensor([0.0, 0.1, 0.5, 0.9, 0.99, 1.0], dtype=torch.float64, device=index.device)
         found.norm_quantiles = seen.gradient_norm.quantile(at).tolist()
         found.suggested_clip = fitting_clip(seen.gradient_norm)
-        shares = _shares(case, found, index, clock)
-        if shares.numel():
-            found.share_quantiles = shares.quantile(at).tolist()
-            found.dominating = float((shares > 0.5).double().mean())
+        ranked = seen.leverage.argsort(descending=True)[:WORST].tolist()
+        drawn, shares = _shares(case, found, index, clock, ranked)
+        if drawn.numel():
+            found.share_quantiles = drawn.quantile(at).tolist()
+            found.dominating = float((drawn > 0.5).double().mean())
         plain = case.y.dim() == 1 and not case.y.is_floating_point()
-        for k in seen.leverage.argsort(descending=True)[:WORST].tolist():
+        for k in ranked:
             i = int(index[k])
-            part = float(shares[k]) if k < len(shares) else None
             loss, norm, leverage = (float(v[k]) for v in (seen.loss, seen.gradient_norm, seen.leverage))
-            found.worst.append(Record(i, int(case.y[i]) if plain else None, loss, norm, leverage, part))
+            found.worst.append(Record(i, int(case.y[i]) if plain else None, loss, norm, leverage, shares.get(k)))
         if case.images:
             found.arrays["worst"] = case.x[[r.index for r in found.worst]].cpu().float().numpy()
     return found
@@ -118,22 +118,35 @@ def fitting_clip(norms: Tensor) -> float | None:
     return median if median > 0.01 * large else None
 
 
-def _shares(case: Case, found: Records, index: Tensor, clock: Clock) -> Tensor:
-    """Each sample's share of the gradient of a batch of the real size; of whole batches, while there is time."""
+def _shares(
+    case: Case, found: Records, index: Tensor, clock: Clock, ranked: list[int]
+) -> tuple[Tensor, dict[int, float]]:
+    """Samples' shares of the gradient of a batch of the real size: of whole batches, while there is time, and by place.
+
+    Returns:
+        Those of the batches, and those of the ranked samples, which stand out and would bias what is said of all.
+    """
     n = found.batch
     if n == 1:
         found.absent["share of the batch gradient"] = "a batch of one sample is that sample"
-        return torch.zeros(0)
-    batches = list(index[: len(index) // n * n].split(n)) if len(index) >= n else []
-    if not batches:
+    elif len(index) < n:
         found.absent["share of the batch gradient"] = f"the table has {len(index)} samples, and a batch {n}"
-        return torch.zeros(0)
+    if n == 1 or len(index) < n:
+        return torch.zeros(0), {}
     model, wide = case.readable(evaluating=False)
-    shares: list[Tensor] = []
-    while clock.go_on(len(shares), len(batches)):
-        part = batches[len(shares)]
-        shares.append(signals(model, case.loss_fn, wide(case.x[part]), case.y[part]).share)
-    return torch.cat(shares)
+    made: dict[int, Tensor] = {}
+
+    def batch(start: int) -> Tensor:
+        if start not in made:
+            part = index[start : start + n]
+            made[start] = signals(model, case.loss_fn, wide(case.x[part]), case.y[part]).share
+        return made[start]
+
+    drawn: list[Tensor] = []
+    while clock.go_on(len(drawn), len(index) // n):
+        drawn.append(batch(len(drawn) * n))
+    starts = {k: min(k // n * n, len(index) - n) for k in ranked}
+    return torch.cat(drawn), {k: float(batch(start)[k - start]) for k, start in starts.items()}
 
 
 @dataclass

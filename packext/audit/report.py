@@ -161,28 +161,29 @@ def _section(name: str, audit: Audit, png: bytes | None) -> str:
 
 
 def table(head: list[str], rows: Iterable[list[Any]]) -> str:
-    """As HTML; numbers to the right.
+    """As HTML; columns of numbers to the right, with their names, and none of a column without an entry.
 
     Args:
         head: names of the columns.
         rows: of strings, numbers and None.
 
     Returns:
-        An element.
+        An element, empty without rows.
     """
-    lines = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    names = "".join(f"<th>{escape(h)}</th>" for h in head)
-    return f'<div class="scroll"><table><tr>{names}</tr>{lines}</table></div>' if lines else ""
+    columns = []
+    for name, *values in zip(head, *rows, strict=True):
+        seen = [v for v in values if v is not None]
+        if seen:
+            right = all(isinstance(v, (int, float)) for v in seen)
+            columns.append([_cell("th", name, right), *(_cell("td", v, right) for v in values)])
+    lines = "".join(f"<tr>{''.join(line)}</tr>" for line in zip(*columns, strict=True))
+    return f'<div class="scroll"><table>{lines}</table></div>' if lines else ""
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return '<td class="number quiet">–</td>'
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return (
-            f'<td class="number">{value:.3g}</td>' if isinstance(value, float) else f'<td class="number">{value}</td>'
-        )
-    return f"<td>{escape(str(value))}</td>"
+def _cell(tag: str, value: Any, right: bool) -> str:
+    kinds = " ".join(["number"] * right + ["quiet"] * (value is None))
+    shown = "–" if value is None else f"{value:.3g}" if isinstance(value, float) else escape(str(value))
+    return f'<{tag} class="{kinds}">{shown}</{tag}>' if kinds else f"<{tag}>{shown}</{tag}>"
 
 
 def _rate(value: Any) -> str | None:

@@ -28,7 +28,7 @@ from packext.audit.records import _rate, epsilon, membership, records, roc
 from packext.audit.section import plain, restored
 from packext.audit.setting import integrity
 from packext.audit.sharing import fresh, name_of
-from packext.audit.sweep import Defended, candidates, local, sweep
+from packext.audit.sweep import Defended, _time, candidates, local, sweep
 
 FEW = Budget(1e6, draws=2, seeds=1, restarts=1, iterations=2, shadows=4)
 LOSS = nn.CrossEntropyLoss()
@@ -893,6 +893,18 @@ def test_a_sweep() -> None:
     assert all(r.adapted == (r.name in known) for r in found.rows)
     # Who knows what was set to zero matches the rest, and loses little by it.
     assert rows["as audited: Pruning(share=0.5)"].psnr > rows["noise of 1 x RMS"].psnr
+
+
+def test_the_time_of_clipping_is_that_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Clipped` copies the model and probes it in each call."""
+    seen, clipped = case(sharing=Sharing(batch_size=4)), defences.Clipped(1.0, 0.5)
+    before = flat(attacks.share(seen.model, LOSS, seen.x, seen.y))
+    calls: list[Any] = []
+    monkeypatch.setattr(seen, "client", lambda *batch, **how: calls.append(how))
+    assert _time(seen, clipped) > 0 and len(calls) > 5 and all(how == {"defended": False} for how in calls)
+    assert torch.equal(flat(attacks.share(seen.model, LOSS, seen.x, seen.y)), before)
+    with pytest.raises(px.PackextError, match="takes the place of one gradient"):
+        _time(case(sharing=Sharing(what="update", batch_size=4, local_steps=2, lr=0.1)), clipped)
 
 
 def test_numbers_do_not_depend_on_how_many_calls_were_timed(monkeypatch: pytest.MonkeyPatch, bare: None) -> None:

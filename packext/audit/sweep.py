@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import packext as px
 from packext.attacks import Shared, count_accuracy, guessed, sent, share
@@ -44,7 +46,7 @@ class Defended:
         signal: cosine of what is shared and the undefended gradient, at the real batch size, mean over draws.
         accuracy: of a training with the defence; None if no way to train was given.
         time: of a client's call over that without a defence, the processor's, or for a model on a GPU the clock's;
-            median of alternations.
+            median of alternations. Of clipping that of a step of `packext.optim.DPSGD`.
     """
 
     name: str
@@ -96,8 +98,10 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
     for k, (name, defence) in enumerate(every.items()):
         clock.tell(k / len(every) / 2)
         row = Defended(name, adapted=not k or known(defence))
-        with found.unless_refused(f"{name}: signal and time"):
-            row.signal, row.time = _signal(case, defence), _time(case, defence)
+        with found.unless_refused(f"{name}: cosine"):
+            row.signal = _signal(case, defence)
+        with found.unless_refused(f"{name}: time"):
+            row.time = _time(case, defence)
         with found.unless_refused(f"{name}: labels"):
             _labels(case, defence, row)
         if utility is not None:
@@ -161,7 +165,7 @@ def candidates(case: Case, found: Sweep) -> dict[str, Any]:
     return made
 
 
-def _flat(shared: Shared) -> torch.Tensor:
+def _flat(shared: Shared) -> Tensor:
     return torch.cat([g.flatten().double() for g in shared.gradient.values()])
 
 
@@ -195,13 +199,16 @@ def _time(case: Case, defence: Any) -> float:
     index = case.draw(70, case.sharing.held)
     x, y = case.x[index], case.y[index]
 
-    def spent(**how: Any) -> float:
+    whole = isinstance(defence, Clipped) and case.sharing.local is None
+    step = _private_step(case, defence, x, y) if whole else lambda: case.client(x, y, defence=defence)
+
+    def spent(call: Callable[[], Any]) -> float:
         on_gpu = x.device.type == "cuda"
         now = perf_counter if on_gpu else process_time
         start = now()
-        sent = case.client(x, y, **how)
+        call()
         if on_gpu:
-            torch.cuda.synchronize(next(iter(sent.gradient.values())).device)
+            torch.cuda.synchronize(x.device)
         return now() - start
 
     ratios: list[float] = []
@@ -209,9 +216,29 @@ def _time(case: Case, defence: Any) -> float:
     # How often they are called is a matter of time, and moves the random numbers of nothing else.
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
         while clock.go_on(len(ratios), TURNS) or len(ratios) < 6:
-            plain = spent(defended=False)
-            ratios.append(spent(defence=defence) / max(plain, 1e-9))
+            plain = spent(lambda: case.client(x, y, defended=False))
+            ratios.append(spent(step) / max(plain, 1e-9))
     return statistics.median(ratios[1:])  # the first calls do what is done once
+
+
+def _private_step(case: Case, defence: Clipped, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """A training's step with this clipping; `Clipped` itself copies the model and probes it in each call."""
+    model, loss_fn = px.extend(copy.deepcopy(case.model)), px.extend(copy.deepcopy(case.loss_fn))
+    optimizer = px.optim.DPSGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=1e-12,
+        max_norm=defence.max_norm,
+        noise_multiplier=defence.noise_multiplier,
+        expected_batch_size=float(len(x)),
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with px.optim.emit(optimizer):
+            loss_fn(model(x), y).backward()
+        optimizer.step()
+
+    return step
 
 
 def _labels(case: Case, defence: Any, row: Defended) -> None:

@@ -256,6 +256,9 @@ def test_a_defence_is_that_of_a_client_which_sends_for_the_first_time() -> None:
     clipped = case(sharing=Sharing(defence=defences.Clipped(0.1)))
     want = defences.Clipped(0.1)(clipped.model, LOSS, x, y)
     assert torch.equal(flat(clipped.message(x, y)), flat(want))
+    further = defences.Compose(defences.Clipped(0.1), defences.Pruning(0.5))
+    both = case(sharing=Sharing(defence=further))
+    assert torch.equal(flat(both.message(x, y)), flat(defences.Pruning(0.5)(want)))
     assert fresh(None, 1) is None and name_of(len) == "builtins.len"
     top(attacks.share(seen.model, LOSS, x, y))  # which holds something back from now on
     assert top.residual and torch.equal(flat(again.message(x, y)), second)
@@ -421,9 +424,10 @@ def test_labels_through_secure_aggregation() -> None:
     assert "20 clients cannot be told apart" in many.absent["labels by a fishing model"] and many.clients_exact is None
     plain_ = labels(case(sharing=Sharing(secure_aggregation=True, clients=3)), Clock(1.0))
     assert "no normalisation" in plain_.absent["labels by a fishing model"] and plain_.clients_exact is None
-    clip = Sharing(secure_aggregation=True, clients=3, defence=defences.Clipped(0.05))
-    clipped = labels(case(normed().eval(), images(80), clip), Clock(1.0))
-    assert clipped.clients_exact is not None and clipped.clients_exact.value == 1.0  # the attacker knows the norm
+    for defence in (defences.Clipped(0.05), defences.Compose(defences.Clipped(0.05), defences.Quantisation("float16"))):
+        clip = Sharing(secure_aggregation=True, clients=3, defence=defence)
+        clipped = labels(case(normed().eval(), images(80), clip), Clock(1.0))
+        assert clipped.clients_exact is not None and clipped.clients_exact.value == 1.0  # the attacker knows the norm
     update = Sharing("update", local_steps=3, lr=0.1, secure_aggregation=True, clients=3)
     steps = labels(case(normed().eval(), images(80), update), Clock(1.0))
     assert "several local steps" in steps.absent["labels by a fishing model"] and steps.identity is None

@@ -176,6 +176,17 @@ def test_composition_is_in_order() -> None:
     assert (only(both(shared(g))) != 0).all() and repr(both) == "Pruning(share=0.5) + GaussianNoise(std=1.0, seed=None)"
 
 
+@pytest.mark.parametrize("first", [defences.Clipped(0.1), defences.Withholding(2), defences.Soteria(0.5)])
+def test_what_is_shared_in_place_of_a_gradient_can_be_defended_further(first: Any) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(5, 6), torch.randint(3, (5,))
+    state = {"0.bias": torch.ones(4)}
+    both = defences.Compose(first, defences.Pruning(0.5), defences.Quantisation("int8"))
+    want = defences.Quantisation("int8")(defences.Pruning(0.5)(first(model, nn.CrossEntropyLoss(), x, y, state)))
+    got = both(model, nn.CrossEntropyLoss(), x, y, state=state)
+    assert all(torch.equal(g, want.gradient[name]) for name, g in got.gradient.items()) and len(got.gradient) == 4
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_clipped_gradients(reduction: str) -> None:
     """Against one sample at a time."""

@@ -96,11 +96,12 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "no local steps": (lambda: attacks.LocalSteps(0, 0.1), "need steps >= 1, lr > 0"),
     "a list of defences": (
         lambda: defences.Compose([defences.Pruning(0.5)]),
-        "Compose takes defences of what was shared, one by one: .* got .Pruning",
+        "Compose takes defences one by one: .* got .Pruning",
     ),
-    "a defence of samples among those of messages": (
-        lambda: defences.Compose(defences.Clipped(1.0)),
-        "Compose takes defences of what was shared, .* got Clipped",
+    "no defences": (lambda: defences.Compose(), "Compose takes defences one by one: .* got none"),
+    "a defence of samples after one of messages": (
+        lambda: defences.Compose(defences.Pruning(0.5), defences.Clipped(1.0)),
+        "Clipped.* takes the place of attacks.share and can only be the first",
     ),
     "labels for sharing": (
         lambda: audit.run(net(), nn.CrossEntropyLoss(), X, Y),

@@ -26,7 +26,7 @@ from packext.attacks import (
 )
 from packext.audit.case import Case, Clock
 from packext.audit.section import Interval, Section
-from packext.defences import Clipped
+from packext.defences import Clipped, Compose
 
 #: Runs of the model that a rule may make for one message.
 RUNS = 400
@@ -236,4 +236,5 @@ def _example(case: Case) -> Tensor:
 
 def _clip(defence: Any) -> float | None:
     """The norm that a clipping client clips to, which an attacker who knows the defence knows."""
-    return float(defence.max_norm) if isinstance(defence, Clipped) else None
+    first = defence.defences[0] if isinstance(defence, Compose) else defence
+    return float(first.max_norm) if isinstance(first, Clipped) else None

@@ -114,11 +114,13 @@ def in_place(defence: Callable[..., Any]) -> bool:
         defence: of a client.
 
     Returns:
-        True for one such as `Clipped`, False for one such as `Pruning`.
+        True for one such as `Clipped`, False for one such as `Pruning`; of several what the first is.
 
     Raises:
         ValueError: if it is neither.
     """
+    if isinstance(defence, Compose):
+        return in_place(defence.defences[0])
     needed = -1
     if callable(defence):
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -1,12 +1,13 @@
 """Defences on the gradient that leaves a client: noise, pruning, quantisation, sparsification, clipping.
 
-All but `Clipped` take what would be shared and give what is shared instead; `Compose` chains them. `Clipped` needs
-individual gradients and takes the place of `packext.attacks.share`.
+All but `Clipped` take what would be shared and give what is shared instead. `Clipped` needs individual gradients and
+takes the place of `packext.attacks.share`. `Compose` chains them.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 import secrets
@@ -44,25 +45,41 @@ def _each(shared: Shared, f: Callable[[str, Tensor], Tensor]) -> Shared:
 
 
 class Compose:
-    """Defences one after the other."""
+    """Defences one after the other.
 
-    def __init__(self, *defences: Callable[[Shared], Shared]) -> None:
+    The first may take the place of `packext.attacks.share`, as `Clipped` does, and the whole takes it then.
+    """
+
+    def __init__(self, *defences: Callable[..., Shared]) -> None:
         """Take them in the order in which they act.
 
         Raises:
-            TypeError: for a list of them, a class, or one that stands in the place of `attacks.share`, as `Clipped`.
+            TypeError: for none, a list, a class, or one after the first that takes the place of `attacks.share`.
         """
-        for defence in defences:
-            if not callable(defence) or isinstance(defence, (type, Clipped)):
+        bad = [d for d in defences if not callable(d) or isinstance(d, type)]
+        if bad or not defences:
+            got = repr(bad[0]) if bad else "none"
+            raise TypeError(f"Compose takes defences one by one: Compose(Pruning(0.5), TopK(0.1)), got {got}.")
+        for defence in defences[1:]:
+            if "loss_fn" in inspect.signature(defence).parameters:
                 raise TypeError(
-                    "Compose takes defences of what was shared, one by one: Compose(Pruning(0.5), TopK(0.1)), got "
-                    f"{defence!r}."
+                    f"{defence!r} takes the place of attacks.share and can only be the first: Compose(Clipped(1.0), "
+                    "Pruning(0.5))."
                 )
         self.defences = defences
 
-    def __call__(self, shared: Shared) -> Shared:
-        """What the last one gives."""
-        for defence in self.defences:
+    def __call__(self, *given: Any, **named: Any) -> Shared:
+        """What the last one gives.
+
+        Args:
+            *given: as the first one takes: what would be shared, or model, loss, inputs and labels.
+            **named: the same.
+
+        Returns:
+            What is shared instead.
+        """
+        shared = self.defences[0](*given, **named)
+        for defence in self.defences[1:]:
             shared = defence(shared)
         return shared
 

@@ -262,7 +262,8 @@ def test_a_defence_is_that_of_a_client_which_sends_for_the_first_time() -> None:
     assert fresh(None, 1) is None and name_of(len) == "builtins.len"
     top(attacks.share(seen.model, LOSS, x, y))  # which holds something back from now on
     assert top.residual and torch.equal(flat(again.message(x, y)), second)
-    assert name_of(defences.Compose(noise, top)) == "GaussianNoise(std=0.1, seed=3) + TopK(share=0.5, residual={})"
+    assert name_of(defences.Compose(noise, top)) == "GaussianNoise(std=0.1, seed=3) + TopK(share=0.5)"
+    assert name_of(defences.Clipped(1.0)) == repr(defences.Clipped(1.0))  # which has no seed
 
 
 def test_each_client_of_a_cohort_holds_back_by_itself() -> None:
@@ -792,7 +793,7 @@ def test_chance_by_hand() -> None:
 def test_few_messages_show_nothing_of_a_rule(bare: None) -> None:
     audit = run(linear(), LOSS, images(), Sharing(batch_size=1), budget=FEW)
     assert {r.rule: r.chance for r in audit.labels.rules}["iDLG"] >= 0.25
-    assert "2 messages are too few to say whether a label rule beats guessing." in titles(audit, "note")
+    assert "Too few messages (2) to say whether a label rule beats guessing." in titles(audit, "note")
     many = run(linear(), LOSS, images(), Sharing(batch_size=1), budget=replace(FEW, draws=12))
     assert "The labels of a batch can be counted from what is shared." in titles(many, "high")
 

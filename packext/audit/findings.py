@@ -265,7 +265,7 @@ def _labels(audit: Audit) -> Iterator[Finding]:
         yield Finding(
             "note",
             "labels",
-            f"{best.draws} messages are too few to say whether a label rule beats guessing."
+            f"Too few messages ({best.draws}) to say whether a label rule beats guessing."
             if few
             else "No label rule beats guessing at this batch size and stage of the training.",
             evidence,

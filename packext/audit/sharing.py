@@ -161,7 +161,7 @@ def name_of(value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, tuple) or is_dataclass(value):
-        return repr(fresh(value, 0))
+        return repr(value)
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
 

@@ -256,7 +256,7 @@ class TopK:
     """
 
     share: float
-    residual: dict[str, Tensor] = field(default_factory=dict)
+    residual: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""

@@ -159,6 +159,11 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
+def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    held = [each for s in optimizer.state.values() for each in s.values()]
+    return [t for each in held for t in (each if isinstance(each, list) else [each]) if isinstance(t, Tensor)]
+
+
 def values(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
@@ -259,6 +264,30 @@ def test_hooks_of_loading_have_the_last_word() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_state_goes_on_in_the_dtype_of_the_parameters(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """As torch's optimizers have it; steps are those of the model that it was saved with, but for rounding."""
+    pairs = []
+    for dtype in dtypes:
+        model = network().to(dtype)
+        optimizer = CASES[name].make(model.parameters())
+        if pairs:
+            model.load_state_dict(pairs[0][0].state_dict())
+            optimizer.load_state_dict(pairs[0][1].state_dict())
+        else:
+            for seed in range(3):
+                x, y = data(seed)
+                step(model, optimizer, (x.to(dtype), y))
+        pairs.append((model, optimizer))
+    x, y = data(3)
+    for dtype, (model, optimizer) in zip(dtypes, pairs, strict=True):
+        step(model, optimizer, (x.to(dtype), y))
+    for p, q in zip(*(values(model) for model, _ in pairs), strict=True):
+        torch.testing.assert_close(p, q, check_dtype=False, rtol=1e-3, atol=1e-4)
+    assert {t.dtype for t in tensors_of(pairs[1][1]) if t.is_floating_point()} <= {dtypes[1]}
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_half_precision_keeps_its_state_in_single(name: str) -> None:
     model = network().bfloat16()
     optimizer = CASES[name].make(model.parameters())
@@ -267,9 +296,7 @@ def test_half_precision_keeps_its_state_in_single(name: str) -> None:
     again = CASES[name].make(model.parameters())
     again.load_state_dict(optimizer.state_dict())
     assert same(state_of(optimizer), state_of(again))
-    held = [each for s in optimizer.state.values() for each in s.values()]
-    tensors = [t for each in held for t in (each if isinstance(each, list) else [each]) if isinstance(t, Tensor)]
-    kinds = {t.dtype for t in tensors if t.is_floating_point()}
+    kinds = {t.dtype for t in tensors_of(optimizer) if t.is_floating_point()}
     assert kinds == {torch.float32} and optimizer.steps == 1
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
 

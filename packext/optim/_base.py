@@ -399,7 +399,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- saving ------------------------------------------------------------------------------------
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps the dtype that it was saved with.
+        """As torch's, with numbers of a parameter in its dtype, but in float32 at least.
 
         A PackextError refuses a state of an optimizer with other hyperparameters, or from which something was left out,
         a ValueError groups that differ in what is bounded over all parameters.
@@ -416,7 +416,7 @@ class Optimizer(torch.optim.Optimizer):
             mine = [p for group in self.param_groups for p in group["params"]]
             for k, p in zip(ids, mine, strict=True):
                 if k in found["state"]:
-                    self.state[p] = {name: _moved(v, p.device) for name, v in found["state"][k].items()}
+                    self.state[p] = {name: _moved(v, p) for name, v in found["state"][k].items()}
             self._forget()
             self.skipped = 0
 
@@ -489,11 +489,13 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [t for t in found if isinstance(t, Tensor)]
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, p: Tensor) -> Any:
+    """A copy of an entry of a state, where `p` is and in the dtype in which its steps are computed."""
     if isinstance(value, Tensor):
-        return value.to(device, copy=True)
+        dtype = torch.promote_types(p.dtype, torch.float32) if value.is_floating_point() else value.dtype
+        return value.to(p.device, dtype, copy=True)
     if isinstance(value, (list, tuple)):
-        return type(value)(_moved(v, device) for v in value)
+        return type(value)(_moved(v, p) for v in value)
     return value
 
 

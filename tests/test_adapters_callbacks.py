@@ -124,6 +124,58 @@ def test_transformers_values(scaler: float, tmp_path: Any) -> None:
         torch.testing.assert_close(norms, torch.cat(want), rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"scaler": 64.0}], ids=str)
+def test_a_controller_in_lightning(options: dict[str, Any]) -> None:
+    """It has the state of one in a loop of one's own, whose passes of a step are one batch."""
+    model, plain = lightning.Net(), lightning.Net()
+    model.net[2] = plain.net[2] = torch.nn.Identity()
+    stopping, other, said = px.optim.EvidenceStopping(2), px.optim.EvidenceStopping(2), []
+
+    def receive(step: int, results: px.Results) -> dict[str, Any]:
+        said.append(stopping.step())
+        return {"evidence": stopping.evidence}
+
+    lightning.fit(model, ForLightning(stopping, receive=receive), **options)
+    model, optimizer, parts = px.extend(plain), plain.configure_optimizers(), options.get("accumulate_grad_batches", 1)
+    heard, batches = [], [*lightning.loader()]
+    for first in 2 * [*range(0, len(batches), parts)]:
+        optimizer.zero_grad()
+        with px.optim.emit(other, accumulate=True):
+            for x, y in batches[first : first + parts]:
+                (model.loss(model(x), y) / parts).backward()
+        heard.append(other.step())
+        optimizer.step()
+    assert said == heard and stopping.skipped == 0
+    assert stopping.evidence == pytest.approx(other.evidence, rel=1e-4)
+
+
+def test_a_controller_in_transformers(tmp_path: Any) -> None:
+    net = hugging.model("bert").eval()
+    net.train = lambda mode=True: net  # without dropout
+    control, wanted, batches = px.optim.NoiseScale(4, 64), [], []
+    handle = net.register_forward_pre_hook(lambda m, a, k: batches.append(k), with_kwargs=True)
+
+    def receive(step: int, results: px.Results) -> dict[str, Any]:
+        control.step()
+        (batch,) = batches[step:]
+        each = {n: v for n, v in batch.items() if torch.is_tensor(v) and v.dim()}
+        labels = each.pop("labels")
+        rows = testing.individual_gradients(
+            net, lambda out, y: torch.nn.functional.cross_entropy(out.logits, y, reduction="sum"), each, labels
+        )
+        g = torch.cat([r.flatten(1) for r in rows.values()], 1)
+        trace = float(g.var(0).sum())
+        wanted.append((trace, float(g.mean(0).square().sum()) - trace / len(g)))
+        del batches[step + 1 :]  # the passes of the comparison
+        return {"noise scale": control.noise_scale}
+
+    hugging.fit(net, tmp_path, ForTransformers(control, receive=receive), kind="bert")
+    handle.remove()
+    assert len(wanted) == 6 and control.skipped == 0
+    decayed = [sum(0.05 * 0.95 ** (5 - k) * w[j] for k, w in enumerate(wanted)) for j in range(2)]
+    assert control.noise_scale == pytest.approx(decayed[0] / decayed[1], rel=1e-3)
+
+
 def test_what_is_refused(tmp_path: Any) -> None:
     def receive(step: int, results: px.Results) -> None:
         raise ArithmeticError("enough")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch.distributed as dist
@@ -25,20 +25,23 @@ class Emission:
             ValueError: without quantities, or for an `every` of less than 1.
         """
         if not quantities or every < 1:
-            raise ValueError(f"EmitCallback needs quantities, and every of 1 or more; got {quantities} and {every}.")
+            raise ValueError(
+                f"EmitCallback needs quantities or a controller, and every of 1 or more; got {quantities} and {every}."
+            )
         self._quantities, self._receive, self._every, self._scale = quantities, receive, every, scale
         self._stack, self._results = ExitStack(), None
         self._extended: nn.Module | None = None
         self._group: Any = None
         self._context(1.0)  # what it refuses, it refuses now
 
-    def _context(self, loss_scale: float) -> px.backpack:
+    def _context(self, loss_scale: float) -> AbstractContextManager[px.Results]:
         scale: str | float = self._scale
         if scale != "sample" and loss_scale != 1.0:
             scale = (1.0 if isinstance(scale, str) else scale) / loss_scale
-        return px.backpack(
-            *self._quantities, scale=scale, accumulate=True, attach=False, exact_grad=True, group=self._group
-        )
+        options: dict[str, Any] = {"scale": scale, "accumulate": True, "exact_grad": True, "group": self._group}
+        if any(isinstance(q, px.optim.Emitting) for q in self._quantities):
+            return px.optim.emit(*self._quantities, **options)
+        return px.backpack(*self._quantities, attach=False, **options)
 
     def over(self, size: int) -> None:
         """Results are to be those of the samples of all `size` processes.

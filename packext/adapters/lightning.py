@@ -31,7 +31,8 @@ class EmitCallback(Callback):
         """Say what is to be emitted; what `px.backpack` refuses is refused here.
 
         Args:
-            *quantities: as for `px.backpack`.
+            *quantities: as for `px.backpack`; or controllers of `px.optim`, as for `px.optim.emit`, whose `step()` is
+                then called in `receive`.
             receive: called with the step's number, from 0, and its results, before the optimizer's step; what it
                 returns is logged by the module's `log_dict`.
             every: steps of the optimizer.

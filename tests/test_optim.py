@@ -593,6 +593,21 @@ def test_accumulated_passes_are_one_batch(name: str) -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-11)
 
 
+def test_factors_that_are_averaged_at_each_layer_are_of_one_pass() -> None:
+    """Of two passes, mean KFRA factors are not those of both batches together."""
+    model = network()
+    optimizer, before = CASES["KFRA"].make(model.parameters()), values(model)
+    x, y = data()
+    with optim.emit(optimizer):
+        (LOSS(model(x[:5]), y[:5]) * (5 / 12)).backward()
+    with pytest.raises(px.PackextError, match="kfra of several backward passes is not defined: take a step after each"):
+        with optim.emit(optimizer):
+            (LOSS(model(x[5:]), y[5:]) * (7 / 12)).backward()
+    assert same(values(model), before)
+    step(model, optimizer, (x, y))
+    assert optimizer.steps == 1
+
+
 @pytest.mark.parametrize("kind", [optim.KFAC, optim.EKFAC, optim.SINGD, optim.MSVAG, optim.SPRING])
 def test_a_pass_that_does_not_reach_a_parameter_counts_its_samples(kind: Any) -> None:
     options = {"approx": "reduce", "fisher": "exact", "bias": "joint"} if "approx" in signature(kind).parameters else {}

@@ -183,6 +183,12 @@ def skipped_and_refused(rank: int) -> None:
     passed(optimizer, model)
     with pytest.raises(px.PackextError, match="rank 0: sqrt_ggn_exact is defined within one process.*; rank 1"):
         optimizer.step()
+    line = px.extend(nn.Linear(25, 3).double())
+    optimizer = optim.Preconditioned(line.parameters(), "kfra")
+    with optim.emit(optimizer):
+        LOSS(line(x.flatten(1)), y).backward()
+    with pytest.raises(px.PackextError, match="rank 0: kfra is defined within one process.*; rank 1"):
+        optimizer.step()
     for n, text in ((8 - rank, "batches of one size"), (8, None)):
         model.zero_grad()
         optimizer = optim.KFAC(model.parameters(), fisher="empirical")

@@ -72,7 +72,10 @@ class KFLR(_Counted, px.KFLR):
 
 
 class KFRA(_Counted, px.KFRA):
-    """`px.KFRA`, with results that can be merged over passes and processes: `Factors`, in `kfra`."""
+    """`px.KFRA`, with results as of the others, `Factors`, in `kfra`.
+
+    They cannot be merged: curvature is averaged over the samples of a pass at each layer, before the next one.
+    """
 
 
 class Count(px.BatchL2Grad):
@@ -134,13 +137,6 @@ def joined(field: str, one: Any, other: Any) -> Any:
         return other if one is None else one
     if isinstance(one, px.linalg.Joint):
         return one
-    if isinstance(one, Factors):
-        here, there = ({pair.stored: pair for pair in each.pairs} for each in (one, other))
-        pairs = []
-        for stored in sorted({*here, *there}):
-            a, b = here.get(stored) or there[stored].absent(one.n), there.get(stored) or here[stored].absent(other.n)
-            pairs.append(_sum(a, b))
-        return Factors(pairs, one.n + other.n)
     if isinstance(one, px.linalg.KronEigh):
         return px.linalg.KronEigh(one.vectors, one.eigenvalues + other.eigenvalues)
     if field in ROWS:
@@ -150,6 +146,13 @@ def joined(field: str, one: Any, other: Any) -> Any:
         return torch.cat([one, other], ROWS[field])
     if field in SUMS or isinstance(one, int):
         return one + other
+    if isinstance(one, Factors) and field != KFRA.savefield:
+        here, there = ({pair.stored: pair for pair in each.pairs} for each in (one, other))
+        pairs = []
+        for stored in sorted({*here, *there}):
+            a, b = here.get(stored) or there[stored].absent(one.n), there.get(stored) or here[stored].absent(other.n)
+            pairs.append(_sum(a, b))
+        return Factors(pairs, one.n + other.n)
     raise px.PackextError(f"{field} of several backward passes is not defined: take a step after each of them.")
 
 
@@ -161,7 +164,7 @@ def _summands(field: str, value: Any, size: int) -> list[Tensor]:
     """Tensors whose sums over the processes `_merged` makes a result of."""
     if value is None or isinstance(value, (int, px.linalg.Joint)):
         return []
-    if isinstance(value, Factors):
+    if isinstance(value, Factors) and field != KFRA.savefield:
         return [t for pair in value.pairs for t in pair.scaled(1 / size).summands()]
     if isinstance(value, px.linalg.KronEigh):
         return [value.eigenvalues / size]

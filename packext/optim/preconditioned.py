@@ -31,7 +31,8 @@ class Preconditioned(Optimizer):
       diagonal, or factors and inverses
     - Source: Dangel, Kunstner & Hennig 2020 (arXiv:1912.10985), section 4
     - Refused: with Kronecker factors, a parameter that has none, by the backward pass and by name; a factor that is
-      singular with its damping; with "kfra", a backward pass with numbers that are not finite, as an error there
+      singular with its damping; with "kfra", whose averages are of one pass, several passes for a step, several
+      processes, and a backward pass with numbers that are not finite, as an error there
     """
 
     def __init__(

@@ -817,6 +817,41 @@ def test_a_grad_scaler_changes_nothing_and_skips() -> None:
     torch.testing.assert_close(ends[1][0], values(model), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_factor_of_a_grad_scaler_is_out_of_all_or_refused(name: str, unscale: bool) -> None:
+    """The scaler takes it out of `.grad` alone, and what was emitted would keep it."""
+    model = network()
+    optimizer, before = CASES[name].make(model.parameters()), values(model)
+    scaler, (x, y) = torch.amp.GradScaler("cpu"), data()
+    with optim.emit(optimizer):
+        scaler.scale(LOSS(model(x), y)).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    with pytest.raises(px.PackextError, match=r"has the factor of the GradScaler.*scale=1 / scaler.get_scale\(\)"):
+        scaler.step(optimizer)
+    assert same(values(model), before) and optimizer.steps == 0
+    ends = []
+    for factor in (1.0, 1024.0):
+        model = network()
+        optimizer = CASES[name].make(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", factor)
+        with optim.emit(optimizer, scale=1 / scaler.get_scale()):
+            scaler.scale(LOSS(model(x), y)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        ends.append(values(model))
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    half = network().half()
+    optimizer, scaler = CASES[name].make(half.parameters()), torch.amp.GradScaler("cpu", 8.0)
+    scaler.scale(sum(p.sum() for p in half.parameters())).backward()
+    with pytest.raises(px.PackextError, match=f"{type(optimizer).__name__} with a GradScaler: keep parameters in"):
+        scaler.step(optimizer)
+
+
 def test_a_fallback_is_adamw_and_named_where_it_is_needed() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

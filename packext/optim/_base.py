@@ -28,7 +28,6 @@ FALLBACK = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 #: What torch's optimizers find in a group, and no part here does.
 TORCHS = ("nesterov", "amsgrad", "dampening")
 
-
 EMPIRICAL = (
     "squares of gradients do not scale as the loss does, so that a share of a sum of losses, or a scaled loss, is not "
     "known from them; drawn targets (mc) have no such limit."
@@ -62,6 +61,8 @@ class Optimizer(torch.optim.Optimizer):
         skipped: how many steps were skipped since the optimizer was made or loaded.
         ranks: the processes.
     """
+
+    _step_supports_amp_scaling = True  # so that GradScaler says that it is there
 
     def __init__(
         self,
@@ -209,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
             self._older = {p: TensorWeakRef(grad) for p, grad in older if asked}
             key = (self.param_groups[0]["seed"], self.steps, self.ranks.rank)
             self.generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-        self._open = True
+        self._open, self._scaled = True, self._scaled or isinstance(options.get("scale", "loss"), str)
         try:
             only = {"parameters": wanted} if wanted else {}
             yield {"attach": False, "pass_hook": self._receive, **only, **options}
@@ -242,6 +243,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._received, self._passes, self._entered = {}, 0, False
+        self._scaled = False  # whether some pass had the loss as it was written, with all factors
         self._older: dict[Tensor, Any] = {}  # gradients that were there before the first pass that emits
         self._missed: Tensor | None = None  # a parameter whose gradient such a pass has added to
 
@@ -269,13 +271,40 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         try:
             with torch.no_grad():
-                why = self._step()
+                why = "" if self._overflowed() else self._step()
         finally:
             self._forget()
         if why:
             self.skipped += 1
             warnings.warn(f"{type(self).__name__} skipped a step: {why}.", SkippedStep, stacklevel=4)
         return loss
+
+    def _overflowed(self) -> bool:
+        """Take the factor of a `GradScaler` out of gradients, where it has found them to be finite.
+
+        Returns:
+            Whether it has not.
+
+        Raises:
+            PackextError: if `emit` was not told of it, or for float16, which loses by that, and torch refuses, too.
+        """
+        overflow, factor = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if overflow is None:
+            return False
+        name = type(self).__name__
+        if self._received and self._scaled:
+            raise px.PackextError(
+                f"{name}: what the backward pass emitted has the factor of the GradScaler, and .grad has not. Tell it: "
+                "`with px.optim.emit(optimizer, scale=1 / scaler.get_scale()):`."
+            )
+        if factor is None or overflow:  # None: `unscale_` was called
+            return bool(overflow)
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(g.dtype == torch.float16 for g in grads):
+            raise px.PackextError(f"{name} with a GradScaler: keep parameters in float32, and use autocast.")
+        for g in grads:
+            g.mul_(factor.double().reciprocal().float().to(g.device))  # as torch's `unscale_`
+        return False
 
     def _step(self) -> str:
         """Why the step was not taken; empty if it was, or if there was no gradient."""

@@ -800,6 +800,7 @@ def test_hessian_quantities(build: Any) -> None:
     trace = results.hessian_trace
     assert abs(trace.value - want.trace()) <= 5 * trace.standard_error
     assert trace.standard_error < 0.2 * want.trace().abs()
+    torch.testing.assert_close(trace.draws, torch.stack([p.hessian_trace.draws for p in model.parameters()]).sum(0))
     spectrum = torch.linalg.eigvalsh(want)
     torch.testing.assert_close(results.top_eigenvalues.values, spectrum[-2:].flip(0), rtol=1e-7, atol=1e-9)
     start = 0

@@ -24,9 +24,17 @@ class Estimate(NamedTuple):
     standard_error: Tensor
 
 
-def _of_draws(draws: Tensor) -> Estimate:
+class TraceEstimate(NamedTuple):
+    """A mean over random draws, its standard error (infinite for a single draw), and the draws `[mc_samples]`."""
+
+    value: Tensor
+    standard_error: Tensor
+    draws: Tensor
+
+
+def _of_draws(draws: Tensor) -> TraceEstimate:
     m = len(draws)
-    return Estimate(draws.mean(0), draws.std(0) / m**0.5 if m > 1 else torch.full_like(draws[0], torch.inf))
+    return TraceEstimate(draws.mean(), draws.std() / m**0.5 if m > 1 else torch.full_like(draws[0], torch.inf), draws)
 
 
 class _Hutchinson(Sampled, HessianQuantity):
@@ -95,22 +103,14 @@ class HessianTrace(_Hutchinson):
         return [torch.stack(draws) for draws in zip(*found, strict=True)]
 
     def land(self, held: Tensor, n: int, factor: float) -> TraceEstimate:
-        return TraceEstimate(*_of_draws(held * factor), held * factor)
+        return _of_draws(held * factor)
 
     def unite(self, parts: Sequence[Part], over: Here) -> Part:
         draws = over.sum(sum_of([p.value.draws for p in parts]))
-        return Part(TraceEstimate(*_of_draws(draws), draws), over.count(sum(p.n for p in parts)))
+        return Part(_of_draws(draws), over.count(sum(p.n for p in parts)))
 
-    def whole(self, values: dict[str, Any]) -> Estimate:
+    def whole(self, values: dict[str, Any]) -> TraceEstimate:
         return _of_draws(torch.stack([v.draws for v in values.values()]).sum(0))
-
-
-class TraceEstimate(NamedTuple):
-    """A mean over random draws, its standard error (infinite for a single draw), and the draws `[mc_samples]`."""
-
-    value: Tensor
-    standard_error: Tensor
-    draws: Tensor
 
 
 class Eigen(NamedTuple):

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import packext as px
 from packext import _listening, testing
@@ -615,6 +616,19 @@ def test_projection_preserves_inner_products_on_average() -> None:
     flat = torch.cat([r.reshape(N, -1) for r in rows.values()], 1)
     want = flat @ flat.T
     assert (total - want).abs().max() < 0.15 * want.abs().max()
+
+
+def test_projections_do_not_hang_on_wrappers() -> None:
+    model = mlp()
+    _, x, y = rows_and_batch(model)
+    found = []
+    for wrapped in (model, nn.DataParallel(model), nn.DataParallel(nn.Sequential(*map(checkpoint_wrapper, model)))):
+        px.extend(wrapped)
+        with px.backpack(px.ProjectedGrad(2)) as results:
+            F.cross_entropy(wrapped(x), y).backward()
+        found.append(results.grad_projected)
+        px.unextend(wrapped)
+    torch.testing.assert_close(found[1:], found[:1] * 2)
 
 
 def test_results_for_the_whole_model() -> None:

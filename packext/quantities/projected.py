@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from packext._factored import Factored, two_sided
 from packext._quantity import Ask, PerSample, Quantity
+
+_WRAPPERS = re.compile(r"^(module\.)+|\b_checkpoint_wrapped_module\.")
 
 
 class ProjectedGrad(PerSample, Quantity):
@@ -28,6 +31,9 @@ class ProjectedGrad(PerSample, Quantity):
     def __init__(self, dim: int | tuple[int, int] = 16, seed: int = 0) -> None:
         """Choose r and q (one number: both), and the seed; equal seeds and names give equal projections.
 
+        What wrappers put into names (`DistributedDataParallel`, `checkpoint_wrapper`) does not count, so that features
+        of a wrapped model go with those of the model.
+
         Raises:
             ValueError: if `dim` is not one or two positive ints, or `seed` is none.
         """
@@ -40,6 +46,7 @@ class ProjectedGrad(PerSample, Quantity):
 
     def matrices(self, name: str, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         """L and R (None for tensors with fewer than two axes) of a parameter, in float64 on the CPU."""
+        name = _WRAPPERS.sub("", name)
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
         r, q = self.dim
         if len(shape) < 2:

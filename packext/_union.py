@@ -100,6 +100,10 @@ class Ranks(Here):
                     f"Rank {rank} of the group and this one have run different numbers of backward passes in their "
                     "contexts: run as many on all ranks."
                 )
+            if their != asked:
+                raise Elsewhere(
+                    f"Rank {rank} of the group asks for {their}, and this one for {asked}: ask for the same."
+                )
             differing = sorted({*others} ^ {*found})
             if differing:
                 raise Elsewhere(
@@ -113,10 +117,6 @@ class Ranks(Here):
                         f"{name} is {others[name]} on rank {rank} and {kind} on this one: extend the same model on all "
                         "ranks of the group."
                     )
-            if their != asked:
-                raise Elsewhere(
-                    f"Rank {rank} of the group asks for {their}, and this one for {asked}: ask for the same."
-                )
 
     def sum(self, t: Tensor) -> Tensor:
         t = t.detach().clone(memory_format=torch.contiguous_format)

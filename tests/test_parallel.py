@@ -381,6 +381,7 @@ def _differ(rank: int, world: int) -> None:
             r"torch\.float32.*torch\.float64|64.*32",
         ),
         (nn.Linear(6, 3), (px.Variance(), px.BatchGrad())[rank], r"asks for .*Variance|this one for .*Variance"),
+        (nn.Linear(6, 3), (px.Variance(), px.KFAC(fisher="empirical"))[rank], r"Rank . of the group asks for .*KFAC"),
         (nn.Linear(6, 3), px.ClippedGrad(0.5 + rank), r"max_norm=.*max_norm="),
     ):
         with pytest.raises(px.PackextError, match=match):

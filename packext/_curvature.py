@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,15 +78,11 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             _refuse_several(quantity)
     seen = seen.fixed()
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-    places = layouts = [place(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
-    direct = seen.spec.is_leaf() and layouts[0].axis in (None, 0)  # and no dictionary of one tensor
-    loss, output, back = seen.module, live[0].detach(), _alone
-    if not direct:
-        if any(isinstance(layout, Scattered) for layout in layouts):
-            raise CoupledSamplesError(_ROWS.format(seen.name))
-        joined = Joined(seen.module, leaves, seen.spec, layouts)
-        loss, output, back = joined, joined.output(), joined.split
-        layouts = [Layout(0, layouts[0].n)]
+    places = [place(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
+    direct = seen.spec.is_leaf() and places[0].axis in (None, 0)  # and no dictionary of one tensor
+    if not direct and any(isinstance(layout, Scattered) for layout in places):
+        raise CoupledSamplesError(_ROWS.format(seen.name))
+    rows = places[0] if direct else Layout(0, places[0].n)
     groups: dict[Any, dict[Pass, list[Curvature]]] = {}
     for each in flight.heard:
         # What a context gets is what it would get by itself: the same columns, of which others may have their part.
@@ -97,6 +94,12 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             only = frozenset(each.context.parameters or ()) if kind == "hessian" else None
             groups.setdefault((root, compact, only), {}).setdefault(each, []).append(quantity)
     for ((kind, draws, generator), compact, _), members in groups.items():
+        # Second derivatives of the functions before the loss, and what is averaged after each, go with the loss itself.
+        own = kind in ("hessian", "averaged")
+        loss, output, back = seen.module if own else _roots.of_logits(seen.module, leaves[0]), live[0].detach(), _alone
+        if not direct:
+            joined = Joined(loss, leaves, seen.spec, places)
+            loss, output, back = joined, joined.output(), joined.split
         of = (loss, output, seen.args, seen.kwargs, g)
         with disable():  # the loss may have extended parts of its own
             if kind == "hessian":
@@ -106,18 +109,16 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             else:
                 columns = ((s, 1.0) for s in _roots.exact(*of, compact))
         parts = (
-            (part, sign)
-            for column, sign in columns
-            for part in ([column] if kind == "mc" else _apart(column, layouts[0]))
+            (part, sign) for column, sign in columns for part in ([column] if kind == "mc" else _apart(column, rows))
         )
         absorb = functools.partial(_absorb, members, edge.node)
         if kind == "averaged":
             if not direct:
                 raise PackextError(_SEVERAL.format("KFRA", seen.name))
             chain = Chain(seen.edges[0], seen.name, "KFRA", "KFLR")
-            chain.check_samples(layouts[0].n)
+            chain.check_samples(rows.n)
             with torch.autocast(output.device.type, enabled=False):  # sums stay in float32
-                average(flight, chain, (part for part, _ in parts), layouts[0].n, functools.partial(absorb, 1.0))
+                average(flight, chain, (part for part, _ in parts), rows.n, functools.partial(absorb, 1.0))
             continue
         for part, sign in parts:
             Sweep(flight, functools.partial(absorb, sign)).send(seen.edges, back(part))
@@ -151,7 +152,7 @@ class Graph(Point):
         self.parameters = parameters
         self._seen, self._edge, self._g = seen, edge, g
         self._slopes: list[Tensor | None] | None = None
-        self._pull: tuple[list[Tensor], Sequence[Tensor | None]] | None = None
+        self._pull: tuple[Seen, list[Tensor], Sequence[Tensor | None]] | None = None
         self._leaves = seen.leaves()
         self._device = g.device.type
 
@@ -172,29 +173,25 @@ class Graph(Point):
         with kept(self._device):
             if self._pull is None:
                 self._seen = self._seen.fixed()
-                self._refuse_flat(self._leaves)
+                seen = replace(self._seen, module=_roots.of_logits(self._seen.module, self._leaves[0]))
+                self._refuse_flat(seen, self._leaves)
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
                 # As torch writes it, it need not have one at zero (of logcumsumexp, by the logarithm of u).
                 us = [u.requires_grad_() for u in _random(self._leaves)]
-                self._pull = (
-                    us,
-                    torch.autograd.grad(self._seen.edges, self.parameters, us, create_graph=True, allow_unused=True),
-                )
-            us, pulled = self._pull
+                pulled = torch.autograd.grad(seen.edges, self.parameters, us, create_graph=True, allow_unused=True)
+                self._pull = seen, us, pulled
+            seen, us, pulled = self._pull
             pushed = _products(pulled, vectors, us)
-            cotangents = self._loss(self._leaves, pushed)
-            found = torch.autograd.grad(
-                self._seen.edges, self.parameters, cotangents, retain_graph=True, allow_unused=True
-            )
+            cotangents = self._loss(seen, self._leaves, pushed)
+            found = torch.autograd.grad(seen.edges, self.parameters, cotangents, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if f is None else f.detach() for p, f in zip(self.parameters, found, strict=True)]
 
-    def _refuse_flat(self, leaves: list[Any]) -> None:
+    def _refuse_flat(self, seen: Seen, leaves: list[Any]) -> None:
         vectors = _random(leaves)
-        _roots.refuse_flat(self._seen.module, f"The extended {self._seen.name}", lambda: self._loss(leaves, vectors))
+        _roots.refuse_flat(seen.module, f"The extended {seen.name}", lambda: self._loss(seen, leaves, vectors))
 
-    def _loss(self, leaves: list[Any], vectors: Sequence[Tensor]) -> list[Tensor]:
+    def _loss(self, seen: Seen, leaves: list[Any], vectors: Sequence[Tensor]) -> list[Tensor]:
         """Products with the Hessian of the loss with respect to its input, computed in float32 or better."""
-        seen = self._seen
         inner = [
             _roots.widened(t.detach()).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves
         ]
@@ -221,7 +218,7 @@ class Graph(Point):
         with disable():  # for its refusals: of a loss that is not convex, or whose Hessian is zero
             _roots.exact(seen.module, leaves[0].detach(), seen.args, seen.kwargs, self._g)
         chain = Chain(seen.edges[0], seen.name, "PCHMP", "GGNMP or HMP")
-        positive = Positive(chain, self._edge, self._g, lambda u: self._loss(leaves, [u])[0], modify)
+        positive = Positive(chain, self._edge, self._g, lambda u: self._loss(seen, leaves, [u])[0], modify)
         return [functools.partial(positive.product, p) for p in self.parameters]
 
 

@@ -30,6 +30,7 @@ _SPLIT = (
     "the GGN is split between the network and a loss that is linear in its input, whose Hessian is zero. "
     "Let the model return the logits, and use CrossEntropyLoss on them instead."
 )
+_SCORES = f"{_SPLIT} (NLLLoss of what log_softmax gives along axis 1 is taken for that.)"
 
 
 class _Flat(Exception):
@@ -38,12 +39,34 @@ class _Flat(Exception):
 
 #: Losses whose Hessian is zero wherever it exists, and what to do about it.
 LINEAR: dict[type[nn.Module], str] = {
-    nn.NLLLoss: _SPLIT,
+    nn.NLLLoss: _SCORES,
     nn.KLDivLoss: _SPLIT + " It takes class probabilities as well.",
     nn.L1Loss: "it is piecewise linear, so that its Hessian is zero. Use HuberLoss, SmoothL1Loss or MSELoss.",
 }
 
 _ZERO = "{} is linear in its first argument here: its Hessian is zero. Use a loss with curvature."
+
+
+def of_logits(loss: nn.Module, output: Any) -> nn.Module:
+    """The loss at which the GGN is split: `CrossEntropyLoss` for a `NLLLoss` of log-probabilities.
+
+    Where p = exp(x) sums to one, both give the same, as softmax(x) is p; but `NLLLoss` is linear in x. The Hessian
+    `diag(p) - p pᵀ` in x is the one in logits, too: with J = I - 1 pᵀ, the Jacobian of log_softmax, `Jᵀ H J = H`.
+
+    Args:
+        loss: the loss module.
+        output: what it was called with first.
+
+    Returns:
+        The same loss, if it is another one or its input is none of log-probabilities along axis 1.
+    """
+    if _kind(loss) is not nn.NLLLoss or not isinstance(output, Tensor) or output.dim() < 2:
+        return loss
+    away = _widened(output.detach()).logsumexp(1).abs()
+    if not (away < torch.finfo(output.dtype).eps ** 0.5).all():
+        return loss
+    of: Any = loss
+    return nn.CrossEntropyLoss(weight=of.weight, ignore_index=of.ignore_index, reduction=of.reduction)
 
 
 def exact(

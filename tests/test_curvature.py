@@ -1040,8 +1040,76 @@ class Absolute(nn.Module):
         return (x - y).abs().mean()
 
 
+def log_likelihood(path: str, model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss on the way that `path` names."""
+    logits = model(x)  # [N, T, C]
+    if path == "classes along axis 1":
+        return loss(F.log_softmax(logits.transpose(1, 2), 1), y)
+    if path == "positions in the rows":
+        return loss(F.log_softmax(logits, -1).flatten(0, 1), y.flatten())
+    return loss(logits.transpose(1, 2).softmax(1).log(), y)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": torch.tensor([0.5, 2.0, 1.0]), "ignore_index": 1}], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("path", ["classes along axis 1", "positions in the rows", "logarithm of softmax"])
+def test_a_likelihood_of_log_probabilities_has_the_ggn_of_the_logits(
+    path: str, reduction: str, options: dict[str, Any]
+) -> None:
+    """Split at the logits, next to dense matrices of torch.func; the Hessian is that of the loss either way."""
+    options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    model, x, y = mlp(), torch.randn(N, 2, 5), torch.tensor([[0, 1], [2, 2], [1, 0], [2, 1]])
+    flat, shapes = torch.nn.utils.parameters_to_vector(model.parameters()).detach(), dict(model.named_parameters())
+
+    def logits(v: Tensor) -> Tensor:
+        parts = v.split([p.numel() for p in shapes.values()])
+        given = {k: part.view(p.shape) for part, (k, p) in zip(parts, shapes.items(), strict=True)}
+        return torch.func.functional_call(model, given, (x,)).flatten(0, 1)
+
+    def value(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, y.flatten(), reduction=reduction, **options)
+
+    jacobian = torch.func.jacrev(logits)(flat).flatten(0, 1)
+    split = torch.func.jacrev(torch.func.grad(value))(logits(flat)).reshape(len(jacobian), -1)
+    ggn, hessian = jacobian.T @ split @ jacobian, torch.func.jacrev(torch.func.grad(lambda v: value(logits(v))))(flat)
+
+    px.extend(model)
+    parameters, loss = list(model.parameters()), px.extend(nn.NLLLoss(**options, reduction=reduction))
+
+    def whole(field: str) -> Tensor:
+        return torch.cat([getattr(p, field).flatten() for p in parameters])
+
+    with px.backpack(px.DiagGGNMC(2, torch.Generator().manual_seed(0))):
+        cross_entropy = px.extend(nn.CrossEntropyLoss(**options, reduction=reduction))
+        inner = model(x)
+        cross_entropy(*((inner.flatten(0, 1), y.flatten()) if "rows" in path else (inner.mT, y))).backward()
+    same = whole("diag_ggn_mc")
+    asked = (
+        px.DiagGGNExact(), px.SqrtGGNExact(), px.DiagHessian(), px.GGNMP(), px.TopEigenvalues(curvature="ggn", tol=1e-9)
+    )  # fmt: skip
+    with px.backpack(*asked, px.DiagGGNMC(2, torch.Generator().manual_seed(0))) as results:
+        log_likelihood(path, model, loss, x, y).backward(retain_graph=True)
+    root = torch.cat([p.sqrt_ggn_exact.flatten(2) for p in parameters], 2).flatten(0, 1)
+    torch.testing.assert_close(root.T @ root, ggn)
+    torch.testing.assert_close(whole("diag_ggn_exact"), ggn.diagonal())
+    torch.testing.assert_close(whole("diag_h"), hessian.diagonal())
+    torch.testing.assert_close(results.top_eigenvalues.values, torch.linalg.eigvalsh(ggn)[-1:])
+    torch.testing.assert_close(whole("diag_ggn_mc"), same)
+    at = 0
+    for p in parameters:
+        block = ggn[at : at + p.numel(), at : at + p.numel()]
+        torch.testing.assert_close(p.ggnmp(torch.eye(p.numel()).view(-1, *p.shape)).flatten(1), block)
+        at += p.numel()
+
+
+def test_scores_that_are_no_log_probabilities_have_no_ggn() -> None:
+    model, loss = px.extend(nn.Sequential(nn.Linear(5, 3), nn.LogSoftmax(1))), px.extend(nn.NLLLoss())
+    for quantity in (px.DiagGGNExact(), px.TopEigenvalues(curvature="ggn")):
+        with pytest.raises(px.PackextError, match="log_softmax gives along axis 1"), px.backpack(quantity):
+            loss(model(torch.randn(N, 5)) + 0.01, torch.arange(N) % 3).backward()
+
+
 FLAT: dict[str, tuple[nn.Module, str]] = {
-    "nll": (nn.NLLLoss(), "Let the model return the logits"),
     "kl": (nn.KLDivLoss(reduction="batchmean"), "Let the model return the logits"),
     "l1": (nn.L1Loss(), "Use HuberLoss"),
     "smooth l1": (nn.SmoothL1Loss(beta=0), "beta=0"),
@@ -1054,7 +1122,7 @@ def test_a_loss_without_curvature_has_no_ggn(name: str) -> None:
     """Zero is not what the GGN of the network and its likelihood is: it is refused by all quantities alike."""
     loss, match = FLAT[name]
     model, loss = px.extend(nn.Sequential(nn.Linear(5, 3), nn.LogSoftmax(1))), px.extend(loss)
-    x, y = torch.randn(N, 5), torch.arange(N) % 3 if name == "nll" else torch.rand(N, 3)
+    x, y = torch.randn(N, 5), torch.rand(N, 3)
     with px.backpack(px.GGNMP(), px.HMP()):
         loss(model(x), y).backward(retain_graph=True)
     refused = [lambda: model[0].weight.ggnmp(torch.randn(1, 3, 5))]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from packext._lineage import disable
+from packext._roots import of_logits
 from packext.testing._samples import Rows, call, singles, wanted
 
 #: Cotangents that are sent at once: as many copies of the activations are held.
@@ -18,6 +19,8 @@ AT_ONCE = 64
 
 def columns(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any, weight: float) -> tuple[Tensor, Tensor]:
     """The outputs that require grad, flat `[D]`, and `[D, D]`: columns of a root of weight times the loss's Hessian."""
+    if isinstance(loss_fn, nn.Module):  # of a likelihood of log-probabilities the cross entropy, which gives the same
+        loss_fn = of_logits(loss_fn, outputs)
     leaves, spec = pytree.tree_flatten(outputs)
     if not any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
         # Of a sample that no parameter reaches (another expert's): what the columns are taken back through gives zeros.

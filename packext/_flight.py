@@ -189,8 +189,9 @@ def enter(record: Record, g: Tensor | None = None) -> None:
         )
     gates = record.awaited_gates()
     flight = _current(record) if state.sweep is None else state.sweep.flight
+    contexts = [f.context for f in flight.heard]
     _alone(record, flight)
-    refuse_tensors(record, [f.context for f in flight.heard])
+    refuse_tensors(record, contexts)
     refuse_moved(record)
     if any(i in record.strays for i in gates):
         raise PackextError(
@@ -206,8 +207,8 @@ def enter(record: Record, g: Tensor | None = None) -> None:
         flight.records.append(record)
         if state.sweep is None:
             _agree(record, gates)
-    refuse_curvature(record, gates, [f.context for f in flight.heard])
-    refuse_divided(record, [f.context for f in flight.heard])
+    refuse_curvature(record, gates, contexts)
+    refuse_divided(record, contexts)
     if not flight.by_sample and flight.spread:
         return
     for why, sources, _ in record.refused:
@@ -218,14 +219,14 @@ def enter(record: Record, g: Tensor | None = None) -> None:
         raise PackextError(record.without_samples())
     if state.sweep is not None and gates <= record.probed:
         return  # what follows was seen to when the pass around this one, or the first sweep, came here
-    if any(f.context.accumulate for f in flight.heard) and state.sweep is None:
+    if any(c.accumulate for c in contexts) and state.sweep is None:
         refuse_inputs_alone(record)
-        for f in flight.heard:
-            refuse_apart(record, (source for source, _ in f.context._before.values()))
+        for c in contexts:
+            refuse_apart(record, (source for source, _ in c._before.values()))
     flight.inside |= losses_inside(record, gates)
     if (flight.losses or not flight.inside) and not record.awaits_outputs(gates):
         flight.check(record.n)
-    waiting = [q for f in flight.heard for q in (*f.context.spreading, *f.context.hessian)]
+    waiting = [q for c in contexts for q in (*c.spreading, *c.hessian)]
     if state.sweep is None and waiting and not (flight.spread or flight.inside):
         asked = ", ".join(type(q).__name__ for q in waiting)
         with due_to(waiting):
@@ -254,7 +255,7 @@ def enter(record: Record, g: Tensor | None = None) -> None:
             "each other, and individual gradients are not defined. Call model.eval() (or .eval() on these layers, with "
             "track_running_stats=True), or replace them by GroupNorm."
         )
-    refuse_again(record, gates, [f.context for f in flight.heard])
+    refuse_again(record, gates, contexts)
     if flight.bounded:
         refuse_unbounded(record, flight.bounded, flight.wants)
     if gates <= record.probed:

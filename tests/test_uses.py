@@ -311,9 +311,14 @@ def test_attention_to_other_tokens_has_factors() -> None:
     assert not torch.allclose(inputs[0], inputs[1])
 
 
-def test_pieces_with_no_common_size_are_refused() -> None:
-    with pytest.raises(px.UnsupportedUseError, match=r"KFAC has no Kronecker factors for p \[19, 4\]"):
-        run(Uneven([9, 10]), torch.randn(N, 3, 4), torch.randint(3, (N,)), px.KFAC())
+@pytest.mark.parametrize(
+    "sizes, why", [([9, 10], "which is not the weight"), ([32, 32, 16, 10, 6], "which is divided into blocks")]
+)
+def test_pieces_with_no_common_size_are_refused(sizes: list[int], why: str) -> None:
+    with pytest.raises(
+        px.UnsupportedUseError, match=rf"KFAC has no Kronecker factors for p \[{sum(sizes)}, 4\], {why}"
+    ):
+        run(Uneven(sizes), torch.randn(N, 3, 4), torch.randint(3, (N,)), px.KFAC())
 
 
 def test_a_view_that_is_not_what_its_gradient_says_is_no_block() -> None:

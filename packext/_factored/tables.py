@@ -15,25 +15,21 @@ from torch import Tensor
 from packext._factored.base import table
 from packext._graph import inputs_first, leaf_of, name_of
 
-#: Autograd's nodes of functions that put entries in other places, several times, or nowhere.
-MOVES = frozenset(
-    f"{name}Backward{k}"
-    for name in (
-        "Alias", "Cat", "Clone", "Embedding", "Expand", "Flip", "Gather", "IndexSelect", "Index", "MaskedFill",
-        "Permute", "Repeat", "ReshapeAlias", "Roll", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack",
-        "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View", "Where",
-    )
-    for k in range(3)
+
+def _nodes(*names: str) -> frozenset[str]:
+    return frozenset(f"{name}Backward{k}" for name in names for k in range(3))
+
+
+#: Autograd's nodes of functions whose result is a view of what they read.
+VIEWS = _nodes(
+    "Alias", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "T", "Transpose",
+    "Unbind", "UnsafeView", "Unsqueeze", "View",
 )  # fmt: skip
 
-#: Those of them whose result is a view of what they read.
-VIEWS = frozenset(
-    f"{name}Backward{k}"
-    for name in (
-        "Alias", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "T", "Transpose",
-        "Unbind", "UnsafeView", "Unsqueeze", "View",
-    )
-    for k in range(3)
+#: Those, and of others that put entries in other places, several times, or nowhere.
+MOVES = VIEWS | _nodes(
+    "Cat", "Clone", "Embedding", "Expand", "Flip", "Gather", "IndexSelect", "Index", "MaskedFill", "Repeat", "Roll",
+    "Stack", "ToCopy", "Where",
 )  # fmt: skip
 
 #: Digits below this are exact in floating-point types of two bytes and more.
@@ -56,8 +52,6 @@ class View(NamedTuple):
     @classmethod
     def of(cls, value: Tensor, parameter: Tensor) -> View | None:
         """Of a value with the graph that made it; None where it is no such view. A cast of all of it counts as one."""
-        if not parameter.is_leaf:
-            return None
         if value.dtype != parameter.dtype:
             return cls._cast(value, parameter)
         if value._base is not parameter:

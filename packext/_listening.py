@@ -156,11 +156,6 @@ def meanwhile(**changes: Any) -> Any:
         vars(state).update(before)
 
 
-def cutting(record: Record) -> AbstractContextManager[Any]:
-    """Passes in here end at taps of `record`."""
-    return meanwhile(cut=record)
-
-
 def compared() -> int | None:
     """The sample of which the probe compares gradients now, if it does."""
     probe = here().probe

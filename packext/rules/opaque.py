@@ -36,7 +36,7 @@ class Opaque(Rule):
         keep = torch.is_grad_enabled()
 
         def row(name: str, sample: int, times: float = 1.0) -> Tensor:
-            with _listening.cutting(use.record):
+            with _listening.meanwhile(cut=use.record):
                 found = torch.autograd.grad(
                     [use.consts["edge"]], [t[name]], [times * layout.only(g, sample)],
                     retain_graph=True, create_graph=keep, allow_unused=True,

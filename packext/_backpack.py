@@ -501,15 +501,16 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             self._unite(flight)
         self._assemble(flight)
         fields = [e.savefield for e in self.extensions] if self.attach else []
-        order: dict[int, int] = {}
+        tree: dict[int, Tensor] = {}
         for record in flight.records:
             for module in record.modules():
                 for p in [p for p in module._parameters.values() if p is not None]:
-                    order.setdefault(id(p), len(order))
+                    tree[id(p)] = p
                     for field in fields:
                         if field in vars(p):
                             delattr(p, field)
         # Gradients arrive in an order that the forward pass may change: columns side by side would change theirs.
+        order = {key: k for k, key in enumerate(tree)}
         flight.values = dict(sorted(flight.values.items(), key=lambda item: order.get(item[0], len(order))))
         results = self.results
         results._by_parameter = {key: (source.name, values) for key, (source, values) in flight.values.items()}
@@ -522,6 +523,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             for field, value in values.items() if self.attach else ():
                 setattr(source.tensor, field, value)
         results._keep = [source.tensor for source, _ in flight.values.values()]
+        results._places = {}
+        if any(e.placed for e in self.extensions) and flight.values.keys() <= tree.keys():
+            results._places = {key: p for key, p in tree.items() if p.requires_grad and self._wants(p)}
         if not flight.values:
             return
         self._passes += 1

@@ -59,6 +59,8 @@ class Quantity:
     deferred: ClassVar[bool] = False
     #: Whether curvature may be that of several losses in one pass.
     additive: ClassVar[bool] = True
+    #: Whether `whole` has a place for each parameter, also for those that a pass did not reach.
+    placed: ClassVar[bool] = False
     #: Why the result for a batch cannot be made from those of its parts; nothing if it can.
     indivisible: str = "what they find by themselves does not tell it"
 
@@ -94,7 +96,7 @@ class Quantity:
         return {}
 
     def nothing(self, parameter: Tensor, n: int) -> Any:
-        """Of a bounded quantity the result for a parameter that none of n samples has reached."""
+        """The result for a parameter that none of n samples has reached; of bounded and of placed quantities."""
         raise NotImplementedError
 
     def whole(self, values: dict[str, Any]) -> Any:

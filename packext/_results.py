@@ -47,6 +47,7 @@ class Results:
         self._names: dict[str, int] = {}
         self._ambiguous: set[str] = set()
         self._keep: list[Tensor] = []  # so that no other tensor takes the id of a parameter
+        self._places: dict[int, Tensor] = {}  # all parameters that a pass may reach, for placed quantities
 
     def _key(self, name: object) -> int | None:
         return id(name) if isinstance(name, Tensor) else self._names.get(name)  # type: ignore[arg-type]
@@ -115,7 +116,21 @@ class Results:
                         found[name if name not in found else f"{name} ({len(found)})"] = values[field]
                 if not found:
                     raise AttributeError(f"no {field!r}: it was deleted, or no parameter that the pass reached has it")
-                return quantity.whole(found)
+                return quantity.whole(self._placed(quantity, found) if self._places and quantity.placed else found)
         raise AttributeError(
             f"no {field!r}: the context asked for {', '.join(q.savefield for q in self._quantities) or 'nothing'}"
         )
+
+    def _placed(self, quantity: Quantity, found: dict[str, Any]) -> dict[str, Any]:
+        """What was found, in the places of the model's parameters; a result that was deleted leaves none."""
+        n = len(next(iter(found.values())))
+        have = {
+            key: values[quantity.savefield]
+            for key, (_, values) in self._by_parameter.items()
+            if quantity.savefield in values
+        }
+        return {
+            str(key): have[key] if key in have else quantity.nothing(p, n)
+            for key, p in self._places.items()
+            if key in have or key not in self._by_parameter
+        }

@@ -673,6 +673,35 @@ def test_results_are_in_the_order_of_the_model() -> None:
     torch.testing.assert_close(*projected)
 
 
+def test_projections_of_batches_that_reach_different_parameters() -> None:
+    """Each parameter has its columns, zeros where the pass did not reach it; frozen ones and others have none."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts, self.head = nn.ModuleList(nn.Linear(5, 3) for _ in range(3)), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, part: int) -> Tensor:
+            return self.head(self.parts[part](x))
+
+    model, (x, y) = px.extend(Routed()), batch()
+    model.parts[2].requires_grad_(False)
+    rows = []
+    for part in (0, 1):
+        with px.backpack(px.ProjectedGrad((2, 3))) as results:
+            F.cross_entropy(model(x, part), y).backward()
+        assert f"parts.{1 - part}.weight" not in results
+        rows.append(results.grad_projected)
+        own, other, rest = results.grad_projected.split([8, 8, 8], 1)
+        own, other = (own, other) if part == 0 else (other, own)
+        assert own.any() and rest.any() and not other.any()
+    head = torch.cat([results["head.weight"].grad_projected.flatten(1), results["head.bias"].grad_projected], 1)
+    torch.testing.assert_close(rows[0] @ rows[1].T, rows[0][:, 16:] @ head.T)
+    with px.backpack(px.ProjectedGrad((2, 3)), parameters=model.head.parameters()) as results:
+        F.cross_entropy(model(x, 0), y).backward()
+    assert results.grad_projected.shape == (len(x), 8)
+
+
 def test_results_before_the_first_pass() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     with px.backpack(px.BatchL2Grad()) as results:

@@ -23,10 +23,11 @@ class ProjectedGrad(PerSample, Quantity):
     with a single axis becomes `L grad` `[N, r]`. Entries are Gaussian with variance 1/r and 1/q, so that inner products
     are preserved in expectation. Linear layers, convolutions and lookups are projected from their factors, without
     the gradient being formed (LoGra, Choe et al. 2024, arXiv:2405.13954). In `results`, all parameters side by
-    side `[N, sum]`, in the order of the model.
+    side `[N, sum]`, in the order of the model, with zeros for those that the pass did not reach.
     """
 
     savefield = "grad_projected"
+    placed = True
 
     def __init__(self, dim: int | tuple[int, int] = 16, seed: int = 0) -> None:
         """Choose r and q (one number: both), and the seed; equal seeds and names give equal projections.
@@ -67,6 +68,9 @@ class ProjectedGrad(PerSample, Quantity):
         if out is None:
             out = torch.cat([two_sided(form.rows(lo, hi), left, right) for lo, hi in form.tiles()])
         return out * ask.factor
+
+    def nothing(self, parameter: Tensor, n: int) -> Tensor:
+        return parameter.new_zeros(n, *self.dim[: min(max(parameter.dim(), 1), 2)])
 
     def whole(self, values: dict[str, Any]) -> Tensor:
         return torch.cat([v.flatten(1) for v in values.values()], 1)

@@ -210,7 +210,8 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             f"No output of the extended model has an axis of {n} entries (the batch, axis {record.batch_axis} of its "
             f"inputs), so that nothing tells its samples apart: outputs are {_shapes(record)}. Return the outputs of "
             "the batch from forward (a loss computed inside may stand beside them) and choose rows (output[mask]) "
-            "between model and loss, or give px.extend(model, batch_axis=...)."
+            "between model and loss, or give px.extend(model, batch_axis=...): None where inputs have no axis of "
+            "samples, or several entries for each, and the rows of the outputs are the samples."
         )
     if plan is not None and record.routed and _follow(record, starts, plan, send, generator):
         _same_axes(record, key, plan.places)

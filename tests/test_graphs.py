@@ -16,7 +16,7 @@ import packext as px
 from packext import testing
 from tests import test_union
 from tests.cases import CASES, Case, Packed
-from tests.helpers import assert_private_step
+from tests.helpers import assert_private_step, rows_of
 
 pytestmark = pytest.mark.usefixtures("double")
 LOSS = nn.CrossEntropyLoss()
@@ -166,6 +166,29 @@ class OneByOne(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([self.last(self.rnn(sample[None, None])[1][0, 0]) for sample in x])
+
+
+def test_several_rows_of_the_inputs_for_each_sample() -> None:
+    """Folded before the model: the error says what to call, and that is right."""
+
+    class Unfolds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).tanh().unflatten(0, (-1, 3)).sum(1)
+
+    model, x, y = px.extend(Unfolds()), torch.randn(12, 5), torch.randint(3, (4,))
+    said = r"No output .* axis of 12 entries .* outputs are \[4, 3\].*None where inputs have no axis of samples"
+    with pytest.raises(px.PackextError, match=said), px.backpack(px.BatchGrad()):
+        LOSS(model(x), y).backward()
+    px.extend(model, batch_axis=None)
+    rows = rows_of(model, lambda: nn.CrossEntropyLoss(reduction="none")(model(x), y) / 4)
+    with px.backpack(px.BatchGrad()):
+        LOSS(model(x), y).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_batch, rows[name])
 
 
 @pytest.mark.parametrize("kind", [Halves, OneByOne])

@@ -34,11 +34,13 @@ from packext.diagnostics import (
     Loss,
     MeanGSNR,
     NoiseScale,
+    NormLayerNoiseScale,
     NormTest,
     NTKCondition,
     OrthoTest,
     OutputScale,
     SampleNorms,
+    Step,
     TICDiag,
     TICTrace,
     UpdateCurvature,
@@ -512,6 +514,64 @@ def test_sampled_histograms_agree_with_those_of_all_samples_within_their_error()
     assert free.values["GradHist1d.limit"] > 0 and abs(free.values["GradHist1d"].sum() - 1) < 1e-9
     with pytest.raises(ValueError, match="limit=<number>"):
         GradHist1d(samples=None)
+
+
+class Reached(NormLayerNoiseScale):
+    """Of which parameters there are results."""
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        return {name: 1.0 for name in step.layers("batch_l2")}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("beside", [(), (NormTest,)], ids=["alone", "beside"])
+def test_noise_scale_of_normalisations_alone(passes: int, beside: tuple[Any, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Unflatten(1, (3, 2)), nn.GroupNorm(3, 3))
+    model.extend([nn.Flatten(), nn.Linear(6, 3)])
+    monitor, model, loss = watched(NormLayerNoiseScale(), Reached(), *(kind() for kind in beside), model=model)
+    x, y = batch(8)
+    names = ["1.weight", "1.bias", "4.weight", "4.bias"]
+    rows = {name: [] for name in names}
+    with px.disable():
+        for k in range(8):
+            model.zero_grad()
+            loss(model(x[k : k + 1]), y[k : k + 1]).backward()
+            for name in names:
+                rows[name].append(model.get_parameter(name).grad.flatten().clone())  # type: ignore[union-attr]
+    model.zero_grad()
+    with monitor.step():
+        for a, b in zip(x.chunk(passes), y.chunk(passes), strict=True):
+            # What is written into the loss of other parameters is nothing to these.
+            (loss(model(a), b) / passes + model[0].weight.square().sum()).backward()
+    reached = [name.split("/")[1] for name in monitor.values if name.startswith("Reached/")]
+    assert set(reached) == (set(dict(model.named_parameters())) if beside else set(names))
+    if beside and passes > 1:
+        assert "terms of the loss pass by the model" in monitor.absent["NormLayerNoiseScale"]
+        return
+    total = torch.cat([torch.stack(rows[name]) for name in names], 1)
+    for part, g in (("", total), *((f"/{name}", torch.stack(rows[name])) for name in names)):
+        trace = float(g.var(0).sum())
+        signal = float(g.mean(0).square().sum()) - trace / 8
+        if not part:
+            agree(monitor.values["NormLayerNoiseScale.trace"], trace, "trace")
+            agree(monitor.values["NormLayerNoiseScale.signal"], signal, "signal")
+        if signal > 0:
+            agree(monitor.values[f"NormLayerNoiseScale{part}"], trace / signal, part, 1e-6)
+        else:
+            assert "all noise" in monitor.absent[f"NormLayerNoiseScale{part}"]
+
+
+def test_normalisations_that_are_not_there_or_get_more() -> None:
+    with pytest.raises(ValueError, match="NormLayerNoiseScale needs parameters of normalisation layers .* Sequential"):
+        watched(NormLayerNoiseScale())
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    monitor, model, loss = watched(NormLayerNoiseScale(), model=model)
+    with monitor.step():
+        for _ in range(2):
+            x, y = batch(8)
+            (loss(model(x), y) + model[1].weight.square().sum()).backward()
+    assert "terms of the loss pass by the model" in monitor.absent["NormLayerNoiseScale"]
 
 
 def test_noise_scale_over_steps_is_a_ratio_of_averages() -> None:

@@ -38,6 +38,7 @@ from packext.diagnostics import (
     Loss,
     MeanGSNR,
     NoiseScale,
+    NormLayerNoiseScale,
     NormTest,
     OrthoTest,
     OutputScale,
@@ -196,6 +197,21 @@ def uneven(rank: int) -> None:
         bottom = bottom + torch.cat([r.diag_ggn_exact.flatten() for _, r in results.items()]) * w / 8
     assert monitor.values["HessTrace"] == pytest.approx(float(bottom.sum()))
     assert monitor.values["TICDiag"] == pytest.approx(float((top / (bottom + 1e-7)).sum()))
+
+
+def of_normalisations(rank: int) -> None:
+    """Of these alone there are results, in each process."""
+    batches = [data(8, seed) for seed in range(2)]
+    mine = [(x.chunk(WORLD)[rank], y.chunk(WORLD)[rank]) for x, y in batches]
+    for passes in (1, 2):
+        found = []
+        for asked in ((NormLayerNoiseScale,), (NormLayerNoiseScale, NoiseScale)):
+            model = WAYS["DDP(extend)"](network())
+            monitor = watched(model, asked=asked)
+            steps(model, monitor, px.extend(nn.CrossEntropyLoss()), mine, passes)
+            found.append(monitor.values)
+        own = {name: value for name, value in found[1].items() if name.startswith("NormLayer")}
+        assert found[0] == pytest.approx(own) and "NormLayerNoiseScale.trace" in own
 
 
 def without_a_target(rank: int) -> None:
@@ -478,7 +494,7 @@ def drawn(rank: int) -> None:
 
 TASKS = (
     as_one_process, uneven, accumulated, outside_in_passes, hessians, looked_at, unchanged, refused, penalized, climbed,
-    named, drawn, without_a_target,
+    named, drawn, without_a_target, of_normalisations,
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from packext.diagnostics.instruments import LearningRate as LearningRate
 from packext.diagnostics.instruments import Loss as Loss
 from packext.diagnostics.instruments import MeanGSNR as MeanGSNR
 from packext.diagnostics.instruments import NoiseScale as NoiseScale
+from packext.diagnostics.instruments import NormLayerNoiseScale as NormLayerNoiseScale
 from packext.diagnostics.instruments import NormTest as NormTest
 from packext.diagnostics.instruments import NTKCondition as NTKCondition
 from packext.diagnostics.instruments import OrthoTest as OrthoTest

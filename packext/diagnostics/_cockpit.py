@@ -280,7 +280,7 @@ class Watch:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
         step = Step(number, model, monitor.optimizer, parameters, monitor.born, samples=self._samples)
         try:
-            observer = Observer(step, *self._ask(model, number), self._scale, self._loss_scale)
+            observer = Observer(step, *self._ask(step), self._scale, self._loss_scale)
             observer.begin()
         except BaseException:
             self._leave()
@@ -289,14 +289,14 @@ class Watch:
         monitor._open = True
         return self
 
-    def _ask(self, model: nn.Module, number: int) -> tuple[list[tuple[Any, ...]], bool]:
+    def _ask(self, step: Step) -> tuple[list[tuple[Any, ...]], bool]:
         """Have the instruments enter the step; each one's quantities, and whether one reads individual losses."""
-        monitor, coupled = self._monitor, _coupled(model)
+        monitor, model, coupled = self._monitor, step.model, _coupled(step.model)
         self._missing: dict[int, str] = {}
         self._needs: list[tuple[Any, ...]] = []
         self._fields: list[tuple[str, ...]] = []
         for instrument in self._due:
-            instrument.enter(number, model)
+            instrument.enter(step.number, model)
             self._entered.append(instrument)
         readers = [(i, tuple(i.needs)) for i in self._due] + [(i, needs) for _, i, needs in self._following]
         for k, (instrument, needs) in enumerate(readers):
@@ -306,6 +306,8 @@ class Watch:
                 self._missing[k], needs = obstacle, ()
             self._needs.append(monitor.ranks.needs(needs))
             self._fields.append(tuple(q.savefield for q in needs))
+        of = [i.parameters(model) for (i, _), needs in zip(readers, self._needs, strict=True) if needs]
+        step._parts = None if None in of else {p for part in of for p in part or () if p.requires_grad} or None
         if any(not isinstance(q, HESSIAN) for needs in self._needs for q in needs):
             self._needs.append((Count(),))
         return self._needs, any(i.losses for i, _ in readers)

@@ -43,6 +43,17 @@ class Instrument:
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Raise a `ValueError` if the instrument does not fit the model or the optimizer."""
 
+    def parameters(self, model: nn.Module) -> list[nn.Parameter] | None:
+        """Of which the quantities in `needs` are read; of others they are made if another instrument reads these.
+
+        Args:
+            model: the monitored model.
+
+        Returns:
+            The parameters, or None for all.
+        """
+        return None
+
     def start(self, step: int) -> None:
         """A monitor starts at `step`, not 0 where it continues a record; forget what was kept of another run."""
 

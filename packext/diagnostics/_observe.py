@@ -119,8 +119,13 @@ class Observer:
                 )
             self._context = None
             if any(self.asked):
+                parts = [o.step._parts for o, _ in self._asking]
+                together = None if None in parts else {p for part in parts for p in part or ()}
+                for o, _ in self._asking:
+                    o.step._parts = together
                 self._context = px.backpack(
                     *union.quantities,
+                    parameters=together,
                     scale=self.scale,
                     attach=False,
                     exact_grad=True,
@@ -153,7 +158,7 @@ class Observer:
         step = self.step
         if not step.passes:
             return
-        step.empty = sum(p.empty for p in step.passes)
+        step._empty = sum(p.empty for p in step.passes)
         counts = [p.n for p in step.passes]
         if len(counts) == 1:
             step._gradient = self._sum
@@ -361,7 +366,7 @@ class Observer:
         if kept is None:
             return None
         rows = whole = along = 0.0
-        for name, grad in after.items():
+        for name, grad in self.step._of(after).items():
             if grad is not None:
                 direction = _dense(grad.detach())
                 direction = direction.to(torch.promote_types(direction.dtype, torch.float32))
@@ -378,7 +383,7 @@ class Observer:
                 found = norms(gradient)
                 if p.share == 1.0 and len(self.step.passes) == 1:
                     self.step._shared["gradient norms"] = found
-                length = float(found[""]) * p.share
+                length = float(norms(self.step._of(gradient))[""] if self.step._parts else found[""]) * p.share
                 self.step._outside = outside(rows, length * length) or self.step._outside
                 return
 

@@ -134,7 +134,7 @@ class Ranks:
             "n": _attempt(lambda: step.n), "factor": _attempt(lambda: step.factor),
             "square": _attempt(lambda: step.factor**2 * square(step._gradient)),
             "loss": _attempt(lambda: step.loss), "losses": _attempt(lambda: step.losses.cpu()),
-            "samples": step.samples, "empty": step.empty, "balances": [p.balance for p in step.passes],
+            "samples": step.samples, "empty": step._empty, "balances": [p.balance for p in step.passes],
         }  # fmt: skip
         everyone = self.gather(mine)
         if not any(r["passes"] for r in everyone):
@@ -159,7 +159,7 @@ class Ranks:
         done = self._results(local, step, weighing)
         merged = Pass(0, {}, n=total, share=1 / mean)
         merged.calls = [_call(step.passes[0].calls[0][0].kind, everyone, factors, weights, mean)]
-        step._several, step.empty = len(step.passes) > 1, sum(r["empty"] for r in everyone)
+        step._several, step._empty = len(step.passes) > 1, sum(r["empty"] for r in everyone)
         merged.results = [{("grad_dot" if f == "kept" else f): done[key] for f, key in part.items()} for part in where]
         step.passes = [merged]
         indices = [r["samples"] for r in everyone]
@@ -211,7 +211,7 @@ class Ranks:
 def _layers(step: Step, k: int, field: str) -> dict[str, Any]:
     """Results of an instrument by parameter; of a variance with the mean that it is about."""
     view = step.seen_by(k, (field, Mean.savefield))
-    view.empty = 0  # which is told when all processes are together
+    view._empty = 0  # which is told when all processes are together
     found = view.layers(field)
     if field == "kept" and len(step.passes) > 1:
         raise Absent(f"grad_dot is defined within one backward pass; this step had {len(step.passes)}")
@@ -267,7 +267,8 @@ def _compare(step: Step, merged: Pass) -> None:
     """Note if `.grad` is not the mean of the individual gradients: then their inner products with it say nothing."""
     asked = [part for part in merged.results if isinstance(part.get("grad_dot"), dict)]
     dots = next((part["grad_dot"] for part in asked if part["grad_dot"]), {})
-    why = outside(sum(float(v.double().mean()) for v in dots.values()), square(step._gradient)) if dots else ""
+    rows = sum(float(v.double().mean()) for v in dots.values())
+    why = outside(rows, square(step._of(step._gradient))) if dots else ""
     if why:
         step._outside = why
         for part in asked:

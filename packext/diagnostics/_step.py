@@ -89,7 +89,7 @@ class Pass:
         n: number of samples, if known.
         multiplier: of the samples' own losses, known when the step has ended; divided out where that can be done.
         share: factor from the loss as written to the mean of the samples' own losses; NaN if that is not known.
-        empty: as that of the step.
+        empty: samples without a share in the loss, since all their targets are ignored.
         balance: for several processes, along `.grad` as it was after the pass: the sum of the individual gradients as
             written, what the pass has added to `.grad`, and `.grad` itself.
     """
@@ -145,7 +145,6 @@ class Step:
         passes: the backward passes of the step, made before the parameters changed.
         samples: indices of the step's samples in the data set `[N]`, where the user has given them.
         before: norm of what was in `.grad` when the first of the passes began, in units of `gradient`.
-        empty: how many of the samples have no share in the loss, since all their targets are ignored.
     """
 
     number: int
@@ -158,7 +157,8 @@ class Step:
     passes: list[Pass] = field(default_factory=list)
     samples: Tensor | None = None
     before: float = 0.0
-    empty: int = 0
+    _empty: int = 0  # samples without a share in the loss, since all their targets are ignored
+    _parts: set[nn.Parameter] | None = None  # that have results, if they are not all
     _groups: list[dict[str, Any]] = field(default_factory=list)
     _gradient: dict[str, Tensor] = field(default_factory=dict)
     _outside: str = ""
@@ -197,10 +197,10 @@ class Step:
         return sum(n for n in counts if n is not None)
 
     def _all_counted(self) -> None:
-        if self.empty:
+        if self._empty:
             raise Absent(
-                f"{self.empty} of {self.n} samples have no target that counts (ignore_index): they have no loss and no "
-                "gradient, which zeros are not. Leave them out of the batch"
+                f"{self._empty} of {self.n} samples have no target that counts (ignore_index): they have no loss and "
+                "no gradient, which zeros are not. Leave them out of the batch"
             )
 
     def indices(self, positions: Tensor) -> Tensor | None:
@@ -289,6 +289,10 @@ class Step:
         """The parameters where the gradient was taken."""
         self._passed()
         return self._start
+
+    def _of(self, values: Mapping[str, T]) -> dict[str, T]:
+        """Those of the parameters that have results, by name."""
+        return {k: v for k, v in values.items() if self._parts is None or self.parameters[k] in self._parts}
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` gives, computed once for all instruments that name it alike."""

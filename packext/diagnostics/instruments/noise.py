@@ -147,7 +147,10 @@ class NoiseScale(Instrument):
         self._trace = self._signal = 0.0
 
     def measure(self, step: Step) -> dict[str, Any]:
-        names, mean, traces, n = _traces(step)
+        return self._found(*_traces(step))
+
+    def _found(self, names: list[str], mean: Tensor, traces: Tensor, n: int) -> dict[str, Any]:
+        """What it shows of the |g|² and the traces of parameters with these names `[L]`, of n samples."""
         signals = mean - traces / n
         trace, signal = float(traces.sum()), float(signals.sum())
         # Both start at zero, with weights that do not add up to one: alike for both, they drop out of the ratio.
@@ -162,6 +165,37 @@ def _ratio(trace: float, signal: float) -> float | Absent:
     return (
         trace / signal if signal > 0 else Absent("all noise: the estimate of the true gradient's norm is not positive")
     )
+
+
+class NormLayerNoiseScale(NoiseScale):
+    """The gradient noise scale of scales and shifts of normalisation layers alone: cheap, if no other asks for more.
+
+    Parts are named as those of `NoiseScale`. The noise scale of a transformer follows that of its LayerNorms, whose
+    individual gradients cost little; it is not the same number.
+
+    - Formula: as `NoiseScale`, over the parameters of the modules that have "Norm" in the name of their class
+    - Units: as `NoiseScale`
+    - Cost: `BatchL2Grad` and `GradDot`, of these parameters alone unless another instrument reads quantities of others
+    - Source: Gray, Tiwari, Bergsma & Hestness 2024 (arXiv:2411.00999)
+    - Absent: as `NoiseScale`. A model without such a parameter is refused when the monitor is made
+    """
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter] | None:
+        norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+        return [p for m in norms for p in m.parameters(recurse=False) if p.requires_grad]
+
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if not self.parameters(model):
+            raise ValueError(
+                f"NormLayerNoiseScale needs parameters of normalisation layers that require grad, and "
+                f"{type(model).__name__} has none: take NoiseScale."
+            )
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        own = {name for name, p in step.parameters.items() if p in set(self.parameters(step.model) or ())}
+        names, mean, traces, n = _traces(step)
+        kept = [k for k, name in enumerate(names) if name in own]
+        return self._found([names[k] for k in kept], mean[kept], traces[kept], n)
 
 
 class GradSNR(Instrument):

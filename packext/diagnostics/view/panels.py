@@ -59,7 +59,9 @@ PANELS = (
         says="Standard error of the gradient; small is sure.",
     ),
     Panel(
-        "Noise scale", "Gradients", {"NoiseScale": "one step", "NoiseScale.critical_batch": "critical batch size"},
+        "Noise scale", "Gradients", {"NoiseScale": "one step", "NoiseScale.critical_batch": "critical batch size",
+        "NormLayerNoiseScale": "normalisations, one step",
+        "NormLayerNoiseScale.critical_batch": "critical, by normalisations"},
         "samples", says="The batch size at which noise is as large as the gradient.",
     ),
     Panel(
@@ -129,7 +131,8 @@ PANELS = (
 )  # fmt: skip
 
 #: Parts of instruments that belong to others, or would say nothing as a line.
-HIDDEN = {"Time", "NoiseScale.trace", "NoiseScale.signal", "GradHist1d.limit", "GradHist2d.limit",
+HIDDEN = {"Time", "NoiseScale.trace", "NoiseScale.signal", "NormLayerNoiseScale.trace", "NormLayerNoiseScale.signal",
+          "GradHist1d.limit", "GradHist2d.limit",
           "GradHist2d.param_limit", "HessTrace.standard_error", "InputScale.infinite", "Untrained.share",
           "InitialScale.alike", "InitialScale.usual", "InputScale.zeros", "GradNorm.before"}  # fmt: skip
 
@@ -155,6 +158,7 @@ HEATS = {
     "UpdateSize": Heat("Update size", "norm"),
     "GradSNR": Heat("Signal to noise", "signal / noise"),
     "NoiseScale": Heat("Noise scale", "samples"),
+    "NormLayerNoiseScale": Heat("Noise scale of normalisations", "samples"),
     "HessTrace": Heat("Trace of the curvature", "loss / parameter²"),
     "ActivationScale": Heat("Activations", "root mean square"),
     "DeadUnits": Heat("Dead units", "share of units", log=False),

@@ -370,6 +370,20 @@ def test_deep_leakage_of_a_batch() -> None:
     assert turns.objective[-1] < 0.3 * turns.objective[0] and not turns.matched
 
 
+@pytest.mark.parametrize("norm", [0.05, 1e3])
+def test_deep_leakage_knows_of_clipping(norm: float) -> None:
+    """Of one sample what clipping leaves is the direction, by which the search without `clip` finds nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    x, y, loss = torch.rand(1, 12).double(), torch.tensor([3]), nn.CrossEntropyLoss()
+    shared = defences.Clipped(norm)(model, loss, x, y)
+    found = attacks.DeepLeakage(iterations=40, clip=norm)(model, shared, (12,), labels=y)
+    assert found.matched and (found.inputs - x).square().mean() < 1e-8
+    assert attacks.DeepLeakage(iterations=40)(model, shared, (12,), labels=y).matched == (norm > 1)
+    with pytest.raises(ValueError, match="of the gradient of one sample; of 2, each was clipped"):
+        attacks.DeepLeakage(clip=norm)(model, attacks.share(model, loss, x.expand(2, -1), y.expand(2)), (12,), labels=y)
+
+
 def test_deep_leakage_with_targets_that_are_no_classes() -> None:
     torch.manual_seed(0)
     model, x, y = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(1, 6), torch.randn(1, 3)

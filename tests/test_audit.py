@@ -970,6 +970,21 @@ def test_defences_are_compared_where_there_is_something_to_lose(
     assert found[0].title.endswith(title) and [f.title for f in found[1:]] == stopped
 
 
+def test_clipping_stops_no_search_that_knows_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a single sample: where the search by L-BFGS is the better one as well."""
+    monkeypatch.setattr("packext.audit.sweep.candidates", lambda case, found: {"clip": defences.Clipped(0.01)})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5))
+    budget = Budget(1e6, draws=1, seeds=1, restarts=1, iterations=20, shadows=4)
+    for defence in (None, defences.Compose(defences.Clipped(0.01), defences.Quantisation("float16"))):
+        seen = Case(model, LOSS, images(), Sharing(batch_size=2, defence=defence), budget)
+        alone = {r.search: r for r in inversion(seen, Clock(1e6)).searches if r.samples == 1}
+        deep, adam = alone["Deep Leakage from Gradients"], alone["Inverting Gradients"]
+        assert deep.recovered.value == 1 and deep.psnr > adam.psnr + 10
+    rows = sweep(Case(model, LOSS, images(), Sharing(batch_size=2), budget), Clock(1e6)).rows
+    assert [r.recovered for r in rows] == [1, 1] and rows[0].psnr is not None and rows[0].psnr > 40
+
+
 def test_the_better_search_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(case: Case, attack: Any, *args: Any) -> Any:
         good = isinstance(attack, tuple)

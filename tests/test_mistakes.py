@@ -92,6 +92,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a search of no iterations": (lambda: attacks.InvertingGradients(iterations=0), "need iterations >= 1"),
     "a box that is inside out": (lambda: attacks.InvertingGradients(low=1.0, high=0.0), "low < high"),
+    "a search of gradients clipped to nothing": (lambda: attacks.DeepLeakage(clip=0.0), "a positive clip or None"),
     "a search without a start": (lambda: attacks.DeepLeakage(restarts=0), "restarts >= 1"),
     "no local steps": (lambda: attacks.LocalSteps(0, 0.1), "need steps >= 1, lr > 0"),
     "a list of defences": (

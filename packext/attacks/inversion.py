@@ -140,6 +140,7 @@ class DeepLeakage:
         line_search: strong Wolfe. Without, as in the paper's code, a search may blow up and stay there.
         tolerance: on the objective (the squared distance over the squared norm of what was shared): matched below.
         seed: of the random inputs.
+        clip: the norm to which the client clips the gradient of its one sample, if it does: G(x) is clipped as well.
     """
 
     iterations: int = 100
@@ -148,6 +149,7 @@ class DeepLeakage:
     line_search: bool = True
     tolerance: float = 1e-6
     seed: int = 0
+    clip: float | None = None
 
     threat: ClassVar[Threat] = Threat(
         "one client's gradient of all parameters",
@@ -159,8 +161,8 @@ class DeepLeakage:
 
     def __post_init__(self) -> None:
         """Refuse a search that would find nothing."""
-        if self.iterations < 1 or self.restarts < 1:
-            raise ValueError(f"need iterations >= 1 and restarts >= 1, got {self}.")
+        if self.iterations < 1 or self.restarts < 1 or not (self.clip is None or self.clip > 0):
+            raise ValueError(f"need iterations >= 1, restarts >= 1 and a positive clip or None, got {self}.")
 
     def __call__(
         self,
@@ -191,10 +193,15 @@ class DeepLeakage:
 
         Raises:
             ValueError: unless one of `classes` and `labels` is given, or if the model does not take such inputs, or the
-                loss such labels.
+                loss such labels; for `clip` with several samples.
         """
         if (classes is None) == (labels is None):
             raise ValueError("give classes=<number> to search for labels as well, or labels=<tensor> that are known.")
+        if self.clip is not None and shared.n != 1:
+            raise ValueError(
+                f"clip={self.clip} is of the gradient of one sample; of {shared.n}, each was clipped before they were "
+                "added up: InvertingGradients is blind to a factor on the whole."
+            )
         matching = Matching(model, shared, forward, mask)
         like = next(iter(matching.parameters.values()))
         found: list[Reconstruction] = []
@@ -229,6 +236,10 @@ class DeepLeakage:
             found = matching.gradient(torch.cat(rows), whole)
             if soft:
                 found = [_divisor(matching.shared.loss_fn, whole) * g for g in found]
+            if self.clip is not None:
+                square = torch.stack([g.square().sum() for g in found]).sum()
+                norm = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+                found = [(self.clip / norm).clamp_max(1.0) * g for g in found]
             return squared_distance(matching.seen(found), matching.target)
 
         def closure() -> float:

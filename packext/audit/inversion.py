@@ -25,6 +25,7 @@ from packext.attacks import (
 )
 from packext.audit.case import Case, Clock
 from packext.audit.section import Interval, Section
+from packext.audit.sharing import clip_of
 
 #: Mean squared error below which an input counts as recovered: over the squared range of inputs (20 dB), and over what
 #: the candidates' mean has. The range alone would let the mean pass for a reconstruction where outliers make it wide.
@@ -255,7 +256,8 @@ def _repeat(case: Case, attack: Any, n: int, clock: Clock) -> tuple[list[Attempt
         index = case.draw(100 + k, n)
         x, y = case.x[index], case.y[index]
         message = case.client(x, y) if n == 1 else case.message(x, y)
-        made.append(attempt(case, seeded(attack, case.seed + 1000 * k), message, x, y))
+        begun = seeded(attack, case.seed + 1000 * k, clip_of(case.sharing.defence) if n == 1 else None)
+        made.append(attempt(case, begun, message, x, y))
     return made, attack
 
 
@@ -287,9 +289,11 @@ def affordable(case: Case, attack: Any, n: int, seconds: float) -> Any:
     return (bare, attack[1]) if deep else bare
 
 
-def seeded(attack: Any, seed: int) -> Any:
-    """The attack from other random inputs."""
-    return (replace(attack[0], seed=seed), attack[1]) if isinstance(attack, tuple) else replace(attack, seed=seed)
+def seeded(attack: Any, seed: int, clip: float | None) -> Any:
+    """The attack from other random inputs, and who is not blind to clipping told to what the one sample is clipped."""
+    if isinstance(attack, tuple):
+        return replace(attack[0], seed=seed, clip=clip), attack[1]
+    return replace(attack, seed=seed)
 
 
 def _threat(attack: Any) -> Threat:

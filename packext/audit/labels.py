@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from packext.attacks import (
 )
 from packext.audit.case import Case, Clock
 from packext.audit.section import Interval, Section
-from packext.defences import Clipped, Compose
+from packext.audit.sharing import clip_of
 
 #: Runs of the model that a rule may make for one message.
 RUNS = 400
@@ -202,7 +201,7 @@ def _through_aggregation(case: Case, found: Labels) -> None:
         return
     found.cohort = s.clients if s.secure_aggregation else 1
     found.threats[name] = SecureAggregationLabels.threat
-    clip = _clip(s.defence)
+    clip = clip_of(s.defence)
     attack = SecureAggregationLabels(clip=clip, magnitude=100.0 if clip is None else 3.0)
     exact, doubt = [], []
     with found.unless_refused(name):
@@ -232,9 +231,3 @@ def _example(case: Case) -> Tensor:
     low, high = case.bounds()
     generator = torch.Generator().manual_seed(0)
     return (low + (high - low) * torch.rand(4, *case.x.shape[1:], generator=generator)).to(case.x)
-
-
-def _clip(defence: Any) -> float | None:
-    """The norm that a clipping client clips to, which an attacker who knows the defence knows."""
-    first = defence.defences[0] if isinstance(defence, Compose) else defence
-    return float(first.max_norm) if isinstance(first, Clipped) else None

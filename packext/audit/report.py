@@ -51,9 +51,9 @@ SAYS = {
     "where false ones are few, more than the area.",
     "epsilon": "A lower bound above the claim shows a bug. One below it proves nothing.",
     "sweep": "The same attacks on defended gradients; reconstruction is of one sample by itself, by the better of the "
-    "searches, of which Inverting Gradients is blind to clipping, and neither matches entries that a defence has set "
-    "to zero; none knows of noise or of 8 bits. Levels fit the gradient at this stage of the training. Time is the "
-    "processor's for one call, over that without a defence; of clipping that of a training's step.",
+    "searches, which know of clipping and match no entries that a defence has set to zero; none knows of noise or of "
+    "8 bits. Levels fit the gradient at this stage of the training. Time is the processor's for one call, over that "
+    "without a defence; of clipping that of a training's step.",
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import packext as px
 from packext.attacks import CanaryAudit, LocalSteps
-from packext.defences import Compose, TopK
+from packext.defences import Clipped, Compose, TopK
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,19 @@ def in_place(defence: Callable[..., Any]) -> bool:
     return needed == 4
 
 
+def clip_of(defence: Any) -> float | None:
+    """The norm that a clipping client clips to, which an attacker who knows the defence knows.
+
+    Args:
+        defence: of a client.
+
+    Returns:
+        None without clipping.
+    """
+    first = defence.defences[0] if isinstance(defence, Compose) else defence
+    return float(first.max_norm) if isinstance(first, Clipped) else None
+
+
 def fresh(defence: Any, draw: int) -> Any:
     """A defence as a client has it that sends for the first time: nothing held back, and noise of its own.
 
@@ -199,9 +212,12 @@ class Data:
             pair = getattr(made, name)
             if pair is None and name == "heldout":
                 continue
-            if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
                 parts = f" of {', '.join(type(t).__name__ for t in pair)}" if isinstance(pair, (tuple, list)) else ""
-                raise px.PackextError(f"{name} must be a pair of tensors (x, y), got {type(pair).__name__}{parts}.")
+                raise px.PackextError(
+                    f"{name} must be a pair of tensors (x, y), got {type(pair).__name__}{parts}. Of arrays take "
+                    "torch.from_numpy, of a data set next(iter(DataLoader(dataset, len(dataset))))."
+                )
             x, y = pair
             if not x.dim() or not y.dim() or len(x) != len(y) or not len(x):
                 raise px.PackextError(

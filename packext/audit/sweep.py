@@ -19,7 +19,7 @@ from packext.audit.inversion import affordable, attempt, guess, searchable, sear
 from packext.audit.labels import rules_for
 from packext.audit.records import fitting_clip
 from packext.audit.section import Section
-from packext.audit.sharing import fresh, in_place, name_of
+from packext.audit.sharing import clip_of, fresh, in_place, name_of
 from packext.defences import Clipped, Compose, GaussianNoise, Pruning, Quantisation, Soteria, TopK
 
 #: Batches for labels and for the direction of the gradient; alternations for its time, within 0.25 s or so.
@@ -117,7 +117,7 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
 
 
 def known(defence: Any) -> bool:
-    """Whether the searches know of a defence: of clipping, to which the cosine is blind, and of entries set to zero.
+    """Whether the searches know of a defence: of clipping, and of entries set to zero.
 
     Args:
         defence: of a client, or several by `Compose`.
@@ -272,7 +272,7 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
     searches = {name: affordable(case, a, 1, seconds) for name, a in searches_for(case, found.absent).items()}
     x, y = (t[case.draw(100, 1)] for t in (case.x, case.y))
     plain = case.client(x, y, defended=False)
-    reached = {name: float(attempt(case, seeded(a, case.seed), plain, x, y).psnr) for name, a in searches.items()}
+    reached = {name: float(attempt(case, seeded(a, case.seed, None), plain, x, y).psnr) for name, a in searches.items()}
     kept = {max(reached, key=lambda name: reached[name]), *(n for n, a in searches.items() if not isinstance(a, tuple))}
     searches = {name: a for name, a in searches.items() if name in kept}
     found.iterations = {name: (a[0] if isinstance(a, tuple) else a).iterations for name, a in searches.items()}
@@ -286,7 +286,7 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
                 case.begin(100 + seed)
                 message = case.client(x, y, defence=defence)
                 mask = sent(message) if any(isinstance(part, ZEROS) for part in _parts(defence)) else None
-                begun = [seeded(a, case.seed + 1000 * seed) for a in searches.values()]
+                begun = [seeded(a, case.seed + 1000 * seed, clip_of(defence)) for a in searches.values()]
                 tried = [attempt(case, a, message, x, y, mask) for a in begun]
                 ratios[name].append(max(float(one.psnr) for one in tried))
                 hits[name] += any(bool(one.recovered) for one in tried)

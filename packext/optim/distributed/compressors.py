@@ -36,8 +36,8 @@ class GaussianK(TopK):
 
     Entries above the threshold t are sent. Up to three times t is halved if it lets fewer than 2k/3 pass, and
     multiplied by 1.5 for more than 4k/3. As messages of all processes have one size, there is room for 4k/3 entries; of
-    more, which heavy tails give, the largest are sent. The message has its full size even if fewer are sent. If none
-    passes, the k largest are sent: entries of about one size would never pass, however large they become.
+    more, the largest are sent. The message has its full size even if fewer are sent. If none passes, the k largest are
+    sent: entries of about one size would never pass, however large they become.
 
     - Formula: `|u| > t` with `t = mean(u) + |z| std(u)`, z the ratio/2 quantile of the normal distribution
     - Cost: as `TopK`, with messages of 4/3 their size

@@ -39,10 +39,17 @@ class Keep:
 
 
 @pytest.mark.parametrize(
-    "options, every", [({"accumulate_grad_batches": 4}, 1), ({}, 5), ({"precision": "bf16-mixed"}, 1)], ids=str
-)
-def test_lightning(options: dict[str, Any], every: int) -> None:
+    "options, every, compiled",
+    [
+        ({"accumulate_grad_batches": 4}, 1, False), ({}, 5, False), ({"precision": "bf16-mixed"}, 1, False),
+        ({}, 5, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lightning(options: dict[str, Any], every: int, compiled: bool) -> None:
     plain, model = lightning.Net(), lightning.Net()
+    if compiled:
+        plain.net, model.net = (torch.compile(m.net, backend="eager") for m in (plain, model))
     before = traces(model)
     lightning.fit(plain, **options)
     keep = Keep(model)
@@ -76,9 +83,10 @@ def test_lightning_values(scale: str | float, options: dict[str, Any]) -> None:
         assert logged[k] == {"largest": pytest.approx(float(want.max().sqrt()))}
 
 
-@pytest.mark.parametrize("parts, every", [(2, 1), (1, 4)])
-def test_transformers(parts: int, every: int, tmp_path: Any) -> None:
+@pytest.mark.parametrize("parts, every, compiled", [(2, 1, False), (1, 4, False), (2, 1, True), (1, 4, True)])
+def test_transformers(parts: int, every: int, compiled: bool, tmp_path: Any) -> None:
     options: dict[str, Any] = {"gradient_accumulation_steps": parts, "kind": "bert"}
+    options |= {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
     plain, net = hugging.model("bert"), hugging.model("bert")
     hugging.fit(plain, tmp_path, **options)
     keep = Keep(net)
@@ -193,9 +201,9 @@ def test_what_is_refused(tmp_path: Any) -> None:
     assert not px.is_extended(model)
     for options, what in (
         ({"n_gpu": 2}, "DataParallel"), ({"fsdp": "full_shard"}, "FSDP or DeepSpeed"),
-        ({"torch_compile": True}, "torch_compile"), ({"world_size": 2}, "no process knows the loss of all"),
+        ({"world_size": 2}, "no process knows the loss of all"),
     ):  # fmt: skip
-        usual = {"world_size": 1, "n_gpu": 0, "fsdp": "", "deepspeed": None, "torch_compile": False}
+        usual = {"world_size": 1, "n_gpu": 0, "fsdp": "", "deepspeed": None}
         args = SimpleNamespace(**usual | options)
         with pytest.raises(px.PackextError, match=what):
             ForTransformers(px.Variance(), receive=receive).on_train_begin(args, None, None, model=model)

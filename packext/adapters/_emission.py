@@ -66,6 +66,11 @@ class Emission:
             loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
             self._results = self._stack.enter_context(self._context(loss_scale))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the passes of a step are observed now."""
+        return self._results is not None
+
     def land(self, step: int) -> dict[str, float]:
         """The step's passes are over: hand on their results.
 

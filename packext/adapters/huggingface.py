@@ -24,9 +24,10 @@ class EmitCallback(TrainerCallback):
         ...     return {"largest gradient": results.batch_l2.max().sqrt()}
         >>> Trainer(model, args, train_dataset=data, callbacks=[EmitCallback(px.BatchL2Grad(), receive=receive)])
 
-    The training is the same to the last bit. A sample is a row of the batch. Batches that are accumulated for a step
-    are one, as `px.backpack` with `accumulate=True` has them, and in several processes results are of the samples of
-    all, in each of them. For instruments, verdicts and a page there is `packext.diagnostics.huggingface`.
+    The training is the same to the last bit; with `torch_compile` steps that are observed run as the model is written,
+    and it is the same but for the compiler's rounding. A sample is a row of the batch. Batches that are accumulated for
+    a step are one, as `px.backpack` with `accumulate=True` has them, and in several processes results are of the
+    samples of all, in each of them. For instruments, verdicts and a page there is `packext.diagnostics.huggingface`.
     """
 
     def __init__(self, *quantities: Any, receive: Receive, every: int = 1, scale: str | float = "loss") -> None:
@@ -55,13 +56,11 @@ class EmitCallback(TrainerCallback):
             **kwargs: `model` is used.
 
         Raises:
-            PackextError: for several devices in one process, FSDP, DeepSpeed, torch_compile, or several processes with
-                scale "loss".
+            PackextError: for several devices in one process, FSDP, DeepSpeed, or several processes with scale "loss".
         """
         for wrong, what in (
             (args.n_gpu > 1, "DataParallel, which cuts a batch among devices: start a process for each device"),
             (args.fsdp or args.deepspeed, "FSDP or DeepSpeed, but with DistributedDataParallel"),
-            (args.torch_compile, "torch_compile, under which no parameter is seen"),
         ):
             if wrong:
                 raise px.PackextError(f"EmitCallback does not work with {what}.")
@@ -114,6 +113,6 @@ class EmitCallback(TrainerCallback):
             self._hook = None
 
     def _ran(self, model: Any, args: Any, output: Any) -> None:
-        if getattr(output, "loss", None) is not None:
+        if self._emission.is_open and getattr(output, "loss", None) is not None:
             # The Trainer drops the outputs beside the loss, in which packext sees which sample is which.
             self._held = [get_gradient_edge(v) for v in output.values() if isinstance(v, Tensor) and v.requires_grad]

@@ -22,9 +22,10 @@ class EmitCallback(Callback):
         ...     return {"largest gradient": results.batch_l2.max().sqrt()}
         >>> Trainer(callbacks=[EmitCallback(px.BatchL2Grad(), receive=receive, every=10)])
 
-    The training is the same to the last bit. Batches that are accumulated for a step are one, as `px.backpack` with
-    `accumulate=True` has them, and in several processes results are of the samples of all, in each of them. For
-    instruments, verdicts and a page there is `packext.diagnostics.lightning`.
+    The training is the same to the last bit; of what `torch.compile` compiles, steps that are observed run as it is
+    written, and it is the same but for the compiler's rounding. Batches that are accumulated for a step are one, as
+    `px.backpack` with `accumulate=True` has them, and in several processes results are of the samples of all, in each
+    of them. For instruments, verdicts and a page there is `packext.diagnostics.lightning`.
     """
 
     def __init__(self, *quantities: Any, receive: Receive, every: int = 1, scale: str | float = "loss") -> None:
@@ -63,13 +64,14 @@ class EmitCallback(Callback):
         self._emission.over(trainer.world_size)
         self._emission.extend(pl_module)
 
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        """Open the context, unless it is.
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Open the context, unless it is: before the forward pass, which a compiled module makes as it is written then.
 
         Args:
             trainer: of Lightning.
             pl_module: the LightningModule.
-            loss: not looked at.
+            batch: not looked at.
+            batch_idx: not looked at.
         """
         self._emission.open(trainer.global_step, getattr(trainer.precision_plugin, "scaler", None))
 

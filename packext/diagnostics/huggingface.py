@@ -78,13 +78,12 @@ class CockpitCallback(TrainerCallback):
             **kwargs: `model` and `optimizer` are used.
 
         Raises:
-            PackextError: for several processes or devices, a loss that the Trainer computes, or torch_compile.
+            PackextError: for several processes or devices, or a loss that the Trainer computes.
         """
         for wrong, what in (
             (args.n_gpu > 1, "DataParallel, which cuts a batch among devices"),
             (args.world_size > 1, "several processes: callbacks are not told the module that averages their gradients"),
             (args.label_smoothing_factor, "label_smoothing_factor, with which the loss is not the model's"),
-            (args.torch_compile, "torch_compile, under which no parameter is seen"),
         ):
             if wrong:
                 raise px.PackextError(f"CockpitCallback does not work with {what}.")

@@ -321,7 +321,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             raise NotExtendedError(
                 "The scale of a sample's own loss is not known: the loss is not extended, or has no `reduction`. Use "
                 f"loss_fn = px.extend(nn.CrossEntropyLoss()) or pass {_SCALE} (the batch size for a mean, 1 for a sum)."
-                " A loss of your own is an nn.Module with an attribute `reduction`, 'mean' or 'sum'."
+                " A loss of your own is an nn.Module with an attribute `reduction` ('mean' or 'sum') and without "
+                "parameters."
             )
         # Losses of different weights are terms of one; a weight that all have is none of the samples' own losses.
         weights = [(count, low) for count, low in weights if low] or [(count, 1.0) for count, _ in weights]

@@ -72,9 +72,10 @@ def extend(module: M, batch_axis: int | None = 0, *, debug: bool = False, use_co
     """Make a model or loss module report its per-sample quantities to `backpack`.
 
     Args:
-        module: the model, or the loss module (which tells mean from sum). Changed in place: it gets
-            hooks on its submodules and nothing else; parameters, buffers and `state_dict` stay. May be compiled
-            (`torch.compile`): it runs as compiled outside of contexts, and as it was written inside.
+        module: the model, or the loss: a module with an attribute `reduction`, which tells mean from sum, and without
+            parameters. Changed in place: it gets hooks on its submodules and nothing else; parameters, buffers and
+            `state_dict` stay. May be compiled (`torch.compile`): it runs as compiled outside of contexts, and as it was
+            written inside.
         batch_axis: the axis of the samples in the model's inputs and outputs. None where the inputs have none, as the
             nodes and edges of a batch of graphs: then samples are along axis 0 of the outputs, and each row inside of
             the model belongs to the one sample whose output uses it. A row that several use is an error.

@@ -239,8 +239,9 @@ def enter(record: Record, g: Tensor | None = None) -> None:
                 )
             raise NotExtendedError(
                 f"{asked} asked for, but the backward pass came through no extended loss. Use "
-                "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output. A loss that is a "
-                "function goes into the forward of an nn.Module with an attribute `reduction` ('mean' or 'sum')."
+                "loss_fn = px.extend(nn.CrossEntropyLoss()), applied to the extended model's output. A loss of your "
+                "own is an nn.Module with an attribute `reduction` ('mean' or 'sum') and without parameters; others "
+                "are taken for models. One that is a function goes into the forward of such a module."
             )
     modules, shared = record.modules(), record.extension.shared
     first = all(r is record or r.extension.shared is not shared for r in flight.records)

@@ -175,7 +175,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a loss of your own without a reduction": (
         lambda: passed(px.BatchGrad(), loss_fn=Own(), scale="sample"),
-        "not extended, or has no `reduction`.* A loss of your own is an nn.Module with an attribute `reduction`",
+        "not extended, or has no `reduction`.* of your own is an nn.Module with an attribute `reduction`.*without",
+    ),
+    "curvature of a loss of your own without a reduction": (
+        lambda: passed(px.DiagGGNExact(), loss_fn=Own()),
+        "came through no extended loss.* A loss of your own is an nn.Module with an attribute `reduction`.*for models",
     ),
     "a loss function to extend": (
         lambda: px.extend(F.cross_entropy),

@@ -80,7 +80,8 @@ def exact(
         args: its other positional arguments.
         kwargs: its keyword arguments.
         g: the gradient at the loss: a scalar, or of the loss's shape for reduction "none".
-        compact: for `CrossEntropyLoss`, C - 1 columns per position in place of C.
+        compact: as few columns as the rank allows: for `CrossEntropyLoss`, C - 1 per position in place of C; for a
+            loss without a closed form those of eigenvectors, in place of one for each entry of an output.
 
     Returns:
         The columns, one after the other. Refusals are raised by the call, before the first of them.
@@ -110,7 +111,7 @@ def _columns(
         c = _entries(DIAGONAL[kind], loss, x, g, *args, **kwargs)
         found = _diagonal_columns(_positive(loss, x, g, c, part).sqrt().reshape(len(x), -1))
     else:
-        found = iter(_blocks_root(loss, x, args, kwargs, g, part).unbind(2))
+        found = iter(_blocks_root(loss, x, args, kwargs, g, part, not compact).unbind(2))
     return (s.reshape(output.shape).to(output.dtype) for s in found)
 
 
@@ -475,8 +476,10 @@ def from_most_likely(loss: nn.Module, x: Tensor, vector: Tensor) -> Tensor:
 # -- any other loss ---------------------------------------------------------------------------------------
 
 
-def _blocks_root(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor, part: bool = False) -> Tensor:
-    """Roots `[N, D, V]` of the Hessian's blocks, the largest eigenvalue first; V is the largest rank among them."""
+def _blocks_root(
+    loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor, part: bool = False, symmetric: bool = False
+) -> Tensor:
+    """Roots `[N, D, V]` of the Hessian's blocks: largest eigenvalue first, V the largest rank; or symmetric ones."""
     with wide(loss, x.device):
         h = _blocks(loss, x, args, kwargs, g).double()
     name, eps = _name(loss, x), torch.finfo(x.dtype).eps
@@ -497,8 +500,10 @@ def _blocks_root(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tenso
             f"with gradients from {g.min():.2e} to {g.max():.2e} arriving at it. It has no real root. "
             "Use a convex loss, or quantities that need no root of the Hessian."
         )
-    keep = (values > values.shape[1] * eps * own).any(0)
-    return (vectors * values.clamp(min=0).sqrt()[:, None])[:, :, keep].flip(2)
+    root = vectors * values.clamp(min=0).sqrt()[:, None]
+    if symmetric:
+        return root @ vectors.mT
+    return root[:, :, (values > values.shape[1] * eps * own).any(0)].flip(2)
 
 
 def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) -> Tensor:

@@ -757,6 +757,36 @@ def test_gram_and_empirical_fisher(name: str) -> None:
             torch.testing.assert_close(p.diag_ef, plain[key].square().sum(0) / n)
 
 
+class Halved(nn.Module):
+    """Half of a sum of squares, of some of the outputs for some of the samples."""
+
+    reduction = "sum"
+
+    def forward(self, output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return (weight * (output - target).square()).sum() / 2
+
+
+def test_gram_is_the_tangent_kernel_for_a_loss_of_ones_own() -> None:
+    """Column v is of output v, whatever eigenvectors the Hessian has, and there are as many for each batch."""
+    model, loss, x, y = px.extend(mlp()), px.extend(Halved()), torch.randn(N, 5), torch.randn(N, 3)
+    rows = [torch.autograd.grad(f, list(model.parameters()), retain_graph=True) for f in model(x).T.flatten()]
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])  # outputs before samples
+    for weight in (
+        torch.ones(N, 3),
+        torch.tensor([[1.0, 4.0, 9.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 1.0]]),
+    ):
+        root = weight.T.sqrt().flatten()[:, None] * jacobian
+        with px.backpack(px.GGNGram(), px.SqrtGGNExact()) as results:
+            loss(model(x), y, weight).backward()
+        torch.testing.assert_close(results.ggn_gram, (root @ root.T).view(3, N, 3, N))
+        found = torch.cat([p.sqrt_ggn_exact.flatten(2) for p in model.parameters()], 2)
+        torch.testing.assert_close(found, root.view(3, N, -1))
+    with px.backpack(px.SqrtGGNExact(), accumulate=True):  # of batches with Hessians of other ranks
+        for part in (slice(0, 1), slice(2, 4)):
+            loss(model(x[part]), y[part], weight[part]).backward()
+    torch.testing.assert_close(model[0].weight.sqrt_ggn_exact, root.view(3, N, -1)[:, [0, 2, 3], :35].view(3, 3, 7, 5))
+
+
 def test_gram_of_packed_sequences() -> None:
     """Columns differ in whose rows of zeros are taken for, and so in how many a sample has."""
 

@@ -133,7 +133,7 @@ class SqrtGGNExact(_Root):
     """A root of the GGN `[V, N, *p]`, in `sqrt_ggn_exact`.
 
     With rows flattened and concatenated over parameters, `sum over v, n of s sᵀ` is the GGN. V counts the entries of
-    an output of one sample.
+    an output of one sample, in their order; a loss without a closed form has its symmetric root.
     """
 
     savefield = "sqrt_ggn_exact"

@@ -6,7 +6,7 @@ Seen on the CPU, by the operations for which an accelerator, which computes on i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,12 @@ GGN = [px.DiagGGNExact(), px.DiagGGNMC(), px.SqrtGGNExact(), px.GGNGram(), px.KF
 HESSIAN = [px.DiagHessian(), px.HessianTrace(), px.DiagHessianMC(), px.TopEigenvalues(ncv=4), px.HMP(), px.GGNMP()]
 
 
-def syncs(model: nn.Module, x: Tensor, quantity: Any, **options: Any) -> set[str]:
+def syncs(
+    model: nn.Module, x: Tensor, quantity: Any, loss_fn: Callable[[], nn.Module] = nn.CrossEntropyLoss, **options: Any
+) -> set[str]:
     """Of the second backward pass, which is not probed."""
     options.setdefault("scale", "sample")
-    loss, y = px.extend(nn.CrossEntropyLoss()), torch.arange(len(x)) % 3
+    loss, y = px.extend(loss_fn()), torch.arange(len(x)) % 3
     found: set[str] = set()
     for _ in range(2):
         with px.backpack(quantity, **options):
@@ -153,6 +155,8 @@ def test_what_waits_is_what_the_page_says() -> None:
                 found |= syncs(model, x, quantity)
     model, x = px.extend(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3))), torch.randn(N, 4, 5)
     found |= syncs(model, x, px.BatchL2Grad(), per="token", mask=torch.ones(N, 4, dtype=torch.bool))
+    model, x = px.extend(nn.Sequential(nn.Linear(5, 3), nn.LogSoftmax(1))), torch.randn(N, 5)
+    found |= syncs(model, x, px.DiagGGNMC(), nn.NLLLoss)
     assert "_backpack.py: _sample_factor" in found  # and not nothing, if torch no longer shows these operations
     assert {site if site in expected else site.partition(":")[0] for site in found} == expected
 

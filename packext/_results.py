@@ -95,11 +95,11 @@ class Results:
 
     def values(self) -> list[ParameterResults]:
         """Results of these parameters."""
-        return [self[name] for name in self]
+        return [found for _, found in self.items()]
 
     def items(self) -> Iterator[tuple[str, ParameterResults]]:
-        """Names and results."""
-        return ((name, self[name]) for name in self)
+        """Names and results; parameters of models that were extended one by one may share a name."""
+        return ((name, ParameterResults(name, values)) for name, values in self._by_parameter.values())
 
     def __getattr__(self, field: str) -> Any:
         if field.startswith("_"):

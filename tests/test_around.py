@@ -61,6 +61,8 @@ def test_models_whose_parameters_have_equal_names() -> None:
     torch.testing.assert_close(results.batch_l2, sum(getattr(p, "batch_l2") for p in parameters))  # noqa: B009
     with pytest.raises(KeyError, match="several models"):
         results["weight"]
+    found = [("weight", back.weight), ("bias", back.bias), ("weight", front.weight), ("bias", front.bias)]
+    assert [(k, v.batch_l2) for k, v in results.items()] == [(k, getattr(p, "batch_l2")) for k, p in found]  # noqa: B009
     with px.backpack(px.BatchL2Grad(), parameters=front.parameters()) as results:  # a generator, and its discriminator
         cross_entropy()(back(front(x).tanh()), y).backward()
     assert results["weight"].batch_l2 is getattr(front.weight, "batch_l2")  # noqa: B009

@@ -92,4 +92,6 @@ def HBP(  # noqa: N802 - the name that BackPACK's users type
             "KFAC, KFLR and KFRA, and there is no other. Ask for one of these; for products with other curvatures, for "
             "HMP or PCHMP."
         )
-    return type("HBP", (kind,), {"savefield": savefield, "__doc__": kind.__doc__})()
+    quantity = kind()
+    quantity.savefield = savefield
+    return quantity

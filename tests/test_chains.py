@@ -127,7 +127,7 @@ def test_backpack_agrees_on_chains(name: str, loss: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(_chain, "_residual", twice)
     for modify in ("clip", "abs"):
         torch.manual_seed(3)
-        run(model, criterion, x, y, px.KFRA(), px.PCHMP(modify))
+        run(model, criterion, x, y, px.KFRA(), px.PCHMP(modify=modify))
         for (key, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
             for got, want in zip(p.kfra, q.kfra, strict=True):
                 assert testing.relative_error(got, want) < 1e-9, key
@@ -200,7 +200,7 @@ def test_pchmp_is_its_definition(name: str, loss: str, modify: str) -> None:
     at = levels(model, x)
     h = loss_hessian(lambda z: criterion(z, y), at[-1])
     slope = torch.autograd.functional.jacobian(lambda z: criterion(z, y), at[-1])
-    run(model, criterion, x, y, px.PCHMP(modify))
+    run(model, criterion, x, y, px.PCHMP(modify=modify))
     for k in reversed(range(len(model))):
         module, names = model[k], [name for name, _ in model[k].named_parameters()]
         for name_ in names:
@@ -512,7 +512,29 @@ def test_other_hbp_are_refused(options: tuple[str, str, str, int]) -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="clip"):
-        px.PCHMP("positive")
+        px.PCHMP(modify="positive")
+    for quantity in (px.PCHMP, px.HMP, px.GGNMP):
+        for field in ("abs", "grad", "my block"):  # "abs": an attribute of tensors, and a choice of PCHMP
+            with pytest.raises(ValueError, match=f"savefield must be a name .* got '{field}'"):
+                quantity(field)
+
+
+def test_products_in_fields_of_ones_own() -> None:
+    """With fields of their own both choices of PCHMP are had in one pass, under BackPACK's arguments."""
+    model, criterion, x, y = mlp(), nn.CrossEntropyLoss(), torch.randn(N, 5), torch.randint(3, (N,))
+    found = []
+    for asked in ([px.PCHMP(), px.HMP()], [px.PCHMP(modify="abs"), px.GGNMP()]):
+        run(model, criterion, x, y, *asked)
+        found += [getattr(model[0].weight, q.savefield) for q in asked]
+    v = torch.randn(2, 7, 5)
+    want = [product(v) for product in found]
+    fields = ["clipped", "whole", "turned", "gauss_newton"]
+    both = px.PCHMP("clipped", "clip"), px.HMP("whole"), px.PCHMP("turned", "abs"), px.GGNMP(savefield="gauss_newton")
+    del model[0].weight.pchmp
+    run(model, criterion, x, y, *both)
+    for field, product in zip(fields, want, strict=True):
+        torch.testing.assert_close(getattr(model[0].weight, field)(v), product)
+    assert not torch.allclose(want[0], want[2]) and not hasattr(model[0].weight, "pchmp")
 
 
 @pytest.mark.parametrize("layer", [0, 2])

@@ -178,7 +178,7 @@ def layers() -> tuple[nn.Sequential, Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     "asked",
-    [px.KFRA(), px.PCHMP("clip"), px.PCHMP("abs"), px.TopEigenvalues(3), px.TopEigenvalues(2, "SA"),
+    [px.KFRA(), px.PCHMP(modify="clip"), px.PCHMP(modify="abs"), px.TopEigenvalues(3), px.TopEigenvalues(2, "SA"),
      px.TopEigenvalues(2, "LM"), px.TopEigenvalues(2, curvature="ggn", tol=0.1, ncv=4, maxiter=1)],
     ids=repr,
 )  # fmt: skip
@@ -329,7 +329,7 @@ def test_broken_eigenvalues_and_chains_are_seen(broken: str, monkeypatch: pytest
         asked = px.KFRA()
         monkeypatch.setattr(_chain, "_add_square", lambda square, g, n: add(square, g[:1].expand_as(g), n))
     elif broken == "clipped":
-        asked = px.PCHMP("abs")
+        asked = px.PCHMP(modify="abs")
         monkeypatch.setattr(Tensor, "abs", lambda r: r.clamp(min=0))
     else:
 

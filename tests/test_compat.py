@@ -297,8 +297,6 @@ def test_signatures() -> None:
     assert len(backpack.extensions.__all__) == 19
     for name in backpack.extensions.__all__:
         theirs = list(inspect.signature(getattr(backpack.extensions, name)).parameters)
-        if name in ("HMP", "GGNMP", "PCHMP"):
-            theirs.remove("savefield")  # as docs/migrate/backpack.md says
         assert list(inspect.signature(getattr(extensions, name)).parameters)[: len(theirs)] == theirs, name
     assert packext.BatchGrad([1]).subsampling == [1]
     assert backpack.extensions.BatchGrad().savefield == packext.BatchGrad().savefield == packext.BatchGrad.savefield

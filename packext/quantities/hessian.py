@@ -221,8 +221,14 @@ class Product:
 
 class _Products(HessianQuantity):
     def __init__(self, savefield: str | None = None) -> None:
-        """Say under which attribute the function is found, if it is to be another one, as for two of them in a pass."""
+        """Name the attribute in which the function is found; the quantity's own by default.
+
+        Raises:
+            ValueError: for what is no name, or that of an attribute that tensors have.
+        """
         if savefield is not None:
+            if not savefield.isidentifier() or hasattr(Tensor, savefield):
+                raise ValueError(f"savefield must be a name that no attribute of tensors has, got {savefield!r}.")
             self.savefield = savefield
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
@@ -252,15 +258,15 @@ class PCHMP(_Products):
 
     savefield = "pchmp"
 
-    def __init__(self, modify: str = "clip", savefield: str | None = None) -> None:
-        """Say what becomes of negative entries of R, and under which attribute the function is found.
+    def __init__(self, savefield: str | None = None, modify: str = "clip") -> None:
+        """Say what becomes of negative entries of R.
 
         Args:
-            modify: "clip" makes them zero, "abs" positive.
-            savefield: "pchmp" by default; the two in one pass need two.
+            savefield: the attribute in which the function is found; another one lets a context have both choices.
+            modify: "clip" makes negative entries zero, "abs" positive.
 
         Raises:
-            ValueError: for another choice.
+            ValueError: for another choice, or a field that tensors have.
         """
         super().__init__(savefield)
         if modify not in ("clip", "abs"):

@@ -151,7 +151,10 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         fields = [e.savefield for e in extensions]
         for field in fields:
             if fields.count(field) > 1:
-                raise ValueError(f"two quantities write {field!r}: use one, or one context each.")
+                raise ValueError(
+                    f"two quantities write {field!r}: ask for one of them, and for the other in a context inside of "
+                    "this one that shares its passes, px.backpack(..., attach=False, overhear=True)."
+                )
         if not (scale in ("loss", "sample") or (isinstance(scale, (int, float)) and not isinstance(scale, bool))):
             raise ValueError(f'scale must be "loss", "sample" or a number, got {scale!r:.80}.')
         if not isinstance(scale, str) and (not math.isfinite(scale) or scale == 0):

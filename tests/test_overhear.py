@@ -235,6 +235,27 @@ def test_what_one_cannot_have_of_a_parameter_the_other_may() -> None:
     assert sorted(got) == ["head.bias", "head.weight"] and heard["table"].diag_ggn_exact.shape == (4, 5)
 
 
+def test_two_quantities_of_one_name_from_one_pass() -> None:
+    """As the error says that refuses them in one context: each is as it is alone."""
+    model, (x, y), alone = network().eval(), images(), []
+    kinds = [
+        (px.KFAC(fisher="exact", approx=a), px.TopEigenvalues(which=w)) for a, w in (("expand", "LA"), ("reduce", "SA"))
+    ]
+    for kind in kinds:
+        with px.backpack(*kind, attach=False) as each:
+            LOSS(model(x), y).backward()
+        alone.append(each)
+    with pytest.raises(ValueError, match=r"'kfac'.*inside of this one.*attach=False, overhear=True\)"):
+        px.backpack(kinds[0][0], kinds[1][0])
+    with px.backpack(*kinds[0]) as first, px.backpack(*kinds[1], attach=False, overhear=True) as second:
+        LOSS(model(x), y).backward()
+    for got, want in zip((first, second), alone, strict=True):
+        torch.testing.assert_close(got.top_eigenvalues.values, want.top_eigenvalues.values, rtol=1e-6, atol=0)
+        for name in want:
+            torch.testing.assert_close(got[name].kfac, want[name].kfac)
+    assert first.top_eigenvalues.values > 0 > second.top_eigenvalues.values
+
+
 def test_the_same_draws_serve_both() -> None:
     model, (x, y) = network().eval(), images()
     draws = [torch.Generator().manual_seed(3) for _ in range(2)]

@@ -70,8 +70,8 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     if not seen.edges:
         kinds = ", ".join(dict.fromkeys(type(t).__name__ for t in leaves))
         raise PackextError(
-            f"The extended {seen.name} was called with {kinds}: no tensor was found that requires grad. Call it "
-            "with the model's output as a tensor, or a tuple, list or dictionary of tensors."
+            f"The extended {seen.name} was called with {kinds} as its first argument: no tensor was found there that "
+            "requires grad. The model's output comes first: a tensor, or a tuple, list or dictionary of tensors."
         )
     for quantity in (q for each in flight.heard for q in each.context.spreading if len(flight.losses) > 1):
         if not quantity.additive:

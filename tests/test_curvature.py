@@ -333,6 +333,14 @@ def test_an_input_of_the_loss_without_tensors_is_refused() -> None:
         run(model, case.loss(), inputs, targets, px.DiagGGNExact())
 
 
+def test_a_loss_that_is_given_the_target_first_is_refused() -> None:
+    x, y = torch.randn(N, 5), torch.randn(N, 3)
+    model, loss = px.extend(mlp()), px.extend(nn.MSELoss())
+    with pytest.raises(px.PackextError, match="Tensor as its first argument.*output comes first"):
+        with px.backpack(px.DiagGGNExact()):
+            loss(y, model(x)).backward()
+
+
 def test_batch_norm_in_training_mode_is_refused() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     with pytest.raises(px.CoupledSamplesError, match="BatchNorm"):

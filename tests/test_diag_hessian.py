@@ -416,6 +416,34 @@ def test_gaussian_likelihood() -> None:
     compare(model, rows)
 
 
+def test_mean_and_variance_of_a_gaussian() -> None:
+    """The loss is convex in the mean, and not in both: the Hessian is had where the GGN is refused."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.mean, self.spread = nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.shared(x).tanh()
+            return self.mean(hidden), nn.functional.softplus(self.spread(hidden))
+
+    class Likelihood(nn.Module):
+        reduction = "mean"
+
+        def forward(self, outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+            return nn.functional.gaussian_nll_loss(outputs[0], y, outputs[1])
+
+    model, loss, x, y = Heads(), px.extend(Likelihood()), torch.randn(N, 5), torch.randn(N, 2)
+    rows = testing.hessian_diagonals(model, Likelihood(), x, y, weights=[1 / N] * N)
+    px.extend(model)
+    with px.backpack(px.DiagHessian(), px.BatchDiagHessian()):
+        loss(model(x), y).backward()
+    compare(model, rows)
+    with pytest.raises(px.PackextError, match="not convex"), px.backpack(px.DiagGGNExact()):
+        loss(model(x), y).backward()
+
+
 @pytest.mark.parametrize("name", ["mse", "cross entropy", "binary", "saddle"])
 def test_losses_that_are_maximised(name: str) -> None:
     """Every sign is turned, in the loss and in the model."""

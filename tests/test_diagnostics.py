@@ -1017,6 +1017,8 @@ def test_refused_at_construction() -> None:
     with pytest.raises(px.NotExtendedError, match="Sequential: call model = px.extend"):
         Cockpit(model, optimizer)
     px.extend(model)
+    with pytest.raises(ValueError, match="the Adam holds no parameter of Sequential.*give the optimizer of this model"):
+        Cockpit(model, torch.optim.Adam(mlp().parameters()))
     with pytest.raises(ValueError, match="'economy', 'business', 'full' or None, got 'cheap'"):
         Cockpit(model, optimizer, "cheap")
     with pytest.raises(ValueError, match="every"):

@@ -97,7 +97,8 @@ class Cockpit:
         Raises:
             NotExtendedError: if the model is not extended.
             TypeError: for another thing than one optimizer, a level, or lists of sinks, instruments or rules.
-            ValueError: for an unknown level, or an instrument that does not fit model or optimizer.
+            ValueError: for an optimizer of other parameters, an unknown level, or an instrument that does not fit
+                model or optimizer.
         """
         model, parallel = inside(model)
         if not isinstance(model, nn.Module) or not px.is_extended(model):
@@ -108,6 +109,12 @@ class Cockpit:
             raise TypeError(
                 f"Cockpit needs one torch.optim.Optimizer, got {_kind(optimizer)}: of several, give one (its learning "
                 "rate is recorded; what the others do is seen by how the parameters move)."
+            )
+        own = {id(p) for p in model.parameters()}
+        if own and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"the {type(optimizer).__name__} holds no parameter of {type(model).__name__}, and its learning rate "
+                "is not that of this model: give the optimizer of this model."
             )
         if not isinstance(level, (str, type(None))):
             raise TypeError(f"level must be a name or None, got {_kind(level)}: instruments go by instruments=[...].")

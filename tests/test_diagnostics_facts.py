@@ -376,6 +376,33 @@ def test_parameters_of_another_optimizer_and_without_gradient() -> None:
     assert {k for k, v in monitor.values.items() if v == 5} == {"Untrained/0.weight", "Untrained/0.bias"}
 
 
+def test_what_modules_see_is_of_the_first_evaluation_of_a_closure() -> None:
+    """LBFGS goes on at other parameters, where the step is not."""
+    model, (x, y), loss = mlp(), batch(6), px.extend(nn.CrossEntropyLoss())
+    with torch.no_grad():
+        output, hidden = model(x), model[0](x)
+    asked = [InputScale(), OutputScale(), ActivationScale()]
+    px.extend(model)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    monitor = Cockpit(model, optimizer, None, instruments=asked)
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(None)
+        optimizer.zero_grad()
+        value = loss(model(x * len(calls)), y)
+        value.backward()
+        return value
+
+    with monitor.step():
+        optimizer.step(closure)
+    assert len(calls) > 1
+    assert np.isclose(monitor.values["InputScale"], float(x.square().mean().sqrt()))
+    assert np.isclose(monitor.values["OutputScale"], float(output.square().mean().sqrt()))
+    assert np.isclose(monitor.values["ActivationScale/0"], float(hidden.square().mean().sqrt()))
+    assert "OutputScale.spread" in monitor.values
+
+
 def test_a_norm_over_several_axes_is_no_matrix() -> None:
     """Its scale is 1 throughout, as it should be, and would be the largest of all matrices, with rows alike."""
     model = nn.Sequential(nn.Linear(5, 6), nn.Unflatten(1, (2, 3)), nn.LayerNorm([2, 3]), nn.RMSNorm([2, 3]))

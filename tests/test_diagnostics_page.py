@@ -122,6 +122,8 @@ def no_overflow(browser: Any) -> None:
 def test_it_follows_a_run(tmp_path: Path, browser: Any, serve: Any) -> None:
     browser.get(serve(tmp_path / "run"))
     until(lambda: "has no record of a run yet" in text(browser, "#runs .error"), "the message")
+    Run(tmp_path / "run").begin([])
+    until(lambda: text(browser, "#verdicts") == "No step was looked at yet.", "the empty record")
     run = write(tmp_path / "run", range(30))
     until(lambda: "30 steps looked at" in text(browser, "#runs"), "the record")
     assert text(browser, "#runs .error") == ""

@@ -377,7 +377,8 @@ function drawVerdicts() {
   root.replaceChildren();
   const all = here().flatMap((run) => run.verdicts.map((verdict) => [run, verdict]));
   const standing = all.filter(([, verdict]) => verdict.until === null), past = all.filter(([, verdict]) => verdict.until !== null);
-  if (here().length && !standing.length) make("div", root, "No verdict stands: no rule that listens has found a failure.", "verdict none");
+  const said = here().some((run) => run.steps) ? "No verdict stands: no rule that listens has found a failure." : "No step was looked at yet.";
+  if (here().length && !standing.length) make("div", root, said, "verdict none");
   for (const [run, verdict] of standing) drawVerdict(root, run, verdict);
   if (!past.length) return;
   const more = make("details", root);

@@ -941,6 +941,26 @@ def test_labels_that_cannot_be_read_are_searched_for(what: dict[str, Any]) -> No
     assert len(both.searches) == 4 and not both.absent
 
 
+def test_what_dropout_draws_is_not_laid_to_a_defence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two messages with masks of their own have little in common."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 5))
+    same = {"8 bits": defences.Quantisation("int8"), "clip": defences.Clipped(1e6)}
+    monkeypatch.setattr("packext.audit.sweep.candidates", lambda case, found: same)
+    for sharing in (Sharing(batch_size=2), Sharing(batch_size=2, secure_aggregation=True, clients=3)):
+        rows = sweep(case(model, sharing=sharing), Clock(0.0)).rows
+        assert [r.signal for r in rows] == pytest.approx([1.0, 1.0, 1.0], abs=1e-4)
+
+
+def test_levels_of_noise_are_of_several_batches() -> None:
+    """One batch of a trained model may have a hundredth of the others' gradient."""
+    seen = case(sharing=Sharing(batch_size=4))
+    drawn = [seen.draw(60 + k, 4) for k in range(2)]
+    sizes = [flat(attacks.share(seen.model, LOSS, seen.x[i], seen.y[i])).square().mean().sqrt() for i in drawn]
+    found = candidates(seen, px.audit.Sweep())["noise of 1 x RMS"].std
+    assert found == pytest.approx(float(sum(sizes)) / 2) and sizes[0] != sizes[1]
+
+
 def test_a_way_to_share_is_called_as_share_is() -> None:
     x, y = images(8)
     for defence in (defences.Pruning(0.5), defences.Clipped(1.0)):

@@ -157,7 +157,6 @@ def run(
     before, devices = 0.0, [case.x.device] if case.x.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         for k, (name, (kind, share)) in enumerate(SECTIONS.items()):
-            _seed(seed, devices)
             case.begin(k)
             done = store.read(name, kind) if store else None
             if done is None:
@@ -177,14 +176,6 @@ def run(
     if out is not None:
         audit.write(out)
     return audit
-
-
-def _seed(seed: int, devices: list[torch.device]) -> None:
-    """Of the generators that are put back afterwards alone: `torch.manual_seed` would set those of all devices."""
-    torch.default_generator.manual_seed(seed)
-    for device in devices:
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
 
 
 def _teller(

@@ -161,7 +161,7 @@ class Case:
 
     def draw(self, k: int, n: int) -> Tensor:
         """Indices of members of the k-th batch of n samples, without repeats."""
-        generator = torch.Generator().manual_seed((1_000_003 * self.seed + k) % 2**63)
+        generator = torch.Generator().manual_seed(self._numbered(k))
         return torch.randperm(len(self.x), generator=generator)[:n].to(self.x.device)
 
     def client(self, x: Tensor, y: Tensor, defended: bool = True, defence: Any = None) -> Shared:
@@ -186,8 +186,15 @@ class Case:
         return fresh(defence, self._messages - 1)
 
     def begin(self, k: int) -> None:
-        """Draw noise from here on as the k-th part of an audit does, however many messages time has let others send."""
+        """Draw noise and masks from here on as the k-th part of an audit, however many messages others have sent."""
         self._messages = k << 20  # torch seeds by the lowest 32 bits
+        torch.default_generator.manual_seed(self._numbered(k))
+        if self.x.device.type == "cuda":  # alone: `torch.manual_seed` would set those of devices that are not put back
+            with torch.cuda.device(self.x.device):
+                torch.cuda.manual_seed(self._numbered(k))
+
+    def _numbered(self, k: int) -> int:
+        return (1_000_003 * self.seed + k) % 2**63
 
     def by_client(self, samples: Tensor) -> tuple[Tensor, ...]:
         """Samples behind what the server sees, as the clients hold them."""

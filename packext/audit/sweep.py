@@ -148,9 +148,9 @@ def candidates(case: Case, found: Sweep) -> dict[str, Any]:
     if case.sharing.defence is not None:
         made[f"as audited: {name_of(case.sharing.defence)}"] = case.sharing.defence
     with found.unless_refused("noise"):
-        index = case.draw(50, case.sharing.held)
-        whole = _flat(case.client(case.x[index], case.y[index], defended=False))
-        rms = float(whole.square().mean().sqrt())
+        drawn = [case.draw(60 + k, case.sharing.held) for k in range(DRAWS)]
+        whole = [_flat(case.client(case.x[index], case.y[index], defended=False)) for index in drawn]
+        rms = statistics.median(float(g.square().mean().sqrt()) for g in whole)  # of one batch it may be anything
         made |= {f"noise of {level:g} x RMS": GaussianNoise(level * rms, seed=case.seed) for level in (0.1, 1.0)}
     made |= {"pruning 90 %": Pruning(0.9), "8 bits": Quantisation("int8")}
     if case.sharing.local is not None:
@@ -185,10 +185,11 @@ def local(defence: Any) -> Callable[..., Shared]:
 def _signal(case: Case, defence: Any) -> float:
     cosines = []
     for k in range(DRAWS):
-        case.begin(60 + k)
         index = case.draw(60 + k, case.sharing.behind)
-        x, y = case.x[index], case.y[index]
-        pair = case.message(x, y, defence=defence), case.message(x, y, defended=False)
+        pair = []
+        for how in ({"defence": defence}, {"defended": False}):
+            case.begin(60 + k)  # each: with dropout, two messages would be of other masks
+            pair.append(case.message(case.x[index], case.y[index], **how))
         a, b = map(_flat, pair)
         cosines.append(float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300)))
     return statistics.mean(cosines)

@@ -337,6 +337,32 @@ def test_tokens_and_the_span_of_inputs() -> None:
         attacks.tokens_present(attacks.Shared({"w": torch.ones(10)}, 1, nn.MSELoss()), "w")
 
 
+class HeadFirst(nn.Module):
+    """Its last layer was made first, as in many models with a backbone that is passed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(6, 4), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.sigmoid(self.body(x)))
+
+
+def test_a_layer_that_makes_no_logits_tells_no_labels() -> None:
+    torch.manual_seed(0)
+    model, x, y, loss = HeadFirst(), torch.rand(5, 5), torch.tensor([0, 1, 1, 3, 3]), nn.CrossEntropyLoss()
+    shared = attacks.share(model, loss, x, y)
+    for rule in (attacks.LLG(), attacks.ILRG(), attacks.LLGStar((5,), 2)):
+        with pytest.raises(px.PackextError, match=r"'body' \[6, 5\] is the last .* of head does. .*: head='head'"):
+            rule(model, shared)
+        assert len(rule(model, shared, "head")) == 4
+    right = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Sigmoid(), nn.Linear(6, 4))
+    shared = attacks.share(right, loss, x, y)  # of '0', in front of the LayerNorm, it sums to 0 as well
+    for defence in (defences.GaussianNoise(0.01), defences.Pruning(0.5), defences.Quantisation("bfloat16")):
+        assert attacks.ILRG()(right, defence(shared)).sum() == 5
+    assert attacks.count_accuracy(attacks.ILRG()(right, shared), y) == 1
+
+
 # -- inversion ----------------------------------------------------------------------------------------
 
 

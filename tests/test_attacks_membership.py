@@ -249,3 +249,7 @@ def test_the_lower_bound_pays_for_delta_and_for_choices() -> None:
     for numbers in ((5, 4, 10), (5, 20, 10), (-1, 4, 10)):
         with pytest.raises(ValueError, match="correct <= guesses <= canaries"):
             attacks.epsilon_lower_bound(*numbers, delta=0.0)
+
+
+def test_scores_may_be_lists() -> None:
+    assert attacks.judge([0.1, 0.3], [0.2]).auc == 0.5 == attacks.membership_bound([0.1, 0.3], [0.2])

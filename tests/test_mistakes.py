@@ -99,6 +99,19 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: defences.Compose([defences.Pruning(0.5)]),
         "Compose takes defences one by one: .* got .Pruning",
     ),
+    "a dictionary for what is shared": (
+        lambda: defences.Pruning(0.5)(dict(SHARED.gradient)),
+        r"acts on what attacks.share\(model, loss_fn, x, y\) returns, got a dict",
+    ),
+    "a list for what is shared": (lambda: defences.TopK(0.5)([]), r"attacks.share\(.* returns, got a list"),
+    "canaries of a training that is not private": (
+        lambda: attacks.GradientCanaries(torch.optim.SGD(net().parameters(), 0.1)),
+        "canaries test a px.optim.DPSGD or DPAdam, got a SGD",
+    ),
+    "a function for the loss of a client": (
+        lambda: attacks.Shared({}, 4, nn.functional.cross_entropy).summed,
+        r"take a module for the loss, such as nn.CrossEntropyLoss\(\)",
+    ),
     "no defences": (lambda: defences.Compose(), "Compose takes defences one by one: .* got none"),
     "a defence of samples after one of messages": (
         lambda: defences.Compose(defences.Pruning(0.5), defences.Clipped(1.0)),

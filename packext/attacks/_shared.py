@@ -66,6 +66,11 @@ class Shared:
     @property
     def summed(self) -> float:
         """The factor from the gradient as sent to the sum over samples: `n` for a mean, 1 for a sum."""
+        if not hasattr(self.loss_fn, "reduction"):
+            raise px.PackextError(
+                f"Of a {type(self.loss_fn).__name__} without `reduction` it is not known whether it is a mean or a sum "
+                "over samples: take a module for the loss, such as nn.CrossEntropyLoss()."
+            )
         return float(self.n) if self.loss_fn.reduction in ("mean", "batchmean") else 1.0
 
 

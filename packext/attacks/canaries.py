@@ -94,9 +94,12 @@ class GradientCanaries:
             seed: of directions, inclusion and sampling.
 
         Raises:
+            TypeError: for an optimizer that is not private.
             PackextError: in several processes.
             ValueError: for a number out of its range.
         """
+        if not isinstance(optimizer, (px.optim.DPSGD, px.optim.DPAdam)):
+            raise TypeError(f"canaries test a px.optim.DPSGD or DPAdam, got a {type(optimizer).__name__}.")
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise px.PackextError("Canaries are for a training in one process: others would have them again.")
         if not (count >= 1 and 0 < rate <= 1 and multiple > 0 and entries >= 1):

@@ -44,7 +44,10 @@ class LabelRule(ABC):
             )
         plain_cross_entropy(shared.loss_fn)
         one_label_each(shared)
-        return self.counts(model, shared, Head.of(model, head))
+        found = Head.of(model, head)
+        if head is None:
+            _last(model, shared, found)
+        return self.counts(model, shared, found)
 
     @abstractmethod
     def counts(self, model: nn.Module, shared: Shared, head: Head) -> Tensor:
@@ -198,6 +201,29 @@ class LLGStar(LabelRule):
                 others = torch.arange(c) != k
                 offset[others] += own[others] / ((c - 1) * self.runs)
         return emitted(sums, impact * (1 + 1 / c), offset.to(sums.device), n)
+
+
+def _last(model: nn.Module, shared: Shared, head: Head) -> None:
+    """Refuse a layer that makes no logits where another one does: there, what reaches the bias sums to 0 over classes.
+
+    Noise and pruning leave no layer of which this can be said, and are not taken for another layer.
+
+    Raises:
+        PackextError: which names the other one.
+    """
+
+    def excess(name: str) -> float:
+        g = shared.gradient.get(f"{name}.weight".removeprefix("."))
+        return float(g.double().sum(0).norm() / g.double().norm()) if g is not None and g.any() else torch.inf
+
+    if 1e-2 < excess(head.name) < torch.inf:
+        others = [k for k, m in model.named_modules() if isinstance(m, nn.Linear) and excess(k) < 1e-4]
+        if others:
+            raise px.PackextError(
+                f"{head.name!r} {list(head.weight.shape)} is the last nn.Linear that {type(model).__name__} was given, "
+                f"but makes no logits: its gradient does not sum to 0 over outputs, as that of {', '.join(others)} "
+                f"does. Say which layer is the last: head={others[-1]!r}."
+            )
 
 
 def _tells(head: Head, entries: Tensor) -> None:

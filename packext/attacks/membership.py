@@ -145,7 +145,9 @@ class Judged(NamedTuple):
     interval: tuple[float, float]
 
 
-def judge(members: Tensor, others: Tensor, draws: int = 500, seed: int = 0) -> Judged:
+def judge(
+    members: Sequence[float] | Tensor, others: Sequence[float] | Tensor, draws: int = 500, seed: int = 0
+) -> Judged:
     """Judge scores, of which higher ones are to say "member".
 
     Args:
@@ -160,7 +162,7 @@ def judge(members: Tensor, others: Tensor, draws: int = 500, seed: int = 0) -> J
     Raises:
         ValueError: if one of them is empty or holds NaN.
     """
-    m, o = members.double().flatten().cpu(), others.double().flatten().cpu()
+    m, o = (torch.as_tensor(v, dtype=torch.float64).flatten().cpu() for v in (members, others))
     if _tell_nothing(m, o):
         raise ValueError(f"judge() needs scores without NaN of members and others, got {len(m)} and {len(o)}.")
     rates: dict[float, float | None] = {}

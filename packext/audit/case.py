@@ -142,7 +142,10 @@ class Case:
             )
         head = Head.of(self.model)
         if len(head.weight) != c:
-            raise px.PackextError(f"{head.name!r} makes {len(head.weight)} outputs, not the {c} logits.")
+            raise px.PackextError(
+                f"{head.name!r} makes {len(head.weight)} outputs, not the {c} logits: an audit takes the nn.Linear "
+                "that the model was given last for its last layer."
+            )
         return c
 
     @property

@@ -41,7 +41,15 @@ class _Drawing:
 
 
 def _each(shared: Shared, f: Callable[[str, Tensor], Tensor]) -> Shared:
-    return replace(shared, gradient={name: f(name, g) for name, g in shared.gradient.items()})
+    return replace(shared, gradient={name: f(name, g) for name, g in _gradient(shared).items()})
+
+
+def _gradient(shared: Shared) -> Mapping[str, Tensor]:
+    if not isinstance(shared, Shared):
+        raise TypeError(
+            f"A defence acts on what attacks.share(model, loss_fn, x, y) returns, got a {type(shared).__name__}."
+        )
+    return shared.gradient
 
 
 class Compose:
@@ -264,7 +272,7 @@ class TopK:
 
     def __call__(self, shared: Shared) -> Shared:
         """What is sent; `residual` is brought up to date."""
-        bad = [f"{name} {list(g.shape)}" for name, g in shared.gradient.items() if not g.isfinite().all()]
+        bad = [f"{name} {list(g.shape)}" for name, g in _gradient(shared).items() if not g.isfinite().all()]
         if bad:
             raise px.PackextError(f"TopK: the gradient of {', '.join(bad)} is not finite. The residual is as it was.")
 

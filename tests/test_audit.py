@@ -21,7 +21,7 @@ from packext import _cli, attacks, defences, demo
 from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit.case import Case, Clock, fingerprint
 from packext.audit.closed import closed, divided
-from packext.audit.findings import BY_CHANCE, _told, beyond, findings, odds, percent
+from packext.audit.findings import BY_CHANCE, _sweep, _told, beyond, findings, odds, percent
 from packext.audit.inversion import Attempt, _identified, _summary, attempt, guess, inversion
 from packext.audit.labels import by_chance, labels
 from packext.audit.records import _rate, epsilon, membership, records, roc
@@ -172,7 +172,7 @@ def test_names_in_the_json_are_stable() -> None:
         "mse_best mse_worst psnr psnr_best psnr_worst labels matched objective",
         ("records", "worst"): "index label loss norm leverage share",
         ("membership", "scores"): "score auc tpr_001 tpr_01 advantage",
-        ("sweep", "rows"): "name adapted labels rule guess psnr psnr_best recovered seeds signal accuracy time",
+        ("sweep", "rows"): "name adapted labels rule guess divided psnr psnr_best recovered seeds signal accuracy time",
     }
     for (name, part), keys in rows.items():
         assert set(found["sections"][name][part][0]) == set(keys.split()), (name, part)
@@ -950,6 +950,25 @@ def test_what_dropout_draws_is_not_laid_to_a_defence(monkeypatch: pytest.MonkeyP
     for sharing in (Sharing(batch_size=2), Sharing(batch_size=2, secure_aggregation=True, clients=3)):
         rows = sweep(case(model, sharing=sharing), Clock(0.0)).rows
         assert [r.signal for r in rows] == pytest.approx([1.0, 1.0, 1.0], abs=1e-4)
+
+
+def test_defences_are_swept_for_what_is_read_off(monkeypatch: pytest.MonkeyPatch, bare: None) -> None:
+    """Of batches whose samples each have a unit of their own, as with ReLUs that few samples reach."""
+    levels = {"fp16": defences.Quantisation("float16"), "noise": defences.GaussianNoise(1.0, seed=0)}
+    monkeypatch.setattr("packext.audit.sweep.candidates", lambda case, found: levels)
+    torch.manual_seed(0)
+    x, y = torch.eye(12) + 0.1 * torch.rand(12, 12), torch.arange(12) % 3
+    first = nn.Linear(12, 12)
+    first.weight.data, first.bias.data = torch.eye(12), torch.full((12,), -0.5)
+    for model, want in (
+        (nn.Sequential(first, nn.ReLU(), nn.Linear(12, 3)), [1, 1, 0]),
+        (nn.Linear(12, 3, False), None),
+    ):
+        found = sweep(case(model, (x, y), Sharing(batch_size=4)), Clock(0.0))
+        assert [r.divided for r in found.rows] == (want or [None] * 3)
+        audit = SimpleNamespace(sweep=found)
+        told = [f for f in _sweep(audit) if "read off" in f.title]
+        assert len(told) == (want is not None) and all("with fp16." in f.evidence for f in told)
 
 
 def test_levels_of_noise_are_of_several_batches() -> None:

@@ -242,6 +242,29 @@ def divided(shared: Shared, layer: str, inputs: Tensor, centre: Tensor) -> float
     return float((apart < NEAR * scale).double().mean())
 
 
+def read_off(case: Case, message: Shared, x: Tensor) -> float | None:
+    """Share of the clients' inputs that `divided` finds at a layer which sees nothing else.
+
+    Args:
+        case: model, data and sharing.
+        message: what the attacker sees.
+        x: the inputs behind it `[N, ...]`.
+
+    Returns:
+        Of the layer that gives most away; None if none that is trained sees them.
+    """
+    layers = [
+        name
+        for name, m in case.model.named_modules()
+        if isinstance(m, nn.Linear) and m.bias is not None and m.in_features == x[0].numel()
+        if m.weight.numel() <= LARGEST and m.weight.requires_grad and m.bias.requires_grad
+    ]
+    centre = case.x.flatten(1).double().mean(0)
+    seen = _inputs(case.model, case.by_client(x), layers) if layers else {}
+    shares = [divided(message, name, e.flatten(0, -2), centre) for name, e in seen.items() if _same(e, x)]
+    return max(shares, default=None)
+
+
 def _inputs(model: nn.Module, batches: Sequence[Tensor], names: list[str]) -> dict[str, Tensor]:
     """What layers receive on batches, run one by one; of a layer that is called several times in a run, all of it."""
     twin = copy.deepcopy(model)

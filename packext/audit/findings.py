@@ -325,6 +325,17 @@ def _records(audit: Audit) -> Iterator[Finding]:
 
 
 def _sweep(audit: Audit) -> Iterator[Finding]:
+    if audit.sweep.rows and (most := audit.sweep.rows[0].divided):
+        leaky = [r.name for r in audit.sweep.rows[1:] if r.divided is not None and r.divided > most / 2]
+        if leaky:
+            yield Finding(
+                "note",
+                "sweep",
+                "Some defences leave inputs to be read off a layer's gradient without any search.",
+                f"{whole(most)} of those behind a message without a defence, and more than half as many with "
+                f"{', '.join(leaky)}.",
+                "Do not rely on them. Noise on clipped gradients hides single rows.",
+            )
     rows = [r for r in audit.sweep.rows if r.psnr is not None and r.signal is not None]
     if len(rows) < 2 or rows[0].psnr is None:
         return

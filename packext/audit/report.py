@@ -52,8 +52,9 @@ SAYS = {
     "epsilon": "A lower bound above the claim shows a bug. One below it proves nothing.",
     "sweep": "The same attacks on defended gradients; reconstruction is of one sample by itself, by the better of the "
     "searches, which know of clipping and match no entries that a defence has set to zero; none knows of noise or of "
-    "8 bits. Levels fit the gradient at this stage of the training. Time is the processor's for one call, over that "
-    "without a defence; of clipping that of a training's step.",
+    "8 bits. Read off are inputs of the real batch, by division at a layer that sees them. Levels fit the gradient at "
+    "this stage of the training. Time is the processor's for one call, over that without a defence; of clipping that "
+    "of a training's step.",
 }
 
 
@@ -347,12 +348,13 @@ def _epsilon(s: Any) -> str:
 
 
 def _sweep(s: Any) -> str:
-    head = ["defence", "attacker knows", "PSNR", "best", "recovered", "labels", "by", "guessing", "cosine"]
+    head = ["defence", "attacker knows", "read off", "PSNR", "best", "recovered", "labels", "by", "guessing", "cosine"]
     head += ["accuracy", "time"]
     rows = [
         [
             r.name,
             "yes" if r.adapted else "no",
+            None if r.divided is None else whole(r.divided),
             None if r.psnr is None else f"{r.psnr:.1f}",
             None if r.psnr_best is None else f"{r.psnr_best:.1f}",
             f"{r.recovered} of {r.seeds}" if r.seeds else None,

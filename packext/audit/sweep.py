@@ -15,6 +15,7 @@ from torch import Tensor
 import packext as px
 from packext.attacks import Shared, count_accuracy, guessed, sent, share
 from packext.audit.case import Case, Clock, Utility
+from packext.audit.closed import read_off
 from packext.audit.inversion import affordable, attempt, guess, searchable, searches_for, seeded
 from packext.audit.labels import rules_for
 from packext.audit.records import fitting_clip
@@ -39,6 +40,8 @@ class Defended:
         labels: share of the labels that the best rule counts at the real batch size, mean over draws.
         rule: which one.
         guess: of the same labels.
+        divided: share of the inputs that are read off a layer which sees them, by division, at the real batch size,
+            mean over draws; None where no layer does.
         psnr: in dB, of one sample by itself, the better of the searches, mean over seeds.
         psnr_best: the attacker's best seed.
         recovered: seeds whose input was recovered (see `SearchResult`).
@@ -54,6 +57,7 @@ class Defended:
     labels: float | None = None
     rule: str | None = None
     guess: float | None = None
+    divided: float | None = None
     psnr: float | None = None
     psnr_best: float | None = None
     recovered: int = 0
@@ -104,6 +108,8 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
             row.time = _time(case, defence)
         with found.unless_refused(f"{name}: labels"):
             _labels(case, defence, row)
+        with found.unless_refused(f"{name}: inputs by division"):
+            _divided(case, defence, row)
         if utility is not None:
             with found.unless_refused(f"{name}: accuracy"):
                 row.accuracy = float(utility(local(defence)))
@@ -261,6 +267,16 @@ def _labels(case: Case, defence: Any, row: Defended) -> None:
     row.rule = max(means, key=lambda name: means[name]) if means else None
     row.labels = means[row.rule] if row.rule else None
     row.guess = statistics.mean(guesses)
+
+
+def _divided(case: Case, defence: Any, row: Defended) -> None:
+    shares = []
+    for k in range(DRAWS):
+        case.begin(80 + k)
+        index = case.draw(80 + k, case.sharing.behind)
+        message = case.message(case.x[index], case.y[index], defence=defence)
+        shares.append(read_off(case, message, case.x[index]))
+    row.divided = statistics.mean(v for v in shares if v is not None) if None not in shares else None
 
 
 def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) -> None:

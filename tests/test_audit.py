@@ -971,6 +971,14 @@ def test_defences_are_swept_for_what_is_read_off(monkeypatch: pytest.MonkeyPatch
         assert len(told) == (want is not None) and all("with fp16." in f.evidence for f in told)
 
 
+def test_why_no_rule_counts_labels_of_a_defence_is_said() -> None:
+    """Of a model that is sure of its samples, whose gradient is zero."""
+    model = linear()
+    model[1].bias.data[0] = 1e4  # type: ignore[operator, union-attr]
+    found = sweep(case(model, (images()[0], torch.zeros(40, dtype=torch.int64))), Clock(0.0))
+    assert found.rows[0].labels is None and "it tells no labels" in found.absent["nothing: labels"]
+
+
 def test_levels_of_noise_are_of_several_batches() -> None:
     """One batch of a trained model may have a hundredth of the others' gradient."""
     seen = case(sharing=Sharing(batch_size=4))

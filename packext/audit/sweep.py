@@ -250,7 +250,7 @@ def _private_step(case: Case, defence: Clipped, x: Tensor, y: Tensor) -> Callabl
 
 def _labels(case: Case, defence: Any, row: Defended) -> None:
     scores: dict[str, list[float]] = {}
-    guesses = []
+    guesses, refused = [], None
     rules = rules_for(case, {})
     for k in range(DRAWS):
         case.begin(80 + k)
@@ -261,12 +261,14 @@ def _labels(case: Case, defence: Any, row: Defended) -> None:
         for name, rule in rules.items():
             try:
                 scores.setdefault(name, []).append(count_accuracy(rule(case.model, message), y))
-            except px.PackextError:
-                scores.pop(name, None)
-    means = {name: statistics.mean(v) for name, v in scores.items() if len(v) == DRAWS}
-    row.rule = max(means, key=lambda name: means[name]) if means else None
-    row.labels = means[row.rule] if row.rule else None
+            except px.PackextError as error:
+                refused = error
     row.guess = statistics.mean(guesses)
+    means = {name: statistics.mean(v) for name, v in scores.items() if len(v) == DRAWS}
+    if not means and refused is not None:
+        raise refused
+    row.rule = max(means, key=lambda name: means[name])
+    row.labels = means[row.rule]
 
 
 def _divided(case: Case, defence: Any, row: Defended) -> None:

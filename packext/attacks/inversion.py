@@ -131,7 +131,8 @@ class DeepLeakage:
       at x and G* what was shared
     - Cost: up to 20 steps of L-BFGS for each iteration, each one or more gradients that are differentiated
     - Source: Zhu, Liu & Han, NeurIPS 2019, there without the division
-    - Refused: both or neither of `classes` and `labels`; gradients or masks that do not fit the model
+    - Refused: both or neither of `classes` and `labels`; gradients or masks that do not fit the model; `clip` with
+      several samples
 
     Args:
         iterations: outer ones, of up to 20 steps of L-BFGS.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import packext as px
 from packext import _cli, attacks, defences, demo
 from packext.audit import Budget, Data, Interval, Sharing, run
+from packext.audit._run import _Store
 from packext.audit.case import Case, Clock, fingerprint
 from packext.audit.closed import closed, divided
 from packext.audit.findings import BY_CHANCE, _sweep, _told, beyond, findings, odds, percent
@@ -111,6 +112,21 @@ def test_a_fishing_model_is_reported() -> None:
     audit = run(model, LOSS, (x, y), Sharing(server="malicious"), budget=FEW)
     assert audit.integrity.reasons and audit.findings[0].section == "integrity"
     assert "bears the traces of a fishing model" in titles(audit, "high")
+
+
+def test_an_audit_that_is_killed_while_it_writes_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, key = Path.write_text, {"seed": 0}
+
+    def killed(self: Path, text: str, *args: Any) -> int:
+        write(self, text[:3], *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "write_text", killed)
+        _Store(tmp_path, key, False)
+    assert _Store(tmp_path, key, False).read("closed", px.audit.Closed) is None
+    with pytest.raises(px.PackextError, match="an audit of something else: seed differ"):
+        _Store(tmp_path, {"seed": 1}, False)
 
 
 @pytest.mark.usefixtures("no_sweep")

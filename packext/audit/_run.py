@@ -205,7 +205,7 @@ class _Store:
                 "anew with fresh=True (--fresh on the command line), which removes it."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, "utf-8")
+        _whole(file, text)
 
     def read(self, name: str, kind: type[Section]) -> Section | None:
         """A section that has ended, or None."""
@@ -220,11 +220,16 @@ class _Store:
         return section
 
     def write(self, name: str, section: Section) -> None:
-        """Keep a section; the JSON last, so that a process that is killed leaves none that is half."""
+        """Keep a section; the JSON last, by which it is known to be whole."""
         file = self.path / f"{name}.json"
         if section.arrays:
             # To NumPy 2.1 and older, allow_pickle=False would be one more array.
             np.savez_compressed(file.with_suffix(".npz"), **section.arrays)  # pyright: ignore[reportArgumentType]
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(plain(section), allow_nan=False), "utf-8")
-        part.replace(file)
+        _whole(file, json.dumps(plain(section), allow_nan=False))
+
+
+def _whole(file: Path, text: str) -> None:
+    """Write a file so that a process that is killed leaves the old one, or none, and never half of it."""
+    part = file.with_suffix(".part")
+    part.write_text(text, "utf-8")
+    part.replace(file)

@@ -172,6 +172,29 @@ def delayed_saved_and_refused(rank: int, world: int) -> None:
         pd.DSSGD(torch.optim.SGD(network().bfloat16().parameters(), 0.1))
 
 
+def delayed_with_curvature(rank: int, world: int) -> None:
+    """Of each process's own samples, as its gradients are; means over the processes are refused."""
+    torch.set_default_dtype(torch.float64)
+    model, alone = px.extend(network()), [dist.new_group([k]) for k in range(world)][rank]
+    with pytest.raises(px.PackextError, match=f"MSVAG would put .* over {world} processes: give it a group of this"):
+        pd.DSSGD(px.optim.MSVAG(model.parameters()))
+    optimizer = pd.DSSGD(px.optim.MSVAG(model.parameters(), process_group=alone))
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    twins = [px.extend(network()) for _ in range(world)]
+    theirs = [px.optim.MSVAG(twin.parameters(), process_group=alone) for twin in twins]
+    for step in range(3):
+        for m, o, r in ((model, optimizer, rank), *zip(twins, theirs, range(world), strict=True)):
+            o.zero_grad()
+            x, y = data(step, r)
+            with px.optim.emit(o):
+                loss_fn(m(x), y).backward()
+            o.step()
+        ends = [weights(twin) for twin in twins]
+        for twin in twins:
+            twin.load_state_dict({k: sum(w[k] for w in ends) / world for k in ends[0]})
+    close(model, weights(twins[0]), "MSVAG")
+
+
 def averaged(world: int, steps: int, calibration: int, predicted: float | None) -> tuple[list[Weights], list[int]]:
     """ADPSGD of all processes in one; the steps after which there was an average."""
     model, lr = network(), lambda step: 0.3 / (1 + step / 4)
@@ -483,6 +506,6 @@ def copied(rank: int, world: int) -> None:
 
 
 TASKS = (
-    delayed_as_simulated, no_drift, delayed_saved_and_refused, averages, spread_as_predicted, measured, unlike,
-    gathered, gathered_in_half_precision, gathered_and_refused, joined, copied,
+    delayed_as_simulated, delayed_with_curvature, no_drift, delayed_saved_and_refused, averages, spread_as_predicted,
+    measured, unlike, gathered, gathered_in_half_precision, gathered_and_refused, joined, copied,
 )  # fmt: skip

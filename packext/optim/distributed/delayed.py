@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import packext as px
+from packext.optim._base import Optimizer
 from packext.optim.distributed._processes import same_world, waiting, world
 
 
@@ -54,7 +55,8 @@ class DSSGD(torch.optim.Optimizer):
       rounded up
     - Source: Zhu et al., NeurIPS 2021, Delayed Gradient Averaging
     - Refused: parameters of several types, or of others than float32 and float64; `GradScaler`; a mean that is not
-      finite; the state of another rank, world or schedule with work under way
+      finite; the state of another rank, world or schedule with work under way; optimizers of `px.optim` without a
+      `process_group` of this process alone
 
     Example:
         >>> optimizer = DSSGD(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), delay=20, every=12)
@@ -94,13 +96,20 @@ class DSSGD(torch.optim.Optimizer):
 
         Raises:
             ValueError: for a negative delay, or a period below one.
-            PackextError: for parameters of another dtype, or of several.
+            PackextError: for parameters of another dtype, or of several, and an optimizer of `px.optim` that reads of
+                other processes.
         """
         if delay < 0 or every < 1:
             raise ValueError(f"need a delay of at least 0 and a period of at least 1, got {delay} and {every}.")
         self.optimizer, self.delay, self.every = optimizer, delay, every
         self.process_group, self.timeout = process_group, timeout
         self.size, self.rank = world(process_group)
+        if isinstance(optimizer, Optimizer) and optimizer.ranks.size > 1:
+            raise px.PackextError(
+                f"DSSGD steps on the gradients of one process, and {type(optimizer).__name__} would put what it reads "
+                f"beside them together over {optimizer.ranks.size} processes: give it a group of this process alone, "
+                "process_group=[torch.distributed.new_group([k]) for k in range(world_size)][rank]."
+            )
         self._parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         kinds = {(p.dtype, p.device) for p in self._parameters}
         if len(kinds) != 1 or next(iter(kinds))[0] not in (torch.float32, torch.float64):

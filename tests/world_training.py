@@ -427,6 +427,18 @@ def gathered_and_refused(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match="no -1 samples"):
         target.add(-1)
 
+    net, loss_fn = px.extend(network()), px.extend(nn.CrossEntropyLoss(reduction="sum"))
+    optimizer, target = px.optim.MSVAG(net.parameters()), pd.TargetBatch(net.parameters(), 6 * world)
+    x, y = data(0, rank)
+    with px.optim.emit(optimizer):
+        loss_fn(net(x), y).backward()
+    samples = 6
+    while not target.add(samples):
+        samples = 0
+        time.sleep(0.005)
+    with pytest.raises(px.PackextError, match="rank 0: MSVAG: TargetBatch has divided the gradient of parameter 0"):
+        optimizer.step()
+
 
 class Partial(nn.Module):
     """With parameters that some, or all, processes do not use."""

@@ -20,7 +20,7 @@ from packext.optim import _lists as lists
 from packext.optim._emit import emit
 from packext.optim._merge import Factors, Ranks, absent, joined, received
 from packext.optim._parts import Adam, DecoupledDecay, Descend
-from packext.optim._work import Part, Skip, Work, name_of
+from packext.optim._work import GATHERED, Part, Skip, Work, name_of, placed
 
 #: What a group with `fallback=True` gets where it does not say otherwise.
 FALLBACK = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -376,6 +376,11 @@ class Optimizer(torch.optim.Optimizer):
         found, problem = [], None if self._missed is None else self._mixed(self._missed)
         for p in params:
             held = self._received.get(p, {})
+            if problem is None and getattr(p.grad, GATHERED, False):
+                problem = (
+                    f"{type(self).__name__}: TargetBatch has divided the gradient of {self.name_of(p)} by the number "
+                    "of samples, which what the passes emitted is not: take an optimizer of torch with it."
+                )
             missing = [field for field in fields if field not in held]
             if missing and problem is None:
                 problem = self._missing(p, missing[0])
@@ -445,7 +450,7 @@ class Optimizer(torch.optim.Optimizer):
             mine = [p for group in self.param_groups for p in group["params"]]
             for k, p in zip(ids, mine, strict=True):
                 if k in found["state"]:
-                    self.state[p] = {name: _moved(v, p) for name, v in found["state"][k].items()}
+                    self.state[p] = {name: placed(v, p) for name, v in found["state"][k].items()}
             self._forget()
             self.skipped = 0
 
@@ -516,16 +521,6 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
         else:
             found.append(value.eigenvalues if isinstance(value, px.linalg.KronEigh) else value)
     return [t for t in found if isinstance(t, Tensor)]
-
-
-def _moved(value: Any, p: Tensor) -> Any:
-    """A copy of an entry of a state, where `p` is and in the dtype in which its steps are computed."""
-    if isinstance(value, Tensor):
-        dtype = torch.promote_types(p.dtype, torch.float32) if value.is_floating_point() else value.dtype
-        return value.to(p.device, dtype, copy=True)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(v, p) for v in value)
-    return value
 
 
 #: Hyperparameters of all parameters together, of which groups cannot have their own.

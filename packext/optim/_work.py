@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from packext.optim._base import Optimizer
 
 
+#: Attribute of a gradient that is no longer that of the passes, as `TargetBatch` has divided their sum by the samples.
+GATHERED = "_packext_gathered"
+
+
 class Skip(Exception):
     """Raised by a part that cannot take this step: it is skipped, and reported with the text."""
 
@@ -100,6 +104,16 @@ class Work:
 def at_least_float32(t: Tensor) -> Tensor:
     """In float32, or float64."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def placed(value: Any, p: Tensor) -> Any:
+    """A copy of an entry of a state, where `p` is and in the dtype in which its steps are computed."""
+    if isinstance(value, Tensor):
+        dtype = torch.promote_types(p.dtype, torch.float32) if value.is_floating_point() else value.dtype
+        return value.to(p.device, dtype, copy=True)
+    if isinstance(value, (list, tuple)):
+        return type(value)(placed(v, p) for v in value)
+    return value
 
 
 def name_of(optimizer: torch.optim.Optimizer, p: Tensor) -> str:

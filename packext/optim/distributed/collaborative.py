@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 
 import packext as px
 from packext.optim._merge import Ranks, summed
-from packext.optim._work import at_least_float32
+from packext.optim._work import GATHERED, at_least_float32
 from packext.optim.distributed._processes import waiting, world
 
 
@@ -59,7 +59,8 @@ class TargetBatch:
     - Formula: `.grad = sum of the gradients of all samples of all processes / number of these samples`
     - Cost: a message to the store for each part; gradients are summed once for each batch, in place of each pass
     - Source: as `target_batch_size` of hivemind has it, here on `torch.distributed`
-    - Refused: different targets, parameters or sums in the processes; gradients that are not finite, in all of them
+    - Refused: different targets, parameters or sums in the processes; gradients that are not finite, in all of them;
+      optimizers of `px.optim`, by their step
 
     Example:
         >>> gathered = TargetBatch(model.parameters(), target=4096)
@@ -169,6 +170,7 @@ class TargetBatch:
         for p, reached in zip(self.parameters, anywhere, strict=True):
             if reached:
                 p.grad = (next(sums) / total).to(p.dtype)
+                setattr(p.grad, GATHERED, True)
         return Gathered(total, shares, {name: next(sums) for name in shapes})
 
     def _exchange(self, mine: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from packext._distributed import refuse_static, refuse_tensors, sharding, unshar
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
+from packext._layout import separating
 from packext._listening import here, meanwhile, silence
 from packext._owners import Owners
 from packext._pass import Pass, wants_of
@@ -311,16 +312,17 @@ def _agree(record: Record, gates: frozenset[int]) -> None:
     group = sharding(record.modules())
     if group is None:
         return
+    record.settle(gates)
     heard = everyone((record.n, known(record, gates)), group)
     if all(seen for _, seen in heard):
         return
     counts = [n for n, _ in heard]
-    if len(set(counts)) > 1:
+    if 0 in counts and record.n:  # without any, there is an error that says more
         raise PackextError(
             f"The ranks that share this model's parameters (FSDP2) have {counts} samples, and this structure of the "
-            "model is probed now, which takes more passes for more samples. Begin with as many samples on each rank; "
-            "later passes may differ."
+            "model is probed now, which takes one on each at least. Give each rank a sample, or make no pass on any."
         )
+    record.among, record.rounds = group, max(len(separating(n)) for n in counts)
     forget(record, gates)
 
 

@@ -217,9 +217,12 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         _same_axes(record, key, plan.places)
         return
     lone = int(torch.randint(n, (1,), generator=generator))
-    cotangents_of = [*separating(n), torch.arange(n) == lone]
+    cotangents_of = separating(n)
+    cotangents_of += [torch.ones(n, dtype=torch.bool) for _ in range(record.rounds - len(cotangents_of))]
+    cotangents_of.append(torch.arange(n) == lone)
     # Rows in any order cost masks of what passes: where data chose none, they are looked for if all else has failed.
-    several = range(max(len(start.layouts) for start in starts))
+    count = max(len(start.layouts) for start in starts)
+    several = range(count if record.among is None else max(everyone(count, record.among)))
     attempts = [(k, scattered) for scattered in ((True,) if record.routed else (False, True)) for k in several]
     first: Use | None = None
     for attempt, scattered in attempts:
@@ -293,12 +296,13 @@ def _same_axes(record: Record, key: Any, places: dict[int, Layout]) -> None:
 
 
 def _of_all(record: Record, conflict: Use | None) -> Use | None:
-    """Where parameters are split, and every pass has exchanges: a conflict on one of the ranks is one on all."""
-    if not record.distributed:
+    """Where parameters are split or sharded, every pass has exchanges: a conflict on one of the ranks is one on all."""
+    group = group_of(next(iter(record.distributed.values()))[1]) if record.distributed else record.among
+    if group is None:
         return conflict
     here = -1 if conflict is None else next(k for k, use in enumerate(record.uses) if use is conflict)
-    found = max(everyone(here, group_of(next(iter(record.distributed.values()))[1])))
-    return conflict if found < 0 or conflict is not None else record.uses[found]
+    found = max(everyone(here, group))
+    return conflict if found < 0 or conflict is not None else record.uses[min(found, len(record.uses) - 1)]
 
 
 class Plan(NamedTuple):

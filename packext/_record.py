@@ -86,6 +86,8 @@ class Record:
         names: every name under which a parameter was seen.
         distributed: those that are DTensors, by name, with the class of the module. No tap is placed on them.
         distributed_output: whether an output is a DTensor.
+        among: the processes that gather parameters for each inner pass, and so probe together; None if none do.
+        rounds: how many cotangents tell the samples apart on the one of them that has the most.
         behind: autograd nodes of the inputs, where another model may be behind.
         trail: hash of the torch functions that ran, and of the training flags of the modules that did.
         refused: what was seen and cannot be right, with the parameters behind it, and how many uses came before.
@@ -119,6 +121,8 @@ class Record:
         self.names: dict[str, Tensor] = {}
         self.distributed: dict[str, tuple[str, Tensor]] = {}
         self.distributed_output = False
+        self.among: Any = None
+        self.rounds = 0
         self.trail = 0
         self.refused: list[tuple[str, tuple[Source, ...], int]] = []
         self.probed: frozenset[int] = frozenset()

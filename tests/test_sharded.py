@@ -78,24 +78,41 @@ def _refused(rank: int, world: int) -> None:
 
 
 def _uneven(rank: int, world: int) -> None:
-    """The first pass of a structure wants equally many samples, and says so on all ranks; later ones do not."""
+    """Ranks with other numbers of samples, one of them with a single one, make as many passes for the probe."""
     whole, loss, x, y = problem()
     with px.backpack(px.BatchGrad(), px.Variance(), scale="sample") as plain:
         loss(whole(x), y).backward()
-    model, loss, x, y = sharded(True)
-    mine = slice(0, 8) if rank == 0 else slice(8, N)
-    with pytest.raises(px.PackextError, match=rf"have \[8, {N - 8}\] samples"):
-        with px.backpack(px.BatchGrad(), scale="sample"):
-            loss(model(x[mine]), y[mine]).backward()
-    model, loss, x, y = sharded(True)
-    for _ in range(2):  # FSDP2's own first forward pass runs other functions than those after it
-        with px.backpack(px.BatchL2Grad(), scale="sample"):
-            loss(model(x[:5]), y[:5]).backward()
-    with px.backpack(px.BatchGrad(), px.Variance(), scale="sample", group=dist.group.WORLD) as united:
-        loss(model(x[mine]), y[mine]).backward()
-    for name in plain:
-        torch.testing.assert_close(united[name].grad_batch, plain[name].grad_batch)
-        torch.testing.assert_close(united[name].variance, plain[name].variance)
+    for first in (8, 1, N - 1):
+        model, loss, x, y = sharded(True)
+        mine = slice(0, first) if rank == 0 else slice(first, N)
+        for _ in range(3):  # FSDP2's own first forward pass runs other functions than those after it
+            with px.backpack(px.BatchGrad(), px.Variance(), scale="sample", group=dist.group.WORLD) as united:
+                loss(model(x[mine]), y[mine]).backward()
+            for name in plain:
+                torch.testing.assert_close(united[name].grad_batch, plain[name].grad_batch)
+                torch.testing.assert_close(united[name].variance, plain[name].variance)
+    part, match = ((x[:0], "batch is empty"), (x[:3], r"have \[0, 3\] samples"))[rank]
+    model, loss, *_ = sharded(True)
+    with pytest.raises(px.PackextError, match=match), px.backpack(px.BatchGrad(), scale="sample"):
+        loss(model(part), y[: len(part)]).backward()
+
+
+class Couples(nn.Sequential):
+    """What a sample gives depends on the others, where there are any."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self[0](x)
+        return self[1](h - h.mean(0))
+
+
+def _coupled(rank: int, world: int) -> None:
+    """Found on one rank, it is refused on all, and none waits."""
+    torch.manual_seed(0)
+    for sizes in ((1, 6), (3, 6)):
+        model = px.extend(fully_shard(Couples(nn.Linear(4, 5), nn.Linear(5, 3))))
+        with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad(), scale="sample"):
+            loss = px.extend(nn.CrossEntropyLoss())
+            loss(model(torch.randn(sizes[rank], 4)), torch.ones(sizes[rank]).long()).backward()
 
 
 class Scaled(nn.Module):
@@ -218,6 +235,6 @@ def _flat_refused(rank: int, world: int) -> None:
         assert any(p.grad is not None and p.grad.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("work", [_all, _refused, _resharded, _around, _uneven, _flat, _flat_refused])
+@pytest.mark.parametrize("work", [_all, _refused, _resharded, _around, _uneven, _coupled, _flat, _flat_refused])
 def test_sharded_parameters(work: Any) -> None:
     together(work)

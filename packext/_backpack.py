@@ -569,7 +569,7 @@ _SCALE = "scale=<number> to backpack, or to step() of a monitor"
 
 def _kind(t: Tensor, ways: Iterable[str]) -> str:
     used = ", ".join(filter(None, ways))
-    return f"{list(t.shape)} {t.dtype}{used and f' (stored {used})'}"
+    return f"{list(t.shape)} {t.dtype}{used and f' ({used})'}"
 
 
 def _will_arrive(parameter: Tensor) -> bool:

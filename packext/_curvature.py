@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from packext import _roots
 from packext._chain import Chain, Positive, average, kept
-from packext._distributed import refuse_tensors
+from packext._distributed import refuse_tensors, sharding
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored
 from packext._flight import Sweep
@@ -34,6 +34,7 @@ from packext._refusals import refuse_divided, refuse_moved, refuse_replaced, uns
 from packext._residual import residual
 from packext._scratch import release
 from packext._statistics import Statistics
+from packext._union import everyone
 from packext._use import Source
 
 if TYPE_CHECKING:
@@ -55,6 +56,26 @@ def _numbers(ranks: Ranks | None) -> torch.Generator:
         return _GENERATOR
     seed = int(torch.randint(1 << 62, (), generator=_GENERATOR)) + dist.get_rank(ranks.group)
     return torch.Generator().manual_seed(seed)
+
+
+def _refuse_uneven(flight: Pass, seen: Seen, edge: GradientEdge, live: list[Tensor], places: list[Layout]) -> None:
+    """Refuse exact roots of other sizes on other ranks, where each column's pass gathers parameters (FSDP2).
+
+    Raises:
+        PackextError: if so, on all ranks, which would wait for each other otherwise.
+    """
+    exact = [q for each in flight.heard for q in each.context.spreading if q.root[0] != "mc"]
+    groups = (sharding(record.modules()) for record in records_of(seen, edge)) if exact else ()
+    if (group := next((g for g in groups if g is not None), None)) is None:
+        return
+    sizes = [t.numel() // layout.n for t, layout in zip(live, places, strict=True)]
+    found = everyone(sizes, group)
+    if any(other != sizes for other in found):
+        raise PackextError(
+            f"{', '.join(map(repr, exact))}: outputs have {found} entries for each sample on the ranks that share this "
+            "model's parameters (FSDP2), and each entry is a pass in which these are gathered. Pad batches to one "
+            "length on all ranks, or take drawn targets (KFAC, DiagGGNMC), of which all have as many."
+        )
 
 
 def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
@@ -79,6 +100,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     seen = seen.fixed()
     live = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     places = [place(seen, e, t) for e, t in zip(seen.edges, live, strict=True)]
+    _refuse_uneven(flight, seen, edge, live, places)
     direct = seen.spec.is_leaf() and places[0].axis in (None, 0)  # and no dictionary of one tensor
     if not direct and any(isinstance(layout, Scattered) for layout in places):
         raise CoupledSamplesError(_ROWS.format(seen.name))

@@ -115,7 +115,7 @@ class Ranks(Here):
                 if others[name] != kind:
                     raise Elsewhere(
                         f"{name} is {others[name]} on rank {rank} and {kind} on this one: extend the same model on all "
-                        "ranks of the group."
+                        "ranks of the group, and use it in the same way."
                     )
 
     def sum(self, t: Tensor) -> Tensor:

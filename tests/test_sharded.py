@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -113,6 +114,17 @@ def _coupled(rank: int, world: int) -> None:
         with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad(), scale="sample"):
             loss = px.extend(nn.CrossEntropyLoss())
             loss(model(torch.randn(sizes[rank], 4)), torch.ones(sizes[rank]).long()).backward()
+
+
+def _lengths(rank: int, world: int) -> None:
+    """Sequences of other lengths on other ranks: drawn targets take as many passes, exact roots are refused on all."""
+    loss, x = px.extend(nn.MSELoss()), torch.randn(2, 3 + rank, 4)
+    model = px.extend(fully_shard(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))))
+    for quantity in (px.KFLR(), px.DiagGGNMC(), px.DiagGGNExact()):
+        drawn = isinstance(quantity, px.DiagGGNMC)
+        refused = pytest.raises(px.PackextError, match=r"outputs have \[\[9\], \[12\]\] entries.*Pad batches")
+        with nullcontext() if drawn else refused, px.backpack(quantity, scale="sample"):
+            loss(model(x), torch.zeros(2, 3 + rank, 3)).backward()
 
 
 class Scaled(nn.Module):
@@ -235,6 +247,8 @@ def _flat_refused(rank: int, world: int) -> None:
         assert any(p.grad is not None and p.grad.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("work", [_all, _refused, _resharded, _around, _uneven, _coupled, _flat, _flat_refused])
+@pytest.mark.parametrize(
+    "work", [_all, _refused, _resharded, _around, _uneven, _coupled, _lengths, _flat, _flat_refused]
+)
 def test_sharded_parameters(work: Any) -> None:
     together(work)

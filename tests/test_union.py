@@ -361,6 +361,20 @@ def _differ(rank: int, world: int) -> None:
         px.backpack(px.BatchGrad(), scale="sample", group=dist.group.WORLD),
     ):
         loss(model(x), y).backward()
+    model, loss = px.extend(nn.Linear(4, 3)), px.extend(nn.MSELoss())
+    with (
+        pytest.raises(px.PackextError, match=r"a root of \d+ columns.* on rank"),
+        px.backpack(px.SqrtGGNExact(), scale="sample", group=dist.group.WORLD),
+    ):
+        loss(model(torch.ones(2, 3 + rank, 4)), torch.zeros(2, 3 + rank, 3)).backward()
+
+
+def test_roots_of_passes_with_other_lengths() -> None:
+    model, loss = px.extend(nn.Linear(4, 3)), px.extend(nn.MSELoss())
+    with px.backpack(px.SqrtGGNExact(), accumulate=True):
+        loss(model(torch.ones(2, 3, 4)), torch.zeros(2, 3, 3)).backward()
+        with pytest.raises(px.PackextError, match=r"\[9, 12\] columns.*pad the batches"):
+            loss(model(torch.ones(2, 4, 4)), torch.zeros(2, 4, 3)).backward()
 
 
 def test_ranks_of_different_models() -> None:

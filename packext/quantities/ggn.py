@@ -7,15 +7,17 @@ H_n, `J_nᵀ s` are rows of the same factored form as individual gradients: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from packext._errors import PackextError
 from packext._factored import Dense, Factored, Outer, side_by_side
 from packext._quantity import Ask, Curvature, PerSample, Sampled, Subsampled, Summed, Total
 from packext._statistics import Statistics
+from packext._union import Here, Part
 
 
 class _Sampled(Sampled, Curvature):
@@ -127,6 +129,18 @@ class _Root(Subsampled, PerSample, Curvature):
 
     def land(self, held: Any, n: int, factor: float) -> Tensor:
         return torch.stack(held) if factor == 1.0 else torch.stack(held) * factor**0.5
+
+    def ways(self, part: Part) -> str:
+        return f"a root of {len(part.value)} columns, which outputs of one size per sample have alike"
+
+    def unite(self, parts: Sequence[Part], over: Here) -> Part:
+        counts = sorted({len(p.value) for p in parts})
+        if len(counts) > 1:
+            raise PackextError(
+                f"{self!r} of passes whose roots have {counts} columns, as many as a sample's output has entries, has "
+                "no common shape: pad the batches to one length, or ask for it pass by pass."
+            )
+        return super().unite(parts, over)
 
 
 class SqrtGGNExact(_Root):

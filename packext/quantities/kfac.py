@@ -172,7 +172,7 @@ class _Kronecker(Curvature):
         return [pair.scaled(factor) for pair in held]
 
     def ways(self, part: Part) -> str:
-        return "" if part.aside is None else " and ".join(pair.stored for pair in self._pairs(part))
+        return "" if part.aside is None else "stored " + " and ".join(pair.stored for pair in self._pairs(part))
 
     def _pairs(self, part: Part) -> list[_Pair]:
         """What `aside` tells of a part, with the factors."""

@@ -179,17 +179,16 @@ def test_a_continued_run_overfits_by_its_rise_over_the_lowest_value() -> None:
     assert [v.step for v in found] == [1029] and "learned" not in found[0].evidence
 
 
-def test_a_single_gradient_explodes_if_it_is_above_all_before() -> None:
+def test_gradients_explode_if_three_are_above_all_before() -> None:
     def norms(*odd: float) -> list[tuple[int, int | None]]:
         return hear(rules.ExplodingGradients(), [{"GradNorm": v} for v in (8.0, *[1.0] * 19, *odd, *[1.0] * 9)])
 
-    assert norms(25.0, 25.0) == []  # twice, and 3 times the largest
-    assert norms(25.0, 25.0, 25.0) == [(22, None)]
-    assert norms(25.0, 25.0, 1.0, 25.0) == []
-    assert norms(159.0) == []
-    assert norms(160.0) == [(20, None)]
-    assert hear(rules.ExplodingGradients(), [{"GradNorm": v} for v in (*[1.0] * 14, 1e3)]) == []  # too early to say
-    assert hear(rules.ExplodingGradients(), [{"GradNorm": v} for v in (*[1.0] * 15, 1e3)]) == [(15, None)]
+    assert norms(33.0, 33.0) == [] and norms(1e6) == []
+    assert norms(33.0, 33.0, 33.0) == [(22, None)]
+    assert norms(33.0, 33.0, 31.0) == []  # less than 4 times the largest
+    assert norms(33.0, 33.0, 1.0, 33.0) == []
+    for ones, said in ((12, []), (13, [(15, None)])):  # too early to say with 12
+        assert hear(rules.ExplodingGradients(), [{"GradNorm": v} for v in (*[1.0] * ones, *[1e3] * 3)]) == said
 
 
 def wrong(*last: float, others: float = 0.1, count: int = 16, n: float = 100.0) -> list[tuple[int, int | None]]:

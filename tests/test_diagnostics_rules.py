@@ -150,7 +150,7 @@ def test_exploding_gradients_with_the_layers() -> None:
         factor[0] = 100.0 if step >= 20 else 1.0
 
     verdict = first(train(net(), change, lr=1e-3, steps=30), "exploding gradients")
-    assert verdict.step == 20
+    assert verdict.step == 22
     assert verdict.where and {w.split(".")[0] for w in verdict.where} <= {"0", "2"}
 
 
@@ -373,10 +373,34 @@ def test_a_first_loss_that_was_high_by_chance_is_no_fall() -> None:
 
 
 @pytest.mark.parametrize(
+    "norms, at",
+    [
+        ([5.0] * 20, 32),
+        ([3.5] * 20, None),
+        ([500.0] + [1.0] * 19, None),  # one hard sample
+        ([500.0, 500.0] + [1.0] * 18, None),
+        ([1.1**k for k in range(60)], None),  # slowly, as a plateau is left
+    ],
+)
+def test_gradients_that_leap_and_stay(norms: list[float], at: int | None) -> None:
+    pages = [{"GradNorm": norm} for norm in [0.7, 1.0] * 15 + norms]
+    assert names(rules.ExplodingGradients(), pages) == ([] if at is None else [("exploding gradients", at)])
+
+
+def test_a_layer_of_which_the_loss_asks_little_is_not_slow() -> None:
+    for asked, said in ((1e-3, []), (0.1, [("layer does not learn", 9)])):
+        page = {f"{kind}/{k}": 1.0 for kind in ("GradNorm", "ParamNorm", "InitialScale", "UpdateSize") for k in "abc"}
+        pages = [page | {"GradNorm/b": asked, "UpdateSize/b": 1e-3} for _ in range(12)]
+        assert names(rules.LayerDoesNotLearn(), pages) == said
+
+
+@pytest.mark.parametrize(
     "factors, at",
     [
         ([1.0] * 30 + [0.03] * 20, 34),
-        ([1.0] * 30 + [0.1] * 20, None),
+        ([1.0] * 30 + [0.1] * 20, 34),
+        ([1.0] * 30 + [0.4] * 20, None),
+        ([0.1, 1.0] * 20 + [0.1] * 20, None),  # as small as it often is
         ([0.95**k for k in range(80)], None),  # slowly
         ([1.0] * 30 + [0.0, 0.03] * 10, None),  # another set of layers each time
     ],
@@ -483,12 +507,12 @@ def test_a_bias_that_cancels_is_no_dead_relu() -> None:
 
 def test_what_starts_at_zero_and_is_small_does_not_overflow() -> None:
     for size, said in ((1e-3, []), (1.0, [("NaN about to happen", 9)])):
-        pages = [{"Loss": 1.0 + 0.1 * bool(step), "ParamNorm": 3.0} for step in range(20)]
+        pages = [{"Loss": 1.0 + 0.3 * bool(step), "ParamNorm": 3.0} for step in range(20)]
         for step, page in enumerate(pages):
             page["ParamNorm/a.bias"] = size * 1.1**step if step else 0.0
         assert names(rules.NaNAhead(), pages)[:1] == said
     for high, said in ((2, []), (3, [("NaN about to happen", 11)])):
-        pages = [{"Loss": 1.1 if 0 < step % 4 <= high else 1.0, "ParamNorm/a": 1.2**step} for step in range(12)]
+        pages = [{"Loss": 1.3 if 0 < step % 4 <= high else 1.0, "ParamNorm/a": 1.2**step} for step in range(12)]
         assert names(rules.NaNAhead(), pages)[:1] == said
 
 
@@ -509,15 +533,16 @@ def test_weights_that_start_at_zero_do_not_explode() -> None:
     assert train(model, warm, optimizer=optimizer, steps=20) == []
 
 
-@pytest.mark.parametrize("loss, gain, said", [(0.9, 0.6, True), (0.9, 0.0, False), (1.1, 0.0, True)])
+@pytest.mark.parametrize("loss, gain, said", [(0.9, 0.6, True), (1.1, 0.0, False), (1.3, 0.0, True)])
 def test_what_grows_exponentially(loss: float, gain: float, said: bool) -> None:
     start = {"InitialScale/a": gain, "ParamNorm/a": 1.0}
     pages = [{"Loss": 1.0, **start}, *({"Loss": loss, "ParamNorm/a": 1.2**step} for step in range(1, 20))]
     assert bool(names(rules.NaNAhead(), pages)) is said
+    assert names(rules.NaNAhead(), [{"Loss": 1.0}, *({"Loss": 1.3, "GradNorm": 1.07**k} for k in range(20))]) == []
     # What grows by as much in each step, or by as much more, does not; wherever one begins to look.
     for power in (1, 2):
         for begin in (0, 5, 30):
-            grown = ({"Loss": 1.1, "ParamNorm/a": float(step + begin) ** power} for step in range(1, 60))
+            grown = ({"Loss": 1.3, "ParamNorm/a": float(step + begin) ** power} for step in range(1, 60))
             assert names(rules.NaNAhead(), [{"Loss": 1.0, **start}, *grown]) == []
 
 

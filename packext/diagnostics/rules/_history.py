@@ -48,11 +48,10 @@ class Recent:
         """Their median."""
         return median(self.values)
 
-    @property
-    def usual(self) -> float | None:
-        """The median of all but the last six; None while these are fewer than ten."""
-        before = [*self.values][:-6]
-        return median(before) if len(before) >= 10 else None
+    def before(self, looks: int) -> list[float]:
+        """All but the last ones; none while these are fewer than ten."""
+        kept = [*self.values][:-looks]
+        return kept if len(kept) >= 10 else []
 
 
 class Fall:
@@ -105,13 +104,15 @@ class SinceStart(Rule):
     """Base of rules that compare with how the run began; of a run whose step 0 they have not seen they say nothing.
 
     Where it began is known from one batch alone: `doubt` is two standard errors of its mean loss, by how its samples'
-    losses are spread (by their quantiles, between which lines are drawn), or 0 where these are not known.
+    losses are spread (by their quantiles, between which lines are drawn), or 0 where these are not known. A loss is
+    above where the run began if it lies above `line`, a fifth and these two standard errors more than the first.
 
     Some losses cancel, and how far they have come is not seen: those of a policy gradient are near zero on average from
     the start, and of any size. `signed` is whether the first step's loss was less than half of the mean absolute loss
     of its samples.
     """
 
+    above = 1.2
     _weights = 0.025, 0.125, 0.225, 0.25, 0.225, 0.125, 0.025
 
     def __init__(self) -> None:
@@ -132,6 +133,11 @@ class SinceStart(Rule):
             self.doubt = doubt if doubt < math.inf else 0.0
         self._asked = True
         return self.first is not None and 0 < self.first < float("inf")
+
+    @property
+    def line(self) -> float:
+        """Above which a loss is higher than where the run began; infinite while that is not known."""
+        return math.inf if self.first is None else self.above * self.first + self.doubt
 
     def size(self, values: Mapping[str, Any]) -> float | None:
         """Norm of the parameters, but no less than matrices have in PyTorch's initialisation: some start at zero."""

@@ -40,7 +40,7 @@ class LabelNoise(SinceStart):
     advice = "Look at the samples that are named and at their labels; train without them, or with a robust loss."
     reads = ("SampleLosses", "BatchSize", "Loss")
     hold, release = 1, 20
-    learned, above, errors, since, memory = 0.5, 1.2, 3.0, 30, 100_000
+    learned, errors, since, memory = 0.5, 3.0, 30, 100_000
     shares = (2, 0.075), (3, 0.0375)  # by how many visits in a row
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class LabelNoise(SinceStart):
         self._below = self._below or values.get("SampleLosses.quantiles", (0.0,))[0] < -0.01 * self.first
         if self._below:
             return None
-        limit = self.above * self.first + self.doubt
+        limit = self.line
         for sample, own in zip(samples.tolist(), values["SampleLosses.largest"].tolist(), strict=True):
             since, first, row = self._visits.pop(sample, (self._looks, own, 0))
             row = row + 1 if max(limit, first) < own < math.inf else 0
@@ -115,7 +115,7 @@ class Overfitting(SinceStart):
     advice = "Stop at the lowest valid_loss; more data, augmentation, weight decay or dropout."
     reads = ("valid_loss", "Loss", "SampleLosses", "BatchSize")
     hold, release = 1, 1
-    risen, fallen, fitted, gap, kept, above, sure, errors, values = 0.1, 0.9, 0.5, 0.1, 0.5, 0.01, 2.0, 5.0, 5
+    risen, fallen, fitted, gap, kept, rare, sure, errors, values = 0.1, 0.9, 0.5, 0.1, 0.5, 0.01, 2.0, 5.0, 5
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -190,8 +190,8 @@ class Overfitting(SinceStart):
         # If all of those that are kept lie above, nobody knows how many do.
         above = sum(n if all(largest > valid) else (largest > valid).sum() for n, largest in looks)
         seen = sum(n for n, _ in looks)
-        rare = self.above * seen
-        if seen == 0 or above > rare - self.sure * math.sqrt(rare):
+        expected = self.rare * seen
+        if seen == 0 or above > expected - self.sure * math.sqrt(expected):
             return None
         return Finding(
             f"valid_loss is {valid:.3g}, which {above:.0f} of the last {seen:.0f} losses of samples that were trained "

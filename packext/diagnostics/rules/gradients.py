@@ -8,14 +8,15 @@ from itertools import pairwise
 from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
-from packext.diagnostics.rules._history import Recent, by_layer, percent
+from packext.diagnostics.rules._history import Recent, SinceStart, by_layer, percent
 
 
-class _Matrices(Rule):
+class _Matrices(SinceStart):
     """Base of rules that compare layers by their matrices: biases start at zero, and have scales of their own."""
 
     def __init__(self) -> None:
         """Start before the first step."""
+        super().__init__()
         self._matrices: dict[str, float] = {}  # those that `InitialScale` has named at the start, with `usual`
 
     def usual(self, name: str) -> float:
@@ -46,11 +47,11 @@ class VanishingGradients(_Matrices):
     """Next to nothing of the gradient reaches the first layers.
 
     All matrices from the first one on, up to some layer, have less than a hundredth of the largest share in the
-    gradient (the norm of the gradient times that of the matrix). Or the first ones' shares have fallen to a 15th of
-    what they were, compared with those of the others, by geometric means: what they were is the median over the 30
-    looks before the last 6. Layers learn at paces of their own, but slowly; what multiplies the gradient on its way
-    changes the shares before it and those behind it by that factor at once, wherever they were. Layers in the order of
-    the model; a single layer in the middle is another failure.
+    gradient (the norm of the gradient times that of the matrix). Or the first ones' shares, compared with those of the
+    others by geometric means, are a third of the least that they were in 30 looks before: in five looks in a row, which
+    is no chance. Layers learn at paces of their own, but slowly; what multiplies the gradient on its way changes the
+    shares before it and those behind it by that factor at once, wherever they were. Layers in the order of the model; a
+    single layer in the middle is another failure.
     """
 
     failure = "vanishing gradients"
@@ -58,8 +59,8 @@ class VanishingGradients(_Matrices):
         "Use ReLU or GELU in place of saturating activations, He initialisation, normalisation or skip connections."
     )
     reads = ("GradNorm", "ParamNorm", "InitialScale")
-    hold, release = 5, 10
-    small, fallen = 1e-2, 15.0
+    hold, release = 5, 30
+    small, fallen = 1e-2, 3.0
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -91,37 +92,36 @@ class VanishingGradients(_Matrices):
         names = [name for name, share in shares.items() if share > 0]
         logs = [math.log(shares[name]) for name in names]
         if self._past.keys() != set(names[:-1]):  # means over other layers are no past
-            self._past = {name: Recent(36) for name in names[:-1]}
+            self._past = {name: Recent(31 + self.hold) for name in names[:-1]}
         most, count, head, whole = 0.0, 0, 0.0, sum(logs)
         for k, name in enumerate(names[:-1], 1):
             head += logs[k - 1]
             ratio, past = head / k - (whole - head) / (len(names) - k), self._past[name]
             past.add(ratio)
-            if (usual := past.usual) is not None and usual - ratio > most:
-                most, count = usual - ratio, k
+            least = min(past.before(self.hold + 1), default=ratio)
+            if least - ratio > most:
+                most, count = least - ratio, k
         return tuple(names[:count]), math.exp(min(most, 700.0))
 
 
 class ExplodingGradients(Rule):
-    """The gradient is 20 times what it was, and stays there; or it is once 20 times as large as it has ever been.
+    """In three looks in a row the gradient is 4 times as large as it has been in any of 30 before them, or more.
 
-    What it was is the median over the 30 looks before the last 6, and that has to be passed three looks in a row: where
-    most losses are near zero, single hard samples make single large gradients. None of these is far above the first
-    ones of the run, while a step with one that is may end it, and leave no gradient. Named are the layers whose
-    gradients have grown at least half as much as that of the layer which has grown most.
+    Three of 33 looks are the largest by chance once in 5456, and by a factor next to never. Gradients that grow as a
+    plateau is left take more looks for it; and compared with the largest, and not with their median, gradients of much
+    noise have to grow by more: where most losses are near zero, single hard samples make single large ones. Named are
+    the layers whose gradients have grown at least half as much as that of the layer which has grown most.
     """
 
     failure = "exploding gradients"
     advice = "Clip the gradient's norm; normalise between the layers, or lower the scale of their weights."
     reads = ("GradNorm",)
-    hold, release = 1, 10
-    grown, looks = 20.0, 3
+    hold, release = 3, 30
+    grown = 4.0
 
     def __init__(self) -> None:
         """Start before the first step."""
         self._past: dict[str, Recent] = {}
-        self._largest = 0.0
-        self._row = 0
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         whole = values.get("GradNorm")
@@ -129,31 +129,28 @@ class ExplodingGradients(Rule):
             return None
         norms = {"": whole, **by_layer(values, "GradNorm")}
         for name, norm in norms.items():
-            self._past.setdefault(name, Recent(36)).add(norm)
-        usual, largest = self._past[""].usual or None, self._largest
-        self._largest = max(largest, whole)
-        self._row = self._row + 1 if usual is not None and whole >= self.grown * usual else 0
-        if usual is None or not (self._row >= self.looks or self._row and whole >= self.grown * largest):
+            self._past.setdefault(name, Recent(31 + self.hold)).add(norm)
+        largest = {name: max(self._past[name].before(self.hold + 1), default=0.0) for name in norms}
+        if not whole >= self.grown * largest[""] > 0:
             return None
-        growth = {name: norm / u for name, norm in norms.items() if (u := self._past[name].usual)}
-        most = max((g for name, g in growth.items() if name), default=0.0)
-        where = tuple(name for name, g in growth.items() if name and g >= 0.5 * most)
+        growth = {name: norm / largest[name] for name, norm in norms.items() if name and largest[name] > 0}
+        most = max(growth.values(), default=0.0)
         return Finding(
-            f"The gradient's norm is {whole:.3g}, {whole / usual:.3g} times what it was; the largest before was "
-            f"{largest:.3g}.",
-            where,
+            f"The gradient's norm is {whole:.3g}, and was {largest['']:.3g} at most in the looks before.",
+            tuple(name for name, g in growth.items() if g >= 0.5 * most),
         )
 
 
 class NaNAhead(_Matrices):
     """A number is not finite, or grows so steadily that it soon will not be.
 
-    Steadily: a parameter, the loss, the gradient or the output has grown in each of the last 8 looks by 5 % or more,
-    and by more each time than the time before. Exponential growth lasts: the logarithm has grown in the later four by
-    0.95 times what it has in the first four (0.5 times, of what depends on the batch). What starts at zero grows with
-    the square of the steps while the rate is warmed up, or faster for a while, and counts from a tenth of the norm of
-    all parameters on. And the loss has to be above that of the first step in three looks in a row, or what grows a
-    matrix that is 2.5 times as large as in PyTorch's initialisation. Or an input is not finite already.
+    Steadily: a parameter, the loss, the gradient or the output has grown in each of the last 8 looks by 9 % or more, by
+    which single precision overflows within a thousand, and by more each time than the time before. Exponential growth
+    lasts: the logarithm has grown in the later four by 0.95 times what it has in the first four (0.5 times, of what
+    depends on the batch). What starts at zero grows with the square of the steps while the rate is warmed up, or faster
+    for a while, and counts from a tenth of the norm of all parameters on. And the loss has to be above where it began
+    in three looks in a row, or what grows a matrix that is 2.5 times as large as in PyTorch's initialisation. Or an
+    input is not finite already.
     """
 
     failure = "NaN about to happen"
@@ -162,22 +159,20 @@ class NaNAhead(_Matrices):
     )
     reads = ("Loss", "GradNorm", "OutputScale", "ParamNorm", "InputScale", "InitialScale")
     hold, release = 1, 20
-    looks, growth, lasting, noisy, large, risen, part = 9, 1.05, 0.95, 0.5, 2.5, 3, 0.1
+    looks, growth, lasting, noisy, large, risen, part = 9, 1.09, 0.95, 0.5, 2.5, 3, 0.1
 
     def __init__(self) -> None:
         """Start before the first step."""
         super().__init__()
         self._past: dict[str, Recent] = {}
-        self._first: float | None = None
         self._zero: set[str] = set()
-        self._above = 0  # looks in a row in which the loss was above that of the first step
+        self._above = 0  # looks in a row in which the loss was above where it began
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         self.shares(values)
-        if step == 0:
-            self._first = values.get("Loss", self._first)
         if "Loss" in values:
-            self._above = self._above + 1 if self._first is not None and values["Loss"] > self._first else 0
+            self.begin(step, values)
+            self._above = self._above + 1 if values["Loss"] > self.line else 0
         watched = {k: float(values[k]) for k in ("Loss", "GradNorm", "OutputScale") if k in values}
         sizes = {f"ParamNorm/{k}": v for k, v in by_layer(values, "ParamNorm").items()}
         watched |= sizes

@@ -61,17 +61,18 @@ class LayerDoesNotLearn(_Matrices):
 
     Compared with the median over the matrices. Layers of healthy networks differ by factors of about ten. The size is
     no less than in PyTorch's initialisation, and matrices that started at zero are left out: nearly all of these is
-    what they have moved.
+    what they have moved. So are those whose share in the gradient (`VanishingGradients`) is under a hundredth, as of an
+    expert that few samples are sent to: the loss asks little of them.
     """
 
     failure = "layer does not learn"
     advice = "Look at the layer's learning rate and weight decay, and at what scales its gradient."
-    reads = ("UpdateSize", "ParamNorm", "InitialScale", "Untrained")
+    reads = ("UpdateSize", "ParamNorm", "InitialScale", "Untrained", "GradNorm")
     hold, release = 10, 10
-    small = 0.03
+    small, asked = 0.03, 0.01
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
-        self.shares(values)
+        shares = self.shares(values)
         updates, sizes, known = (by_layer(values, k) for k in ("UpdateSize", "ParamNorm", "Untrained"))
         moves = {
             name: u / max(sizes[name], usual)
@@ -81,7 +82,8 @@ class LayerDoesNotLearn(_Matrices):
         if len(moves) < 3:
             return None
         usual = sorted(moves.values())[len(moves) // 2]
-        where = tuple(name for name, move in moves.items() if move < self.small * usual)
+        slow = (name for name, move in moves.items() if move < self.small * usual)
+        where = tuple(name for name in slow if shares.get(name, 0.0) >= self.asked)
         if not where:
             return None
         least = min(where, key=lambda name: moves[name])

@@ -30,7 +30,7 @@ class LearningRateTooHigh(SinceStart):
     advice = "Divide the learning rate by 10, or clip the gradient; warm it up if only the first steps fail."
     reads = ("Loss", "UpdateSize", "ParamNorm")
     hold, release = 1, 10
-    long, above, stuck, patience, looks, broken = 0.02, 1.2, 0.85, 10, 3, 10.0
+    long, stuck, patience, looks, broken = 0.02, 0.85, 10, 3, 10.0
     lower, since = 0.97, 5
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class LearningRateTooHigh(SinceStart):
         now = loss if burst else self._loss.median
         if loss < self._low:
             self._low, self._new = loss, self._steps
-        high = not now <= self.above * self.first + self.doubt
+        high = not now <= self.line
         self._risen = self._risen or high
         falls = not self._risen and self._low < self.lower * self.first and self._steps - self._new < self.since
         stays = self._steps > self.patience and now > self.stuck * self.first and length > 5 * self.long and not falls

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -97,7 +99,8 @@ def test_harm_is_a_tenth_above_the_usual_loss_of_either_sign(usual: float, sligh
     assert harmed(row("counts", "sgd", far, "inputs"), healthy)
 
 
-def test_held_out_families_have_a_column_where_they_were_run_beside_known_ones():
+def test_held_out_families_have_a_column_where_they_were_run_beside_known_ones(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(PROBLEMS, "siren", dataclasses.replace(PROBLEMS["siren"], held_out=True))
     found = {"bad input scaling": 2}
     known = [row("mlp", "sgd", 1.0), row("mlp", "sgd", 1.0, "inputs", found)]
     later = [row("siren", "sgd", 1.0), row("siren", "sgd", 1.0, "inputs")]

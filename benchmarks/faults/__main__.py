@@ -18,8 +18,8 @@ from benchmarks.faults.problems import PROBLEMS
 from benchmarks.faults.run import Case, Outcome, hear, train
 from benchmarks.faults.score import Row, summary
 
-#: Rules were made on seeds below 100; scores at seeds from 100 to 1099 had been seen before these rules were scored.
-SEED = 1100
+#: Rules were made on seeds below 100; scores at seeds from 100 to 1199 had been seen before these rules were scored.
+SEED = 1200
 
 
 def cases(healthy: int, small: bool, half: bool = True) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Families that are held out now: whoever makes rules looks at none of this before the score."""
+"""Families that were held out after those of `unseen`: nobody who made rules had looked at them before their score."""
 
 from __future__ import annotations
 

@@ -385,7 +385,7 @@ PROBLEMS = {
     ),
     "transcriber": Problem(
         later.Transcriber, later.speech, later.Alignments, "hidden", ("frames", "recurrent", "hidden"),
-        {"momentum": 0.03, "adam": 1e-2}, "hidden", False, held_out=True,
+        {"momentum": 0.03, "adam": 1e-2}, "hidden", False,
         harmless={
             "full": ("exploding", "inputs", "few samples"),
             "half": ("exploding", "inputs", "large weights", "few samples"),
@@ -393,7 +393,7 @@ PROBLEMS = {
     ),
     "molecules": Problem(
         later.GIN, later.molecules, MSE, "rounds.1.body.0", ("rounds.0", "rounds.1", "rounds.2"),
-        {"momentum": 0.01, "adam": 1e-2}, "rounds.1.body.0", True, held_out=True,
+        {"momentum": 0.01, "adam": 1e-2}, "rounds.1.body.0", True,
         harmless={
             "full": ("wrong labels", "slow layer", "few samples", "left out", "frozen"),
             "half": ("vanishing", "dead ReLUs", "inputs", "wrong labels", "slow layer", "few samples", "left out",
@@ -402,7 +402,7 @@ PROBLEMS = {
     ),
     "flow": Problem(
         later.Flow, later.clouds, later.Surprise, "couplings.2.net.2", ("couplings.0", "couplings.2", "couplings.4"),
-        {"momentum": 0.01, "adam": 1e-2, "rmsprop": 3e-3}, "couplings.2.net.2", False, held_out=True, given=False,
+        {"momentum": 0.01, "adam": 1e-2, "rmsprop": 3e-3}, "couplings.2.net.2", False, given=False,
         harmless={
             "full": ("exploding", "vanishing", "dead ReLUs", "slow layer", "left out", "frozen"),
             "half": ("exploding", "vanishing", "dead ReLUs", "large weights", "slow layer", "left out", "frozen",
@@ -411,7 +411,7 @@ PROBLEMS = {
     ),
     "critic": Problem(
         lambda: mlp([6, 64, 64, 4], nn.ReLU), later.walks, later.Temporal, "2", ("1", "3"),
-        {"momentum": 0.3, "adam": 1e-2, "rmsprop": 3e-3}, "2", True, held_out=True,
+        {"momentum": 0.3, "adam": 1e-2, "rmsprop": 3e-3}, "2", True,
         draw=later.bootstrapped, given=False,
         harmless={
             "full": ("slow layer", "left out", "frozen"),
@@ -420,14 +420,14 @@ PROBLEMS = {
     ),
     "siren": Problem(
         later.siren, later.painting, MSE, "4", ("1", "3", "5"),
-        {"sgd": 0.01, "adam": 1e-3}, None, True, held_out=True,
+        {"sgd": 0.01, "adam": 1e-3}, None, True,
         harmless={
             "half": ("vanishing", "detached"),
         },
     ),
     "detector": Problem(
         later.Detector, later.things, later.WhatAndWhere, "trunk.4", ("trunk.1", "trunk.3", "trunk.5", "trunk.8"),
-        {"momentum": 0.03, "adam": 1e-2}, "trunk.4", True, held_out=True,
+        {"momentum": 0.03, "adam": 1e-2}, "trunk.4", True,
         harmless={
             "full": ("left out",),
             "half": ("dead ReLUs", "slow layer", "left out", "frozen"),
@@ -436,7 +436,7 @@ PROBLEMS = {
     "translator": Problem(
         later.Translator, later.dates, lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
         "both.decoder.layers.0.linear1", ("both.encoder", "both.decoder"), {"adam": 1e-2, "rmsprop": 3e-3},
-        "both.decoder.layers.0.linear1", False, held_out=True,
+        "both.decoder.layers.0.linear1", False,
         schedule=later.inverse_root, ids=True,
         harmless={
             "full": ("exploding", "dead ReLUs", "slow layer", "left out", "frozen"),
@@ -445,7 +445,7 @@ PROBLEMS = {
     ),
     "experts": Problem(
         later.Experts, later.regimes, later.Balanced, "into", ("into", "mixture"),
-        {"momentum": 0.03, "adam": 1e-2, "adagrad": 0.1}, "into", False, held_out=True,
+        {"momentum": 0.03, "adam": 1e-2, "adagrad": 0.1}, "into", False,
         harmless={
             "full": ("exploding", "small weights"),
             "half": ("exploding", "dead ReLUs", "inputs", "small weights"),

@@ -105,7 +105,7 @@ def alarms(healthy: list[Row]) -> str:
     """What was said in healthy runs, by rule."""
     parts = {name: rows for name, rows in groups(healthy).items() if rows}
     lines = [
-        f"Verdicts in healthy runs ({HEALTHY_STEPS} steps each), at new seeds:",
+        f"Verdicts in healthy runs ({HEALTHY_STEPS} steps each):",
         "",
         "| verdict | " + " | ".join(parts) + " | all |",
         "|---|" + "---:|" * (len(parts) + 1),

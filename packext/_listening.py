@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import os
 import sys
+import threading
+import time
+import weakref
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +146,28 @@ def here() -> Here:
         _set(_KEY, state)
         if sys.getrefcount(state) == references:  # torch 2.9 gives back a reference that it has never taken
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(state))
+        elif (thread := threading.current_thread()) is not threading.main_thread():
+            _threads[state] = thread
         return state
+
+
+#: Of which thread a state is, until torch lets go of it; but for the main one's.
+_threads: weakref.WeakKeyDictionary[Here, threading.Thread] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _wait() -> None:
+    """Let threads that have ended let go of their states, which torch does behind Python's back a moment later.
+
+    It needs Python for that, and ends the process (SIGABRT) where Python has begun to shut down.
+    """
+    end = time.monotonic() + 1
+    while time.monotonic() < end and not all(thread.is_alive() for thread in list(_threads.values())):
+        time.sleep(1e-3)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.clear)  # the child has none of the threads
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,27 @@ def test_threads_that_run_one_model() -> None:
     sys.setswitchinterval(interval)
     assert len(_use.live_nodes(parameter)) == 1200
     del _use._LIVE[id(parameter)]
+
+
+def test_the_end_of_a_program_waits_for_what_its_threads_have_left() -> None:
+    """Torch lets go of a thread's state after `join()`, and aborts the process if Python shuts down meanwhile."""
+    from packext import _listening
+
+    model, left = perceptron(), []
+
+    def run() -> None:
+        model(batch()[0])
+        left.append(_listening.here())  # as torch does, for longer
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    model(batch()[0])
+    assert thread in _listening._threads.values() and threading.main_thread() not in _listening._threads.values()
+    threading.Timer(0.2, left.clear).start()
+    start = time.monotonic()
+    _listening._wait()
+    assert 0.1 < time.monotonic() - start < 0.9 and thread not in _listening._threads.values()
 
 
 # -- tensors that retain gradients -----------------------------------------------------------------------------------

@@ -245,6 +245,8 @@ def test_text_and_rich_table() -> None:
     found = explain(Sparse(), torch.randint(9, (3, 5)))
     text = str(found)
     assert text.splitlines()[0].split() == list("module function rule parameter form N S G I O route cost".split())
+    assert "factors: norms, variance, dots" in text
+    assert "S positions, I features in, O out, G groups; cost: multiply-adds relative to those of `.grad`." in text
     console = Console(width=200, file=io.StringIO())
     console.print(found)
     rich = console.file.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,8 +62,6 @@ class Optimizer(torch.optim.Optimizer):
         skipped: how many steps were skipped since the optimizer was made or loaded.
         ranks: the processes.
     """
-
-    _step_supports_amp_scaling = True  # so that GradScaler says that it is there
 
     def __init__(
         self,
@@ -149,6 +148,11 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}: {what} is for all groups: pass it to {name}, and leave it out of the group.")
             if what in (*NOT_NEGATIVE, *FRACTIONS, *TORCHS) and param_group[what]:
                 raise ValueError(f"{name} has no {what}: leave it out of the group.")
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Yes to GradScaler, which then says that it is there; no to Lightning, which would clip no gradients then."""
+        return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
 
     @property
     def steps(self) -> int:
@@ -327,7 +331,7 @@ class Optimizer(torch.optim.Optimizer):
         size = lists.norm(found)
         if not found or not (self._entered or size or any(lists.nonzero(found))):
             return ""  # no gradient, or zeros that no pass within `emit` has made: nothing to step along
-        if not math.isfinite(size) and not finite(found):
+        if not math.isfinite(size) and not lists.finite(found):
             return f"{next(filter(None, map(self._infinite, works)))} is NaN or infinite"
         for work, parts in zip(works, (self.parts, self._last), strict=True):
             try:
@@ -340,9 +344,9 @@ class Optimizer(torch.optim.Optimizer):
         pairs = [(p, u) for work in works for p, u in zip(work.params, work.updates, strict=True)]
         # In float16 the sum may overflow where the update, in float32, does not.
         ends = [u if p.dtype == u.dtype else (p + u).to(p.dtype) for p, u in pairs]
-        if not finite(ends):
-            bad, update = next(pair for pair, end in zip(pairs, ends, strict=True) if not finite([end]))
-            if finite([update]):
+        if not lists.finite(ends):
+            bad, update = next(pair for pair, end in zip(pairs, ends, strict=True) if not lists.finite([end]))
+            if lists.finite([update]):
                 return f"the update of {self.name_of(bad)} takes it beyond what {bad.dtype} holds"
             return f"the update of {self.name_of(bad)} is NaN or infinite"
         self.param_groups[0]["lacking"] = False
@@ -364,7 +368,7 @@ class Optimizer(torch.optim.Optimizer):
     def _infinite(self, work: Work) -> str:
         for p, grad, values in zip(work.params, work.grads, work.values, strict=True):
             for what, tensors in (("gradient", [grad]), *((field, _tensors([v])) for field, v in values.items())):
-                if not finite(tensors):
+                if not lists.finite(tensors):
                     return f"the {what} of {self.name_of(p)}"
         return ""
 
@@ -505,11 +509,6 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.generator, self._open = torch.Generator(), False
         self._forget()
-
-
-def finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all entries are; of squares that overflow, one looks at the entries."""
-    return math.isfinite(lists.norm(tensors)) or all(bool(t.isfinite().all()) for t in tensors)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

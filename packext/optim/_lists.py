@@ -50,6 +50,11 @@ def norm(one: Sequence[Tensor]) -> float:
     return float(_stacked([t.double().norm() for t in some]).norm()) if math.isinf(found) else found
 
 
+def finite(one: Sequence[Tensor]) -> bool:
+    """Whether all entries are; of squares that overflow, one looks at the entries."""
+    return math.isfinite(norm(one)) or all(bool(t.isfinite().all()) for t in one)
+
+
 def nonzero(one: Sequence[Tensor]) -> list[bool]:
     """Of each whether it has an entry that is not 0, as sparse ones are taken to; a GPU is waited for once."""
     some = [t.any() if t.layout == torch.strided else torch.ones((), dtype=torch.bool) for t in one]

@@ -222,7 +222,7 @@ def test_products_in_fields_of_ones_own() -> None:
     x, y = torch.randn(6, 2, 9, 9).double(), torch.randint(3, (6,))
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(147, 3)).double()
     asked = {
-        "clipped": ("PCHMP", {"modify": "clip"}), "absolute": ("PCHMP", {"modify": "abs"}),
+        "clipped": ("PCHMP", {"modify": "clip"}), "turned": ("PCHMP", {"modify": "abs"}),
         "hessian": ("HMP", {}), "ggn": ("GGNMP", {}),
     }  # fmt: skip
     nets = []

@@ -280,7 +280,9 @@ def test_a_step_that_is_not_entered_or_within_itself() -> None:
 
 def test_an_optimizer_of_another_model_is_seen() -> None:
     model, loss_fn = net(), px.extend(nn.CrossEntropyLoss())
-    optimizer = torch.optim.SGD(net().parameters(), 0.1)
+    with pytest.raises(ValueError, match="the SGD holds no parameter of Sequential"):
+        Cockpit(model, torch.optim.SGD(net().parameters(), 0.1))
+    optimizer = torch.optim.SGD([*model[:1].parameters(), *net().parameters()], 0.1)
     monitor = Cockpit(model, optimizer)
     for _ in range(4):
         with monitor.step():
@@ -288,7 +290,7 @@ def test_an_optimizer_of_another_model_is_seen() -> None:
             optimizer.step()
             model.zero_grad()
     (verdict,) = monitor.verdicts
-    assert "0.weight is not held by the optimizer (and 3 more" in str(verdict)
+    assert "2.weight is not held by the optimizer (and 1 more" in str(verdict)
 
 
 if __name__ == "__main__":

@@ -285,15 +285,20 @@ def test_batches_by_hand() -> None:
     def page(n: float, trace: float, signal: float, loss: float) -> dict[str, Any]:
         return {"NoiseScale.trace": trace, "NoiseScale.signal": signal, "BatchSize": n, "Loss": loss}
 
-    assert hear(rules.BatchTooSmall(), [page(8.0, 40.0, 1.0, 1.0)] * 50) == [(43, None)]
-    assert hear(rules.BatchTooSmall(), [page(8.0, 40.0, -1.0, 1.0)] * 50) == [(43, None)]
-    assert hear(rules.BatchTooSmall(), [page(8.0, 20.0, 1.0, 1.0)] * 50) == []
-    learned = [page(8.0, 40.0, 1.0, 1.0), *[page(8.0, 40.0, 1.0, 0.1)] * 60]
+    assert hear(rules.BatchTooSmall(), [page(3.0, 40.0, 1.0, 1.0)] * 50) == [(43, None)]
+    assert hear(rules.BatchTooSmall(), [page(3.0, 40.0, -1.0, 1.0)] * 50) == [(43, None)]
+    assert hear(rules.BatchTooSmall(), [page(3.0, 12.0, 1.0, 1.0)] * 50) == [(43, None)]
+    assert hear(rules.BatchTooSmall(), [page(3.0, 11.0, 1.0, 1.0)] * 50) == []
+    # Of 4 and more: after 150 looks, of a loss that has risen.
+    risen = [page(4.0, 40.0, 1.0, 1.0), *[page(4.0, 40.0, 1.0, 1.06)] * 160]
+    assert hear(rules.BatchTooSmall(), risen) == [(153, None)]
+    assert hear(rules.BatchTooSmall(), [page(4.0, 40.0, 1.0, 1.0)] * 160) == []
+    learned = [page(3.0, 40.0, 1.0, 1.0), *[page(3.0, 40.0, 1.0, 0.1)] * 60]
     assert hear(rules.BatchTooSmall(), learned) == []
     # A loss that falls is learned through the noise, and one that falls no more has been.
-    falls = [page(8.0, 40.0, 1.0, 1 - 0.01 * k) for k in range(20)]
-    assert hear(rules.BatchTooSmall(), [*falls, *[page(8.0, 40.0, 1.0, 0.8)] * 60]) == []
-    assert hear(rules.BatchTooSmall(), [*falls[:10], *[page(8.0, 40.0, 1.0, 0.9)] * 60]) == [(43, None)]
+    falls = [page(3.0, 40.0, 1.0, 1 - 0.01 * k) for k in range(20)]
+    assert hear(rules.BatchTooSmall(), [*falls, *[page(3.0, 40.0, 1.0, 0.8)] * 60]) == []
+    assert hear(rules.BatchTooSmall(), [*falls[:10], *[page(3.0, 40.0, 1.0, 0.9)] * 60]) == [(43, None)]
     assert hear(rules.BatchTooLarge(), [page(256.0, 30.0, 1.0, 1.0)] * 20) == [(11, None)]
     assert hear(rules.BatchTooLarge(), [page(256.0, 40.0, 1.0, 1.0)] * 20) == []
     assert hear(rules.BatchTooLarge(), [page(64.0, 1.0, 1.0, 1.0)] * 20) == []

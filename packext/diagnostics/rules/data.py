@@ -243,18 +243,19 @@ class BatchTooSmall(_Batch):
     The noise scale is more than 4 times the batch while the loss is above a fifth of where it began, and has not fallen
     for sure since then. Noise alone is no failure: a run whose loss falls learns through it, as many do early, before
     the samples agree on anything, and later it is normal, since the signal goes to zero where training ends, and the
-    noise stays. For sure is five standard errors by ranks, once in the run (`Fall`). Of 32 samples or more it is said
+    noise stays. For sure is five standard errors by ranks, once in the run (`Fall`). Of 4 samples or more it is said
     after 150 looks and not after 40, and only if the loss is 5 % above that of the first step, and two standard errors
-    of that batch's mean: a plateau at the start, which many networks leave by themselves, is likelier then, and where
-    labels are mostly chance no loss falls far. Looks count from the end of a warm-up, in which nothing can be learned
-    yet. Of a loss of both signs, of which is not seen how far it has come, nothing is said.
+    of that batch's mean: 40 such batches do not tell a slow fall from none, a plateau at the start, which many networks
+    leave by themselves, is likelier then, and where labels are mostly chance no loss falls far. Looks count from the
+    end of a warm-up, in which nothing can be learned yet. Of a loss of both signs, of which is not seen how far it has
+    come, nothing is said.
     """
 
     failure = "batch too small"
     advice = "Use a batch of the order of the noise scale (or accumulate to it), or lower the learning rate."
     hold, release = 5, 10
     least, window = 40, 60
-    times, unlearned, small, patience, risen = 4.0, 0.2, 32, 150, 1.05
+    times, unlearned, small, patience, risen = 4.0, 0.2, 4, 150, 1.05
 
     def __init__(self) -> None:
         """Start before the first step."""

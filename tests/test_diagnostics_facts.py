@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import packext as px
 from packext.diagnostics import (
@@ -401,6 +402,46 @@ def test_what_modules_see_is_of_the_first_evaluation_of_a_closure() -> None:
     assert np.isclose(monitor.values["OutputScale"], float(output.square().mean().sqrt()))
     assert np.isclose(monitor.values["ActivationScale/0"], float(hidden.square().mean().sqrt()))
     assert "OutputScale.spread" in monitor.values
+
+
+class Counting(nn.Module):
+    """Counts how often its parameters are looked up, and how often a mode is asked for what they are."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(part for _ in range(depth) for part in (nn.Linear(5, 5), nn.ReLU())))
+        self.looks = 0
+
+    def parameters(self, recurse: bool = True) -> Any:
+        self.looks += 1
+        return super().parameters(recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Reads(TorchFunctionMode):
+    """Counts reads of a tensor's version."""
+
+    seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += func == Tensor._version.__get__  # pyright: ignore[reportAttributeAccessIssue]
+        return func(*args, **(kwargs or {}))
+
+
+def test_hooks_of_modules_do_not_go_through_the_model_at_each_call() -> None:
+    """Of d layers that would be 2 d times 2 d parameters, each by way of the modes that run."""
+    looks = []
+    for depth in (2, 12):
+        monitor, (x, y) = watch(Counting(depth), DeadUnits(), ActivationScale(), OutputScale(), InputScale()), batch(4)
+        model: Any = monitor.model
+        model.looks = 0
+        with Reads() as reads:
+            step(monitor, x, y)
+        looks.append((model.looks, reads.seen))
+        assert "ActivationScale/net.0" in monitor.values and "DeadUnits" in monitor.values
+    assert looks[0][0] == looks[1][0] and looks[1][1] <= 6 * looks[0][1], looks
 
 
 def test_a_norm_over_several_axes_is_no_matrix() -> None:

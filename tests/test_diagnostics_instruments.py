@@ -523,6 +523,28 @@ class Reached(NormLayerNoiseScale):
         return {name: 1.0 for name in step.layers("batch_l2")}
 
 
+class Looking(NormLayerNoiseScale):
+    """Counts how often it goes through the model."""
+
+    looks = 0
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter] | None:
+        self.looks += 1
+        return super().parameters(model)
+
+
+def test_noise_scale_of_normalisations_goes_through_the_model_as_often_for_any_depth() -> None:
+    looks = []
+    for depth in (1, 9):
+        net = nn.Sequential(*(part for _ in range(depth) for part in (nn.Linear(5, 5), nn.LayerNorm(5))))
+        monitor, model, loss = watched(looking := Looking(), model=net)
+        looking.looks = 0
+        step_of(monitor, model, loss, *batch(8))
+        assert "Looking.trace" in monitor.values
+        looks.append(looking.looks)
+    assert looks[0] == looks[1]
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("beside", [(), (NormTest,)], ids=["alone", "beside"])
 def test_noise_scale_of_normalisations_alone(passes: int, beside: tuple[Any, ...]) -> None:

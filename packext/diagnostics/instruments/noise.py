@@ -192,9 +192,9 @@ class NormLayerNoiseScale(NoiseScale):
             )
 
     def measure(self, step: Step) -> dict[str, Any]:
-        own = {name for name, p in step.parameters.items() if p in set(self.parameters(step.model) or ())}
+        own = set(self.parameters(step.model) or ())
         names, mean, traces, n = _traces(step)
-        kept = [k for k, name in enumerate(names) if name in own]
+        kept = [k for k, name in enumerate(names) if step.parameters[name] in own]
         return self._found([names[k] for k in kept], mean[kept], traces[kept], n)
 
 

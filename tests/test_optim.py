@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import packext as px
 from packext import optim
@@ -851,6 +852,23 @@ def test_the_factor_of_a_grad_scaler_is_out_of_all_or_refused(name: str, unscale
     scaler.scale(sum(p.sum() for p in half.parameters())).backward()
     with pytest.raises(px.PackextError, match=f"{type(optimizer).__name__} with a GradScaler: keep parameters in"):
         scaler.step(optimizer)
+
+
+def test_the_factor_of_a_grad_scaler_is_inverted_once_for_all_gradients() -> None:
+    class Inversions(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen += func is torch.ops.aten.reciprocal.default and bool(args[0] == 1024.0)
+            return func(*args, **(kwargs or {}))
+
+    model, scaler, (x, y) = network(), torch.amp.GradScaler("cpu", 1024.0), data()
+    optimizer = CASES["KFLR"].make(model.parameters())
+    with optim.emit(optimizer, scale=1 / scaler.get_scale()):
+        scaler.scale(LOSS(model(x), y)).backward()
+    with Inversions() as inversions:
+        scaler.step(optimizer)
+    assert inversions.seen == 1 and optimizer.steps == 1
 
 
 def test_a_fallback_is_adamw_and_named_where_it_is_needed() -> None:

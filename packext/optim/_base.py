@@ -306,8 +306,9 @@ class Optimizer(torch.optim.Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(g.dtype == torch.float16 for g in grads):
             raise px.PackextError(f"{name} with a GradScaler: keep parameters in float32, and use autocast.")
+        factor = factor.double().reciprocal().float()  # as torch's `unscale_`
         for g in grads:
-            g.mul_(factor.double().reciprocal().float().to(g.device))  # as torch's `unscale_`
+            g.mul_(factor.to(g.device))
         return False
 
     def _step(self) -> str:

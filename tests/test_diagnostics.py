@@ -39,6 +39,7 @@ from packext.diagnostics import (
     InnerTest,
     InputScale,
     Instrument,
+    LearningRate,
     Loss,
     NoiseScale,
     NormTest,
@@ -49,6 +50,7 @@ from packext.diagnostics import (
     TICDiag,
     TICTrace,
     Time,
+    Untrained,
     UpdateSize,
     linear,
     logarithmic,
@@ -1006,6 +1008,24 @@ def test_samples_without_a_target_have_no_statistics() -> None:
         output = model(x)
         (loss(output, y) + px.extend(nn.MSELoss())(output, torch.zeros_like(output))).backward()
     assert "NormTest" in monitor.values
+
+
+def test_an_optimizer_of_master_weights() -> None:
+    """Copies in float32 are stepped, and copied back to a model in half precision."""
+    torch.manual_seed(0)
+    model, loss, (x, y) = px.extend(mlp().bfloat16()), px.extend(nn.CrossEntropyLoss()), batch()
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    monitor = Cockpit(model, torch.optim.SGD(masters, LR), None, instruments=[Untrained(), LearningRate()])
+    with monitor.step():
+        loss(model(x.bfloat16()), y).backward()
+        for p, master in zip(model.parameters(), masters, strict=True):
+            assert p.grad is not None
+            master.grad = p.grad.float()
+        monitor.optimizer.step()
+        with torch.no_grad():
+            for p, master in zip(model.parameters(), masters, strict=True):
+                p.copy_(master)
+    assert monitor.values["Untrained"] == 0 and monitor.values["LearningRate"] == LR
 
 
 # -- refusals ---------------------------------------------------------------------------------------------

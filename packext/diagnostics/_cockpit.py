@@ -110,8 +110,7 @@ class Cockpit:
                 f"Cockpit needs one torch.optim.Optimizer, got {_kind(optimizer)}: of several, give one (its learning "
                 "rate is recorded; what the others do is seen by how the parameters move)."
             )
-        own = {id(p) for p in model.parameters()}
-        if own and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        if not _steps(optimizer, model):
             raise ValueError(
                 f"the {type(optimizer).__name__} holds no parameter of {type(model).__name__}, and its learning rate "
                 "is not that of this model: give the optimizer of this model."
@@ -454,6 +453,17 @@ def _plain(value: Any) -> float | np.ndarray:
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # which has no bfloat16
     array = np.asarray(value)
     return float(array) if array.ndim == 0 else array.copy()
+
+
+def _steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer holds a parameter of the model, or copies in another dtype of what is trained of it."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {id(p): p for p in model.parameters()}
+    if not own or any(id(p) in own for p in held):
+        return True
+    trained = [p for p in own.values() if p.requires_grad]
+    as_many = sum(p.numel() for p in held) == sum(p.numel() for p in trained)
+    return as_many and not {p.dtype for p in held} & {p.dtype for p in trained}
 
 
 def _begin(sinks: list[Sink], names: list[str]) -> int:

@@ -157,6 +157,21 @@ def test_a_controller_in_lightning(options: dict[str, Any]) -> None:
     assert stopping.evidence == pytest.approx(other.evidence, rel=1e-4)
 
 
+@pytest.mark.parametrize("controls", [False, True])
+def test_lightning_goes_on_after_a_batch_without_a_loss(controls: bool) -> None:
+    """`training_step` may return None, and Lightning makes no backward pass then."""
+
+    class Skipping(lightning.Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx != 1 else None
+
+    seen: list[int] = []
+    asked = px.optim.EvidenceStopping(2) if controls else px.BatchL2Grad()
+    lightning.fit(model := Skipping(), ForLightning(asked, receive=lambda step, results: seen.append(step)))
+    count = len(lightning.loader())
+    assert seen == [step for step in range(2 * count) if step % count != 1] and not px.is_extended(model)
+
+
 def test_a_controller_in_transformers(tmp_path: Any) -> None:
     net = hugging.model("bert").eval()
     net.train = lambda mode=True: net  # without dropout

@@ -83,11 +83,15 @@ class Emission:
         self._stack.close()
         return {name: float(value) for name, value in (self._receive(step, results) or {}).items()}
 
-    def close(self) -> None:
-        """The training is over, or has failed: leave the model as it was."""
+    def leave(self) -> None:
+        """Leave the context, if it is open, with what passes there were."""
         if self._results is not None:
             self._stack.__exit__(StopIteration, StopIteration(), None)
             self._results = None
+
+    def close(self) -> None:
+        """The training is over, or has failed: leave the model as it was."""
+        self.leave()
         if self._extended is not None:
             px.unextend(self._extended)
             self._extended = None

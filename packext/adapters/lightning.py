@@ -63,6 +63,7 @@ class EmitCallback(Callback):
                 raise px.PackextError(f"EmitCallback does not work with {what}.")
         self._emission.over(trainer.world_size)
         self._emission.extend(pl_module)
+        self._passed = False  # whether the step has had a backward pass
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Open the context, unless it is: before the forward pass, which a compiled module makes as it is written then.
@@ -75,6 +76,16 @@ class EmitCallback(Callback):
         """
         self._emission.open(trainer.global_step, getattr(trainer.precision_plugin, "scaler", None))
 
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Note that there is a backward pass: `training_step` may return None, so that a batch has none.
+
+        Args:
+            trainer: of Lightning.
+            pl_module: the LightningModule.
+            loss: not looked at.
+        """
+        self._passed = True
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Close it, and log.
 
@@ -83,6 +94,9 @@ class EmitCallback(Callback):
             pl_module: the LightningModule.
             optimizer: not looked at.
         """
+        passed, self._passed = self._passed, False
+        if not passed:
+            self._emission.leave()
         values = self._emission.land(trainer.global_step)
         if values:
             pl_module.log_dict(values)

@@ -1010,6 +1010,18 @@ def test_samples_without_a_target_have_no_statistics() -> None:
     assert "NormTest" in monitor.values
 
 
+def test_targets_are_looked_for_in_the_arguments_of_torchs_own_losses_alone() -> None:
+    class Masked(nn.CrossEntropyLoss):
+        def forward(self, input: Tensor, ignored: Tensor, target: Tensor) -> Tensor:
+            return super().forward(input, target)
+
+    model, loss, (x, y) = px.extend(mlp()), px.extend(Masked()), batch()
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), LR), None, instruments=[NormTest()])
+    with monitor.step():
+        loss(model(x), torch.full_like(y, -100), y).backward()
+    assert "NormTest" in monitor.values, monitor.absent
+
+
 def test_an_optimizer_of_master_weights() -> None:
     """Copies in float32 are stepped, and copied back to a model in half precision."""
     torch.manual_seed(0)

@@ -404,6 +404,8 @@ def _counted(module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
     target = kwargs.get("target", args[1] if len(args) > 1 else None)
     if not (isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss)) and isinstance(target, Tensor) and target.dim()):
         return None
+    if type(module).forward not in (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward):  # of other arguments
+        return None
     if target.is_floating_point():  # probabilities
         return None
     counts = target != module.ignore_index

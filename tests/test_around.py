@@ -196,6 +196,7 @@ def test_threads_that_run_one_model() -> None:
     del _use._LIVE[id(parameter)]
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch 2.9 never lets go of them")
 def test_the_end_of_a_program_waits_for_what_its_threads_have_left() -> None:
     """Torch lets go of a thread's state after `join()`, and aborts the process if Python shuts down meanwhile."""
     from packext import _listening

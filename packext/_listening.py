@@ -162,7 +162,7 @@ def _wait() -> None:
     It needs Python for that, and ends the process (SIGABRT) where Python has begun to shut down.
     """
     end = time.monotonic() + 1
-    while time.monotonic() < end and not all(thread.is_alive() for thread in list(_threads.values())):
+    while time.monotonic() < end and not {*_threads.values()} <= {*threading.enumerate()}:
         time.sleep(1e-3)
 
 

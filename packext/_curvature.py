@@ -105,6 +105,15 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     if not direct and any(isinstance(layout, Scattered) for layout in places):
         raise CoupledSamplesError(_ROWS.format(seen.name))
     rows = places[0] if direct else Layout(0, places[0].n)
+
+    @functools.cache
+    def split_at(own: bool) -> tuple[nn.Module, Tensor, Callable[[Tensor], list[Tensor]]]:
+        loss = seen.module if own else _roots.of_logits(seen.module, leaves[0])
+        if direct:
+            return loss, live[0].detach(), _alone
+        joined = Joined(loss, leaves, seen.spec, places)
+        return joined, joined.output(), joined.split
+
     groups: dict[Any, dict[Pass, list[Curvature]]] = {}
     for each in flight.heard:
         # What a context gets is what it would get by itself: the same columns, of which others may have their part.
@@ -117,11 +126,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             groups.setdefault((root, compact, only), {}).setdefault(each, []).append(quantity)
     for ((kind, draws, generator), compact, _), members in groups.items():
         # Second derivatives of the functions before the loss, and what is averaged after each, go with the loss itself.
-        own = kind in ("hessian", "averaged")
-        loss, output, back = seen.module if own else _roots.of_logits(seen.module, leaves[0]), live[0].detach(), _alone
-        if not direct:
-            joined = Joined(loss, leaves, seen.spec, places)
-            loss, output, back = joined, joined.output(), joined.split
+        loss, output, back = split_at(kind in ("hessian", "averaged"))
         of = (loss, output, seen.args, seen.kwargs, g)
         with disable():  # the loss may have extended parts of its own
             if kind == "hessian":

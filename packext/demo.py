@@ -2,8 +2,8 @@
 
 Some training labels are wrong on purpose. Besides the gradient, every backward pass yields the
 norms of the per-sample gradients g_n and their variance: the norms point out the wrong labels, and
-the variance says, layer by layer, how much of the mean gradient G is noise. The last one also yields
-the curvature of the loss. Then SGD and K-FAC train for the same time, and a monitor watches a training, and reports.
+the variance says, layer by layer, how much of the mean gradient G is noise. Some also yield the
+curvature of the loss. Then SGD and K-FAC train for the same time, and a monitor watches a training, and reports.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ from packext.diagnostics import Cockpit, Run, Verdict, write_report
 
 BATCH_SIZE = 64
 WRONG_LABELS = 16
+CURVATURE_EVERY = 20  # steps: it takes a cotangent for each class but one through the network
 SHOWN = 20  # samples with the largest gradients that are listed
 SHARED = 8  # samples behind the gradient that a client of an audit sends
 MEMBERS = 697  # of an audit: the other 1100 are held out, which 0.1 % false positives need 1000 of
@@ -77,6 +78,13 @@ def measure(step: int, results: Any, parameters: list[str]) -> Noise:
     )
 
 
+def curvature(results: Any, parameters: list[str]) -> tuple[float, float]:
+    """Return the trace of the GGN of the mean loss in the parameters of one layer, and its largest eigenvalue."""
+    gram = torch.stack([results[name].ggn_gram for name in parameters]).sum(0)  # has the eigenvalues of N times the GGN
+    matrix = gram.flatten(2).flatten(0, 1) / BATCH_SIZE
+    return matrix.trace().item(), torch.linalg.eigvalsh(matrix)[-1].item()
+
+
 def average(history: list[Noise]) -> Noise:
     """Average over windows that grow with the training time: one batch alone says little."""
     edges = np.geomspace(min(10, len(history)), len(history), num=16).astype(int)
@@ -97,8 +105,10 @@ def network() -> nn.Module:
     return nn.Sequential(modules)
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, seconds: float) -> tuple[dict[str, Noise], Tensor]:
-    """Train; return the noise of each layer, and for each sample its mean gradient norm."""
+def train(
+    model: nn.Module, x: Tensor, y: Tensor, seconds: float
+) -> tuple[dict[str, Noise], dict[str, tuple[float, float]], Tensor]:
+    """Train; return the noise and the last curvature of each layer, and for each sample its mean gradient norm."""
     model = px.extend(model)
     loss_function = px.extend(nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8, weight_decay=5e-3)
@@ -117,10 +127,14 @@ def train(model: nn.Module, x: Tensor, y: Tensor, seconds: float) -> tuple[dict[
             output = model(x[batch])
             loss = loss_function(output, y[batch])
             optimizer.zero_grad()
-            quantities = px.BatchL2Grad(), px.Variance(), px.GradDot()
+            quantities = [px.BatchL2Grad(), px.Variance(), px.GradDot()]
+            if step % CURVATURE_EVERY == 0:
+                quantities.append(px.GGNGram())
             with px.backpack(*quantities, scale="sample") as results:
                 loss.backward()
             optimizer.step()
+            if step % CURVATURE_EVERY == 0:
+                curved = results
 
             step += 1
             if step == 1:
@@ -133,7 +147,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, seconds: float) -> tuple[dict[
             accuracy = (output.argmax(1) == y[batch]).float().mean().item()
             status = f"step {step:5}   loss {loss.item():.3f}   accuracy {accuracy:4.0%}"
             progress.update(task, completed=perf_counter() - start, description=status)
-    return {layer: average(steps) for layer, steps in history.items()}, norms / visits.clamp(min=1)
+    noise = {layer: average(steps) for layer, steps in history.items()}
+    return noise, {k: curvature(curved, names) for k, names in layers.items()}, norms / visits.clamp(min=1)
 
 
 def watch(x: Tensor, y: Tensor, seconds: float, path: Path) -> list[Verdict]:
@@ -190,41 +205,20 @@ def race_table(found: dict[str, tuple[int, float]], seconds: float) -> Table:
     return table
 
 
-def curvature(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[float, float]]:
-    """Return for each layer the trace of its block of the GGN, and the largest eigenvalue of that block."""
-    loss_function = px.extend(nn.CrossEntropyLoss())
-    with px.backpack(px.DiagGGNExact(), px.GGNGram()) as results:
-        loss_function(model(x), y).backward()
-    found: dict[str, tuple[float, float]] = {}
-    names = [name for name, _ in model.named_parameters()]
-    for layer in dict.fromkeys(name.split(".")[0] for name in names):
-        parts = [results[name] for name in names if name.split(".")[0] == layer]
-        gram = torch.stack([p.ggn_gram for p in parts]).sum(0)  # has the eigenvalues of the layer's GGN
-        matrix = gram.flatten(2).flatten(0, 1)
-        trace = sum(p.diag_ggn_exact.sum().item() for p in parts)
-        found[layer] = trace, torch.linalg.eigvalsh(matrix)[-1].item()
-    return found
-
-
-def curvature_table(layers: dict[str, tuple[float, float]]) -> Table:
-    """Show how curved the loss is in each layer's parameters."""
-    table = Table("layer", "trace", "largest eigenvalue", title="Curvature of the loss (GGN, one batch)")
-    for layer, numbers in layers.items():
-        table.add_row(layer, *(f"{number:.3g}" for number in numbers))
-    return table
-
-
-def layer_table(layers: dict[str, Noise]) -> Table:
-    """Show how much of each layer's gradient is noise at the end of training."""
-    headers = ("|G|", "mean |g_n|", "|G|²/tr Σ", "noise scale", "against G")
-    caption = f"End of training. Noise alone would give |G|²/tr Σ = {1 / BATCH_SIZE:.3f}."
-    table = Table("layer", *headers, title="Noise in the mean gradient G", caption=caption)
+def layer_table(layers: dict[str, Noise], curved: dict[str, tuple[float, float]]) -> Table:
+    """Show how much of each layer's gradient is noise at the end of training, and how curved the loss is."""
+    headers = ("|G|", "mean |g_n|", "|G|²/tr Σ", "noise scale", "against G", "tr GGN", "λ max")
+    caption = (
+        "End of training: noise scale in samples; samples whose gradient points against G; trace and largest "
+        f"eigenvalue of the GGN of a batch. Noise alone would give |G|²/tr Σ = {1 / BATCH_SIZE:.3f}."
+    )
+    table = Table(
+        Column("layer", no_wrap=True), *headers, title="Noise in the mean gradient G, and curvature", caption=caption
+    )
     for layer, noise in layers.items():
         last = Noise(*(values[-1] for values in noise))
-        scale = f"{last.scale:.0f} samples" if np.isfinite(last.scale) else "noise dominated"
-        numbers = (last.gradient**0.5, last.sample_norm, last.gradient / last.trace)
-        cells = [f"{number:.3f}" for number in numbers]
-        table.add_row(layer, *cells, scale, f"{last.opposed:.0%} of samples")
+        numbers = [f"{number:.3f}" for number in (last.gradient**0.5, last.sample_norm, last.gradient / last.trace)]
+        table.add_row(layer, *numbers, f"{last.scale:.0f}", f"{last.opposed:.0%}", *(f"{c:.3g}" for c in curved[layer]))
     return table
 
 
@@ -275,8 +269,7 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     torch.manual_seed(seed)
     x, y, truth = load_data()
     model = network()
-    layers, norms = train(model, x, y, seconds)
-    curved = curvature(model, x[:BATCH_SIZE], y[:BATCH_SIZE])
+    layers, curved, norms = train(model, x, y, seconds)
     with torch.no_grad():
         predicted = model(x).argmax(1)
 
@@ -287,7 +280,7 @@ def run(seconds: float = 10.0, out: Path = Path(), seed: int = 0) -> dict[str, N
     draw(layers, x[top], titles, wrong[top]).savefig(path, dpi=150)
 
     console = Console()
-    console.print(layer_table(layers), curvature_table(curved), sample_table(top, columns, wrong))
+    console.print(layer_table(layers, curved), sample_table(top, columns, wrong))
     console.print(f"{wrong[top].sum()} of the {WRONG_LABELS} wrong labels are in this list (red).")
     console.print(f"Figure: {path}")
 

@@ -13,7 +13,7 @@ def test_demo_prints_both_tables_and_writes_the_figure_and_the_report(tmp_path, 
     pytest.importorskip("plotly")
     assert _cli.main(["demo", "--seconds", "1", "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr().out
-    for word in ("conv1", "conv2", "linear", "whole model", "noise scale", "largest eigenvalue", "true digit", "K-FAC"):
+    for word in ("conv1", "conv2", "linear", "whole model", "λ max", "true digit", "K-FAC"):
         assert word in printed
     figure = tmp_path / "new" / "packext-demo.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
@@ -35,16 +35,18 @@ def test_demo_returns_finite_statistics_that_add_up(tmp_path):
     np.testing.assert_allclose(whole.trace, sum(p.trace for p in parts), rtol=1e-4)
 
 
-def test_curvature_of_layers_equals_a_dense_computation():
+def test_curvature_of_a_layer_and_of_the_model_equals_a_dense_computation():
     torch.manual_seed(0)
-    model = px.extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)))
-    x, y = torch.randn(6, 4), torch.randint(3, (6,))
-    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / 6] * 6)
-    found = demo.curvature(model, x, y)
-    assert list(found) == ["0", "2"]
-    for layer, (trace, largest) in found.items():
-        root = torch.cat([rows[f"{layer}.{kind}"].flatten(2) for kind in ("weight", "bias")], 2).flatten(0, 1)
+    n = demo.BATCH_SIZE
+    model, loss_function = px.extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))), nn.CrossEntropyLoss()
+    x, y = torch.randn(n, 4), torch.randint(3, (n,))
+    with px.backpack(px.GGNGram(), scale="sample") as results:
+        px.extend(loss_function)(model(x), y).backward()
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / n] * n)
+    for names in (["0.weight", "0.bias"], ["2.weight", "2.bias"], list(rows)):
+        root = torch.cat([rows[name].flatten(2) for name in names], 2).flatten(0, 1)
         spectrum = torch.linalg.eigvalsh(root.T @ root)
+        trace, largest = demo.curvature(results, names)
         assert math.isclose(trace, spectrum.sum().item(), rel_tol=1e-4)
         assert math.isclose(largest, spectrum[-1].item(), rel_tol=1e-4)
 

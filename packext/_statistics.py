@@ -385,7 +385,7 @@ def _settled(spread: Tensor, total: Tensor, n: int, out: Tensor) -> bool:
     for squares, shift, part in [all_] if len(out) <= step else zip(*(t.split(step) for t in all_), strict=True):
         torch.addcmul(squares, shift, shift, value=-1.0 / max(1, n), out=part)
         margin = torch.add(part, squares, alpha=-DOUBT, out=scratch("margin", part.shape, part.dtype, part.device))
-        if margin.numel() and margin.amin() < 0:
+        if margin.numel() and not margin.amin() >= 0:  # the least of entries of which one is NaN is NaN
             return False
     return True
 

@@ -490,6 +490,6 @@ def _about(left: Tensor, right: Tensor, g: Tensor, c: Tensor) -> tuple[Tensor, T
         torch.mm(g[:, lo:hi].T, c, out=shift)
         part = torch.addcmul(spread, shift, shift, value=-1.0 / n, out=result[lo:hi])
         margin = torch.add(part, spread, alpha=-DOUBT, out=shift)
-        if margin.numel() and margin.amin() < 0:
+        if margin.numel() and not margin.amin() >= 0:  # the least of entries of which one is NaN is NaN
             doubts.append((margin < 0).flatten().nonzero()[:, 0] + lo * i)
     return result, torch.cat(doubts) if doubts else torch.zeros(0, dtype=torch.long, device=g.device)

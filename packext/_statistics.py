@@ -314,6 +314,12 @@ class Statistics:
         taken, holder.shared = holder.shared, True
         return rows.clone() if taken else rows
 
+    def hold(self) -> None:
+        """Keep the rows in place of the form, in memory that is nobody's result: those may be written to."""
+        rows = self.known["rows"] = self.kept(self["rows"])
+        self.form = Dense(rows)
+        self.form.shared = True
+
     def dots(self, direction: Tensor) -> Tensor:
         """Inner products of the rows with `direction`, `[N]`."""
         direction = direction.to(self.form.acc)

@@ -216,6 +216,27 @@ def test_a_hook_that_writes_to_the_gradient_while_rows_are_held() -> None:
     torch.testing.assert_close(results["own"].clipped_grad, g @ model.mid.weight)
 
 
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_hook_that_writes_to_individual_gradients_while_they_are_held(n: int, first: bool) -> None:
+    """What is clipped at the end of the pass is what arrived, whichever quantity comes first."""
+    model = nn.Sequential(Shifts(n), nn.LayerNorm(3), nn.Linear(3, 2))
+    x, g = torch.randn(n, 3), torch.randn(n, 2)
+    want = torch.autograd.grad(model(x), list(model.parameters()), g)
+    px.extend(model)
+
+    def hook(module: nn.Module) -> None:
+        for p in module.parameters(recurse=False):
+            p.grad_batch.mul_(100.0)
+
+    quantities = [px.ClippedGrad(1e9), px.BatchGrad()]
+    with px.backpack(*(quantities if first else quantities[::-1]), scale=1.0, extension_hook=hook):
+        model(x).backward(g)
+    for p, total in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.clipped_grad, total)
+        torch.testing.assert_close(p.grad_batch.sum(0), 100 * total)
+
+
 @pytest.mark.parametrize("case", CASES[::7], ids=lambda c: c.name)
 def test_scale_of_the_samples_own_losses(case: Case) -> None:
     # The default direction of GradDot is a mean in this scale: tests/test_context.py.

@@ -8,7 +8,7 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-from packext._factored import Dense, Factored, Lookup, Outer, Sum
+from packext._factored import Factored, Lookup, Outer, Sum
 from packext._quantity import Ask, Quantity, Summed
 from packext._shards import added, is_distributed, part
 
@@ -52,8 +52,8 @@ class ClippedGrad(Summed, Quantity):
 
     def result(self, ask: Ask) -> None:
         ask.sample_factor()
-        if not (self._lasts(ask.statistics.form) or isinstance(ask.statistics.form, Dense)):
-            ask.statistics.form = Dense(ask.statistics["rows"])
+        if not self._lasts(ask.statistics.form):
+            ask.statistics.hold()
         return None
 
     def nothing(self, parameter: Tensor, n: int) -> Tensor:

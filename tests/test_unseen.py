@@ -133,7 +133,8 @@ CASES = {
     "one around another": lambda m, h: Product.apply(Product.apply(h, m.mid.weight, m.scale), m.mid.weight, m.mid.bias),
     "around itself, and beside": lambda m, h: (
         lambda t: t + Product.apply(t, m.mid.weight, m.scale) + m.mid.bias)(Product.apply(h, m.mid.weight, m.scale)),
-    "of a parameter that layers use": lambda m, h: Product.apply(m.mid(h), m.mid.weight, m.scale) * m.scale,
+    "of a parameter that layers use": lambda m, h: (
+        Product.apply(m.mid(h) * m.scale, m.mid.weight, m.scale) * m.scale),
     "of values made of parameters": lambda m, h: Product.apply(h, 2 * m.mid.weight, m.scale.exp()) + m.mid.bias,
     "changed in place": lambda m, h: Product.apply(h, m.mid.weight, m.scale).mul_(2.0).add_(m.mid.bias),
     "two outputs": lambda m, h: m.mid((lambda a, b: a.sin() * b)(*Two.apply(h, m.scale))),

@@ -401,7 +401,7 @@ def test_curvature_of_random_models(request: pytest.FixtureRequest) -> None:
             except RuntimeError as error:  # torch cannot differentiate the loss twice
                 kinds[f"no oracle: {str(error)[:60]}"] += 1
                 continue
-            if want is None or _size(want) < 1e-9:
+            if want is None or _size(want) < 1e-6:  # or the oracle's rounding counts, where the truth is zero
                 continue
             model, problem.loss = px.extend(copy.deepcopy(problem.model), problem.axis), px.extend(problem.loss)
             torch.manual_seed(problem.seed)

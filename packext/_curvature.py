@@ -107,12 +107,13 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     rows = places[0] if direct else Layout(0, places[0].n)
 
     @functools.cache
-    def split_at(own: bool) -> tuple[nn.Module, Tensor, Callable[[Tensor], list[Tensor]]]:
-        loss = seen.module if own else _roots.of_logits(seen.module, leaves[0])
+    def split_at(own: bool) -> tuple[tuple[nn.Module, Tensor, tuple, dict, Tensor], Callable[[Tensor], list[Tensor]]]:
+        call = (seen.module, seen.args, seen.kwargs)
+        loss, args, kwargs = call if own else _roots.of_logits(call[0], leaves[0], *call[1:])
         if direct:
-            return loss, live[0].detach(), _alone
+            return (loss, live[0].detach(), args, kwargs, g), _alone
         joined = Joined(loss, leaves, seen.spec, places)
-        return joined, joined.output(), joined.split
+        return (joined, joined.output(), args, kwargs, g), joined.split
 
     groups: dict[Any, dict[Pass, list[Curvature]]] = {}
     for each in flight.heard:
@@ -126,8 +127,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             groups.setdefault((root, compact, only), {}).setdefault(each, []).append(quantity)
     for ((kind, draws, generator), compact, _), members in groups.items():
         # Second derivatives of the functions before the loss, and what is averaged after each, go with the loss itself.
-        loss, output, back = split_at(kind in ("hessian", "averaged"))
-        of = (loss, output, seen.args, seen.kwargs, g)
+        of, back = split_at(kind in ("hessian", "averaged"))
         with disable():  # the loss may have extended parts of its own
             if kind == "hessian":
                 columns = _roots.signed(*of)
@@ -144,7 +144,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
                 raise PackextError(_SEVERAL.format("KFRA", seen.name))
             chain = Chain(seen.edges[0], seen.name, "KFRA", "KFLR")
             chain.check_samples(rows.n)
-            with torch.autocast(output.device.type, enabled=False):  # sums stay in float32
+            with torch.autocast(g.device.type, enabled=False):  # sums stay in float32
                 average(flight, chain, (part for part, _ in parts), rows.n, functools.partial(absorb, 1.0))
             continue
         for part, sign in parts:
@@ -199,8 +199,9 @@ class Graph(Point):
         _roots.refuse_arguments(f"The extended {self._seen.name}", self._seen.args, self._seen.kwargs)
         with kept(self._device):
             if self._pull is None:
-                self._seen = self._seen.fixed()
-                seen = replace(self._seen, module=_roots.of_logits(self._seen.module, self._leaves[0]))
+                self._seen = seen = self._seen.fixed()
+                loss, args, kwargs = _roots.of_logits(seen.module, self._leaves[0], seen.args, seen.kwargs)
+                seen = replace(seen, module=loss, args=args, kwargs=kwargs)
                 self._refuse_flat(seen, self._leaves)
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
                 # As torch writes it, it need not have one at zero (of logcumsumexp, by the logarithm of u).

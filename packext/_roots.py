@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,10 @@ from packext._precision import unrounded
 LARGEST = 4096
 
 _SPLIT = (
-    "the GGN is split between the network and a loss that is linear in its input, whose Hessian is zero. "
-    "Let the model return the logits, and use CrossEntropyLoss on them instead."
+    "the GGN is split between the network and a loss that is linear in its input, whose Hessian is zero. Let the model "
+    "return the logits, and use CrossEntropyLoss on them instead. (It takes class probabilities as well. NLLLoss and "
+    "KLDivLoss of what log_softmax gives along axis 1 are taken for it, but for KLDivLoss with reduction='none'.)"
 )
-_SCORES = f"{_SPLIT} (NLLLoss of what log_softmax gives along axis 1 is taken for that.)"
 
 
 class _Flat(Exception):
@@ -39,34 +39,45 @@ class _Flat(Exception):
 
 #: Losses whose Hessian is zero wherever it exists, and what to do about it.
 LINEAR: dict[type[nn.Module], str] = {
-    nn.NLLLoss: _SCORES,
-    nn.KLDivLoss: _SPLIT + " It takes class probabilities as well.",
+    nn.NLLLoss: _SPLIT,
+    nn.KLDivLoss: _SPLIT,
     nn.L1Loss: "it is piecewise linear, so that its Hessian is zero. Use HuberLoss, SmoothL1Loss or MSELoss.",
 }
 
 _ZERO = "{} is linear in its first argument here: its Hessian is zero. Use a loss with curvature."
 
 
-def of_logits(loss: nn.Module, output: Any) -> nn.Module:
-    """The loss at which the GGN is split: `CrossEntropyLoss` for a `NLLLoss` of log-probabilities.
+def of_logits(loss: nn.Module, output: Any, args: tuple, kwargs: dict) -> tuple[nn.Module, tuple, dict]:
+    """The call of a loss at which the GGN is split: of `CrossEntropyLoss` for losses that take log-probabilities.
 
-    Where p = exp(x) sums to one, both give the same, as softmax(x) is p; but `NLLLoss` is linear in x. The Hessian
-    `diag(p) - p pᵀ` in x is the one in logits, too: with J = I - 1 pᵀ, the Jacobian of log_softmax, `Jᵀ H J = H`.
+    Where p = exp(x) sums to one, `NLLLoss` gives the same, as softmax(x) is p, and `KLDivLoss` the same of its targets
+    as class probabilities, less a constant; but both are linear in x. The Hessian `diag(p) - p pᵀ` in x is the one in
+    logits, too: with J = I - 1 pᵀ, the Jacobian of log_softmax, `Jᵀ H J = H`.
 
     Args:
         loss: the loss module.
         output: what it was called with first.
+        args: its other positional arguments.
+        kwargs: its keyword arguments.
 
     Returns:
-        The same loss, if it is another one or its input is none of log-probabilities along axis 1.
+        The loss and its other arguments; as they are, if it is another one, if its input is none of log-probabilities
+        along axis 1, and for `KLDivLoss` with reduction "none", where other gradients may arrive at a sample's classes.
     """
-    if _kind(loss) is not nn.NLLLoss or not isinstance(output, Tensor) or output.dim() < 2:
-        return loss
+    kind, of = _kind(loss), cast(Any, loss)
+    if kind not in (nn.NLLLoss, nn.KLDivLoss) or not isinstance(output, Tensor) or output.dim() < 2:
+        return loss, args, kwargs
     away = _widened(output.detach()).logsumexp(1).abs()
     if not (away < torch.finfo(output.dtype).eps ** 0.5).all():
-        return loss
-    of: Any = loss
-    return nn.CrossEntropyLoss(weight=of.weight, ignore_index=of.ignore_index, reduction=of.reduction)
+        return loss, args, kwargs
+    if kind is nn.NLLLoss:
+        same = nn.CrossEntropyLoss(weight=of.weight, ignore_index=of.ignore_index, reduction=of.reduction)
+        return same, args, kwargs
+    target = _widened(args[0] if args else kwargs["target"])
+    divisor = {"sum": 1, "batchmean": len(output), "mean": output.numel()}.get(of.reduction)
+    if divisor is None or target.shape != output.shape or target.requires_grad:
+        return loss, args, kwargs
+    return nn.CrossEntropyLoss(reduction="sum"), ((target.exp() if of.log_target else target) / divisor,), {}
 
 
 def exact(

@@ -1078,25 +1078,44 @@ class Absolute(nn.Module):
         return (x - y).abs().mean()
 
 
-def log_likelihood(path: str, model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def log_likelihood(path: str, model: Any, loss: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The loss on the way that `path` names."""
     logits = model(x)  # [N, T, C]
+    if path == "positions in the rows":
+        return loss(F.log_softmax(logits, -1).flatten(0, 1), y.flatten(0, 1))
+    if y.dim() == 3:
+        y = y.mT
     if path == "classes along axis 1":
         return loss(F.log_softmax(logits.transpose(1, 2), 1), y)
-    if path == "positions in the rows":
-        return loss(F.log_softmax(logits, -1).flatten(0, 1), y.flatten())
     return loss(logits.transpose(1, 2).softmax(1).log(), y)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight": torch.tensor([0.5, 2.0, 1.0]), "ignore_index": 1}], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+LIKELIHOODS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "mean": (nn.NLLLoss, {}),
+    "sum": (nn.NLLLoss, {"reduction": "sum"}),
+    "weighted mean": (nn.NLLLoss, {"weight": torch.tensor([0.5, 2.0, 1.0]), "ignore_index": 1}),
+    "weighted sum": (nn.NLLLoss, {"weight": torch.tensor([0.5, 2.0, 1.0]), "ignore_index": 1, "reduction": "sum"}),
+    "divergence": (nn.KLDivLoss, {"reduction": "batchmean"}),
+    "sum of divergences": (nn.KLDivLoss, {"reduction": "sum", "log_target": True}),
+    "divergence over classes": (nn.KLDivLoss, {"reduction": "mean"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize("name", LIKELIHOODS)
 @pytest.mark.parametrize("path", ["classes along axis 1", "positions in the rows", "logarithm of softmax"])
-def test_a_likelihood_of_log_probabilities_has_the_ggn_of_the_logits(
-    path: str, reduction: str, options: dict[str, Any]
-) -> None:
+def test_a_likelihood_of_log_probabilities_has_the_ggn_of_the_logits(path: str, name: str) -> None:
     """Split at the logits, next to dense matrices of torch.func; the Hessian is that of the loss either way."""
+    kind, options = LIKELIHOODS[name]
     options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
     model, x, y = mlp(), torch.randn(N, 2, 5), torch.tensor([[0, 1], [2, 2], [1, 0], [2, 1]])
+    plain = kind(**options)
+    if kind is nn.NLLLoss:
+        cross_entropy, likely = nn.CrossEntropyLoss(**options), y
+    else:  # of targets that need not sum to one
+        t = torch.rand(N, 2, 3)
+        divisor = {"sum": 1, "mean": t.numel()}.get(options["reduction"], 8 if "rows" in path else N)
+        cross_entropy, likely, y = nn.CrossEntropyLoss(reduction="sum"), t / divisor, t.log() if plain.log_target else t
     flat, shapes = torch.nn.utils.parameters_to_vector(model.parameters()).detach(), dict(model.named_parameters())
 
     def logits(v: Tensor) -> Tensor:
@@ -1105,22 +1124,24 @@ def test_a_likelihood_of_log_probabilities_has_the_ggn_of_the_logits(
         return torch.func.functional_call(model, given, (x,)).flatten(0, 1)
 
     def value(z: Tensor) -> Tensor:
-        return F.cross_entropy(z, y.flatten(), reduction=reduction, **options)
+        return log_likelihood(path, lambda _: z.view(N, 2, 3), plain, x, y)
 
     jacobian = torch.func.jacrev(logits)(flat).flatten(0, 1)
     split = torch.func.jacrev(torch.func.grad(value))(logits(flat)).reshape(len(jacobian), -1)
     ggn, hessian = jacobian.T @ split @ jacobian, torch.func.jacrev(torch.func.grad(lambda v: value(logits(v))))(flat)
 
     px.extend(model)
-    parameters, loss = list(model.parameters()), px.extend(nn.NLLLoss(**options, reduction=reduction))
+    parameters, loss = list(model.parameters()), px.extend(copy.deepcopy(plain))
 
     def whole(field: str) -> Tensor:
         return torch.cat([getattr(p, field).flatten() for p in parameters])
 
     with px.backpack(px.DiagGGNMC(2, torch.Generator().manual_seed(0))):
-        cross_entropy = px.extend(nn.CrossEntropyLoss(**options, reduction=reduction))
         inner = model(x)
-        cross_entropy(*((inner.flatten(0, 1), y.flatten()) if "rows" in path else (inner.mT, y))).backward()
+        same = (inner.mT, likely.mT if likely.dim() == 3 else likely)
+        if "rows" in path:
+            same = (inner.flatten(0, 1), likely.flatten(0, 1))
+        px.extend(cross_entropy)(*same).backward()
     same = whole("diag_ggn_mc")
     asked = (
         px.DiagGGNExact(), px.SqrtGGNExact(), px.DiagHessian(), px.GGNMP(), px.TopEigenvalues(curvature="ggn", tol=1e-9)
@@ -1141,14 +1162,22 @@ def test_a_likelihood_of_log_probabilities_has_the_ggn_of_the_logits(
 
 
 def test_scores_that_are_no_log_probabilities_have_no_ggn() -> None:
-    model, loss = px.extend(nn.Sequential(nn.Linear(5, 3), nn.LogSoftmax(1))), px.extend(nn.NLLLoss())
-    for quantity in (px.DiagGGNExact(), px.TopEigenvalues(curvature="ggn")):
+    model, x, t = px.extend(nn.Sequential(nn.Linear(5, 3), nn.LogSoftmax(1))), torch.randn(N, 5), torch.rand(N, 3)
+    calls: list[tuple[nn.Module, Tensor, float]] = [
+        (nn.NLLLoss(), torch.arange(N) % 3, 0.01),
+        (nn.KLDivLoss(reduction="batchmean"), t, 0.01),
+        (nn.KLDivLoss(reduction="batchmean"), t[:1], 0.0),  # for all samples
+        (nn.KLDivLoss(reduction="none"), t, 0.0),
+    ]
+    for quantity, (loss, y, off) in itertools.product((px.DiagGGNExact(), px.TopEigenvalues(curvature="ggn")), calls):
         with pytest.raises(px.PackextError, match="log_softmax gives along axis 1"), px.backpack(quantity):
-            loss(model(torch.randn(N, 5)) + 0.01, torch.arange(N) % 3).backward()
+            px.extend(loss)(model(x) + off, y).sum().backward()
+    for quantity in (px.DiagGGNExact(), px.TopEigenvalues(curvature="ggn")):
+        with pytest.raises(px.PackextError, match="requires grad"), px.backpack(quantity):
+            px.extend(nn.KLDivLoss(reduction="sum"))(model(x), model(-x).exp()).backward()
 
 
 FLAT: dict[str, tuple[nn.Module, str]] = {
-    "kl": (nn.KLDivLoss(reduction="batchmean"), "Let the model return the logits"),
     "l1": (nn.L1Loss(), "Use HuberLoss"),
     "smooth l1": (nn.SmoothL1Loss(beta=0), "beta=0"),
     "own": (Absolute(), "linear in its first argument here"),

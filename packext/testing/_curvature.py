@@ -19,8 +19,9 @@ AT_ONCE = 64
 
 def columns(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any, weight: float) -> tuple[Tensor, Tensor]:
     """The outputs that require grad, flat `[D]`, and `[D, D]`: columns of a root of weight times the loss's Hessian."""
+    call: tuple[Any, tuple, dict] = (loss_fn, (target,), {})
     if isinstance(loss_fn, nn.Module):  # of a likelihood of log-probabilities the cross entropy, which gives the same
-        loss_fn = of_logits(loss_fn, outputs)
+        call = of_logits(loss_fn, outputs, *call[1:])
     leaves, spec = pytree.tree_flatten(outputs)
     if not any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
         # Of a sample that no parameter reaches (another expert's): what the columns are taken back through gives zeros.
@@ -29,7 +30,8 @@ def columns(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any, we
     flat = torch.cat([t.detach().flatten() for t in live]).requires_grad_()
     parts = iter(flat.split([t.numel() for t in live]))
     again = [next(parts).view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
-    loss = loss_fn(pytree.tree_unflatten(again, spec), target)
+    of, args, kwargs = call
+    loss = of(pytree.tree_unflatten(again, spec), *args, **kwargs)
     slope = torch.autograd.grad(loss, flat, create_graph=True)[0]
     hessian = torch.stack([torch.autograd.grad(d, flat, retain_graph=True)[0] for d in slope])
     values, vectors = torch.linalg.eigh(hessian * weight)

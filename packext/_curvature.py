@@ -107,13 +107,13 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     rows = places[0] if direct else Layout(0, places[0].n)
 
     @functools.cache
-    def split_at(own: bool) -> tuple[tuple[nn.Module, Tensor, tuple, dict, Tensor], Callable[[Tensor], list[Tensor]]]:
-        call = (seen.module, seen.args, seen.kwargs)
-        loss, args, kwargs = call if own else _roots.of_logits(call[0], leaves[0], *call[1:])
+    def split_at(own: bool) -> tuple[_roots.Call, Callable[[Tensor], list[Tensor]]]:
+        found = (seen.module, seen.args, seen.kwargs)
+        loss, args, kwargs = found if own else _roots.of_logits(found[0], leaves[0], *found[1:])
         if direct:
-            return (loss, live[0].detach(), args, kwargs, g), _alone
+            return _roots.Call(loss, live[0].detach(), args, kwargs, g), _alone
         joined = Joined(loss, leaves, seen.spec, places)
-        return (joined, joined.output(), args, kwargs, g), joined.split
+        return _roots.Call(joined, joined.output(), args, kwargs, g), joined.split
 
     groups: dict[Any, dict[Pass, list[Curvature]]] = {}
     for each in flight.heard:
@@ -127,14 +127,14 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             groups.setdefault((root, compact, only), {}).setdefault(each, []).append(quantity)
     for ((kind, draws, generator), compact, _), members in groups.items():
         # Second derivatives of the functions before the loss, and what is averaged after each, go with the loss itself.
-        of, back = split_at(kind in ("hessian", "averaged"))
+        call, back = split_at(kind in ("hessian", "averaged"))
         with disable():  # the loss may have extended parts of its own
             if kind == "hessian":
-                columns = _roots.signed(*of)
+                columns = _roots.signed(call)
             elif kind == "mc":
-                columns = ((s, 1.0) for s in _roots.sampled(*of, draws, generator))
+                columns = ((s, 1.0) for s in _roots.sampled(call, draws, generator))
             else:
-                columns = ((s, 1.0) for s in _roots.exact(*of, compact))
+                columns = ((s, 1.0) for s in _roots.exact(call, compact))
         parts = (
             (part, sign) for column, sign in columns for part in ([column] if kind == "mc" else _apart(column, rows))
         )
@@ -244,7 +244,7 @@ class Graph(Point):
             raise PackextError(_SEVERAL.format("PCHMP", seen.name))
         self._seen = seen = seen.fixed()
         with disable():  # for its refusals: of a loss that is not convex, or whose Hessian is zero
-            _roots.exact(seen.module, leaves[0].detach(), seen.args, seen.kwargs, self._g)
+            _roots.exact(_roots.Call(seen.module, leaves[0].detach(), seen.args, seen.kwargs, self._g))
         chain = Chain(seen.edges[0], seen.name, "PCHMP", "GGNMP or HMP")
         positive = Positive(chain, self._edge, self._g, lambda u: self._loss(seen, leaves, [u])[0], modify)
         return [functools.partial(positive.product, p) for p in self.parameters]

@@ -2,8 +2,7 @@
 
 A root comes as cotangents of the output's shape. Each holds one column for every sample at once: row n of cotangent v
 is column v of sample n's root, and the sum over v of `s_v[n] s_v[n]ᵀ` is the block `[D, D]` of sample n, D entries of
-the output per sample. Samples lie along axis 0. Everywhere, the loss was called as `loss(output, *args, **kwargs)`, and
-g is the gradient that arrived at what it returned.
+the output per sample. Samples lie along axis 0.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,29 @@ _SPLIT = (
     "return the logits, and use CrossEntropyLoss on them instead. (It takes class probabilities as well. NLLLoss and "
     "KLDivLoss of what log_softmax gives along axis 1 are taken for it, but for KLDivLoss with reduction='none'.)"
 )
+
+
+class Call(NamedTuple):
+    """Of a loss: `loss(output, *args, **kwargs)`.
+
+    Attributes:
+        loss: the loss module; its hooks are not run.
+        output: what it was called with first, `[N, ...]`.
+        args: its other positional arguments.
+        kwargs: its keyword arguments.
+        g: the gradient at what it returned: a scalar, or of the loss's shape for reduction "none".
+    """
+
+    loss: nn.Module
+    output: Tensor
+    args: tuple
+    kwargs: dict
+    g: Tensor
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.loss._get_name()} of an output {list(self.output.shape)}"
 
 
 class _Flat(Exception):
@@ -80,17 +102,11 @@ def of_logits(loss: nn.Module, output: Any, args: tuple, kwargs: dict) -> tuple[
     return nn.CrossEntropyLoss(reduction="sum"), ((target.exp() if of.log_target else target) / divisor,), {}
 
 
-def exact(
-    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, compact: bool = False
-) -> Iterator[Tensor]:
+def exact(call: Call, compact: bool = False) -> Iterator[Tensor]:
     """Cotangents whose sum of outer products is the Hessian of `sum(g * loss(output, *args, **kwargs))`.
 
     Args:
-        loss: the loss module; its hooks are not run.
-        output: what it was called with first, `[N, ...]`.
-        args: its other positional arguments.
-        kwargs: its keyword arguments.
-        g: the gradient at the loss: a scalar, or of the loss's shape for reduction "none".
+        call: of the loss.
         compact: as few columns as the rank allows: for `CrossEntropyLoss`, C - 1 per position in place of C; for a
             loss without a closed form those of eigenvectors, in place of one for each entry of an output.
 
@@ -98,7 +114,7 @@ def exact(
         The columns, one after the other. Refusals are raised by the call, before the first of them.
     """
     with _refused():
-        return _columns(loss, output, args, kwargs, g, compact)
+        return _columns(call, compact)
 
 
 @contextlib.contextmanager
@@ -109,32 +125,23 @@ def _refused() -> Iterator[None]:
         raise PackextError(str(flat)) from None
 
 
-def _columns(
-    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, compact: bool, part: bool = False
-) -> Iterator[Tensor]:
+def _columns(call: Call, compact: bool, part: bool = False) -> Iterator[Tensor]:
     """As `exact`; with `part`, what is negative of an indefinite Hessian is left out, in place of being refused."""
-    x, g = _ready(loss, output, args, kwargs, g)
-    kind = _kind(loss)
+    call, output = _ready(call), call.output
+    kind = _kind(call.loss)
     if kind is nn.CrossEntropyLoss:
-        p, c = _softmax(loss, x, g, *args, **kwargs)
-        found = _softmax_columns(p, _positive(loss, x, g, c, part), compact)
+        p, c = _softmax(call, *call.args, **call.kwargs)
+        found = _softmax_columns(p, _positive(call, c, part), compact)
     elif kind is not None:
-        c = _entries(DIAGONAL[kind], loss, x, g, *args, **kwargs)
-        found = _diagonal_columns(_positive(loss, x, g, c, part).sqrt().reshape(len(x), -1))
+        c = _entries(DIAGONAL[kind], call, *call.args, **call.kwargs)
+        found = _diagonal_columns(_positive(call, c, part).sqrt().reshape(len(c), -1))
     else:
-        found = iter(_blocks_root(loss, x, args, kwargs, g, part, not compact).unbind(2))
+        found = iter(_blocks_root(call, part, not compact).unbind(2))
     return (s.reshape(output.shape).to(output.dtype) for s in found)
 
 
-def signed(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor) -> Iterator[tuple[Tensor, float]]:
+def signed(call: Call) -> Iterator[tuple[Tensor, float]]:
     """Cotangents with signs, whose outer products times these add up to the Hessian, be it convex or not.
-
-    Args:
-        loss: the loss module; its hooks are not run.
-        output: what it was called with first, `[N, ...]`.
-        args: its other positional arguments.
-        kwargs: its keyword arguments.
-        g: the gradient at the loss: a scalar, or of the loss's shape for reduction "none".
 
     Returns:
         Columns that are not zero, with 1.0 or -1.0; one column of zeros for a Hessian that is zero. Refusals are raised
@@ -143,7 +150,7 @@ def signed(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor
     found = []
     for sign in (1.0, -1.0):  # what is negative of a Hessian is positive of that of the loss's negative
         with contextlib.suppress(_Flat):
-            found.append((sign, _columns(loss, output, args, kwargs, sign * g, True, True)))
+            found.append((sign, _columns(call._replace(g=sign * call.g), True, True)))
 
     def columns() -> Iterator[tuple[Tensor, float]]:
         some = False
@@ -153,14 +160,12 @@ def signed(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor
                     some = True
                     yield s, sign
         if not some:
-            yield torch.zeros_like(output), 1.0
+            yield torch.zeros_like(call.output), 1.0
 
     return columns()
 
 
-def sampled(
-    loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor, draws: int, generator: torch.Generator
-) -> Iterator[Tensor]:
+def sampled(call: Call, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Cotangents, `draws` of them, whose expected sum of outer products is the Hessian that `exact` gives.
 
     They are gradients for labels drawn from the model's predictive distribution where the loss is the negative
@@ -168,11 +173,7 @@ def sampled(
     of the exact root, summed with random signs.
 
     Args:
-        loss: the loss module; its hooks are not run.
-        output: what it was called with first, `[N, ...]`.
-        args: its other positional arguments.
-        kwargs: its keyword arguments.
-        g: the gradient at the loss: a scalar, or of the loss's shape for reduction "none".
+        call: of the loss.
         draws: how many cotangents.
         generator: where all random numbers come from, drawn on its own device while the iterator advances.
 
@@ -183,11 +184,10 @@ def sampled(
         PackextError: if `draws` is less than 1, or where `exact` raises it.
     """
     if draws < 1:
-        raise PackextError(f"{_name(loss, output)}: a sampled root needs at least 1 draw, got {draws}.")
+        raise PackextError(f"{call.name}: a sampled root needs at least 1 draw, got {draws}.")
     with _refused():
-        x, g = _ready(loss, output, args, kwargs, g)
-        draw = _sampler(loss, x, args, kwargs, g, generator)
-    return _drawn(draw, draws, output.shape, output.dtype)
+        draw = _sampler(_ready(call), generator)
+    return _drawn(draw, draws, call.output.shape, call.output.dtype)
 
 
 def _drawn(draw: Callable[[], Tensor], draws: int, shape: torch.Size, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -198,14 +198,12 @@ def _drawn(draw: Callable[[], Tensor], draws: int, shape: torch.Size, dtype: tor
         yield column
 
 
-def _sampler(
-    loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor, numbers: torch.Generator
-) -> Callable[[], Tensor]:
+def _sampler(call: Call, numbers: torch.Generator) -> Callable[[], Tensor]:
     """What gives a random cotangent at each call; the expected outer product is the Hessian."""
-    kind = _kind(loss)
+    kind, x = _kind(call.loss), call.output
     if kind is nn.CrossEntropyLoss:
-        p, c = _softmax(loss, x, g, *args, **kwargs)
-        root, minus = _positive(loss, x, g, c).sqrt()[:, None], -torch.ones_like(p[:, :1])
+        p, c = _softmax(call, *call.args, **call.kwargs)
+        root, minus = _positive(call, c).sqrt()[:, None], -torch.ones_like(p[:, :1])
         reached = p.movedim(1, -1).clone(memory_format=torch.contiguous_format).double().cumsum_(-1)
 
         def softmax() -> Tensor:
@@ -215,19 +213,15 @@ def _sampler(
 
         return softmax
     if kind is nn.BCEWithLogitsLoss:
-        p, c = x.sigmoid(), _entries(_bernoulli_weight, loss, x, g, *args, **kwargs)
-        root = _positive(loss, x, g, c).sqrt()
+        c = _entries(_bernoulli_weight, call, *call.args, **call.kwargs)
+        p, root = x.sigmoid(), _positive(call, c).sqrt()
         return lambda: root * (p - (_uniform(x.shape, numbers, x.device) < p).to(x.dtype))
     if kind is not None:
-        root = _positive(loss, x, g, _entries(DIAGONAL[kind], loss, x, g, *args, **kwargs)).sqrt()
+        root = _positive(call, _entries(DIAGONAL[kind], call, *call.args, **call.kwargs)).sqrt()
         normal = kind in (nn.MSELoss, nn.GaussianNLLLoss)
         return lambda: root * (_normal if normal else _signs)(root.shape, numbers, root)
-    roots = _blocks_root(loss, x, args, kwargs, g)
+    roots = _blocks_root(call)
     return lambda: (roots * _signs((len(roots), 1, roots.shape[2]), numbers, roots)).sum(2)
-
-
-def _name(loss: nn.Module, output: Tensor) -> str:
-    return f"{loss._get_name()} of an output {list(output.shape)}"
 
 
 def _kind(loss: nn.Module) -> type[nn.Module] | None:
@@ -238,16 +232,16 @@ def _kind(loss: nn.Module) -> type[nn.Module] | None:
     return next((k for k in kinds if isinstance(loss, k) and type(loss).forward is k.forward), None)
 
 
-def _ready(loss: nn.Module, output: Tensor, args: tuple, kwargs: dict, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and gradient, detached and of float32 at least; what no loss can have is refused."""
-    name = _name(loss, output)
+def _ready(call: Call) -> Call:
+    """With output and gradient detached and of float32 at least; what no loss can have is refused."""
+    output, name = call.output, call.name
     if output.dim() == 0 or output.numel() == 0 or not output.is_floating_point():
         raise PackextError(f"{name} of {output.dtype}: pass real numbers, with one sample or more along axis 0.")
-    refuse_arguments(name, args, kwargs)
-    if why := _linear(loss):
+    refuse_arguments(name, call.args, call.kwargs)
+    if why := _linear(call.loss):
         raise _Flat(f"{name} has no root of a Hessian: {why}")
     x = _widened(output.detach())
-    return x, g.detach().to(x.dtype)
+    return call._replace(output=x, g=call.g.detach().to(x.dtype))
 
 
 def _linear(loss: Any) -> str:
@@ -327,9 +321,9 @@ def _signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> 
     return torch.randint(2, shape, generator=generator, device=generator.device).to(like) * 2 - 1
 
 
-def _weighted(loss: Any, x: Tensor, g: Tensor, h: Tensor, total: Tensor | int) -> Tensor:
+def _weighted(call: Call, h: Tensor, total: Tensor | int) -> Tensor:
     """Weights `h` of the loss's entries, times what arrives at each of them: `total` divides those of a mean."""
-    reduction, name = loss.reduction, _name(loss, x)
+    reduction, g, name = cast(Any, call.loss).reduction, call.g, call.name
     if reduction not in ("mean", "sum", "none"):
         raise PackextError(f"{name} has reduction={reduction!r}. Use 'mean', 'sum' or 'none'.")
     if g.shape != (h.shape if reduction == "none" else ()):
@@ -340,14 +334,14 @@ def _weighted(loss: Any, x: Tensor, g: Tensor, h: Tensor, total: Tensor | int) -
     return (h * (g / total if reduction == "mean" else g)).masked_fill(h == 0, 0)  # 0/0 if all targets are ignored
 
 
-def _positive(loss: Any, x: Tensor, g: Tensor, c: Tensor, part: bool = False) -> Tensor:
+def _positive(call: Call, c: Tensor, part: bool = False) -> Tensor:
     """What `_weighted` gave, with what is negative of it refused, or left out."""
     if part:
         return c.clamp(min=0)
     if (c < 0).any():
-        which = "a negative gradient arrives at it" if (g < 0).any() else "a weight or target of it is negative"
+        which = "a negative gradient arrives at it" if (call.g < 0).any() else "a weight or target of it is negative"
         raise PackextError(
-            f"{_name(loss, x)} has a negative Hessian, which has no real root: {which}. Minimise a positive multiple "
+            f"{call.name} has a negative Hessian, which has no real root: {which}. Minimise a positive multiple "
             "of the loss, or use quantities that need no root of the Hessian."
         )
     return c
@@ -356,17 +350,15 @@ def _positive(loss: Any, x: Tensor, g: Tensor, c: Tensor, part: bool = False) ->
 # -- diagonal Hessians ------------------------------------------------------------------------------------
 
 
-def _entries(
-    rule: Callable[..., Tensor], loss: nn.Module, x: Tensor, g: Tensor, target: Tensor, *more: Any, **named: Any
-) -> Tensor:
+def _entries(rule: Callable[..., Tensor], call: Call, target: Tensor, *more: Any, **named: Any) -> Tensor:
     """What `rule` gives for every entry of the output, weighted by gradient and reduction, `[*x.shape]`."""
-    target = target.to(x.dtype)
+    x, target = call.output, target.to(call.output.dtype)
     if torch.broadcast_shapes(x.shape, target.shape) == x.shape:
-        h = rule(loss, x, target.expand(x.shape), *more, **named)
+        h = rule(call.loss, x, target.expand(x.shape), *more, **named)
         if h.shape == x.shape:
-            return _weighted(loss, x, g, h, x.numel())
+            return _weighted(call, h, x.numel())
     raise PackextError(
-        f"{_name(loss, x)} with a target {list(target.shape)} and its weights broadcasts to more entries than the "
+        f"{call.name} with a target {list(target.shape)} and its weights broadcasts to more entries than the "
         "output has. Give them the output's shape."
     )
 
@@ -413,10 +405,11 @@ def _diagonal_columns(root: Tensor) -> Iterator[Tensor]:
 # -- softmax ----------------------------------------------------------------------------------------------
 
 
-def _softmax(loss: Any, x: Tensor, g: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(call: Call, target: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities p `[N, C, ...]` and the coefficient of `diag(p) - p pᵀ` at every position, `[N, ...]`."""
+    loss, x = cast(Any, call.loss), call.output
     if x.dim() < 2:
-        raise PackextError(f"{_name(loss, x)} has no axis of samples. Use outputs [N, C] or [N, C, ...].")
+        raise PackextError(f"{call.name} has no axis of samples. Use outputs [N, C] or [N, C, ...].")
     # The loss at a position is `-sum over c of t_c log p_c`, and the coefficient is the sum of the t_c, its `mass`.
     w = x.new_ones(x.shape[1]) if loss.weight is None else loss.weight.detach().to(x)
     smooth = loss.label_smoothing
@@ -429,7 +422,7 @@ def _softmax(loss: Any, x: Tensor, g: Tensor, target: Tensor) -> tuple[Tensor, T
         own = w[target.masked_fill(ignored, 0).long()]
         mass = ((1 - smooth) * own + smooth * w.mean()).masked_fill(ignored, 0)
         total = own.masked_fill(ignored, 0).sum()
-    return x.softmax(1), _weighted(loss, x, g, mass, total)
+    return x.softmax(1), _weighted(call, mass, total)
 
 
 def _softmax_columns(p: Tensor, c: Tensor, compact: bool) -> Iterator[Tensor]:
@@ -487,13 +480,11 @@ def from_most_likely(loss: nn.Module, x: Tensor, vector: Tensor) -> Tensor:
 # -- any other loss ---------------------------------------------------------------------------------------
 
 
-def _blocks_root(
-    loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor, part: bool = False, symmetric: bool = False
-) -> Tensor:
+def _blocks_root(call: Call, part: bool = False, symmetric: bool = False) -> Tensor:
     """Roots `[N, D, V]` of the Hessian's blocks: largest eigenvalue first, V the largest rank; or symmetric ones."""
-    with wide(loss, x.device):
-        h = _blocks(loss, x, args, kwargs, g).double()
-    name, eps = _name(loss, x), torch.finfo(x.dtype).eps
+    x, g, name, eps = call.output, call.g, call.name, torch.finfo(call.output.dtype).eps
+    with wide(call.loss, x.device):
+        h = _blocks(call).double()
     largest = h.abs().max()
     if not largest.isfinite():
         raise PackextError(f"{name} has a Hessian that is not finite here. Compute it in a form that is smooth there.")
@@ -517,7 +508,7 @@ def _blocks_root(
     return root[:, :, (values > values.shape[1] * eps * own).any(0)].flip(2)
 
 
-def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) -> Tensor:
+def _blocks(call: Call) -> Tensor:
     """The Hessian's blocks, a product with one unit vector for all samples at a time.
 
     Returns:
@@ -527,7 +518,8 @@ def _blocks(loss: nn.Module, x: Tensor, args: tuple, kwargs: dict, g: Tensor) ->
         CoupledSamplesError: if the loss is not a sum over the samples.
         PackextError: if the Hessian is zero, too large, or cannot be computed.
     """
-    (n, d), name = (len(x), x.shape[1:].numel()), _name(loss, x)
+    loss, x, args, kwargs, g = call
+    n, d, name = len(x), x.shape[1:].numel(), call.name
     if d > LARGEST:
         raise PackextError(
             f"{name} has no closed form here, and its Hessian has {d} x {d} entries for each of {n} samples; up to "

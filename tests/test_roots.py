@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from packext import PackextError, _roots
 from packext._errors import CoupledSamplesError
+from packext._roots import Call
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -44,7 +45,7 @@ def compare(loss: nn.Module, output: Tensor, args: tuple, g: Tensor, compact: bo
     """The largest difference of an entry from the Hessian's, relative to its largest."""
     expected = hessian(loss, output, args, g)
     assert expected.abs().max() > 1e-3, "nothing to compare"
-    found = assembled(_roots.exact(loss, output, args, {}, g, compact), output)
+    found = assembled(_roots.exact(Call(loss, output, args, {}, g), compact), output)
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -152,7 +153,7 @@ def test_exact_equals_the_hessian(case: str, reduction: str) -> None:
     assert compare(loss, output, args, g) < 1e-10
     softmax = isinstance(loss, nn.CrossEntropyLoss)
     for compact in (False, True):
-        found = list(_roots.exact(loss, output, args, {}, g, compact))
+        found = list(_roots.exact(Call(loss, output, args, {}, g), compact))
         fewer = output[0].numel() // output.shape[1] if softmax and compact else 0
         assert len(found) == output[0].numel() - fewer
     if softmax:
@@ -176,7 +177,7 @@ def test_sampled_has_the_hessian_as_its_expectation(case: str, reduction: str) -
     expected = hessian(loss, output, args, g).reshape(n, output[0].numel(), n, output[0].numel())
     expected = torch.einsum("nanb->nab", expected)
     generator = torch.Generator().manual_seed(1)
-    found = _roots.sampled(loss, output, args, {}, g, draws, generator)
+    found = _roots.sampled(Call(loss, output, args, {}, g), draws, generator)
     s = math.sqrt(draws) * torch.stack([s.reshape(n, -1) for s in found])
     products = torch.einsum("vna,vnb->vnab", s, s)
     error = (products.mean(0) - expected).abs()
@@ -190,14 +191,14 @@ def test_breaking_a_coefficient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     assert compare(loss, output, args, g) < 1e-10
     monkeypatch.setattr(_roots, "_weighted", lambda *a: right(*a) * (1 + 1e-8))
     assert compare(loss, output, args, g) > 5e-9
-    monkeypatch.setattr(_roots, "_weighted", lambda loss, x, g, h, total: right(loss, x, g, h, len(x)))
+    monkeypatch.setattr(_roots, "_weighted", lambda call, h, total: right(call, h, len(call.output)))
     assert compare(loss, output, args, g) > 1e-3
 
 
 def test_columns_of_softmax_are_those_of_backpack() -> None:
     loss, (output, args) = nn.CrossEntropyLoss(reduction="sum"), indices(2)
     p = output.softmax(1)
-    found = list(_roots.exact(loss, output, args, {}, torch.tensor(1.0)))
+    found = list(_roots.exact(Call(loss, output, args, {}, torch.tensor(1.0))))
     for v in range(C):
         for at in range(2):
             s = torch.zeros(N, C, 2)
@@ -208,8 +209,8 @@ def test_columns_of_softmax_are_those_of_backpack() -> None:
 def test_all_targets_ignored() -> None:
     loss, output, target = nn.CrossEntropyLoss(), torch.randn(N, C), torch.full((N,), -100)
     for compact in (False, True):
-        assert all((s == 0).all() for s in _roots.exact(loss, output, (target,), {}, torch.tensor(1.0), compact))
-    found = _roots.sampled(loss, output, (target,), {}, torch.tensor(1.0), 2, torch.Generator())
+        assert all((s == 0).all() for s in _roots.exact(Call(loss, output, (target,), {}, torch.tensor(1.0)), compact))
+    found = _roots.sampled(Call(loss, output, (target,), {}, torch.tensor(1.0)), 2, torch.Generator())
     assert all((s == 0).all() for s in found)
 
 
@@ -219,7 +220,7 @@ def test_extreme_logits(case: str) -> None:
     output = output * 1000
     output[0] = 0
     assert compare(loss, output, args, torch.tensor(1.0), compact=True) < 1e-10
-    found = _roots.sampled(loss, output, args, {}, torch.tensor(1.0), 20, torch.Generator().manual_seed(0))
+    found = _roots.sampled(Call(loss, output, args, {}, torch.tensor(1.0)), 20, torch.Generator().manual_seed(0))
     assert all(s.isfinite().all() and (s[1:].abs().amax() < 1e-8) for s in found)
 
 
@@ -233,7 +234,7 @@ def test_confident_predictions_in_float32(gap: float, likely: int) -> None:
     p = output.double().softmax(1)
     others = torch.stack([p[:, [c for c in range(C) if c != k]].sum(1) for k in range(C)], 1)
     for compact in (False, True):
-        found = list(_roots.exact(loss, output, (target,), {}, torch.tensor(1.0), compact))
+        found = list(_roots.exact(Call(loss, output, (target,), {}, torch.tensor(1.0)), compact))
         diagonal = sum(s.double().square() for s in found)
         torch.testing.assert_close(diagonal, p * others, rtol=1e-5, atol=0)
         products = sum(s.double()[:, :, None] * s.double()[:, None] for s in found)
@@ -245,7 +246,7 @@ def test_confident_predictions_in_float32(gap: float, likely: int) -> None:
 def test_one_class_has_no_curvature() -> None:
     loss, output, target = nn.CrossEntropyLoss(), torch.randn(N, 1, 2), torch.zeros(N, 2).long()
     for compact in (False, True):
-        found = list(_roots.exact(loss, output, (target,), {}, torch.tensor(1.0), compact))
+        found = list(_roots.exact(Call(loss, output, (target,), {}, torch.tensor(1.0)), compact))
         assert len(found) == 2 and not torch.stack(found).any()
 
 
@@ -255,7 +256,7 @@ def test_keyword_arguments_and_subclasses() -> None:
 
     output, (target, var) = noisy(N, C, var=(N, C))
     g, kwargs = torch.tensor(2.0), {"var": var, "target": target}
-    found = assembled(_roots.exact(Mine(eps=0.1), output, (), kwargs, g), output)
+    found = assembled(_roots.exact(Call(Mine(eps=0.1), output, (), kwargs, g)), output)
     torch.testing.assert_close(found, hessian(Mine(eps=0.1), output, (), g, kwargs))
     assert _roots._kind(Mine()) is nn.GaussianNLLLoss
 
@@ -282,8 +283,8 @@ def test_lower_precision(case: str, dtype: torch.dtype) -> None:
     loss, (output, args) = make("mean"), data()
     output, args = output.to(dtype), tuple(a.to(dtype) if a.is_floating_point() else a for a in args)
     g = torch.tensor(0.5, dtype=dtype)
-    found = list(_roots.exact(loss.to(dtype), output, args, {}, g))
-    found += list(_roots.sampled(loss, output, args, {}, g, 2, torch.Generator()))
+    found = list(_roots.exact(Call(loss.to(dtype), output, args, {}, g)))
+    found += list(_roots.sampled(Call(loss, output, args, {}, g), 2, torch.Generator()))
     assert all(s.dtype == dtype and s.isfinite().all() for s in found)
     found = assembled((s.double() for s in found[:-2]), output.double())
     args = tuple(a.double() if a.is_floating_point() else a for a in args)
@@ -311,8 +312,8 @@ def test_what_a_loss_holds_in_lower_precision(autocast: bool) -> None:
     output, loss, g = output.bfloat16(), Holding(torch.bfloat16), torch.tensor(0.5, dtype=torch.bfloat16)
     held = loss.classes, loss.matrix
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = [*_roots.exact(loss, output.float(), args, {}, g.float())]
-        assert len(list(_roots.sampled(loss, output, args, {}, g, 2, torch.Generator()))) == 2
+        found = [*_roots.exact(Call(loss, output.float(), args, {}, g.float()))]
+        assert len(list(_roots.sampled(Call(loss, output, args, {}, g), 2, torch.Generator()))) == 2
     assert loss.classes is held[0] and loss.matrix is held[1]
     twin = Holding(torch.float64)
     twin.classes, twin.matrix = (t.double() for t in held)
@@ -324,7 +325,7 @@ def test_what_a_loss_holds_in_lower_precision(autocast: bool) -> None:
 def test_a_loss_that_has_to_compute_in_lower_precision_is_refused() -> None:
     loss = Own(lambda x: (x @ torch.eye(C, dtype=torch.bfloat16)).square().sum())
     with pytest.raises(PackextError, match=r"Own of an output \[4, 3\] cannot be computed again, in torch.float32"):
-        _roots.exact(loss, torch.randn(N, C).bfloat16(), (), {}, torch.tensor(1.0).bfloat16())
+        _roots.exact(Call(loss, torch.randn(N, C).bfloat16(), (), {}, torch.tensor(1.0).bfloat16()))
 
 
 # -- random numbers ---------------------------------------------------------------------------------------
@@ -335,9 +336,9 @@ def test_the_same_seed_gives_the_same_draws_and_the_global_generator_is_left_alo
     make, data = {**CASES, "log-cosh": (lambda r: LogCosh(), lambda: real(N, C))}[case]
     loss, (output, args) = make("mean"), data()
     before = torch.get_rng_state()
-    list(_roots.exact(loss, output, args, {}, torch.tensor(1.0)))
+    list(_roots.exact(Call(loss, output, args, {}, torch.tensor(1.0))))
     first, again, other = (
-        list(_roots.sampled(loss, output, args, {}, torch.tensor(1.0), 9, torch.Generator().manual_seed(seed)))
+        list(_roots.sampled(Call(loss, output, args, {}, torch.tensor(1.0)), 9, torch.Generator().manual_seed(seed)))
         for seed in (3, 3, 4)
     )
     assert torch.equal(torch.get_rng_state(), before)
@@ -348,22 +349,22 @@ def test_the_same_seed_gives_the_same_draws_and_the_global_generator_is_left_alo
 def test_draws_are_gradients_for_labels() -> None:
     output, args = indices()
     p, root = output.softmax(1), math.sqrt(0.5 / N / 3)
-    for s in _roots.sampled(nn.CrossEntropyLoss(), output, args, {}, torch.tensor(0.5), 3, torch.Generator()):
+    for s in _roots.sampled(Call(nn.CrossEntropyLoss(), output, args, {}, torch.tensor(0.5)), 3, torch.Generator()):
         labels = p - s / root
         torch.testing.assert_close(labels, labels.round())
         assert (labels.round().sum(1) == 1).all() and (labels > -0.5).all()
     output, args = binary(N, C)
-    for s in _roots.sampled(nn.BCEWithLogitsLoss(), output, args, {}, torch.tensor(1.0), 1, torch.Generator()):
+    for s in _roots.sampled(Call(nn.BCEWithLogitsLoss(), output, args, {}, torch.tensor(1.0)), 1, torch.Generator()):
         labels = output.sigmoid() - s * math.sqrt(N * C)
         torch.testing.assert_close(labels, labels.round())
 
 
 def test_draws_and_columns_are_made_one_at_a_time() -> None:
     output, args = indices(8)
-    found = _roots.exact(nn.CrossEntropyLoss(), output, args, {}, torch.tensor(1.0))
+    found = _roots.exact(Call(nn.CrossEntropyLoss(), output, args, {}, torch.tensor(1.0)))
     assert isinstance(found, GeneratorType) and next(found).shape == output.shape
     generator = torch.Generator().manual_seed(0)
-    found = _roots.sampled(nn.CrossEntropyLoss(), output, args, {}, torch.tensor(1.0), 10**12, generator)
+    found = _roots.sampled(Call(nn.CrossEntropyLoss(), output, args, {}, torch.tensor(1.0)), 10**12, generator)
     assert next(found).shape == output.shape
 
 
@@ -402,7 +403,7 @@ def test_a_loss_of_the_users_own(shape: tuple[int, ...], reduction: str) -> None
     g = gradient(loss, output, args)
     assert compare(loss, output, args, g) < 1e-10
     draws = 20_000 if shape == (N, C) else 1000
-    found = _roots.sampled(loss, output, args, {}, g, draws, torch.Generator().manual_seed(5))
+    found = _roots.sampled(Call(loss, output, args, {}, g), draws, torch.Generator().manual_seed(5))
     s = math.sqrt(draws) * torch.stack([s.reshape(len(output), -1) for s in found])
     products = torch.einsum("vna,vnb->vnab", s, s)
     expected = torch.block_diag(*products.mean(0)) - hessian(loss, output, args, g)
@@ -430,7 +431,7 @@ def test_other_losses(name: str, compact: bool) -> None:
     loss, (output, args) = OWN[name][0], OWN[name][1]()
     kept = output.clone()
     expected = hessian(loss, output.clone(), args, torch.tensor(0.7)) if name != "in place" else None
-    found = list(_roots.exact(loss, output, args, {}, torch.tensor(0.7), compact))
+    found = list(_roots.exact(Call(loss, output, args, {}, torch.tensor(0.7)), compact))
     assert torch.equal(output, kept)
     if expected is None:
         expected = hessian(nn.MSELoss(), output, args, torch.tensor(0.7))
@@ -454,7 +455,7 @@ def test_within_a_backward_pass() -> None:
 
         @staticmethod
         def backward(ctx: Any, *g: Tensor) -> Tensor:
-            found.extend(_roots.exact(LogCosh(), output, args, {}, g[0]))
+            found.extend(_roots.exact(Call(LogCosh(), output, args, {}, g[0])))
             return g[0]
 
     output, args = real(N, C)
@@ -564,21 +565,21 @@ def test_refusals(name: str) -> None:
     loss, output, args, g, match = REFUSED[name]
     state = torch.get_rng_state()
     with pytest.raises(PackextError, match=match) as error:  # by the call, before anything is asked of the iterator
-        _roots.exact(loss, output, args, {}, g)
+        _roots.exact(Call(loss, output, args, {}, g))
     assert type(error.value) in (PackextError, CoupledSamplesError)  # which users can name
     assert type(loss).__name__ in str(error.value) and str(list(output.shape)) in str(error.value)
     assert isinstance(error.value, CoupledSamplesError) == ("couple" in match)
     with pytest.raises(PackextError, match=match):
-        _roots.sampled(loss, output, args, {}, g, 1, torch.Generator())
+        _roots.sampled(Call(loss, output, args, {}, g), 1, torch.Generator())
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_sampled_root_needs_a_draw() -> None:
     with pytest.raises(PackextError, match="at least 1 draw, got 0"):
-        _roots.sampled(nn.MSELoss(), x, (t,), {}, one, 0, torch.Generator())
+        _roots.sampled(Call(nn.MSELoss(), x, (t,), {}, one), 0, torch.Generator())
 
 
 def test_coupling_is_found_in_float32_too() -> None:
     loss, output = Own(pairs), x.float()
     with pytest.raises(CoupledSamplesError):
-        _roots.exact(loss, output, (), {}, torch.tensor(1.0, dtype=torch.float32))
+        _roots.exact(Call(loss, output, (), {}, torch.tensor(1.0, dtype=torch.float32)))

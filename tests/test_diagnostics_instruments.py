@@ -516,6 +516,15 @@ def test_sampled_histograms_agree_with_those_of_all_samples_within_their_error()
         GradHist1d(samples=None)
 
 
+@pytest.mark.parametrize("far", [1e20, -1e20, 1e38])
+def test_entries_far_beyond_the_limits_of_a_histogram_are_in_the_outermost_bins(far: float) -> None:
+    monitor, model, loss = watched(GradHist1d(10, 1.0), GradHist2d(10, 4, 1.0), model=nn.Linear(3, 1), loss=nn.L1Loss())
+    with monitor.step():  # the gradient of the weights are the inputs
+        loss(model(torch.full((2, 3), far)), torch.full((2, 1), -1e300)).backward()
+    place = 9 if far > 0 else 0
+    assert monitor.values["GradHist1d/weight"][place] == monitor.values["GradHist2d/weight"][:, place].sum() == 1.0
+
+
 class Reached(NormLayerNoiseScale):
     """Of which parameters there are results."""
 

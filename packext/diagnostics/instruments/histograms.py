@@ -46,7 +46,8 @@ def _range(given: float | None, values: list[Tensor], what: str) -> float:
 
 
 def _bins(values: Tensor, bins: int, limit: float) -> Tensor:
-    return values.add(limit).mul_(bins / (2 * limit)).long().clamp_(0, bins - 1)
+    # What lies far beyond the limit has no place among whole numbers.
+    return values.add(limit).mul_(bins / (2 * limit)).clamp_(0, bins - 1).long()
 
 
 def _together(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,6 +30,7 @@ from packext.diagnostics import (
     LearningRate,
     Loss,
     NoiseScale,
+    NormTest,
     OutputScale,
     ParamNorm,
     Run,
@@ -135,6 +136,16 @@ def test_numbers_in_a_row_of_their_own_count_where_there_is_nothing_else() -> No
     monitor, x = watch(nn.Linear(1, 2), InputScale()), torch.full((4, 1), 900.0)
     step(monitor, x, torch.randint(2, (4,)))
     assert np.isclose(monitor.values["InputScale"], 900.0)
+
+
+def test_inputs_that_are_sparse() -> None:
+    found, (x, y) = [], batch(6)
+    for dense in (True, False):
+        torch.manual_seed(0)
+        monitor = watch(mlp(), InputScale(), GradNorm(), NormTest())
+        step(monitor, x.relu() if dense else x.relu().to_sparse(), y)
+        found.append(monitor.values)
+    assert found[0] == pytest.approx(found[1]) and found[0]["InputScale.zeros"] > 0
 
 
 @pytest.mark.parametrize("size, dtype", [(1e200, torch.double), (1e-200, torch.double), (1e30, torch.float32)])

@@ -241,6 +241,7 @@ def _received(args: Any) -> list[_Moments]:
 
 def _moments(x: Tensor) -> _Moments | None:
     """Of an argument; none of a mask."""
+    x = x.to_dense() if x.is_sparse else x
     x = x.float() if x.itemsize < 4 else x
     least, most = (float(v) for v in x.aminmax())
     if most <= 0 and least <= MASKED:

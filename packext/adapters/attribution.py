@@ -83,7 +83,7 @@ class Attributor:
         self.parameters = self._all if parameters is None else [p for p in parameters if p.requires_grad]
         self.features: Tensor | None = None
         self._factor: Tensor | None = None
-        self._reached: list[int] = []
+        self._widths: dict[int, int] = {}
 
     def fit(self, loader: Iterable[Any]) -> Attributor:
         """Take the features of the training samples, and their second moment.
@@ -95,10 +95,9 @@ class Attributor:
             Itself.
 
         Raises:
-            PackextError: if there are no batches, a gradient is not finite, batches reach different parameters, or all
-                gradients are zero.
+            PackextError: if there are no batches, a gradient is not finite, or all gradients are zero.
         """
-        features, self._reached = self._project(loader)
+        features, self._widths = self._project(loader)
         moment = features.mT.double() @ features.double() / len(features)
         shift = self.damping * moment.diagonal().mean()
         moment.diagonal().add_(shift)
@@ -120,13 +119,11 @@ class Attributor:
         Returns:
             `[Q, N]`, in the dtype of `features`.
 
-        Raises:
-            PackextError: before `fit`, or if the loss reaches other parameters than it did then.
+        A PackextError refuses a call before `fit`, and gradients that are not finite.
         """
         features, factor = self._fitted()
-        found, reached = self._project(queries)
-        if reached != self._reached:
-            raise px.PackextError("The queries' loss reaches other parameters than that of the training samples did.")
+        # Parameters that no training sample has reached count for nothing: f_i and the entries of M are 0 there.
+        found, _ = self._project(queries, self._widths)
         return torch.cholesky_solve(found.mT.double(), factor).mT.to(features) @ features.mT
 
     def self_influence(self) -> Tensor:
@@ -138,10 +135,10 @@ class Attributor:
         features, factor = self._fitted()
         return torch.linalg.solve_triangular(factor, features.mT.double(), upper=False).square().sum(0).to(features)
 
-    def _project(self, loader: Iterable[Any]) -> tuple[Tensor, list[int]]:
-        """Features of a loader's samples `[N, K]`, and the indices of the parameters that they are of."""
-        parts: list[Tensor] = []
-        reached: list[int] = []
+    def _project(self, loader: Iterable[Any], widths: dict[int, int] | None = None) -> tuple[Tensor, dict[int, int]]:
+        """Features of a loader's samples `[N, K]`, and how many of the entries each parameter has, by its index."""
+        # Zeros where a batch does not reach a parameter. Without `widths`, all count that some batch reaches.
+        parts: list[dict[int, Tensor]] = []
         for batch in loader:
             with kept_grads(self._all), self._context() as results, torch.enable_grad():
                 loss = self.loss(batch)
@@ -149,17 +146,20 @@ class Attributor:
                     what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                     raise ValueError(f"loss(batch) must return one number, as a tensor with a graph, got {what}.")
                 loss.backward()
-            found = [i for i, p in enumerate(self.parameters) if p in results]
-            if parts and found != reached:
-                raise px.PackextError("Batches reach different parameters: name those that all reach (parameters=...).")
-            reached = found
-            each = [getattr(results[self.parameters[i]], self.quantity.savefield).flatten(1) for i in found]
-            parts.append(torch.cat([e.to(torch.promote_types(e.dtype, torch.float32)) for e in each], 1))
-            if not bool(parts[-1].isfinite().all()):
+            found = [(i, results[p]) for i, p in enumerate(self.parameters) if p in results]
+            rows = {i: getattr(each, self.quantity.savefield).flatten(1) for i, each in found}
+            parts.append({i: r.to(torch.promote_types(r.dtype, torch.float32)) for i, r in rows.items()})
+            if not all(bool(r.isfinite().all()) for r in parts[-1].values()):
                 raise px.PackextError(f"Gradients of batch {len(parts) - 1} are not finite.")
         if not parts:
             raise px.PackextError("The loader has no batches.")
-        return torch.cat(parts), reached
+        widths = widths or dict(sorted((i, r.shape[1]) for part in parts for i, r in part.items()))
+        each = []
+        for part in parts:
+            like = next(iter(part.values()))
+            zeros = {i: like.new_zeros(len(like), width) for i, width in widths.items() if i not in part}
+            each.append(torch.cat([{**part, **zeros}[i] for i in widths], 1))
+        return torch.cat(each), widths
 
     def _context(self) -> px.backpack:
         return px.backpack(self.quantity, scale=self.scale, parameters=self.parameters, attach=False, grad=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
@@ -215,11 +216,11 @@ class Case:
         return Shared({name: g * factor for name, g in total.items()}, n, self.loss_fn, labels)
 
     def as_gradient(self, shared: Shared) -> Shared:
-        """An update as what whole epochs are to first order in the learning rate: the gradient of the samples."""
+        """An update as what whole epochs are to first order in the learning rate: the mean, or sum, over batches."""
         local = self.sharing.local
         if local is None:
             return shared
-        epochs = local.steps * self.sharing.batch_size / self.sharing.held
+        epochs = local.steps / math.ceil(self.sharing.held / self.sharing.batch_size)  # the last batch may be smaller
         factor = 1 / (local.steps if self.loss_fn.reduction == "mean" else epochs)
         return replace(shared, gradient={name: g * factor for name, g in shared.gradient.items()})
 

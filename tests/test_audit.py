@@ -277,6 +277,8 @@ def test_a_defence_is_that_of_a_client_which_sends_for_the_first_time() -> None:
     both = case(sharing=Sharing(defence=further))
     assert torch.equal(flat(both.message(x, y)), flat(defences.Pruning(0.5)(want)))
     assert fresh(None, 1) is None and name_of(len) == "builtins.len"
+    twice = fresh(defences.Compose(defences.GaussianNoise(1.0), defences.GaussianNoise(1.0)), 1)
+    assert abs(float(flat(twice(attacks.Shared({"w": torch.zeros(10_000)}, 1, LOSS))).std()) - 2**0.5) < 0.05
     top(attacks.share(seen.model, LOSS, x, y))  # which holds something back from now on
     assert top.residual and torch.equal(flat(again.message(x, y)), second)
     assert name_of(defences.Compose(noise, top)) == "GaussianNoise(std=0.1, seed=3) + TopK(share=0.5)"
@@ -1040,9 +1042,11 @@ def test_clipping_stops_no_search_that_knows_of_it(monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5))
     budget = Budget(1e6, draws=1, seeds=1, restarts=1, iterations=20, shadows=4)
-    for defence in (None, defences.Compose(defences.Clipped(0.01), defences.Quantisation("float16"))):
+    for defence in (None, defences.Compose(defences.Compose(defences.Clipped(0.01)), defences.Quantisation("float16"))):
         seen = Case(model, LOSS, images(), Sharing(batch_size=2, defence=defence), budget)
-        alone = {r.search: r for r in inversion(seen, Clock(1e6)).searches if r.samples == 1}
+        searches = inversion(seen, Clock(1e6)).searches
+        assert sorted(r.samples for r in searches) == [1, 1, 2, 2]
+        alone = {r.search: r for r in searches if r.samples == 1}
         deep, adam = alone["Deep Leakage from Gradients"], alone["Inverting Gradients"]
         assert deep.recovered.value == 1 and deep.psnr > adam.psnr + 10
     rows = sweep(Case(model, LOSS, images(), Sharing(batch_size=2), budget), Clock(1e6)).rows

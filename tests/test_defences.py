@@ -174,6 +174,8 @@ def test_composition_is_in_order() -> None:
     g = torch.tensor([1.0, 2.0, 3.0, 4.0])
     both = defences.Compose(defences.Pruning(0.5), defences.GaussianNoise(1.0))
     assert (only(both(shared(g))) != 0).all() and repr(both) == "Pruning(share=0.5) + GaussianNoise(std=1.0, seed=None)"
+    more = defences.Compose(defences.Compose(defences.Clipped(1.0), both), both)
+    assert repr(more) == f"{defences.Clipped(1.0)} + {both} + {both}" and defences.replaces_share(more)
 
 
 @pytest.mark.parametrize("first", [defences.Clipped(0.1), defences.Withholding(2), defences.Soteria(0.5)])

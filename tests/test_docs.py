@@ -329,7 +329,7 @@ OTHERS = {
     "PropertyClassifier share share_update sent without secure_sum count_accuracy guessed identity judge leverage "
     "in_order nearest_tokens psnr",
     "defences": "Compose PrecodeLoss Received DPSGD DPAdam epsilon noise_multiplier distance_correlation "
-    "u_distance_correlation_sqr sensitivity",
+    "u_distance_correlation_sqr sensitivity replaces_share",
 }
 
 

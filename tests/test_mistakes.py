@@ -117,6 +117,14 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: defences.Compose(defences.Pruning(0.5), defences.Clipped(1.0)),
         "Clipped.* takes the place of attacks.share and can only be the first",
     ),
+    "one among several after one of messages": (
+        lambda: defences.Compose(defences.Pruning(0.5), defences.Compose(defences.Clipped(1.0))),
+        "Clipped.* takes the place of attacks.share and can only be the first",
+    ),
+    "one of samples after one of messages, by other names": (
+        lambda: defences.Compose(defences.Pruning(0.5), lambda net, loss, inputs, labels: SHARED),
+        "takes the place of attacks.share and can only be the first",
+    ),
     "labels for sharing": (
         lambda: audit.run(net(), nn.CrossEntropyLoss(), X, Y),
         "sharing must be a px.audit.Sharing, got Tensor",

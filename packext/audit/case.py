@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.attacks import Cohort, Head, Shared, share, share_update
-from packext.audit.sharing import Budget, Data, Sharing, fresh, in_place
+from packext.audit.sharing import Budget, Data, Sharing, fresh
+from packext.defences import replaces_share
 
 Train = Callable[[Tensor, Tensor], nn.Module]
 Utility = Callable[[Callable[..., Shared]], float]
@@ -171,7 +172,7 @@ class Case:
     def client(self, x: Tensor, y: Tensor, defended: bool = True, defence: Any = None) -> Shared:
         """What one client sends: with the audited defence, with another one, or without."""
         defence = defence if defence is not None else (self.sharing.defence if defended else None)
-        local, instead = self.sharing.local, defence is not None and in_place(defence)
+        local, instead = self.sharing.local, defence is not None and replaces_share(defence)
         if local is not None and instead:
             raise px.PackextError(
                 f"{defence!r} takes the place of one gradient; what leaves the client is an update of {local.steps} "
@@ -233,7 +234,7 @@ class Case:
         def own(*args: Any) -> Shared:
             return self._first_of(defence)(*args)
 
-        part: dict[str, Any] = {"local" if in_place(defence) else "send": own}
+        part: dict[str, Any] = {"local" if replaces_share(defence) else "send": own}
         return Cohort(self.model, self.loss_fn, batches, **part)
 
     def precise(self) -> tuple[nn.Module, torch.dtype]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor
 
 import packext as px
 from packext.attacks import CanaryAudit, LocalSteps
-from packext.defences import Clipped, Compose, TopK
+from packext.defences import Clipped, Compose, TopK, replaces_share
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Sharing:
         if self.canaries is not None and self.delta is None:
             raise ValueError("canaries measure epsilon at a delta: pass delta= as well.")
         if self.defence is not None:
-            in_place(self.defence)
+            replaces_share(self.defence)
 
     @property
     def held(self) -> int:
@@ -107,33 +106,6 @@ class Sharing:
         return named | {"defence": name_of(self.defence), "canaries": name_of(self.canaries)}
 
 
-def in_place(defence: Callable[..., Any]) -> bool:
-    """Whether a defence takes the place of `share` (model, loss, x, y), and not its result.
-
-    Args:
-        defence: of a client.
-
-    Returns:
-        True for one such as `Clipped`, False for one such as `Pruning`; of several what the first is.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if isinstance(defence, Compose):
-        return in_place(defence.defences[0])
-    needed = -1
-    if callable(defence):
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = inspect.signature(defence).parameters.values()
-        needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
-    if needed not in (1, 4):
-        raise ValueError(
-            f"a defence is called with what is shared, or with (model, loss_fn, x, y) as packext.attacks.share is; "
-            f"{defence!r} is neither."
-        )
-    return needed == 4
-
-
 def clip_of(defence: Any) -> float | None:
     """The norm that a clipping client clips to, which an attacker who knows the defence knows.
 
@@ -147,23 +119,26 @@ def clip_of(defence: Any) -> float | None:
     return float(first.max_norm) if isinstance(first, Clipped) else None
 
 
-def fresh(defence: Any, draw: int) -> Any:
+def fresh(defence: Any, draw: int, place: int = 0) -> Any:
     """A defence as a client has it that sends for the first time: nothing held back, and noise of its own.
 
     Args:
         defence: as given; stays as it is.
         draw: another one gives other noise.
+        place: among several, whose noise is not the same.
 
     Returns:
         A copy.
     """
     if isinstance(defence, Compose):
-        return Compose(*[fresh(d, draw) for d in defence.defences])
+        return Compose(*[fresh(d, draw, k) for k, d in enumerate(defence.defences)])
     made = copy.deepcopy(defence)
     if isinstance(made, TopK):
         made.residual.clear()
     if is_dataclass(made) and any(f.name == "seed" for f in fields(made)):
-        made = replace(made, seed=(made.seed or 0) + draw)  # type: ignore[attr-defined, type-var] - to be repeated
+        # To be repeated. Draws end below 2^28, and torch seeds by the lowest 32 bits.
+        seed = place << 28 if made.seed is None else made.seed  # type: ignore[attr-defined]
+        made = replace(made, seed=seed + draw)  # type: ignore[type-var]
     return made
 
 

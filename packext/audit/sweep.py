@@ -20,8 +20,8 @@ from packext.audit.inversion import affordable, attempt, guess, searchable, sear
 from packext.audit.labels import rules_for
 from packext.audit.records import fitting_clip
 from packext.audit.section import Section
-from packext.audit.sharing import clip_of, fresh, in_place, name_of
-from packext.defences import Clipped, Compose, GaussianNoise, Pruning, Quantisation, Soteria, TopK
+from packext.audit.sharing import clip_of, fresh, name_of
+from packext.defences import Clipped, Compose, GaussianNoise, Pruning, Quantisation, Soteria, TopK, replaces_share
 
 #: Batches for labels and for the direction of the gradient; alternations for its time, within 0.25 s or so.
 DRAWS, TURNS = 5, 40
@@ -185,7 +185,7 @@ def local(defence: Any) -> Callable[..., Shared]:
         The way.
     """
     own = fresh(defence, 0)
-    return own if in_place(defence) else lambda *args, **kwargs: own(share(*args, **kwargs))
+    return own if replaces_share(defence) else lambda *args, **kwargs: own(share(*args, **kwargs))
 
 
 def _signal(case: Case, defence: Any) -> float:

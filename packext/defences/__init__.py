@@ -10,6 +10,7 @@ from packext.defences.gradient import LaplacianNoise as LaplacianNoise
 from packext.defences.gradient import Pruning as Pruning
 from packext.defences.gradient import Quantisation as Quantisation
 from packext.defences.gradient import TopK as TopK
+from packext.defences.gradient import replaces_share as replaces_share
 from packext.defences.nopeek import NoPeek as NoPeek
 from packext.defences.nopeek import distance_correlation as distance_correlation
 from packext.defences.nopeek import u_distance_correlation_sqr as u_distance_correlation_sqr

@@ -52,10 +52,40 @@ def _gradient(shared: Shared) -> Mapping[str, Tensor]:
     return shared.gradient
 
 
+def replaces_share(defence: Callable[..., Any]) -> bool:
+    """Whether a defence takes the place of `packext.attacks.share` (model, loss, x, y), and not its result.
+
+    Args:
+        defence: of a client.
+
+    Returns:
+        True for one such as `Clipped`, False for one such as `Pruning`; of several what the first is.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(defence, Compose):
+        return replaces_share(defence.defences[0])
+    needed = -1
+    if callable(defence):
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(defence).parameters.values()
+        needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+    if needed not in (1, 4):
+        raise ValueError(
+            f"a defence is called with what is shared, or with (model, loss_fn, x, y) as packext.attacks.share is; "
+            f"{defence!r} is neither."
+        )
+    return needed == 4
+
+
 class Compose:
     """Defences one after the other.
 
     The first may take the place of `packext.attacks.share`, as `Clipped` does, and the whole takes it then.
+
+    Attributes:
+        defences: in their order; of one that is a `Compose` itself, its own.
     """
 
     def __init__(self, *defences: Callable[..., Shared]) -> None:
@@ -68,13 +98,13 @@ class Compose:
         if bad or not defences:
             got = repr(bad[0]) if bad else "none"
             raise TypeError(f"Compose takes defences one by one: Compose(Pruning(0.5), TopK(0.1)), got {got}.")
-        for defence in defences[1:]:
-            if "loss_fn" in inspect.signature(defence).parameters:
+        self.defences = [p for d in defences for p in (d.defences if isinstance(d, Compose) else [d])]
+        for defence in self.defences[1:]:
+            if replaces_share(defence):
                 raise TypeError(
                     f"{defence!r} takes the place of attacks.share and can only be the first: Compose(Clipped(1.0), "
                     "Pruning(0.5))."
                 )
-        self.defences = defences
 
     def __call__(self, *given: Any, **named: Any) -> Shared:
         """What the last one gives.

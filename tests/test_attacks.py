@@ -552,6 +552,11 @@ def test_inversion_refuses_what_does_not_fit() -> None:
     broken = attacks.Shared({"0.bias": torch.full((12,), torch.nan)}, 1, loss)
     with pytest.raises(px.PackextError, match="'0.bias' has entries that are not finite"):
         attacks.DeepLeakage()(model, broken, (1, 16, 16), classes=10)
+    zeros = {name: torch.zeros_like(g) for name, g in shared.gradient.items()}
+    for attack in (attacks.DeepLeakage(1), attacks.InvertingGradients(1)):
+        for given, mask in ((attacks.Shared(zeros, 1, loss), None), (shared, zeros)):
+            with pytest.raises(px.PackextError, match="1 sample.* is zero: it tells nothing of the inputs"):
+                attack(model, given, (1, 16, 16), labels=y, mask=mask)
     with pytest.raises(px.PackextError, match="pass tv=0"):
         attacks.InvertingGradients(1)(
             nn.Linear(3, 2), attacks.share(nn.Linear(3, 2), loss, x[0, 0, :1, :3], y % 2), (3,), y % 2

@@ -348,6 +348,20 @@ def test_samples_without_a_gradient() -> None:
     assert finding.advice == "Look at these records; clip gradients of samples."
 
 
+def test_who_sees_a_gradient_of_zero_guesses() -> None:
+    """Samples that a hinge loss has learnt count among those that are not recovered, and not as if never attacked."""
+    x = torch.cat([10 + torch.rand(40, 1), torch.rand(40, 15)], 1)
+    model = nn.Linear(16, 3)
+    with torch.no_grad():
+        model.weight.zero_()[0, 0] = 1.0
+    seen = case(model, (x, torch.zeros(40, dtype=torch.int64)), Sharing(batch_size=2), nn.MultiMarginLoss())
+    found = inversion(seen, Clock(1e6))
+    assert [(r.samples, r.seeds, r.matched, r.recovered.value) for r in found.searches] == [(1, 1, 0, 0), (2, 1, 0, 0)]
+    for r in found.searches:
+        mse = (x.double().mean(0) - x[seen.draw(100, r.samples)]).square().mean(1)
+        assert abs(r.psnr - float((10 * ((x.max() - x.min()) ** 2 / mse).log10()).mean())) < 1e-5
+
+
 @pytest.mark.usefixtures("bare")
 def test_a_loss_that_is_not_finite_is_absent(tmp_path: Path) -> None:
     data = Data(images(), (3e38 * images(seed=1)[0], images(seed=1)[1]))

@@ -321,6 +321,16 @@ def test_two_classes_are_no_trace_of_a_fishing_model(classes: int) -> None:
     assert "hardly varies" in defences.check_received(model, loss, x, y).reasons[0]
 
 
+def test_a_loss_of_zero_is_no_trace_of_a_fishing_model() -> None:
+    """A hinge loss of samples that are learnt has no gradient, whose singular values say nothing of the model."""
+    model, x, y = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), torch.eye(3).repeat(4, 1), torch.arange(3)
+    for layer in (model[0], model[2]):
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    learnt = defences.check_received(model, nn.MultiMarginLoss(), 9 * x, y.repeat(4))
+    assert learnt.rank_ratio is None and len(learnt.without_gradient) == 4 and not learnt.suspicious
+
+
 class Adapted(nn.Module):
     """LoRA as it begins: B is zero, so that A has no gradient."""
 

@@ -84,7 +84,12 @@ class Matching:
             )
 
     def check(self, x: Tensor, y: Tensor) -> None:
-        """Raise a ValueError if model and loss do not take such inputs and labels."""
+        """Refuse what tells nothing, with a PackextError, and with a ValueError inputs and labels that do not fit."""
+        if not any(t.any() for t in self.target):
+            raise px.PackextError(
+                f"What is to be matched of the gradient of {self.shared.n} sample(s) is zero: it tells nothing of the "
+                "inputs, and those of any sample whose loss is flat would match it."
+            )
         try:
             with torch.no_grad():
                 self.shared.loss_fn(self.outputs(self.parameters, x), y)
@@ -131,8 +136,8 @@ class DeepLeakage:
       at x and G* what was shared
     - Cost: up to 20 steps of L-BFGS for each iteration, each one or more gradients that are differentiated
     - Source: Zhu, Liu & Han, NeurIPS 2019, there without the division
-    - Refused: both or neither of `classes` and `labels`; gradients or masks that do not fit the model; `clip` with
-      several samples
+    - Refused: both or neither of `classes` and `labels`; gradients or masks that do not fit the model; a gradient of
+      zero; `clip` with several samples
 
     Args:
         iterations: outer ones, of up to 20 steps of L-BFGS.
@@ -346,7 +351,8 @@ class InvertingGradients:
       across
     - Cost: for each iteration a gradient that is differentiated; with local steps, one of each of them
     - Source: Geiping et al., NeurIPS 2020
-    - Refused: a total variation of what are no images `[N, C, H, W]`; gradients or masks that do not fit the model
+    - Refused: a total variation of what are no images `[N, C, H, W]`; gradients or masks that do not fit the model; a
+      gradient of zero
 
     Args:
         iterations: of Adam, whose rate falls tenfold at 3/8, 5/8 and 7/8 of them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -225,7 +226,12 @@ def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor, mask
     sent = replace(message, gradient=gradient, loss_fn=copy.deepcopy(message.loss_fn).to(dtype))
     shape = tuple(x.shape[1:])
     known = y.to(dtype) if y.is_floating_point() else y
-    if isinstance(attack, tuple):
+    low, high = case.bounds()
+    true = x.to(dtype)
+    guessed = candidates(case).to(true).mean(0)
+    if not any(g.any() for g in gradient.values()):  # of a loss that is flat: who sees nothing guesses
+        result = Reconstruction(guessed.expand_as(true), torch.full_like(y, -1), (math.nan,), False, 0)
+    elif isinstance(attack, tuple):
         deep, classes = attack
         given: dict[str, Any] = {"classes": classes}
         if len(y) == 1:  # iDLG: the label first, which is exact for one sample, where the loss lets it be read
@@ -234,12 +240,9 @@ def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor, mask
         result = deep(model, sent, shape, mask=mask, **given)
     else:
         result = attack(model, sent, shape, known, mask=mask)
-    low, high = case.bounds()
-    true = x.to(dtype)
     inputs = torch.nan_to_num(result.inputs.detach(), nan=low).clamp(2 * low - high, 2 * high - low)
     order = in_order(inputs, true).to(inputs.device)
     inputs = inputs[order]
-    guessed = candidates(case).to(true).mean(0)
     mse, by_guess = ((some - true).square().flatten(1).mean(1) / (high - low) ** 2 for some in (inputs, guessed))
     labels = float((result.labels[order] == y).double().mean()) if isinstance(attack, tuple) else None
     hits = _identified(case, inputs, true)

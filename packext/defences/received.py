@@ -25,7 +25,8 @@ class Received:
     Attributes:
         feature_variance: variance of the last layer's input over the batch, relative to its mean square.
         rank_ratio: second singular value of the last layer's gradient (weight and bias) over the first; None with fewer
-            than three classes, or one feature and no bias, where the gradient has rank one whatever the model.
+            than three classes, or one feature and no bias, where the gradient has rank one whatever the model, and of a
+            gradient of zero, as of a hinge loss of samples that are learnt.
         without_gradient: parameters whose gradient is exactly zero.
         zero_scales: normalisation layers whose scale is zero in every channel.
         reasons: what speaks for a fishing model; empty if nothing does.
@@ -105,7 +106,7 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
     ratio = None
     if len(g) > 2 and g.shape[1] > 1:
         s = torch.linalg.svdvals(g)
-        ratio = float(s[1] / s[0]) if s[0] > 0 else 0.0
+        ratio = float(s[1] / s[0]) if s[0] > 0 else None
     missing = tuple(name for name, value in shared.gradient.items() if not value.any())
     scales = tuple(
         name

@@ -506,16 +506,22 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self._assemble(flight)
         fields = [e.savefield for e in self.extensions] if self.attach else []
         tree: dict[int, Tensor] = {}
+        named: dict[str, int] = {}
         for record in flight.records:
             for module in record.modules():
-                for p in [p for p in module._parameters.values() if p is not None]:
+                for name, p in module._parameters.items():
+                    if p is None:
+                        continue
                     tree[id(p)] = p
+                    named.setdefault(f"{path}.{name}" if (path := record.path(module)) else name, id(p))
                     for field in fields:
                         if field in vars(p):
                             delattr(p, field)
         # Gradients arrive in an order that the forward pass may change: columns side by side would change theirs.
-        order = {key: k for k, key in enumerate(tree)}
-        flight.values = dict(sorted(flight.values.items(), key=lambda item: order.get(item[0], len(order))))
+        # What functional_call and FSDP put in the place of a parameter is there no more: the name tells which it was.
+        order: dict[int | None, int] = {key: k for k, key in enumerate(tree)}
+        stood = {key: key if key in tree else named.get(source.name) for key, (source, _) in flight.values.items()}
+        flight.values = dict(sorted(flight.values.items(), key=lambda item: order.get(stood[item[0]], len(order))))
         results = self.results
         results._by_parameter = {key: (source.name, values) for key, (source, values) in flight.values.items()}
         names = [(source.name, key) for key, (source, _) in flight.values.items()]
@@ -528,8 +534,14 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 setattr(source.tensor, field, value)
         results._keep = [source.tensor for source, _ in flight.values.values()]
         results._places = {}
-        if any(e.placed for e in self.extensions) and flight.values.keys() <= tree.keys():
-            results._places = {key: p for key, p in tree.items() if p.requires_grad and self._wants(p)}
+        now = {place: key for key, place in stood.items()}
+        if any(e.placed for e in self.extensions) and len(now) == len(stood) and now.keys() <= tree.keys():
+            held = {**tree, **{named[name]: p for name, p in known if name in named}}
+            results._places = {
+                now.get(key, key): held[key]
+                for key in tree
+                if key in now or held[key].requires_grad and self._wants(held[key])
+            }
         if not flight.values:
             return
         self._passes += 1

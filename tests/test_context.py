@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.func import functional_call
 
 import packext as px
 from packext import _listening, testing
@@ -674,7 +675,10 @@ def test_results_are_in_the_order_of_the_model() -> None:
 
 
 def test_projections_of_batches_that_reach_different_parameters() -> None:
-    """Each parameter has its columns, zeros where the pass did not reach it; frozen ones and others have none."""
+    """Each parameter has its columns, zeros where the pass did not reach it; frozen ones and others have none.
+
+    What `functional_call` puts in the place of a parameter has those of the parameter.
+    """
 
     class Routed(nn.Module):
         def __init__(self) -> None:
@@ -686,10 +690,16 @@ def test_projections_of_batches_that_reach_different_parameters() -> None:
 
     model, (x, y) = px.extend(Routed()), batch()
     model.parts[2].requires_grad_(False)
+    given = {k: p.detach().requires_grad_() for k, p in model.named_parameters() if p.requires_grad}
     rows = []
     for part in (0, 1):
         with px.backpack(px.ProjectedGrad((2, 3))) as results:
             F.cross_entropy(model(x, part), y).backward()
+        for weights in (given, {k: p for k, p in given.items() if "head" in k}):
+            with px.backpack(px.ProjectedGrad((2, 3))) as replaced:
+                F.cross_entropy(functional_call(model, weights, (x, part)), y).backward()
+            assert list(replaced) == list(results)
+            torch.testing.assert_close(replaced.grad_projected, results.grad_projected)
         assert f"parts.{1 - part}.weight" not in results
         rows.append(results.grad_projected)
         own, other, rest = results.grad_projected.split([8, 8, 8], 1)

@@ -70,7 +70,8 @@ class ProjectedGrad(PerSample, Quantity):
         return out * ask.factor
 
     def nothing(self, parameter: Tensor, n: int) -> Tensor:
-        return parameter.new_zeros(n, *self.dim[: min(max(parameter.dim(), 1), 2)])
+        shape = (n, *self.dim[: min(max(parameter.dim(), 1), 2)])
+        return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)  # no DTensor, of one that is sharded
 
     def whole(self, values: dict[str, Any]) -> Tensor:
         return torch.cat([v.flatten(1) for v in values.values()], 1)

@@ -451,7 +451,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     together[field] = e.unite(parts, HERE)
                 found[key] = (source, together)
             n += self._count
-            self._before, self._count = dict(found), n
+            flight.together = dict(found), n
         if self.ranks is not None:
             named = sorted((source.name, key) for key, (source, _) in found.items())
             alike = [name for (name, _), (other, _) in itertools.pairwise(named) if name == other]
@@ -515,8 +515,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     tree[id(p)] = p
                     named.setdefault(f"{path}.{name}" if (path := record.path(module)) else name, id(p))
                     for field in fields:
-                        if field in vars(p):
-                            delattr(p, field)
+                        flight.detach(p, field)
         # Gradients arrive in an order that the forward pass may change: columns side by side would change theirs.
         # What functional_call and FSDP put in the place of a parameter is there no more: the name tells which it was.
         order: dict[int | None, int] = {key: k for k, key in enumerate(tree)}
@@ -531,7 +530,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         results._ambiguous = {name for name, key in names if results._names[name] != key}
         for source, values in flight.values.values():
             for field, value in values.items() if self.attach else ():
-                setattr(source.tensor, field, value)
+                flight.attach(source.tensor, field, value)
         results._keep = [source.tensor for source, _ in flight.values.values()]
         results._places = {}
         now = {place: key for key, place in stood.items()}
@@ -542,13 +541,14 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 for key in tree
                 if key in now or held[key].requires_grad and self._wants(held[key])
             }
-        if not flight.values:
-            return
-        self._passes += 1
-        if self.pass_hook is not None:
-            self.pass_hook(results)
-        for record in flight.records:
-            record.counted += [e.bounded for e in bounded]
+        if flight.values:
+            self._passes += 1
+            if self.pass_hook is not None:
+                self.pass_hook(results)
+            for record in flight.records:
+                record.counted += [e.bounded for e in bounded]
+        if flight.together is not None:
+            self._before, self._count = flight.together
 
 
 def _identified(parameters: Any) -> dict[int, Tensor]:

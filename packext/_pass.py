@@ -74,6 +74,7 @@ class Pass:
         self.uneven: list[str] = [] if main is None else main.uneven  # why samples change what others add to a loss
         self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
         self.asides: dict[int, dict[str, Any]] = {}
+        self.together: tuple[dict[int, Any], int] | None = None  # with passes before, and the number of their samples
         self.inside: set[Any] = set()  # marks of losses that the model computed
         #: Quantities of which terms beside the extended losses would be a part, and what these losses send to gates.
         self.whole = [q for c in contexts for q in (*c.spreading, *c.hessian) if q.of_all_terms]
@@ -156,6 +157,12 @@ class Pass:
         self.replaced.append((parameter, field, parameter.__dict__.get(field, _MISSING)))
         setattr(parameter, field, value)
 
+    def detach(self, parameter: Tensor, field: str) -> None:
+        """Take a result of an earlier pass away, if there is one, until it is known that this pass has failed."""
+        if field in parameter.__dict__:
+            self.replaced.append((parameter, field, parameter.__dict__[field]))
+            delattr(parameter, field)
+
     def forget_deleted(self, module: nn.Module) -> None:
         """Let go of results that the user has deleted from the parameters of `module`."""
         for parameter in module._parameters.values():
@@ -172,6 +179,7 @@ class Pass:
                 setattr(parameter, field, old)
             elif hasattr(parameter, field):  # not deleted by the user
                 delattr(parameter, field)
+        self.replaced.clear()
         self.accounted.clear()
         for flight in self.heard:
             flight.asks.clear()  # they refer to this pass, and hold activations until the garbage is collected

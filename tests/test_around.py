@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import pytest
@@ -88,6 +89,8 @@ def test_a_pass_that_fails_takes_nothing_from_the_next() -> None:
     def hook(module: nn.Module) -> None:
         if fails[0] and module is model[0]:
             raise ValueError("out of memory, say")
+        if fails[0]:
+            del vars(module.weight)["variance"]
 
     def attached() -> list[bool]:
         return [hasattr(p, "variance") for p in model.parameters()]
@@ -101,16 +104,35 @@ def test_a_pass_that_fails_takes_nothing_from_the_next() -> None:
     assert all(attached())
 
 
-def test_what_a_hook_attached_is_taken_back_where_the_end_fails() -> None:
-    (x, y), model = batch(), perceptron()
+@pytest.mark.parametrize("options", [{}, {"extension_hook": lambda module: None}, {"accumulate": True}])
+def test_a_pass_whose_end_fails_is_none(options: dict[str, Any]) -> None:
+    """Attributes are as they were before, and the pass counts for nothing in those after it."""
+    (x, y), model, fails = batch(), perceptron(), [True]
 
     def fail(_: px.Results) -> None:
-        raise ValueError("at the end")
+        if fails[0]:
+            raise ValueError("at the end")
 
-    with pytest.raises(ValueError, match="at the end"):
-        with px.backpack(px.Variance(), extension_hook=lambda module: None, pass_hook=fail):
-            cross_entropy()(model(x), y).backward()
-    assert not any(hasattr(p, "variance") for p in model.parameters())
+    def attached() -> list[Any]:
+        return [vars(p).get("variance") for p in model.parameters()]
+
+    def run() -> None:
+        cross_entropy()(model(x), y).backward()
+
+    with px.backpack(px.Variance(), pass_hook=fail, **options):
+        with pytest.raises(ValueError, match="at the end"):
+            run()
+        assert attached() == [None] * 4
+        fails[0] = False
+        run()
+    before, fails[0] = attached(), True
+    with px.backpack(px.Variance()):
+        run()
+    torch.testing.assert_close(attached(), before)
+    before = attached()
+    with pytest.raises(ValueError, match="at the end"), px.backpack(px.Variance(), pass_hook=fail, **options):
+        run()
+    assert all(map(is_, attached(), before))
 
 
 @pytest.mark.parametrize("early", [True, False])

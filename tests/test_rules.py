@@ -243,14 +243,17 @@ def test_lookup_of_any_shape(n: int, shape: Sequence[int], words: int, width: in
     n=st.integers(1, 4), t=st.integers(1, 4), layers=st.integers(1, 2),
     both=st.booleans(), bias=st.booleans(), first=st.booleans(),
     kind=st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]), part=st.sampled_from([1, 100, 1 << 16]),
+    frozen=st.sampled_from(["none", "ih", "weight_hh"]),
 )  # fmt: skip
 def test_recurrent_layers_of_any_shape(
-    n: int, t: int, layers: int, both: bool, bias: bool, first: bool, kind: Any, part: int
+    n: int, t: int, layers: int, both: bool, bias: bool, first: bool, kind: Any, part: int, frozen: str
 ) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.rnn = kind(2, 3, layers, bias=bias, batch_first=first, bidirectional=both)
+            for name, p in self.rnn.named_parameters():
+                p.requires_grad_(frozen not in name)
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.rnn(x if first else x.transpose(0, 1))[0]
@@ -394,6 +397,24 @@ class Called(nn.Module):
 def test_calls_that_take_no_values_or_give_none(function: Any) -> None:
     report = testing.check(Called(function), nn.CrossEntropyLoss(), torch.randn(4, 5), torch.arange(4) % 3)
     assert report.ok, report
+
+
+FORMS: dict[str, Any] = {
+    "a product with many axes": lambda h, w: (h.view(-1, *[1] * 9, 1, 4) @ w.view(1, 4, 1)).view(-1, 1) + h,
+    "one entry added to a product": lambda h, w: torch.addmm(w[:1], h, torch.outer(w, w)),
+    "attention without heads": lambda h, w: F.scaled_dot_product_attention(
+        w.view(1, 2, 2), h.view(-1, 2, 2), h.view(-1, 2, 2)
+    ).flatten(1),
+    "slopes of channels, samples last": lambda h, w: F.prelu(h.view(-1, 2, 2).permute(1, 2, 0), w[:2]).permute(2, 0, 1),
+    "scales of channels, samples last": lambda h, w: F.batch_norm(
+        h.view(-1, 2, 2).permute(1, 2, 0), torch.zeros(2), torch.ones(2), w[:2], w[2:]
+    ).permute(2, 0, 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_forms_of_calls_that_are_seldom_met(form: Any) -> None:
+    exact(Called(lambda h, w: form(h, w).flatten(1)), torch.randn(4, 5))
 
 
 def test_a_type_taken_from_a_weight_is_no_use_of_it() -> None:

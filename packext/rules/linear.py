@@ -138,7 +138,7 @@ def matmul(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     x, w = args
     if tracer.sources(w) and tracer.is_data(x) and w.dim() == 2 and x.dim() >= 2:
         return tracer.owned(LINEAR, func, {"input": x, "weight": w}, {"transposed": True})
-    equation = _matmul_equation(x.dim(), w.dim(), x.shape, w.shape)
+    equation = _matmul_equation(x.dim(), w.dim())
     return NotImplemented if equation is None else contraction(tracer, func, equation, x, w, run=torch.matmul)
 
 
@@ -162,15 +162,12 @@ def einsum(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     return contraction(tracer, torch.einsum, equation, *operands, run=functools.partial(torch.einsum, equation))
 
 
-def _matmul_equation(left: int, right: int, shape: torch.Size, other: torch.Size) -> str | None:
-    """Letters of a matrix product; None where broadcasting stretches an axis of the parameter."""
-    if left < 2 or right < 2:
+def _matmul_equation(left: int, right: int) -> str | None:
+    """Letters of a matrix product of factors with so many axes; None where one is a vector, or has too many."""
+    if not 2 <= min(left, right) <= max(left, right) <= 10:
         return None
     batch = "abcdefgh"[: max(left, right) - 2]
     lefts, rights = batch[len(batch) - (left - 2) :], batch[len(batch) - (right - 2) :]
-    sizes = dict(zip(lefts, shape[:-2], strict=True))
-    if any(sizes.get(letter, size) != size for letter, size in zip(rights, other[:-2], strict=True)):
-        return None
     return f"{lefts}xy,{rights}yz->{batch}xz"
 
 

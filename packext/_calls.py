@@ -136,7 +136,7 @@ def told(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     at, names = _axes(func)
     found: list[Any] = [v for i, v in enumerate(args) if type(v) in _FLAGS or i in at and _plain(v)]
     found += [(k, v) for k, v in kwargs.items() if type(v) in _FLAGS or k in names and _plain(v)]
-    return tuple([repr(v) for v in found]) if found else ()
+    return tuple([repr(v) for v in found])
 
 
 @functools.cache

@@ -171,7 +171,7 @@ def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
         return  # the hook was copied to another module, as torch.ao does where it puts a quantised one in the place
     if LOCAL.call is not None and (not extension.path or module is LOCAL.call[0]):
         end_interrupted()
-    if is_loss(module) and not _out_of_reach() and (LOCAL.loss is None or _left(LOCAL.loss[1])):
+    if is_loss(module) and (LOCAL.loss is None or _left(LOCAL.loss[1])):
         LOCAL.loss = module, sys._getframe(1)
     tracer = LOCAL.tracer
     if tracer is None:
@@ -218,7 +218,7 @@ def _end() -> None:
 
 
 def _after(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
-    if torch.compiler.is_compiling() or "_packext" not in module.__dict__:
+    if torch.compiler.is_compiling():
         return None
     if LOCAL.unseen is module:
         _end()

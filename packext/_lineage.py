@@ -275,7 +275,7 @@ class Tracer(TorchFunctionMode):
             out = func(*args, **kwargs)
             if mutates(func):
                 self.mark(changed(args, kwargs), tuple(dict.fromkeys(sources)))
-            base = args[0] if func in EXPANDS and args and isinstance(args[0], Tensor) else None
+            base = args[0] if func in EXPANDS and args else None
             self.mark(out, tuple(dict.fromkeys(sources)), base)
             return out
         self._rooted = record.by_use or (rooted and bool(record.uses) and not self._grad_inputs)
@@ -296,7 +296,7 @@ class Tracer(TorchFunctionMode):
             record.refused.append((str(error), sources, len(record.uses)))
             out = func(*args, **kwargs)
             if mutates(func):  # what it is a view of is made of both by now, and known to be refused
-                self.mark([t._base for t in shallow((changed(args, kwargs),)) if t._base is not None], None)
+                self.mark([t._base for t in shallow((changed(args, kwargs),))], None)
         self.mark(out, None)
         if mutates(func):
             self._written(changed(args, kwargs))

@@ -61,7 +61,7 @@ def place(seen: Seen, edge: GradientEdge, output: Tensor) -> Layout:
     if len(gates) == 1 and edge.node is gates[0]:
         return places[0]
     edges = [GradientEdge(gate, 0) for gate in gates]
-    moved = _moved(edge.node, gates[0]) if len(gates) == 1 and type(places[0]) is Layout else None
+    moved = _moved(edge.node, gates[0]) if type(places[0]) is Layout else None
     key = (places[0], n, axis, output.shape, moved)
     if moved is not None and key in _MOVED:
         return _MOVED[key]
@@ -110,7 +110,7 @@ _MOVED: dict[Any, Layout] = {}
 
 
 def _moved(node: Any, gate: Any) -> tuple[Any, ...] | None:
-    """What tells the places of entries at `node` from those at the gate; None if there is more on the way."""
+    """What tells the places of entries at `node` from those at the gate; None if more than that is behind them."""
     way = []
     while node is not gate:
         name = name_of(node)

@@ -151,7 +151,7 @@ class Recurrent(Rule):
         t, gs = {k: v.to(dtype) for k, v in t.items()}, [None if g is None else g.to(dtype) for g in gs]
         halves: list[tuple[str, Tensor, Tensor]] = []
         projected = any(name.endswith("hr") for name in c["weights"])
-        if c["kind"] == "lstm" and not keep and not projected and len(gs) == (2 if c["cell"] else 3):
+        if c["kind"] == "lstm" and not keep and not projected:
             for k, (run, g) in enumerate(_lstm.pairs(c, {name: v.detach() for name, v in t.items()}, gs)):
                 halves += [(f"{k}.ih", run.inputs, g), (f"{k}.hh", run.hidden, g)]
         else:

@@ -61,6 +61,7 @@ AT = torch.tensor([3, 0, 0, 7, 1])
 #: Ways to read rows of `wpe`, and which ones they are.
 READS: dict[str, tuple[Callable[[Any], Tensor], Tensor]] = {
     "indices": (lambda m: m.wpe(AT), AT),
+    "the first row": (lambda m: m.wpe(torch.zeros_like(AT)), torch.zeros_like(AT)),
     "an axis in front": (lambda m: m.wpe(torch.arange(T)[None]), torch.arange(T)),
     "for each sample": (lambda m: m.wpe(AT[None].expand(N, T)), AT),
     "for each sample, time first": (lambda m: m.wpe(AT[:, None].expand(T, N)), AT),
@@ -305,11 +306,16 @@ def test_rows_that_meet_data_in_two_places_are_read_once(fisher: str) -> None:
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
+#: Positions of the first sample, as many as there are samples.
+OF_ONE = torch.arange(N * T).view(N, T, 1) < N
+
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "computed": lambda: Words(lambda m: m.wpe(AT) * 2),
     "normalised": lambda: Words(lambda m: F.normalize(m.wpe(AT), dim=-1)),
     "added to itself": lambda: Words(lambda m: m.wpe(AT) + m.wpe(AT.flip(0))),
     "some columns": lambda: Words(lambda m: torch.cat([m.wpe(AT)[:, :2], m.types(AT % 2)[:, 2:]], 1)),
+    "columns of two rows": lambda: Words(lambda m: torch.cat([m.wpe(AT)[:, :2], m.wpe(AT.flip(0))[:, 2:]], 1)),
+    "of one sample": lambda: Words(lambda m: torch.where(OF_ONE, m.wpe(AT)[None], m.types(AT % 2)[None])),
     "columns in two orders": lambda: Words(lambda m: torch.cat([m.wpe(AT[:2]), m.wpe(AT[2:]).flip(1)])),
     "interpolated": lambda: Words(lambda m: F.interpolate(m.wpe.weight.T[None], T, mode="linear")[0].T),
 }
@@ -351,24 +357,24 @@ def test_entries_are_those_of_the_same_call_on_their_numbers(
     dtype: torch.dtype, base: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "BASE", base)
-    p = nn.Parameter(torch.randn(300, 7, dtype=dtype))
-    other = nn.Parameter(torch.randn(2, 7, dtype=dtype))
-    number, index = torch.arange(p.numel()).view(300, 7), torch.randint(300, (6,))
+    p = nn.Parameter(torch.randn(128, 8, dtype=dtype))  # as many entries as a power of the base, all of which are read
+    other = nn.Parameter(torch.randn(2, 8, dtype=dtype))
+    number, index = torch.arange(p.numel()).view(128, 8), torch.randperm(128)
 
     def read(t: Tensor, rest: Tensor) -> Tensor:
-        some = torch.cat([t[index], rest]).flip(1).view(2, 4, 7).transpose(0, 2)
+        some = torch.cat([t[index], rest]).flip(1).view(2, 65, 8).transpose(0, 2)
         return torch.stack([some, some.flip(1)]).roll(3, 0)[None].expand(3, -1, -1, -1, -1)
 
     found = entries_of(read(p, other), p)
     assert found is not None
-    assert torch.equal(found, read(number, torch.full((2, 7), -1)))
+    assert torch.equal(found, read(number, torch.full((2, 8), -1)))
     assert entries_of(read(p, other).exp(), p) is None
     assert entries_of(torch.add(p, p.detach()[:1], alpha=1).view(-1), p) is not None  # entries as they are
     assert entries_of(p + p.flip(0), p) is None
-    whole = tables.rows_of(found, 7)  # columns stand along an axis in the middle, in another order
+    whole = tables.rows_of(found, 8)  # columns stand along an axis in the middle, in another order
     assert whole is not None
     place, row = whole
-    assert torch.equal(found.flatten()[place], row[:, None] * 7 + torch.arange(7))
+    assert torch.equal(found.flatten()[place], row[:, None] * 8 + torch.arange(8))
     assert torch.equal(row.sort()[0], index.repeat(6).sort()[0])
     assert entries_of(torch.add(other, p[:2], alpha=2), p) is None
     assert p.grad is None and other.grad is None

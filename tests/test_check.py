@@ -74,6 +74,14 @@ def test_the_confidence_is_what_it_is_said_to_be() -> None:
     assert abs(2 * stats.t.sf(_checking.STANDARD_ERRORS, _checking.PASSES - 1) / 1e-5 - 1) < 1e-2
 
 
+@pytest.mark.parametrize("value", [torch.ones(1, 3), torch.tensor([1.0, 1.0, torch.nan])], ids=["shape", "NaN"])
+def test_a_mean_of_another_shape_or_without_a_value_is_wrong(value: Tensor) -> None:
+    mean = _checking._Mean()
+    for _ in range(3):
+        mean.add(value)
+    assert mean.entry("p", "q", torch.ones(3), 1e-8).error == torch.inf
+
+
 def test_samples_that_influence_each_other_have_products() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
     x, y = batch(6)
@@ -298,6 +306,41 @@ def test_a_result_that_is_off_is_seen(asked: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kind, "land", lambda self, *a: larger(land(self, *a)))
     report = testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), [asked, px.Variance()])
     assert wrong(report) == {kind.__name__}
+
+
+def moved(value: Any) -> Any:
+    """What is off by no more than one entry, one bin, or an axis that broadcasts."""
+    if isinstance(value, px.Histogram):
+        at = value.counts.argmax()
+        changed = value.counts.scatter_add(0, torch.stack([at, (at + 1) % 100]), torch.tensor([-1, 1]))
+        return [value._replace(counts=changed), value._replace(grad_edges=value.grad_edges * 1.01)]
+    last = torch.zeros_like(value).flatten()
+    last[-1] = 1e-6 * value.abs().max()
+    return [value + last.view(value.shape), value[None]]
+
+
+@pytest.mark.parametrize(
+    "asked", [*testing.all_quantities(), *testing.exact_curvature()], ids=lambda q: type(q).__name__
+)
+def test_a_result_that_is_missing_or_off_somewhere_is_seen(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = _checking._passes
+
+    def changed(*given: Any) -> Any:
+        for model in passes(*given):
+            p = model[0].weight
+            value = getattr(p, asked.savefield)
+            if kept is None:
+                for q in model.parameters():
+                    delattr(q, asked.savefield)
+            else:
+                setattr(p, asked.savefield, moved(value)[kept])
+            yield model
+
+    monkeypatch.setattr(_checking, "_passes", changed)
+    kept: int | None
+    for kept in (None, 0, 1) if type(asked) in testing.ORACLES else (None,):
+        report = testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), [asked])
+        assert wrong(report) == {type(asked).__name__}, (kept, str(report))
 
 
 def test_a_broken_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def _matrix(q: Any, ref: Reference) -> Tensor:
 
 
 def _eigen(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[Tensor]:
-    """Inner products of the vectors, and three errors relative to the norm of the matrix.
+    """Inner products of the vectors, and 1 more than three errors relative to the norm of the matrix.
 
     Those of values as Rayleigh quotients of the vectors, of residuals, and of values as the matrix's own, beyond what
     the residuals allow.
@@ -164,12 +164,13 @@ def _eigen(q: Any, ref: Reference, results: dict[str, Any], name: str) -> list[T
     quotients = (image * v).sum(1)
     residuals = (image - found.values[:, None] * v).norm(dim=1)
     beyond = ((found.values - values[order]).abs() - found.residuals).clamp(min=0)
-    return [v @ v.T, (found.values - quotients) / size, (found.residuals - residuals) / size, beyond / size]
+    errors = (found.values - quotients, found.residuals - residuals, beyond)
+    return [v @ v.T, *(1 + error / size for error in errors)]
 
 
 def _eigen_wanted(q: Any, ref: Reference, name: str) -> list[Tensor]:
-    none = torch.zeros(q.k, dtype=torch.float64)
-    return [torch.eye(q.k, dtype=torch.float64), none, none, none]
+    one = torch.full((q.k,), float(name in ref.plain), dtype=torch.float64)  # of what is not reached there is nothing
+    return [one.diag(), one, one, one]
 
 
 # -- Kronecker factors -----------------------------------------------------------------------------------------

@@ -460,3 +460,28 @@ def test_parameters_that_some_samples_alone_depend_on(part: str) -> None:
             continue
         report = testing.check(model, nn.CrossEntropyLoss(), x, y, asked, parameters=[model.get_parameter(part)])
         assert report.ok, report
+
+
+def test_samples_are_cut_out_of_whatever_a_model_and_a_loss_take() -> None:
+    """Inputs with the samples along axis 1, targets along axis 0, and what has no samples beside both."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, how: str, none: list[Any], scale: Tensor, parts: list[Tensor], last: Tensor) -> Tensor:
+            assert how == "sum" and not none
+            return (self.layer(scale * parts[0]).tanh() + last).transpose(0, 1).flatten(1)
+
+    def loss(output: Tensor, target: dict[str, Any]) -> Tensor:
+        return F.cross_entropy(output, target["y"]) if target["kind"] == "cross entropy" else output.sum()
+
+    model, x, last, y = Odd(), torch.randn(2, 4, 5), torch.randn(2, 4, 3), torch.randint(6, (4,))
+    inputs = {"how": "sum", "none": [], "scale": torch.randn(5), "parts": [x], "last": last}
+    found = testing.individual_gradients(model, loss, inputs, {"kind": "cross entropy", "y": y}, batch_axis=1)
+    for n in range(4):
+        one = model("sum", [], inputs["scale"], [x[:, n : n + 1]], last[:, n : n + 1])
+        want = torch.autograd.grad(F.cross_entropy(one, y[n : n + 1]), list(model.parameters()))
+        for (name, _), row in zip(model.named_parameters(), want, strict=True):
+            torch.testing.assert_close(found[name][n], row)

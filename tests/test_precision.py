@@ -68,6 +68,30 @@ def test_float32(build: Any) -> None:
         assert error < 2e-4, kind
 
 
+class TwoTypes(nn.Module):
+    """Parameters that meet data in float32 and, cast, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(5, 3), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = F.linear(x.double(), self.layer.weight.double(), self.layer.bias.double())
+        return (self.layer(x) + self.shift).double() * again.tanh() + self.shift.double()
+
+
+def test_a_parameter_that_meets_data_in_two_types() -> None:
+    model, x, y = TwoTypes(), torch.randn(N, 5), torch.randint(3, (N,))
+    rows = exact(model, x, y)
+    asked = [*testing.all_quantities(), px.GradDot({name: torch.randn_like(p) for name, p in model.named_parameters()})]
+    px.extend(model)
+    for quantity in asked:  # each by itself, as others form the rows
+        with px.backpack(quantity):
+            px.extend(nn.CrossEntropyLoss())(model(x), y).backward()
+        report = testing.compare(model, [quantity], rows, float(N), 2e-4)
+        assert (report.ok and len(report) == 3) or isinstance(quantity, px.GradHistogram), str(report)
+
+
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_bfloat16_modules(build: Any) -> None:
     """Values are those of float32 within the accuracy of bfloat16; what is squared or summed over is in float32."""

@@ -213,13 +213,14 @@ class Sum(Factored):
         return out
 
     def weighted(self, weight: Tensor | None) -> Tensor | None:
-        return self._total([part.weighted(weight) for part in self.parts])
+        return self._total([part.weighted(None if weight is None else weight.to(part.acc)) for part in self.parts])
 
     def dots(self, direction: Tensor) -> Tensor | None:
-        return self._total([part.dots(direction) for part in self.parts])
+        return self._total([part.dots(direction.to(part.acc)) for part in self.parts])
 
     def project(self, left: Tensor, right: Tensor | None) -> Tensor | None:
-        return self._total([part.project(left, right) for part in self.parts])
+        sides = [(left.to(part.acc), None if right is None else right.to(part.acc)) for part in self.parts]
+        return self._total([part.project(*own) for part, own in zip(self.parts, sides, strict=True)])
 
     def kronecker(self, reduce: bool) -> list[Kronecker]:
         """Those of all uses; where positions are to be pooled, none of uses of one row in one orientation."""

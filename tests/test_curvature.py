@@ -675,6 +675,48 @@ def test_factors_of_a_convolution_of_chosen_images() -> None:
     torch.testing.assert_close(model.expert.weight.kfac, [g.T @ g, longer.T @ longer / len(a)])
 
 
+@pytest.mark.parametrize("way", ["module", "einsum"])
+def test_factors_of_chosen_tokens_that_a_layer_reads_twice(way: str) -> None:
+    """A sample's mean over positions is over those that it has, in all uses: 2, 4, 0 and 10 of 12."""
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.expert = nn.Linear(3, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            h = self.first(x)
+            rows = self.expert(h[keep]).tanh()
+            calls.append(rows)
+            rows = self.expert(rows) if way == "module" else torch.einsum("ni,oi->no", rows, self.expert.weight)
+            return h.index_put((keep,), rows).mean(1)
+
+    torch.manual_seed(0)
+    calls: list[Tensor] = []
+    model, loss, x, y = Chosen(), nn.MSELoss(reduction="sum"), torch.randn(4, 6, 3), torch.randn(4, 4)
+    keep = torch.arange(6) < torch.tensor([1, 2, 0, 5])[:, None]
+    a, b = torch.zeros(5, 5), torch.zeros(4, 4)
+    for n, count in enumerate(keep.sum(1).tolist()):
+        output = model(x[n : n + 1], keep[n : n + 1])
+        rows = torch.cat([model.first(x[n, :count]), calls[-1]]).detach()
+        slope = 2 * (output - y[n : n + 1])
+        sums = torch.autograd.grad(output, model.expert.bias, slope)[0]  # in each call it meets what the weight gives
+        mean = torch.cat([rows.mean(0), torch.ones(1)]) if count else torch.zeros(5)
+        a, b = a + torch.outer(mean, mean) / 4, b + torch.outer(sums, sums)
+    px.extend(model)
+    bias = "joint" if way == "module" else "separate"
+    context = px.backpack(
+        px.KFAC(fisher="empirical", approx="reduce", bias=bias), parameters=list(model.expert.parameters())
+    )
+    if way == "einsum":  # which does not tell whose rows are whose
+        with pytest.raises(px.UnsupportedUseError, match='approx="reduce"'), context:
+            px.extend(loss)(model(x, keep), y).backward()
+        return
+    with context:
+        px.extend(loss)(model(x, keep), y).backward()
+    torch.testing.assert_close(model.expert.weight.kfac, [b.detach(), a])
+
+
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_factors_of_packed_sequences(kind: type[nn.Module], approx: str) -> None:

@@ -441,8 +441,7 @@ class Part:
 @contextmanager
 def _cut(inputs: Sequence[Edge]) -> Iterator[None]:
     """Derivatives in some of a node's inputs go no further than these, one of which may be made of another."""
-    nodes = {node for node, _ in inputs} if len(inputs) > 1 else ()
-    hooks = [node.register_prehook(lambda gs: (None,) * len(gs)) for node in nodes]
+    hooks = [node.register_prehook(lambda gs: (None,) * len(gs)) for node in {node for node, _ in inputs}]
     try:
         yield
     finally:

@@ -214,7 +214,7 @@ def cg(
 def _norm(flat: Tensor) -> float:
     """The Euclidean norm, also where squares in float32 are zero or infinite."""
     norm = float(flat.norm())
-    if 1e-12 < norm < math.inf or not flat.numel():
+    if 1e-12 < norm < math.inf:
         return norm
     unit = float(flat.abs().max())
     return unit * float((flat / unit).norm()) if unit else 0.0

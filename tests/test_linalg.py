@@ -398,6 +398,8 @@ def test_bad_vectors_are_refused(name: str) -> None:
         run(lambda v: [v[0], None], [torch.ones(5), torch.ones(2)])
     with pytest.raises(ValueError, match=r"\{'b': \[5\]\}; needed shapes \{'a': \[5\]\}"):
         run(lambda v: {"b": v["a"]}, {"a": torch.ones(5)})
+    with pytest.raises(ValueError, match=r"the result of matvec is \(\[5\],\); needed shapes \{'a': \[5\]\}"):
+        run(lambda v: [v["a"]], {"a": torch.ones(5)})
     with pytest.raises(ValueError, match="generator; needed a tensor, or a list"):
         run(lambda v: v, (t for t in [torch.ones(2)]))
     with pytest.raises(ValueError, match="no entries"):

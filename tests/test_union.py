@@ -133,6 +133,39 @@ def test_pooled_factors_are_means_over_all_samples(bias: str) -> None:
     torch.testing.assert_close(found[0]["heads.0.weight"][1], h.T @ h / N)
 
 
+class TiedBeside(nn.Module):
+    """A table that is its own head, which a batch of ones leaves out, and an output of one feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.scale = nn.Embedding(6, 4), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.scale(x) * torch.ones(6).to(x)
+        return out if (x == 1).all() else out + self.table(x[:, 0].long()).tanh() @ self.table.weight.T
+
+
+def test_factors_of_a_pass_that_leaves_a_parameter_out() -> None:
+    """It has no terms in A and adds nothing to B, also where a weight meets data in both ways; others go on."""
+    model, loss = px.extend(TiedBeside()), px.extend(nn.CrossEntropyLoss(reduction="sum"))
+    y, without = torch.randint(6, (N,)), torch.ones(3, 2)
+    reached = torch.stack([torch.randint(6, (N,)), torch.arange(N) + 2], 1).to(without)
+    asked = px.KFAC(fisher="exact")
+
+    def factors(*batches: Tensor) -> dict[str, list[Tensor]]:
+        with px.backpack(asked, accumulate=True, attach=False) as results:
+            for x in batches:
+                loss(model(x), y[: len(x)]).backward()
+        return {name: result.kfac for name, result in results.items()}
+
+    one, other = factors(reached), factors(without)
+    for found in (factors(reached, without), factors(without, reached)):
+        torch.testing.assert_close(found["table.weight"], one["table.weight"])
+        b, a = found["scale.weight"]
+        torch.testing.assert_close(b, one["scale.weight"][0] + other["scale.weight"][0])
+        torch.testing.assert_close(a, (N * one["scale.weight"][1] + 3 * other["scale.weight"][1]) / (N + 3))
+
+
 def test_estimates_of_the_hessian() -> None:
     model, loss, x, y = problem()
     exact = [torch.autograd.functional.hessian(lambda v: loss_at(model, loss, v, x, y), flat(model)).trace() * N]

@@ -174,14 +174,22 @@ def account(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
 class Graph(Point):
     """Products through the graph of the loss `sum(g * loss)`."""
 
-    def __init__(self, parameters: list[Tensor], seen: Seen, edge: GradientEdge, g: Tensor) -> None:
-        """Take the parameters, the call of the loss, where it was computed, and the gradient that arrived there."""
-        self.parameters = parameters
+    def __init__(
+        self, parameters: list[Tensor], seen: Seen, edge: GradientEdge, g: Tensor, scale: str | float = "loss"
+    ) -> None:
+        """Take parameters, the call of the loss, where it was computed, what arrived there, and the context's scale."""
+        self.parameters, self._scale = parameters, scale
         self._seen, self._edge, self._g = seen, edge, g
         self._slopes: list[Tensor | None] | None = None
         self._pull: tuple[Seen, list[Tensor], Sequence[Tensor | None]] | None = None
         self._leaves = seen.leaves()
         self._device = g.device.type
+
+    @property
+    def negative(self) -> bool:
+        if isinstance(self._scale, str):  # with "sample", what arrived is divided out
+            return self._scale == "sample" and bool((self._g < 0).any())
+        return self._scale < 0
 
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         with kept(self._device):
@@ -333,7 +341,7 @@ def measure(flight: Pass, quantities: Sequence[HessianQuantity], seen: Seen, edg
     refuse_replaced(edge.node, [s for s in wanted if id(s.tensor) not in sources])
     if not sources:
         return
-    point = Graph([s.tensor for s in sources.values()], seen, edge, g)
+    point = Graph([s.tensor for s in sources.values()], seen, edge, g, flight.context.scale)
     for quantity in quantities:
         with due_to([quantity]):
             values = quantity.measure(point, _GENERATOR)

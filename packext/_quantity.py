@@ -206,6 +206,11 @@ class Point:
 
     parameters: list[Tensor]
 
+    @property
+    def negative(self) -> bool:
+        """Whether the factor that results get by the context's scale is."""
+        return False
+
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Products with the Hessian of vectors in the shapes of the parameters."""
         raise NotImplementedError
@@ -239,6 +244,10 @@ class _Part(Point):
     def __init__(self, whole: Point, places: Sequence[int]) -> None:
         self.parameters = [whole.parameters[k] for k in places]
         self._whole, self._places = whole, places
+
+    @property
+    def negative(self) -> bool:
+        return self._whole.negative
 
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._within(self._whole.hessian, vectors)

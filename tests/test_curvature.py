@@ -927,6 +927,11 @@ def test_ends_of_the_spectrum(which: str) -> None:
     parts = [p.top_eigenvalues.vectors[0].flatten() for p in model.parameters()]
     torch.testing.assert_close(torch.cat(parts).norm(), torch.tensor(1.0))
     assert model[0].weight.grad_batch.shape == (N, *model[0].weight.shape)
+    ends = {"LA": -2 * spectrum[0], "SA": -2 * spectrum[-1], "LM": -2 * want}
+    for scale, times, end in (("sample", -0.5, N * want), (-2.0, 1.0, ends[which])):  # of what results are of
+        with px.backpack(px.TopEigenvalues(which=which, tol=1e-9), scale=scale) as results:
+            (times * loss(model(x), y)).backward()
+        torch.testing.assert_close(results.top_eigenvalues.values[0], end, rtol=1e-7, atol=1e-9)
 
 
 def test_eigenvalues_say_whether_they_have_converged() -> None:

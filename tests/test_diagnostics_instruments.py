@@ -337,9 +337,9 @@ def test_the_largest_eigenvalue_is_of_the_monitors_own_model(nested: bool) -> No
         want.append(float(torch.linalg.eigvalsh(torch.cat(rows))[-1]))
     first, _, loss = watched(HessMaxEV(1e-6), model=model, loss=nn.BCEWithLogitsLoss())
     second, _, _ = watched(HessMaxEV(1e-6), model=judge)
-    for _ in range(2):  # the second begins with the vector of the first
+    for sign in (1, -1):  # the second begins with the vector of the first, and its loss is maximised
         with first.step(), second.step() if nested else nullcontext():
-            loss(judge(model(z)), one).backward()
+            (sign * loss(judge(model(z)), one)).backward()
         assert first.values["HessMaxEV"] == pytest.approx(want[0], rel=1e-6)
         if nested:
             assert second.values["HessMaxEV"] == pytest.approx(want[1], rel=1e-6)

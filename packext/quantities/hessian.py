@@ -151,7 +151,8 @@ class TopEigenvalues(HessianQuantity):
 
         Args:
             k: how many.
-            which: "LA" the largest, "SA" the smallest (the most negative), "LM" the largest in magnitude.
+            which: "LA" the largest in the context's scale, "SA" the smallest (the most negative), "LM" the largest in
+                magnitude.
             curvature: "hessian", or "ggn" for the generalised Gauss-Newton matrix.
             tol: of the residuals, relative to the Hessian's norm; `converged` in the result says whether they are less.
             maxiter: restarts, after which the result is what it is.
@@ -177,9 +178,10 @@ class TopEigenvalues(HessianQuantity):
         start = None
         if self.start is not None:
             start = [self.start[p] if p in self.start else torch.zeros_like(p) for p in point.parameters]
+        other = {"LA": "SA", "SA": "LA"} if point.negative else {}  # whose end the factor turns round
         found = linalg.eigsh(
-            product, [p.detach() for p in point.parameters], self.k, self.which, self.ncv, self.maxiter, self.tol,
-            self.generator or generator, start,
+            product, [p.detach() for p in point.parameters], self.k, other.get(self.which, self.which), self.ncv,
+            self.maxiter, self.tol, self.generator or generator, start,
         )  # fmt: skip
         return [Eigen(found.values, part, found.residuals, found.converged) for part in found.vectors]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,10 @@ class Quantity:
         )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        """As it was made, without generators, and what has tensors in it."""
+        made = {k: vars(self).get(k) for k in inspect.signature(type(self)).parameters}
+        told = [f"{k}={v!r}" for k, v in made.items() if isinstance(v, (int, float, str, tuple, list))]
+        return f"{type(self).__name__}({', '.join(told)})"
 
 
 class Summed:
@@ -314,9 +318,6 @@ class Sampled:
         if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
             raise ValueError(f"mc_samples must be an int of 1 or more, got {mc_samples!r}.")
         self.mc_samples, self.generator = mc_samples, checked_generator(generator)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(mc_samples={self.mc_samples})"
 
 
 class Subsampled:

@@ -248,3 +248,15 @@ def test_the_table_has_one_name_each() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
     assert all(isinstance(case.loss(), nn.Module) for case in CASES)
+
+
+def test_a_quantity_says_how_it_was_made() -> None:
+    """So that a message which names it tells two of a kind apart."""
+    for made in (
+        "BatchGrad()", "SqrtGGNExact(subsampling=[2, 0])", "DiagGGNMC(mc_samples=3)", "HMP(savefield='other')",
+        "ClippedGrad(max_norm=1.0, per_layer=True)", "PCHMP(savefield='other', modify='abs')",
+        "KFAC(mc_samples=1, approx='reduce', fisher='exact', bias='joint')",
+        "TopEigenvalues(k=2, which='SA', curvature='ggn', tol=0.001, maxiter=20)",
+    ):  # fmt: skip
+        assert repr(eval(f"px.{made}")) == made
+    assert repr(px.DiagGGNMC(1, torch.Generator())) == "DiagGGNMC(mc_samples=1)"

@@ -192,10 +192,6 @@ class TopEigenvalues(HessianQuantity):
         first = next(iter(values.values()))
         return first._replace(vectors=None)
 
-    def __repr__(self) -> str:
-        """As it was made."""
-        return f"TopEigenvalues(k={self.k}, which={self.which!r})"
-
 
 class Product:
     """A function `[V, *p] -> [V, *p]` that runs through the graph of a loss."""
@@ -277,10 +273,6 @@ class PCHMP(_Products):
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
         return point.positive(Tensor.abs if self.modify == "abs" else lambda r: r.clamp(min=0))
-
-    def __repr__(self) -> str:
-        """As it was made."""
-        return f"PCHMP(modify={self.modify!r})"
 
 
 class HMP(_Products):

@@ -281,11 +281,6 @@ class KFAC(Sampled, _Kronecker):
     def root(self) -> tuple[str, int, torch.Generator | None]:
         return ("mc", self.mc_samples, self.generator) if self.fisher == "mc" else (self.fisher, 0, None)
 
-    def __repr__(self) -> str:
-        """As it was made."""
-        how = f"approx={self.approx!r}, fisher={self.fisher!r}, bias={self.bias!r}"
-        return f"KFAC(mc_samples={self.mc_samples}, {how})"
-
 
 class EKFAC(KFAC):
     """Eigenvalue-corrected Kronecker factors of the Fisher, in `ekfac`: a `linalg.KronEigh` for each parameter.

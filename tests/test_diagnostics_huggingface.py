@@ -35,7 +35,7 @@ from packext.diagnostics.huggingface import CockpitCallback  # noqa: E402
 
 def model(kind: str = "gpt2") -> Any:
     torch.manual_seed(0)
-    if kind == "gpt2":
+    if kind.startswith("gpt2"):
         config = transformers.GPT2Config(
             vocab_size=13, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
         )
@@ -43,15 +43,20 @@ def model(kind: str = "gpt2") -> Any:
     config = transformers.BertConfig(
         vocab_size=13, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
     )
+    if kind == "bert, some ignored":
+        return transformers.BertForMaskedLM(config)
     return transformers.BertForSequenceClassification(config)
 
 
 def data(kind: str = "gpt2", n: int = 12) -> list[dict[str, Any]]:
-    """Sequences of 8 tokens, of which some count as padding."""
+    """Sequences of 8 tokens, of which some count as padding; "some ignored": of one in each batch all."""
     draw, rows = torch.Generator().manual_seed(1), []
     for k in range(n):
         ids = torch.randint(13, (8,), generator=draw)
-        labels = torch.where(torch.arange(8) < 4 + k % 5, ids, -100) if kind == "gpt2" else ids[0] % 3
+        labels = torch.where(torch.arange(8) < 4 + k % 5, ids, -100) if kind != "bert" else ids[0] % 3
+        if "some ignored" in kind and k >= n - 3:
+            labels[1:] = -100  # the first label of a causal model is of no token before
+            labels[0] = ids[0] if kind.startswith("gpt2") else -100
         rows.append({"input_ids": ids, "attention_mask": torch.ones(8, dtype=torch.long), "labels": labels})
     return rows
 
@@ -96,6 +101,25 @@ def test_training_is_the_same_to_the_last_bit(kind: str, options: dict[str, Any]
     assert not px.is_extended(watched) and not watched._forward_hooks
     assert callback.monitor.steps == (4 if "gradient_accumulation_steps" in options else 6)
     assert {"Loss", "GradNorm", "NormTest", "NoiseScale.trace"} <= callback.monitor.values.keys()
+
+
+@pytest.mark.parametrize("kind, level", [("gpt2, some ignored", "economy"), ("bert, some ignored", None)])
+def test_samples_of_which_no_token_counts(kind: str, level: str | None, tmp_path: Any) -> None:
+    net, empty = model(kind), []
+    spy, asked = Spy(net), [] if level else [Loss(), GradNorm(), NormTest(), SampleNorms()]
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        labels = kwargs["labels"][:, 1:] if kind.startswith("gpt2") else kwargs["labels"]
+        empty.append(sum(set(row) == {-100} for row in labels.tolist()))
+
+    net.register_forward_pre_hook(count, with_kwargs=True)
+    fit(net, tmp_path, CockpitCallback(level, sinks=[spy], instruments=asked), kind=kind)
+    lines = [(values, absent) for _, values, absent in spy.lines if "Loss" in values]
+    assert len(lines) == len(empty) == 6 and 0 in empty and any(empty)
+    for (values, absent), none in zip(lines, empty, strict=True):
+        assert "GradNorm" in values
+        for name in ("NormTest", "SampleNorms"):
+            assert name in values if not none else f"{none} of 4 samples have no target that counts" in absent[name]
 
 
 class Spy:

@@ -259,15 +259,21 @@ class Watch:
         if self._observer is not None:
             self._observer.given(each)
 
-    def loss(self, value: Tensor, each: Callable[[], Tensor | None] = lambda: None) -> None:
+    def loss(
+        self,
+        value: Tensor,
+        each: Callable[[], Tensor | None] = lambda: None,
+        counted: Callable[[], Tensor | None] = lambda: None,
+    ) -> None:
         """Hand over a scalar loss that no extended module has computed, before `backward()`.
 
         Args:
             value: the loss; of extended losses that are parts of it, none counts by itself.
             each: gives the samples' parts of it `[N]`, which add up to it; called if an instrument reads them.
+            counted: gives which samples have a share in it `[N]`, as not all of whose targets are ignored; None if all.
         """
         if self._observer is not None:
-            self._observer.given_loss(value, each)
+            self._observer.given_loss(value, each, counted)
 
     def __enter__(self) -> Watch:
         monitor = self._monitor

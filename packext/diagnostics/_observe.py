@@ -224,8 +224,10 @@ class Observer:
             raise ValueError(f"losses() takes the individual losses [N] that backward() will go through, got {what}.")
         self._listen(Call("losses()", "none", losses.detach(), losses.detach()), losses)
 
-    def given_loss(self, value: Tensor, each: Callable[[], Tensor | None]) -> None:
-        """The user's own loss, a scalar, before the backward pass; and the samples' parts of it, if they are wanted."""
+    def given_loss(
+        self, value: Tensor, each: Callable[[], Tensor | None], counted: Callable[[], Tensor | None]
+    ) -> None:
+        """The user's own loss, a scalar, before the pass; the samples' parts of it, if wanted; which samples count."""
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"loss() takes the scalar that backward() will go through, got {what}.")
@@ -233,7 +235,8 @@ class Observer:
             call.part = call.part or _leads(value.grad_fn, node)
         rows = each() if self._wanted else None
         unknown = "the samples' parts of the loss are not known"
-        self._listen(Call("loss()", "mean", value.detach(), unknown if rows is None else rows.detach()), value)
+        parts = unknown if rows is None else rows.detach()
+        self._listen(Call("loss()", "mean", value.detach(), parts, counted=counted()), value)
 
     def _listen(self, call: Call, output: Tensor) -> None:
         output.register_hook(functools.partial(self._reached, call))

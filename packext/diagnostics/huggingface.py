@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.functional import cross_entropy
 
 import packext as px
 from packext.diagnostics._cockpit import Cockpit, Sink, Watch
@@ -18,6 +19,10 @@ try:
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
 except ImportError:
     raise ImportError("transformers is not installed: pip install 'packext[transformers]'.") from None
+
+
+#: Label of a token that does not count.
+IGNORED = -100
 
 
 class _Here(threading.local):
@@ -37,7 +42,8 @@ class CockpitCallback(TrainerCallback):
 
     A sample is a row of the batch: its gradient is the sum over its tokens. Its own loss is its part of the loss of the
     optimizer's step, times the number of samples in that step, so that the loss is their mean. The part of a sample
-    with many tokens is larger, since the Trainer divides by the number of tokens in the step. A step of the monitor is
+    with many tokens is larger, since the Trainer divides by the number of tokens in the step. Where a row has no token
+    that counts (labels of -100 alone), what is of individual gradients and losses is absent. A step of the monitor is
     one of the optimizer, with all its accumulated batches. Instruments that read individual losses (`Alpha`) have them
     from language models whose loss is transformers' `ForCausalLMLoss`.
 
@@ -158,17 +164,38 @@ class CockpitCallback(TrainerCallback):
         if self._watch is not None and isinstance(loss, Tensor) and loss.requires_grad:
             # The Trainer drops the outputs beside the loss, in which packext sees which sample is which.
             self._held = [get_gradient_edge(v) for v in output.values() if isinstance(v, Tensor) and v.requires_grad]
-            self._watch.loss(loss, lambda: _parts(model, kwargs, output))
+            self._watch.loss(loss, lambda: _parts(model, kwargs, output), lambda: _counted(model, kwargs, output))
 
 
 def _parts(model: Any, kwargs: Any, output: Any) -> Tensor | None:
     """The samples' parts of a language model's loss `[N]`; None where they are not known."""
     labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-    function = getattr(getattr(model, "loss_function", None), "__name__", "")  # a module of the user's own has none
-    if function != "ForCausalLMLoss" or labels is None or items is None:
+    if not _causal(model) or labels is None or items is None:
         return None
     size, logits = model.config.get_text_config().vocab_size, output.logits.detach()
     with torch.no_grad():
         rows = [model.loss_function(a[None], b[None], size, items) for a, b in zip(logits, labels, strict=True)]
     parts = torch.stack(rows)
     return parts if torch.allclose(parts.sum(), output.loss.detach().to(parts.dtype), rtol=1e-3) else None
+
+
+def _counted(model: Any, kwargs: Any, output: Any) -> Tensor | None:
+    """Which samples have a token whose label counts `[N]`; None if all have, or where other terms are in the loss."""
+    labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
+    if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or labels.shape != logits.shape[:-1]:
+        return None
+    if labels.dim() > 1 and _causal(model):
+        labels, logits = labels[:, 1:], logits[:, :-1]
+    counts = labels != IGNORED
+    rows = counts[..., None].flatten(1).any(1)
+    if rows.all():
+        return None
+    items = kwargs.get("num_items_in_batch")
+    total = cross_entropy(logits.detach().double().flatten(0, -2), labels.flatten(), reduction="sum")
+    means = torch.stack([total / n for n in (items, counts.sum()) if n is not None])
+    return rows if torch.isclose(means, output.loss.detach().double(), rtol=1e-3).any() else None
+
+
+def _causal(model: Any) -> bool:
+    """Whether labels are of the token before, by the name of its loss, which a module of the user's own lacks."""
+    return getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"

@@ -516,6 +516,32 @@ def test_sampled_histograms_agree_with_those_of_all_samples_within_their_error()
         GradHist1d(samples=None)
 
 
+def test_sampled_histograms_of_passes_of_different_sizes() -> None:
+    """Of 60 samples and of 4, whose gradients are in a bin of their own: 1/16 of all."""
+    asked = GradHist1d(4, 10.0), GradHist2d(4, 1, 10.0, 10.0)
+    monitor, model, loss = watched(*asked, model=nn.Linear(1, 1), loss=nn.MSELoss(reduction="sum"))
+    x, found, errors = torch.ones(64, 1), [], []
+    for _ in range(200):
+        with monitor.step():
+            loss(model(x[:60]), model(x[:60]).detach() - 1).backward()
+            loss(model(x[60:]), model(x[60:]).detach() - 4).backward()
+            model.zero_grad()
+        assert np.allclose(monitor.values["GradHist2d"][0], monitor.values["GradHist1d"])
+        found.append(monitor.values["GradHist1d"][3])
+        errors.append(monitor.values["GradHist1d.standard_error"][3])
+    assert {round(8 * share, 6) for share in found} <= {0, 1, 2, 3, 4}  # of 8 samples
+    spread = (1 / 16 * 15 / 16 / 8 * 56 / 63) ** 0.5
+    assert abs(np.mean(found) - 1 / 16) < 4 * spread / 200**0.5
+    assert np.mean(np.square(errors)) == pytest.approx(spread**2, rel=0.2)
+
+
+def test_the_error_of_a_histogram_of_drawn_entries() -> None:
+    """Of all samples, and of some entries each: samples are not all of the error."""
+    monitor, model, loss = watched(GradHist1d(10, samples=N), model=nn.Linear(90, 20))
+    step_of(monitor, model, loss, torch.randn(N, 90), torch.randint(20, (N,)))
+    assert monitor.values["GradHist1d.standard_error"].max() > 0
+
+
 @pytest.mark.parametrize("far", [1e20, -1e20, 1e38])
 def test_entries_far_beyond_the_limits_of_a_histogram_are_in_the_outermost_bins(far: float) -> None:
     monitor, model, loss = watched(GradHist1d(10, 1.0), GradHist2d(10, 4, 1.0), model=nn.Linear(3, 1), loss=nn.L1Loss())

@@ -48,7 +48,7 @@ from packext.diagnostics import (
     UpdateCurvature,
     UpdateSize,
 )
-from packext.diagnostics._united import _chosen
+from packext.diagnostics._step import chosen_of
 from tests.helpers import processes
 
 WORLD = 2
@@ -518,19 +518,22 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def test_draws_of_all_are_as_likely_from_each_process_as_from_one() -> None:
-    """Of 5 and 3 samples, and then of 2 and 9, four are drawn each time."""
+    """Of 5 and 2 samples in one process, and 3 and 9 in another, four are drawn."""
     counts, samples, draws = [[5, 2], [3, 9]], 4, 1000
-    seen = torch.zeros(2, 5)
+    seen = torch.zeros(2, 2, 5)
     for seed in range(draws):
-        first, second = _chosen(counts, samples, seed)
-        mine = [int((first < 4).sum()), int((first >= 4).sum())]  # the first process has drawn 4, and then 2
-        assert first.tolist() == [*range(mine[0]), *range(4, 4 + mine[1])]
-        other = [int((second < 3).sum()), int((second >= 3).sum())]  # the other one 3, and then 4
-        assert second.tolist() == [*range(other[0]), *range(3, 3 + other[1])]
-        assert mine[0] + other[0] == mine[1] + other[1] == samples
-        for k in range(2):
-            seen[k, mine[k]] += 1
-    for k, (a, b) in enumerate(((5, 3), (2, 9))):
-        want = torch.tensor([math.comb(a, j) * math.comb(b, samples - j) / math.comb(a + b, samples) for j in range(5)])
+        taken = 0
+        for rank, chosen in enumerate(chosen_of(counts, samples, seed)):
+            first = min(samples, counts[rank][0])  # what the first pass has drawn, before the other
+            mine = [int((chosen < first).sum()), int((chosen >= first).sum())]
+            assert chosen.tolist() == [*range(mine[0]), *range(first, first + mine[1])]
+            for k in range(2):
+                seen[rank, k, mine[k]] += 1
+            taken += sum(mine)
+        assert taken == samples
+    for n, found in zip((5, 2, 3, 9), seen.flatten(0, 1), strict=True):
+        want = torch.tensor(
+            [math.comb(n, j) * math.comb(19 - n, samples - j) / math.comb(19, samples) for j in range(5)]
+        )
         error = (want * (1 - want) / draws).sqrt()
-        assert ((seen[k] / draws - want).abs() <= 4 * error).all()
+        assert ((found / draws - want).abs() <= 4 * error).all()

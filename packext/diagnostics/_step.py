@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -478,3 +479,28 @@ class DrawnGrad(px.BatchL2Grad):
         generator = torch.Generator().set_state(state)
         values, positions = ask.statistics.form.drawn(order.to(ask.parameter.device), self.entries, generator)
         return Drawn(values * ask.factor, positions)
+
+
+def chosen_of(counts: Sequence[Sequence[int]], samples: int, seed: int) -> list[Tensor]:
+    """Which of the samples that passes have drawn make a draw from the samples of all of them.
+
+    Each pass has drawn `samples` of its own (all, if it has no more) in random order. How many of these fall to it is
+    what a draw from all would give it; all processes make that one alike.
+
+    Args:
+        counts: samples of each pass, in each process.
+        samples: how many are to be drawn.
+        seed: of the draw.
+
+    Returns:
+        Of each process, indices into what its passes have drawn, one after the other.
+    """
+    sizes = torch.tensor([n for passes in counts for n in passes])
+    owners = torch.arange(len(sizes)).repeat_interleave(sizes)
+    picked = owners[torch.randperm(len(owners), generator=torch.Generator().manual_seed(seed))[:samples]]
+    shares = iter(picked.bincount(minlength=len(sizes)).tolist())
+    chosen = []
+    for passes in counts:
+        begins = itertools.accumulate((min(samples, n) for n in passes), initial=0)
+        chosen.append([k for begin, _ in zip(begins, passes, strict=False) for k in range(begin, begin + next(shares))])
+    return [torch.tensor(c, dtype=torch.long) for c in chosen]

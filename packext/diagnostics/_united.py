@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import packext as px
-from packext.diagnostics._step import Count, Drawn, DrawnGrad
+from packext.diagnostics._step import Count, Drawn, DrawnGrad, chosen_of
 from packext.diagnostics.instruments.curvature import MeanHessianTrace, MeanTopEigenvalues
 
 #: Results of which the samples of all processes are put side by side, and those that are sums over them; with the power
@@ -176,36 +176,10 @@ class Weighing:
         """Side by side what the processes have sent of one parameter; of drawn entries those of random `samples`."""
         if field != "drawn_grad":
             return torch.cat([part * w ** SIDE_BY_SIDE[field] for part, w in zip(parts, self.weights, strict=True)])
-        chosen = _chosen(self.counts, samples, seed)
+        chosen = chosen_of(self.counts, samples, seed)
         values = [d.values[at] * w for d, at, w in zip(parts, chosen, self.weights, strict=True)]
         return Drawn(torch.cat(values), torch.cat([d.positions[at] for d, at in zip(parts, chosen, strict=True)]))
 
 
 def _times(e: Any, factor: float) -> Any:
     return e._replace(values=e.values * factor, residuals=e.residuals * abs(factor))
-
-
-def _chosen(counts: list[list[int]], samples: int, seed: int) -> list[Tensor]:
-    """Which of the samples that each process has drawn make a draw from the samples of all, pass by pass.
-
-    Each has drawn `samples` of its own (all, if it has no more) in random order. How many of these fall to it is what
-    a draw from all would give it; all processes make that one alike.
-
-    Args:
-        counts: samples of each process, in each of its passes.
-        samples: how many are to be drawn of each pass.
-        seed: of the draw.
-
-    Returns:
-        Indices into what each process has drawn.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chosen: list[list[int]] = [[] for _ in counts]
-    begin = [0] * len(counts)
-    for sizes in zip(*counts, strict=True):
-        owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        picked = owners[torch.randperm(len(owners), generator=generator)[:samples]]
-        for rank, size in enumerate(sizes):
-            chosen[rank] += range(begin[rank], begin[rank] + int((picked == rank).sum()))
-            begin[rank] += min(samples, size)
-    return [torch.tensor(c, dtype=torch.long) for c in chosen]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.diagnostics._instrument import Instrument, Processes
-from packext.diagnostics._step import Absent, DrawnGrad, Step
+from packext.diagnostics._step import Absent, Drawn, DrawnGrad, Step, chosen_of
 from packext.diagnostics._tensors import largest
 
 #: Entries of each parameter that are drawn for each sample; both histograms ask for the same.
@@ -36,6 +36,15 @@ class _Sampled(Instrument):
     def exact(self) -> px.GradHistogram:
         """The quantity for all entries of all samples."""
         raise NotImplementedError
+
+    def drawn(self, step: Step) -> dict[str, Drawn]:
+        """What was drawn of each parameter; of several passes as many samples as of one, each sample as likely."""
+        rows, counts = step.layers("drawn_grad"), [p.n or 0 for p in step.passes]
+        if len(counts) == 1:
+            return rows
+        assert self.samples is not None
+        [at] = chosen_of([counts], self.samples, step.number)
+        return {name: Drawn(r.values[at], r.positions[at]) for name, r in rows.items()}
 
 
 def _range(given: float | None, values: list[Tensor], what: str) -> float:
@@ -116,7 +125,7 @@ class GradHist1d(_Sampled):
             whole = sum(counts.values())
             shares = {name: c / c.sum() for name, c in counts.items()}
             return {"": whole / whole.sum(), ".limit": self.limit, **shares}  # type: ignore[union-attr]
-        rows, n = step.layers("drawn_grad"), step.n
+        rows, n = self.drawn(step), step.n
         values, sizes, places = _together([r.values for r in rows.values()])
         limit, m, bins = _range(self.limit, [values], "gradient"), len(values), self.bins
         own = torch.arange(m, device=values.device)[:, None]
@@ -176,7 +185,7 @@ class GradHist2d(_Sampled):
             limits = {".limit": self.limit, ".param_limit": self.param_limit}
             counts = {name: h.counts.double() for name, h in step.layers("grad_histogram").items()}
         else:
-            rows, start = step.layers("drawn_grad"), step.start
+            rows, start = self.drawn(step), step.start
             values, sizes, places = _together([r.values for r in rows.values()])
             limit = _range(self.limit, [values], "gradient")
             param_limit = _range(self.param_limit, [start[name] for name in rows], "parameter")

@@ -259,7 +259,10 @@ def test_curvature_on_every_case(case: Case) -> None:
     agree(monitor.values["TICDiag"], sum((s[k] / (h[k] + 1e-3)).sum() for k in names), "TICDiag")
     total = sum(v.sum() for v in h.values()) + 1e-3
     agree(monitor.values["TICTrace"], sum(v.sum() for v in s.values()) / total, "TICTrace")
-    if "NTKCondition" in monitor.values:
+    if "NTKCondition" not in monitor.values:
+        why = "singular" if type(loss) is nn.MSELoss else f"not of {type(loss).__name__}"
+        assert why in monitor.absent["NTKCondition"]
+    else:
         spectrum = torch.linalg.svdvals(flat([rows[k].flatten(0, 1) for k in names])).square()
         assert monitor.values["NTKCondition"] == pytest.approx(float(spectrum[0] / spectrum[-1]), rel=1e-4)
 
@@ -271,14 +274,36 @@ def test_what_is_not_finite_is_not_said_to_be_anything_else(bad: float, inputs: 
     x, y = torch.randn(8, 5).float() * inputs, torch.randn(8, 3).float() * inputs
     x[0] *= bad
     optimizer = torch.optim.SGD(model.parameters(), 1e-24)
-    monitor = Cockpit(model, optimizer, None, instruments=[*asked, OutputScale()])
+    monitor = Cockpit(model, optimizer, None, instruments=[*asked, OutputScale(), EffectiveRank()])
     with monitor.step():
         px.extend(nn.MSELoss())(model(x), y).backward()
         optimizer.step()
     why = "not finite: a gradient, or its square, is NaN or infinite"
     assert {name: monitor.absent[name] for name in (i.name for i in asked)} == {i.name: why for i in asked}
+    assert monitor.absent["EffectiveRank"] == "not finite: a gradient is NaN or infinite"
     if inputs == 1:
         assert monitor.absent["OutputScale.spread"] == "not finite: the output is NaN or infinite"
+
+
+def test_without_any_gradient() -> None:
+    asked = [NormTest(), InnerTest(), OrthoTest(), NoiseScale(), GradSNR(), EffectiveRank()]
+    monitor, model, _ = watched(*asked)
+    x = torch.randn(N, 5)
+    step_of(monitor, model, px.extend(nn.MSELoss()), x, model(x).detach())
+    why = {name: monitor.absent[name] for name in (i.name for i in asked)}
+    assert all("zero" in why[name] for name in ("NormTest", "InnerTest", "OrthoTest", "EffectiveRank"))
+    assert "not positive" in why["NoiseScale"] and "no variance" in why["GradSNR"] and not any(monitor.values.values())
+
+
+def test_noise_of_two_samples() -> None:
+    monitor, model, loss = watched(*first_order()[4:10])
+    x, y = torch.randn(2, 5), torch.tensor([0, 1])
+    rows = testing.individual_gradients(model, loss, x, y)
+    step_of(monitor, model, loss, x, y)
+    ones = {name: row[0] for name, row in rows.items()}
+    want = definitions(rows, torch.zeros(2), ones, ones)
+    for name in ("NormTest", "InnerTest", "OrthoTest", "NoiseScale.trace", "GradSNR", "MeanGSNR"):
+        agree(monitor.values[name], want[name], name)
 
 
 # -- instruments with draws, options, or hooks ------------------------------------------------------
@@ -411,6 +436,21 @@ def test_batch_size_of_cabs() -> None:
     with monitor.step():
         (0.5 * loss(model(x), y)).backward()
     assert "0.5 times" in monitor.absent["CABS"]
+    for changed in ("momentum", "weight_decay", "maximize"):
+        monitor.optimizer.param_groups[0][changed] = 0.5
+        step_of(monitor, model, loss, x, y)
+        assert monitor.absent["CABS"] == f"the optimizer has got {changed}"
+        monitor.optimizer.param_groups[0][changed] = 0.0
+    monitor.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 2 * LR})
+    step_of(monitor, model, loss, x, y)
+    assert "different learning rates" in monitor.absent["CABS"]
+
+
+def test_scale_of_activations_leaves_out_what_is_no_tensor() -> None:
+    monitor, model, _ = watched(ActivationScale(), model=nn.LSTM(3, 4))
+    with monitor.step():
+        model(torch.randn(5, N, 3))[0].sum().backward()
+    assert "no module" in monitor.absent["ActivationScale"]
 
 
 def test_the_hardest_samples() -> None:

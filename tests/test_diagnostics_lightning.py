@@ -205,12 +205,15 @@ class Emitting(Net):
 @pytest.mark.parametrize("private", [False, True])
 def test_an_optimizer_that_reads_the_same_pass(private: bool) -> None:
     alone, watched = px.extend(Emitting(private)), Emitting(private)
+    if private:
+        px.extend(watched)
     fit(alone, epochs=1)
     callback = CockpitCallback("business")
     fit(watched, callback, epochs=1)
     assert all(torch.equal(p, q) for p, q in zip(alone.parameters(), watched.parameters(), strict=True))
     assert not torch.equal(alone.net[0].weight, Net().net[0].weight)
     assert {"NormTest", "HessTrace", "UpdateSize"} <= callback.monitor.values.keys()
+    assert px.is_extended(watched) == private  # as it was before
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from packext.diagnostics import (
     Cockpit,
     Finding,
     GradHist1d,
+    GradHist2d,
     GradNorm,
     Loss,
     Rule,
@@ -45,7 +46,7 @@ def trained(run: Path, sink: Any, steps: int = 3) -> Run:
     """A small model after some steps, watched by a record and the sink."""
     model, loss = px.extend(mlp()), px.extend(nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    asked = [Loss(), GradNorm(), Alpha(), SampleNorms(2), GradHist1d(10)]
+    asked = [Loss(), GradNorm(), Alpha(), SampleNorms(2), GradHist1d(10), GradHist2d()]
     monitor = Cockpit(model, optimizer, None, 1, [sink, Run(run)], asked, rules=[There()])
     x, y = batch()
     for _ in range(steps):

@@ -95,6 +95,7 @@ def test_a_run_that_is_looked_at_seldom_is_not_binned() -> None:
     bins = Bins(10)
     bins.add(np.array([0, 1, 10, 100, 1000, 100_000]), np.ones((6, 1)), 0)
     assert bins.width == 1 and bins.at.tolist() == [0, 1, 10, 100, 1000, 100_000]
+    assert [len(part) for part in bins.since(0)] == [0] * 4  # nothing is new
 
 
 def test_a_spike_is_never_lost() -> None:

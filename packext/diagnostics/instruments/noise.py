@@ -289,17 +289,19 @@ class CABS(Instrument):
             raise ValueError(
                 f"CABS is defined for torch.optim.SGD without momentum, not for {type(optimizer).__name__}."
             )
-        for group in optimizer.param_groups:
-            extras = [k for k in ("momentum", "weight_decay", "maximize") if group[k]]
-            if extras:
-                raise ValueError(f"CABS is defined for plain SGD; this SGD has {', '.join(extras)}.")
+        if extras := self._extras(optimizer.param_groups):
+            raise ValueError(f"CABS is defined for plain SGD; this SGD has {extras}.")
+
+    def _extras(self, groups: list[dict[str, Any]]) -> str:
+        """What is not plain in an SGD, by the names of its options."""
+        return ", ".join(k for k in ("momentum", "weight_decay", "maximize") if any(group[k] for group in groups))
 
     def measure(self, step: Step) -> float:
         rates = {float(group["lr"]) for group in step.groups}
         if len(rates) > 1:
             raise Absent(f"the parameters have different learning rates: {sorted(rates)}")
-        if any(group["momentum"] for group in step.groups):
-            raise Absent("the optimizer has got momentum")
+        if extras := self._extras(step.groups):
+            raise Absent(f"the optimizer has got {extras}")
         if abs(step.factor - 1) > 1e-6:
             raise Absent(f"`.grad` is {step.factor:.6g} times the mean of the samples' own gradients: no learning rate")
         _, _, traces, _ = _traces(step)

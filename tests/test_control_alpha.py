@@ -125,6 +125,17 @@ def test_a_diverged_update_is_taken_back(name: str, first: str) -> None:
     assert run.trained() == resumed.trained()
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_after_a_divergence_of_the_first_step_is_that_before_it(name: str) -> None:
+    run, other = Watched(name, 1e3), Watched(name, 1.0)
+    before = plain([run.optimizer.state_dict()])
+    run.step(noise(8, 0.01, 0))
+    run.step(noise(8, 0.01, 1))
+    run.optimizer.param_groups[0]["lr"] = 1e3
+    assert run.control.rejected == 1 and plain([run.optimizer.state_dict()]) == before
+    other.optimizer.load_state_dict(run.optimizer.state_dict())
+
+
 @pytest.mark.parametrize(("rate", "factor"), [(2.5, 1 / 2.5), (3.0, 1 / 3.0), (50.0, 0.1), (1e200, 0.1)])
 def test_the_rate_after_a_divergence_is_that_of_the_parabola_within_bounds(rate: float, factor: float) -> None:
     run = Watched("plain", rate)

@@ -21,6 +21,8 @@ from packext.optim.control._quantities import Samples, WrittenSlopes, WrittenSum
 SURE = 3.0
 #: Of the update's length: bounds of what the rates are cut to after it.
 SHORTEST, LONGEST = 0.1, 0.5
+#: What the package's own optimizers note in their groups: steps, parameters with a state, and whether one lacks it.
+NOTED = ("steps", "kept", "lacking")
 
 
 class Alpha(Controller):
@@ -209,12 +211,13 @@ class Alpha(Controller):
 
 
 def _state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A copy of an optimizer's state, by the parameters' places, and of its count of steps."""
+    """A copy of an optimizer's state, by the parameters' places, and of what its groups say of it."""
     places = [p for group in optimizer.param_groups for p in group["params"]]
     # The package's own optimizers replace what is in their state, and never write into it.
     copy = dict if isinstance(optimizer, Optimizer) else copied
     states = [copy(optimizer.state[p]) if p in optimizer.state else None for p in places]
-    return {"states": states, "steps": [group.get("steps") for group in optimizer.param_groups]}
+    groups = [{name: group[name] for name in NOTED if name in group} for group in optimizer.param_groups]
+    return {"states": states, "groups": groups}
 
 
 def _restore(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
@@ -223,9 +226,8 @@ def _restore(optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
         optimizer.state.pop(p, None)
         if state is not None:
             optimizer.state[p] = copied(state)
-    for group, steps in zip(optimizer.param_groups, kept["steps"], strict=True):
-        if steps is not None:
-            group["steps"] = steps
+    for group, noted in zip(optimizer.param_groups, kept["groups"], strict=True):
+        group.update(noted)
 
 
 def parabola(y: list[float], variances: list[float]) -> np.ndarray:

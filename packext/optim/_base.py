@@ -207,6 +207,9 @@ class Optimizer(torch.optim.Optimizer):
         asked = bool(older) and bool(self.quantities())
         if self._received or (asked and not self._passes):  # else a GPU need not be waited for
             some = lists.nonzero([grad for _, grad in older])
+            for (_, grad), any_ in zip(older, some, strict=True):
+                if not any_:  # of zero_grad(set_to_none=False), whoever has called it
+                    vars(grad).pop(GATHERED, None)
             older = [each for each, any_ in zip(older, some, strict=True) if any_]
         if not older:
             self._forget()

@@ -230,7 +230,6 @@ class Optimizer(torch.optim.Optimizer):
     def _receive(self, results: px.Results) -> None:
         self._passes += 1
         self._missed = self._missed or next((p for p, old in self._older.items() if old() is p.grad is not None), None)
-        self._older = {}
         new: dict[Tensor, dict[str, Any]] = {}
         for p in self.preconditioned():
             if p in results:
@@ -338,8 +337,10 @@ class Optimizer(torch.optim.Optimizer):
         if not math.isfinite(size) and not lists.finite(found):
             return f"{next(filter(None, map(self._infinite, works)))} is NaN or infinite"
         for work, parts in zip(works, (self.parts, self._last), strict=True):
+            if not work.params:
+                continue
             try:
-                for part in parts if work.params else ():
+                for part in parts:
                     part(work)
                 if work is works[0]:
                     self._settle(work)
@@ -355,8 +356,7 @@ class Optimizer(torch.optim.Optimizer):
             return f"the update of {self.name_of(bad)} is NaN or infinite"
         self.param_groups[0]["lacking"] = False
         for work in works:
-            if work.params:
-                lists.add_(work.params, work.updates)
+            lists.add_(work.params, work.updates)
             for p, new in zip(work.params, work.new, strict=True):
                 if new:
                     self.state[p].update(new)
@@ -367,7 +367,7 @@ class Optimizer(torch.optim.Optimizer):
         return ""
 
     def _settle(self, work: Work) -> None:
-        """Called when all parts have run; the last word on the updates."""
+        """Called when all parts have run, on some parameters; the last word on the updates."""
 
     def _infinite(self, work: Work) -> str:
         for p, grad, values in zip(work.params, work.grads, work.values, strict=True):

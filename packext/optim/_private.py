@@ -238,7 +238,7 @@ class Private(torch.optim.Optimizer):
 
     def _others(self) -> list[tuple[str, Tensor, Tensor]]:
         """Gradients that no step here has put into `.grad`, with their parameters."""
-        ours = {id(g): version for ref, version in self._given if (g := ref()) is not None}
+        ours = {id(ref()): version for ref, version in self._given}
         found = [(name, p, p.grad) for name, p in self._private_parameters() if p.grad is not None]
         return [each for each in found if ours.get(id(each[2])) != each[2]._version]
 

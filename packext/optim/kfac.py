@@ -153,7 +153,7 @@ class KFAC(Optimizer):
         return why
 
     def _settle(self, work: Work) -> None:
-        if not self.adapt_every or (self.steps + 1) % self.adapt_every or not work.params:
+        if not self.adapt_every or (self.steps + 1) % self.adapt_every:
             return
         factors = [new.get("factors", old) for new, old in zip(work.new, work.old("factors"), strict=True)]
         curved = multiply(work, work.updates, lambda k, delta: apply(factors[k], delta))

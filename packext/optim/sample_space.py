@@ -98,10 +98,10 @@ class SPRING(Optimizer):
             self._evaluate = None
 
     def _settle(self, work: Work) -> None:
-        length = float(torch.stack([u.double().square().sum() for u in work.updates]).sum()) if work.params else 0.0
+        length = float(torch.stack([u.double().square().sum() for u in work.updates]).sum())
         if self.max_step is not None and length > self.max_step:
             work.updates = [u * (self.max_step / length) ** 0.5 for u in work.updates]
-        if self._evaluate is None or not work.params:
+        if self._evaluate is None:
             return
         kept = [p.clone() for p in work.params]
         try:

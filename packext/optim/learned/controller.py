@@ -363,7 +363,6 @@ class LearnedRate:
         own = [*self.policy.weights, self.policy.discount]
         if [*state_dict["weights"], state_dict["discount"]] != own:
             raise ValueError(f"the state is of a policy with other weights or another discount than these: {own}.")
-        self._averages = Averages(self.policy.discount)
         self._averages.count = state_dict["count"]
         for name in ("mean", "spread"):
             setattr(self._averages, name, torch.tensor(state_dict[name], dtype=torch.float64))

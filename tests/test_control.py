@@ -250,9 +250,11 @@ def test_what_cannot_share_a_pass_is_refused() -> None:
 
 def test_numbers_out_of_range_are_refused() -> None:
     optimizer = sgd(network())
+    two = [{"params": [p], "lr": 0.1 + k} for k, p in enumerate(network().parameters())]
     for make, text in (
         (lambda: optim.CABS(torch.optim.Adam(network().parameters())), "not for Adam"),
         (lambda: optim.CABS(torch.optim.SGD(network().parameters(), 0.1, momentum=0.9)), "this SGD has momentum"),
+        (lambda: optim.CABS(torch.optim.SGD(two)), "one learning rate; the groups have"),
         (lambda: optim.CABS(optimizer, decay=1.0), "decay must be at least 0 and less than 1"),
         (lambda: optim.NoiseScale(1), "batch_size must be an int of 2 or more"),
         (lambda: optim.NoiseScale(32, 16), "max_batch_size must be an int of 32 or more"),

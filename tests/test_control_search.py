@@ -139,6 +139,25 @@ def test_a_quadratic_without_noise_from_any_first_step(rate: float, h: float) ->
     assert max(counts) <= line_search.EVALUATIONS + 1
 
 
+def test_ends_at_the_trial_that_is_accepted_also_if_it_is_not_the_last() -> None:
+    model, optimizer, closure = searching(1e-3, 1.0, 1.0, 4)
+    seen: list[tuple[float, Tensor]] = []
+
+    def looking() -> Tensor:
+        losses = closure()
+        seen.append((float(losses.detach().mean()), model.theta.detach().clone()))
+        return losses
+
+    earlier = 0
+    for _ in range(40):
+        seen.clear()
+        loss = optimizer.step(looking)
+        (there,) = [where for value, where in seen if value == loss]
+        assert torch.equal(model.theta, there)
+        earlier += loss != seen[-1][0]
+    assert earlier
+
+
 def test_noise_is_that_of_the_mean_and_exact_along_the_line() -> None:
     model = px.extend(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
     params: list[Tensor] = list(model.parameters())

@@ -335,6 +335,25 @@ def test_a_step_that_is_not_finite_is_skipped_and_reported(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_a_step_with_a_quantity_that_is_not_finite_is_skipped_where_the_gradient_is(name: str) -> None:
+    model, (x, y) = network(), data()
+    optimizer = CASES[name].make(model.named_parameters())
+    with optim.emit(optimizer):
+        LOSS(model(x), y).backward()
+    before, weight = values(model), model[0].weight
+    for field, value in optimizer._received[weight].items():
+        found = value.pairs[0].outputs if hasattr(value, "pairs") else value
+        if isinstance(found, Tensor):
+            found.view(-1)[0] = torch.inf
+            with pytest.warns(optim.SkippedStep, match=f"the {field} of 0.weight"):
+                optimizer.step()
+            break
+    else:
+        pytest.fail("nothing was emitted")
+    assert same(before, values(model)) and not optimizer.state and bool(weight.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_torchs_random_numbers_are_left_alone_and_a_seed_gives_the_same_run(name: str) -> None:
     ends = []
     for start, seed in ((0, 0), (5, 0), (5, 1)):

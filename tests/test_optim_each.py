@@ -487,6 +487,22 @@ def test_a_step_that_was_skipped_at_its_end_is_none_to_adapt_to() -> None:
     assert not optimizer.adapts
 
 
+def test_a_step_that_nobody_has_adapted_to_is_past() -> None:
+    model, rest = network(), nn.Parameter(torch.ones(2))
+    apart = {"params": [rest], "fallback": True, "lr": 0.1}
+    optimizer = optim.KFAC([{"params": list(model.parameters())}, apart], adapt_every=2)
+    for k in range(5):
+        value = passed(model, optimizer, data())
+        optimizer.step()
+        assert optimizer.adapts == (k % 2 == 1)
+    with pytest.raises(px.PackextError, match="none of those every adapt_every=2"):
+        optimizer.adapt(value, value)
+    optimizer.zero_grad()
+    rest.grad = torch.ones(2)  # a step of AdamW alone
+    optimizer.step()
+    assert optimizer.steps == 6 and not optimizer.adapts
+
+
 def test_damping_is_not_adapted_to_steps_of_adamw() -> None:
     model, (x, y) = network(), data()
     for lr in (0.0, 0.1):

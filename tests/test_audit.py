@@ -21,7 +21,7 @@ from packext import _cli, attacks, defences, demo
 from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit._run import _Store
 from packext.audit.case import Case, Clock, fingerprint
-from packext.audit.closed import closed, divided
+from packext.audit.closed import closed, divided, read_off
 from packext.audit.findings import BY_CHANCE, _sweep, _told, beyond, findings, odds, percent
 from packext.audit.inversion import Attempt, _identified, _summary, attempt, guess, inversion
 from packext.audit.labels import by_chance, labels
@@ -416,6 +416,34 @@ def test_a_layer_that_is_called_by_keyword() -> None:
     assert not defences.check_received(model, LOSS, x, y).suspicious
     assert defences.sensitivity(model, x)[0].shape == (40, 16)
     assert attacks.SecureAggregationLabels().plan(model, x, 3).features.shape == (3, 16)
+
+
+class Folded(nn.Module):
+    """Gives its layers rows of `width` entries, in whatever shape inputs come."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.layers = width, nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.reshape(-1, self.width)).view(len(x), -1, 5).mean(1)
+
+
+def test_a_layer_that_sees_the_inputs_in_another_shape_sees_them() -> None:
+    seen = case(Folded(4))
+    first, second = closed(seen, Clock(1.0)).layers
+    assert first.is_input and first.inputs == 4 * seen.sharing.batch_size and not second.is_input
+
+
+def test_samples_of_one_number_each() -> None:
+    """`[N]`: inputs without an axis beside that of samples."""
+    seen = case(Folded(1), (images()[0][:, 0, 0, 0], images()[1]), Sharing(batch_size=2))
+    first, _ = closed(seen, Clock(1.0)).layers
+    assert first.is_input and integrity(seen, Clock(1.0)).samples == 40
+    assert read_off(seen, seen.message(seen.x[:1], seen.y[:1]), seen.x[:1]) == 1.0
+    found = inversion(seen, Clock(1e6))
+    assert [r.samples for r in found.searches] == [1, 1, 2, 2] and not found.absent
+    assert attacks.in_order(seen.x[[2, 0, 1]], seen.x[:3]).tolist() == [1, 2, 0]
 
 
 def test_bias_division_by_hand() -> None:

@@ -259,7 +259,7 @@ def read_off(case: Case, message: Shared, x: Tensor) -> float | None:
         if isinstance(m, nn.Linear) and m.bias is not None and m.in_features == x[0].numel()
         if m.weight.numel() <= LARGEST and m.weight.requires_grad and m.bias.requires_grad
     ]
-    centre = case.x.flatten(1).double().mean(0)
+    centre = case.x.reshape(len(case.x), -1).double().mean(0)
     seen = _inputs(case.model, case.by_client(x), layers) if layers else {}
     shares = [divided(message, name, e.flatten(0, -2), centre) for name, e in seen.items() if _same(e, x)]
     return max(shares, default=None)
@@ -286,5 +286,5 @@ def _inputs(model: nn.Module, batches: Sequence[Tensor], names: list[str]) -> di
 
 
 def _same(inputs: Tensor, x: Tensor) -> bool:
-    """Whether a layer receives the client's inputs and nothing else."""
-    return inputs.numel() == x.numel() and len(inputs) == len(x) and bool((inputs.flatten(1) == x.flatten(1)).all())
+    """Whether a layer receives the client's inputs and nothing else, in whatever shape."""
+    return inputs.numel() == x.numel() and bool((inputs.flatten() == x.flatten()).all())

@@ -243,7 +243,7 @@ def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor, mask
     inputs = torch.nan_to_num(result.inputs.detach(), nan=low).clamp(2 * low - high, 2 * high - low)
     order = in_order(inputs, true).to(inputs.device)
     inputs = inputs[order]
-    mse, by_guess = ((some - true).square().flatten(1).mean(1) / (high - low) ** 2 for some in (inputs, guessed))
+    mse, by_guess = ((v - true).square().reshape(len(x), -1).mean(1) / (high - low) ** 2 for v in (inputs, guessed))
     labels = float((result.labels[order] == y).double().mean()) if isinstance(attack, tuple) else None
     hits = _identified(case, inputs, true)
     recovered = mse < (NEARER * by_guess).clamp_max(RECOVERED)
@@ -305,10 +305,9 @@ def _threat(attack: Any) -> Threat:
 
 def _identified(case: Case, inputs: Tensor, true: Tensor) -> int:
     """Reconstructions that are nearer to the truth than to any other candidate."""
-    others = candidates(case).to(true).flatten(1)
-    apart = torch.cdist(inputs.flatten(1), others, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
-    own = (inputs - true).flatten(1).norm(dim=1)
-    return int((own <= apart * (1 + 1e-9)).sum())
+    found, own, others = (t.reshape(len(t), -1) for t in (inputs, inputs - true, candidates(case).to(true)))
+    apart = torch.cdist(found, others, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    return int((own.norm(dim=1) <= apart * (1 + 1e-9)).sum())
 
 
 def candidates(case: Case) -> Tensor:

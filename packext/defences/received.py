@@ -81,7 +81,7 @@ def check_received(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, h
             f"{len(y)} samples with {len(y.unique())} label(s) cannot tell whether features vary: pass 8 different "
             "ones or more, with two labels at least."
         )
-    if x.is_floating_point() and (own := _variance(x.detach().double().flatten(1))) < 10 * VARIANCE:
+    if x.is_floating_point() and (own := _variance(x.detach().double().reshape(len(x), -1))) < 10 * VARIANCE:
         raise px.PackextError(
             f"Inputs {list(x.shape)} vary by {own:.1e} of their mean square: their features hardly vary whatever the "
             "model. Standardise the inputs, which training wants as well."

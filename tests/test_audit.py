@@ -942,10 +942,11 @@ def test_canaries_that_were_chosen_after_looking_are_paid_for(called: bool) -> N
 
 def test_a_sweep() -> None:
     seen = case(sharing=Sharing(batch_size=4, defence=defences.Pruning(0.5)))
-    found = sweep(seen, Clock(1e6), lambda share: float(len(share(seen.model, LOSS, seen.x[:2], seen.y[:2]).gradient)))
+    found = sweep(seen, Clock(1e6), lambda share: len(share(seen.model, LOSS, seen.x[:2], seen.y[:2]).gradient) / 4)
     rows = {r.name: r for r in found.rows}
     assert list(rows)[:2] == ["nothing", "as audited: Pruning(share=0.5)"] and len(rows) == 9
-    assert rows["nothing"].signal == pytest.approx(1.0) and all(r.accuracy == 2.0 and r.seeds == 1 for r in found.rows)
+    assert rows["nothing"].signal == pytest.approx(1.0) and all(r.accuracy == 0.5 and r.seeds == 1 for r in found.rows)
+    assert not any(what.endswith("accuracy") for what in found.absent)
     cosines = []
     for k in range(2):
         index = seen.draw(60 + k, 4)
@@ -1076,6 +1077,30 @@ def test_defences_are_compared_where_there_is_something_to_lose(
     found = [f for f in findings(audit) if f.section == "sweep"]
     stopped = ["Some defences stop searches that do not know of them, and no other was tried."] * (psnr > 10)
     assert found[0].title.endswith(title) and [f.title for f in found[1:]] == stopped
+
+
+def test_what_costs_the_least_is_said_of_accuracies_or_of_cosines(bare: None) -> None:
+    audit = run(linear(), LOSS, images(), budget=FEW)
+    audit.sweep.rows = [
+        Defended(name, True, psnr=db, psnr_best=db, recovered=hits, seeds=4, accuracy=accuracy, signal=cosine)
+        for name, db, hits, accuracy, cosine in (
+            ("nothing", 30.0, 4, 0.9, 1.0), ("a", 9.0, 0, 0.5, 0.3), ("b", 9.0, 0, None, 0.99), ("c", 9.0, 0, 0.7, 0.2)
+        )
+    ]  # fmt: skip
+    (finding,) = (f for f in findings(audit) if f.section == "sweep")
+    assert "c costs the least" in finding.title and "accuracy 70 % (without: accuracy 90 %)" in finding.evidence
+    for row in audit.sweep.rows:
+        row.accuracy = None
+    (finding,) = (f for f in findings(audit) if f.section == "sweep")
+    assert "b costs the least" in finding.title
+
+
+@pytest.mark.parametrize("returned", [93.0, -0.1, float("nan")])
+def test_an_accuracy_that_is_none_is_refused(returned: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packext.audit.sweep.candidates", lambda case, found: {})
+    monkeypatch.setattr("packext.audit.sweep._reconstruct", lambda *args: None)
+    found = sweep(case(), Clock(1e6), lambda share: returned)
+    assert found.rows[0].accuracy is None and "from 0 to 1, and returned" in found.absent["nothing: accuracy"]
 
 
 def test_clipping_stops_no_search_that_knows_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

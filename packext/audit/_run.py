@@ -124,7 +124,7 @@ def run(
         budget: "quick", "full", a number of seconds, or a `Budget`.
         train: `train(x, y)` trains a model as this one was and returns it in `eval` mode, for LiRA.
         utility: `utility(share)` trains with a way to share, which is called as `packext.attacks.share` is, and returns
-            the accuracy, for the sweep over defences.
+            the accuracy, from 0 to 1, for the sweep over defences.
         out: folder for what `Audit.write` writes. Sections are kept there as they end, and a second run with the same
             model, data and settings goes on after the last.
         fresh: starts anew in a folder that holds another audit, which is removed.

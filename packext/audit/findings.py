@@ -374,7 +374,8 @@ def _sweep(audit: Audit) -> Iterator[Finding]:
         )
     adapted = [r for r in strong if r.adapted]
     if adapted:
-        best = max(adapted, key=lambda r: r.accuracy if r.accuracy is not None else r.signal or 0.0)
+        trained = [r for r in adapted if r.accuracy is not None]  # which no cosine is compared with
+        best = max(trained or adapted, key=lambda r: r.accuracy if r.accuracy is not None else r.signal or 0.0)
         yield Finding(
             "note",
             "sweep",

@@ -112,7 +112,7 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
             _divided(case, defence, row)
         if utility is not None:
             with found.unless_refused(f"{name}: accuracy"):
-                row.accuracy = float(utility(local(defence)))
+                row.accuracy = _accuracy(utility(local(defence)))
         found.rows.append(row)
     with found.unless_refused("reconstruction"):
         searchable(case)
@@ -120,6 +120,12 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
         _reconstruct(case, rest, every, found)
     clock.tell(1.0)
     return found
+
+
+def _accuracy(value: Any) -> float:
+    if not 0 <= (accuracy := float(value)) <= 1:
+        raise px.PackextError(f"utility(share) returns an accuracy from 0 to 1, and returned {accuracy}.")
+    return accuracy
 
 
 def known(defence: Any) -> bool:

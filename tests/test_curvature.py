@@ -354,13 +354,17 @@ def test_an_empty_batch_is_refused() -> None:
 
 
 def test_advice_on_attention_is_for_attention() -> None:
-    class Centres(nn.Linear):
+    class Segments(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
-            return torch.cdist(super().forward(input), torch.eye(self.out_features))
+            lengths = torch.ones(len(input), self.out_features, dtype=torch.long)
+            return torch.segment_reduce(super().forward(input), "mean", lengths=lengths, axis=1)
 
     attention = nn.Sequential(nn.Linear(5, 8), nn.Unflatten(1, (2, 4)), nn.TransformerEncoderLayer(4, 2, 8, 0.0))
     attention[2].self_attn.batch_first = True
-    models = (Centres(5, 3), "'_cdist_backward'. Use functions"), (nn.Sequential(attention, nn.Flatten()), "SDPBackend")
+    models = (
+        (Segments(5, 3), "_segment_reduce_backward.*Use functions"),
+        (nn.Sequential(attention, nn.Flatten()), "SDPBackend"),
+    )
     for model, said in models:
         with pytest.raises(px.UnsupportedUseError, match=said):
             run(model, nn.CrossEntropyLoss(), torch.randn(N, 5), torch.randint(3, (N,)), px.HessianTrace())

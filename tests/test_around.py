@@ -193,6 +193,15 @@ def test_a_context_that_is_used_again_and_hears_nothing() -> None:
         pass
 
 
+def test_what_is_known_of_a_parameter_does_not_grow() -> None:
+    from packext import _use
+
+    model = perceptron()
+    for _ in range(50):
+        model(torch.randn(N, 3))
+    assert all(len(_use._LIVE[id(p)]) <= 5 for p in model.parameters())
+
+
 def test_threads_that_run_one_model() -> None:
     """Each adds nodes to what is known of the parameters, and forgets those that are gone."""
     from packext import _use

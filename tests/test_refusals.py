@@ -855,7 +855,7 @@ def test_loss_that_was_never_extended() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     for quantity, scale in ((px.BatchGrad(), "sample"), (px.ClippedGrad(1.0), "loss")):
         with pytest.raises(px.NotExtendedError, match=r"px\.extend\(nn\.CrossEntropyLoss\(\)\) or pass scale"):
-            with px.backpack(quantity, scale=scale):
+            with px.backpack(quantity, scale=scale, parameters=model[0].parameters()):  # the last that are reached
                 F.cross_entropy(model(x), y).backward()
         assert all(p.grad is None and not vars(p) for p in model.parameters())
 

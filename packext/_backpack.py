@@ -410,18 +410,17 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
     def _hook(self, flight: Pass, source: Source) -> None:
         for record in flight.records[flight.owned :]:  # a model behind another one is entered later
             for module in record.modules():
-                own = {
-                    id(p) for p in module._parameters.values() if p is not None and self._wants(p) and _will_arrive(p)
-                }
+                held = record.held(module)
+                own = {id(p) for p in held if self._wants(p) and _will_arrive(p)}
                 if own:
-                    flight.owners.setdefault(id(module), (module, own))
+                    flight.owners.setdefault(id(module), (module, own, held))
         flight.owned = len(flight.records)
-        for module, own in flight.owners.values():
+        for module, own, held in flight.owners.values():
             if id(source.tensor) in own:
                 own.discard(id(source.tensor))
                 if not own and self.extension_hook is not None:
                     self.extension_hook(module)
-                    flight.forget_deleted(module)
+                    flight.forget_deleted(held)
 
     def _asked(self) -> str:
         """What all ranks have to ask for alike: quantities with their plain arguments, and the scale."""
@@ -506,21 +505,16 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self._assemble(flight)
         fields = [e.savefield for e in self.extensions] if self.attach else []
         tree: dict[int, Tensor] = {}
-        named: dict[str, int] = {}
         for record in flight.records:
             for module in record.modules():
-                for name, p in module._parameters.items():
-                    if p is None:
-                        continue
-                    tree[id(p)] = p
-                    named.setdefault(f"{path}.{name}" if (path := record.path(module)) else name, id(p))
+                held = record.held(module)
+                tree.update((id(p), p) for p in held)
+                for p in (*held, *(p for p in module._parameters.values() if p is not None)):
                     for field in fields:
                         flight.detach(p, field)
         # Gradients arrive in an order that the forward pass may change: columns side by side would change theirs.
-        # What functional_call and FSDP put in the place of a parameter is there no more: the name tells which it was.
-        order: dict[int | None, int] = {key: k for k, key in enumerate(tree)}
-        stood = {key: key if key in tree else named.get(source.name) for key, (source, _) in flight.values.items()}
-        flight.values = dict(sorted(flight.values.items(), key=lambda item: order.get(stood[item[0]], len(order))))
+        order = {key: k for k, key in enumerate(tree)}
+        flight.values = dict(sorted(flight.values.items(), key=lambda item: order.get(item[0], len(order))))
         results = self.results
         results._by_parameter = {key: (source.name, values) for key, (source, values) in flight.values.items()}
         names = [(source.name, key) for key, (source, _) in flight.values.items()]
@@ -533,14 +527,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 flight.attach(source.tensor, field, value)
         results._keep = [source.tensor for source, _ in flight.values.values()]
         results._places = {}
-        now = {place: key for key, place in stood.items()}
-        if any(e.placed for e in self.extensions) and len(now) == len(stood) and now.keys() <= tree.keys():
-            held = {**tree, **{named[name]: p for name, p in known if name in named}}
-            results._places = {
-                now.get(key, key): held[key]
-                for key in tree
-                if key in now or held[key].requires_grad and self._wants(held[key])
-            }
+        if any(e.placed for e in self.extensions) and flight.values.keys() <= tree.keys():
+            results._places = {key: p for key, p in tree.items() if p.requires_grad and self._wants(p)}
         if flight.values:
             self._passes += 1
             if self.pass_hook is not None:

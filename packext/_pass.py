@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
@@ -85,7 +85,7 @@ class Pass:
         self.sums: dict[int, tuple[Source, dict[int, Any]]] = {}
         self.measured: dict[int, tuple[Source, dict[int, Any]]] = {}
         self.asks: dict[int, dict[int, Any]] = {}
-        self.owners: dict[int, tuple[Any, set[int]]] = {}
+        self.owners: dict[int, tuple[Any, set[int], list[Tensor]]] = {}
         self.owned = 0  # records whose modules are among the owners
         self.also = Pass(contexts[1:], among, self) if len(contexts) > 1 else None
         if main is None:
@@ -163,9 +163,9 @@ class Pass:
             self.replaced.append((parameter, field, parameter.__dict__[field]))
             delattr(parameter, field)
 
-    def forget_deleted(self, module: nn.Module) -> None:
-        """Let go of results that the user has deleted from the parameters of `module`."""
-        for parameter in module._parameters.values():
+    def forget_deleted(self, parameters: Sequence[Tensor]) -> None:
+        """Let go of results that the user has deleted from these parameters."""
+        for parameter in parameters:
             if id(parameter) in self.values:
                 values = self.values[id(parameter)][1]
                 for field in [field for field in values if not hasattr(parameter, field)]:

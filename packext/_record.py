@@ -249,6 +249,14 @@ class Record:
             self._modules = [weakref.ref(module) for module in modules_of(root)]
         return [module for ref in self._modules if (module := ref()) is not None]
 
+    def held(self, module: nn.Module) -> list[Tensor]:
+        """Parameters of `module` as the forward pass met them: functional_call and FSDP put others in their place."""
+        own = [(name, p) for name, p in module._parameters.items() if p is not None]
+        if "_packext" not in module.__dict__:
+            return [p for _, p in own]
+        lead = f"{path}." if (path := self.path(module)) else ""
+        return [self.names.get(lead + name, p) for name, p in own]
+
     def extended(self) -> list[nn.Module]:
         """All modules that were extended with the model's; the first one holds them all."""
         root, whole = self.root(), self.extension.shared.whole()

@@ -712,6 +712,32 @@ def test_projections_of_batches_that_reach_different_parameters() -> None:
     assert results.grad_projected.shape == (len(x), 8)
 
 
+def test_attributes_of_what_functional_call_puts_in_a_parameters_place() -> None:
+    """They are forgotten with the model's own where no pass reaches them, and the hook is called for the module."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, branch: str) -> Tensor:
+            return getattr(self, branch)(x)
+
+    model, (x, y), called = px.extend(Branches()), batch(), []
+    given = {k: p.detach().requires_grad_() for k, p in model.named_parameters()}
+
+    def hook(module: nn.Module) -> None:
+        called.append(module)
+        del vars(given["b.bias"])["variance"]
+
+    for branch, asked in (("a", {}), ("b", {"extension_hook": hook})):
+        with px.backpack(px.Variance(), **asked) as results:
+            F.cross_entropy(functional_call(model, given, (x, branch)), y).backward()
+        left = {k for k, p in given.items() if hasattr(p, "variance")}
+        assert left == ({"a.weight", "a.bias"} if branch == "a" else {"b.weight"})
+    assert called == [model.b] and not hasattr(results["b.bias"], "variance")
+
+
 def test_results_before_the_first_pass() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     with px.backpack(px.BatchL2Grad()) as results:

@@ -152,6 +152,30 @@ def test_an_order_that_was_there_by_chance_is_not_relied_on(build: Callable[[], 
         torch.testing.assert_close(passed(model, loss, data, y), rows(plain, loss, data, y), rtol=1e-9, atol=1e-10)
 
 
+class Kept(Sorted):
+    """Tokens above a bound go through a layer once more."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound, self.more = bound, nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)).flatten(0, 1)
+        where = (h[:, 0] > self.bound).nonzero()[:, 0]
+        return self.last(h.index_add(0, where, torch.relu(self.more(h[where]))).view_as(x)).sum(1)
+
+
+def test_rows_that_were_all_there_are_are_not_relied_on() -> None:
+    """All are as many for each sample, one sample's behind another's; of some, not even N may divide the number."""
+    model, loss, plain = px.extend(Kept(-9.0)), px.extend(nn.CrossEntropyLoss(reduction="sum")), Kept(0.0)
+    plain.load_state_dict(model.state_dict())
+    passed(model, loss, torch.randn(N, T, D), torch.randint(2, (N,)))
+    model.bound = plain.bound
+    for _ in range(4):
+        x, y = torch.randn(N, T, D), torch.randint(2, (N,))
+        torch.testing.assert_close(passed(model, loss, x, y), rows(plain, loss, x, y), rtol=1e-9, atol=1e-10)
+
+
 def test_samples_that_meet_in_a_later_pass_are_found(sent: list[int]) -> None:
     model, loss = px.extend(Slots()), px.extend(nn.CrossEntropyLoss(reduction="sum"))
     x, y = torch.randn(N, D), torch.randint(2, (N,))

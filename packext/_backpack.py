@@ -409,8 +409,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
 
     def _hook(self, flight: Pass, source: Source) -> None:
         for record in flight.records[flight.owned :]:  # a model behind another one is entered later
-            for module in record.modules():
-                held = record.held(module)
+            for module, held in record.held():
                 own = {id(p) for p in held if self._wants(p) and _will_arrive(p)}
                 if own:
                     flight.owners.setdefault(id(module), (module, own, held))
@@ -506,8 +505,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         fields = [e.savefield for e in self.extensions] if self.attach else []
         tree: dict[int, Tensor] = {}
         for record in flight.records:
-            for module in record.modules():
-                held = record.held(module)
+            for module, held in record.held():
                 tree.update((id(p), p) for p in held)
                 for p in (*held, *(p for p in module._parameters.values() if p is not None)):
                     for field in fields:

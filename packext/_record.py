@@ -249,13 +249,18 @@ class Record:
             self._modules = [weakref.ref(module) for module in modules_of(root)]
         return [module for ref in self._modules if (module := ref()) is not None]
 
-    def held(self, module: nn.Module) -> list[Tensor]:
-        """Parameters of `module` as the forward pass met them: functional_call and FSDP put others in their place."""
-        own = [(name, p) for name, p in module._parameters.items() if p is not None]
-        if "_packext" not in module.__dict__:
-            return [p for _, p in own]
-        lead = f"{path}." if (path := self.path(module)) else ""
-        return [self.names.get(lead + name, p) for name, p in own]
+    def held(self) -> list[tuple[nn.Module, list[Tensor]]]:
+        """All modules with their parameters as the forward pass met them: functional_call and FSDP replace some."""
+        modules = self.modules()
+        own = {id(p) for module in modules for p in module._parameters.values()}
+        found = []
+        for module in modules:
+            lead = f"{path}." if (path := self.path(module)) else ""
+            met = self.names if "_packext" in module.__dict__ else {}
+            here = [(p, met.get(lead + name, p)) for name, p in module._parameters.items() if p is not None]
+            # Another module's parameter that was put here keeps its place there.
+            found.append((module, [p if id(seen) in own else seen for p, seen in here]))
+        return found
 
     def extended(self) -> list[nn.Module]:
         """All modules that were extended with the model's; the first one holds them all."""

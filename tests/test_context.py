@@ -738,6 +738,25 @@ def test_attributes_of_what_functional_call_puts_in_a_parameters_place() -> None
     assert called == [model.b] and not hasattr(results["b.bias"], "variance")
 
 
+def test_parameters_that_another_module_borrows_keep_their_places() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3, bias=False)
+            self.weights = nn.ParameterList(torch.randn(3, 5) for _ in range(2))
+
+        def forward(self, x: Tensor, order: list[int]) -> Tensor:
+            return sum(functional_call(self.layer, {"weight": self.weights[k]}, x).tanh() for k in order)
+
+    model, (x, y), projected = px.extend(Ensemble()), batch(), []
+    for order in ([0, 1], [1, 0]):
+        with px.backpack(px.ProjectedGrad(2)) as results:
+            F.cross_entropy(model(x, order), y).backward()
+        assert list(results) == ["weights.0", "weights.1"]
+        projected.append(results.grad_projected)
+    torch.testing.assert_close(*projected)
+
+
 def test_results_before_the_first_pass() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     with px.backpack(px.BatchL2Grad()) as results:

@@ -243,7 +243,7 @@ def test_lookup_of_any_shape(n: int, shape: Sequence[int], words: int, width: in
     n=st.integers(1, 4), t=st.integers(1, 4), layers=st.integers(1, 2),
     both=st.booleans(), bias=st.booleans(), first=st.booleans(),
     kind=st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]), part=st.sampled_from([1, 100, 1 << 16]),
-    frozen=st.sampled_from(["none", "ih", "weight_hh"]),
+    frozen=st.sampled_from(["none", "ih", "weight_hh", "hr"]),
 )  # fmt: skip
 def test_recurrent_layers_of_any_shape(
     n: int, t: int, layers: int, both: bool, bias: bool, first: bool, kind: Any, part: int, frozen: str
@@ -251,7 +251,8 @@ def test_recurrent_layers_of_any_shape(
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.rnn = kind(2, 3, layers, bias=bias, batch_first=first, bidirectional=both)
+            projected = {"proj_size": 2} if kind is nn.LSTM and frozen == "hr" else {}
+            self.rnn = kind(2, 3, layers, bias=bias, batch_first=first, bidirectional=both, **projected)
             for name, p in self.rnn.named_parameters():
                 p.requires_grad_(frozen not in name)
 
@@ -402,6 +403,11 @@ def test_calls_that_take_no_values_or_give_none(function: Any) -> None:
 FORMS: dict[str, Any] = {
     "a product with many axes": lambda h, w: (h.view(-1, *[1] * 9, 1, 4) @ w.view(1, 4, 1)).view(-1, 1) + h,
     "one entry added to a product": lambda h, w: torch.addmm(w[:1], h, torch.outer(w, w)),
+    "a product with factors": lambda h, w: torch.addmm(w, h, torch.outer(w, w), alpha=2.0, beta=0.5),
+    "data added to a product": lambda h, w: torch.addmm(h, h, torch.outer(w, w)),
+    "an equation without its result": lambda h, w: torch.einsum("ni,i", h, w)[:, None] + h,
+    "a diagonal in an equation": lambda h, w: torch.einsum("ni,ii->ni", h, torch.outer(w, w)),
+    "any axes in an equation": lambda h, w: torch.einsum("...i,ij->...j", h, torch.outer(w, w)),
     "attention without heads": lambda h, w: F.scaled_dot_product_attention(
         w.view(1, 2, 2), h.view(-1, 2, 2), h.view(-1, 2, 2)
     ).flatten(1),

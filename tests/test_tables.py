@@ -47,12 +47,13 @@ class Words(nn.Module):
         x = self.wte(ids)
         if positions is None:
             read = self.read(self)
-            if read.shape[:2] == (T, N):
+            if read.shape[:2] in ((T, N), (N, E)):
                 x = (x.transpose(0, 1) + read).transpose(0, 1)
             else:
                 x = x + (read if read.shape[-1] == E else read.mT)
         else:
-            x = x + self.wpe(positions) + self.types(torch.zeros_like(ids))
+            read = self.wpe(positions)
+            x = x + (read if read.dim() == 3 else read[:, None]) + self.types(torch.zeros_like(ids))
         return self.head(x.tanh().mean(1))
 
 
@@ -65,6 +66,7 @@ READS: dict[str, tuple[Callable[[Any], Tensor], Tensor]] = {
     "an axis in front": (lambda m: m.wpe(torch.arange(T)[None]), torch.arange(T)),
     "for each sample": (lambda m: m.wpe(AT[None].expand(N, T)), AT),
     "for each sample, time first": (lambda m: m.wpe(AT[:, None].expand(T, N)), AT),
+    "for each sample, not each position": (lambda m: m.wpe(AT[:N]), AT[:N]),
     "repeated": (lambda m: m.wpe(AT).repeat(N, 1, 1), AT),
     "a slice": (lambda m: m.wpe.weight[1 : T + 1], torch.arange(1, T + 1)),
     "indexed, from behind": (lambda m: m.wpe.weight[AT - ROWS], AT),
@@ -92,7 +94,7 @@ def test_a_table_read_at_constant_indices_has_the_factors_of_one_that_data_reads
     model.wpe.weight.data = model.wpe.weight.detach().float().double()
     if how != "with another table":
         nn.init.zeros_(model.types.weight)
-    other, moved = twin(model), positions.expand(N, T)
+    other, moved = twin(model), positions.expand(N, T) if len(positions) == T else positions
     of_all = "for each" in how or how == "repeated"  # which a sample by itself is not
     rows = None if of_all else testing.curvature_rows(model, LOSS, ids, y, weights=[1 / N] * N)
     asked = px.KFAC(fisher="exact"), px.EKFAC(fisher="exact")

@@ -125,7 +125,7 @@ def addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
     if consts or len(tensors) != 3:
         return NotImplemented
     b, x, w = tensors["input"], tensors["mat1"], tensors["mat2"]
-    if not (tracer.sources(w) and tracer.is_data(x)) or b.dim() != 1 or tracer.is_data(b) or b.shape[0] != w.shape[1]:
+    if not (tracer.sources(w) and tracer.is_data(x)) or b.dim() != 1 or b.shape[0] != w.shape[1]:
         return NotImplemented
     return tracer.owned(LINEAR, func, {"input": x, "weight": w, "bias": b}, {"transposed": True})
 
@@ -258,7 +258,7 @@ def contraction(
 ) -> Any:
     """Place the tap of an einsum of two operands, one of them made of parameters; `run` is the call as it was made."""
     equation = equation.replace(" ", "")
-    if "->" not in equation or "." in equation:
+    if "->" not in equation:
         return NotImplemented
     inputs, result = equation.split("->")
     left, right = inputs.split(",")

@@ -47,15 +47,16 @@ def recurrent() -> nn.Module:
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.rnn, self.head = nn.GRU(1, 3, batch_first=True), nn.Linear(3, 3)
+            self.gru, self.lstm = nn.GRU(1, 3, batch_first=True), nn.LSTM(3, 3, batch_first=True)
+            self.head = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.rnn(x[..., None])[0][:, -1])
+            return self.head(self.lstm(self.gru(x[..., None])[0])[0][:, -1])
 
     return Last()
 
 
-GRAPHS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "conv": conv, "tokens": Tokens, "gru": recurrent}
+GRAPHS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "conv": conv, "tokens": Tokens, "recurrent": recurrent}
 FUNCTIONS: dict[str, tuple[Callable[[], Any], Callable[[Tensor], Tensor]]] = {
     "grad_batch": (px.BatchGrad, lambda rows: rows),
     "batch_l2": (px.BatchL2Grad, lambda rows: rows.flatten(1).square().sum(1)),
@@ -136,10 +137,12 @@ def test_gradient_of_the_gradient_norm_with_respect_to_the_input() -> None:
 def test_a_pass_through_a_gradient_of_the_parameters_is_no_samples() -> None:
     """It reaches the parameters through their gradients as well, which no tap sees: refused inside of a context."""
     model, (x, y) = mlp(), batch()
-    parameters = list(model.parameters())
+    parameters, beside = list(model.parameters()), False
 
     def total() -> Tensor:
-        return sum(g.sum() for g in torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True))
+        out = model(x)
+        found = sum(g.sum() for g in torch.autograd.grad(F.cross_entropy(out, y), parameters, create_graph=True))
+        return found + torch.autograd.grad(out.sum(), x, create_graph=True)[0].square().sum() if beside else found
 
     want = torch.autograd.grad(total(), parameters, allow_unused=True)
     px.extend(model)
@@ -152,6 +155,9 @@ def test_a_pass_through_a_gradient_of_the_parameters_is_no_samples() -> None:
         with px.disable():
             torch.testing.assert_close(torch.autograd.grad(loss, parameters, allow_unused=True), want)
     torch.testing.assert_close(torch.autograd.grad(total(), parameters, allow_unused=True), want)
+    beside = x.requires_grad_() is x  # nor where a derivative by the inputs, of which there are rows, is a term as well
+    with pytest.raises(px.PackextError, match=r"px\.disable"), px.backpack(px.BatchGrad()):
+        total().backward()
     assert all(p.grad is None for p in parameters)
 
 
@@ -314,6 +320,23 @@ def test_a_parameter_inside_and_outside_of_a_checkpointed_part() -> None:
     px.extend(model)
     loss_fn = px.extend(nn.CrossEntropyLoss())
     assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
+
+
+def test_a_parameter_inside_and_outside_of_a_part_under_reentrant_checkpointing_is_refused() -> None:
+    """When the part runs again, the results of the parameter are there already, and lack what it does in there."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(checkpoint.checkpoint(self.a, x, use_reentrant=True).tanh()).tanh())
+
+    model, (x, y) = px.extend(Shared()), batch()
+    with pytest.raises(px.PackextError, match="use_reentrant=False"), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x.requires_grad_()), y).backward()
+    assert not any(hasattr(p, "grad_batch") for p in model.parameters())
 
 
 # -- torch.func and forward mode ---------------------------------------------------------------------------------
@@ -669,3 +692,8 @@ def test_weights_of_a_first_layer_may_change_between_the_passes(quantities: list
         torch.testing.assert_close(q.grad, p.grad)
         if quantities:
             torch.testing.assert_close(q.grad_batch.sum(0), p.grad)
+    loss = loss_fn(model(x), y)
+    with torch.no_grad():
+        model[2].weight.mul_(0.5)  # that of a later layer is needed as it was, and torch says so
+    with pytest.raises(RuntimeError, match="modified by an inplace"), px.backpack(*quantities, exact_grad=exact):
+        loss.backward()

@@ -59,8 +59,8 @@ def _origins(tracer: Tracer, t: Tensor) -> tuple[list[Tensor], bool, bool]:
         The leaves that no tap of this forward pass is before; whether there is such a tap; and whether the model's
         inputs are there.
     """
-    # What is checkpointed gets inputs that have a graph when it is computed again.
-    inputs = {x.grad_fn for x in tracer.inputs if x.grad_fn is not None}
+    # What is checkpointed gets inputs that have a graph when it is computed again. They may have been written to since.
+    inputs = set(tracer.record.behind)
     leaves, seen, open_, tapped, given = [], set(), [t.grad_fn], False, False
     while open_:
         node = open_.pop()

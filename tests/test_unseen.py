@@ -325,6 +325,28 @@ def test_gradients_are_as_before(through: Callable, loaded: bool, monkeypatch: p
             torch.testing.assert_close(p.grad, q.grad)
 
 
+def test_an_input_that_is_written_to_behind_them() -> None:
+    """Autograd gives what was computed of it before another node than it has by then."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(D, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            summed = torch.func.vmap(lambda row: row + row.sum())(x)
+            x += 1
+            return self.b(self.a(summed).tanh())
+
+    model, before, x = px.extend(Net()), nn.Linear(D, D), torch.randn(N, D)
+    with px.backpack(px.BatchGrad()):
+        model(before(x)).square().sum().backward()
+    for n in range(N):
+        with px.disable():
+            (g,) = torch.autograd.grad(model(before(x[n : n + 1])).square().sum(), model.a.weight)
+        torch.testing.assert_close(model.a.weight.grad_batch[n], g)
+
+
 @pytest.mark.parametrize("through", [plain, parameters_alone, flex])
 def test_of_data_or_of_parameters_alone_they_are_followed(through: Callable) -> None:
     with double_precision():

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from torch import Tensor, nn
 
 import packext as px
@@ -239,6 +239,7 @@ def test_lookup_of_any_shape(n: int, shape: Sequence[int], words: int, width: in
 
 
 @SHAPES
+@example(n=2, t=3, layers=2, both=True, bias=True, first=True, kind=nn.LSTM, part=100, frozen="hr")
 @given(
     n=st.integers(1, 4), t=st.integers(1, 4), layers=st.integers(1, 2),
     both=st.booleans(), bias=st.booleans(), first=st.booleans(),

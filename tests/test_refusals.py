@@ -375,6 +375,8 @@ def _in_windows(h: Tensor, _: Any) -> Tensor:
         (lambda h, how: torch.einsum(how, h, h), "nd,ne->nd", "nd,me->nd"),
         (lambda h, how: F.batch_norm(h, torch.zeros(6), torch.ones(6), training=how), False, True),
         (_without_gradient, False, True),
+        (lambda h, how: h + how * h.mean(0), 0.0, 0.5),
+        (lambda h, how: torch.add(h, h.flip(0), alpha=how), 0, 2),
     ],
 )
 def test_samples_that_an_argument_of_a_function_makes_meet_later_are_found(

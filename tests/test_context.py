@@ -127,6 +127,34 @@ def test_individual_gradients_are_written_over_where_nobody_has_them(keep: Calla
     assert torch.equal(torch.as_tensor(kept).reshape(before.shape), before)
 
 
+def test_a_pass_that_fails_leaves_no_rows_that_are_half_those_of_another() -> None:
+    model = px.extend(nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 3)))
+    x, y = batch()
+
+    def fail(g: Tensor) -> None:
+        if broken:
+            raise RuntimeError("half-way")
+
+    broken = False
+    model[1].register_forward_hook(lambda module, args, output: output.register_hook(fail) and None)
+    with px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(x), y).backward()
+    before = {name: p.grad_batch.clone() for name, p in model.named_parameters()}
+    broken = True
+    with pytest.raises(RuntimeError, match="half-way"), px.backpack(px.BatchGrad()):
+        F.cross_entropy(model(3 * x), y).backward()
+    for name, p in model.named_parameters():
+        assert not hasattr(p, "grad_batch") or torch.equal(p.grad_batch, before[name]), name
+    assert not hasattr(model[2].weight, "grad_batch")  # its memory was written over
+
+
+def test_a_scale_that_is_not_known_is_refused_before_anything_is_accumulated() -> None:
+    model, (x, y) = px.extend(mlp()), batch()
+    with pytest.raises(px.NotExtendedError), px.backpack(px.ClippedGrad(1.0), parameters=model[0].parameters()):
+        F.cross_entropy(model(x), y).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_nested_contexts_ask_for_what_the_innermost_says() -> None:
     model = px.extend(mlp())
     rows, x, y = rows_and_batch(model)

@@ -109,6 +109,27 @@ def test_tiles_of_some_outputs(groups: int, known: bool, small: int, monkeypatch
             assert statistics.route[want] == "tiles", (want, wants)
 
 
+@pytest.mark.parametrize("n", [1, 3, 50])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_factors_with_one_position(n: int, groups: int, recorded: bool) -> None:
+    """All statistics by the factors give what the rows do, together and each alone."""
+    o, i = 4, 6
+    a, g = torch.randn(n, groups, 1, i), torch.randn(n, groups, o, 1)
+    rows = torch.einsum("ngos,ngsi->ngoi", g, a).reshape(n, groups * o, i)
+    flat = rows.flatten(1)
+    wanted = {
+        "total": rows.sum(0), "sq_norms": flat.square().sum(1), "second_moment": rows.square().sum(0),
+        "scatter": (rows - rows.mean(0)).square().sum(0), "gram": flat @ flat.T, "dots": flat @ flat.sum(0),
+    }  # fmt: skip
+    for wants in (list(wanted), *([want] for want in wanted)):
+        statistics = _statistics.Statistics(Outer(a, g, (groups * o, i)))
+        with torch.set_grad_enabled(recorded):
+            statistics.prepare(wants)
+        for want in wants:
+            assert (statistics[want] - wanted[want]).abs().max() < 1e-12, (want, wants)
+
+
 @pytest.mark.parametrize("n", [3, 8, 40])
 @pytest.mark.parametrize("s", [1, 3])
 @pytest.mark.parametrize("keep", [0, 1 << 20])
@@ -241,7 +262,9 @@ def test_a_hook_that_writes_to_individual_gradients_while_they_are_held(n: int, 
 @pytest.mark.parametrize("case", CASES[::7], ids=lambda c: c.name)
 def test_scale_of_the_samples_own_losses(case: Case) -> None:
     # The default direction of GradDot is a mean in this scale: tests/test_context.py.
-    Prepared(case).check([q for q in testing.all_quantities() if not isinstance(q, px.GradDot)], "sample")
+    this = Prepared(case)
+    along = px.GradDot({name: torch.randn_like(p) for name, p in this.model.named_parameters()})
+    this.check([along, *(q for q in testing.all_quantities() if not isinstance(q, px.GradDot))], "sample")
 
 
 def test_the_table_has_one_name_each() -> None:

@@ -197,7 +197,7 @@ def _connections(record: Record, outputs: Sequence[Tensor]) -> tuple[dict[int, s
     for node in inputs_first([y.grad_fn for y in outputs]):
         found = [reached[child] for child, _ in node.next_functions if child is not None]
         use = getattr(node, "use", None)
-        if use is not None and id(use) in index:
+        if id(use) in index:
             at = index[id(use)]
             after[at] |= set().union(*found)
             reached[node] = {at}

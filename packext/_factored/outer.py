@@ -466,9 +466,7 @@ def _scatter_of_products(g: Tensor, a: Tensor) -> Tensor | None:
         for some in doubts.split(step):
             rows = of_g[some // i] * of_a[some % i]
             parts.append((rows - rows.mean(1, keepdim=True)).square().sum(1))
-        flat = result.flatten()
-        put = flat.index_put if torch.is_grad_enabled() else flat.index_put_
-        result = put((doubts,), torch.cat(parts)).view(o, i)
+        result.view(-1).index_put_((doubts,), torch.cat(parts))
     return result
 
 

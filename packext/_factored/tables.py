@@ -56,9 +56,7 @@ class View(NamedTuple):
             return cls._cast(value, parameter)
         if value._base is not parameter:
             return None
-        if not parameter.is_contiguous() or any(
-            n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)
-        ):
+        if not parameter.is_contiguous():
             return None
         node: Any = value.grad_fn
         while node is not None and name_of(node) in VIEWS:

@@ -276,6 +276,8 @@ def test_oracles_that_would_take_too_long_are_left_out(capsys: pytest.CaptureFix
         (("check", "net_of_mine:frozen", "--input", "6"), "no parameter that requires a gradient"),
         (("check", "net_of_mine:empty", "--input", "6"), "no parameter that requires a gradient"),
         (("check", "net_of_mine:plain", "--input", "0x3"), "positive numbers"),
+        (("check", "net_of_mine:plain", "--input", "3xthree"), "positive numbers"),
+        (("check", "net_of_mine:plain", "--input", "1x5"), "Linear on [4, 1, 5]: RuntimeError"),
         (("check", "net_of_mine:plain", "--input", "5"), "Linear on [4, 5]: RuntimeError"),
         (("check", "net_of_mine:plain", "--batch", "net_of_mine:one"), "must return (inputs, targets)"),
         (("check", "net_of_mine:plain", "--batch", "net_of_mine:number"), "is a int, not (inputs, targets), or a fun"),

@@ -69,17 +69,17 @@ class GradHistogram(Quantity):
         size = self.bins if self.dim == 1 else self.param_bins * self.bins
         counts = torch.zeros(size, dtype=torch.int64, device=device)
         ask.notes[self] = counts
-        offset: Tensor | None = None
+        offset = unknown = None
         if self.dim == 2:
             values = ask.parameter.detach().to(ask.statistics.form.acc)
-            offset = _bin(values, self.param_bins, *self.param_range) * self.bins
+            offset, unknown = _bin(values, self.param_bins, *self.param_range) * self.bins, values.isnan()
 
         def visit(rows: Tensor) -> None:
             rows = rows.detach() * ask.factor
-            index = _bin(rows, self.bins, low, high)
-            if offset is not None:
-                index = index + offset
-            index = index[~rows.isnan()]
+            index, lost = _bin(rows, self.bins, low, high), rows.isnan()
+            if offset is not None and unknown is not None:
+                index, lost = index + offset, lost | unknown
+            index = index[~lost]
             counts.add_(torch.bincount(index.flatten(), minlength=size))
 
         return visit

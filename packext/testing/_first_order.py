@@ -37,14 +37,14 @@ def _position(values: Tensor, count: int, low: float, high: float) -> Tensor:
 
 def _histogram(rows: Tensor, q: GradHistogram, p: Tensor) -> Histogram:
     def bins(values: Tensor, count: int, low: float, high: float) -> Tensor:
-        return _position(values, count, low, high).floor().clamp(0, count - 1).long()
+        return _position(values, count, low, high).nan_to_num(0.0).floor().clamp(0, count - 1).long()
 
-    index = bins(rows, q.bins, *q.range)
+    index, counted = bins(rows, q.bins, *q.range), ~rows.isnan()
     grad_edges = torch.linspace(*q.range, q.bins + 1)
     if q.dim == 1:
-        return Histogram(torch.bincount(index.flatten(), minlength=q.bins), grad_edges)
+        return Histogram(torch.bincount(index[counted], minlength=q.bins), grad_edges)
     index = index + bins(p, q.param_bins, *q.param_range) * q.bins
-    counts = torch.bincount(index.flatten(), minlength=q.bins * q.param_bins)
+    counts = torch.bincount(index[counted & ~p.isnan()], minlength=q.bins * q.param_bins)
     return Histogram(
         counts.reshape(q.param_bins, q.bins),
         grad_edges,
@@ -66,7 +66,8 @@ def _histogram_error(
 
     def unsure(values: Tensor, count: int, low: float, high: float) -> Tensor:
         at = _position(values, count, low, high)
-        largest = float(values.abs().max()) if values.numel() else 0.0
+        finite = values[values.isfinite()].abs()
+        largest = float(finite.max()) if finite.numel() else 0.0
         off = tolerance * (largest + max(abs(low), abs(high))) * count / (high - low)
         return (at - at.round().clamp(1, count - 1)).abs() <= off
 

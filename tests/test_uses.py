@@ -154,6 +154,59 @@ def test_corrected_eigenvalues_of_blocks(how: str) -> None:
     close(got.flatten(), basis["w"].rotate(rows).square().sum((0, 1)).flatten())
 
 
+class Kernels(nn.Module):
+    """Convolutions with some of three kernels, in one tensor or in three."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        w = torch.randn(3, 2, 2, 3, 3)
+        self.w = nn.Parameter(w) if together else nn.ParameterList(list(w))
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.conv2d(F.conv2d(x, self.w[2]).tanh(), self.w[0], stride=2).tanh().mean((2, 3)))
+
+
+def test_kernels_in_one_tensor_have_the_factors_of_kernels_of_their_own() -> None:
+    x, y = torch.randn(N, 2, 8, 8), torch.randint(3, (N,))
+    found = []
+    for together in (True, False):
+        torch.manual_seed(1)
+        found.append(run(Kernels(together), x, y, kfac("exact")))
+    for side, factor in enumerate(found[0]["w"].kfac):
+        assert len(factor) == 3 and not factor[1].any()
+        for block in (0, 2):
+            close(factor[block], found[1][f"w.{block}"].kfac[side])
+
+
+class Grouped(nn.Module):
+    """A convolution in two groups, the first of which runs again by itself; with a kernel each, the same in two."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        w = torch.randn(2, 2, 2, 3)
+        self.w = nn.Parameter(w.flatten(0, 1)) if together else nn.ParameterList(list(w))
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.w, nn.Parameter):
+            first, h = self.w[:2], F.conv1d(x, self.w, groups=2)
+        else:
+            first, h = self.w[0], torch.cat([F.conv1d(x[:, :2], self.w[0]), F.conv1d(x[:, 2:], self.w[1])], 1)
+        return self.head((F.conv1d(h[:, 1:3].tanh(), first).tanh().mean(2) + h[:, 2:].mean(2)).tanh())
+
+
+def test_groups_one_of_which_runs_again_have_the_factors_of_kernels_of_their_own() -> None:
+    x, y = torch.randn(N, 4, 9), torch.randint(3, (N,))
+    found = []
+    for together in (True, False):
+        torch.manual_seed(1)
+        found.append(run(Grouped(together), x, y, kfac("exact")))
+    for side, factor in enumerate(found[0]["w"].kfac):
+        for block in (0, 1):
+            close(factor[block], found[1][f"w.{block}"].kfac[side])
+
+
 def test_experts_count_the_tokens_that_they_were_given() -> None:
     """As matrices of their own do, whose A is a mean over these; also of a batch in parts, some of which miss some."""
     model, x, y = Routed(sort=True), torch.randn(N, 3, 4), torch.randint(3, (N,))

@@ -374,6 +374,19 @@ def test_pieces_with_no_common_size_are_refused(sizes: list[int], why: str) -> N
         run(Uneven(sizes), torch.randn(N, 3, 4), torch.randint(3, (N,)), px.KFAC())
 
 
+def test_a_weight_of_which_another_use_reads_some_inputs_is_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.p).tanh() * (x[:, :2] @ self.p[:2]).tanh()
+
+    with pytest.raises(px.UnsupportedUseError, match=r"for p \[4, 3\], which is divided into blocks in one way"):
+        run(Net(), torch.randn(N, 4), torch.randint(3, (N,)), px.KFAC())
+
+
 def test_a_view_that_is_not_what_its_gradient_says_is_no_block() -> None:
     """A function of its own between a parameter and its view may change the gradient."""
 

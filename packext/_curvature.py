@@ -104,7 +104,7 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     direct = seen.spec.is_leaf() and places[0].axis in (None, 0)  # and no dictionary of one tensor
     if not direct and any(isinstance(layout, Scattered) for layout in places):
         raise CoupledSamplesError(_ROWS.format(seen.name))
-    rows = places[0] if direct else Layout(0, places[0].n)
+    rows = places[0]
 
     @functools.cache
     def split_at(own: bool) -> tuple[_roots.Call, Callable[[Tensor], list[Tensor]]]:
@@ -422,13 +422,12 @@ def _absorb(members: dict[Pass, list[Curvature]], loss: Any, sign: float, source
 
 def _apart(column: Tensor, layout: Layout) -> Iterator[Tensor]:
     """A column of independent rows, so divided that no two rows of one sample are in one cotangent."""
-    rows = column.shape[0] if column.dim() else 1
     if isinstance(layout, Scattered):
         turn = ranks(layout.owner, layout.n)
-        several = 1 + int(turn.max()) if rows else 1
+        several = 1 + int(turn.max())
     else:
-        several = rows // layout.n
-        index = torch.arange(rows, device=column.device)
+        several = len(column) // layout.n
+        index = torch.arange(len(column), device=column.device)
         turn = index // layout.n if layout.inner else index % several
     if several == 1:
         yield column

@@ -244,7 +244,7 @@ def kron_inv(factors: Sequence[Tensor], damping: float, pi: bool = True) -> list
         means = torch.broadcast_tensors(*(_diagonal(m).mean(-1) for m in matrices))
         logs = torch.stack(means).log()
         ratio = (logs - logs.mean(0)).exp()
-        usable = (ratio.isfinite() & (ratio > 0)).all(0)
+        usable = ratio.isfinite().all(0)  # unless a trace is zero
         shares = [share * torch.where(usable, r, 1.0) for share, r in zip(shares, ratio, strict=True)]
     inverses = [
         _reciprocal(m, share[:, None]) if m.dim() == 2 else _inverse(m, share[:, None, None])

@@ -310,7 +310,8 @@ def test_refused_factors(case: str) -> None:
 
 
 def test_what_is_not_positive_definite_is_refused() -> None:
-    for factor in (with_spectrum([-1.0, 1.0, 2.0]), psd(5, 5, rank=2), torch.zeros(2, 2), torch.tensor([1.0, 0.0])):
+    diagonals = (torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 2.0]))
+    for factor in (with_spectrum([-1.0, 1.0, 2.0]), psd(5, 5, rank=2), torch.zeros(2, 2), *diagonals):
         with pytest.raises(PackextError, match="not positive definite.*damping"):
             linalg.kron_inv([factor], 0.0)
     with pytest.raises(PackextError, match="least eigenvalue"):

@@ -539,6 +539,7 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, tuple, Tensor, str]] = {
     "nested": (Own(lambda x, d: x), x, ({"a": [t.clone().requires_grad_()]},), one, "requires grad"),
     "coupled": (Own(lambda x: x.square().sum().sqrt()), x, (), one, "couples samples"),
     "coupled by a mean": (Own(lambda x: x.square().mean() + x.mean(0).square().sum()), x, (), one, "couples"),
+    "coupled, and small": (Own(lambda x: 1e-9 * x.square().sum().sqrt()), x, (), one, "couples samples"),
     "one pair": (Own(pairs), x, (), one, "couples samples"),
     "concave": (Own(lambda x: -x.square().mean()), x, (), one, "not convex.*need no root"),
     "a concave direction": (Own(lambda x: (x[:, 0] * x[:, 1]).sum()), x, (), one, "not convex"),

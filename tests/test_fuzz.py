@@ -459,9 +459,10 @@ def curvature_outcomes(seed: int) -> Iterator[str]:
     if found is None:
         return
     problem, inputs, targets = found
-    whole = problem.whole(testing.call(problem.model, inputs), targets)
-    if not all(map(math.isfinite, whole.shares)):  # the loss is zero
-        return
+    outputs = testing.call(problem.model, inputs)
+    whole = problem.whole(outputs, targets)
+    if not all(map(math.isfinite, whole.shares)) or not problem.total(outputs, targets).requires_grad:
+        return  # the loss is zero, or no parameter reaches it
     entries, sizes = sum(p.numel() for p in problem.model.parameters()), sum(t.numel() for t in targets)
     if problem.axis != problem.out_axis or problem.model.form["outputs"] == "record" or entries > 500 or sizes > 60:
         return

@@ -90,7 +90,7 @@ def of_logits(loss: nn.Module, output: Any, args: tuple, kwargs: dict) -> tuple[
     if kind not in (nn.NLLLoss, nn.KLDivLoss) or not isinstance(output, Tensor) or output.dim() < 2:
         return loss, args, kwargs
     away = _widened(output.detach()).logsumexp(1).abs()
-    if not (away < torch.finfo(output.dtype).eps ** 0.5).all():
+    if (away >= torch.finfo(output.dtype).eps ** 0.5).any():  # NaN, of a step that overflows, is NaN of either
         return loss, args, kwargs
     if kind is nn.NLLLoss:
         same = nn.CrossEntropyLoss(weight=of.weight, ignore_index=of.ignore_index, reduction=of.reduction)

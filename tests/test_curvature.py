@@ -1226,6 +1226,9 @@ def test_scores_that_are_no_log_probabilities_have_no_ggn() -> None:
     for quantity in (px.DiagGGNExact(), px.TopEigenvalues(curvature="ggn")):
         with pytest.raises(px.PackextError, match="requires grad"), px.backpack(quantity):
             px.extend(nn.KLDivLoss(reduction="sum"))(model(x), model(-x).exp()).backward()
+    with px.backpack(px.DiagGGNExact()):  # as of the cross entropy: a step that overflows
+        px.extend(nn.NLLLoss())(model(x * torch.nan), torch.arange(N) % 3).backward()
+    assert model[0].weight.diag_ggn_exact.isnan().all()
 
 
 FLAT: dict[str, tuple[nn.Module, str]] = {

@@ -150,13 +150,12 @@ def test_factors_of_a_pass_that_leaves_a_parameter_out() -> None:
     model, loss = px.extend(TiedBeside()), px.extend(nn.CrossEntropyLoss(reduction="sum"))
     y, without = torch.randint(6, (N,)), torch.ones(3, 2)
     reached = torch.stack([torch.randint(6, (N,)), torch.arange(N) + 2], 1).to(without)
-    asked = px.KFAC(fisher="exact")
 
-    def factors(*batches: Tensor) -> dict[str, list[Tensor]]:
-        with px.backpack(asked, accumulate=True, attach=False) as results:
+    def factors(*batches: Tensor, asked: Any = None) -> dict[str, Any]:
+        with px.backpack(asked or px.KFAC(fisher="exact"), accumulate=True, attach=False) as results:
             for x in batches:
                 loss(model(x), y[: len(x)]).backward()
-        return {name: result.kfac for name, result in results.items()}
+        return {name: result.ekfac if asked else result.kfac for name, result in results.items()}
 
     one, other = factors(reached), factors(without)
     for found in (factors(reached, without), factors(without, reached)):
@@ -164,6 +163,10 @@ def test_factors_of_a_pass_that_leaves_a_parameter_out() -> None:
         b, a = found["scale.weight"]
         torch.testing.assert_close(b, one["scale.weight"][0] + other["scale.weight"][0])
         torch.testing.assert_close(a, (N * one["scale.weight"][1] + 3 * other["scale.weight"][1]) / (N + 3))
+    corrected = px.EKFAC({name: linalg.KronEigh.of(held) for name, held in one.items()}, fisher="exact")
+    want = factors(reached, asked=corrected)["table.weight"].eigenvalues
+    for batches in ((reached, without), (without, reached)):
+        torch.testing.assert_close(factors(*batches, asked=corrected)["table.weight"].eigenvalues, want)
 
 
 def test_estimates_of_the_hessian() -> None:

@@ -270,17 +270,20 @@ def test_curvature_on_every_case(case: Case) -> None:
 @pytest.mark.parametrize("bad, inputs", [(math.nan, 1.0), (1.0, 1e12)])
 def test_what_is_not_finite_is_not_said_to_be_anything_else(bad: float, inputs: float) -> None:
     asked = [Alpha(), NormTest(), InnerTest(), OrthoTest(), NoiseScale(), GradSNR(), MeanGSNR(), EarlyStopping()]
+    others = [EffectiveRank(), NTKCondition()] if inputs == 1 else []
     model = px.extend(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).float())
     x, y = torch.randn(8, 5).float() * inputs, torch.randn(8, 3).float() * inputs
     x[0] *= bad
     optimizer = torch.optim.SGD(model.parameters(), 1e-24)
-    monitor = Cockpit(model, optimizer, None, instruments=[*asked, OutputScale(), EffectiveRank()])
+    monitor = Cockpit(model, optimizer, None, instruments=[*asked, OutputScale(), *others])
     with monitor.step():
         px.extend(nn.MSELoss())(model(x), y).backward()
         optimizer.step()
     why = "not finite: a gradient, or its square, is NaN or infinite"
     assert {name: monitor.absent[name] for name in (i.name for i in asked)} == {i.name: why for i in asked}
-    assert monitor.absent["EffectiveRank"] == "not finite: a gradient is NaN or infinite"
+    if inputs == 1:
+        for name in ("EffectiveRank", "NTKCondition"):
+            assert monitor.absent[name] == "not finite: a gradient is NaN or infinite"
     if inputs == 1:
         assert monitor.absent["OutputScale.spread"] == "not finite: the output is NaN or infinite"
 

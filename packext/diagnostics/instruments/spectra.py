@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import packext as px
 from packext.diagnostics._instrument import Instrument
 from packext.diagnostics._step import Absent, Step
+
+
+def _eigenvalues(gram: Tensor) -> Tensor:
+    """Of a symmetric matrix `[K, K]`, ascending `[K]`, in float64."""
+    if not gram.isfinite().all():
+        raise Absent("not finite: a gradient is NaN or infinite")
+    return torch.linalg.eigvalsh(gram.double())
 
 
 class EffectiveRank(Instrument):
@@ -27,14 +35,12 @@ class EffectiveRank(Instrument):
     needs = (px.BatchDotGrad(),)
 
     def measure(self, step: Step) -> dict[str, Any]:
-        gram = step["batch_dot"].double()
-        if not gram.isfinite().all():
-            raise Absent("not finite: a gradient is NaN or infinite")
-        eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0)
+        gram = step["batch_dot"]
+        eigenvalues = _eigenvalues(gram).clamp(min=0)
         if not eigenvalues.sum() > 0:
             raise Absent("all individual gradients are zero")
         # What is below rounding of the largest is none: its root would count.
-        tiny = len(gram) * torch.finfo(step["batch_dot"].dtype).eps * eigenvalues[-1]
+        tiny = len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]
         values = torch.where(eigenvalues > tiny, eigenvalues, 0.0)
         shares = values.sqrt() / values.sqrt().sum()
         return {
@@ -52,7 +58,7 @@ class NTKCondition(Instrument):
     - Units: none
     - Cost: `GGNGram`, in the pass that runs anyway, and the eigenvalues of a matrix `[V N, V N]`
     - Source: Jacot, Gabriel & Hongler 2018 for the kernel
-    - Absent: for other losses; where the kernel is singular; in a step of several backward passes
+    - Absent: for other losses; where the kernel is singular or not finite; in a step of several backward passes
     """
 
     needs = (px.GGNGram(),)
@@ -62,7 +68,7 @@ class NTKCondition(Instrument):
         kinds = {call.kind for p in step.passes for call, _ in p.calls}
         if kinds != {"MSELoss"}:
             raise Absent(f"the tangent kernel is read from the GGN of MSELoss, not of {', '.join(sorted(kinds))}")
-        eigenvalues = torch.linalg.eigvalsh(gram.double())
+        eigenvalues = _eigenvalues(gram)
         if not eigenvalues[0] > len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]:
             raise Absent("singular: the smallest eigenvalue is zero to working precision")
         return float(eigenvalues[-1] / eigenvalues[0])

@@ -633,6 +633,69 @@ def test_a_loss_that_is_climbed() -> None:
     assert monitor.values["Loss"] == pytest.approx(float(value.detach())) and "`.grad` is -1" in monitor.absent["CABS"]
 
 
+def test_passes_that_are_added_up_as_they_are() -> None:
+    """Means with the factor 1 each, of different sizes, are of the mean of all samples all the same."""
+    monitor, loss = pair(Loss(), GradNorm(), NoiseScale(), SampleLosses(), NormTest())
+    x, y = batch(6)
+    with monitor.step():
+        for part in (slice(0, 3), slice(3, 5), slice(5, 6)):
+            loss(monitor.model(x[part]), y[part]).backward()
+    with px.disable():
+        value = F.cross_entropy(monitor.model(x), y)
+        grads = torch.autograd.grad(value, list(monitor.model.parameters()))
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    assert monitor.values["Loss"] == pytest.approx(float(value.detach()))
+    assert monitor.values["GradNorm"] == pytest.approx(float(norm))
+    for name, g in zip(dict(monitor.model.named_parameters()), grads, strict=True):
+        assert monitor.values[f"GradNorm/{name}"] == pytest.approx(float(g.norm()))
+
+
+def test_a_second_pass_of_which_the_loss_is_not_seen() -> None:
+    monitor, _ = pair(Loss(), NormTest())
+    x, y = batch()
+    with pytest.raises(px.PackextError, match="does not see the loss"), monitor.step(scale=float(len(x))) as step:
+        each = F.cross_entropy(monitor.model(x), y, reduction="none")
+        step.losses(each)
+        each.mean().backward()
+        F.cross_entropy(monitor.model(x), y).backward()
+
+
+class Root(nn.Module):
+    """A loss that is no sum of that which it is made of."""
+
+    reduction = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MSELoss()
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.inner(output, target).sqrt()
+
+
+def test_of_a_loss_that_is_made_of_a_loss_the_outermost_counts() -> None:
+    monitor, _ = pair(Loss(), GradNorm(), SampleLosses())
+    loss, (x, y) = px.extend(Root()), (torch.randn(4, 5), torch.randn(4, 3))
+    with monitor.step():
+        value = loss(monitor.model(x), y)
+        value.backward()
+    assert monitor.values["Loss"] == pytest.approx(float(value.detach()))
+    assert "Root is not one of torch's losses" in monitor.absent["SampleLosses"]
+
+
+@pytest.mark.parametrize("rest", [0.0, 1.0])
+def test_a_loss_with_the_factor_zero(rest: float) -> None:
+    """As while a term is not yet switched on."""
+    monitor, loss = pair(Loss(), GradNorm(), SampleLosses())
+    x, y = batch()
+    with monitor.step():
+        (0.0 * loss(monitor.model(2 * x), y) + rest * loss(monitor.model(x), y)).backward()
+    with torch.no_grad():
+        each = rest * F.cross_entropy(monitor.model(x), y, reduction="none")
+    assert monitor.values["Loss"] == pytest.approx(float(each.mean()))
+    assert monitor.values["SampleLosses.largest"] == pytest.approx(each.sort(descending=True).values.numpy())
+
+
 def test_a_loss_that_is_computed_while_packext_is_off() -> None:
     monitor, loss = pair(Loss(), GradNorm())
     x, y = batch()

@@ -522,12 +522,14 @@ class Second(HessMaxEV):
 
 
 def test_two_that_ask_for_eigenvalues_of_what_is_not_symmetric() -> None:
-    monitor, model, loss = watched(HessMaxEV(), Second(), model=mlp().float())
+    monitor, model, loss = watched(HessMaxEV(), Second(), SampleNorms(), model=mlp().float())
     x, y = batch(N)
-    for _ in range(2):
-        with monitor.step():
+    for scale in ("sample", "mean"):
+        with monitor.step(scale) as step:
             with torch.autocast("cpu", torch.bfloat16):
                 value = loss(model(x.float()), y)
+            if scale == "mean":
+                step.loss(value)
             value.backward()
         for name in ("HessMaxEV", "Second"):
             assert "eigsh: matvec is not a symmetric operator" in monitor.absent[name]

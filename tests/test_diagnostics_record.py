@@ -292,6 +292,13 @@ def test_a_record_that_is_replaced_or_deleted_while_it_is_read(tmp_path: Path) -
         run.refresh()
 
 
+def test_what_is_absent_for_layers_alone(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.begin(["A"])
+    run.write(0, {"A": 1.0}, {"A/0.weight": "no", "A/0.bias": "none"})
+    assert Run.open(tmp_path).absent() == [(0, "A/0.weight", "no"), (0, "A/0.bias", "none")]
+
+
 def test_a_record_of_version_1(tmp_path: Path) -> None:
     with (tmp_path / "arrays.bin").open("wb") as file:
         np.lib.format.write_array(file, np.arange(3.0))

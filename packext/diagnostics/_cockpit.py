@@ -450,8 +450,6 @@ def _moved(step: Step) -> Any:
 
 
 def _plain(value: Any) -> float | np.ndarray:
-    if isinstance(value, (int, float)):
-        return float(value)
     if isinstance(value, Tensor) and not value.dim():
         return float(value.detach())
     if isinstance(value, Tensor):

@@ -212,9 +212,9 @@ def _layers(step: Step, k: int, field: str) -> dict[str, Any]:
     """Results of an instrument by parameter; of a variance with the mean that it is about."""
     view = step.seen_by(k, (field, Mean.savefield))
     view._empty = 0  # which is told when all processes are together
-    found = view.layers(field)
-    if field == "kept" and len(step.passes) > 1:
+    if field == "kept" and len(step.passes) > 1:  # by its name
         raise Absent(f"grad_dot is defined within one backward pass; this step had {len(step.passes)}")
+    found = view.layers(field)
     if field != px.Variance.savefield:
         return found
     means = view.layers(Mean.savefield)

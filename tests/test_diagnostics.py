@@ -738,6 +738,35 @@ def test_terms_of_the_loss_that_pass_by_the_model() -> None:
     assert monitor.values["GradNorm"] == pytest.approx(float(norm)) and "NormTest" in monitor.values
 
 
+@pytest.mark.parametrize("passes", [(0, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
+def test_terms_that_pass_by_the_model_in_some_passes_of_a_step(passes: tuple[int, ...]) -> None:
+    monitor, loss = pair(Alpha(), NormTest(), NoiseScale(), SampleNorms())
+    x, y = batch(12)
+    with monitor.step():
+        for on, inputs, targets in zip(passes, x.chunk(3), y.chunk(3), strict=True):
+            penalty = sum(p.square().sum() for p in monitor.model.parameters())
+            (loss(monitor.model(inputs), targets) + on * penalty).backward()
+        monitor.optimizer.step()
+    if any(passes):
+        for name in ("Alpha", "NormTest", "NoiseScale"):
+            assert "terms of the loss pass by the model" in monitor.absent[name]
+    assert ("NormTest" in monitor.values) == (not any(passes)) and "SampleNorms" in monitor.values
+
+
+@pytest.mark.parametrize("on", [0.0, 1.0])
+def test_what_rounding_leaves_of_a_pass_is_no_term_of_the_loss(on: float) -> None:
+    """In bfloat16, 40 passes: of the last ones `.grad` keeps few digits."""
+    torch.manual_seed(0)
+    model, loss = px.extend(mlp().bfloat16()), px.extend(nn.CrossEntropyLoss())
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), LR), None, instruments=[NormTest(), GradNorm()])
+    x, y = torch.randn(320, 5, dtype=torch.bfloat16), torch.randint(3, (320,))
+    with monitor.step():
+        for k, (inputs, targets) in enumerate(zip(x.chunk(40), y.chunk(40), strict=True)):
+            penalty = sum(p.square().sum() for p in model.parameters()) if k == 39 else 0.0
+            ((loss(model(inputs), targets) + on * penalty) / 40).backward()
+    assert "GradNorm" in monitor.values and ("NormTest" in monitor.values) == (not on)
+
+
 def test_a_context_per_token_takes_the_pass() -> None:
     monitor, _ = pair(NormTest())
     x, y = torch.randn(4, 2, 5), torch.randn(4, 2, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
@@ -303,12 +304,12 @@ class Observer:
         p.results = [{field: raw[held] for field, held in part.items()} for part in fields]
         self.step.passes.append(p)
         self._weigh(p, gradient, after)
+        self._compare(p, gradient, after)
         p.before = {}
         if len(self.step.passes) > 1:  # what is defined within one pass only is of no more use
             for part in (part for q in self.step.passes for part in q.results):
                 for field in part.keys() - COMBINE.keys():
                     part[field] = {}
-        self._compare(p, gradient)
         self._add(p, gradient)
 
     def _increments(self, p: Pass, after: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -378,7 +379,7 @@ class Observer:
                 rows += float(kept[name](direction).double().mean()) / p.share if name in kept else 0.0
         return rows, along / times, whole
 
-    def _compare(self, p: Pass, gradient: dict[str, Tensor]) -> None:
+    def _compare(self, p: Pass, gradient: dict[str, Tensor], after: Mapping[str, Tensor | None]) -> None:
         """Note if `.grad` is not the mean of the individual gradients, judging by the squared norms of both."""
         for part, asked in zip(p.results, self.asked, strict=bool(p.results)):
             if any(type(q) is px.GradDot and q.direction is None for q in asked) and part["grad_dot"]:
@@ -387,8 +388,16 @@ class Observer:
                 if p.share == 1.0 and len(self.step.passes) == 1:
                     self.step._shared["gradient norms"] = found
                 length = float(norms(self.step._of(gradient))[""] if self.step._parts else found[""]) * p.share
-                self.step._outside = outside(rows, length * length) or self.step._outside
+                rounding = _rounding(p, self.step._of(after)) * abs(p.share)
+                self.step._outside = outside(rows, length * length, rounding) or self.step._outside
                 return
+
+
+def _rounding(p: Pass, after: Mapping[str, Tensor | None]) -> float:
+    """The norm of what a pass has added to `.grad` may be off by this, as what was there was rounded with it."""
+    held = {k: _dense(g.detach()) for k, g in after.items() if g is not None and p.before[k] is not None}
+    sizes = norms(held) if held else {}
+    return math.hypot(*(torch.finfo(g.dtype).eps / 2 * float(sizes[k]) for k, g in held.items()))
 
 
 def _dense(g: Tensor) -> Tensor:

@@ -33,11 +33,21 @@ NOT_FINITE = "not finite: {} is NaN or infinite"
 OVERFLOW = NOT_FINITE.format("a gradient, or its square,")
 
 
-def outside(rows: float, whole: float) -> str:
-    """Why the mean of the individual gradients is not `.grad`, judging by the squared norms of both; empty if it is."""
+def outside(rows: float, whole: float, rounding: float = 0.0) -> str:
+    """Why the mean of the individual gradients is not `.grad`, judging by the squared norms of both; empty if it is.
+
+    Args:
+        rows: squared norm of that mean.
+        whole: squared norm of what was added to `.grad`.
+        rounding: by how much the root of `whole` may be off.
+
+    Returns:
+        The reason, or nothing.
+    """
     if not (math.isfinite(rows) and math.isfinite(whole)):
         return OVERFLOW
-    return "" if abs(rows - whole) <= 0.01 * max(rows, whole) else OUTSIDE
+    most = max(rows, whole)
+    return "" if abs(rows - whole) <= 0.01 * most + (2 * math.sqrt(most) + rounding) * rounding else OUTSIDE
 
 
 def same(ones: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

@@ -223,6 +223,7 @@ def test_a_parameter_that_is_never_used_leaves_the_bases_as_they_are() -> None:
         idle = [p for each in more.values() for p in each.parameters()]
         optimizer = optim.EKFAC([*model.parameters(), *idle], scales_every=1, basis_every=100, fisher="exact")
         asked.append([])
+        assert not any(optimizer.state[p] for p in idle)  # torch makes what is looked at
         for seed in range(6):
             asked[-1] += [q.savefield for q in optimizer.quantities()]
             passed(model, optimizer, data(seed=seed))
@@ -618,8 +619,9 @@ def test_adahessian_with_the_same_signs() -> None:
 
 def test_sophia_says_how_much_is_not_clipped() -> None:
     for rho, share in ((1e-9, 0.0), (1e9, 1.0)):
-        model = network()
-        optimizer = optim.Sophia(model.parameters(), rho=rho, curvature="diag_ggn_exact")
+        model, idle = network(), nn.Parameter(torch.zeros(2))
+        optimizer = optim.Sophia([*model.parameters(), idle], rho=rho, curvature="diag_ggn_exact")
+        assert not optimizer.state[idle]
         passed(model, optimizer, data())
         optimizer.step()
         assert optimizer.unclipped == share

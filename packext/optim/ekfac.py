@@ -115,9 +115,9 @@ class Eigenbasis(Kronecker):
         params = [p for g in optimizer.param_groups for p in g["params"]]
         basis: dict[Tensor, Any] = {}
         for p in optimizer.preconditioned():
-            if p not in optimizer.state:  # it has had no gradient yet
+            state = optimizer.state.get(p)
+            if not state:  # it has had no gradient yet; who looks at the state of such a one makes an empty one
                 continue
-            state = optimizer.state[p]
             if state["partner"] is None:
                 basis[p] = px.linalg.KronEigh(state["vectors"], state["scales"])
             else:

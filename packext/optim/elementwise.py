@@ -71,7 +71,7 @@ class Sophia(Optimizer):
     @property
     def unclipped(self) -> float:
         """The share of entries that the last step did not clip."""
-        parts = [(self.state[p]["unclipped"], p.numel()) for p in self.preconditioned() if p in self.state]
+        parts = [(self.state[p]["unclipped"], p.numel()) for p in self.preconditioned() if self.state.get(p)]
         return sum(float(n) for n, _ in parts) / max(1, sum(n for _, n in parts))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -304,6 +305,30 @@ def test_state_goes_on() -> None:
     assert torch.equal(runs[0][1], runs[1][1]) and runs[0][2] == runs[1][2]
     with pytest.raises(ValueError, match="a policy with other weights"):
         setup(policy=learned.Policy((0.1, 0.0, 0.0, 0.0, -3.0)))[2].load_state_dict(saved[2])
+
+
+def test_copies_go_on_with_the_copy_of_the_optimizer() -> None:
+    run = setup()
+    for k in range(3):
+        run[1].zero_grad()
+        one_pass(run[0], run[2], *data(seed=k))
+        run[1].step()
+    runs = [run, copy.deepcopy(run), pickle.loads(pickle.dumps(run))]
+    for net, optimizer, controller in runs:
+        for k in range(3, 6):
+            optimizer.zero_grad()
+            one_pass(net, controller, *data(seed=k))
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), run[0].parameters(), strict=True))
+        assert controller.get_last_lr() == run[2].get_last_lr() != [0.01]
+    net, optimizer, controller = runs[1]
+    controller.remove()
+    net, optimizer, controller = copy.deepcopy((net, optimizer, controller))
+    rate, before = controller.get_last_lr(), controller.features
+    optimizer.zero_grad()
+    F.cross_entropy(net(data()[0]), data()[1]).backward()
+    optimizer.step()  # of the optimizer alone
+    assert controller.get_last_lr() == rate and torch.equal(controller.features, before)
 
 
 def test_a_step_that_is_not_taken_is_not_observed() -> None:

@@ -128,15 +128,19 @@ class LearnedRate:
         self._observed = torch.zeros(0)
         self._open = False
         self._forget()
+        self._attach()
+
+    def _attach(self) -> None:
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
         ]
 
     def remove(self) -> None:
         """Leave the optimizer alone from now on, with the rate that it has."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         self._settle()
         self._forget()
 
@@ -367,3 +371,17 @@ class LearnedRate:
         for name in ("mean", "spread"):
             setattr(self._averages, name, torch.tensor(state_dict[name], dtype=torch.float64))
         self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without a pass under way, and without hooks, which torch leaves out of copied optimizers."""
+        left = ("_hooks", "_losses", "_passes")
+        return {**{k: v for k, v in vars(self).items() if k not in left}, "attached": bool(self._hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Attach to the copy of the optimizer."""
+        attached = state.pop("attached")
+        vars(self).update(state)
+        self._hooks = []
+        self._forget()
+        if attached:
+            self._attach()

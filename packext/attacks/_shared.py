@@ -106,8 +106,7 @@ def share(model: nn.Module, loss_fn: nn.Module, x: Any, y: Tensor, state: Mappin
             own[names[name]] = value.detach().clone().requires_grad_()
         else:
             buffers[names[name]] = value.detach().clone()
-    arguments = x if isinstance(x, tuple) else (x,)
-    loss = loss_fn(torch.func.functional_call(model, {**own, **buffers}, arguments), y)
+    loss = loss_fn(torch.func.functional_call(model, {**own, **buffers}, x), y)
     if loss.dim() or not loss.requires_grad:
         raise px.PackextError(
             f"A client shares the gradient of a scalar loss that depends on the model: {type(loss_fn).__name__} gave a "

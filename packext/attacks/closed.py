@@ -90,7 +90,7 @@ def rank(shared: Shared, weight: str, tolerance: float = 1e-5) -> int:
         The rank. Below both dimensions, the inputs' span is what `spanned` tells.
     """
     s = torch.linalg.svdvals(_matrix(shared, weight))
-    return int((s > tolerance * s[0]).sum()) if s[0] > 0 else 0
+    return int((s > tolerance * s[0]).sum())
 
 
 def spanned(shared: Shared, weight: str, candidates: Tensor, tolerance: float = 1e-5) -> Tensor:
@@ -119,7 +119,7 @@ def spanned(shared: Shared, weight: str, candidates: Tensor, tolerance: float = 
     """
     g = _matrix(shared, weight)
     _, s, rows = torch.linalg.svd(g, full_matrices=False)
-    r = int((s > tolerance * s[0]).sum()) if s[0] > 0 else 0
+    r = int((s > tolerance * s[0]).sum())
     if r in (0, g.shape[1], *([g.shape[0]] if g.shape[0] < g.shape[1] else [])):
         raise px.PackextError(
             f"The gradient of {weight!r} {list(g.shape)} has rank {r}: "

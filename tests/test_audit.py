@@ -21,9 +21,9 @@ from packext import _cli, attacks, defences, demo
 from packext.audit import Budget, Data, Interval, Sharing, run
 from packext.audit._run import _Store
 from packext.audit.case import Case, Clock, fingerprint
-from packext.audit.closed import closed, divided, read_off
+from packext.audit.closed import LayerCheck, closed, divided, read_off
 from packext.audit.findings import BY_CHANCE, _sweep, _told, beyond, findings, odds, percent
-from packext.audit.inversion import Attempt, _identified, _summary, attempt, guess, inversion
+from packext.audit.inversion import Attempt, SearchResult, _identified, _summary, attempt, guess, inversion
 from packext.audit.labels import by_chance, labels
 from packext.audit.records import _rate, epsilon, membership, records, roc
 from packext.audit.section import plain, restored
@@ -283,6 +283,7 @@ def test_a_defence_is_that_of_a_client_which_sends_for_the_first_time() -> None:
     assert top.residual and torch.equal(flat(again.message(x, y)), second)
     assert name_of(defences.Compose(noise, top)) == "GaussianNoise(std=0.1, seed=3) + TopK(share=0.5)"
     assert name_of(defences.Clipped(1.0)) == repr(defences.Clipped(1.0))  # which has no seed
+    assert name_of((480, 500, 500)) == "(480, 500, 500)"  # of other canaries a record is of another audit
 
 
 def test_each_client_of_a_cohort_holds_back_by_itself() -> None:
@@ -570,7 +571,9 @@ def test_half_precision() -> None:
         Sharing(batch_size=1),
         budget=FEW,
     )
-    assert audit.setting.dtype == "bfloat16" and audit.records.norms and audit.membership.scores
+    assert audit.setting.dtype == "bfloat16" and audit.membership.scores
+    wide = case(linear().bfloat16().float(), (x.bfloat16().float(), y), Sharing(batch_size=1))
+    assert audit.records.norms == records(wide, Clock(1.0)).norms  # of bfloat16 they would have ties
     assert audit.inversion.searches and audit.labels.rules
     json.dumps(audit.to_json(), allow_nan=False)
 
@@ -760,6 +763,7 @@ def test_membership_of_a_model_that_has_learnt_by_heart() -> None:
     assert loss.tpr_01 is not None and loss.tpr_01.low <= loss.tpr_01.value <= loss.tpr_01.high
     assert loss.tpr_01.value == pytest.approx(float((inside > outside.topk(2).values[-1]).double().mean()), abs=0.02)
     assert loss.tpr_001 is None and "1000 are needed" in s.absent["true positives at 0.1 % false positives"]
+    assert "true positives at 1 % false positives" not in s.absent and "loss" in s.threats
     assert "can be told from others" in titles(audit, "high")
     assert "pass train=" in membership(case(data=Data((x, y), other)), Clock(1.0)).absent["LiRA"]
 
@@ -775,6 +779,8 @@ def test_the_interval_of_a_true_positive_rate_holds_for_few_others(others: int) 
         assert rate is not None
         held.append(rate.low <= true <= rate.high)
     assert sum(held) >= 0.95 * len(held)
+    apart = _rate(m + 100, o, 0.01, 1.0)
+    assert apart is not None and (apart.low > 0.99) == (others >= 368) and apart.high == 1.0
 
 
 def test_the_curve_has_the_area() -> None:
@@ -1079,6 +1085,33 @@ def test_defences_are_compared_where_there_is_something_to_lose(
     assert found[0].title.endswith(title) and [f.title for f in found[1:]] == stopped
 
 
+def test_findings_say_no_more_than_the_numbers(bare: None) -> None:
+    some, none = Interval(1.0, 0.5, 1.0), Interval(0.0, 0.0, 0.5)
+    audit = run(linear(), LOSS, images(), Sharing(batch_size=4), budget=FEW)
+
+    def said(section: str) -> list[Any]:
+        return [f for f in findings(audit) if f.section == section]
+
+    assert not said("integrity") and not said("inversion") and not said("sweep")
+    audit.closed.layers = [LayerCheck("a", 9, 3, False, 4, none, none, 1.0, some, None)]
+    assert not said("closed")
+    for is_input, level in ((False, "low"), (True, "medium")):
+        audit.closed.layers = [LayerCheck("a", 9, 3, is_input, 4, none, some)]
+        assert [f.severity for f in said("closed")] == [level]
+
+    one = SearchResult("a", 4, 5, 1, 9, none, none, 100, 0.1, 0.1, 0.1, 9.0, 9.0, 9.0, None, 0, 0.1)
+    audit.inversion.searches = [one]
+    assert said("inversion")[0].title.endswith("none has matched it either.")
+    alone = replace(one, samples=1, recovered=some)
+    audit.inversion.searches = [one, alone]
+    assert said("inversion")[0].title.startswith("The gradient of a single sample gives its input away")
+    better = replace(one, search="b", recovered=Interval(0.5, 0.1, 0.9), identified=some)
+    audit.inversion.searches = [replace(one, recovered=some), better, alone]
+    (finding,) = said("inversion")
+    assert finding.severity == "high"
+    assert finding.evidence.startswith("b, 4 samples") and "a, 1 sample:" in finding.evidence
+
+
 def test_what_costs_the_least_is_said_of_accuracies_or_of_cosines(bare: None) -> None:
     audit = run(linear(), LOSS, images(), budget=FEW)
     audit.sweep.rows = [
@@ -1151,7 +1184,8 @@ def test_an_extended_model_stays_extended() -> None:
         ({"what": "update", "local_steps": 3}, "lr must be positive"),
         ({"what": "update", "lr": 0.1, "samples": 2}, "has no batch of 8"),
         ({"what": "update", "lr": 0.1, "samples": 20, "local_steps": 2}, r"2 local step\(s\) of 8 do not see 20"),
-        ({"secure_aggregation": True}, "clients must be 2 or more"),
+        ({"secure_aggregation": True}, "clients=2 or more"),
+        ({"clients": 3}, "counted for it alone, got 3"),
         ({"epsilon": 1.0}, "needs epsilon >= 0 and 0 <= delta < 1"),
         ({"canaries": (1, 2, 3)}, "pass delta="),
         ({"defence": lambda a, b: a}, "is neither"),
@@ -1180,6 +1214,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"data": (x, torch.cat([y[:30], y[30:] + 5]))}, "Labels of members lie between 0 and 9; the model tells 5"),
         ({"data": Data((x, y), (x, y - 1))}, "Labels of heldout lie between -1 and 3; the model tells 5"),
         ({"loss_fn": nn.CrossEntropyLoss(reduction="none")}, 'reduction "mean" or "sum"'),
+        (
+            {"model": defences.Precode(nn.Flatten(), nn.Linear(16, 5), 3), "loss_fn": defences.PrecodeLoss()},
+            "gives one tensor, .*; Precode gives tuple",
+        ),
         ({"model": frozen}, "No parameter"),
     ):
         with pytest.raises(px.PackextError, match=match):

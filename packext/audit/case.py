@@ -203,7 +203,7 @@ class Case:
 
     def by_client(self, samples: Tensor) -> tuple[Tensor, ...]:
         """Samples behind what the server sees, as the clients hold them."""
-        return samples.chunk(self.sharing.clients) if self.sharing.secure_aggregation else (samples,)
+        return samples.chunk(self.sharing.clients)
 
     def message(self, x: Tensor, y: Tensor, **how: Any) -> Shared:
         """What the server sees: a client's, or the mean over clients of equal size (their sum for a summed loss)."""

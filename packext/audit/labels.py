@@ -199,7 +199,7 @@ def _through_aggregation(case: Case, found: Labels) -> None:
     if s.local is not None:
         found.absent[name] = "what is shared is an update of several local steps, for which the attack does not hold"
         return
-    found.cohort = s.clients if s.secure_aggregation else 1
+    found.cohort = s.clients
     found.threats[name] = SecureAggregationLabels.threat
     clip = clip_of(s.defence)
     attack = SecureAggregationLabels(clip=clip, magnitude=100.0 if clip is None else 3.0)

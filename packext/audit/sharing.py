@@ -27,7 +27,7 @@ class Sharing:
         samples: that a client holds for an update, taken `batch_size` at a time, no more than all steps see; one batch
             by default.
         secure_aggregation: whether the server sees the mean over clients alone.
-        clients: in one aggregate.
+        clients: in one aggregate; 1 without secure aggregation.
         server: "honest" if it follows the protocol and looks, "malicious" if it may send other models than agreed.
         defence: what a client does before it sends: a callable from what would be shared to what is, as in
             `packext.defences`; or one that takes the place of `packext.attacks.share`, as `packext.defences.Clipped`
@@ -72,8 +72,11 @@ class Sharing:
                 f"{self.local_steps} local step(s) of {self.batch_size} do not see {self.samples} samples: what a "
                 "client sends is of those alone that it sees. Take more local_steps, or fewer samples."
             )
-        if self.secure_aggregation and self.clients < 2:
-            raise ValueError("secure_aggregation hides a client among others: clients must be 2 or more.")
+        if self.secure_aggregation != (self.clients > 1):
+            raise ValueError(
+                "secure_aggregation hides a client among others: it needs clients=2 or more, and clients are counted "
+                f"for it alone, got {self.clients}."
+            )
         if self.epsilon is not None and (not self.epsilon >= 0 or self.delta is None or not 0 <= self.delta < 1):
             raise ValueError(
                 f"a claim needs epsilon >= 0 and 0 <= delta < 1, got epsilon={self.epsilon}, delta={self.delta}."
@@ -91,7 +94,7 @@ class Sharing:
     @property
     def behind(self) -> int:
         """Samples behind what the server sees of one round."""
-        return self.held * (self.clients if self.secure_aggregation else 1)
+        return self.held * self.clients
 
     @property
     def local(self) -> LocalSteps | None:

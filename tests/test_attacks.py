@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import cache
@@ -278,6 +279,8 @@ def test_the_input_of_a_fully_connected_layer() -> None:
     (x, y), loss = some(1), nn.CrossEntropyLoss()
     shared = attacks.share(model, loss, x, y)
     torch.testing.assert_close(attacks.fully_connected_input(shared, "1"), x.flatten(), rtol=0, atol=1e-12)
+    short = attacks.share(copy.deepcopy(model).bfloat16(), loss, x.bfloat16(), y)  # rank one but for rounding
+    torch.testing.assert_close(attacks.fully_connected_input(short, "1"), x.flatten(), rtol=0.02, atol=0.01)
     alike = (10 + 0.05 * torch.rand(8, 1, 8, 8)).double(), torch.arange(8)
     with pytest.raises(px.PackextError, match="is not of one input .* 8 sample"):
         attacks.fully_connected_input(attacks.share(model, loss, *alike), "1")
@@ -454,6 +457,16 @@ def test_the_last_objective_is_that_of_the_inputs() -> None:
         assert found.objective[-1] == pytest.approx(float(want), rel=1e-6)
 
 
+def test_a_search_that_gets_worse_has_its_best_inputs() -> None:
+    """Without a line search, of a gradient with noise: the second iteration is worse than the first."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 8), nn.Sigmoid(), nn.Linear(8, 3)), torch.rand(2, 6), torch.tensor([0, 2])
+    shared, seen = defences.GaussianNoise(1.0, seed=7)(attacks.share(model, nn.CrossEntropyLoss(), x, y)), []
+    search = attacks.DeepLeakage(iterations=4, line_search=False)
+    found = search(model, shared, (6,), labels=y, progress=lambda _, value: seen.append(value))
+    assert found.objective[-1] == min(seen)
+
+
 def test_a_failed_search_says_so() -> None:
     model, (x, y) = sigmoid_net(), upscaled(1, 3)
     shared = attacks.share(model, nn.CrossEntropyLoss(), x, y)
@@ -547,6 +560,8 @@ def test_inversion_refuses_what_does_not_fit() -> None:
         attacks.DeepLeakage()(model, shared, (1, 16, 16))
     with pytest.raises(px.PackextError, match=r"\['other'\] was shared"):
         attacks.DeepLeakage()(model, attacks.Shared({"other": torch.zeros(1)}, 1, loss), (1, 16, 16), classes=10)
+    with pytest.raises(px.PackextError, match="Nothing was shared"):
+        attacks.DeepLeakage()(model, attacks.Shared({}, 1, loss), (1, 16, 16), classes=10)
     with pytest.raises(px.PackextError, match=r"'0.bias' has shape \[3\] for \[12\]"):
         attacks.DeepLeakage()(model, attacks.Shared({"0.bias": torch.zeros(3)}, 1, loss), (1, 16, 16), classes=10)
     broken = attacks.Shared({"0.bias": torch.full((12,), torch.nan)}, 1, loss)

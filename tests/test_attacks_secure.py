@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -246,8 +247,16 @@ def test_the_attack_refuses_what_does_not_fit() -> None:
             attacks.SecureAggregationLabels(norm=name).plan(plain, x, 2)
     with pytest.raises(px.PackextError, match="'1' is not the last layer"):
         attacks.SecureAggregationLabels(head="1").plan(mlp(10), x, 2)
+    unused = mlp(10)
+    unused[3].head = nn.Linear(16, 10)  # type: ignore[assignment, index] - which does not run
+    with pytest.raises(px.PackextError, match="'3.head' is not the last layer"):
+        attacks.SecureAggregationLabels(head="3.head").plan(unused, x, 2)
     attack, loss = attacks.SecureAggregationLabels(), nn.CrossEntropyLoss()
     plan = attack.plan(mlp(10), x, 2)
+    summed, told = nn.CrossEntropyLoss(reduction="sum"), replace(attack, clip=1.0)
+    for wrong, other in (({"loss_fn": loss}, attack), ({"weighted": True}, attack), ({}, told)):
+        with pytest.raises(px.PackextError, match="pass sizes="):
+            other.counts(plan, {"4.weight": torch.zeros(10, 16)}, None, **({"loss_fn": summed} | wrong))
     with pytest.raises(px.PackextError, match=r"'4', the last layer's weight \[10, 16\], is not in the sum, of 1"):
         attack.counts(plan, {"1.weight": torch.zeros(16, 192)}, [1, 1], loss)
     with pytest.raises(px.PackextError, match="'4' in the sum has entries that are not finite"):

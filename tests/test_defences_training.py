@@ -269,6 +269,8 @@ def test_nopeek_refuses_what_it_cannot_see() -> None:
     refused("x is torch.int64", words, lambda f: f(words(torch.randint(10, (8, 3))), y))
     with torch.no_grad(), NoPeek(frozen, "1", task, 0.5) as nopeek:
         assert nopeek(frozen(x), y).isfinite()
+    with NoPeek(frozen.requires_grad_(False), "1", task, 0.5) as nopeek:  # nothing is trained
+        assert nopeek(frozen(x), y).isfinite()
 
 
 def test_nopeek_after_an_error_of_the_model() -> None:
@@ -281,6 +283,7 @@ def test_nopeek_after_an_error_of_the_model() -> None:
             model[:2](x)
         with pytest.raises(px.PackextError, match="last ran"):
             nopeek(torch.randn(8, 3).double(), y)
+        model(x)  # whose loss nobody asks for
         assert nopeek(model(x), y).isfinite()
 
 

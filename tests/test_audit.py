@@ -358,6 +358,7 @@ def test_who_sees_a_gradient_of_zero_guesses() -> None:
     seen = case(model, (x, torch.zeros(40, dtype=torch.int64)), Sharing(batch_size=2), nn.MultiMarginLoss())
     found = inversion(seen, Clock(1e6))
     assert [(r.samples, r.seeds, r.matched, r.recovered.value) for r in found.searches] == [(1, 1, 0, 0), (2, 1, 0, 0)]
+    assert all(r.objective is None for r in found.searches)
     for r in found.searches:
         mse = (x.double().mean(0) - x[seen.draw(100, r.samples)]).square().mean(1)
         assert abs(r.psnr - float((10 * ((x.max() - x.min()) ** 2 / mse).log10()).mean())) < 1e-5

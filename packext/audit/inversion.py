@@ -59,7 +59,8 @@ class SearchResult:
         psnr_worst: of all samples.
         labels: share of the labels found; None where they were taken as known.
         matched: searches that have found inputs with the gradient that was shared.
-        objective: at the end, median: squared distance over the squared norm, or one minus the cosine.
+        objective: at the end, median: squared distance over the squared norm, or one minus the cosine; None where none
+            is finite, as of a gradient of zero, of which who sees it guesses the mean of the candidates.
     """
 
     search: str
@@ -342,7 +343,7 @@ def _summary(name: str, n: int, made: list[Attempt], attack: Any, case: Case) ->
     mse, ratio = torch.cat([a.mse for a in made]), torch.cat([a.psnr for a in made])
     words = [a.labels for a in made if a.labels is not None]
     bare = attack[0] if isinstance(attack, tuple) else attack
-    last = torch.tensor([a.result.objective[-1] for a in made], dtype=torch.float64)
+    last = torch.tensor([a.result.objective[-1] for a in made], dtype=torch.float64).nanmedian()
     return SearchResult(
         name,
         n,
@@ -361,7 +362,7 @@ def _summary(name: str, n: int, made: list[Attempt], attack: Any, case: Case) ->
         float(ratio.min()),
         sum(words) / len(words) if words else None,
         sum(a.result.matched for a in made),
-        float(last.nanmedian()),
+        float(last) if last.isfinite() else None,
     )
 
 

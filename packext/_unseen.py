@@ -86,6 +86,8 @@ def called(tracer: Tracer, func: HigherOrderOperator, args: Any, kwargs: Any) ->
         # compiled code runs as it was written, it was not, and is now; what is found comes here again.
         if func.name() == "flex_attention":
             args = args[:7]  # two more are for what is found
+        elif func.name() == "map_impl":
+            kwargs = {k: v for k, v in kwargs.items() if v}  # that nothing is written to, the compiler need not be told
         with _compiler.as_usual(), tracer:
             return torch.compile(lambda *a, **k: func(*a, **k), backend="eager", fullgraph=True)(*args, **kwargs)
     behind = [(t, tracer.sources(t)) for t in tensors_in((args, kwargs))]

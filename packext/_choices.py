@@ -59,15 +59,15 @@ def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data:
         Whether a pass like this one may have its rows elsewhere the next time.
     """
     first = args[0] if args else kwargs.get("input")
+    given = list(tensors_in((args[1:], kwargs)))
     if func in PUTS:
-        given = list(tensors_in((args[1:], kwargs)))
         data = [t.is_floating_point() for t in given if is_data(t)]
-        moved = isinstance(first, Tensor) and any(_reorders(t, first.shape, axis) for t in given)
+        moved = isinstance(first, Tensor) and _reorders(given, first.shape, axis, args, kwargs)
         return any(data) and (moved or not all(data))
     if not (isinstance(first, Tensor) and first.is_floating_point() and is_data(first)):
         return False
     if func in PICKS:
-        return any(is_data(t) or _reorders(t, first.shape, axis) for t in tensors_in((args[1:], kwargs)))
+        return any(map(is_data, given)) or _reorders(given, first.shape, axis, args, kwargs)
     if not first.requires_grad:
         return False
     at, default = ORDERS[func]
@@ -75,7 +75,8 @@ def chosen(func: Callable[..., Any], args: Any, kwargs: Any, axis: int, is_data:
     return isinstance(dim, int) and not isinstance(dim, bool) and dim % max(first.dim(), 1) == axis
 
 
-def _reorders(index: Tensor, shape: torch.Size, axis: int) -> bool:
+def _reorders(given: list[Tensor], shape: torch.Size, axis: int, args: Any, kwargs: Any) -> bool:
     """Whether a constant may be an order of the samples, such as a random permutation: another one the next time."""
-    whole = not (index.dtype == torch.bool or index.is_floating_point() or index.is_complex())
-    return whole and index.dim() == 1 and len(shape) > axis and len(index) == shape[axis]
+    along = any(type(v) is int and v % max(len(shape), 1) == axis for v in (*args[1:3], kwargs.get("dim")))
+    whole = [t for t in given if not (t.dtype == torch.bool or t.is_floating_point() or t.is_complex())]
+    return any(along or t.dim() == 1 and t.shape == shape[axis : axis + 1] for t in whole)

@@ -405,6 +405,9 @@ def _put(h: Tensor, order: Tensor) -> Tensor:
         lambda h, order: torch.zeros_like(h).index_add(0, order, h),
         lambda h, order: torch.zeros_like(h).index_put((order,), h),
         lambda h, order: torch.zeros_like(h).scatter(0, order[:, None] + h.detach().mul(0).long(), h),
+        lambda h, order: torch.zeros_like(h).scatter(0, order[:, None].expand_as(h), h),
+        lambda h, order: h.gather(0, order[:, None].expand_as(h)),
+        lambda h, order: torch.take_along_dim(h, order[:, None], dim=0),
     ],
 )
 def test_an_order_in_which_rows_are_put_is_not_taken_for_granted(moved: Any) -> None:

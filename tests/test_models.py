@@ -133,6 +133,22 @@ def test_the_batch_need_not_be_the_first_input(first: int) -> None:
     assert_exact(model, lambda: loss_fn(model(shift, x), y), rows, N)
 
 
+def test_an_input_that_all_samples_share_may_meet_a_parameter_beside_them() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 7), nn.Parameter(torch.randn(7, 3))
+
+        def forward(self, x: Tensor, gains: Tensor) -> Tensor:
+            return torch.einsum("ni,i,io->no", self.a(x).tanh(), gains, self.b)
+
+    model, gains, (x, y) = Net(), torch.randn(7), batch()
+    rows = rows_of(model, lambda: each(model(x, gains), y))
+    px.extend(model)
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    assert_exact(model, lambda: loss_fn(model(x, gains), y), rows, N)
+
+
 def test_a_penalty_outside_of_the_model_is_no_samples_gradient() -> None:
     model, (x, y) = mlp(), batch()
     rows = rows_of(model, lambda: each(model(x), y))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -405,6 +406,25 @@ def test_corrected_eigenvalues_of_an_embedding() -> None:
     run(model, nn.CrossEntropyLoss(), x, y, px.EKFAC(first, fisher="exact"))
     table = model[0].weight
     torch.testing.assert_close(table.ekfac.eigenvalues, first[table].rotate(rows["0.weight"]).square().sum((0, 1)))
+
+
+#: Sizes of bases that are not those of a table [6, 4], a vector [4], or a matrix [3, 4].
+MISFITS = {
+    "0.weight": [[(4,), (6, 6)], [(6,), (3, 3)], [(9,), (4, 4)], [(24, 24)], [(2, 3, 3), (2, 4, 4)]],
+    "1.weight": [[(4,)], [(3, 3)], [(5, 5)], [(4,), (1, 1)]],
+    "2.weight": [[(3, 3), (3, 3)], [(4, 4), (3, 3)], [(3,), (4, 4)], [(12, 12)], [(2, 3, 3), (2, 4, 4)]],
+}
+
+
+@pytest.mark.parametrize(("name", "shapes"), [(name, shapes) for name, each in MISFITS.items() for shapes in each])
+def test_a_basis_of_other_sizes_is_refused(name: str, shapes: list[tuple[int, ...]]) -> None:
+    model = nn.Sequential(nn.Embedding(6, 4), nn.LayerNorm(4, bias=False), nn.Linear(4, 3, bias=False))
+    px.extend(model)
+    entries = math.prod(shape[-1] for shape in shapes) * (shapes[0][0] if len(shapes[0]) == 3 else 1)
+    basis = linalg.KronEigh([torch.randn(shape) for shape in shapes], torch.ones(entries))
+    context = px.backpack(px.EKFAC({name: basis}, fisher="exact"), parameters=[model.get_parameter(name)])
+    with pytest.raises(px.UnsupportedUseError, match=f"the basis of {name}.* does not fit it"), context:
+        px.extend(nn.CrossEntropyLoss())(model(torch.randint(6, (5,))), torch.randint(3, (5,))).backward()
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {

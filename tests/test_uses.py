@@ -207,6 +207,23 @@ def test_groups_one_of_which_runs_again_have_the_factors_of_kernels_of_their_own
             close(factor[block], found[1][f"w.{block}"].kfac[side])
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_convolution_by_channels_that_runs_twice_is_a_map_in_each_group(size: int) -> None:
+    """Also with one number for each channel, where the weight has the shape of a vector."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv1d(4, 4, size, groups=4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(self.conv(x).tanh()).tanh().mean(2))
+
+    x, y = torch.randn(N, 4, 9), torch.randint(3, (N,))
+    report = testing.check(Twice(), nn.CrossEntropyLoss(), x, y, [px.KFAC(fisher="exact")])
+    assert report.ok, str(report)
+
+
 def test_experts_count_the_tokens_that_they_were_given() -> None:
     """As matrices of their own do, whose A is a mean over these; also of a batch in parts, some of which miss some."""
     model, x, y = Routed(sort=True), torch.randn(N, 3, 4), torch.randint(3, (N,))

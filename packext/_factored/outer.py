@@ -392,7 +392,7 @@ class Outer(Factored):
 
     def rotated(self, bases: Sequence[Tensor]) -> Factored | None:
         parts = len(bases[0])
-        if self.groups == 1 and parts > 1 and parts * bases[0].shape[-1] == self.o:
+        if self.groups == 1 and parts > 1:
             apart = self.apart(parts)
             return None if apart is None else apart.rotated(bases)
         if [basis.shape[1:] for basis in bases] != [(self.o, self.o), (self.i, self.i)]:

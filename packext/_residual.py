@@ -324,8 +324,6 @@ class Part:
             for slope, v in zip(slopes, vector.split(self.sizes), strict=True)
             if slope is not None and slope.requires_grad
         ]
-        if not pairs:
-            return torch.zeros_like(vector)
         with self._differentiable(), _cut(self.inputs):
             found = torch.autograd.grad(
                 [slope for slope, _ in pairs],

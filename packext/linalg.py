@@ -103,7 +103,10 @@ class _Space:
                 image = matvec(self.unpack(flat))
             found = self.pack(image, f"the result of {what}", out)
             if not _finite(found):
-                raise PackextError(f"{self.name}: {what} gave entries that are NaN or infinite.")
+                raise PackextError(
+                    f"{self.name}: {what} gave entries that are NaN or infinite. (Of a model's curvature: check that "
+                    "its inputs, parameters and outputs are finite.)"
+                )
             return found
 
         return apply

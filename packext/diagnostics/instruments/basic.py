@@ -98,13 +98,9 @@ class Distance(Instrument):
       the same names
     """
 
-    def __init__(self) -> None:
-        """Start without a reference point."""
-        self._first: dict[str, Tensor] | None = None
-        self._resumed = False
-
     def start(self, step: int) -> None:
-        self._first, self._resumed = None, step > 0
+        self._first: dict[str, Tensor] | None = None
+        self._resumed = step > 0
 
     def measure(self, step: Step) -> dict[str, Any]:
         if self._resumed:

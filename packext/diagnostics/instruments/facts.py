@@ -123,10 +123,6 @@ class InitialScale(Instrument):
     - Absent: in all later steps, and in a record that was continued, there is no value
     """
 
-    def __init__(self) -> None:
-        """Start before the first step."""
-        self._late = False
-
     def start(self, step: int) -> None:
         self._late = step > 0
 
@@ -179,7 +175,6 @@ class IdleUnits(Instrument):
         if steps < 1:
             raise ValueError(f"steps must be an int of 1 or more, got {steps!r}.")
         self.steps = steps
-        self.start(0)
 
     def start(self, step: int) -> None:
         # Of each parameter, by name: itself, in how many tracked steps it had a gradient, and how many it is since each

@@ -141,7 +141,6 @@ class NoiseScale(Instrument):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and less than 1, got {decay!r}.")
         self.decay = decay
-        self.start(0)
 
     def start(self, step: int) -> None:
         self._trace = self._signal = 0.0

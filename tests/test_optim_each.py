@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -615,6 +616,29 @@ def test_adahessian_with_the_same_signs() -> None:
             p = values[name].detach()
             expected = p - 0.1 * 0.01 * p - 0.1 * (m / (1 - 0.9**t)) / root
             torch.testing.assert_close(model.get_parameter(name).detach(), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("make", [partial(optim.Preconditioned, curvature="diag_ggn_mc"), optim.AdaHessian])
+def test_draws_of_passes_and_steps_are_new_and_a_step_that_is_done_again_has_the_same(make: Any) -> None:
+    model, (x, y) = network(), data()
+    optimizer = make([*model.parameters()], lr=0.0, seed=3)
+
+    def emitted() -> Tensor:
+        with optim.emit(optimizer):
+            LOSS(model(x), y).backward()
+        (found,) = optimizer._received[model[0].weight].values()
+        return found.clone()
+
+    seen = []
+    for _ in range(3):
+        one, both = emitted(), emitted()
+        seen += [one, both - one]
+        optimizer.zero_grad()
+        assert torch.equal(emitted(), one)
+        optimizer.step()
+        optimizer.zero_grad()
+    for k, one in enumerate(seen):
+        assert not any(torch.allclose(one, other) for other in seen[:k])
 
 
 def test_sophia_says_how_much_is_not_clipped() -> None:

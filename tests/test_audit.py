@@ -413,8 +413,11 @@ class Keyword(nn.Module):
 
 def test_a_layer_that_is_called_by_keyword() -> None:
     model, (x, y) = Keyword(), images()
-    (layer,) = closed(case(model), Clock(1.0)).layers
+    model.unused = nn.Embedding(3, 2)
+    found = closed(case(model), Clock(1.0))
+    (layer,) = found.layers
     assert layer.alone is not None and layer.alone.value == 1.0
+    assert not found.embeddings and "does not call it" in found.absent["unused"]
     assert not defences.check_received(model, LOSS, x, y).suspicious
     assert defences.sensitivity(model, x)[0].shape == (40, 16)
     assert attacks.SecureAggregationLabels().plan(model, x, 3).features.shape == (3, 16)
@@ -689,6 +692,7 @@ def test_no_clip_is_suggested_where_half_of_the_samples_are_learnt() -> None:
 
 
 def test_the_table_of_records() -> None:
+    assert len(records(case(sharing=Sharing(batch_size=40)), Clock(1.0)).share_quantiles) == 6  # one batch of all
     seen = case(sharing=Sharing(batch_size=4))
     found = records(seen, Clock(1e6))
     want = []

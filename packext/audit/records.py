@@ -127,11 +127,9 @@ def _shares(
         Those of the batches, and those of the ranked samples, which stand out and would bias what is said of all.
     """
     n = found.batch
-    if n == 1:
-        found.absent["share of the batch gradient"] = "a batch of one sample is that sample"
-    elif len(index) < n:
-        found.absent["share of the batch gradient"] = f"the table has {len(index)} samples, and a batch {n}"
     if n == 1 or len(index) < n:
+        many = f"the table has {len(index)} samples, and a batch {n}"
+        found.absent["share of the batch gradient"] = "a batch of one sample is that sample" if n == 1 else many
         return torch.zeros(0), {}
     model, wide = case.readable(evaluating=False)
     made: dict[int, Tensor] = {}

@@ -257,6 +257,18 @@ def test_latencies_are_measured_and_kept(tmp_path: Any) -> None:
         ProxylessNAS(net, nn.CrossEntropyLoss(), latency=again)
     with pytest.raises(px.PackextError, match="'a' at '1' is -1"):
         LatencyTable({"1": {"a": -1.0}}, {})
+    assert LatencyTable.measure(Named(net[1]), torch.randn(2, 16, 6, 6), turns=1).about["inputs"]["edge"][0][0] == 2
+
+
+class Named(nn.Module):
+    """Calls its edge by keyword."""
+
+    def __init__(self, edge: nn.Module) -> None:
+        super().__init__()
+        self.edge = edge
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.edge(x=x)
 
 
 def naive(kinds: dict[tuple[int, int], list[np.ndarray]], a: int, b: int, k: int, level: float) -> tuple[float, float]:

@@ -64,9 +64,9 @@ class LatencyTable:
         before = {edge: (m.active, m.inactive) for edge, m in edges.items()}
 
         def note(edge: str) -> Callable[..., None]:
-            return lambda module, args: inputs.update({edge: args[0]})
+            return lambda module, args, named: inputs.update({edge: (*args, *named.values())[0]})
 
-        handles = [m.register_forward_pre_hook(note(edge)) for edge, m in edges.items()]
+        handles = [m.register_forward_pre_hook(note(edge), with_kwargs=True) for edge, m in edges.items()]
         try:
             for m in edges.values():
                 m.active, m.inactive = int(m.alive.int().argmax()), None

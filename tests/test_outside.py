@@ -245,6 +245,19 @@ def test_curvature_of_a_loss_that_is_another_by_now_is_refused(make: Any, quanti
     assert make is not counts or loss.calls == 1
 
 
+def test_products_have_what_a_parameter_does_between_model_and_loss() -> None:
+    """Individual gradients of it are refused, as no tap sees that; products go through all of the graph."""
+    layer, loss = px.extend(nn.Linear(5, 3).double()), px.extend(nn.CrossEntropyLoss())
+    x, y, v = torch.randn(N, 5).double(), torch.randint(3, (N,)), torch.randn(1, 3, 5).double()
+    with px.backpack(px.HMP()):
+        loss(layer(x) * layer.weight.sum(), y).backward(retain_graph=True)
+        found = layer.weight.hmp(v)
+    hessian = torch.autograd.functional.hessian(
+        lambda w: F.cross_entropy(F.linear(x, w, layer.bias.detach()) * w.sum(), y), layer.weight.detach()
+    )
+    torch.testing.assert_close(found[0], torch.einsum("abcd,cd->ab", hessian, v[0]))
+
+
 class Counted(Warm):
     """Counts its calls in a buffer, and gives the same each time."""
 

@@ -1374,3 +1374,21 @@ def test_models_one_behind_the_other() -> None:
         beside = (h if part is first else k).square().sum()
         with pytest.raises(px.PackextError, match="other terms"), px.backpack(px.DiagGGNExact()):
             (loss_fn(third(k), y) + beside).backward()
+
+
+def test_the_oracle_of_the_hessian_of_a_group_norm() -> None:
+    """Of which torch's second derivatives are wrong for several cotangents at once (2.13)."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(2, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.group_norm(self.map(x).mT, 2).mT
+
+    model, x, y = Norm(), torch.randn(1, 2, 2), torch.randn(1, 2, 2)
+    found = testing.hessian(model, nn.MSELoss(), x, y)
+    slope = torch.autograd.grad(nn.MSELoss()(model(x), y), model.map.weight, create_graph=True)[0]
+    want = [torch.autograd.grad(s, model.map.weight, retain_graph=True)[0].flatten() for s in slope.flatten()]
+    torch.testing.assert_close(found, torch.stack(want))

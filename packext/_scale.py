@@ -194,7 +194,11 @@ class Seen:
         for edge in self.edges:
             shape, dtype, device = _meta(edge)
             if record is None:
-                if gates_of(edge):
+                gate = getattr(edge.node, "record", None)
+                at = gate.batch_axis if isinstance(gate, Record) else 0
+                if isinstance(gate, Record) and shape[at : at + 1] == (gate.n,):
+                    yield Layout(at, gate.n)
+                elif gates_of(edge):
                     like = torch.empty((), dtype=dtype, device=device).expand(shape)  # which takes no memory
                     yield place(self, edge, like)
                 continue

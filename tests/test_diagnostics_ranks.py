@@ -267,11 +267,11 @@ def outside_in_passes(rank: int) -> None:
 def hessians(rank: int) -> None:
     batches = [data(8, seed) for seed in range(2)]
     mine = [(x.chunk(WORLD)[rank], y.chunk(WORLD)[rank]) for x, y in batches]
-    for scale in (1.0, 256.0):
+    for scale in (1.0, 256.0, -2.0):
         loss, said = px.extend(nn.CrossEntropyLoss()), []
         for model, parts in ((by_itself(network()), batches), (WAYS["DDP(extend)"](network()), mine)):
             found = []
-            optimizer = torch.optim.SGD(model.parameters(), 0.1 / scale)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1 / abs(scale))
             monitor = Cockpit(model, optimizer, None, 1, [], [HessTrace("hessian"), HessMaxEV(tol=1e-9)])
             for k, batch in enumerate(parts):
                 _curvature._GENERATOR.manual_seed(k)  # for the same draws in one process and in two

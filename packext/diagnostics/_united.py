@@ -85,7 +85,7 @@ class _Averaged:
     """Products with the Hessian, averaged over the processes."""
 
     def __init__(self, point: Any, average: Callable[[Tensor], Tensor]) -> None:
-        self.parameters, self._point, self._average = point.parameters, point, average
+        self.parameters, self.negative, self._point, self._average = point.parameters, point.negative, point, average
 
     def part(self, places: Sequence[int]) -> _Averaged:
         return _Averaged(self._point.part(places), self._average)

@@ -43,7 +43,8 @@ def made(tracer: Tracer, t: Tensor, data: bool = False) -> tuple[Source, ...] | 
     known = tuple(dict.fromkeys(source for found in behind for source in found or ()))
     # Of parameters that met data without a tap, it may be made as well.
     refused = {source for _, sources, _ in tracer.record.refused for source in sources}
-    data = data or given or tapped or None in behind or bool(refused.intersection(known))
+    # A transform that has read inputs without a gradient may have made it of these, of which its graph says nothing.
+    data = data or given or tapped or tracer.raw or None in behind or bool(refused.intersection(known))
     made_of = None if data else known
     if torch.is_grad_enabled():  # and else it is an argument of the next such function, which runs
         tracer.mark(t, made_of)

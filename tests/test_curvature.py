@@ -390,6 +390,9 @@ def test_checkpointed_parts() -> None:
     results = run(model, nn.CrossEntropyLoss(), x, y, *quantities(), px.TopEigenvalues(tol=1e-9))
     compare(model, rows)
     torch.testing.assert_close(results.top_eigenvalues.values[0], torch.linalg.eigvalsh(whole)[-1])
+    model = Checkpointed()
+    model.inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh())  # of which the linear layer runs again
+    assert testing.check(model, nn.CrossEntropyLoss(), x, y, [px.KFLR()]).ok
 
 
 def test_dropout_keeps_its_mask() -> None:

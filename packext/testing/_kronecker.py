@@ -110,7 +110,8 @@ class Factors:
         try:
             with disable(), torch.enable_grad():
                 for output, target, weight in singles(model, inputs, targets, batch_axis, weights):
-                    self._add(seen, *_cotangents(loss_fn, output, target, weight, fisher))
+                    calls = seen.copy()  # what is checkpointed runs again in each backward pass
+                    self._add(calls, *_cotangents(loss_fn, output, target, weight, fisher))
                     seen.clear()
                     self.n += 1
         finally:

@@ -123,9 +123,9 @@ _FLAGS = frozenset({bool, str})
 def told(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """What a call is given beside tensors that may say which entries meet and where they go, to compare.
 
-    These are flags, names and axes, of a number whether it is 0 (a weight of what would mix samples), and of an index
-    whether it takes one, some or all entries of an axis. Sizes and other values may differ from pass to pass, and
-    count for `PLACES` alone.
+    These are flags, names and axes, of a number whether it is 0 or 1 (with `lerp`, either may be the weight of nothing
+    that mixes samples), and of an index whether it takes one, some or all entries of an axis. Sizes and other values
+    may differ from pass to pass, and count for `PLACES` alone.
 
     Returns:
         What to compare.
@@ -135,8 +135,8 @@ def told(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     if func in _INDEXED:
         return tuple([_taken(v) for v in (args[1] if type(args[1]) is tuple else args[1:2])])
     at, names = _axes(func)
-    found: list[Any] = [v for i, v in enumerate(args) if type(v) in _FLAGS or i in at and _plain(v) or _is_zero(v)]
-    found += [(k, v) for k, v in kwargs.items() if type(v) in _FLAGS or k in names and _plain(v) or _is_zero(v)]
+    found: list[Any] = [v for i, v in enumerate(args) if type(v) in _FLAGS or i in at and _plain(v) or _is_end(v)]
+    found += [(k, v) for k, v in kwargs.items() if type(v) in _FLAGS or k in names and _plain(v) or _is_end(v)]
     return tuple([repr(v) for v in found])
 
 
@@ -152,8 +152,8 @@ def _axes(func: Any) -> tuple[frozenset[int], frozenset[str]]:
     return frozenset(i for i, _ in named), frozenset(name for _, name in named) | {"dim", "axis"}
 
 
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value == 0
+def _is_end(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value in (0, 1)
 
 
 def _plain(value: Any) -> bool:

@@ -377,6 +377,7 @@ def _in_windows(h: Tensor, _: Any) -> Tensor:
         (_without_gradient, False, True),
         (lambda h, how: h + how * h.mean(0), 0.0, 0.5),
         (lambda h, how: torch.add(h, h.flip(0), alpha=how), 0, 2),
+        (lambda h, how: torch.lerp(h.mean(0).expand_as(h), h, how), 1.0, 0.5),
     ],
 )
 def test_samples_that_an_argument_of_a_function_makes_meet_later_are_found(

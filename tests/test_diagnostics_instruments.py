@@ -596,6 +596,18 @@ def test_entries_far_beyond_the_limits_of_a_histogram_are_in_the_outermost_bins(
     assert monitor.values["GradHist1d/weight"][place] == monitor.values["GradHist2d/weight"][:, place].sum() == 1.0
 
 
+def test_a_histogram_of_many_bins_of_parameters_in_bfloat16() -> None:
+    """All entries of all samples are looked at, and none at a border: bins are those of the exact numbers."""
+    net = nn.Sequential(nn.Linear(3, 4, bias=False, dtype=torch.bfloat16))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.linspace(-1.2, 1.2, 12).view(4, 3))
+    monitor, model, loss = watched(GradHist2d(1, 400, 1.0, 1.0), model=net, loss=nn.L1Loss())
+    values = net[0].weight.detach().double().flatten().clamp(-1, 1).numpy()
+    step_of(monitor, model, loss, torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bfloat16))
+    want = np.histogram(values, 400, (-1, 1))[0] / 12
+    assert np.allclose(monitor.values["GradHist2d"][:, 0], want)
+
+
 class Reached(NormLayerNoiseScale):
     """Of which parameters there are results."""
 

@@ -55,7 +55,8 @@ def _range(given: float | None, values: list[Tensor], what: str) -> float:
 
 
 def _bins(values: Tensor, bins: int, limit: float) -> Tensor:
-    # What lies far beyond the limit has no place among whole numbers.
+    # What lies far beyond the limit has no place among whole numbers, and a number of 16 bits not for each of 257 bins.
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values.add(limit).mul_(bins / (2 * limit)).clamp_(0, bins - 1).long()
 
 

@@ -48,7 +48,7 @@ from packext.diagnostics import (
     UpdateCurvature,
     UpdateSize,
 )
-from packext.diagnostics._step import chosen_of
+from packext.diagnostics._step import _drawn, chosen_of
 from tests.helpers import processes
 
 WORLD = 2
@@ -537,3 +537,14 @@ def test_draws_of_all_are_as_likely_from_each_process_as_from_one() -> None:
         )
         error = (want * (1 - want) / draws).sqrt()
         assert ((found / draws - want).abs() <= 4 * error).all()
+
+
+def test_samples_of_several_passes_are_each_as_likely_to_be_drawn() -> None:
+    """How many are taken of a pass does not tell which ones it has drawn."""
+    sizes, samples, draws = (3, 4), 2, 4000
+    seen = torch.zeros(sum(sizes))
+    for seed in range(draws):
+        drawn = [_drawn(n, samples, seed)[0] for n in sizes]
+        seen[torch.cat([drawn[0], 3 + drawn[1]])[chosen_of([sizes], samples, seed)[0]]] += 1
+    share = samples / sum(sizes)
+    assert ((seen / draws - share).abs() < 3.5 * (share * (1 - share) / draws) ** 0.5).all()

@@ -505,9 +505,10 @@ def chosen_of(counts: Sequence[Sequence[int]], samples: int, seed: int) -> list[
     Returns:
         Of each process, indices into what its passes have drawn, one after the other.
     """
+    generator = torch.Generator().manual_seed(seed + (1 << 31))  # passes draw by `seed`: not from the same numbers
     sizes = torch.tensor([n for passes in counts for n in passes])
     owners = torch.arange(len(sizes)).repeat_interleave(sizes)
-    picked = owners[torch.randperm(len(owners), generator=torch.Generator().manual_seed(seed))[:samples]]
+    picked = owners[torch.randperm(len(owners), generator=generator)[:samples]]
     shares = iter(picked.bincount(minlength=len(sizes)).tolist())
     chosen = []
     for passes in counts:

@@ -580,6 +580,28 @@ def test_sampled_histograms_of_passes_of_different_sizes() -> None:
     assert np.mean(np.square(errors)) == pytest.approx(spread**2, rel=0.2)
 
 
+def test_slopes_of_passes_of_different_sizes() -> None:
+    """Of 60 samples that are alike and of 4: the slopes' variance is as of all 64, up to the mean of those drawn."""
+    monitor, model, loss = watched(Alpha(), model=nn.Linear(1, 1, bias=False), loss=nn.MSELoss(reduction="sum"))
+    x, where, losses, slopes = torch.ones(64, 1), [], [], []
+    nn.init.zeros_(model.weight)
+    for many, few in ((0.5, 2.0), (0.6, 3.5)):
+        y = torch.cat([torch.full((60, 1), many), torch.full((4, 1), few)])
+        where.append(model.weight.item())
+        losses.append((where[-1] - y).square().flatten())
+        slopes.append(2 * (where[-1] - y).flatten())
+        with monitor.step():
+            for part in (slice(60), slice(60, 64)):
+                loss(model(x[part]), y[part]).backward()
+            with torch.no_grad():
+                model.weight.add_(0.8)
+            model.zero_grad()
+    along = [0.8 * s for s in slopes]
+    want, _ = parabola(losses, along, along[1].var() / 64, 0.8)
+    other, _ = parabola(losses, along, torch.cat([along[1][:16], along[1][60:]]).var() / 64, 0.8)
+    assert monitor.values["Alpha"] == pytest.approx(want, rel=0.1) and other > 2 * want
+
+
 def test_the_error_of_a_histogram_of_drawn_entries() -> None:
     """Of all samples, and of some entries each: samples are not all of the error."""
     monitor, model, loss = watched(GradHist1d(10, samples=N), model=nn.Linear(90, 20))

@@ -159,6 +159,7 @@ class Ranks:
         done = self._results(local, step, weighing)
         merged = Pass(0, {}, n=total, share=1 / mean)
         merged.calls = [_call(step.passes[0].calls[0][0].kind, everyone, factors, weights, mean)]
+        step._counts = [n or 0 for r in everyone for n in r["counts"]]
         step._several, step._empty = len(step.passes) > 1, sum(r["empty"] for r in everyone)
         merged.results = [{("grad_dot" if f == "kept" else f): done[key] for f, key in part.items()} for part in where]
         step.passes = [merged]

@@ -175,6 +175,7 @@ class Step:
     _outside: str = ""
     _void: str = ""
     _several: bool = False  # passes of each process, of which the one pass of all was made
+    _counts: list[int] = field(default_factory=list)  # samples of these passes
     _start: dict[str, Tensor] = field(default_factory=dict)
     _update: dict[str, Tensor] | None = None
     _shared: dict[str, Any] = field(default_factory=dict)
@@ -198,6 +199,11 @@ class Step:
     def several(self) -> bool:
         """Whether the step had several backward passes."""
         return len(self.passes) > 1 or self._several
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each backward pass; of those of one process after the other."""
+        return self._counts or [p.n or 0 for p in self._passed()]
 
     @property
     def n(self) -> int:

@@ -29,7 +29,7 @@ class _Parabola(Instrument):
     L(z) = w0 + w1 z + w2 z². Observed are L and its slope at z = 0 and z = 1, from the batch of the step and from that
     of the next one, each with the variance of a mean over its samples: w is the weighted least-squares fit. The
     variance of individual slopes is measured at z = 1 and serves both ends, since the direction is not known yet while
-    the gradient at z = 0 is computed; of a batch of more than 16, on 16 samples drawn at random.
+    the gradient at z = 0 is computed; of a backward pass of more than 16, on 16 samples drawn at random.
     """
 
     losses = True
@@ -46,7 +46,8 @@ class _Parabola(Instrument):
         self._before = _end(step, step.along(gradient, update))
         self._length = float(step.update_norms[""])
         self._update = update
-        self._follow = (SlopeDot(step.direction, step.number + 1),)
+        self._slopes = SlopeDot(step.direction, step.number + 1)
+        self._follow = (self._slopes,)
 
     def follow(self) -> tuple[Any, ...] | None:
         return self._follow
@@ -56,7 +57,10 @@ class _Parabola(Instrument):
         slopes = step["slope_dot"].double()
         after = _end(step, step.along(step.gradient, self._update))
         assert before is not None
-        return self.read(parabola(before, after, float(slopes.var())), self._length)
+        # As many are drawn of each backward pass: one of a larger pass stands for more samples.
+        stands = [n / m for n in step.counts for m in [min(n, self._slopes.samples)] for _ in range(m)]
+        variance = slopes.cov(aweights=slopes.new_tensor(stands))
+        return self.read(parabola(before, after, float(variance)), self._length)
 
     def read(self, fit: np.ndarray, length: float) -> Any:
         """What the instrument shows of w0, w1, w2."""
@@ -103,7 +107,7 @@ class Alpha(_Parabola):
     With u the update that really happened and z the position along it in units of u, a parabola `w0 + w1 z + w2 z²` is
     fitted by weighted least squares to losses and slopes at z = 0, from the batch of the step, and at z = 1, from that
     of the next. Each observation weighs one over the variance of a mean over its batch. That of slopes is measured at z
-    = 1, in batches of more than 16 on 16 samples drawn at random, and serves both ends. Below -1 the minimum lies
+    = 1, in passes of more than 16 on 16 samples drawn at random, and serves both ends. Below -1 the minimum lies
     behind. Recorded for the step when the next one has been seen; a dropout mask drawn anew counts as noise.
 
     - Formula: `1 / z* - 1`, with the minimum `z* = -w1 / (2 w2)`

@@ -449,6 +449,9 @@ def test_samples_of_one_number_each() -> None:
     found = inversion(seen, Clock(1e6))
     assert [r.samples for r in found.searches] == [1, 1, 2, 2] and not found.absent
     assert attacks.in_order(seen.x[[2, 0, 1]], seen.x[:3]).tolist() == [1, 2, 0]
+    assert attacks.psnr(torch.full((2,), 0.5), torch.zeros(2)).tolist() == pytest.approx([-20 * np.log10(0.5)] * 2)
+    assert attacks.psnr(torch.zeros(5, 3, 4), torch.zeros(1, 3, 4)).shape == (5,)  # one truth for all
+    assert not attacks.psnr(none := torch.zeros(0, 3), none).numel() and not attacks.in_order(none, none).numel()
 
 
 def test_bias_division_by_hand() -> None:

@@ -31,7 +31,7 @@ def psnr(found: Tensor, true: Tensor, peak: float = 1.0) -> Tensor:
     Returns:
         `[N]`.
     """
-    return 10 * (peak**2 / (found - true).square().reshape(len(true), -1).mean(1).clamp_min(1e-30)).log10()
+    return 10 * (peak**2 / (found - true).square()[..., None].flatten(1).mean(1).clamp_min(1e-30)).log10()
 
 
 def in_order(found: Tensor, true: Tensor) -> Tensor:
@@ -56,6 +56,6 @@ def in_order(found: Tensor, true: Tensor) -> Tensor:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
         raise ImportError("in_order() needs SciPy: pip install 'packext[attacks]'.") from None
-    first, second = (t.reshape(len(t), -1).double() for t in (true, found))
+    first, second = (t[..., None].flatten(1).double() for t in (true, found))
     cost = torch.cdist(first, second).square()
     return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])

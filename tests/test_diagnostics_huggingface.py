@@ -122,6 +122,26 @@ def test_samples_of_which_no_token_counts(kind: str, level: str | None, tmp_path
             assert name in values if not none else f"{none} of 4 samples have no target that counts" in absent[name]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_numbers_to_be_predicted_are_no_labels_that_do_not_count(dtype: torch.dtype, tmp_path: Any) -> None:
+    """A loss of its own that takes -100 for a number, as any other."""
+
+    class Regression(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(8, 1)
+
+        def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> Any:
+            logits = self.head(input_ids.float())
+            own = (logits[:, 0] - labels).square().mean()
+            return transformers.modeling_outputs.SequenceClassifierOutput(loss=own, logits=logits)
+
+    rows = [{**row, "labels": torch.tensor(-100 + k % 3, dtype=dtype)} for k, row in enumerate(data())]
+    callback = CockpitCallback(None, instruments=[NormTest()])
+    fit(Regression(), tmp_path, callback, make=lambda *a, **k: transformers.Trainer(*a, **{**k, "train_dataset": rows}))
+    assert callback.monitor.values["NormTest"] > 0
+
+
 class Spy:
     """A sink, and the batches and parameters of each step."""
 

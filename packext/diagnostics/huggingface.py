@@ -188,7 +188,8 @@ def _counted(model: Any, kwargs: Any, output: Any) -> Tensor | None:
         labels, logits = labels[:, 1:], logits[:, :-1]
     counts = labels != IGNORED
     rows = counts[..., None].flatten(1).any(1)
-    if rows.all():
+    classes = (labels >= 0) & (labels < logits.shape[-1])
+    if rows.all() or labels.is_floating_point() or not classes[counts].all():  # numbers that are to be predicted
         return None
     items = kwargs.get("num_items_in_batch")
     total = cross_entropy(logits.detach().double().flatten(0, -2), labels.flatten(), reduction="sum")

@@ -138,14 +138,15 @@ def test_numbers_in_a_row_of_their_own_count_where_there_is_nothing_else() -> No
     assert np.isclose(monitor.values["InputScale"], 900.0)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_inputs_that_are_sparse() -> None:
     found, (x, y) = [], batch(6)
-    for dense in (True, False):
+    for layout in (torch.strided, torch.sparse_coo, torch.sparse_csr):
         torch.manual_seed(0)
         monitor = watch(mlp(), InputScale(), GradNorm(), NormTest())
-        step(monitor, x.relu() if dense else x.relu().to_sparse(), y)
+        step(monitor, x.relu() if layout == torch.strided else x.relu().to_sparse(layout=layout), y)
         found.append(monitor.values)
-    assert found[0] == pytest.approx(found[1]) and found[0]["InputScale.zeros"] > 0
+    assert all(found[0] == pytest.approx(other) for other in found[1:]) and found[0]["InputScale.zeros"] > 0
 
 
 @pytest.mark.parametrize("size, dtype", [(1e200, torch.double), (1e-200, torch.double), (1e30, torch.float32)])

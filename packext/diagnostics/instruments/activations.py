@@ -233,7 +233,7 @@ class _Moments(NamedTuple):
 def _received(args: Any) -> list[_Moments]:
     tensors = [x.detach() for x in pytree.tree_leaves(args) if isinstance(x, Tensor) and x.dim()]
     found = [x for x in tensors if x.is_floating_point() and x.dim() > 1 and len(x) == len(tensors[0]) and x.numel()]
-    found = [(x[0].numel(), _moments(x)) for x in found]
+    found = [(x.numel() // len(x), _moments(x)) for x in found]
     seen = [(width, part) for width, part in found if part is not None]
     most = max((width for width, _ in seen), default=0)
     return [part for width, part in seen if width > 1 or most == 1]
@@ -241,7 +241,7 @@ def _received(args: Any) -> list[_Moments]:
 
 def _moments(x: Tensor) -> _Moments | None:
     """Of an argument; none of a mask."""
-    x = x.to_dense() if x.is_sparse else x
+    x = x.to_dense() if x.layout != torch.strided else x
     x = x.float() if x.itemsize < 4 else x
     least, most = (float(v) for v in x.aminmax())
     if most <= 0 and least <= MASKED:

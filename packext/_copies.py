@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -34,7 +34,7 @@ class Apart(TorchFunctionMode):
             PackextError: if it gets a parameter of the model.
         """
         for leaf in pytree.tree_leaves((args, kwargs)):
-            if id(leaf) in self.own:
+            if isinstance(leaf, Tensor) and id(leaf) in self.own:  # the compiler of torch 2.9 knows no id of a number
                 name, p = self.own[id(leaf)]
                 raise PackextError(
                     f"{self.who}: forward of a copy of {type(self.model).__name__} uses {name} {list(p.shape)} of the "

@@ -38,7 +38,7 @@ class _Parabola(Instrument):
     def __init__(self) -> None:
         """Start without a step to complete."""
         self._before: _End | None = None
-        self._follow: tuple[Any, ...] | None = None
+        self._follow: tuple[SlopeDot] | None = None
 
     def measure(self, step: Step) -> None:
         self._before = self._follow = None
@@ -46,19 +46,19 @@ class _Parabola(Instrument):
         self._before = _end(step, step.along(gradient, update))
         self._length = float(step.update_norms[""])
         self._update = update
-        self._slopes = SlopeDot(step.direction, step.number + 1)
-        self._follow = (self._slopes,)
+        self._follow = (SlopeDot(step.direction, step.number + 1),)
 
-    def follow(self) -> tuple[Any, ...] | None:
+    def follow(self) -> tuple[SlopeDot] | None:
         return self._follow
 
     def conclude(self, step: Step) -> Any:
-        before = self._before
+        before, follow = self._before, self._follow
         slopes = step["slope_dot"].double()
         after = _end(step, step.along(step.gradient, self._update))
-        assert before is not None
+        assert before is not None and follow is not None
+        most = follow[0].samples
         # As many are drawn of each backward pass: one of a larger pass stands for more samples.
-        stands = [n / m for n in step.counts for m in [min(n, self._slopes.samples)] for _ in range(m)]
+        stands = [n / m for n in step.counts for m in [min(n, most)] for _ in range(m)]
         variance = slopes.cov(aweights=slopes.new_tensor(stands))
         return self.read(parabola(before, after, float(variance)), self._length)
 

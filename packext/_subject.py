@@ -108,7 +108,8 @@ def subject(
     if device is not None:
         inputs, targets = pytree.tree_map_only(Tensor, lambda t: t.to(device), (inputs, targets))
     with torch.no_grad():
-        output = _run(lambda: testing.call(net, inputs), f"{type(net).__name__} on {_shapes(inputs)}")
+        drawn = ", drawn from a normal distribution (--tokens V draws indices)" if batch is None and not tokens else ""
+        output = _run(lambda: testing.call(net, inputs), f"{type(net).__name__} on {_shapes(inputs)}{drawn}")
     if not isinstance(output, Tensor):
         raise Mistake(
             f"{type(net).__name__} returns a {type(output).__name__}, where a tensor is needed. Name a function that "

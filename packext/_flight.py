@@ -23,7 +23,7 @@ from packext._listening import here, meanwhile, silence
 from packext._owners import Owners
 from packext._pass import Pass, wants_of
 from packext._precision import autocasts
-from packext._probe import Check, Probe, forget, known, probe
+from packext._probe import Check, Probe, known, probe
 from packext._record import losses_inside, only_losses
 from packext._refusals import (
     after_distributed,
@@ -323,7 +323,6 @@ def _agree(record: Record, gates: frozenset[int]) -> None:
             "model is probed now, which takes one on each at least. Give each rank a sample, or make no pass on any."
         )
     record.among, record.rounds = group, max(len(separating(n)) for n in counts)
-    forget(record, gates)
 
 
 def loss_seen(name: str, reduction: str, g: Tensor, inside: Any = None, uneven: Callable[[], str] = str) -> Pass | None:

@@ -4,7 +4,7 @@ Cotangents that are non-zero for some samples only are sent from the model's out
 chosen that every sample is once sent without every other. At every tap, rows of other samples that are not
 zero mean that samples influence each other, or that the batch axis was taken wrongly; the layouts that agree
 are kept. The last cotangent belongs to one sample alone, and what the rules make of it is compared with
-autograd's gradient of every parameter.
+autograd's gradient of every parameter. What is found is tried again, by one cotangent, in later passes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -157,17 +158,20 @@ def is_settled(use: Use) -> bool:
 
 
 def known(record: Record, gates: frozenset[int]) -> bool:
-    """Whether a pass through these gates has been probed before."""
-    return not record.routed and (record.structure(), gates) in record.extension.shared.plans
+    """Whether a pass through these gates needs no inner pass, as one has been probed before."""
+    plan = record.extension.shared.plans.get((record.structure(), gates))
+    return plan is not None and not record.routed and not _is_due(plan.passes + 1)
 
 
-def forget(record: Record, gates: frozenset[int]) -> None:
-    """Have a pass through these gates probed again."""
-    record.extension.shared.plans.pop((record.structure(), gates), None)
+def _is_due(passes: int) -> bool:
+    """Whether the plan of so many passes is tried again: what mixes samples may do so later (a gate that was 0)."""
+    return passes & (passes - 1) == 0
 
 
 def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     """Find the layouts of those of `record`'s uses that a backward pass will reach, and check the rules.
+
+    Layouts of a pass before are taken, and tried by one cotangent in the second, fourth, eighth, ... pass.
 
     Args:
         record: whose gates are about to be passed.
@@ -181,11 +185,14 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             samples of an output apart.
     """
     key = (record.structure(), gates)
-    plan = record.extension.shared.plans.get(key)
-    if plan is not None and not record.routed and _adopt(record, plan):
+    n, plan = record.n, record.extension.shared.plans.get(key)
+    passes = 1 if plan is None else plan.passes + 1
+    if record.among is not None or plan is not None and not record.routed and not _adopt(record, plan):
+        plan = None
+    if plan is not None and not record.routed and (n == 1 or not _is_due(passes)):
+        plan.passes = passes
         _same_axes(record, key, plan.places)
         return
-    n = record.n
     generator = torch.Generator().manual_seed(20250101)
     starts = _starts(record, gates, send, generator)
     if not all(start.layouts for start in starts):
@@ -198,6 +205,10 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
         ]
         starts = starts + inside if inside else _starts(record, frozenset(range(len(record.gates))), send, generator)
         starts = [start for start in starts if start.layouts]
+    if plan is not None and (_follow if record.routed else _holds)(record, starts, plan, send, generator):
+        plan.passes = passes  # not before: one that does not hold is tried again in the next pass
+        _same_axes(record, key, plan.places)
+        return
     if not starts:
         gone = [list(shape) for ref, shape, *_ in record.gates if ref() is None and n in shape]
         if gone:
@@ -213,9 +224,6 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
             "between model and loss, or give px.extend(model, batch_axis=...): None where inputs have no axis of "
             "samples, or several entries for each, and the rows of the outputs are the samples."
         )
-    if plan is not None and record.routed and _follow(record, starts, plan, send, generator):
-        _same_axes(record, key, plan.places)
-        return
     lone = int(torch.randint(n, (1,), generator=generator))
     cotangents_of = separating(n)
     cotangents_of += [torch.ones(n, dtype=torch.bool) for _ in range(record.rounds - len(cotangents_of))]
@@ -268,7 +276,7 @@ def probe(record: Record, gates: frozenset[int], send: Any) -> None:
     # A use that this pass does not reach stays as it is: without layouts, or with those of another pass.
     if record.routed or all(is_settled(use) for use in record.uses):
         layouts = [use.layouts if use.options else None for use in record.uses]
-        record.extension.shared.remember(key, Plan(layouts, places).here(record))
+        record.extension.shared.remember(key, Plan(layouts, places, passes).here(record))
     _same_axes(record, key, places)
 
 
@@ -305,14 +313,16 @@ def _of_all(record: Record, conflict: Use | None) -> Use | None:
     return conflict if found < 0 or conflict is not None else record.uses[min(found, len(record.uses) - 1)]
 
 
-class Plan(NamedTuple):
+@dataclass
+class Plan:
     """What a probe found of a structure: layouts at each use (None: not reached), and at each gate it started from.
 
-    The input of a loss computed inside counts as gate -1, -2, ...
+    The input of a loss computed inside counts as gate -1, -2, ... `passes` have had this structure.
     """
 
     layouts: list[tuple[Layout | None, ...] | None]
     places: dict[int, Layout]
+    passes: int
 
     def here(self, record: Record) -> Plan:
         """The same for the samples of this pass; of scattered rows, without whose they were."""
@@ -323,16 +333,37 @@ class Plan(NamedTuple):
             return Layout(layout.axis, record.n if layout.axis is not None else 1, layout.inner)
 
         layouts = [found and tuple(at and of(at) for at in found) for found in self.layouts]
-        return Plan(layouts, {gate: of(at) for gate, at in self.places.items()})
+        return Plan(layouts, {gate: of(at) for gate, at in self.places.items()}, self.passes)
+
+    def begin(self, record: Record, starts: list[_Start]) -> list[tuple[_Start, Layout]]:
+        """Where cotangents of this pass start, and where the samples are there; nothing if these are other places."""
+        if {start.gate for start in starts} != self.places.keys():
+            return []
+        return [(s, s.layouts[0] if s.gate in record.slopes else self.places[s.gate]) for s in starts]
+
+
+def _holds(record: Record, starts: list[_Start], plan: Plan, send: Any, generator: torch.Generator) -> bool:
+    """Whether one cotangent finds the samples where the plan says, which `record`'s uses have adopted."""
+    begin = plan.here(record).begin(record, starts)
+    if not begin:  # outputs that nobody has kept in this pass: nothing to look from
+        return True
+    cotangents_of = separating(record.n)
+    members = cotangents_of[plan.passes.bit_length() % len(cotangents_of)]
+    run = Probe(record.n, members, None, scattered=False)
+    for use in record.uses:
+        use.options, use.read_options = [layout and [layout] for layout in use.layouts or ()], {}
+    cotangents = [_cotangent(s.meta, at, members, generator) for s, at in begin]
+    send(run, [s.edge for s, _ in begin], cotangents, [TARGET])
+    return _of_all(record, run.conflict) is None
 
 
 def _follow(record: Record, starts: list[_Start], plan: Plan, send: Any, generator: torch.Generator) -> bool:
     """Whether the plan holds, but for rows that have other places in this pass; these are found."""
     plan = plan.here(record)
-    if {start.gate for start in starts} != plan.places.keys():
+    begin = plan.begin(record, starts)
+    if not begin:
         return False
     everyone = torch.ones(record.n, dtype=torch.bool)
-    begin = [(s, s.layouts[0] if s.gate in record.slopes else plan.places[s.gate]) for s in starts]
     sent = [(_cotangent(s.meta, at, everyone, generator), at) for s, at in begin]
     if not whose_now(record.uses, plan.layouts, [start.edge for start in starts], sent, send, generator):
         return False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import packext as px
-from packext import testing
+from packext import _flight, testing
 from packext._quantity import refuse_vectors
 from tests.cases import Lambda, Pool
 from tests.helpers import assert_exact, batch, fields, mlp, rows_of
@@ -415,18 +415,69 @@ def test_an_order_in_which_rows_are_put_is_not_taken_for_granted(moved: Any) -> 
     """A permutation that was the identity by chance tells nothing of the next."""
     model = px.extend(Within(moved))
     model.how = torch.arange(N)
-    with px.backpack(px.BatchGrad()):
-        model(torch.randn(N, 5)).square().mean().backward()
+    for _ in range(2):  # the third pass is none in which an inner one looks again
+        with px.backpack(px.BatchGrad()):
+            model(torch.randn(N, 5)).square().mean().backward()
     model.how = model.how.flip(0)
     with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
         model(torch.randn(N, 5)).square().mean().backward()
 
 
+@pytest.mark.parametrize(
+    ("between", "apart", "meeting"),
+    [
+        (lambda h, how: h + how * torch.softmax(h @ h.T, 1) @ h, torch.zeros(()), torch.full((), 0.1)),
+        (lambda h, how: how.to(h) @ h, torch.eye(N), torch.eye(N).roll(1, 0)),
+        (lambda h, how: torch.where(how, h, h.flip(0)), torch.ones(N, 1) > 0, torch.zeros(N, 1) > 0),
+        (lambda h, how: F.embedding(how, h), torch.arange(N), torch.arange(N).flip(0)),
+        (lambda h, how: torch.vmap(lambda t: t - t.mean(0), in_dims=how, out_dims=how)(h), 0, 1),
+    ],
+    ids=["gate", "matrix", "where", "lookup", "vmap"],
+)
+def test_samples_that_meet_later_by_the_same_calls_are_found_in_the_next_power_of_two(
+    between: Any, apart: Any, meeting: Any
+) -> None:
+    """By no argument that is looked at: the pass before is refused by nothing."""
+    model, refused_in = px.extend(Within(between)), []
+    for k in range(1, 20):
+        model.how = apart if k < 6 or k > 12 else meeting
+        try:
+            with px.backpack(px.BatchGrad()):
+                model(torch.randn(N, 5)).square().mean().backward()
+        except px.CoupledSamplesError:
+            refused_in.append(k)
+    assert refused_in == [8, 9, 10, 11, 12]  # and in all after it, until samples are apart again
+
+
+def test_a_gate_across_the_batch_that_learns_to_open_is_found() -> None:
+    """In the second pass: what is multiplied with a parameter that starts at 0 tells nothing in the first."""
+    model = Within(lambda h, gate: h + gate * torch.softmax(h @ h.T, 1) @ h)
+    model.how = nn.Parameter(torch.zeros(()))
+    px.extend(model)
+    with px.backpack(px.BatchGrad()):
+        model(torch.randn(N, 5)).square().mean().backward()
+    with torch.no_grad():
+        model.how.sub_(0.1 * model.how.grad)
+    with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
+        model(torch.randn(N, 5)).square().mean().backward()
+
+
+def test_later_passes_send_one_cotangent_in_each_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, send = [], _flight._send
+    monkeypatch.setattr(_flight, "_send", lambda *args: (sent.append(k), send(*args))[1])
+    model = px.extend(mlp())
+    for k in range(1, 20):
+        with px.backpack(px.BatchGrad()):
+            model(torch.randn(N if k % 2 else N + 1, 5)).square().mean().backward()
+    assert sent == [1] * 5 + [2, 4, 8, 16]  # the first: two digits and their opposites, and one sample alone
+
+
 def test_samples_that_meet_in_folds_of_another_size_are_found() -> None:
     """Four steps at a time: a batch of samples with six of them fits as well."""
     model = px.extend(Within(_in_windows))
-    with px.backpack(px.BatchGrad()):
-        model(torch.randn(2, 8, 5)).square().mean().backward()
+    for _ in range(2):
+        with px.backpack(px.BatchGrad()):
+            model(torch.randn(2, 8, 5)).square().mean().backward()
     with pytest.raises(px.CoupledSamplesError), px.backpack(px.BatchGrad()):
         model(torch.randn(2, 6, 5)).square().mean().backward()
 

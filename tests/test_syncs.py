@@ -117,11 +117,11 @@ HESSIAN = [px.DiagHessian(), px.HessianTrace(), px.DiagHessianMC(), px.TopEigenv
 def syncs(
     model: nn.Module, x: Tensor, quantity: Any, loss_fn: Callable[[], nn.Module] = nn.CrossEntropyLoss, **options: Any
 ) -> set[str]:
-    """Of the second backward pass, which is not probed."""
+    """Of the third backward pass: no multiple of three is a power of two, so that the probe does not look at it."""
     options.setdefault("scale", "sample")
     loss, y = px.extend(loss_fn()), torch.arange(len(x)) % 3
     found: set[str] = set()
-    for _ in range(2):
+    for _ in range(3):
         with px.backpack(quantity, **options):
             out = model(x)
             value = loss(out if out.dim() == 2 else out.mean(1), y)

@@ -34,7 +34,7 @@ def is_loss(module: nn.Module) -> bool:
     return isinstance(reduction, str) and next(module.parameters(), None) is None
 
 
-#: Losses that a model may compute inside of its forward by a function.
+#: Losses that a model may compute inside of its forward by a function, of one tensor that it made.
 FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,
     F.nll_loss: nn.NLLLoss,
@@ -45,6 +45,13 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.kl_div: nn.KLDivLoss,
     F.binary_cross_entropy: nn.BCELoss,
     F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    F.ctc_loss: nn.CTCLoss,
+    F.poisson_nll_loss: nn.PoissonNLLLoss,
+    F.soft_margin_loss: nn.SoftMarginLoss,
+    F.hinge_embedding_loss: nn.HingeEmbeddingLoss,
+    F.multi_margin_loss: nn.MultiMarginLoss,
+    F.multilabel_margin_loss: nn.MultiLabelMarginLoss,
+    F.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
 }
 
 
@@ -58,11 +65,12 @@ def _first(module: nn.Module) -> str:
 
 def called(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[nn.Module, tuple[Any, ...]] | None:
     """The module that does what a call of a function in `FUNCTIONS` did, and what to call it with; None without one."""
-    given = _signature(func).bind(*args, **kwargs).arguments
-    options = {k: v for k, v in given.items() if k not in ("input", "target") and v is not None}
-    if not options.keys() <= _signature(FUNCTIONS[func]).parameters.keys():
+    kind, given = FUNCTIONS[func], _signature(func).bind(*args, **kwargs).arguments
+    data = list(given)[: len(_signature(kind.forward).parameters) - 1]  # what the module's forward takes comes first
+    options = {k: v for k, v in given.items() if k not in data and v is not None}
+    if not options.keys() <= _signature(kind).parameters.keys():
         return None
-    return FUNCTIONS[func](**options), (given["input"], given["target"])
+    return kind(**options), tuple([given[name] for name in data])
 
 
 #: Entries of a loss's input up to which it is kept for curvature, even if no context asks for that (yet).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -332,3 +333,50 @@ def test_a_parameter_behind_a_loss_inside_is_refused() -> None:
     torch.testing.assert_close(without[model.weight].grad_batch, rows[model.weight].grad_batch)
     slopes = 2 * (-outside.weight.detach()).exp() * (model(x) - y).detach() / (N * C)
     torch.testing.assert_close(rows[model.bias].grad_batch, slopes)
+
+
+def spoken(logits: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """The steps of each sample are told as its labels, but for those that are 0, as a speech recogniser's are."""
+    keep = (y > 0) & (torch.arange(T) < 1)
+    lengths = torch.full((len(y),), T)
+    return F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), y[keep], lengths, keep.sum(1), **options)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        spoken,
+        functools.partial(spoken, reduction="sum"),
+        lambda z, y: F.poisson_nll_loss(z[..., 0], y.to(z), full=True),
+        lambda z, y: F.soft_margin_loss(z[..., 0], 1.0 - 2 * (y > 1)),
+        lambda z, y: F.hinge_embedding_loss(input=z[..., 0], target=1 - 2 * (y > 1), margin=0.5, reduction="sum"),
+        lambda z, y: F.multi_margin_loss(z[:, 0], y[:, 0], p=2, margin=0.7),
+        lambda z, y: F.multilabel_margin_loss(z[:, 0], F.pad(y[:, :2], (0, C - 2), value=-1)),
+        lambda z, y: F.multilabel_soft_margin_loss(z[:, 0], F.one_hot(y[:, 0], C).to(z)),
+    ],
+    ids=["ctc", "ctc sum", "poisson", "soft margin", "hinge", "multi margin", "multilabel", "multilabel soft"],
+)
+def test_losses_of_torch_are_known_inside(compute: Any) -> None:
+    """Rows are those of the samples' own losses: what each gives by itself."""
+    model, (x, y) = Model(lambda _, logits, y: compute(logits, y)), data()
+    y[:, 0] = torch.tensor([1, 3, 4, 1])
+    parameters = list(model.parameters())
+    own = [torch.autograd.grad(model(x[n : n + 1], y[n : n + 1])["loss"], parameters) for n in range(N)]
+    px.extend(model)
+    with px.backpack(px.BatchGrad(), px.ClippedGrad(1e-3), scale="sample"):
+        output = model(x, y)
+        output["loss"].backward()
+    sizes = torch.stack([torch.stack([g.norm() for g in row]).norm() for row in own])
+    weights = (1e-3 / sizes).clamp(max=1.0).nan_to_num()
+    for p, *rows in zip(parameters, *own, strict=True):
+        torch.testing.assert_close(p.grad_batch, torch.stack(rows))
+        torch.testing.assert_close(p.clipped_grad, torch.einsum("n,n...->...", weights, torch.stack(rows)))
+
+
+@pytest.mark.parametrize("quantity", [px.DiagGGNExact(), px.KFAC(), px.DiagHessian()])
+def test_a_loss_inside_that_torch_differentiates_once_has_no_curvature(quantity: Any) -> None:
+    model, (x, y) = px.extend(Model(lambda _, logits, y: spoken(logits, y))), data()
+    with pytest.raises(px.PackextError, match="CTCLoss"), px.backpack(quantity):
+        output = model(x, y.clamp(min=1))
+        output["loss"].backward()
+    assert all(p.grad is None for p in model.parameters())

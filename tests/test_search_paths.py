@@ -155,6 +155,18 @@ def test_a_step_leaves_weights_gradients_and_paths_alone() -> None:
     assert {id(p) for p in net.parameters()} - {id(p) for p in search.weights()} == {id(net[1].alpha), id(net[3].alpha)}
 
 
+def test_an_operation_may_write_into_its_input() -> None:
+    (x, y), found = batch(), []
+    for inplace in (False, True):
+        net = network()
+        net[2] = nn.Identity()  # the backward pass of Tanh needs what it has given
+        for module in net.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = inplace
+        found.append([ProxylessNAS(net, nn.CrossEntropyLoss(), lr=0.1, seed=k).step(x, y) for k in range(8)])
+    assert found[0] == found[1]
+
+
 def test_paths_are_drawn_by_their_probabilities() -> None:
     net = network()
     net[1].alpha.data = torch.tensor([0.0, 1.0, -1.0, 0.5])

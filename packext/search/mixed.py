@@ -107,11 +107,12 @@ class MixedOp(nn.Module):
                 f"A MixedOp of {', '.join(self.names)} has no path yet: call sample() of the search, or derive() a "
                 "network from it."
             )
-        output = self.run(self.active, x)
         if self.inactive is None:
-            return output
+            return self.run(self.active, x)
+        same = x.detach().clone()  # an operation may write into its input, as ReLU(inplace=True) does
+        output = self.run(self.active, x)
         with torch.no_grad():
-            other = self.run(self.inactive, x)
+            other = self.run(self.inactive, same)
         if output.shape != other.shape:
             raise px.PackextError(
                 f"A MixedOp adds outputs of one shape: {self.names[self.active]!r} gives {list(output.shape)}, "

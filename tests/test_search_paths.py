@@ -399,12 +399,13 @@ def test_an_edge_that_zeros_cut_off_learns_nothing() -> None:
 def test_a_search_goes_on_where_it_was_saved() -> None:
     (x, y), runs = batch(), []
     first, second = network(), network(1)
-    search = ProxylessNAS(first, nn.CrossEntropyLoss(), lr=0.1, seed=3)
+    table = LatencyTable({k: {n: 1e-3 * (i + 1) for i, n in enumerate(first[1].names)} for k in ("1", "3")}, {})
+    search = ProxylessNAS(first, nn.CrossEntropyLoss(), lr=0.1, latency=table, seed=3)
     for _ in range(4):
         search.step(x, y)
     kept = copy.deepcopy((first.state_dict(), search.state_dict()))
-    resumed = ProxylessNAS(second, nn.CrossEntropyLoss(), lr=0.1)
     second.load_state_dict(kept[0])
+    resumed = ProxylessNAS(second, nn.CrossEntropyLoss(), lr=0.1, latency=table)
     resumed.load_state_dict(kept[1])
     for each in (search, resumed):
         runs.append([each.step(x, y) for _ in range(3)] + [each.sample()])

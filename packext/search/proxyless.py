@@ -202,6 +202,7 @@ class ProxylessNAS:
             "generator": self._generator.get_state(),
             "pruned": list(self.pruned),
             "steps": self.steps,
+            "reference": self.reference,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -222,6 +223,8 @@ class ProxylessNAS:
         self._races = races
         self._generator.set_state(state["generator"].cpu().clone())  # a view would be read from its storage's start
         self.pruned, self.steps = list(state["pruned"]), state["steps"]
+        if state["reference"] is not None:  # where there was a latency table; the expectation at the start is lost
+            self.reference = state["reference"]
 
     def _draw(self, p: Tensor, count: int) -> list[int]:
         return torch.multinomial(p.detach().cpu(), count, generator=self._generator).tolist()

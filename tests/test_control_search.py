@@ -178,10 +178,13 @@ def test_noise_is_that_of_the_mean_and_exact_along_the_line() -> None:
     torch.testing.assert_close(torch.cat([g.flatten() for g in seen.gradients]), mean)
 
 
-def test_goes_on_from_a_saved_state_to_the_last_bit() -> None:
+@pytest.mark.parametrize("written", [False, True])
+def test_goes_on_from_a_saved_state_to_the_last_bit(written: bool) -> None:
     model, optimizer, closure = searching(0.1, 1.0, 0.3)
     for _ in range(3):
         optimizer.step(closure)
+    if written:
+        model.theta.detach().mul_(1.5)
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict()], file)
     file.seek(0)

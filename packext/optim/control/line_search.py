@@ -147,10 +147,10 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
         """
         params = self._params()
         origin = [p.detach().clone() for p in params]
-        self.evaluations = 0
+        self.evaluations, stood = 0, self._stands()
         try:
             start = self._start
-            if start is None or len(start.gradients) != len(params) or self._versions != [p._version for p in params]:
+            if start is None or len(start.gradients) != len(params) or not stood:
                 start = self._evaluate(closure, params, None)  # parameters were written to since, or this is the first
             if not start.finite:
                 return self._skip("the loss or the gradient is NaN or infinite")
@@ -159,10 +159,10 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
                 return start.loss
             found = self._search(closure, params, origin, start)
         except BaseException:
-            _move(params, origin)
+            self._put_back(params, origin, stood)
             raise
         if found is None:
-            _move(params, origin)
+            self._put_back(params, origin, stood)
             return self._skip("the loss or the gradient is NaN or infinite at all trial steps")
         step, self._start = found
         _move(params, origin, start.gradients, -step)
@@ -175,6 +175,11 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
         group["start"] = [*self._start[:-1]]
         self._versions = [p._version for p in params]
         return self._start.loss
+
+    def _put_back(self, params: list[Tensor], origin: list[Tensor], stood: bool) -> None:
+        _move(params, origin)
+        if stood:  # what is saved still does; the next search looks anew all the same, by another batch
+            self._start, self._versions = None, [p._version for p in params]
 
     def _skip(self, why: str) -> None:
         self.skipped += 1
@@ -260,6 +265,16 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
             )
 
     # -- saving ------------------------------------------------------------------------------------
+    def _stands(self) -> bool:
+        """Whether parameters are where the next search is to start, and nobody has written to them since."""
+        return self._versions == [p._version for p in self._params()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; without the gradient at the start if parameters were written to since it was computed."""
+        if not self._stands():
+            self.param_groups[0].pop("start", None)
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the next search starts from the saved gradient, unless parameters are written to before it."""
         super().load_state_dict(state_dict)
@@ -271,7 +286,7 @@ class ProbabilisticLineSearch(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what torch keeps, the counts, and where the next search starts."""
-        start = self._start if self._versions == [p._version for p in self._params()] else None
+        start = self._start if self._stands() else None
         own = {"skipped": self.skipped, "evaluations": self.evaluations, "_start": start}
         return {**super().__getstate__(), **own}
 

@@ -264,6 +264,8 @@ def test_numbers_out_of_range_are_refused() -> None:
         (lambda: optim.EvidenceStopping(0), "patience must be an int of 1 or more"),
         (lambda: optim.EvidenceStopping(5, 1), "samples must be an int of 2 or more"),
         (lambda: optim.Alpha(optimizer, kappa=-1.0), "kappa must be positive"),
+        (lambda: optim.Alpha(optimizer, decay=1.0), "decay must be at least 0 and less than 1"),
+        (lambda: optim.Alpha(torch.optim.SGD(network().parameters(), 0.1, maximize=True)), "leave maximize out"),
         (lambda: optim.ImportanceSampler(4, 5), "a batch of 5 out of 4"),
         (lambda: optim.ImportanceSampler(4, 2, uniform=0.0), "uniform must be more than 0"),
         (lambda: optim.ProbabilisticLineSearch(network().parameters(), lr=0.0), "lr must be positive"),

@@ -89,6 +89,9 @@ def test_where_nothing_but_noise_is_left_batches_grow_to_the_largest() -> None:
             waits = len(sizes) < round(1 / (1 - control.decay))
             assert control.batch_size == 16 or not waits
         assert sizes[-1] == 256, type(control).__name__
+        resumed = type(control)(16, 64)
+        resumed.load_state_dict(control.state_dict())
+        assert resumed.batch_size == 64
 
 
 def test_where_all_gradients_are_zero_batches_stay() -> None:

@@ -44,6 +44,17 @@ class BatchSizeController(Controller):
             "norm of the gradient": (square - total) / (n * (n - 1)),
         }
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with no more than `max_batch_size` samples.
+
+        Args:
+            state_dict: of a controller of this class.
+
+        A ValueError refuses that of another.
+        """
+        super().load_state_dict(state_dict)
+        self.batch_size = min(self.batch_size, self.max_batch_size)
+
     def _grow_to(self, wanted: float) -> int:
         """A batch size that holds as many samples as are wanted, and no more than twice this one.
 

@@ -64,7 +64,7 @@ class Alpha(Controller):
     - Source: Schneider, Dangel & Hennig 2021, section 3.1, for alpha; the controller is ours, with the bounds of a
       backtracking line search (Dennis & Schnabel 1996, section 6.3.2) for the cut
     - Refused: several processes; several passes for a step; a backward pass that did not go through `loss`; a batch of
-      one; parameters that were frozen or added since the last step
+      one; parameters that were frozen or added since the last step; an optimizer that maximises
 
     Attributes:
         alpha: of the last step that was completed; None before that.
@@ -84,13 +84,15 @@ class Alpha(Controller):
 
         Raises:
             PackextError: in one of several processes.
-            ValueError: for what is no optimizer, and numbers out of their range.
+            ValueError: for what is no optimizer, one that maximises, and numbers out of their range.
         """
         super().__init__()
         positive(self, kappa=kappa)
         fraction(self, decay=decay)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"Alpha moves the rates of an optimizer of torch, got a {type(optimizer).__name__}.")
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError("Alpha is for losses that are minimised: negate the loss, and leave maximize out.")
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise px.PackextError(
                 f"Alpha is for one process, and this is one of {dist.get_world_size()}: each would choose rates, and "

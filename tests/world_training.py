@@ -166,6 +166,15 @@ def delayed_saved_and_refused(rank: int, world: int) -> None:
         scaler.step(restored)
     with pytest.raises(px.PackextError, match="before it is wrapped"):
         restored.add_param_group({"params": []})
+    model = network()
+    model[0].bias.requires_grad_(False)  # pyright: ignore
+    thawed = pd.DSSGD(torch.optim.SGD(model.parameters(), 0.1))
+    local_steps(model, thawed, rank, range(1))
+    before = weights(model)
+    model[0].bias.requires_grad_(True)  # pyright: ignore
+    with pytest.raises(px.PackextError, match="parameter 1 of group 0, shape .* was frozen when the optimizer was"):
+        local_steps(model, thawed, rank, range(1))
+    close(model, before, "thawed")
     with pytest.raises(ValueError, match="a delay of at least 0 and a period of at least 1, got -1 and 1"):
         pd.DSSGD(restored.optimizer, -1)
     with pytest.raises(px.PackextError, match="one dtype, float32 or float64, .*bfloat16"):
@@ -345,7 +354,9 @@ def gathered(rank: int, world: int) -> None:
     torch.set_default_dtype(torch.float64)
     model = px.extend(network())
     total_loss = px.extend(nn.CrossEntropyLoss(reduction="sum"))
+    model[0].weight.requires_grad_(False)
     target = pd.TargetBatch(model.parameters(), 12)
+    model[0].weight.requires_grad_(True)  # thawed since, and of the batch as all others
     size = rank + 1
     taken = 0
     for batch in range(2):

@@ -94,7 +94,7 @@ class TargetBatch:
         """
         if target < 1:
             raise ValueError(f"need a target of at least one sample, got {target}.")
-        self.parameters = [p for p in parameters if p.requires_grad]
+        self.parameters = list(parameters)
         self.target, self.process_group, self.batches = target, process_group, 0
         self.size, self.rank = world(process_group)
         mine = (target, [tuple(p.shape) for p in self.parameters], uuid.uuid4().hex)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import packext as px
 from packext.optim._base import Optimizer
+from packext.optim._work import name_of
 from packext.optim.distributed._processes import same_world, waiting, world
 
 
@@ -54,9 +55,9 @@ class DSSGD(torch.optim.Optimizer):
     - Cost: the parameters are sent once in T steps; holds one copy of them, and two for each block under way, d / T
       rounded up
     - Source: Zhu et al., NeurIPS 2021, Delayed Gradient Averaging
-    - Refused: parameters of several types, or of others than float32 and float64; `GradScaler`; a mean that is not
-      finite; the state of another rank, world or schedule with work under way; optimizers of `px.optim` without a
-      `process_group` of this process alone
+    - Refused: parameters of several types, or of others than float32 and float64, or thawed since; `GradScaler`; a mean
+      that is not finite; the state of another rank, world or schedule with work under way; optimizers of `px.optim`
+      without a `process_group` of this process alone
 
     Example:
         >>> optimizer = DSSGD(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), delay=20, every=12)
@@ -189,13 +190,21 @@ class DSSGD(torch.optim.Optimizer):
             What its step returns.
 
         Raises:
-            PackextError: if a process does not answer, for a mean that is not finite, or with a GradScaler.
+            PackextError: if a process does not answer, for a mean that is not finite, with a GradScaler, or for a
+                parameter that was frozen when the optimizer was wrapped. Nothing has changed in the last two cases.
         """
         if getattr(self, "found_inf", None) is not None:
             raise px.PackextError(
                 "DSSGD: GradScaler skips steps of one process, and all have to take equally many: use bfloat16, "
                 "without a loss scale."
             )
+        common = {*map(id, self._parameters)}
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.requires_grad and id(p) not in common:
+                raise px.PackextError(
+                    f"DSSGD: {name_of(self.optimizer, p)} was frozen when the optimizer was wrapped, and processes do "
+                    "not have it in common: call flush(), and wrap the optimizer anew."
+                )
         result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         self.steps += 1
         self._since += 1

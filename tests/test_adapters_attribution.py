@@ -96,6 +96,7 @@ def test_parameters_that_were_chosen_and_gradients_that_stay() -> None:
         some = Attributor(
             model, lambda b: loss_fn(model(b[0]), b[1]), None, parameters=[model[2].weight, model[0].bias]
         )
+        model[0].bias.requires_grad_(True)  # thawed since
         some.fit([data])
     rows = testing.individual_gradients(model, nn.CrossEntropyLoss(), *data)
     torch.testing.assert_close(some.features, rows["2.weight"].flatten(1))

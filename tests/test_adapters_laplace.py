@@ -267,10 +267,15 @@ def test_the_model_stays_as_it_was(last_layer: bool) -> None:
         model = laplace.utils.FeatureExtractor(model, last_layer_name="5")
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    next(model.parameters()).requires_grad_(False)
-    before, wanted = fields(model), [p.requires_grad for p in model.parameters()]
+    first, second = list(model.parameters())[:2]
+    before = fields(model)
     for kind in (PackextGGN, PackextEF):
+        first.requires_grad_(False)
+        second.requires_grad_(True)
         backend, inputs = kind(model, "classification", last_layer=last_layer), x.clone().requires_grad_()
+        first.requires_grad_(True)  # thawed and frozen since
+        second.requires_grad_(not last_layer)
+        wanted = [p.requires_grad for p in model.parameters()]
         (
             backend.full(inputs, y),
             backend.diag(inputs, y, N=N),

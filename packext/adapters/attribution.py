@@ -77,10 +77,10 @@ class Attributor:
             raise px.NotExtendedError(f"The {type(model).__name__} is not extended: model = px.extend(model).")
         self.loss, self.damping, self.scale = loss, float(damping), scale
         self.quantity = px.BatchGrad() if dim is None else px.ProjectedGrad(dim, seed)
-        self._all = [p for p in model.parameters() if p.requires_grad]
+        self._all = list(model.parameters())
         if isinstance(parameters, Tensor):  # whose rows are no parameters
             parameters = [parameters]
-        self.parameters = self._all if parameters is None else [p for p in parameters if p.requires_grad]
+        self.parameters = [p for p in (self._all if parameters is None else parameters) if p.requires_grad]
         self.features: Tensor | None = None
         self._factor: Tensor | None = None
         self._widths: dict[int, int] = {}

@@ -55,14 +55,14 @@ class _Passes(CurvatureInterface):
         if not px.is_extended(self.model):
             px.extend(self.model)
         px.extend(self.lossfunc)
-        self._all = [p for p in self.model.parameters() if p.requires_grad]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Nothing but the parameters asked for takes part, and their `.grad` stays as it is."""
         mine = {id(p) for p in self.params}
-        others = [p for p in self._all if id(p) not in mine]
-        with kept_grads(self._all), torch.enable_grad():
+        moving = [p for p in self.model.parameters() if p.requires_grad]
+        others = [p for p in moving if id(p) not in mine]
+        with kept_grads(moving), torch.enable_grad():
             for p in others:
                 p.requires_grad_(False)
             try:

@@ -403,13 +403,15 @@ def test_a_search_goes_on_where_it_was_saved() -> None:
     search = ProxylessNAS(first, nn.CrossEntropyLoss(), lr=0.1, latency=table, seed=3)
     for _ in range(4):
         search.step(x, y)
-    kept = copy.deepcopy((first.state_dict(), search.state_dict()))
+    kept = copy.deepcopy(first.state_dict()), search.state_dict()
     second.load_state_dict(kept[0])
     resumed = ProxylessNAS(second, nn.CrossEntropyLoss(), lr=0.1, latency=table)
-    resumed.load_state_dict(kept[1])
-    for each in (search, resumed):
+    for each in (search, resumed, resumed):
+        if each is resumed:
+            second.load_state_dict(kept[0])
+            resumed.load_state_dict(kept[1])
         runs.append([each.step(x, y) for _ in range(3)] + [each.sample()])
-    assert runs[0] == runs[1] and search.steps == resumed.steps == 7
+    assert runs[0] == runs[1] == runs[2] and search.steps == resumed.steps == 7
     for edge in ("1", "3"):
         assert torch.equal(search._races[edge].steps, resumed._races[edge].steps)
         assert int(search._races[edge].steps.sum()) == 7

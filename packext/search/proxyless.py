@@ -195,9 +195,9 @@ class ProxylessNAS:
         return net
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the search goes on from, but for the network's own `state_dict`, which has `alpha` and `alive`."""
+        """Copies of all that the search goes on from, but for the network's `state_dict`, with `alpha` and `alive`."""
         return {
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "races": {edge: race.state_dict() for edge, race in self._races.items()},
             "generator": self._generator.get_state(),
             "pruned": list(self.pruned),
@@ -219,7 +219,7 @@ class ProxylessNAS:
         races = {edge: Race(len(m.ops), self.level) for edge, m in self._edges.items()}
         for edge, race in races.items():
             race.load_state_dict(state["races"][edge])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._races = races
         self._generator.set_state(state["generator"].cpu().clone())  # a view would be read from its storage's start
         self.pruned, self.steps = list(state["pruned"]), state["steps"]

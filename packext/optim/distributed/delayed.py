@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -290,7 +291,7 @@ class DSSGD(torch.optim.Optimizer):
             Tensors are copies.
         """
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "world": (self.size, self.rank),
             "schedule": (self.delay, self.every),
             "steps": self.steps,
@@ -323,7 +324,7 @@ class DSSGD(torch.optim.Optimizer):
                     f"they are {(self.delay, self.every)}: call flush() before state_dict() to change them."
                 )
         self._mean_of_all()
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state_dict["optimizer"]))
         place = self._shared
         self._shared = state_dict["shared"].to(place, copy=True)
         self._pending = [

@@ -113,8 +113,8 @@ class SPRING(Optimizer):
         finally:
             for p, q in zip(work.params, kept, strict=True):
                 p.copy_(q)
-        best, factor = min((each for each in losses if each[0] == each[0]), default=(0.0, 0.0))
-        if factor == 0.0 or best >= losses[0][0]:
+        _, factor = min((each for each in losses if each[0] == each[0]), default=(0.0, 0.0))
+        if factor == 0.0:  # where losses are alike, too
             raise Skip("no step of the line search makes the loss smaller")
         work.updates = [factor * u for u in work.updates]
 

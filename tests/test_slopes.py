@@ -894,3 +894,45 @@ def test_half_precision(half: str) -> None:
         for name, p in model.named_parameters():
             off, allowed = ((each.double() - rows[name]).norm() for each in (p.grad_batch, one_by_one[name]))
             assert off <= 1.5 * allowed + 1e-3 * rows[name].norm(), (name, float(off), float(allowed))
+
+
+class Twice(nn.Bilinear):
+    """Of one input with itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x.sin())
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of torch, which says that it is slow
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.LayerNorm(6), lambda: nn.RMSNorm(6), lambda: nn.GroupNorm(2, 6), lambda: nn.BatchNorm1d(6).eval(),
+        lambda: nn.InstanceNorm1d(6, affine=True), lambda: nn.PReLU(6), lambda: Twice(6, 6, 3),
+    ],
+    ids=["layer", "rms", "group", "batch", "instance", "prelu", "bilinear"],
+)  # fmt: skip
+def test_layers_of_float32_give_what_they_give_without_packext(build: Any, inputs: Any, autocast: bool) -> None:
+    """Also where an input requires grad, so that they are taken apart: the dtype, the values, or torch's error."""
+    layer = build().float()
+    for p in layer.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    shape = (4, 6, 5) if isinstance(layer, nn.InstanceNorm1d) else (4, 6)
+    x = torch.randn(shape).to(inputs)
+
+    def run(layer: nn.Module) -> Tensor | None:
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return layer(x.clone().requires_grad_())
+        except RuntimeError:
+            return None
+
+    want, got = run(copy.deepcopy(layer)), run(px.extend(layer))
+    if want is None or got is None:
+        assert want is got, "torch takes these together, and packext does not, or the reverse"
+        return
+    rounding = 0.01 if torch.bfloat16 in (want.dtype, inputs) or autocast else 1e-6
+    assert got.dtype is want.dtype
+    assert (got - want).abs().max() <= rounding * want.abs().max()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from packext._errors import CoupledSamplesError
 from packext._factored import Dense, Factored, Outer, Terms, accumulation_dtype
 from packext._layout import Layout
+from packext._precision import autocasts, unrounded
 from packext._use import Gradients, Layouts, Rule, Use
 from packext.rules._common import bind, handles
 
@@ -37,19 +40,7 @@ class Norm(Rule):
     positionwise = True
 
     def call(self, use: Use, tensors: dict[str, Tensor]) -> Tensor:
-        c = use.consts
-        x, w, b = tensors["input"], tensors.get("weight"), tensors.get("bias")
-        if c["kind"] == "layer":
-            return F.layer_norm(x, c["normalized_shape"], w, b, c["eps"])
-        if c["kind"] == "rms":
-            return F.rms_norm(x, c["normalized_shape"], w, c["eps"])
-        if c["kind"] == "group":
-            return F.group_norm(x, c["num_groups"], w, b, c["eps"])
-        mean, var = tensors.get("running_mean"), tensors.get("running_var")
-        if c["training"] and use.outputs:
-            mean = var = None  # not the first call: running statistics must not move a second time
-        function = torch.batch_norm if c["kind"] == "batch" else torch.instance_norm
-        return function(x, w, b, mean, var, c["training"], c["momentum"], c["eps"], c["cudnn_enabled"])
+        return _normalised(use.consts, tensors, again=bool(use.outputs))
 
     def cancels(self, use: Use, tensors: dict[str, Tensor]) -> float:
         """Of a LayerNorm: what the mean is taken from, over the deviation; of one feature nothing but that is left."""
@@ -87,6 +78,30 @@ class Norm(Rule):
 
 
 NORM = Norm()
+
+
+def _normalised(c: dict[str, Any], tensors: dict[str, Tensor], again: bool) -> Tensor:
+    x, w, b = tensors["input"], tensors.get("weight"), tensors.get("bias")
+    if c["kind"] == "layer":
+        return F.layer_norm(x, c["normalized_shape"], w, b, c["eps"])
+    if c["kind"] == "rms":
+        return F.rms_norm(x, c["normalized_shape"], w, c["eps"])
+    if c["kind"] == "group":
+        return F.group_norm(x, c["num_groups"], w, b, c["eps"])
+    mean, var = tensors.get("running_mean"), tensors.get("running_var")
+    if c["training"] and again:
+        mean = var = None  # not the first call: running statistics must not move a second time
+    function = torch.batch_norm if c["kind"] == "batch" else torch.instance_norm
+    return function(x, w, b, mean, var, c["training"], c["momentum"], c["eps"], c["cudnn_enabled"])
+
+
+def _kind(tensors: dict[str, Tensor], call: Callable[[], Tensor]) -> torch.dtype:
+    """The dtype that a call gives; an error of torch's where it does not take these together."""
+    x = next(iter(tensors.values()))
+    if {t.dtype for t in tensors.values()} == {x.dtype} and not autocasts(x.device.type):
+        return x.dtype
+    with torch.no_grad():
+        return call().dtype
 
 
 @handles(torch.layer_norm, F.layer_norm)
@@ -146,13 +161,17 @@ def _place(tracer: Tracer, func: Any, tensors: dict[str, Tensor], consts: dict[s
     coupled = kind == "batch" and consts["training"]
     if coupled or not tracer.has_slope(tensors["input"]):
         return tracer.observed(NORM, func, tensors, consts)
+    gives = _kind(tensors, lambda: _normalised(consts, tensors, again=True))
     bare = {k: v for k, v in tensors.items() if k not in ("weight", "bias")}
+    widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors.values()))
+    bare["input"] = bare["input"].to(widest)  # of several types, torch too rounds what comes out alone
+    tracer.mark(bare["input"], None)
     y = tracer.observed(NORM, func, bare, consts)  # of data alone: no tap
     tracer.mark(y, None)
     with tracer:
         if "weight" in tensors:
             y = y * _stretched(tensors["weight"], y, kind)
-        return y + _stretched(tensors["bias"], y, kind) if "bias" in tensors else y
+        return (y + _stretched(tensors["bias"], y, kind) if "bias" in tensors else y).to(gives)
 
 
 def _stretched(value: Tensor, x: Tensor, kind: str) -> Tensor:
@@ -191,7 +210,9 @@ def prelu(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     x, w = tensors["input"], tensors["weight"]
     if tracer.has_slope(x):
+        gives = _kind(tensors, lambda: torch.prelu(x, w))
         with tracer:
+            x, w = x.to(gives), w.to(gives)
             return torch.where(x > 0, x, x.clamp(max=0) * (w if w.numel() == 1 else _stretched(w, x, "channels")))
     return tracer.observed(PRELU, func, tensors, {})
 
@@ -233,8 +254,10 @@ def bilinear(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     first, second, w = tensors["input1"], tensors["input2"], tensors["weight"]
     if tracer.has_slope(first) or tracer.has_slope(second):
-        products = (first[..., :, None] * second[..., None, :]).flatten(-2)
+        gives = _kind(tensors, lambda: torch.bilinear(first, second, w, tensors.get("bias")))
+        products = (first.to(gives)[..., :, None] * second.to(gives)[..., None, :]).flatten(-2)
         tracer.mark(products, None)
-        with tracer:
-            return F.linear(products, w.flatten(1), tensors.get("bias"))
+        with tracer, unrounded(products.device.type):
+            b = tensors.get("bias")
+            return F.linear(products, w.flatten(1).to(gives), None if b is None else b.to(gives))
     return tracer.observed(BILINEAR, func, tensors, {})

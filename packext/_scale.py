@@ -148,11 +148,11 @@ class Seen:
             ' Take reduction="sum"; the divisor of the step is expected_batch_size. (Models of Hugging Face compute '
             "that with num_items_in_batch=1 among their arguments.)"
         )
-        if self.module.reduction == "mean" and not self._as_many():
+        if self.module.reduction in ("mean", "batchmean") and not self._as_many():
             return (
-                f"{self.name} with reduction='mean' divides by the number of rows that it is given, which is not the "
-                "same for each sample, as where rows of the model's output are chosen (output[mask]): a sample changes "
-                f"what others add.{instead}"
+                f"{self.name} with reduction={self.module.reduction!r} divides by the number of rows that it is given, "
+                "which is not the same for each sample, as where rows of the model's output are chosen (output[mask]): "
+                f"a sample changes what others add.{instead}"
             )
         for part in self.module.modules():
             if not isinstance(part, (nn.CrossEntropyLoss, nn.NLLLoss)) or part.reduction != "mean":

@@ -745,7 +745,11 @@ def test_means_over_as_many_targets_of_each_sample(inside: bool) -> None:
 UNEVEN = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]]).bool()
 
 
-@pytest.mark.parametrize("make", [nn.CrossEntropyLoss, nn.MSELoss], ids=lambda kind: kind.__name__)
+def divergence() -> nn.Module:
+    return nn.KLDivLoss(reduction="batchmean")
+
+
+@pytest.mark.parametrize("make", [nn.CrossEntropyLoss, nn.MSELoss, divergence], ids=lambda kind: kind.__name__)
 def test_means_over_chosen_rows(make: Any) -> None:
     """As many of each sample, in any order, or refused: another sample's rows would change the divisor."""
     ids = torch.arange(12).view(4, 3) % 7

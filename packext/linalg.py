@@ -176,7 +176,8 @@ def cg(
         above the tolerance, the iteration ends.
 
     Raises:
-        PackextError: if matvec gives NaN, or the preconditioner is not positive definite.
+        PackextError: if matvec gives NaN, the preconditioner is not positive definite, or the solution is too large for
+            its type.
     """
     _check(tol >= 0 and atol >= 0, f"cg: tolerances must not be negative, got {tol} and {atol}.")
     _check(maxiter is None or maxiter >= 0, f"cg: maxiter must not be negative, got {maxiter}.")
@@ -209,6 +210,11 @@ def cg(
                     return Solution(space.unpack(x * unit), norm * unit, iterations, False, space.unpack(p * unit))
                 x, r = x + (rz / curvature) * p, r - (rz / curvature) * ap
                 norm, iterations = float(r.norm()), iterations + 1
+                if not math.isfinite(norm):
+                    raise PackextError(
+                        f"cg: the solution is beyond the range of {space.dtype}: p A p = {curvature:.3g} along a "
+                        f"direction of length {float(p.norm()):.3g}. Add damping to A, or compute in float64."
+                    )
             if norm <= target:
                 r = b - apply(x)
     return Solution(space.unpack(x * unit), norm * unit, iterations, norm <= target, None)

@@ -507,6 +507,15 @@ def test_cg_of_zero_and_of_tiny_numbers() -> None:
     assert float((tiny.solution - want).norm() / want.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("zero", [0.0, 0.5])
+def test_cg_refuses_a_solution_beyond_the_range_of_its_type(zero: float) -> None:
+    """An entry that is zero times a step that is infinite is no number, at which no comparison ended the loop."""
+    b = torch.tensor([1.0, zero, 2.0], dtype=torch.float32)
+    with pytest.raises(PackextError, match=r"beyond the range of torch.float32"):
+        linalg.cg(lambda v: 1e-42 * v, b)
+    close(linalg.cg(lambda v: 1e-42 * v, b.double()).solution * 1e-42, b.double())
+
+
 def test_cg_stops_at_negative_curvature() -> None:
     matrix = with_spectrum(torch.cat([torch.linspace(0.5, 3, 29), torch.tensor([-1.0])]))
     b = torch.randn(30)

@@ -441,3 +441,30 @@ def test_norms_where_positions_cancel(quantity: Any) -> None:
         loss(model(x), y).backward()
     clipped = torch.cat([p.clipped_grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(clipped, (bound / own) @ rows, rtol=1e-2, atol=1e-3 * bound)
+
+
+class Differences(nn.Module):
+    """Of few positions, nearly equal, the differences alone count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(64, 64, bias=False), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return self.outer(((h - h.mean(1, keepdim=True)) * torch.tensor([[1.0], [2.0], [3.0], [4.0]])).sum(1))
+
+
+@pytest.mark.parametrize("quantity", [px.BatchDotGrad(), px.GGNGram()])
+def test_inner_products_where_positions_cancel(quantity: Any) -> None:
+    """As norms: of products of positions, ten thousand times as large as their sum, no more than rounding is left."""
+    torch.manual_seed(0)
+    model, x, y = Differences(), torch.randn(6, 1, 64) + 1e-4 * torch.randn(6, 4, 64), torch.randint(3, (6,))
+    found = []
+    for kind in (torch.float32, torch.float64):
+        model, loss = px.extend(model.to(kind)), px.extend(nn.CrossEntropyLoss())
+        with px.backpack(quantity, parameters=[model.inner.weight]):
+            loss(model(x.to(kind)), y).backward()
+        found.append(getattr(model.inner.weight, quantity.savefield).double())
+    error, size = (found[0] - found[1]).abs().max(), found[1].abs().max()
+    assert error <= 1e-3 * size

@@ -155,6 +155,8 @@ def test_what_waits_is_what_the_page_says() -> None:
                 found |= syncs(model, x, quantity)
     model, x = px.extend(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3))), torch.randn(N, 4, 5)
     found |= syncs(model, x, px.BatchL2Grad(), per="token", mask=torch.ones(N, 4, dtype=torch.bool))
+    model, x = px.extend(nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3))), torch.randn(N, 2, 40)
+    found |= syncs(model, x, px.BatchDotGrad())
     model, x = px.extend(nn.Sequential(nn.Linear(5, 3), nn.LogSoftmax(1))), torch.randn(N, 5)
     found |= syncs(model, x, px.DiagGGNMC(), nn.NLLLoss)
     assert "_backpack.py: _sample_factor" in found  # and not nothing, if torch no longer shows these operations

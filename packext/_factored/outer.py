@@ -310,16 +310,10 @@ class Outer(Factored):
 
     def gram(self) -> Tensor:
         """By tokens `(a aᵀ)(g gᵀ)`, or by rows of some outputs at a time, whichever takes fewer operations."""
-        n, s = self.n, self.s
-        out = torch.zeros(n, n, dtype=self.acc, device=self.device)
-        if self.tokens_are_few:
-            a, g = self.pair(0, n)
-            for k in range(self.groups):
-                tokens_a, tokens_g = a[:, k].reshape(n * s, self.i), g[:, k].mT.reshape(n * s, self.o)
-                products = (tokens_a @ tokens_a.T) * (tokens_g @ tokens_g.T)
-                out = out + products.reshape(n, s, n, s).sum((1, 3))
-            return out
-        block = max(1, 2 * _scratch.TILE // max(1, n * self.groups * self.i))
+        if self.tokens_are_few and (found := self._gram_by_tokens()) is not None:
+            return found
+        out = torch.zeros(self.n, self.n, dtype=self.acc, device=self.device)
+        block = max(1, 2 * _scratch.TILE // max(1, self.n * self.groups * self.i))
         for o in range(0, self.o, block):
             rows = []
             for lo, hi in self.tiles():
@@ -328,6 +322,20 @@ class Outer(Factored):
             flat = torch.cat(rows)
             out = out + flat @ flat.T
         return out
+
+    def _gram_by_tokens(self) -> Tensor | None:
+        """Sums of products of tokens; None where those of a sample cancel, and what is left of them is rounding."""
+        n, s = self.n, self.s
+        out, sizes = (torch.zeros(*shape, dtype=self.acc, device=self.device) for shape in ((n, n), (n,)))
+        a, g = self.pair(0, n)
+        for k in range(self.groups):
+            tokens_a, tokens_g = a[:, k].reshape(n * s, self.i), g[:, k].mT.reshape(n * s, self.o)
+            products = (tokens_a @ tokens_a.T) * (tokens_g @ tokens_g.T)
+            out = out + products.reshape(n, s, n, s).sum((1, 3))
+            # Products of a sample's own tokens are no larger in sum than this.
+            of_a, of_g = (torch.linalg.vector_norm(t.detach(), dim=1) for t in (tokens_a, tokens_g))
+            sizes += (of_a * of_g).view(n, s).sum(1).square_()
+        return None if s > 1 and bool((out.diagonal() < DOUBT * sizes).any()) else out
 
     def dots(self, direction: Tensor) -> Tensor | None:
         if self._apply is not None:

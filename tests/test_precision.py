@@ -468,3 +468,23 @@ def test_inner_products_where_positions_cancel(quantity: Any) -> None:
         found.append(getattr(model.inner.weight, quantity.savefield).double())
     error, size = (found[0] - found[1]).abs().max(), found[1].abs().max()
     assert error <= 1e-3 * size
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Conv1d(2, 4, 3), lambda: nn.ConvTranspose1d(2, 4, 3, stride=2)])
+def test_sums_over_the_samples_of_a_convolution_are_not_rounded_by_autocast(build: Any) -> None:
+    """Else the part of one among many is rounded to as much as the sum is: more than what it is clipped to."""
+    torch.manual_seed(0)
+    model, x = px.extend(nn.Sequential(build(), nn.Flatten(), nn.LazyLinear(3))), 1 + 0.1 * torch.randn(300, 2, 8)
+    model(x)
+    found = []
+    weight = model[0].weight
+    for quantity in (px.BatchGrad(), px.ClippedGrad(1e-3), px.GradDot({weight: torch.ones_like(weight)})):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).float().square().sum()
+        with px.backpack(quantity, parameters=[weight], scale=1.0):
+            loss.backward()
+        found.append(getattr(weight, quantity.savefield).double())
+    rows, clipped, dots = found[0].flatten(1), found[1].flatten(), found[2]
+    want = (1e-3 / rows.norm(dim=1)) @ rows
+    assert (clipped - want).norm() < 1e-4 * want.norm()
+    assert (dots - rows.sum(1)).abs().max() < 1e-4 * rows.sum(1).abs().max()

@@ -135,6 +135,7 @@ class Convolution(OwnedRule):
         features = read.shape[1] // groups * kernel.numel()
         positions = out.numel() * per
 
+        acc = accumulation_dtype(torch.promote_types(x.dtype, g.dtype))
         window = Window(kernel, c["stride"], c["padding"], c["dilation"], out, groups)
 
         def take(lo: int, hi: int) -> Tensor:
@@ -144,9 +145,9 @@ class Convolution(OwnedRule):
             return part.unflatten(0, (hi - lo, per)).transpose(1, 2).flatten(2, 3)
 
         def weighted(weight: Tensor | None) -> Tensor:
-            scaled = g
+            scaled = g.to(acc)  # of half precision, torch would round the sum over all samples to it
             if weight is not None:
-                scaled = g * weight.to(g.dtype).repeat_interleave(per).reshape(-1, *[1] * (g.dim() - 1))
+                scaled = scaled * weight.to(acc).repeat_interleave(per).reshape(-1, *[1] * (g.dim() - 1))
             return self._backward(use, {"input": x, "weight": w}, scaled, [False, True, False])[1]
 
         def canonical(y: Tensor) -> Tensor:
@@ -155,8 +156,8 @@ class Convolution(OwnedRule):
 
         def apply(direction: Tensor) -> Tensor:
             # That of a transposed one reads g.
-            convolve, other = _CONVOLUTIONS[read.dim() - 3], direction.to(read.dtype)
-            return canonical(convolve(read, other, None, c["stride"], c["padding"], c["dilation"], groups))
+            convolve, other = _CONVOLUTIONS[read.dim() - 3], direction.to(acc)
+            return canonical(convolve(read.to(acc), other, None, c["stride"], c["padding"], c["dilation"], groups))
 
         def native(lo: int, hi: int, first: int = 0, last: int | None = None) -> Tensor:
             images, count, outputs = slice(lo * per, hi * per), hi - lo, slice(first, last)

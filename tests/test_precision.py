@@ -488,3 +488,18 @@ def test_sums_over_the_samples_of_a_convolution_are_not_rounded_by_autocast(buil
     want = (1e-3 / rows.norm(dim=1)) @ rows
     assert (clipped - want).norm() < 1e-4 * want.norm()
     assert (dots - rows.sum(1)).abs().max() < 1e-4 * rows.sum(1).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bags_of_more_tokens_than_the_type_counts(dtype: torch.dtype) -> None:
+    """Adding ones, bfloat16 comes to 256, and float16 to 2048."""
+    torch.manual_seed(0)
+    sizes = torch.tensor([20, 300, 3000])
+    ids, starts = torch.randint(7, (int(sizes.sum()),)), sizes.cumsum(0) - sizes
+    model, norms = px.extend(nn.EmbeddingBag(7, 4, mode="mean"), batch_axis=None), []
+    for kind in (dtype, torch.float64):
+        with px.backpack(px.BatchL2Grad()):
+            model.to(kind)(ids, starts).sum().backward()
+        norms.append(model.weight.batch_l2.double())
+        model.zero_grad()
+    torch.testing.assert_close(*norms, rtol=0.02, atol=0.0)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packext._factored import Factored, Lookup
+from packext._factored import Factored, Lookup, accumulation_dtype
 from packext._layout import Layout
 from packext._use import Gradients, Layouts, Rule, Use
 from packext.rules._common import bind, handles
@@ -119,18 +119,19 @@ class Bag(Rule):
         bag = torch.searchsorted(starts, position, right=True) - 1
         padding = c["padding_idx"]
         real = torch.ones_like(index, dtype=torch.bool) if padding < 0 else index != padding
-        scale = real.to(g.dtype)
+        acc = accumulation_dtype(g.dtype)  # in which tokens can be counted
+        scale = real.to(acc)
         if "per_sample_weights" in t:
-            scale = scale * t["per_sample_weights"].to(g.dtype)
+            scale = scale * t["per_sample_weights"].to(acc)
         if c["mode"] == 1:
-            sizes = torch.zeros(bags, dtype=g.dtype, device=g.device).index_add(0, bag, real.to(g.dtype))
+            sizes = torch.zeros(bags, dtype=acc, device=g.device).index_add(0, bag, real.to(acc))
             scale = scale / sizes.clamp(min=1)[bag]
         ends = torch.cat([starts[1:], starts.new_tensor([len(index)])])
         longest = int((ends - starts).max()) if bags else 0
         slot = position - starts[bag]
         ids = index.new_full((bags, longest), -1)
         ids[bag, slot] = torch.where(real, index, -1)
-        weights = torch.zeros(bags, longest, dtype=g.dtype, device=g.device).index_put((bag, slot), scale)
+        weights = torch.zeros(bags, longest, dtype=acc, device=g.device).index_put((bag, slot), scale)
         rows = g[:, None, :] * weights[:, :, None]
         positions = (len(index) if padding < 0 else int(real.sum())) / layout.n
         ids, rows = _ids(layout, ids, 1).flatten(1, 2), layout.split(rows, 1).flatten(1, 2)

@@ -29,8 +29,9 @@ def _trailing(t: Tensor, layout: Layout, features: int) -> Tensor | None:
 
 def _channels(t: Tensor, layout: Layout) -> Tensor | None:
     """Sum of `[B, C, *space]` over everything but samples and channels."""
-    flat = t.flatten(2).sum(2, dtype=accumulation_dtype(t.dtype)) if t.dim() > 2 else t
-    return layout.split(flat, 1).sum(1) if layout.fits(flat, 1) else None
+    acc = accumulation_dtype(t.dtype)
+    flat = t.flatten(2).sum(2, dtype=acc) if t.dim() > 2 else t
+    return layout.split(flat, 1).sum(1, dtype=acc) if layout.fits(flat, 1) else None
 
 
 class Norm(Rule):

@@ -243,6 +243,27 @@ def test_what_was_in_grad_before_the_step() -> None:
         assert monitor.values.get("GradNorm.before") == (pytest.approx(norm) if k else None)
 
 
+@pytest.mark.parametrize("scale", ["sample", "mean"])
+@pytest.mark.parametrize("sizes, factor", [([6], 1.0), ([6], 0.5), ([6, 6], 0.5), ([6, 6], 1.0)])
+def test_what_was_in_grad_is_in_units_of_the_gradient(scale: str, sizes: list[int], factor: float) -> None:
+    monitor, x, y = watch(mlp(), GradNorm(), BatchSize()), *batch(12)
+    parameters = list(monitor.model.parameters())
+    loss = px.extend(nn.CrossEntropyLoss()) if scale == "sample" else F.cross_entropy
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    held = [p.grad.clone() for p in parameters if p.grad is not None]
+    with monitor.step(scale) as seen:
+        for part, labels in zip(x.split(sizes[0])[: len(sizes)], y.split(sizes[0]), strict=False):
+            value = factor * loss(monitor.model(part), labels)
+            if scale == "mean":
+                seen.loss(value)
+            value.backward()
+    added = [p.grad - g for p, g in zip(parameters, held, strict=True) if p.grad is not None]
+    before, gradient = (torch.cat([g.flatten() for g in each]).norm().item() for each in (held, added))
+    ratio = monitor.values["GradNorm.before"] / monitor.values["GradNorm"]
+    assert ratio == pytest.approx(before / gradient, rel=1e-4)
+
+
 def test_parameters_norm_and_learning_rate() -> None:
     model, (x, y) = mlp(), batch()
     groups = [{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters()}]

@@ -300,7 +300,7 @@ class Observer:
         p.empty = _empty(p)
         self._scale(p)
         if not self.step.passes and (found := {k: _dense(v) for k, v in p.before.items() if v is not None}):
-            self.step.before = abs(p.share) * float(norms(found)[""])
+            self.step._held = float(norms(found)[""])
         p.results = [{field: raw[held] for field, held in part.items()} for part in fields]
         self.step.passes.append(p)
         self._weigh(p, gradient, after)

@@ -155,7 +155,6 @@ class Step:
         seconds: from there to the end of the step.
         passes: the backward passes of the step, made before the parameters changed.
         samples: indices of the step's samples in the data set `[N]`, where the user has given them.
-        before: norm of what was in `.grad` when the first of the passes began, in units of `gradient`.
     """
 
     number: int
@@ -167,7 +166,7 @@ class Step:
     seconds: float = 0.0
     passes: list[Pass] = field(default_factory=list)
     samples: Tensor | None = None
-    before: float = 0.0
+    _held: float = 0.0  # norm of what was in `.grad` when the first of the passes began
     _empty: int = 0  # samples without a share in the loss, since all their targets are ignored
     _parts: set[nn.Parameter] | None = None  # that have results, if they are not all
     _groups: list[dict[str, Any]] = field(default_factory=list)
@@ -287,6 +286,13 @@ class Step:
         if not self._gradient:
             raise Absent("no parameter has got a gradient in `.grad`")
         return self._gradient
+
+    @property
+    def before(self) -> float:
+        """Norm of what was in `.grad` when the first of the passes began, in units of `gradient`."""
+        self._known_share()
+        # `.grad` has grown by so many means of samples' own gradients.
+        return self._held / abs(sum(1 / p.share for p in self._passed())) if self._held else 0.0
 
     @property
     def pure_gradient(self) -> dict[str, Tensor]:

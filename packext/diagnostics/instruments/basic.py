@@ -54,7 +54,7 @@ class GradNorm(Instrument):
     """
 
     def measure(self, step: Step) -> dict[str, Any]:
-        return {**step.gradient_norms, ".before": step.before} if step.before else step.gradient_norms
+        return {**step.gradient_norms, ".before": before} if (before := step.before) else step.gradient_norms
 
 
 class UpdateSize(Instrument):

@@ -273,11 +273,27 @@ def test_parameters_norm_and_learning_rate() -> None:
     assert np.isclose(monitor.values["ParamNorm"], sum(v**2 for v in norms.values()) ** 0.5)
     assert all(np.isclose(monitor.values[f"ParamNorm/{k}"], v) for k, v in norms.items())
     assert monitor.values["LearningRate"] == 0.2 and "LearningRate.edge" not in monitor.values
-    for options, edge in (({"momentum": 0.5}, 3 / 0.1), ({}, 2 / 0.1), ({"momentum": 0.5, "nesterov": True}, None)):
+    kinds = ({"momentum": 0.5}, 3 / 0.1), ({}, 2 / 0.1), ({"momentum": 0.5, "nesterov": True}, None)
+    for options, edge in (*kinds, ({"maximize": True}, None)):
         monitor = watch(mlp(), LearningRate(), optimizer=None)
         monitor.optimizer = torch.optim.SGD(monitor.model.parameters(), 0.1, **options)
         step(monitor, x, y)
         assert monitor.values.get("LearningRate.edge") == (None if edge is None else pytest.approx(edge))
+
+
+@pytest.mark.parametrize("reduction, factors, known", [
+    ("mean", [1.0], True), ("mean", [0.5, 0.5], True), ("mean", [0.25], False), ("mean", [1.0, 1.0], False),
+    ("mean", [0.2, 0.8], False), ("sum", [1.0], False), ("sum", [1 / 6], True), ("mean", [-1.0], False),
+])  # fmt: skip
+def test_the_edge_is_that_of_the_curvature_beside_it(reduction: str, factors: list[float], known: bool) -> None:
+    monitor, (x, y) = watch(mlp(), LearningRate(), BatchSize()), batch(6)
+    loss = px.extend(nn.CrossEntropyLoss(reduction=reduction))
+    with monitor.step():
+        for factor in factors:
+            (factor * loss(monitor.model(x), y)).backward()
+        monitor.optimizer.step()
+    assert monitor.values["LearningRate"] == 0.1  # the Hessian of the mean loss is not what these steps see, else
+    assert monitor.values.get("LearningRate.edge") == (pytest.approx(2 / 0.1) if known else None)
 
 
 def test_losses_of_the_samples_by_index() -> None:

@@ -31,14 +31,15 @@ class LearningRate(Instrument):
     """The optimizer's largest learning rate, as it was when the gradient was taken (without one, at the step's end).
 
     "LearningRate.edge" is the curvature beyond which heavy-ball gradient descent on a quadratic diverges, for
-    `torch.optim.SGD` with one learning rate.
+    `torch.optim.SGD` with one learning rate: of the mean of the samples' own losses, as `HessMaxEV` is.
 
     - Formula: largest `lr` of the groups; of the edge `(2 + 2 momentum) / lr`
     - Units: those of the parameters squared, over those of the loss; of the edge the reverse
     - Cost: a number is read; no quantity
     - Source: Cohen, Kaur, Li, Kolter & Talwalkar 2021, for the edge
-    - Absent: if the optimizer has no learning rate. The edge is given for that SGD alone, without Nesterov's momentum
-      and dampening
+    - Absent: if the optimizer has no learning rate. The edge is given for that SGD alone, without Nesterov's momentum,
+      dampening and `maximize`, and where `.grad` is the mean of the g_n, and no multiple of it (a sum over the samples,
+      a factor on the loss)
     """
 
     def measure(self, step: Step) -> dict[str, Any]:
@@ -46,10 +47,19 @@ class LearningRate(Instrument):
         rates = [float(group["lr"]) for group in groups if "lr" in group]
         if not rates:
             raise Absent(f"{type(step.optimizer).__name__} has no learning rate")
-        found = {"": max(rates)}
+        found: dict[str, Any] = {"": max(rates)}
         plain = type(step.optimizer) is torch.optim.SGD and len({(g["lr"], g["momentum"]) for g in groups}) == 1
-        if plain and rates[0] > 0 and not any(g["nesterov"] or g["dampening"] for g in groups):
+        if plain and rates[0] > 0 and not any(g["nesterov"] or g["dampening"] or g["maximize"] for g in groups):
+            try:
+                multiple = step.factor
+            except Absent as reason:
+                return {**found, ".edge": reason}
             found[".edge"] = (2 + 2 * float(groups[0]["momentum"])) / rates[0]
+            if abs(multiple - 1) > 1e-6:
+                found[".edge"] = Absent(
+                    f"`.grad` is {multiple:.6g} times the mean of the samples' own gradients, which is not what steps "
+                    "of that rate follow"
+                )
         return found
 
 

@@ -412,17 +412,21 @@ def test_first_layers_whose_share_falls_at_once(factors: list[float], at: int | 
     assert names(rules.VanishingGradients(), pages) == ([] if at is None else [("vanishing gradients", at)])
 
 
-@pytest.mark.parametrize("valid, at", [(0.7, 20), (0.5, None)])
-def test_what_does_not_hold_for_other_samples(valid: float, at: int | None) -> None:
+@pytest.mark.parametrize("valid, every, at", [(0.7, 5, 20), (0.5, 5, None), (0.7, 1, 5)])
+@pytest.mark.parametrize("early", [False, True])
+def test_what_does_not_hold_for_other_samples(valid: float, every: int, at: int | None, early: bool) -> None:
     said = Judge([rules.Overfitting()])
     found: list[tuple[str, int]] = []
     for step in range(41):
-        loss = max(0.1, 1.0 - 0.2 * step) + 0.001 * (step % 2)
-        found += [(v.name, v.step) for v in said.hear(step, {"Loss": loss})]
-        if step % 5 == 0:
-            now = max(valid, 1.0 - 0.2 * step) + 0.001 * (step % 3)
-            found += [(v.name, v.step) for v in said.hear(step, {"valid_loss": now})]
-    assert found == ([] if at is None else [("overfitting", at)])
+        pages = [{"Loss": max(0.1, 1.0 - 0.2 * step) + 0.001 * (step % 2)}]
+        if step % every == 0:
+            pages.append({"valid_loss": max(valid, 1.0 - 0.2 * step) + 0.001 * (step % 3)})
+        for page in pages[::-1] if early else pages:  # logged within the step, before its loss is known, or after it
+            found += [(v.name, v.step) for v in said.hear(step, page)]
+    if at is None:
+        assert found == []
+    else:
+        assert found[0][0] == "overfitting" and at <= found[0][1] <= at + early
 
 
 @pytest.mark.parametrize("n, loss, at", [(3, 1.0, 43), (4, 1.1, 153), (4, 1.0, None), (32, 1.1, 153), (32, 1.0, None)])

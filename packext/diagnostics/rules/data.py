@@ -126,12 +126,13 @@ class Overfitting(SinceStart):
         self._earlier: deque[list[tuple[float, np.ndarray]]] = deque(maxlen=self.values)
         self._best: tuple[float, float, int] | None = None
         self._last: float | None = None
-        self._logged = -1
+        self._logged = self._seen = -1
         self._finding: Finding | None = None
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, valid = values.get("Loss"), values.get("valid_loss")
-        if loss is not None and valid is None:
+        if loss is not None and step != self._seen:  # `valid_loss` may be logged before the step has ended, or after
+            self._seen = step
             self.begin(step, values)
             self._between.add(loss)
             if "BatchSize" in values and "SampleLosses.largest" in values:
@@ -140,8 +141,6 @@ class Overfitting(SinceStart):
             return self._finding
         if self._between.values:
             self._last = self._between.mean
-        elif loss is not None:
-            self._last = loss
         if self._last is None:  # no step has been looked at
             return self._finding
         self._valid.add(valid)

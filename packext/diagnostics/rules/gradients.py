@@ -200,7 +200,8 @@ class NaNAhead(_Matrices):
         name = max(grown, key=lambda k: grown[k])
         left = math.log(3e38 / watched[name]) / math.log(grown[name])
         return Finding(
-            f"{name} grows by a factor of {grown[name]:.3g} a step: single precision overflows in {left:.0f} steps.",
+            f"{name} grows by a factor of {grown[name]:.3g} from look to look: single precision overflows in "
+            f"{left:.0f} of them.",
             _places(list(grown)),
         )
 

@@ -176,6 +176,27 @@ def test_an_input_that_is_no_number() -> None:
     assert "of the inputs are NaN or infinite" in verdict.evidence
 
 
+def test_steps_that_a_scaler_skips_while_it_looks_for_its_factor() -> None:
+    x, y = task()
+    model, loss_fn = px.extend(net()), px.extend(nn.CrossEntropyLoss())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**23)
+    monitor = Cockpit(model, torch.optim.SGD(model.parameters(), 0.05))
+    overflows = 0
+    for _ in range(12):
+        with monitor.step():
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_fn(model(x[:64]), y[:64])
+            scaler.scale(loss).backward()
+            scaler.step(monitor.optimizer), scaler.update()
+            monitor.optimizer.zero_grad()
+        overflows += not np.isfinite(monitor.values["GradNorm"])
+        assert monitor.verdicts == []
+    assert 0 < overflows < 12
+    page = {"Loss": 1.0, "GradNorm": np.nan, "ParamNorm": 1.0}
+    assert names(rules.NaNAhead(), [page, page]) == []
+    assert names(rules.NaNAhead(), [page, {**page, "UpdateSize": np.nan}]) == [("NaN about to happen", 1)]
+
+
 def test_dead_relus_with_the_layer() -> None:
     model = net()
     with torch.no_grad():

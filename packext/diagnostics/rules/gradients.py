@@ -150,14 +150,15 @@ class NaNAhead(_Matrices):
     depends on the batch). What starts at zero grows with the square of the steps while the rate is warmed up, or faster
     for a while, and counts from a tenth of the norm of all parameters on. And the loss has to be above where it began
     in three looks in a row, or what grows a matrix that is 2.5 times as large as in PyTorch's initialisation. Or an
-    input is not finite already.
+    input is not finite already. A gradient that is not finite counts if the parameters have moved by it: a `GradScaler`
+    makes such ones to find its factor, and skips the step.
     """
 
     failure = "NaN about to happen"
     advice = (
         "Look at what grows: lower the learning rate, clip the gradient, add an epsilon to divisors and logarithms."
     )
-    reads = ("Loss", "GradNorm", "OutputScale", "ParamNorm", "InputScale", "InitialScale")
+    reads = ("Loss", "GradNorm", "OutputScale", "ParamNorm", "InputScale", "InitialScale", "UpdateSize")
     hold, release = 1, 20
     looks, growth, lasting, noisy, large, risen, part = 9, 1.09, 0.95, 0.5, 2.5, 3, 0.1
 
@@ -174,6 +175,8 @@ class NaNAhead(_Matrices):
             self.begin(step, values)
             self._above = self._above + 1 if values["Loss"] > self.line else 0
         watched = {k: float(values[k]) for k in ("Loss", "GradNorm", "OutputScale") if k in values}
+        if not math.isfinite(watched.get("GradNorm", 0.0)) and "UpdateSize" not in values:
+            del watched["GradNorm"]
         sizes = {f"ParamNorm/{k}": v for k, v in by_layer(values, "ParamNorm").items()}
         watched |= sizes
         if step == 0:

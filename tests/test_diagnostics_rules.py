@@ -450,6 +450,39 @@ def test_what_does_not_hold_for_other_samples(valid: float, every: int, at: int 
         assert found[0][0] == "overfitting" and at <= found[0][1] <= at + early
 
 
+@pytest.mark.parametrize("slope, said", [(0.0, []), (0.005, []), (-0.02, ["overfitting"])])
+def test_a_loss_below_zero_falls_where_it_goes_down(slope: float, said: list[str]) -> None:
+    judge, found = Judge([rules.Overfitting()]), []
+    for step in range(100):  # of a density: from 1 to -3, and then on, to stay, or up a little
+        judge.hear(step, {"Loss": max(-3.0, 1.0 - 0.2 * step) + slope * max(0, step - 40)})
+        if step % 2 == 0:
+            valid = max(-2.5, 1.0 - 0.2 * step) + 0.02 * max(0, step - 30) + 1e-4 * (step % 3)
+            found += [v.name for v in judge.hear(step, {"valid_loss": valid})]
+    assert found[:1] == said
+
+
+def test_a_loss_that_ends_below_zero_has_fallen() -> None:
+    steps = {"UpdateSize": 1e-4, "ParamNorm": 5.0, "GradNorm": 1.0}
+    for end, said in ((4.0, ["learning rate too low"]), (-4.0, [])):
+        pages = [{"Loss": 5.0, **steps}, *[{"Loss": end, **steps}] * 60]
+        assert [name for name, _ in names(rules.LearningRateTooLow(), pages)] == said
+    for end, said in ((4.0, 1), (-4.0, 2)):  # withdrawn
+        pages = [{"Loss": 5.0, "InitialScale/a": 9.0}, *[{"Loss": end}] * 9]
+        assert len(names(rules.BadInitialisation(), pages)) == said
+    for end, said in ((0.99, 1), (-4.0, 0)):
+        pages = [
+            {"Loss": end if k else 1.0, "IdleUnits/a": 0.95 if k >= 20 else 0.4, "IdleUnits/z": 0.0} for k in range(60)
+        ]
+        assert len(names(rules.DeadReLUs(), pages)) == said
+    noise = {"NoiseScale": 1e3, "NoiseScale.trace": 1.0, "NoiseScale.signal": 1e-3, "BatchSize": 8.0}
+    for end, said in ((6.0, 1), (-6.0, 0)):
+        assert len(names(rules.BatchTooSmall(), [{"Loss": end if k else 5.0, **noise} for k in range(160)])) == said
+    judge, said_of = Judge([rules.LearningRateTooHigh()]), []
+    for step in range(9):
+        said_of += judge.hear(step, {"Loss": 3.0 if step else -2.0, "UpdateSize": 1.0, "ParamNorm": 5.0})
+    assert "was -2 " in said_of[0].evidence
+
+
 @pytest.mark.parametrize("n, loss, at", [(3, 1.0, 43), (4, 1.1, 153), (4, 1.0, None), (32, 1.1, 153), (32, 1.0, None)])
 def test_a_plateau_at_the_start_is_no_small_batch(n: int, loss: float, at: int | None) -> None:
     noise = {"NoiseScale": 1e3, "NoiseScale.trace": 1.0, "NoiseScale.signal": 1e-3}

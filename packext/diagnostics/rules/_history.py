@@ -109,7 +109,9 @@ class SinceStart(Rule):
 
     Some losses cancel, and how far they have come is not seen: those of a policy gradient are near zero on average from
     the start, and of any size. `signed` is whether the first step's loss was less than half of the mean absolute loss
-    of its samples.
+    of its samples. Others, as of densities, begin above zero and end below: what is `left` of them is negative then.
+
+    `began` is the loss of step 0, and `first` its size; both are None while that is not known.
     """
 
     above = 1.2
@@ -117,6 +119,7 @@ class SinceStart(Rule):
 
     def __init__(self) -> None:
         """Start before the first step."""
+        self.began: float | None = None
         self.first: float | None = None
         self.doubt, self.signed = 0.0, False
         self._asked = False
@@ -125,6 +128,7 @@ class SinceStart(Rule):
     def begin(self, step: int, values: Mapping[str, Any]) -> bool:
         """Note the loss of step 0, which is among the values of a step; return whether it is known."""
         if not self._asked and step == 0:
+            self.began = values["Loss"]
             self.first = abs(values["Loss"])
             known = [*zip(values.get("SampleLosses.quantiles", ()), self._weights, strict=False)]
             self.signed = bool(self.first < 0.5 * sum(abs(q) * w for q, w in known))
@@ -138,6 +142,10 @@ class SinceStart(Rule):
     def line(self) -> float:
         """Above which a loss is higher than where the run began; infinite while that is not known."""
         return math.inf if self.first is None else self.above * self.first + self.doubt
+
+    def left(self, loss: float) -> float:
+        """What is left of a loss, to compare with `first`: its size where it began below zero, or is of both signs."""
+        return abs(loss) if self.began is None or self.began < 0 or self.signed else loss
 
     def size(self, values: Mapping[str, Any]) -> float | None:
         """Norm of the parameters, but no less than matrices have in PyTorch's initialisation: some start at zero."""

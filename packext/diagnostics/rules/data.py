@@ -107,15 +107,15 @@ class Overfitting(SinceStart):
 
     Rise and gap have to be five standard errors: three are no chance, and the lowest of fifty means of noise lies two
     under theirs. The noise of a value is estimated by how far it lies off the line through its two neighbours, over the
-    last ten. A continued run has no loss of the first step, so that only the rise over the lowest value counts. Of a
-    loss of both signs nothing is said.
+    last ten. A continued run has no loss of the first step, so that only the rise over the lowest value counts; and a
+    loss that begins below zero has no half. Of a loss of both signs nothing is said.
     """
 
     failure = "overfitting"
     advice = "Stop at the lowest valid_loss; more data, augmentation, weight decay or dropout."
     reads = ("valid_loss", "Loss", "SampleLosses", "BatchSize")
     hold, release = 1, 1
-    risen, fallen, fitted, gap, kept, rare, sure, errors, values = 0.1, 0.9, 0.5, 0.1, 0.5, 0.01, 2.0, 5.0, 5
+    risen, fallen, fitted, gap, kept, rare, sure, errors, values = 0.1, 0.1, 0.5, 0.1, 0.5, 0.01, 2.0, 5.0, 5
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -163,9 +163,11 @@ class Overfitting(SinceStart):
         if self._best is None or valid < self._best[0]:
             self._best = valid, train, step
         best, then, when = self._best
-        learned, noise = (self.first or best) - best, math.sqrt(2) * _error(self._valid, self.values)
+        learned = (best if self.began is None else self.began) - best
+        noise = math.sqrt(2) * _error(self._valid, self.values)
         least = self.risen * max(best, learned)
-        if not (min(valids) - best > least > 0 and valid - best > self.errors * noise and train < self.fallen * then):
+        fell = then - train > self.fallen * abs(then)
+        if not (min(valids) - best > least > 0 and valid - best > self.errors * noise and fell):
             return None
         lost = f", {percent((valid - best) / learned)} % of what had been learned" if learned > 0 else ""
         return Finding(
@@ -175,7 +177,7 @@ class Overfitting(SinceStart):
 
     def _wide_gap(self) -> Finding | None:
         valid, train = (median([*recent.values][-self.values :]) for recent in (self._valid, self._train))
-        if self.first is None or not train < self.fitted * self.first:
+        if self.began is None or self.first is None or self.began < 0 or not train < self.fitted * self.first:
             return None
         noise = math.hypot(_error(self._valid, self.values), _error(self._train, self.values))
         if not valid - train > max(self.gap * self.first, self.errors * noise):
@@ -229,7 +231,7 @@ class _Batch(SinceStart):
             return None
         self._trace.add(trace)
         self._signal.add(signal)
-        self._loss.add(abs(loss))
+        self._loss.add(self.left(loss))
         if len(self._trace.values) < self.least:
             return None
         scale = self._trace.mean / self._signal.mean if self._signal.mean > 0 else math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,19 +30,19 @@ class DeadReLUs(Rule):
     advice = "Lower the learning rate, start with smaller or no negative biases, or use LeakyReLU or GELU."
     reads = ("IdleUnits", "Loss", "GradNorm")
     hold, release = 3, 10
-    share, most, lasting, begun = 0.5, 0.9, 15, 0.9
+    share, most, lasting, begun = 0.5, 0.9, 15, 0.1
 
     def __init__(self) -> None:
         """Start before the first step."""
-        self._largest = 0.0
+        self._largest = -math.inf
         self._rows: dict[str, int] = {}  # of layers of which half has always been shut: in how many looks
         self._open: set[str] = set()  # layers of which more than half have once got gradients
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, idle = values.get("Loss"), by_layer(values, "IdleUnits")
-        if loss is not None:
-            self._largest = max(self._largest, abs(loss))
-        begun = loss is None or abs(loss) < self.begun * self._largest
+        if loss is not None and loss < math.inf:
+            self._largest = max(self._largest, loss)
+        begun = loss is None or self._largest - loss > self.begun * abs(self._largest)
         if not idle:
             return None
         weights = {k for k, norm in by_layer(values, "GradNorm").items() if norm and "weight" in k}

@@ -61,7 +61,7 @@ class BadInitialisation(SinceStart):
             return None
         if gains:
             self._finding = self._judge(gains, values.get("InitialScale.alike", 0.0))
-        return self._finding if not abs(loss) < 0.5 * self.first else None
+        return self._finding if not self.left(loss) < 0.5 * self.first else None
 
     def _judge(self, gains: dict[str, float], alike: float) -> Finding | None:
         high = tuple(name for name, gain in gains.items() if not gain <= self.large)

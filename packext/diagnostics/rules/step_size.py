@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from packext.diagnostics._verdict import Finding, Rule
@@ -63,8 +64,8 @@ class LearningRateTooHigh(SinceStart):
         if not burst and self._row < self.looks:
             return None
         return Finding(
-            f"The loss is {now:.3g}, {now / self.first:.3g} times that of the first step, and a step is up to "
-            f"{length:.2g} times as long as the parameters."
+            f"The loss is {now:.3g}, and was {self.began:.3g} in the first step; a step is up to {length:.2g} times as "
+            "long as the parameters."
         )
 
 
@@ -101,14 +102,15 @@ class LearningRateTooLow(SinceStart):
             return None
         if update is None or not norm or gradient is None or not update > 0:
             return None
-        self._loss.add(abs(loss))
+        self._loss.add(loss)
         self._update.add(update)
         self._gain.add(gradient * update)
         self._fall.add(loss)
         self._looks += 1
         if self._steady.add(values) < self.hold or self._looks < self.least or self._fall.sure:
             return None
-        mean, gain, growing = self._loss.mean, self._gain.mean, self._update.values[-1] > 1.5 * self._update.values[0]
+        mean = fmean(map(self.left, self._loss.values))
+        gain, growing = self._gain.mean, self._update.values[-1] > 1.5 * self._update.values[0]
         if (
             mean > self.unlearned * self.first
             and gain < self.bound * mean
@@ -117,8 +119,8 @@ class LearningRateTooLow(SinceStart):
             and not values.get("GradNorm.before")
         ):
             return Finding(
-                f"A step can take {percent(gain / mean)} % off the loss at best, which is {mean:.3g} and was "
-                f"{self.first:.3g} at first; it moves the parameters by {percent(update / norm)} %."
+                f"A step can take {percent(gain / mean)} % off the loss at best, which is {self._loss.mean:.3g} "
+                f"and was {self.began:.3g} at first; it moves the parameters by {percent(update / norm)} %."
             )
         return None
 

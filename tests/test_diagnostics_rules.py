@@ -248,6 +248,16 @@ def test_frozen_by_mistake(change: Callable[[Any], Any], where: tuple[str, ...],
     assert verdict.step == at and verdict.where == where and verdict.evidence.startswith(words)
 
 
+def test_a_moving_average_of_other_layers_is_not_frozen() -> None:
+    def average(step: int, model: Any) -> None:
+        for own, other in zip(model[2].parameters(), model[4].parameters(), strict=True):
+            own.data = 0.9 * own.data + 0.1 * other.data  # which leaves the parameter's version as it is
+
+    model = net(4)
+    model[2].requires_grad_(False)
+    assert train(model, average, steps=8) == []
+
+
 def test_a_frozen_backbone_and_adapters_are_no_mistake() -> None:
     model = net()
     model[:4].requires_grad_(False)

@@ -72,10 +72,10 @@ class Untrained(Instrument):
 
     "Untrained/0.weight" is 1 for a parameter that does not require grad, and neither does any before it (as a frozen
     backbone is), or that is none of a layer's weights and biases (as fixed positions and embeddings are); 2 for one
-    that does not require grad though one before it does; 3 for one that the optimizer does not
-    hold and that has not moved either; 4 for one whose learning rate is 0; 5 for one that got no gradient (its `.grad`
-    is None). Parameters that are trained are not listed. "Untrained.share" is their share in the entries of all
-    parameters.
+    that does not require grad though one before it does, and has not moved since the last look (as a moving average of
+    others does); 3 for one that the optimizer does not hold and that has not moved either; 4 for one whose learning
+    rate is 0; 5 for one that got no gradient (its `.grad` is None). Parameters that are trained are not listed.
+    "Untrained.share" is the share of those that are in the entries of all parameters.
 
     - Formula: how many parameters have one of these numbers
     - Units: parameters
@@ -83,6 +83,9 @@ class Untrained(Instrument):
     - Source: the definition
     - Absent: if no parameter has got a gradient
     """
+
+    def start(self, step: int) -> None:
+        self._held: dict[str, Tensor] = {}  # some entries of parameters that do not require grad, by name
 
     def measure(self, step: Step) -> dict[str, Any]:
         gradient, start = step.gradient, step.start
@@ -93,12 +96,14 @@ class Untrained(Instrument):
         rates = {id(p): group.get("lr") for group in step.optimizer.param_groups for p in group["params"]}
         idle = update is None and not any(id(p) in rates for p in step.model.parameters())  # nothing has moved, either
         found, front, entries, all_entries, tables = {}, True, 0, 0, _tables(step.model)
+        held, self._held = self._held, _some(step.model)
+        moved = {k for k, some in self._held.items() if k in held and not torch.equal(some, held[k])}
         for name, p in step.model.named_parameters():
             all_entries += p.numel()
             code = None
             if not p.requires_grad:
                 of_layer = id(p) not in tables and any(kind in name.rpartition(".")[2] for kind in ("weight", "bias"))
-                code = FROZEN if of_layer and not front else FROZEN_FRONT
+                code = FROZEN_FRONT if front or not of_layer else FROZEN if name not in moved else None
             else:
                 front = False
                 if name not in start:
@@ -113,6 +118,18 @@ class Untrained(Instrument):
                 found[name] = code
                 entries += p.numel()
         return {"": len(found), ".share": entries / max(1, all_entries), **found}
+
+
+def _some(model: nn.Module, count: int = 64) -> dict[str, Tensor]:
+    """About so many entries of each parameter that does not require grad, from all over it, on the CPU in float64."""
+    frozen = {k: p.detach() for k, p in model.named_parameters() if not p.requires_grad and p.is_floating_point()}
+    # Not of quantised ones, which are tensors of another kind.
+    frozen = {k: t for k, t in frozen.items() if type(t) is Tensor and not t.is_meta}
+    parts = [t.flatten()[:: max(1, t.numel() // count)].double() for t in frozen.values()]
+    if not parts:
+        return {}
+    whole = torch.cat([part.to(parts[0].device) for part in parts]).cpu()  # once: an accelerator is waited for
+    return dict(zip(frozen, whole.split([len(part) for part in parts]), strict=True))
 
 
 class InitialScale(Instrument):

@@ -21,7 +21,7 @@ from packext._pass import Pass, aimed_at
 from packext._places import records_of
 from packext._quantity import Ask, Curvature, HessianQuantity, Quantity
 from packext._record import Record
-from packext._refusals import awaited_loss, refuse_reentrant
+from packext._refusals import awaited_loss, constant, refuse_reentrant
 from packext._results import Results
 from packext._scale import Seen
 from packext._shards import added, is_distributed, like
@@ -402,6 +402,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             if e.deferred:
                 flight.asks.setdefault(id(e), {})[id(source.tensor)] = ask
         if self.extension_hook is not None:
+            self._hold(flight, values)
             for field, value in values.items():
                 flight.attach(source.tensor, field, value)
             self._hook(flight, source)
@@ -469,6 +470,13 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         for key, (source, parts_) in found.items():
             flight.values[key] = (source, {f: part.value for f, part in parts_.items()})
 
+    def _hold(self, flight: Pass, values: dict[str, Any]) -> None:
+        """Make errors of derivatives that results of a pass with create_graph=True do not have."""
+        for e in (*self.spreading, *self.hessian) if flight.graph else ():
+            if e.savefield in values:
+                with torch.enable_grad():
+                    values[e.savefield] = constant(values[e.savefield], type(e).__name__, flight.anchor)
+
     def _assemble(self, flight: Pass) -> None:
         """Results of parameters of which each process holds a part, in place of those of the parts."""
         split = [key for key, (source, _) in flight.values.items() if is_distributed(source.tensor)]
@@ -502,6 +510,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         if self._unites:
             self._unite(flight)
         self._assemble(flight)
+        for _, values in flight.values.values():
+            self._hold(flight, values)
         fields = [e.savefield for e in self.extensions] if self.attach else []
         tree: dict[int, Tensor] = {}
         for record in flight.records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
 from packext._listening import here
-from packext._refusals import will_accumulate
+from packext._refusals import Constant, will_accumulate
 from packext._statistics import Statistics
 from packext._use import Source, Use
 
@@ -61,6 +62,7 @@ class Pass:
         """
         self.context = contexts[0]
         self.task, self.among = torch._C._current_graph_task_id(), among
+        self.graph = torch.is_grad_enabled()  # whether autograd makes a graph of the pass (create_graph=True)
         self.landed = False
         self.replaced: list[tuple[Tensor, str, Any]] = []
         self.wants = wants_of(contexts)
@@ -90,6 +92,12 @@ class Pass:
         self.also = Pass(contexts[1:], among, self) if len(contexts) > 1 else None
         if main is None:
             torch.autograd.Variable._execution_engine.queue_callback(End(self))
+
+    @functools.cached_property
+    def anchor(self) -> Tensor:
+        """What all parameters lead to, for results that have no graph of their own (`constant`)."""
+        parameters = [source.tensor for record in self.records for source in record.parameters()]
+        return Constant.apply("", torch.zeros(()), *parameters)
 
     @property
     def heard(self) -> tuple[Pass, ...]:

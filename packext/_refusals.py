@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
 from packext._graph import inputs_first, leaf_of
+from packext._kronecker import KronEigh
 from packext._use import Source, live_nodes
 
 if TYPE_CHECKING:
@@ -305,6 +306,35 @@ class Again(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return (grads[0], *(None for _ in range(ctx.count)))
+
+
+class Constant(torch.autograd.Function):
+    """Sits on a result that was computed without a graph, in a pass that makes one: differentiating it is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, told: str, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.told = told
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise UnsupportedUseError(
+            f"The result of {ctx.told} has no derivative, though it is of a pass with create_graph=True: curvature is "
+            "computed without a graph, and would count as a constant. Where it is meant as one, take .detach() of it. "
+            "First-order quantities (Variance, BatchL2Grad, DiagEF) have a derivative; of curvature, torch.func has."
+        )
+
+
+def constant(value: Any, told: str, anchor: Tensor) -> Any:
+    """`value`, a tensor or several, that refuses to be differentiated; `anchor` leads to the parameters."""
+    if isinstance(value, Tensor):
+        return value if value.requires_grad else Constant.apply(told, value, anchor)
+    if isinstance(value, (list, tuple)):
+        found = [constant(v, told, anchor) for v in value]
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    if isinstance(value, KronEigh):
+        return KronEigh(constant(value.vectors, told, anchor), constant(value.eigenvalues, told, anchor))
+    return value
 
 
 AGAIN = (

@@ -161,6 +161,41 @@ def test_a_pass_through_a_gradient_of_the_parameters_is_no_samples() -> None:
     assert all(p.grad is None for p in parameters)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_curvature_is_no_constant_in_silence() -> None:
+    """It is computed without a graph: who differentiates it hears of that, by whatever parameters."""
+    model, (x, y), loss = px.extend(mlp()), batch(), px.extend(nn.CrossEntropyLoss())
+    asked = [
+        px.DiagGGNExact(), px.DiagHessian(), px.KFAC(), px.EKFAC(), px.GGNGram(), px.SqrtGGNMC(), px.HessianTrace(),
+        px.TopEigenvalues(),
+    ]  # fmt: skip
+    seen: list[bool] = []
+
+    def hook(module: nn.Module) -> None:
+        seen.extend(p.diag_h.requires_grad for p in module.parameters(recurse=False))  # pyright: ignore
+
+    with px.backpack(px.Variance(), *asked, extension_hook=hook) as results:
+        loss(model(x), y).backward(create_graph=True)
+    first, last = list(model.parameters())[0], list(model.parameters())[-1]
+    found = results[first]
+    values = {
+        "DiagGGNExact": found.diag_ggn_exact, "DiagHessian": found.diag_h, "KFAC": found.kfac[1],
+        "EKFAC": found.ekfac.eigenvalues, "GGNGram": results.ggn_gram, "SqrtGGNMC": found.sqrt_ggn_mc,
+        "HessianTrace": results.hessian_trace.value, "TopEigenvalues": found.top_eigenvalues.vectors,
+    }  # fmt: skip
+    for name, value in values.items():
+        with pytest.raises(px.UnsupportedUseError, match=rf"of {name} has no derivative.*\.detach\(\)"):
+            torch.autograd.grad(last.sum() + value.sum(), last)
+    torch.autograd.grad(found.variance.sum() + found.diag_h.detach().sum(), first)
+    assert seen and all(seen)
+    for p in model.parameters():
+        p.grad = None
+    loss(model(x), y).backward()
+    with px.backpack(px.DiagGGNExact()):
+        loss(model(x), y).backward()
+    assert not first.diag_ggn_exact.requires_grad
+
+
 # -- activation checkpointing ---------------------------------------------------------------------------------
 
 

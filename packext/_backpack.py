@@ -78,7 +78,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             grad: whether `.grad` is wanted. If not, matrix products and convolutions for `.grad` alone are left out:
                 `.grad` of the parameters that quantities are wanted of is missing or incomplete, and not to be read.
             debug: accepted for code written for BackPACK; `px.explain` shows more.
-            retain_graph: accepted for code written for BackPACK; `backward(retain_graph=True)` suffices.
+            retain_graph: accepted for code written for BackPACK; `backward(retain_graph=True)` suffices (which is the
+                default of `loss.backward()` where products are asked for that run through the graph).
             scale: "loss": individual gradients are those of the loss as written, so that they sum to
                 `.grad` (with a mean over N samples each carries 1/N). "sample": those of the samples' own
                 losses l_n, defined by loss = mean of l_n or sum of l_n, according to the reduction of
@@ -170,6 +171,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 f"{', '.join(roots)} with scale={scale!r}: the GGN of a loss times a negative number is not positive "
                 "semi-definite, and has no root. Take the quantities with a positive scale."
             )
+        self.retaining = _listening.Retaining() if any(e.retains for e in self.hessian) else None
         self.by_sample = bool(self.first_order or self.curvature)
         self.extension_hook, self.pass_hook = extension_hook, pass_hook
         self.attach, self.exact_grad, self.grad = attach, exact_grad, grad
@@ -216,9 +218,9 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         return self.results
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        _listening.closed(self)
         if kind is not None:
             end_interrupted()
+        _listening.closed(self)
         self._restore.pop()()
         if around := _listening.here().contexts:
             around[-1]._inner += self._passes + self._inner

@@ -298,8 +298,9 @@ def kept(device: str) -> Iterator[None]:
     except RuntimeError as error:
         if "second time" in str(error):
             raise PackextError(
-                "The graph that products with the curvature run through has been freed by the backward pass: call "
-                "loss.backward(retain_graph=True)."
+                "The graph that products with the curvature run through has been freed by a backward pass. Inside of "
+                "the context loss.backward() keeps it; say retain_graph=True to torch.autograd.backward and to passes "
+                "after it."
             ) from None
         kernel = re.search(r"derivative for (\S+) is not implemented", str(error))
         if kernel is None:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from packext._refusals import awaited, will_accumulate
 from packext._use import AIM, Use
@@ -197,14 +198,29 @@ def task() -> int | None:
         return None
 
 
+class Retaining(TorchFunctionMode):
+    """In here `loss.backward()` keeps the graph of the loss, unless it is told not to."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called for every function of torch."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.backward and kwargs.get("retain_graph") is None:
+            kwargs = {**kwargs, "retain_graph": True}
+        return func(*args, **kwargs)
+
+
 def opened(context: backpack) -> None:
     """A context is entered."""
     here().contexts.append(context)
+    if context.retaining is not None:
+        context.retaining.__enter__()
     _choose()
 
 
 def closed(context: backpack) -> None:
     """A context is left."""
+    if context.retaining is not None:
+        context.retaining.__exit__(None, None, None)
     here().contexts.remove(context)
     _choose()
 

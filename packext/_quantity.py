@@ -285,6 +285,8 @@ class HessianQuantity(Quantity):
 
     #: Whether terms of what is minimised beside the extended losses would be a part of it.
     of_all_terms: ClassVar[bool] = True
+    #: Whether results run through the graph of the loss, which the backward pass therefore keeps.
+    retains: ClassVar[bool] = False
 
     def measure(self, point: Point, generator: torch.Generator) -> list[Any]:
         """What is found for each parameter; `generator` is packext's own."""

@@ -403,7 +403,7 @@ def test_losses_of_another_kind_are_refused() -> None:
 def test_a_graph_that_is_gone_is_said_to_be() -> None:
     model, loss = px.extend(mlp()), px.extend(nn.CrossEntropyLoss())
     with px.backpack(px.PCHMP()):
-        loss(model(torch.randn(N, 5)), torch.randint(3, (N,))).backward()
+        loss(model(torch.randn(N, 5)), torch.randint(3, (N,))).backward(retain_graph=False)
     with pytest.raises(px.PackextError, match="retain_graph=True"):
         model[0].weight.pchmp(torch.randn(1, 7, 5))
 

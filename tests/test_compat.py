@@ -228,7 +228,7 @@ def test_products_in_fields_of_ones_own() -> None:
     nets = []
     for library in (backpack, px):
         products = [getattr(library.extensions, kind)(savefield=k, **how) for k, (kind, how) in asked.items()]
-        nets.append(passed(library, model, x, y, *products, retain_graph=True))
+        nets.append(passed(library, model, x, y, *products))  # without retain_graph, as in that example
     for p, q in zip(*(net.parameters() for net in nets), strict=True):
         v = torch.randn(2, *p.shape).double()
         for field in asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -1036,7 +1037,7 @@ def test_products_with_blocks() -> None:
     ggn = block(torch.cat([r.reshape(*r.shape[:2], -1) for r in rows.values()], 2))
     torch.testing.assert_close(results.top_eigenvalues.values[0], torch.linalg.eigvalsh(ggn)[-1])
     with px.backpack(px.HMP(), px.GGNMP()):
-        loss(model(x), y).backward()
+        loss(model(x), y).backward(retain_graph=False)
     for product in (model[0].weight.hmp, model[0].weight.ggnmp):
         with pytest.raises(px.PackextError, match="retain_graph=True"):
             product(torch.randn(1, *model[0].weight.shape))
@@ -1045,6 +1046,31 @@ def test_products_with_blocks() -> None:
     for p in model.parameters():
         del p.hmp, p.ggnmp
     assert pickle.loads(pickle.dumps(model))[0].weight.equal(model[0].weight)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_graph_is_kept_where_products_run_through_it(fails: bool) -> None:
+    """And nowhere else: neither after the context nor with other quantities."""
+    model, x, y = px.extend(mlp()), torch.randn(N, 5), torch.randint(3, (N,))
+    loss, weight = px.extend(nn.CrossEntropyLoss()), model[0].weight
+    with px.backpack(px.HMP()):
+        loss(model(x), y).backward(retain_graph=True)
+    matrix = torch.randn(2, *weight.shape)
+    want = weight.hmp(matrix)
+    try:
+        with px.backpack(px.HMP(), px.BatchGrad()):
+            (2 * loss(model(x), y)).backward(torch.tensor(2.0))
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    torch.testing.assert_close(weight.hmp(matrix), 4 * want)
+    for context in (contextlib.nullcontext(), px.backpack(px.BatchGrad())):
+        with context:
+            value = loss(model(x), y)
+            value.backward()
+            with pytest.raises(RuntimeError, match="second time"):
+                value.backward()
 
 
 class Cumulative(nn.Module):

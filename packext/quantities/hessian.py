@@ -218,6 +218,8 @@ class Product:
 
 
 class _Products(HessianQuantity):
+    retains = True
+
     def __init__(self, savefield: str | None = None) -> None:
         """Name the attribute in which the function is found; the quantity's own by default.
 
@@ -250,7 +252,7 @@ class PCHMP(_Products):
     positive-curvature Hessian takes R without its negative part (Chen et al., 2018, "BDA-PCH: Block-Diagonal
     Approximation of Positive-Curvature Hessian for Training Neural Networks"). It is defined where each function is
     linear or acts on each entry by itself and has one input that depends on parameters, and where the loss is convex;
-    other models are refused. It runs through the graph: keep that with `loss.backward(retain_graph=True)`.
+    other models are refused. It runs through the graph, which is kept as for `HMP`.
     BackPACK 1.7.1 multiplies R by the gradient twice: products agree with it where R is zero, as for ReLU.
     """
 
@@ -278,7 +280,8 @@ class PCHMP(_Products):
 class HMP(_Products):
     """Products with the Hessian's diagonal block of a parameter: a function `[V, *p] -> [V, *p]`, in `hmp`.
 
-    It runs through the graph of the loss: keep that with `loss.backward(retain_graph=True)`.
+    It runs through the graph of the loss, which `loss.backward()` keeps in the context, unless it is told
+    `retain_graph=False`, and which lives as long as the function (`torch.autograd.backward` has to be told to keep it).
     """
 
     savefield = "hmp"
@@ -290,7 +293,7 @@ class HMP(_Products):
 class GGNMP(_Products):
     """Products with the GGN's diagonal block of a parameter: a function `[V, *p] -> [V, *p]`, in `ggnmp`.
 
-    It runs through the graph of the loss: keep that with `loss.backward(retain_graph=True)`.
+    It runs through the graph of the loss, which is kept as for `HMP`.
     """
 
     savefield = "ggnmp"

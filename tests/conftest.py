@@ -16,7 +16,7 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported, whoeve
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-models", type=int, default=150, help="how many random models test_fuzz compares")
+    parser.addoption("--fuzz-models", type=int, default=200, help="how many random models test_fuzz compares")
     parser.addoption("--fuzz-start", type=int, default=0, help="the first seed of test_fuzz")
 
 

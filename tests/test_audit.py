@@ -451,6 +451,9 @@ def test_samples_of_one_number_each() -> None:
     assert attacks.in_order(seen.x[[2, 0, 1]], seen.x[:3]).tolist() == [1, 2, 0]
     assert attacks.psnr(torch.full((2,), 0.5), torch.zeros(2)).tolist() == pytest.approx([-20 * np.log10(0.5)] * 2)
     assert attacks.psnr(torch.zeros(5, 3, 4), torch.zeros(1, 3, 4)).shape == (5,)  # one truth for all
+    for other in ((1, 3), (5, 1, 4), (5,), (4, 3, 4)):  # which torch would stretch, or not
+        with pytest.raises(ValueError, match="one to one"):
+            attacks.psnr(torch.zeros(5, 3, 4), torch.zeros(other))
     assert not attacks.psnr(none := torch.zeros(0, 3), none).numel() and not attacks.in_order(none, none).numel()
 
 

@@ -25,12 +25,17 @@ def psnr(found: Tensor, true: Tensor, peak: float = 1.0) -> Tensor:
 
     Args:
         found: `[N, ...]`.
-        true: `[N, ...]`.
+        true: `[N, ...]`, or `[1, ...]`: one for all.
         peak: range of the values.
 
     Returns:
         `[N]`.
+
+    Raises:
+        ValueError: if they are of other shapes.
     """
+    if found.shape[1:] != true.shape[1:] or len(true) not in (1, len(found)):
+        raise ValueError(f"psnr() compares samples one to one, got {list(found.shape)} and {list(true.shape)}.")
     return 10 * (peak**2 / (found - true).square()[..., None].flatten(1).mean(1).clamp_min(1e-30)).log10()
 
 

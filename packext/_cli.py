@@ -314,7 +314,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from packext.diagnostics.view import write_report
 
     file = write_report(arguments.run, arguments.out)
-    for verdict in Run.open(arguments.run).verdicts():
-        print(verdict)
+    verdicts = Run.open(arguments.run).verdicts()
+    print(*verdicts or ["No verdict: no rule that listened has found a failure."], sep="\n")
     print(f"Report: {file}")
     return 0

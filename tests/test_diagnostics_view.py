@@ -479,6 +479,16 @@ def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path, monkeypatch: py
     assert write_report(run.path).exists()
 
 
+def test_the_command_prints_verdicts_and_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly"), pytest.importorskip("matplotlib")
+    run, said = record(tmp_path, 3), f"Report: {tmp_path / 'report' / 'report.html'}"
+    assert _cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["No verdict: no rule that listened has found a failure.", said]
+    run.say(verdict := Verdict("too noisy", 2, (), "Noise.", "Try."))
+    assert _cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{verdict}\n{said}\n"
+
+
 def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert _cli.main(list(arguments)) == 1
     said = capsys.readouterr()

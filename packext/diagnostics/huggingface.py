@@ -44,8 +44,8 @@ class CockpitCallback(TrainerCallback):
     optimizer's step, times the number of samples in that step, so that the loss is their mean. The part of a sample
     with many tokens is larger, since the Trainer divides by the number of tokens in the step. Where a row has no token
     that counts (labels of -100 alone), what is of individual gradients and losses is absent. A step of the monitor is
-    one of the optimizer, with all its accumulated batches. Instruments that read individual losses (`Alpha`) have them
-    from language models whose loss is transformers' `ForCausalLMLoss`.
+    one of the optimizer, with all its accumulated batches. Instruments that read individual losses (`Alpha`,
+    `SampleLosses`) have them where the loss is the cross-entropy of the output's `logits` and the `labels` alone.
 
     Attributes:
         monitor: the `Cockpit`, from the start of the training on; its `values` are those of the last step.
@@ -168,33 +168,42 @@ class CockpitCallback(TrainerCallback):
 
 
 def _parts(model: Any, kwargs: Any, output: Any) -> Tensor | None:
-    """The samples' parts of a language model's loss `[N]`; None where they are not known."""
-    labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-    if not _causal(model) or labels is None or items is None:
+    """The samples' parts of the loss `[N]`; None where they are not known."""
+    found = _labelled(model, kwargs, output)
+    if found is None:
         return None
-    size, logits = model.config.get_text_config().vocab_size, output.logits.detach()
-    with torch.no_grad():
-        rows = [model.loss_function(a[None], b[None], size, items) for a, b in zip(logits, labels, strict=True)]
-    parts = torch.stack(rows)
-    return parts if torch.allclose(parts.sum(), output.loss.detach().to(parts.dtype), rtol=1e-3) else None
+    logits, labels, counts = found
+    rows = zip(logits, labels, strict=True)  # one after the other: in float64 all would take twice their memory
+    sums = torch.stack([cross_entropy(a.double().flatten(0, -2), b.flatten(), reduction="sum") for a, b in rows])
+    for n in (kwargs.get("num_items_in_batch"), counts.sum()):
+        if n is not None and torch.isclose(sums.sum() / n, output.loss.detach().double(), rtol=1e-3):
+            return sums / n
+    return None  # other terms are in the loss, or other numbers are to be predicted
 
 
 def _counted(model: Any, kwargs: Any, output: Any) -> Tensor | None:
-    """Which samples have a token whose label counts `[N]`; None if all have, or where other terms are in the loss."""
+    """Which samples have a label that counts `[N]`; None if all have, or where other terms are in the loss."""
+    found = _labelled(model, kwargs, output)
+    if found is None or (rows := found[2].flatten(1).any(1)).all() or _parts(model, kwargs, output) is None:
+        return None
+    return rows
+
+
+def _labelled(model: Any, kwargs: Any, output: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Logits `[N, ..., C]`, their labels `[N, ...]`, one axis or more, and which count; None if they are no classes."""
     labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
     if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or labels.shape != logits.shape[:-1]:
         return None
-    if labels.dim() > 1 and _causal(model):
+    logits = logits.detach()
+    if labels.dim() == 1:
+        labels, logits = labels[:, None], logits[:, None]
+    elif _causal(model):
         labels, logits = labels[:, 1:], logits[:, :-1]
     counts = labels != IGNORED
-    rows = counts[..., None].flatten(1).any(1)
     classes = (labels >= 0) & (labels < logits.shape[-1])
-    if rows.all() or labels.is_floating_point() or not classes[counts].all():  # numbers that are to be predicted
+    if labels.is_floating_point() or not classes[counts].all():  # numbers that are to be predicted
         return None
-    items = kwargs.get("num_items_in_batch")
-    total = cross_entropy(logits.detach().double().flatten(0, -2), labels.flatten(), reduction="sum")
-    means = torch.stack([total / n for n in (items, counts.sum()) if n is not None])
-    return rows if torch.isclose(means, output.loss.detach().double(), rtol=1e-3).any() else None
+    return logits, labels, counts
 
 
 def _causal(model: Any) -> bool:

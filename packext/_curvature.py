@@ -131,6 +131,8 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         with disable():  # the loss may have extended parts of its own
             if kind == "hessian":
                 columns = _roots.signed(call)
+            elif kind == "entries":
+                columns = ((s, 1.0) for s in _entries(call, seen, edge, g))
             elif kind == "mc":
                 columns = ((s, 1.0) for s in _roots.sampled(call, draws, generator))
             else:
@@ -156,6 +158,18 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         for each, quantities in members.items():
             for q in quantities:
                 q.settle({source.name: sums[id(q)] for source, sums in each.sums.values() if id(q) in sums})
+
+
+def _entries(call: _roots.Call, seen: Seen, edge: GradientEdge, g: Tensor) -> Iterator[Tensor]:
+    """Cotangents that are 1 at one entry of each sample's output, of tensors that the loss uses: others send none."""
+    with silence():
+        parts = torch.autograd.grad([edge], list(seen.edges), [g], retain_graph=True, allow_unused=True)
+    x, loss = call.output.detach(), call.loss
+    flat = x.reshape(len(x), -1)
+    sizes = [p.shape[1] for p in loss.places] if isinstance(loss, Joined) else [flat.shape[1]]
+    used = [part is not None for part, size in zip(parts, sizes, strict=True) for _ in range(size)]
+    eye = torch.eye(flat.shape[1], dtype=x.dtype, device=x.device)
+    return (row.expand_as(flat).reshape(x.shape) for row, wanted in zip(eye, used, strict=True) if wanted)
 
 
 def account(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:

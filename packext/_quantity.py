@@ -181,7 +181,8 @@ class Curvature(Quantity):
 
         ("hessian", 0, None) stands for columns with signs (`Ask.sign`), whose outer products times these give each
         parameter's entries of the diagonal of the Hessian, and not of the GGN; ("averaged", 0, None) for the average
-        over the samples after each function of a chain; ("empirical", 0, None) for the gradients themselves.
+        over the samples after each function of a chain; ("empirical", 0, None) for the gradients themselves;
+        ("entries", 0, None) for the entries of what the loss takes, one by one, with which rows are Jacobians.
         """
         return ("exact", 0, None)
 
@@ -189,9 +190,10 @@ class Curvature(Quantity):
     def of_all_terms(self) -> bool:
         """Whether terms of what is minimised beside the extended losses would be a part of it.
 
-        Drawn targets are those of the distribution that an extended loss stands for: its Fisher has no other terms.
+        Drawn targets are those of the distribution that an extended loss stands for: its Fisher has no other terms. Nor
+        have Jacobians.
         """
-        return self.root[0] != "mc"
+        return self.root[0] not in ("mc", "entries")
 
     def absorb(self, ask: Ask, held: Any) -> Any:
         """Take one column; `held` is what the last call for this parameter returned, None at first."""

@@ -15,15 +15,22 @@ import torch
 from torch import nn
 
 import packext as px
-from packext.diagnostics import Alpha, Cockpit, Distance, GradNorm, Loss, NTKCondition, Run, SampleNorms
+from packext.diagnostics import Absent, Alpha, Cockpit, Distance, GradNorm, Instrument, Loss, Run, SampleNorms, Step
 from tests.helpers import batch, mlp
 
 pytestmark = pytest.mark.usefixtures("double")
 
 
+class Undefined(Instrument):
+    """What is never there."""
+
+    def measure(self, step: Step) -> float:
+        raise Absent("it is not defined")
+
+
 def monitor(path: Path) -> Any:
     model = px.extend(mlp())
-    asked = [Loss(), GradNorm(), SampleNorms(2), NTKCondition(), Alpha(), Distance()]
+    asked = [Loss(), GradNorm(), SampleNorms(2), Undefined(), Alpha(), Distance()]
     return Cockpit(model, torch.optim.SGD(model.parameters(), 0.1), None, 1, [Run(path)], asked)
 
 
@@ -52,7 +59,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert arrays.keys() == {0, 1, 2, 3} and arrays[0].dtype == np.int64
     assert all((arrays[k] == v["SampleNorms.hardest"]).all() for k, (v, _) in enumerate(seen))
     assert set(run.array_names) == {"SampleNorms.quantiles", "SampleNorms.hardest", "SampleNorms.largest"}
-    assert [step for step, name, _ in run.absent() if name == "NTKCondition"] == [0, 1, 2, 3]
+    assert [step for step, name, _ in run.absent() if name == "Undefined"] == [0, 1, 2, 3]
     assert run.header["instruments"][0] == "Loss" and run.header["packext"] == px.__version__
     with pytest.raises(KeyError, match="'loss' is no column of the record: Loss, GradNorm"):
         run.column("loss")

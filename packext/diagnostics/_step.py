@@ -77,6 +77,7 @@ POWERS: dict[str, int] = {
     "grad_batch": 1, "drawn_grad": 1, "slope_dot": 1, "grad_projected": 1,
     "diag_ggn_exact": 1, "diag_ggn_mc": 1, "ggn_gram": 1, "hessian_trace": 1, "mean_hessian_trace": 1,
     "top_eigenvalues": 1, "mean_top_eigenvalues": 1, "mean_grad": 1,
+    "output_gram": 0,  # of the outputs, and not of the loss
     "kept": 0,  # divided when it is read
 }  # fmt: skip
 

@@ -49,26 +49,37 @@ class EffectiveRank(Instrument):
         }
 
 
+class _Kernel(px.GGNGram):
+    """Inner products of the gradients of outputs: `GGNGram` with 1 in the place of the loss's Hessian."""
+
+    savefield = "output_gram"
+    compact = True  # which decides nothing here, and would for others
+
+    @property
+    def root(self) -> tuple[str, int, None]:
+        return ("entries", 0, None)
+
+    def land(self, held: list[Any], n: int, factor: float) -> Tensor:
+        return super().land(held, n, 1.0)  # the kernel does not know the loss
+
+
 class NTKCondition(Instrument):
     """Condition number of the neural tangent kernel of the batch: of all V outputs of all samples, `[V N, V N]`.
 
-    For `MSELoss` that kernel is proportional to the Gram matrix of the GGN's root, which is what is read.
+    Outputs are what the loss takes, of any loss that is an extended module.
 
-    - Formula: largest eigenvalue over the smallest
+    - Formula: largest eigenvalue over the smallest, of inner products of the outputs' gradients
     - Units: none
-    - Cost: `GGNGram`, in the pass that runs anyway, and the eigenvalues of a matrix `[V N, V N]`
+    - Cost: a pass through the model for each output of a sample, as `GGNGram`, and the eigenvalues of a matrix
+      `[V N, V N]`
     - Source: Jacot, Gabriel & Hongler 2018 for the kernel
-    - Absent: for other losses; where the kernel is singular or not finite; in a step of several backward passes
+    - Absent: where the kernel is singular or not finite; in a step of several backward passes
     """
 
-    needs = (px.GGNGram(),)
+    needs = (_Kernel(),)
 
     def measure(self, step: Step) -> float:
-        gram = step["ggn_gram"].flatten(2).flatten(0, 1)
-        kinds = {call.kind for p in step.passes for call, _ in p.calls}
-        if kinds != {"MSELoss"}:
-            raise Absent(f"the tangent kernel is read from the GGN of MSELoss, not of {', '.join(sorted(kinds))}")
-        eigenvalues = _eigenvalues(gram)
+        eigenvalues = _eigenvalues(gram := step["output_gram"].flatten(2).flatten(0, 1))
         if not eigenvalues[0] > len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]:
             raise Absent("singular: the smallest eigenvalue is zero to working precision")
         return float(eigenvalues[-1] / eigenvalues[0])

@@ -134,14 +134,14 @@ def fields(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def run_with_a_hook(model: nn.Sequential, loss: nn.Module, x: Tensor, y: Tensor, hook: Any) -> px.Results:
-    """A pass through the model in two parts, with a hook between them; one without it comes before.
+    """A pass through the model in two parts, with a hook between them; two without it come before.
 
-    So the structure is known, and no probe calls the hook.
+    So the structure is known, the third pass is none in which the probe looks again, and only the pass calls the hook.
 
     Returns:
         Individual gradients.
     """
-    for hooked in (False, True):
+    for hooked in (False, False, True):
         model.zero_grad()
         with px.backpack(px.BatchGrad()) as results:
             hidden = model[:2](x)

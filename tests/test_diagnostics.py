@@ -1353,3 +1353,26 @@ def test_samples_that_stand_for_all_are_the_same_for_all_parameters() -> None:
         torch.testing.assert_close(found.slope_dot, rows @ u[p].flatten())
         apart = (rows[:, None] - found.grad_batch.flatten(1)).abs().amax(2)
         assert len(set(apart.argmin(1).tolist())) == 16 and apart.amin(1).max() < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_pass_that_makes_a_graph_is_seen_as_any_other() -> None:
+    """As an optimizer of second order asks for one: its numbers are no part of that graph, which torch warns of."""
+    seen = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        model, loss_fn = px.extend(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))), px.extend(nn.MSELoss())
+        opt = torch.optim.SGD(model.parameters(), 0.1)
+        monitor = Cockpit(model, opt, "full")
+        for _ in range(3):
+            with monitor.step():
+                loss_fn(model(torch.randn(6, 5)), torch.randn(6, 3)).backward(create_graph=graph)
+                opt.step()
+            opt.zero_grad()
+        drawn = ("Time", "HessTrace", "TIC")  # anew in each run
+        seen.append({k: v for k, v in monitor.values.items() if not k.startswith(drawn)})
+    assert seen[0].keys() == seen[1].keys()
+    for name, value in seen[0].items():
+        torch.testing.assert_close(
+            torch.as_tensor(seen[1][name]), torch.as_tensor(value), rtol=1e-4, atol=1e-6, equal_nan=True
+        )

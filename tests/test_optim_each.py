@@ -551,7 +551,7 @@ def test_intervals_that_do_not_fit_are_refused() -> None:
         (lambda: optim.KFAC(params, factors_every=0), "int of 1 or more steps, got 0"),
         (lambda: optim.KFAC(params, adapt_every=-1), "adapt_every must be an int of 0 or more, got -1"),
         (lambda: optim.Preconditioned(params, "hessian"), "curvature must be one of kfac, kflr, kfra, got 'hessian'"),
-        (lambda: optim.Sophia(params, curvature="kfac"), "curvature must be one of diag_ggn_exact, diag_ggn_mc, diag_ef"),
+        (lambda: optim.Sophia(params, curvature="kfac"), "must be one of diag_ggn_exact, diag_ggn_mc, diag_ef"),
         (lambda: optim.Preconditioned(params, "kfac", mc_samples=0), "mc_samples"),
         (lambda: optim.KFAC(params, fisher="true"), "fisher must be one of mc, exact, empirical"),
         (lambda: optim.KFAC(params, momentum=1.0), "momentum must be at least 0 and less than 1, got 1.0"),

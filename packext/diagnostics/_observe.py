@@ -296,6 +296,8 @@ class Observer:
         results, fields = fresh or (None, [])
         own = {k: vars(results[q]) for k, q in self.step.parameters.items() if results is not None and q in results}
         raw = {held: {k: r[held] for k, r in own.items() if held in r} for part in fields for held in part.values()}
+        if any(g is not None and g.requires_grad for g in after.values()):  # its graph would live to the step's end
+            raw = pytree.tree_map_only(Tensor, Tensor.detach, raw)
         p.n = _samples(raw, p)
         p.empty = _empty(p)
         self._scale(p)

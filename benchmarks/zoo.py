@@ -68,11 +68,29 @@ SIZES: dict[str, Any] = {
 #: What every configuration is told.
 ALWAYS = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "num_labels": CLASSES,
-    "use_cache": False, "experts_implementation": "eager",
+    "use_cache": False, "experts_implementation": "eager", "classifier_dropout": 0.0,
+    "ctc_loss_reduction": "mean",
 }  # fmt: skip
 
 #: Lists in configurations, one entry for each stage, get this in every place.
 STAGES = {"depths": 1, "num_layers": 1, "num_heads": 2, "num_attention_heads": 2, "hidden_sizes": 16, "embed_dims": 16}
+
+#: What configurations of a type need besides, for sizes that agree with each other.
+PARTICULAR: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "xmod": {"default_language": "en_XX"},
+    "swin": {"image_size": 64},
+    "donut-swin": {"image_size": 64},
+    "lilt": {"hidden_size": 48},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "esmc": {"num_key_value_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 3},
+    "mobilevitv2": {"image_size": 128},
+    "whisper": {"max_source_positions": 12, "num_mel_bins": 8},
+    "audio-spectrogram-transformer": {"num_mel_bins": 16, "max_length": 24},
+}
 
 #: What is switched off: random numbers, which a sample by itself would draw anew.
 RANDOM = (
@@ -94,7 +112,12 @@ TASKS = {
     "sequences": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "images": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "texts": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "tokens": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "questions": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "choices": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
     "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "frames": "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
+    "speech": "MODEL_FOR_CTC_MAPPING_NAMES",
 }
 
 
@@ -136,7 +159,7 @@ def small(config_class: Any) -> Any:
             if isinstance(value, list | tuple):
                 chosen[name] = type(value)([0.0] * len(value))
             elif not isinstance(value, bool):
-                chosen[name] = 0.0
+                chosen[name] = 0 if isinstance(value, int) else 0.0
         elif isinstance(value, list | tuple) and name in STAGES and value and isinstance(value[0], int):
             chosen[name] = type(value)([STAGES[name]] * len(value))
         elif name in SIZES and (value is None or isinstance(value, int)):
@@ -147,7 +170,7 @@ def small(config_class: Any) -> Any:
     chosen |= {"head_dim": chosen["qk_rope_head_dim"]} if {"head_dim", "qk_rope_head_dim"} <= chosen.keys() else {}
     if {"expand", "num_heads", "head_dim"} <= known.keys():  # as many entries in all heads as in what is expanded
         chosen["head_dim"] = 16
-    return config_class(**{**chosen, **ALWAYS})
+    return config_class(**{**chosen, **ALWAYS, **PARTICULAR.get(config_class.model_type, {})})
 
 
 def batch(task: str, config: Any) -> dict[str, Tensor]:
@@ -157,22 +180,45 @@ def batch(task: str, config: Any) -> dict[str, Tensor]:
         return {"input_ids": ids, "labels": ids.clone()}
     if task == "sequences":
         return {"input_ids": ids, "labels": torch.randint(3, V, (N, T))}
+    if task == "tokens":
+        return {"input_ids": ids, "labels": torch.randint(CLASSES, (N, T))}
+    if task == "questions":  # where the answer begins and ends
+        return {"input_ids": ids, "start_positions": torch.randint(T, (N,)), "end_positions": torch.randint(T, (N,))}
+    if task == "choices":
+        return {"input_ids": torch.randint(3, V, (N, 2, T)), "labels": torch.randint(2, (N,))}
+    if task == "frames":
+        return {"input_values": torch.randn(N, 1600), "labels": torch.randint(2, (N, 4, CLASSES)).double()}
+    if task == "speech":
+        return {**_sound(config, 1600), "labels": torch.randint(3, V, (N, 2))}
     labels = torch.randint(CLASSES, (N,))
     if task == "texts":
         ids[:, -1] = 2  # where some models look
         return {"input_ids": ids, "labels": labels}
     if task == "audio":
-        return {"input_values": torch.randn(N, 800), "labels": labels}
+        return {**_sound(config, 800), "labels": labels}
     vision = getattr(config, "vision_config", config)
     side = getattr(vision, "image_size", None) or 32
     sides = [side] * 2 if isinstance(side, int) else list(side)[-2:]
     return {"pixel_values": torch.randn(N, getattr(vision, "num_channels", 3), *sides), "labels": labels}
 
 
+def _sound(config: Any, length: int) -> dict[str, Tensor]:
+    """A sound as the model takes it: as it is, or as the strengths of frequencies in each of its pieces."""
+    kind = config.model_type
+    if kind == "whisper":
+        return {"input_features": torch.randn(N, config.num_mel_bins, 2 * config.max_source_positions)}
+    if kind == "audio-spectrogram-transformer":
+        return {"input_values": torch.randn(N, config.max_length, config.num_mel_bins)}
+    if kind == "wav2vec2-bert":
+        return {"input_features": torch.randn(N, 24, config.feature_projection_input_dim)}
+    return {"input_values": torch.randn(N, length)}
+
+
 def build(task: str, model_class: Any, config_class: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     """A small model with random weights, in training mode but for statistics of the batch, and a batch for it."""
     torch.manual_seed(0)
     config = small(config_class)
+    config.num_labels = 2 if task == "questions" else CLASSES  # beginning and end
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).parameters())
     if size > MOST:
@@ -208,7 +254,7 @@ def examine(task: str, model_class: Any, config_class: Any) -> Found:
     if not all(bool(g.isfinite().all()) for g in grads.values()):
         return Found(task, found.name, "not finite", "the plain gradient has NaN")
     rows = testing.individual_gradients(
-        model, lambda output, _: output.loss, inputs, inputs["labels"], weights=[1 / N] * N
+        model, lambda output, _: output.loss, inputs, torch.zeros(N), weights=[1 / N] * N
     )
     top = max(float(g.abs().max()) for g in grads.values() if g.numel())
     off = max(float((rows[name].sum(0) - g).abs().max()) for name, g in grads.items() if name in rows and g.numel())
@@ -264,7 +310,8 @@ def architectures(tasks: list[str], only: list[str]) -> Iterator[tuple[str, Any,
             if only and key not in only:
                 continue
             try:
-                yield task, getattr(transformers, names if isinstance(names, str) else names[0]), CONFIG_MAPPING[key]
+                model_class = getattr(transformers, names if isinstance(names, str) else names[0])
+                yield task, model_class, model_class.config_class or CONFIG_MAPPING[key]
             except Exception:  # needs a package that is not there
                 continue
 

@@ -192,6 +192,29 @@ def test_flops_are_of_one_sample() -> None:
         assert scores(model, nn.CrossEntropyLoss(), x[:n], y[:n], ["flops"]) == {"flops": want}
 
 
+class Products(nn.Module):
+    """Attention, a bilinear map and a product with a vector, for which torch has operations of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.pair, self.last = nn.Bilinear(8, 8, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        x = self.attention(x, x, x, need_weights=False)[0].mean(1)
+        return self.pair(x, x.tanh()) @ self.last
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_flops_are_of_all_products(training: bool) -> None:
+    attention = 5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8
+    want = 2 * (attention + 2 * 5 * 8 * 16 + attention + 3 * 8 * (8 + 1) + 3)
+    x, y, model = torch.randn(4, 5, 8), torch.ones(4), Products().train(training)
+    assert scores(model, nn.MSELoss(), x, y, ["flops"]) == {"flops": want}
+
+
 def test_weights_of_classes_are_taken_to_float64() -> None:
     """As the model is; equal ones change nothing."""
     model, x, y = problem("shared")

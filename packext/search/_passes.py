@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import packext as px
@@ -19,6 +21,14 @@ import packext as px
 GATE = "packext_channel_gate"
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+#: Products that torch's own counter of operations leaves out, from the shapes of what they are given.
+PRODUCTS: dict[Any, Any] = {
+    torch.ops.aten.mv: lambda a, b, **_: 2 * math.prod(a),
+    torch.ops.aten.addmv: lambda c, a, b, **_: 2 * math.prod(a),
+    torch.ops.aten.dot: lambda a, b, **_: 2 * math.prod(a),
+    # of nn.Bilinear: x [N, I], w [O, I, J], y [N, J]
+    torch.ops.aten._trilinear: lambda x, w, y, *_, **__: 2 * x[0] * w[0] * w[2] * (w[1] + 1),
+}
 RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 
@@ -194,7 +204,12 @@ class Problem:
     @functools.cached_property
     def flops(self) -> float:
         """Of a forward pass of one sample, a multiplication and an addition as two; products and convolutions only."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # The counter does not know torch's fused attention on CPUs, nor the fused layers that nn.MultiheadAttention and
+        # nn.TransformerEncoderLayer take in evaluation mode, unless there is a function mode.
+        with (
+            torch.no_grad(), BaseTorchFunctionMode(), sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter,
+        ):  # fmt: skip
             self.model(self.x)
         return counter.get_total_flops() / len(self.x)
 

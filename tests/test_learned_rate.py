@@ -346,16 +346,19 @@ def test_a_step_that_is_not_taken_is_not_observed() -> None:
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("within", [True, False])
 @pytest.mark.parametrize("to_none", [True, False])
-def test_grad_scaler(to_none: bool) -> None:
+def test_grad_scaler(to_none: bool, within: bool) -> None:
     """The scale is no part of a sample's own loss; a step that overflows is not seen, and its batch is forgotten."""
     found = []
     for seeds, scaler in (([0, 1, 2], None), ([0, 1, 7, 2], torch.amp.GradScaler("cpu", init_scale=2.0**10))):
         torch.manual_seed(0)
         net, optimizer, controller = setup()
         for seed in seeds:
-            optimizer.zero_grad(set_to_none=to_none)
-            one_pass(net, controller, *data(seed=seed), partial(scaled_mean, scaler))
+            forget = partial(optimizer.zero_grad, set_to_none=to_none)
+            if not within:
+                forget()
+            one_pass(net, controller, *data(seed=seed), partial(scaled_mean, scaler, forget if within else None))
             if scaler is None:
                 optimizer.step()
                 continue
@@ -368,7 +371,9 @@ def test_grad_scaler(to_none: bool) -> None:
     torch.testing.assert_close(*found)
 
 
-def scaled_mean(scaler: Any, losses: Tensor) -> Tensor:
+def scaled_mean(scaler: Any, before: Callable[[], None] | None, losses: Tensor) -> Tensor:
+    if before is not None:
+        before()
     return losses.mean() if scaler is None else scaler.scale(losses.mean())
 
 

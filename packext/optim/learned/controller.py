@@ -188,8 +188,6 @@ class LearnedRate:
             raise px.PackextError("px.optim.emit(LearnedRate) within itself: a backward pass would count twice.")
         self._settle()
         wanted = [p for p in self._parameters() if p.requires_grad]
-        if self._passes and not any(p.grad is not None and bool(p.grad.any()) for p in wanted):
-            self._forget()  # of a step that was not taken
         self._open = True
         try:
             yield {"attach": False, "pass_hook": self._receive, "parameters": wanted}
@@ -221,6 +219,9 @@ class LearnedRate:
         return losses
 
     def _arrived(self, losses: Tensor, g: Tensor) -> None:
+        grads = [p.grad for p in self._parameters() if p.requires_grad]
+        if self._passes and not any(grad is not None and bool(grad.any()) for grad in grads):
+            self._forget()  # of a step that was not taken
         self._losses.append((losses, g.detach()))
 
     def _receive(self, results: px.Results) -> None:

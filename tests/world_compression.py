@@ -191,7 +191,7 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Parameter(torch.zeros(6, 10)), nn.Parameter(torch.zeros(50))
+        self.a, self.b = nn.Parameter(torch.zeros(10, 6).T), nn.Parameter(torch.zeros(50))  # a has its columns in a row
 
     def forward(self, to_a: Tensor, to_b: Tensor | None) -> Tensor:
         out = (self.a * to_a).sum()

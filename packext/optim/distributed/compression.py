@@ -199,6 +199,7 @@ class Compression(ABC):
                     "named_parameters of the model that DistributedDataParallel has."
                 )
             count = max(1, round(now.ratio * p.numel()))
+            grad = _laid_out(grad, p)
             if self._whole(p, count):
                 self._send_whole(name, grad)
                 whole.append(grad)
@@ -294,6 +295,12 @@ class Compression(ABC):
                 f"{type(self).__name__}: the gradient of {name} on {who} has values that are not finite. What is kept "
                 "of earlier passes is as it was. In place of a GradScaler, use bfloat16 without a loss scale."
             )
+
+
+def _laid_out(grad: Tensor, p: Tensor) -> Tensor:
+    """A gradient in a bucket, where DistributedDataParallel lays it out as its parameter: `channels_last`, say."""
+    dense = torch.empty_like(p, device="meta").stride() == p.stride()
+    return grad.as_strided(p.shape, p.stride()) if dense else grad
 
 
 def _within(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from packext._errors import UnsupportedUseError
-from packext._factored import Factored
+from packext._factored import Factored, accumulation_dtype
 from packext._statistics import Statistics, Visitor
 from packext._union import Here, Part
 
@@ -135,8 +135,11 @@ class Summed:
     indivisible = ""
 
     def unite(self, parts: Sequence[Part], over: Here) -> Part:
-        """The sum."""
-        return Part(over.sum(sum_of([p.value for p in parts])), over.count(sum(p.n for p in parts)))
+        """The sum, which goes on in float32 or better where results are in half precision."""
+        dtype = parts[0].value.dtype
+        sums = [p.value.to(accumulation_dtype(dtype)) if p.aside is None else p.aside for p in parts]
+        total = over.sum(sum_of(sums))
+        return Part(total.to(dtype), over.count(sum(p.n for p in parts)), total)
 
     def absent(self, part: Part, n: int) -> Part:
         """Zeros."""

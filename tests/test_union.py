@@ -112,6 +112,20 @@ def test_parameters_that_some_passes_do_not_reach() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_sums_of_many_passes_are_not_kept_in_half_precision() -> None:
+    """In bfloat16, a sum that is 256 times as large as what is added stays where it is."""
+    torch.manual_seed(0)
+    model, x = px.extend(nn.Linear(4, 2).bfloat16()), torch.randn(1, 4).bfloat16()
+    found = []
+    for count in (1, 600):
+        with px.backpack(px.ClippedGrad(0.01), accumulate=True, scale=1.0, attach=False) as results:
+            for _ in range(count):
+                model(x).float().square().sum().backward()
+        found.append(results["weight"].clipped_grad)
+    assert found[1].dtype == torch.bfloat16
+    torch.testing.assert_close(found[1], 600 * found[0], rtol=0.01, atol=0.0)
+
+
 @pytest.mark.parametrize("bias", ["separate", "joint"])
 def test_pooled_factors_are_means_over_all_samples(bias: str) -> None:
     """Also over those of a pass that did not reach the parameter, as in one pass with all."""

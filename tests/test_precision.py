@@ -503,3 +503,14 @@ def test_bags_of_more_tokens_than_the_type_counts(dtype: torch.dtype) -> None:
         norms.append(model.weight.batch_l2.double())
         model.zero_grad()
     torch.testing.assert_close(*norms, rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1e-5, 100.0])
+def test_rows_of_float16_are_scaled_before_they_are_rounded(size: float) -> None:
+    """As written, they are 1/1024 of a sample's own, or 1024 times as large, and float16 knows neither."""
+    model, loss = px.extend(nn.Linear(3, 1, bias=False).half()), px.extend(nn.MSELoss(reduction="sum"))
+    nn.init.ones_(model.weight)
+    x, weight = torch.full((2, 3), size).half(), 1 / 1024 if size < 1 else 1024.0
+    with px.backpack(px.BatchGrad(), scale="sample"):
+        (loss(model(x), model(x).detach() - 0.5) * weight).backward()
+    torch.testing.assert_close(model.weight.grad_batch[:, 0], x, rtol=2e-3, atol=0.0)

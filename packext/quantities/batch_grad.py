@@ -62,4 +62,5 @@ class BatchGrad(Subsampled, PerSample, Quantity):
 
     def result(self, ask: Ask) -> Tensor:
         rows, dtype = self.rows(ask), ask.parameter.dtype
-        return ask.statistics.kept(rows).to(dtype) if ask.factor == 1.0 else rows.to(dtype) * ask.factor
+        # In this order, as rows of the loss as written may be beyond the range of float16.
+        return ask.statistics.kept(rows).to(dtype) if ask.factor == 1.0 else (rows * ask.factor).to(dtype)

@@ -25,7 +25,7 @@ from packext.audit.closed import LayerCheck, closed, divided, read_off
 from packext.audit.findings import BY_CHANCE, _sweep, _told, beyond, findings, odds, percent
 from packext.audit.inversion import Attempt, SearchResult, _identified, _summary, attempt, guess, inversion
 from packext.audit.labels import by_chance, labels
-from packext.audit.records import _rate, epsilon, membership, records, roc
+from packext.audit.records import ScoreResult, _rate, epsilon, membership, records, roc
 from packext.audit.section import plain, restored
 from packext.audit.setting import integrity
 from packext.audit.sharing import fresh, name_of
@@ -1121,6 +1121,20 @@ def test_findings_say_no_more_than_the_numbers(bare: None) -> None:
     (finding,) = said("inversion")
     assert finding.severity == "high"
     assert finding.evidence.startswith("b, 4 samples") and "a, 1 sample:" in finding.evidence
+    # Of ten candidates an input is recognised by chance: what was recovered counts before it.
+    seen = replace(one, identified=Interval(1.0, 0.4, 1.0), candidates=10)
+    audit.inversion.searches = [seen, replace(one, search="b", recovered=some, candidates=10)]
+    assert said("inversion")[0].evidence.startswith("b, 4 samples")
+
+    area, few, many = Interval(0.52, 0.48, 0.55), Interval(0.01, 0.0, 0.02), Interval(0.2, 0.1, 0.3)
+    loss, lira = (
+        ScoreResult("loss", area, None, few, 0.1),
+        ScoreResult("LiRA", replace(area, value=0.51), few, many, 0.1),
+    )
+    for scores, level in (([loss], "note"), ([loss, lira], "high"), ([lira, loss], "high")):
+        audit.membership.scores = scores
+        (finding,) = said("membership")
+        assert finding.severity == level and ("LiRA: " in finding.evidence) == (lira in scores)
 
 
 def test_what_costs_the_least_is_said_of_accuracies_or_of_cosines(bare: None) -> None:

@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from packext.audit.inversion import SearchResult
+from packext.audit.records import ScoreResult
 from packext.audit.section import Interval
 from packext.audit.sweep import Defended
 
@@ -154,7 +155,7 @@ def _inversion(audit: Audit) -> Iterator[Finding]:
     guess = f", guessing the mean {s.psnr_guess:.1f}" if s.psnr_guess is not None else ""
     best: dict[int, SearchResult] = {}
     for r in s.searches:
-        if r.samples not in best or _reached(r) > _reached(best[r.samples]):
+        if r.samples not in best or (_told(r), _reached(r)) > (_told(best[r.samples]), _reached(best[r.samples])):
             best[r.samples] = r
     shown, alone = best.get(behind), best.get(1)
     if shown is not None and _told(shown):
@@ -278,16 +279,10 @@ def _membership(audit: Audit) -> Iterator[Finding]:
     if not s.scores:
         return
     best = max(s.scores, key=lambda r: r.auc.value)
-    rates = [
-        f"{percent(v)} of the members at {name} false positives"
-        for name, v in (("0.1 %", best.tpr_001), ("1 %", best.tpr_01))
-        if v is not None
-    ]
-    evidence = (
-        f"{best.score}: area under the ROC curve {best.auc.value:.2f} ({best.auc.low:.2f} to {best.auc.high:.2f})"
-    )
-    evidence += "".join(f", {rate}" for rate in rates) + "."
-    strong = best.tpr_01 is not None and best.tpr_01.low > 0.05
+    # A score may be sure of few members and guess the others (Carlini et al. 2022): its area is not the largest then.
+    surest = max(s.scores, key=_sure_of)
+    strong = _sure_of(surest) > 0.05
+    evidence = " ".join(_curve(r) for r in ([surest] if strong and surest is not best else []) + [best])
     if beyond(best.auc, len(s.scores)) > 0.5 or strong:
         level = "high" if best.auc.value > 0.75 or strong else "medium" if best.auc.value > 0.6 else "low"
         bound = f" No threshold on the loss has more than {s.bound:.2f} advantage here." if s.bound is not None else ""
@@ -306,6 +301,21 @@ def _membership(audit: Audit) -> Iterator[Finding]:
             evidence,
             "Nothing for now. LiRA with more shadow models (train=) is the strongest of these scores.",
         )
+
+
+def _sure_of(r: ScoreResult) -> float:
+    """Share of the members that a score names at 1 % false positives, at least."""
+    return 0.0 if r.tpr_01 is None else r.tpr_01.low
+
+
+def _curve(r: ScoreResult) -> str:
+    rates = [
+        f", {percent(v)} of the members at {name} false positives"
+        for name, v in (("0.1 %", r.tpr_001), ("1 %", r.tpr_01))
+        if v is not None
+    ]
+    area = f"{r.auc.value:.2f} ({r.auc.low:.2f} to {r.auc.high:.2f})"
+    return f"{r.score}: area under the ROC curve {area}{''.join(rates)}."
 
 
 def _records(audit: Audit) -> Iterator[Finding]:

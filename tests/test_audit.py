@@ -434,6 +434,18 @@ class Folded(nn.Module):
         return self.layers(x.reshape(-1, self.width)).view(len(x), -1, 5).mean(1)
 
 
+@pytest.mark.parametrize("defence", [None, defences.Clipped(1.0)])
+def test_a_layer_behind_dropout_gives_away_what_it_saw(defence: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 3)).train()
+    data = torch.randn(12, 6), torch.randint(3, (12,))
+    for n in (1, 2):
+        found = closed(Case(model, LOSS, data, Sharing(batch_size=n, defence=defence), FEW), Clock(60.0))
+        layer = found.layers[-1]
+        assert layer.name == "3" and layer.alone is not None and layer.alone.value == 1.0
+        assert layer.spanned is not None and layer.spanned.value == 1.0
+
+
 def test_a_layer_that_sees_the_inputs_in_another_shape_sees_them() -> None:
     seen = case(Folded(4))
     first, second = closed(seen, Clock(1.0)).layers

@@ -129,7 +129,8 @@ def closed(case: Case, clock: Clock) -> Closed:
             found.absent["inputs that were not in the batch"] = "all members are in every batch"
         with found.unless_refused("messages with one sample"):
             x, y = case.x[index[:1]], case.y[index[:1]]
-            alone = case.client(x, y), _inputs(case.model, (x,), list(layers))
+            own = _inputs(case.model, (x,), list(layers))
+            alone = case.client(x, y), own
         for name, layer in layers.items():
             if name not in inputs:
                 found.absent[name] = "the model does not call it as a module, so that its inputs are not seen"
@@ -276,12 +277,13 @@ def _inputs(model: nn.Module, batches: Sequence[Tensor], names: list[str]) -> di
 
     for name in names:
         twin.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
-    for x in batches:
-        calls.clear()
-        with torch.no_grad():
+    # Random numbers go on as before: a message that is made next is of the same masks of dropout.
+    with torch.random.fork_rng([x.device for x in batches[:1] if x.device.type == "cuda"]), torch.no_grad():
+        for x in batches:
+            calls.clear()
             twin(x)
-        for name, seen in calls.items():
-            got.setdefault(name, []).extend(seen if len(seen) == 1 else [c.flatten(0, -2) for c in seen])
+            for name, seen in calls.items():
+                got.setdefault(name, []).extend(seen if len(seen) == 1 else [c.flatten(0, -2) for c in seen])
     return {name: torch.cat(parts) for name, parts in got.items()}
 
 

@@ -769,13 +769,14 @@ def test_a_loss_that_takes_the_mean_whatever_its_reduction_says() -> None:
 def test_membership_of_a_model_that_has_learnt_by_heart() -> None:
     torch.manual_seed(0)
     x, y, other = *images(60), images(120, seed=1)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 5))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 5)).eval()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(200):
         optimizer.zero_grad()
         LOSS(model(x), y).backward()
         optimizer.step()
-    audit = run(model, LOSS, Data((x, y), other), budget=FEW)
+    audit = run(model.train(), LOSS, Data((x, y), other), budget=FEW)  # as clients run it; attackers as they like
+    model.eval()
     s = audit.membership
     loss = s.scores[0]
     each = nn.CrossEntropyLoss(reduction="none")

@@ -987,14 +987,19 @@ def test_losses_of_all_kinds_give_the_same(reduction: str) -> None:
 
 
 def test_a_factor_that_the_number_of_samples_makes_one() -> None:
-    monitor, _ = pair(GradNorm(), NormTest())
+    monitor, _ = pair(GradNorm(), NormTest(), GradHist1d(samples=None, limit=1.0))
+    monitor.every = lambda step: step == 0
     x, y = batch(4)
-    with monitor.step("mean", loss_scale=0.25) as step:
-        value = F.cross_entropy(monitor.model(x), y) * 0.25
-        step.loss(value)
-        value.backward()
+    for _ in range(2):  # of which the second is not looked at, and takes the loss all the same
+        monitor.optimizer.zero_grad()
+        with monitor.step("mean", loss_scale=0.25) as step:
+            value = F.cross_entropy(monitor.model(x), y) * 0.25
+            step.loss(value)
+            value.backward()
     norm = torch.cat([p.grad.flatten() for p in monitor.model.parameters()]).norm()
     assert monitor.values["GradNorm"] == pytest.approx(4 * float(norm))
+    # Entries were counted before it was known how large they are.
+    assert "the loss was multiplied by 0.25" in monitor.absent["GradHist1d"]
 
 
 @pytest.mark.parametrize("parts", [[8], [4, 4], [5, 3]])

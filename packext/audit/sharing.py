@@ -99,7 +99,7 @@ class Sharing:
     @property
     def local(self) -> LocalSteps | None:
         """Local steps, where there are several: one is a gradient times the learning rate."""
-        if self.what == "gradient" or (self.local_steps == 1 and self.held == self.batch_size):
+        if self.what == "gradient" or self.local_steps == 1:
             return None
         return LocalSteps(self.local_steps, float(self.lr or 0.0), self.batch_size)
 

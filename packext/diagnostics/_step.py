@@ -397,11 +397,10 @@ class Step:
             found = passes[0]
         elif savefield not in COMBINE:
             raise Absent(f"{savefield} is defined within one backward pass; this step had {len(passes)}")
+        elif any(p.keys() != passes[0].keys() for p in passes):
+            raise Absent("the backward passes of the step have reached different parameters")
         else:
-            keys = [k for k in passes[0] if all(k in p for p in passes)]
-            if any(p.keys() != passes[0].keys() for p in passes):
-                raise Absent("the backward passes of the step have reached different parameters")
-            found = {k: COMBINE[savefield]([p[k] for p in passes]) for k in keys}
+            found = {k: COMBINE[savefield]([p[k] for p in passes]) for k in passes[0]}
         if isinstance(found, str):
             raise Absent(found)
         if not found:

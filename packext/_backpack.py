@@ -368,7 +368,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         if asked := [q for each in flight.heard for q in each.context.spreading]:
             flight.spread = True
             with torch.no_grad(), due_to(asked):
-                spread(flight, seen, edge, g.detach())
+                spread(flight, seen, edge, g)
 
     def _emit(self, flights: Sequence[Pass], source: Source, statistics: Statistics, deliver: bool) -> Tensor | None:
         flight, form = flights[0], statistics.form
@@ -475,7 +475,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
     def _hold(self, flight: Pass, values: dict[str, Any]) -> None:
         """Make errors of derivatives that results of a pass with create_graph=True do not have."""
         for e in (*self.spreading, *self.hessian) if flight.graph else ():
-            if e.savefield in values:
+            if e.savefield in values and (e in flight.constants or e in self.hessian):
                 with torch.enable_grad():
                     values[e.savefield] = constant(values[e.savefield], type(e).__name__, flight.anchor)
 

@@ -7,7 +7,7 @@ carries through whatever the model is made of. At each tap it gives the same pai
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,10 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         joined = Joined(loss, leaves, seen.spec, places)
         return _roots.Call(joined, joined.output(), args, kwargs, g), joined.split
 
+    # Whether results are to have a graph (create_graph=True), and can: a factor that is learned is not followed.
+    graph, g = flight.graph and not g.requires_grad, g.detach()
+    if graph:
+        graph = not _unsound(edge.node, [s.tensor for record in records_of(seen, edge) for s in record.parameters()])
     groups: dict[Any, dict[Pass, list[Curvature]]] = {}
     for each in flight.heard:
         # What a context gets is what it would get by itself: the same columns, of which others may have their part.
@@ -128,7 +132,12 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     for ((kind, draws, generator), compact, _), members in groups.items():
         # Second derivatives of the functions before the loss, and what is averaged after each, go with the loss itself.
         call, back = split_at(kind in ("hessian", "averaged"))
-        with disable():  # the loss may have extended parts of its own
+        traced = graph and direct and seen.input is not None and kind in ("exact", "mc") and _roots.closed(call.loss)
+        for each, quantities in members.items() if flight.graph else ():
+            each.constants.update(q for q in quantities if not (traced and q.traced))
+        if traced:
+            call = call._replace(output=seen.input)
+        with disable(), torch.set_grad_enabled(traced):  # the loss may have extended parts of its own
             if kind == "hessian":
                 columns = _roots.signed(call)
             elif kind == "entries":
@@ -149,8 +158,9 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
             with torch.autocast(g.device.type, enabled=False):  # sums stay in float32
                 average(flight, chain, (part for part, _ in parts), rows.n, functools.partial(absorb, 1.0))
             continue
-        for part, sign in parts:
-            Sweep(flight, functools.partial(absorb, sign)).send(seen.edges, back(part))
+        with torch.set_grad_enabled(traced):
+            for part, sign in parts:
+                Sweep(flight, functools.partial(absorb, sign)).send(seen.edges, back(part))
         if kind == "hessian":
             wants = next(iter(members)).context._wants
             for edges, cotangents, sign in residual(flight, wants, seen.edges, live, places, edge, g):
@@ -208,7 +218,8 @@ class Graph(Point):
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         with kept(self._device):
             if self._slopes is None:
-                _refuse_unsound(self._edge.node, self.parameters)
+                if _unsound(self._edge.node, self.parameters):
+                    raise UnsupportedUseError(_WEIGHT_NORM)
                 slopes = torch.autograd.grad(
                     [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
                 )
@@ -272,16 +283,17 @@ class Graph(Point):
         return [functools.partial(positive.product, p) for p in self.parameters]
 
 
-def _refuse_unsound(start: Any, parameters: Sequence[Tensor]) -> None:
-    """Raise an UnsupportedUseError if a parameter is the direction of a `torch._weight_norm` that has no Hessian."""
+def _unsound(start: Any, parameters: Iterable[Tensor]) -> bool:
+    """Whether a parameter is the direction of a `torch._weight_norm`, of which torch's second derivative is wrong."""
     wanted = {torch.autograd.graph.get_gradient_edge(p).node for p in parameters}
     behind: set[Any] = set()
     for node in inputs_first([start]):
         below = [child for child, _ in node.next_functions]
         if name_of(node).startswith("WeightNormInterface") and below[0] in behind and not _knows_weight_norm():
-            raise UnsupportedUseError(_WEIGHT_NORM)
+            return True
         if node in wanted or any(child in behind for child in below):
             behind.add(node)
+    return False
 
 
 @functools.cache

@@ -90,7 +90,7 @@ class Sweep:
             for record in self.flight.records:
                 unshard(record)
             with _kept(self.flight.records), due_to(()):  # what is wrong down there may be so for all
-                arrived = _send(edges, cotangents, targets)
+                arrived = _send(edges, cotangents, targets, torch.is_grad_enabled())
         for source, _, forms in self.gathering.rest():
             self.absorb(source, merge(forms))
         return arrived
@@ -379,10 +379,12 @@ def _send_probe(
         return _send(edges, cotangents, targets)
 
 
-def _send(edges: Any, cotangents: Any, targets: Any) -> Sequence[Tensor | None]:
+def _send(edges: Any, cotangents: Any, targets: Any, graph: bool = False) -> Sequence[Tensor | None]:
     try:
         with meanwhile(part=not any(target is TARGET for target in targets)):
-            return torch.autograd.grad(edges, targets, cotangents, retain_graph=True, allow_unused=True)
+            return torch.autograd.grad(
+                edges, targets, cotangents, retain_graph=True, create_graph=graph, allow_unused=True
+            )
     except RuntimeError as error:
         if isinstance(error, PackextError):
             raise

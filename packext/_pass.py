@@ -18,6 +18,7 @@ from packext._use import Source, Use
 
 if TYPE_CHECKING:
     from packext._backpack import backpack
+    from packext._quantity import Quantity
     from packext._record import Record
 
 _MISSING = object()
@@ -63,6 +64,7 @@ class Pass:
         self.context = contexts[0]
         self.task, self.among = torch._C._current_graph_task_id(), among
         self.graph = torch.is_grad_enabled()  # whether autograd makes a graph of the pass (create_graph=True)
+        self.constants: set[Quantity] = set()  # curvature that was computed without a graph all the same
         self.landed = False
         self.replaced: list[tuple[Tensor, str, Any]] = []
         self.wants = wants_of(contexts)

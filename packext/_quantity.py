@@ -177,6 +177,8 @@ class Curvature(Quantity):
 
     #: Whether the quantity depends on the product of the root with itself alone, so that any exact root serves.
     compact: ClassVar[bool] = True
+    #: Whether the result can be differentiated, where the root can (create_graph=True).
+    traced: ClassVar[bool] = True
 
     @property
     def root(self) -> tuple[str, int, torch.Generator | None]:

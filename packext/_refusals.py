@@ -319,16 +319,19 @@ class Constant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise UnsupportedUseError(
-            f"The result of {ctx.told} has no derivative, though it is of a pass with create_graph=True: curvature is "
+            f"The result of {ctx.told} has no derivative, though it is of a pass with create_graph=True: it was "
             "computed without a graph, and would count as a constant. Where it is meant as one, take .detach() of it. "
-            "First-order quantities (Variance, BatchL2Grad, DiagEF) have a derivative; of curvature, torch.func has."
+            "First-order quantities have a derivative, and so have those of the GGN (but for EKFAC and KFRA) of one "
+            "tensor and a loss behind the model whose Hessian has a formula (CrossEntropyLoss, MSELoss, "
+            "BCEWithLogitsLoss), times a constant, and of models without torch's fused weight_norm. For others "
+            "torch.func has any derivative."
         )
 
 
 def constant(value: Any, told: str, anchor: Tensor) -> Any:
     """`value`, a tensor or several, that refuses to be differentiated; `anchor` leads to the parameters."""
     if isinstance(value, Tensor):
-        return value if value.requires_grad else Constant.apply(told, value, anchor)
+        return value if hasattr(value.grad_fn, "told") else Constant.apply(told, value, anchor)
     if isinstance(value, (list, tuple)):
         found = [constant(v, told, anchor) for v in value]
         return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)

@@ -224,6 +224,11 @@ def _sampler(call: Call, numbers: torch.Generator) -> Callable[[], Tensor]:
     return lambda: (roots * _signs((len(roots), 1, roots.shape[2]), numbers, roots)).sum(2)
 
 
+def closed(loss: nn.Module) -> bool:
+    """Whether the roots of a loss are a formula, which can be differentiated: that of its eigenvectors cannot."""
+    return _kind(loss) is not None
+
+
 def _kind(loss: nn.Module) -> type[nn.Module] | None:
     """The loss of torch whose `forward` this one runs, if it is one that is known here."""
     if "forward" in vars(loss):
@@ -233,14 +238,14 @@ def _kind(loss: nn.Module) -> type[nn.Module] | None:
 
 
 def _ready(call: Call) -> Call:
-    """With output and gradient detached and of float32 at least; what no loss can have is refused."""
+    """With output and gradient of float32 at least, without a graph where none is made; refuses what has no root."""
     output, name = call.output, call.name
     if output.dim() == 0 or output.numel() == 0 or not output.is_floating_point():
         raise PackextError(f"{name} of {output.dtype}: pass real numbers, with one sample or more along axis 0.")
     refuse_arguments(name, call.args, call.kwargs)
     if why := _linear(call.loss):
         raise _Flat(f"{name} has no root of a Hessian: {why}")
-    x = _widened(output.detach())
+    x = _widened(output if torch.is_grad_enabled() else output.detach())
     return call._replace(output=x, g=call.g.detach().to(x.dtype))
 
 
@@ -446,7 +451,8 @@ def _softmax_columns(p: Tensor, c: Tensor, compact: bool) -> Iterator[Tensor]:
         Cotangents `[N, C, positions]`.
     """
     p, root = p.reshape(*p.shape[:2], -1), c.reshape(len(c), 1, -1).sqrt()
-    r, down, compact = p.sqrt(), p, compact and p.shape[1] > 1
+    r = torch.where(p > 0, p, 1).sqrt() * (p > 0)  # whose derivative is finite, where one is wanted
+    down, compact = p, compact and p.shape[1] > 1
     classes, most = torch.arange(p.shape[1], device=p.device)[:, None], p.argmax(1, keepdim=True)
     if compact:
         largest = r.gather(1, most)

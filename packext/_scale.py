@@ -91,6 +91,8 @@ class Seen:
         record: gives the forward pass of the model that computed the loss itself.
         value: what the loss gave, detached.
         around: gives contexts in which autocast is as it was.
+        input: the model's output with its graph, for derivatives of what is made of it; None if it is several tensors,
+            or large and not asked for.
     """
 
     module: nn.Module
@@ -102,6 +104,7 @@ class Seen:
     record: Callable[[], Record | None]
     value: Tensor
     around: Callable[[], AbstractContextManager[Any]]
+    input: Tensor | None
 
     @property
     def name(self) -> str:
@@ -222,11 +225,15 @@ def _meta(edge: GradientEdge) -> tuple[torch.Size, torch.dtype, torch.device]:
     return torch.Size(meta.shape), meta.dtype, meta.device
 
 
+def _keeps(leaves: list[Any]) -> bool:
+    """Whether they are kept for curvature: asked for, or small."""
+    asked = any(context.curvature for context in _listening.here().hearing)
+    return asked or sum(t.numel() for t in leaves if isinstance(t, Tensor)) <= SMALL
+
+
 def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
     """A function that gives `leaves` again, detached; large ones only as long as somebody else keeps them."""
-    asked = any(context.curvature for context in _listening.here().hearing)
-    tensors = [t for t in leaves if isinstance(t, Tensor)]
-    if asked or sum(t.numel() for t in tensors) <= SMALL:
+    if _keeps(leaves):
         kept = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
         return lambda: kept
     here = [isinstance(t, Tensor) for t in leaves]
@@ -265,7 +272,7 @@ class LossMark(torch.autograd.Function):
             _flight.may_retain(t)
         seen = Seen(
             module, edges, _keep(leaves), spec, tuple(rest), kwargs, weakref.ref(record) if record else lambda: None,
-            output.detach(), as_now(output.device.type),
+            output.detach(), as_now(output.device.type), x if isinstance(x, Tensor) and _keeps(leaves) else None,
         )  # fmt: skip
         marked = LossMark.apply(output, type(module).__name__, module.reduction, seen)
         if record is None:

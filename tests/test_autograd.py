@@ -161,39 +161,147 @@ def test_a_pass_through_a_gradient_of_the_parameters_is_no_samples() -> None:
     assert all(p.grad is None for p in parameters)
 
 
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+ROOTS: dict[str, tuple[Callable[[], Any], Callable[[Tensor], Tensor]]] = {
+    "diag_ggn_exact": (px.DiagGGNExact, lambda root: root.square().sum((0, 1))),
+    "diag_ggn_exact_batch": (px.BatchDiagGGNExact, lambda root: root.square().sum(0)),
+    "sqrt_ggn_exact": (px.SqrtGGNExact, lambda root: root),
+    "ggn_gram": (px.GGNGram, lambda root: torch.tensordot(root.flatten(2), root.flatten(2), ([2], [2]))),
+}
+
+
+@pytest.mark.parametrize("build", GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.parametrize("field", ROOTS)
+def test_curvature_is_differentiable(build: Any, field: str) -> None:
+    """The gradient of a sum over weighted entries, against the one through columns of each sample's root."""
+    model, (x, y), (quantity, of_root) = build(), batch(), ROOTS[field]
+    named = dict(model.named_parameters())
+    columns: list[list[tuple[Tensor, ...]]] = []
+    for v in range(3):
+        columns.append([])
+        for n in range(N):
+            out = model(x[n : n + 1])[0]
+            p = out.softmax(0)
+            s = p[v].sqrt() * (F.one_hot(torch.tensor(v), 3) - p) / N**0.5
+            columns[-1].append(torch.autograd.grad(out, list(named.values()), s, create_graph=True))
+    roots = [torch.stack([torch.stack([row[k] for row in rows]) for rows in columns]) for k in range(len(named))]
+    wanted = [of_root(root) for root in roots]
+    seeds = [torch.randn_like(value) for value in wanted]
+    want = torch.autograd.grad(
+        sum((a * b).sum() for a, b in zip(seeds, wanted, strict=True)), list(named.values()), materialize_grads=True
+    )
+    loss = px.extend(nn.CrossEntropyLoss())
+    px.extend(model)
+    with px.backpack(quantity(), px.KFLR()):
+        torch.autograd.grad(loss(model(x), y), list(named.values()), create_graph=True)
+    values = [getattr(p, field) for p in named.values()]
+    for a, b in zip(values, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    total = sum((a * b).sum() for a, b in zip(seeds, values, strict=True))
+    for name, a, b in zip(
+        named, torch.autograd.grad(total, list(named.values()), materialize_grads=True), want, strict=True
+    ):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("quantity", [px.DiagGGNMC, px.KFAC, px.SqrtGGNMC])
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss])
+def test_curvature_by_drawn_targets_is_differentiable(quantity: Any, criterion: Any) -> None:
+    """Draws held fast, along a direction, against differences."""
+    model, (x, y) = conv(), batch()
+    y = y if criterion is nn.CrossEntropyLoss else torch.rand(N, 3)
+    directions = [torch.randn_like(p) for p in model.parameters()]
+
+    def total(at: float, graph: bool) -> tuple[Tensor, list[Tensor]]:
+        moved, asked = px.extend(copy.deepcopy(model)), quantity(generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            for p, d in zip(moved.parameters(), directions, strict=True):
+                p.add_(d, alpha=at)
+        parameters = list(moved.parameters())
+        with px.backpack(asked):
+            torch.autograd.grad(px.extend(criterion())(moved(x), y), parameters, create_graph=graph)
+        found = [getattr(p, asked.savefield) for p in parameters]
+        factors = [t for value in found for t in (value if isinstance(value, list) else [value])]
+        return torch.stack([t.sin().sum() for t in factors]).sum(), parameters
+
+    value, parameters = total(0.0, True)
+    grads = torch.autograd.grad(value, parameters, materialize_grads=True)
+    got = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+    want = (total(1e-6, False)[0] - total(-1e-6, False)[0]) / 2e-6
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_confident_predictions_have_derivatives_of_their_curvature() -> None:
+    """Probabilities that are zero in floating point, whose root has none."""
+    layer, loss = px.extend(nn.Linear(1, 3)), px.extend(nn.CrossEntropyLoss())
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0], [1e4], [-1e4]]))
+    with px.backpack(px.DiagGGNExact(), px.SqrtGGNExact()):
+        torch.autograd.grad(loss(layer(torch.ones(2, 1)), torch.tensor([1, 1])), layer.weight, create_graph=True)
+    total = layer.weight.diag_ggn_exact.sum() + layer.weight.sqrt_ggn_exact.sum()
+    assert torch.autograd.grad(total, layer.weight)[0].isfinite().all()
+
+
+def differentiated(
+    model: nn.Module, x: Tensor, y: Tensor, *asked: Any, criterion: nn.Module | None = None, factor: Any = 1
+) -> Any:
+    loss = px.extend(nn.CrossEntropyLoss() if criterion is None else criterion)
+    with px.backpack(px.Variance(), *asked) as results:
+        torch.autograd.grad(factor * loss(px.extend(model)(x), y), list(model.parameters()), create_graph=True)
+    return results
+
+
 def test_curvature_is_no_constant_in_silence() -> None:
-    """It is computed without a graph: who differentiates it hears of that, by whatever parameters."""
+    """What is computed without a graph says so to who differentiates it, by whatever parameters."""
+    model, (x, y), signs = mlp(), batch(), torch.randn(N, 3).sign()
+    results = differentiated(
+        model, x, y, px.DiagHessian(), px.KFRA(), px.EKFAC(), px.HessianTrace(), px.TopEigenvalues(), px.KFLR()
+    )
+    found, first = results["0.weight"], model.get_parameter("0.weight")
+    values = {
+        "DiagHessian": found.diag_h, "KFRA": found.kfra[1], "EKFAC": found.ekfac.eigenvalues,
+        "HessianTrace": results.hessian_trace.value, "TopEigenvalues": found.top_eigenvalues.vectors,
+    }  # fmt: skip
+    refused = [(model, name, value) for name, value in values.items()]
+    model = mlp()
+    results = differentiated(model, x, signs, px.DiagGGNExact(), criterion=nn.SoftMarginLoss())
+    refused.append((model, "DiagGGNExact", results["0.weight"].diag_ggn_exact))
+    model = mlp()
+    results = differentiated(model, x, y, px.SqrtGGNMC(), factor=torch.tensor(2.0, requires_grad=True))
+    refused.append((model, "SqrtGGNMC", results["0.weight"].sqrt_ggn_mc))
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
+    refused.append((model, "GGNGram", differentiated(model, x, y, px.GGNGram()).ggn_gram))
+    for model, name, value in refused:
+        last = list(model.parameters())[-1]
+        with pytest.raises(px.UnsupportedUseError, match=rf"of {name} has no derivative.*\.detach\(\)"):
+            torch.autograd.grad(last.sum() + value.sum(), last)
+    torch.autograd.grad(found.variance.sum() + found.diag_h.detach().sum() + found.kflr[0].sum(), first)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_hook_gets_what_refuses_to_be_differentiated() -> None:
     model, (x, y), loss = px.extend(mlp()), batch(), px.extend(nn.CrossEntropyLoss())
-    asked = [
-        px.DiagGGNExact(), px.DiagHessian(), px.KFAC(), px.EKFAC(), px.GGNGram(), px.SqrtGGNMC(), px.HessianTrace(),
-        px.TopEigenvalues(),
-    ]  # fmt: skip
     seen: list[bool] = []
 
     def hook(module: nn.Module) -> None:
         seen.extend(p.diag_h.requires_grad for p in module.parameters(recurse=False))  # pyright: ignore
 
-    with px.backpack(px.Variance(), *asked, extension_hook=hook) as results:
+    with px.backpack(px.DiagHessian(), extension_hook=hook):
         loss(model(x), y).backward(create_graph=True)
-    first, last = list(model.parameters())[0], list(model.parameters())[-1]
-    found = results[first]
-    values = {
-        "DiagGGNExact": found.diag_ggn_exact, "DiagHessian": found.diag_h, "KFAC": found.kfac[1],
-        "EKFAC": found.ekfac.eigenvalues, "GGNGram": results.ggn_gram, "SqrtGGNMC": found.sqrt_ggn_mc,
-        "HessianTrace": results.hessian_trace.value, "TopEigenvalues": found.top_eigenvalues.vectors,
-    }  # fmt: skip
-    for name, value in values.items():
-        with pytest.raises(px.UnsupportedUseError, match=rf"of {name} has no derivative.*\.detach\(\)"):
-            torch.autograd.grad(last.sum() + value.sum(), last)
-    torch.autograd.grad(found.variance.sum() + found.diag_h.detach().sum(), first)
-    assert seen and all(seen)
     for p in model.parameters():
         p.grad = None
-    loss(model(x), y).backward()
-    with px.backpack(px.DiagGGNExact()):
+    assert seen and all(seen)
+    with px.backpack(px.DiagHessian(), extension_hook=hook):
         loss(model(x), y).backward()
-    assert not first.diag_ggn_exact.requires_grad
+    assert not any(seen[len(seen) // 2 :])
+
+
+def test_a_derivative_of_curvature_has_no_individual_gradients() -> None:
+    model, (x, y), loss = px.extend(mlp()), batch(), px.extend(nn.CrossEntropyLoss())
+    with px.backpack(px.DiagGGNExact()):
+        torch.autograd.grad(loss(model(x), y), list(model.parameters()), create_graph=True)
+    penalty = sum(p.diag_ggn_exact.sum() for p in model.parameters())
+    with pytest.raises(px.PackextError, match="through a gradient of the model"), px.backpack(px.BatchGrad()):
+        (loss(model(x), y) + penalty).backward()
 
 
 # -- activation checkpointing ---------------------------------------------------------------------------------

@@ -265,6 +265,32 @@ def test_products_inverses_and_damping() -> None:
         torch.testing.assert_close(p.ggnmp(v)[0], ggn_vector_product(loss, output, net, alone)[k])
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("loss", ["CrossEntropyLoss", "MSELoss"])
+def test_results_are_differentiated(loss: str) -> None:
+    """As in a penalty on them."""
+    import packext as px
+
+    torch.manual_seed(0)
+    model, x = image()
+    model, x = model.double(), x.double()
+    y = torch.randint(3, (len(x),)) if loss == "CrossEntropyLoss" else torch.randn(len(x), 3).double()
+    names = {**FIELDS, "DiagGGNExact": "diag_ggn_exact", "BatchDiagGGNExact": "diag_ggn_exact_batch"}
+    found = []
+    for library in (backpack, px):
+        net, loss_fn = library.extend(copy.deepcopy(model)), library.extend(getattr(nn, loss)())
+        with library.backpack(*(getattr(library.extensions, name)() for name in names)):
+            loss_fn(net(x), y).backward(create_graph=True)
+        parameters = list(net.parameters())
+        penalties = [sum(getattr(p, field).sum() for p in parameters) for field in names.values()]
+        found.append([torch.autograd.grad(t, parameters, retain_graph=True, allow_unused=True) for t in penalties])
+    for theirs, ours in zip(*found, strict=True):
+        for a, b in zip(theirs, ours, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-14)
+
+
 def test_what_the_hook_is_called_with() -> None:
     from backpack import extensions as theirs
 

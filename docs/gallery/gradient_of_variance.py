@@ -1,8 +1,8 @@
 """Gradient of the variance: differentiate what a pass has found, and train on it.
 
-With `create_graph=True` first-order results have a graph (curvature has none: to differentiate it is an error). Here
-the sum of the variances of all entries of the individual gradients is a term of the loss: a network whose samples agree
-on the gradient. The gradient of that term is compared with one through a loop over the samples.
+With `create_graph=True` results have a graph (or refuse to be differentiated, as those of the Hessian do). Here the sum
+of the variances of all entries of the individual gradients is a term of the loss: a network whose samples agree on the
+gradient. The gradient of that term is compared with one through a loop over the samples.
 """
 
 from __future__ import annotations

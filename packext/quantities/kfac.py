@@ -300,6 +300,7 @@ class EKFAC(KFAC):
     """
 
     savefield = "ekfac"
+    traced = False  # of eigenvectors torch has a derivative only where eigenvalues differ
 
     def __init__(
         self,

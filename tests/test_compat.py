@@ -214,6 +214,22 @@ def test_kronecker_factors_of_a_convolution_are_others() -> None:
     torch.testing.assert_close(mixed.bias.kflr, reduce.bias.kfac)
 
 
+def test_norms_of_a_convolution_in_groups_are_others() -> None:
+    """As docs/migrate/backpack.md says: those of the individual gradients, on which both agree."""
+    from backpack import extensions as theirs
+
+    import packext as px
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(24, 3)).double()
+    x, y = torch.randn(5, 4, 3, 3).double(), torch.randint(3, (5,))
+    other = passed(backpack, model, x, y, theirs.BatchGrad(), theirs.BatchL2Grad())[0].weight
+    own = passed(px, model, x, y, px.BatchGrad(), px.BatchL2Grad())[0].weight
+    torch.testing.assert_close(own.grad_batch, other.grad_batch)
+    torch.testing.assert_close(own.batch_l2, own.grad_batch.flatten(1).square().sum(1))
+    assert not torch.allclose(own.batch_l2, other.batch_l2, rtol=0.1)
+
+
 def test_products_in_fields_of_ones_own() -> None:
     """As in BackPACK's example of all extensions: two kinds of one product in one pass."""
     import packext as px

@@ -241,6 +241,21 @@ def test_two_runs_are_compared(tmp_path: Path, browser: Any, serve: Any) -> None
     no_errors(browser)
 
 
+def test_a_legend_has_the_lines_that_either_run_has(tmp_path: Path, browser: Any, serve: Any) -> None:
+    for name, line in (("first", "NoiseScale.critical_batch"), ("second", "NormLayerNoiseScale")):
+        run = Run(tmp_path / name)
+        run.begin([])
+        for step in range(3):
+            run.write(step, {"NoiseScale": 1.0, line: 2.0}, {})
+    browser.get(serve(tmp_path / "first", tmp_path / "second"))
+    until(lambda: len(traces(browser, "Noise scale")) > 3, "two runs")
+    for button in ("overlay", "columns"):
+        browser.find_element("id", button).click()
+        until(lambda: (traces(browser, "Noise scale")[-1]["xaxis"] == "x2") == (button == "columns"), button)  # noqa: B023
+        in_legend = [t["name"] for t in traces(browser, "Noise scale") if t["showlegend"] is not False]
+        assert in_legend == ["one step", "critical batch size", "normalisations, one step"]
+
+
 def test_a_long_run_of_many_layers(tmp_path: Path, browser: Any, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "PIECE", 20_000)  # bins grow while they are sent
     monkeypatch.setattr(server_module, "PATIENCE", 0.0)

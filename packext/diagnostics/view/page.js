@@ -105,13 +105,13 @@ function drawLines(box, panel) {
       traces.push({ ...band, y: line.low }, { ...band, y: line.high, fill: "tonexty", fillcolor: tint(colour, 0.22) });
     }
     traces.push({
-      x, y: line.mean, name: many ? panel.names[name] : short(run.name, 24), legendgroup: group, showlegend: many ? !over && run === here()[0] : over,
+      x, y: line.mean, name: many ? panel.names[name] : short(run.name, 24), legendgroup: group, showlegend: many ? !over && run === here().find((one) => one.lines[name]) : over,
       mode: x.length < 40 ? "lines+markers" : "lines", line: { color: colour, width: 1.5, dash: over ? DASHES[k] : "solid" },
       marker: { size: 4 }, ...side, hovertemplate: `step %{x}: %{y:.4~g}<extra>${line.width > 1 ? `mean of ${line.width} steps` : ""}</extra>`,
     });
   }
   // Two runs one over the other: colour says which run, dashes say which line.
-  if (over && many) for (const [k, name] of names.entries()) {
+  if (over && many) for (const [k, name] of names.entries()) if (here().some((run) => run.lines[name])) {
     traces.push({ x: [null], y: [null], mode: "lines", line: { color: "#5a5f66", width: 1.5, dash: DASHES[k] }, name: panel.names[name], legendgroup: name });
   }
   const ticks = scale(panel.log, shown);

@@ -14,6 +14,7 @@ import packext as px
 from packext import optim
 from packext.diagnostics import (
     Alpha,
+    Finding,
     GradNorm,
     HessMaxEV,
     HessTrace,
@@ -21,6 +22,7 @@ from packext.diagnostics import (
     Instrument,
     Loss,
     NormTest,
+    Rule,
     Run,
     SampleNorms,
     Step,
@@ -364,6 +366,32 @@ def test_a_module_of_ones_own(tmp_path: Any) -> None:
     fit(Own(), tmp_path, callback, kind="bert", remove_unused_columns=False)
     assert {"Loss", "NormTest"} <= callback.monitor.values.keys()
     assert float(callback.monitor.values["Each"].mean()) == pytest.approx(callback.monitor.values["Loss"])
+
+
+class Said(Rule):
+    failure, advice, reads, hold = "said", "Nothing.", ("Loss",), 1
+
+    def look(self, step: int, values: Any) -> Finding:
+        return Finding("Always.")
+
+
+def test_evaluations_within_the_training_and_rules_of_ones_own(tmp_path: Any) -> None:
+    net, callback, losses = model("bert"), CockpitCallback(sinks=[Run(tmp_path / "run")], rules=[Said()]), []
+    trainers: list[Any] = []
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        trainers.append(transformers.Trainer(*args, **kwargs, eval_dataset=data("bert")))
+        trainers[0].evaluate()  # before there is a monitor
+        return trainers[0]
+
+    fit(net, tmp_path, callback, kind="bert", make=make, eval_strategy="steps", eval_steps=2, eval_on_start=True)
+    losses = [row["eval_loss"] for row in trainers[0].state.log_history if "eval_loss" in row and row["step"] > 0]
+    trainers[0].evaluate()  # nor is this one a part of the training
+    found = Run.open(tmp_path / "run")
+    logged = found.column("valid_loss")
+    assert [found.steps[k] for k in range(6) if logged[k] == logged[k]] == [1, 3, 5]
+    assert logged[logged == logged].tolist() == losses and len(losses) == 3
+    assert [verdict.name for verdict in callback.monitor.verdicts] == ["said"]
 
 
 def test_a_record(tmp_path: Any) -> None:

@@ -16,11 +16,13 @@ from packext import optim
 from packext.diagnostics import (
     Alpha,
     Cockpit,
+    Finding,
     GradNorm,
     InputScale,
     Loss,
     NormTest,
     OutputScale,
+    Rule,
     SampleNorms,
     UpdateSize,
 )
@@ -123,6 +125,39 @@ def test_inputs_and_outputs_of_a_module_whose_forward_is_not_called() -> None:
     assert callback.monitor.absent == {} and callback.monitor.values["OutputScale.spread"] > 0
     assert 0.1 < callback.monitor.values["InputScale"] / float(1000 * inputs.square().mean() ** 0.5) < 10
     assert [v.name for v in callback.monitor.verdicts] == ["bad input scaling"]
+
+
+class Validated(Net):
+    """Hands its validation loss to the monitor."""
+
+    def __init__(self, callback: Any) -> None:
+        super().__init__()
+        self.callback = callback
+
+    def val_dataloader(self) -> Any:
+        return loader()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(self(batch[0]), batch[1]))
+
+    def on_train_epoch_end(self) -> None:
+        self.callback.monitor.log(valid_loss=self.trainer.callback_metrics["val_loss"])
+
+
+class Rising(Rule):
+    failure, advice, reads, hold = "validated", "Nothing.", ("valid_loss",), 2
+
+    def look(self, step: int, values: Any) -> Finding:
+        return Finding(f"{values['valid_loss']}")
+
+
+def test_validation_losses_and_rules_of_ones_own() -> None:
+    keep = Keep()
+    callback = CockpitCallback(None, instruments=[Loss()], sinks=[keep], rules=[Rising()])
+    fit(Validated(callback), callback)
+    logged = [(step, values["valid_loss"]) for step, values, _ in keep.lines if "valid_loss" in values]
+    assert [step for step, _ in logged] == [5, 11] and 0 < logged[1][1] < 3
+    assert [verdict.name for verdict in callback.monitor.verdicts] == ["validated"]
 
 
 OPTIONS: list[dict[str, Any]] = [

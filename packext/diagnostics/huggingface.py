@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import packext as px
 from packext.diagnostics._cockpit import Cockpit, Sink, Watch
 from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._verdict import Rule
 
 try:
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
@@ -59,6 +60,7 @@ class CockpitCallback(TrainerCallback):
         every: int | Callable[[int], bool] = 1,
         sinks: Iterable[Sink] = (),
         instruments: Iterable[Instrument] = (),
+        rules: Iterable[Rule] | None = None,
     ) -> None:
         """Choose what `Cockpit` is to look at, when, and where to write it.
 
@@ -67,12 +69,17 @@ class CockpitCallback(TrainerCallback):
             every: steps of the optimizer, as for `Cockpit`.
             sinks: as for `Cockpit`.
             instruments: as for `Cockpit`.
+            rules: as for `Cockpit`.
         """
-        self._options = {"level": level, "every": every, "sinks": list(sinks), "instruments": list(instruments)}
+        self._options = {
+            "level": level, "every": every, "sinks": list(sinks), "instruments": list(instruments),
+            "rules": None if rules is None else list(rules),
+        }  # fmt: skip
         self._watch: Watch | None = None
         self._extended: Any = None
         self._hook: Any = None
         self._held: list[Any] = []
+        self._stepped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Extend the model and make the monitor.
@@ -115,7 +122,7 @@ class CockpitCallback(TrainerCallback):
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         self._watch = self.monitor.step("mean", loss_scale=1.0 if scaler is None else float(scaler.get_scale()))
         self._watch.__enter__()
-        _HERE.callback = self
+        _HERE.callback, self._stepped = self, True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End it.
@@ -130,6 +137,19 @@ class CockpitCallback(TrainerCallback):
         self._held = []
         if watch is not None:
             watch.__exit__(None, None, None)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the loss of an evaluation within the training as `valid_loss`, which the rule of overfitting reads.
+
+        Args:
+            args: of the Trainer.
+            state: of the Trainer.
+            control: of the Trainer.
+            **kwargs: of `metrics` "eval_loss" is used.
+        """
+        loss = kwargs.get("metrics", {}).get("eval_loss")
+        if loss is not None and self._stepped:
+            self.monitor.log(valid_loss=loss)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was.
@@ -150,6 +170,7 @@ class CockpitCallback(TrainerCallback):
         if self._extended is not None:
             px.unextend(self._extended)
         self._hook = self._extended = None
+        self._stepped = False
 
     def _leave(self) -> None:
         """Leave the step that is under way, if there is one."""

@@ -8,6 +8,7 @@ from typing import Any
 import packext as px
 from packext.diagnostics._cockpit import Cockpit, Sink, Watch
 from packext.diagnostics._instrument import Instrument
+from packext.diagnostics._verdict import Rule
 
 try:
     from lightning.pytorch.callbacks import Callback  # pyright: ignore[reportMissingImports]
@@ -40,6 +41,7 @@ class CockpitCallback(Callback):
         sinks: Iterable[Sink] = (),
         instruments: Iterable[Instrument] = (),
         scale: str = "sample",
+        rules: Iterable[Rule] | None = None,
     ) -> None:
         """Choose what `Cockpit` is to look at, when, and where to write it.
 
@@ -49,6 +51,7 @@ class CockpitCallback(Callback):
             sinks: as for `Cockpit`.
             instruments: as for `Cockpit`.
             scale: as for `Cockpit.step`: "sample", with a loss that is a module, or "mean".
+            rules: as for `Cockpit`.
 
         Raises:
             ValueError: for another scale.
@@ -57,7 +60,10 @@ class CockpitCallback(Callback):
         if scale not in ("sample", "mean"):
             raise ValueError(f'scale must be "sample" or "mean", got {scale!r}.')
         self._scale = scale
-        self._options = {"level": level, "every": every, "sinks": list(sinks), "instruments": list(instruments)}
+        self._options = {
+            "level": level, "every": every, "sinks": list(sinks), "instruments": list(instruments),
+            "rules": None if rules is None else list(rules),
+        }  # fmt: skip
         self._watch: Watch | None = None
         self._stepped = self._extended = False
 

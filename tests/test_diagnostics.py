@@ -1223,6 +1223,18 @@ class Centred(nn.Linear):
         return super().forward(input) - super().forward(input).mean(0)
 
 
+def test_of_monitors_within_each_other_one_names_its_instruments() -> None:
+    (first, loss), second = (px.extend(nn.Linear(5, 3)), px.extend(nn.CrossEntropyLoss())), px.extend(nn.Linear(5, 3))
+    outer = Cockpit(first, torch.optim.SGD(first.parameters(), LR), None, instruments=[NormTest()])
+    inner = Cockpit(second, torch.optim.SGD(second.parameters(), LR), None, instruments=[Loss(), HessMaxEV()])
+    x, y = batch()
+    with pytest.raises(
+        px.PackextError, match="^The instruments HessMaxEV need what Linear did not give: .* several losses"
+    ):
+        with outer.step(), inner.step():
+            (loss(second(x), y) + loss(second(-x), y)).backward()
+
+
 def test_an_error_names_the_instruments_and_the_model() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:

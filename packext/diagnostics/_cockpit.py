@@ -337,16 +337,19 @@ class Watch:
         observer.end()
         self._leave()
         if kind is not None:
-            if isinstance(error, px.PackextError) and not _of_optimizer(error):
+            if isinstance(error, px.PackextError) and not _of_optimizer(error) and "instruments" not in vars(error):
                 kinds = tuple({type(q) for q in error.quantities})
                 needs = dict(zip(self._due, self._needs, strict=False))
                 asked = [i for i, own in needs.items() if any(not kinds or isinstance(q, kinds) for q in own)]
                 others = kinds and len(asked) < len(needs)
                 if asked:
-                    raise type(error)(
-                        f"The instruments {', '.join(i.name for i in asked)} need what {type(monitor.model).__name__} "
-                        f"did not give: {error}{_OTHERS if others else ''}"
-                    ) from error
+                    names = ", ".join(i.name for i in asked)
+                    said = type(error)(
+                        f"The instruments {names} need what {type(monitor.model).__name__} did not give: {error}"
+                        f"{_OTHERS if others else ''}"
+                    )
+                    vars(said)["instruments"] = names  # so that a monitor around this one does not say it of its own
+                    raise said from error
             return
         with torch.no_grad():
             observer.finish(bool(self._due))

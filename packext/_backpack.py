@@ -404,7 +404,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             if e.deferred:
                 flight.asks.setdefault(id(e), {})[id(source.tensor)] = ask
         if self.extension_hook is not None:
-            self._hold(flight, values)
+            self._hold(flight, source, values)
             for field, value in values.items():
                 flight.attach(source.tensor, field, value)
             self._hook(flight, source)
@@ -472,10 +472,11 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         for key, (source, parts_) in found.items():
             flight.values[key] = (source, {f: part.value for f, part in parts_.items()})
 
-    def _hold(self, flight: Pass, values: dict[str, Any]) -> None:
+    def _hold(self, flight: Pass, source: Source, values: dict[str, Any]) -> None:
         """Make errors of derivatives that results of a pass with create_graph=True do not have."""
-        for e in (*self.spreading, *self.hessian) if flight.graph else ():
-            if e.savefield in values and (e in flight.constants or e in self.hessian):
+        for e in self.extensions if flight.graph else ():
+            wrong = bool(flight.unsound) if e.deferred else id(source.tensor) in flight.unsound
+            if (wrong or e in flight.constants or e in self.hessian) and e.savefield in values:
                 with torch.enable_grad():
                     values[e.savefield] = constant(values[e.savefield], type(e).__name__, flight.anchor)
 
@@ -512,8 +513,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         if self._unites:
             self._unite(flight)
         self._assemble(flight)
-        for _, values in flight.values.values():
-            self._hold(flight, values)
+        for source, values in flight.values.values():
+            self._hold(flight, source, values)
         fields = [e.savefield for e in self.extensions] if self.attach else []
         tree: dict[int, Tensor] = {}
         for record in flight.records:

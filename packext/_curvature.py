@@ -7,7 +7,7 @@ carries through whatever the model is made of. At each tap it gives the same pai
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,22 @@ from packext._distributed import refuse_tensors, sharding
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored
 from packext._flight import Sweep
-from packext._graph import inputs_first, name_of
+from packext._graph import inputs_first
 from packext._layout import Layout, Scattered, ranks
 from packext._lineage import disable
 from packext._listening import silence
 from packext._pass import Pass
 from packext._places import gates_of, place, records_of
 from packext._quantity import Ask, Curvature, HessianQuantity, Point, Quantity
-from packext._refusals import refuse_divided, refuse_moved, refuse_replaced, unseen, will_accumulate
+from packext._refusals import (
+    is_weight_norm,
+    knows_weight_norm,
+    refuse_divided,
+    refuse_moved,
+    refuse_replaced,
+    unseen,
+    will_accumulate,
+)
 from packext._residual import residual
 from packext._scratch import release
 from packext._statistics import Statistics
@@ -117,8 +125,6 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
 
     # Whether results are to have a graph (create_graph=True), and can: a factor that is learned is not followed.
     graph, g = flight.graph and not g.requires_grad, g.detach()
-    if graph:
-        graph = not _unsound(edge.node, [s.tensor for record in records_of(seen, edge) for s in record.parameters()])
     groups: dict[Any, dict[Pass, list[Curvature]]] = {}
     for each in flight.heard:
         # What a context gets is what it would get by itself: the same columns, of which others may have their part.
@@ -218,8 +224,7 @@ class Graph(Point):
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         with kept(self._device):
             if self._slopes is None:
-                if _unsound(self._edge.node, self.parameters):
-                    raise UnsupportedUseError(_WEIGHT_NORM)
+                _refuse_unsound(self._edge.node, self.parameters)
                 slopes = torch.autograd.grad(
                     [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
                 )
@@ -283,26 +288,16 @@ class Graph(Point):
         return [functools.partial(positive.product, p) for p in self.parameters]
 
 
-def _unsound(start: Any, parameters: Iterable[Tensor]) -> bool:
-    """Whether a parameter is the direction of a `torch._weight_norm`, of which torch's second derivative is wrong."""
+def _refuse_unsound(start: Any, parameters: Sequence[Tensor]) -> None:
+    """Raise an UnsupportedUseError if a parameter is the direction of a `torch._weight_norm` that has no Hessian."""
     wanted = {torch.autograd.graph.get_gradient_edge(p).node for p in parameters}
     behind: set[Any] = set()
     for node in inputs_first([start]):
         below = [child for child, _ in node.next_functions]
-        if name_of(node).startswith("WeightNormInterface") and below[0] in behind and not _knows_weight_norm():
-            return True
+        if is_weight_norm(node) and below[0] in behind and not knows_weight_norm():
+            raise UnsupportedUseError(_WEIGHT_NORM)
         if node in wanted or any(child in behind for child in below):
             behind.add(node)
-    return False
-
-
-@functools.cache
-def _knows_weight_norm() -> bool:
-    """Whether torch's second derivative of its fused weight_norm is right: 2.13 takes the norm for a constant in it."""
-    with torch.enable_grad():
-        v = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
-        (slope,) = torch.autograd.grad(torch.ops.aten._weight_norm(v, v.new_ones(1, 1))[0, 0], v, create_graph=True)
-        return abs(float(torch.autograd.grad(slope[0, 0], v)[0][0, 0]) + 3 * 3 * 4**2 / 5**5) < 1e-6
 
 
 _WEIGHT_NORM = (

@@ -12,7 +12,7 @@ from torch import Tensor
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
 from packext._listening import here
-from packext._refusals import Constant, will_accumulate
+from packext._refusals import Constant, beneath_weight_norm, will_accumulate
 from packext._statistics import Statistics
 from packext._use import Source, Use
 
@@ -100,6 +100,12 @@ class Pass:
         """What all parameters lead to, for results that have no graph of their own (`constant`)."""
         parameters = [source.tensor for record in self.records for source in record.parameters()]
         return Constant.apply("", torch.zeros(()), *parameters)
+
+    @functools.cached_property
+    def unsound(self) -> set[int]:
+        """Ids of parameters of whose gradient torch has a wrong derivative."""
+        gates = [ref() for record in self.records for ref, *_ in record.gates]
+        return beneath_weight_norm([gate for gate in gates if gate is not None])
 
     @property
     def heard(self) -> tuple[Pass, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
-from packext._graph import inputs_first, leaf_of
+from packext._graph import inputs_first, leaf_of, name_of
 from packext._kronecker import KronEigh
 from packext._use import Source, live_nodes
 
@@ -308,6 +309,28 @@ class Again(torch.autograd.Function):
         return (grads[0], *(None for _ in range(ctx.count)))
 
 
+@functools.cache
+def knows_weight_norm() -> bool:
+    """Whether torch's second derivative of its fused weight_norm is right: 2.13 takes the norm for a constant in it."""
+    with torch.enable_grad():
+        v = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(torch.ops.aten._weight_norm(v, v.new_ones(1, 1))[0, 0], v, create_graph=True)
+        return abs(float(torch.autograd.grad(slope[0, 0], v)[0][0, 0]) + 3 * 3 * 4**2 / 5**5) < 1e-6
+
+
+def is_weight_norm(node: Any) -> bool:
+    """Whether a node is that of torch's fused weight_norm."""
+    return name_of(node).startswith("WeightNormInterface")
+
+
+def beneath_weight_norm(roots: Sequence[Any]) -> set[int]:
+    """Ids of the parameters in whose gradient torch's derivative of a fused weight_norm is, which has a wrong one."""
+    norms = [node for node in inputs_first(roots) if is_weight_norm(node)]
+    if not norms or knows_weight_norm():
+        return set()
+    return {id(leaf) for node in inputs_first(norms) if (leaf := leaf_of(node)) is not None}
+
+
 class Constant(torch.autograd.Function):
     """Sits on a result that was computed without a graph, in a pass that makes one: differentiating it is an error."""
 
@@ -320,18 +343,22 @@ class Constant(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise UnsupportedUseError(
             f"The result of {ctx.told} has no derivative, though it is of a pass with create_graph=True: it was "
-            "computed without a graph, and would count as a constant. Where it is meant as one, take .detach() of it. "
-            "First-order quantities have a derivative, and so have those of the GGN (but for EKFAC and KFRA) of one "
-            "tensor and a loss behind the model whose Hessian has a formula (CrossEntropyLoss, MSELoss, "
-            "BCEWithLogitsLoss), times a constant, and of models without torch's fused weight_norm. For others "
-            "torch.func has any derivative."
+            "computed without a graph, and would count as a constant, or torch's own is wrong (of parameters beneath "
+            "its fused weight_norm). Where it is meant as a constant, take .detach() of it. First-order quantities "
+            "have a derivative, and so have those of the GGN (but for EKFAC and KFRA) of one tensor and a loss behind "
+            "the model whose Hessian has a formula (CrossEntropyLoss, MSELoss, BCEWithLogitsLoss), times a constant. "
+            "For others torch.func has any derivative."
         )
 
 
 def constant(value: Any, told: str, anchor: Tensor) -> Any:
     """`value`, a tensor or several, that refuses to be differentiated; `anchor` leads to the parameters."""
     if isinstance(value, Tensor):
-        return value if hasattr(value.grad_fn, "told") else Constant.apply(told, value, anchor)
+        return (
+            value
+            if hasattr(value.grad_fn, "told") or not value.is_floating_point()
+            else Constant.apply(told, value, anchor)
+        )
     if isinstance(value, (list, tuple)):
         found = [constant(v, told, anchor) for v in value]
         return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)

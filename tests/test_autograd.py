@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import checkpoint
 
 import packext as px
+from packext._refusals import knows_weight_norm
 from tests.helpers import assert_exact, batch, mlp, rows_of
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -268,8 +269,13 @@ def test_curvature_is_no_constant_in_silence() -> None:
     model = mlp()
     results = differentiated(model, x, y, px.SqrtGGNMC(), factor=torch.tensor(2.0, requires_grad=True))
     refused.append((model, "SqrtGGNMC", results["0.weight"].sqrt_ggn_mc))
-    model = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
-    refused.append((model, "GGNGram", differentiated(model, x, y, px.GGNGram()).ggn_gram))
+    if not knows_weight_norm():  # which torch 2.13 differentiates wrongly once more
+        model = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
+        results = differentiated(model, x, y, px.GGNGram(), px.ClippedGrad(0.1))
+        refused.append((model, "GGNGram", results.ggn_gram))
+        refused.append((model, "Variance", results["parametrizations.weight.original0"].variance))
+        refused.append((model, "ClippedGrad", results["bias"].clipped_grad))
+        torch.autograd.grad(results["bias"].ggn_gram.sum() + results["bias"].variance.sum(), model.bias)
     for model, name, value in refused:
         last = list(model.parameters())[-1]
         with pytest.raises(px.UnsupportedUseError, match=rf"of {name} has no derivative.*\.detach\(\)"):

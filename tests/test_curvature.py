@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import packext as px
 from packext import _places, testing
-from packext._curvature import _knows_weight_norm
+from packext._refusals import knows_weight_norm
 from tests.cases import CASES, Case, Packed, Routed
 from tests.helpers import mlp
 
@@ -988,7 +988,7 @@ class Normed(nn.Module):
 
 def test_products_through_a_norm_that_torch_differentiates_wrongly() -> None:
     """The second derivative of its fused weight_norm takes the norm for a constant (2.13)."""
-    if _knows_weight_norm():
+    if knows_weight_norm():
         pytest.skip("right in this torch")
     x, y = torch.randn(N, 5), torch.randint(3, (N,))
     own = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))

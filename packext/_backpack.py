@@ -575,7 +575,7 @@ _PLAIN = (int, float, str, tuple, type(None))
 #: Of a loss module; "batchmean" is that of KLDivLoss.
 _REDUCTIONS = ("mean", "batchmean", "sum", "none")
 
-_SCALE = "scale=<number> to backpack, or to step() of a monitor"
+_SCALE = "scale=<number> to backpack, to px.optim.emit, or to step() of a monitor"
 
 
 def _kind(t: Tensor, ways: Iterable[str]) -> str:

@@ -258,6 +258,14 @@ def test_a_mistake_is_said(messages: dict[str, str], name: str) -> None:
     assert re.search(MISTAKES[name][1], messages[name])
 
 
+def test_an_optimizer_that_is_not_told_the_scale() -> None:
+    model = net()
+    private = optim.DPSGD(model.parameters(), max_norm=1.0, noise_multiplier=1.0, expected_batch_size=8)
+    with pytest.raises(px.NotExtendedError, match=r"pass scale=<number> to .* px\.optim\.emit, or"):
+        with optim.emit(private):
+            nn.functional.cross_entropy(model(X), Y).backward()
+
+
 def test_one_proxy_by_its_name() -> None:
     (name,) = search.scores(net(), nn.CrossEntropyLoss(), X, Y, "snip")
     assert name == "snip"

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -102,14 +103,8 @@ def forget_noise(optimizer: Any) -> None:
 
 
 def forget_clipping(optimizer: Any) -> None:
-    contribute = optimizer.contribute
-
-    def unclipped(rows: Any) -> None:
-        norm, optimizer.max_norm = optimizer.max_norm, 1e9
-        contribute(rows)
-        optimizer.max_norm = norm
-
-    optimizer.contribute = unclipped
+    clip = SimpleNamespace(max_norm=optimizer.max_norm, per_layer=optimizer.per_layer, balance=0.0)
+    optimizer.contribute = lambda rows: optimizer._add([r.sum(0) for r in rows], clip)
 
 
 def audited(z: float, rate: float, steps: int, seed: int, defect: Callable[[Any], None] | None) -> tuple[float, float]:

@@ -964,6 +964,33 @@ def test_sums_belong_to_their_parameters() -> None:
     assert not o.spent
 
 
+@pytest.mark.parametrize("what", ["max_norm", "per_layer"])
+def test_the_noise_is_for_the_norm_that_sums_were_clipped_to(what: str) -> None:
+    (model, loss), (x, y) = extended(), data()
+    o = optimizer(model)
+    before, after = getattr(o, what), 0.25 if what == "max_norm" else True
+
+    def within() -> None:
+        with px.optim.emit(o):
+            setattr(o, what, after)
+            loss(model(x), y).backward()
+
+    for acts in ((o.step,), (lambda: backward(o, model, loss, x, y),), (within, o.step)):
+        if acts[0] is not within:
+            backward(o, model, loss, x, y)
+            setattr(o, what, after)
+        for act in acts:
+            with pytest.raises(px.PackextError, match="max_norm or per_layer was changed"):
+                act()
+        assert not o.spent and all(p.grad is None for p in model.parameters())
+        setattr(o, what, before)
+        o.zero_grad()
+    setattr(o, what, after)  # between two steps
+    backward(o, model, loss, x, y)
+    o.step()
+    assert len(o.spent) == 1
+
+
 def test_passes_that_would_not_count_are_refused() -> None:
     model, loss = extended()
     x, y = data()

@@ -282,7 +282,7 @@ class Private(torch.optim.Optimizer):
                     f"have {len(there)}: pass the named_parameters() of the extended model itself."
                 )
         assert self._asked is not None
-        self._add([results[p].clipped_grad for _, p in named], self._asked.balance)
+        self._add([results[p].clipped_grad for _, p in named], self._asked)
         self._passed = True
         for _, p in named:
             p.grad = None  # incomplete, and not private
@@ -309,18 +309,24 @@ class Private(torch.optim.Optimizer):
             norms = torch.stack([r.square().sum(1) for r in flat]).sum(0).sqrt()
             weight = clip.weight(norms)
             sums |= {i: torch.tensordot(weight, rows[i], 1) for i in indices}
-        self._add([sums[i].to(p.dtype) for i, (_, p) in enumerate(named)], clip.balance)
+        self._add([sums[i].to(p.dtype) for i, (_, p) in enumerate(named)], clip)
 
-    def _add(self, sums: list[Tensor], balance: Tensor | float) -> None:
-        """Sums of the private parameters, in order."""
+    def _add(self, sums: list[Tensor], clip: _Clipped) -> None:
+        """Sums of the private parameters, in order, and what has clipped them."""
+        self._clips.append((clip.max_norm, clip.per_layer))
         parameters = self._unchanged()
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
         self._summed = parameters
-        self._balance = self._balance + balance
+        self._balance = self._balance + clip.balance
 
     def _unchanged(self) -> list[Tensor]:
-        """The private parameters; refused if there are sums of others."""
+        """The private parameters; refused if there are sums of others, or clipped in another way than noise is for."""
         parameters = [p for _, p in self._private_parameters()]
+        if any(clip != (self.max_norm, self.per_layer) for clip in self._clips):
+            raise px.PackextError(
+                "max_norm or per_layer was changed between a backward pass and the step: the noise would be for other "
+                "sums than these. Do it after step(), and begin this one anew with zero_grad()."
+            )
         if self._sums and [*map(id, parameters)] != [*map(id, self._summed)]:
             raise px.PackextError(
                 "Parameters were frozen or added between the backward pass and the step. Do it after step()."
@@ -446,6 +452,7 @@ class Private(torch.optim.Optimizer):
     def _forget(self) -> None:
         self._sums: list[Tensor] = []
         self._summed: list[Tensor] = []  # whose they are
+        self._clips: list[tuple[float, bool]] = []  # and what has clipped them
         self._balance: Tensor | float = 0.0
         self._passed = False
 

@@ -43,7 +43,8 @@ class DPSGD(Private, torch.optim.SGD):
     - Refused: models whose samples influence each other (BatchNorm in training mode), and losses (means over class
       weights or ignored targets); buffers that are written to; a second pass through one forward pass; parameters that
       the extended model has not, or of other types than float32 and float64; gradients that no pass within `emit` has
-      made, also of zeros; `GradScaler`; gradients that are not finite
+      made, also of zeros; a `max_norm` that is changed between pass and step; `GradScaler`; gradients that are not
+      finite
 
     Attributes:
         max_norm: C, which adaptive clipping moves.

@@ -495,6 +495,30 @@ def test_clipping_does_not_stop_the_cosine() -> None:
     assert not attacks.DeepLeakage(iterations=20)(model, shared, (1, 16, 16), labels=y).matched
 
 
+class Scaled(nn.Module):
+    """Cross-entropy times a factor."""
+
+    reduction = "mean"
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return self.factor * F.cross_entropy(output, y)
+
+
+def test_the_cosine_is_blind_to_any_factor() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = sigmoid_net().float(), upscaled(1, 0)
+    x = x.float()
+    search = attacks.InvertingGradients(2, tv=0.0)
+    whole = search(model, attacks.share(model, Scaled(1.0), x, y), (1, 16, 16), y)
+    for factor in (1e-12, 1e-10, 1e11):  # in float32, which holds their squares, and not these multiplied
+        found = search(model, attacks.share(model, Scaled(factor), x, y), (1, 16, 16), y)
+        assert found.objective == pytest.approx(whole.objective, rel=1e-3) and not found.matched
+
+
 @pytest.mark.parametrize("defence", [defences.Pruning(0.7), defences.Soteria(0.5)])
 def test_who_knows_what_was_not_sent_finds_the_digit(defence: Any) -> None:
     torch.manual_seed(0)

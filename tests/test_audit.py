@@ -27,7 +27,7 @@ from packext.audit.inversion import Attempt, SearchResult, _identified, _summary
 from packext.audit.labels import by_chance, labels
 from packext.audit.records import ScoreResult, _rate, epsilon, membership, records, roc
 from packext.audit.section import plain, restored
-from packext.audit.setting import integrity
+from packext.audit.setting import integrity, setting
 from packext.audit.sharing import fresh, name_of
 from packext.audit.sweep import Defended, _time, candidates, local, sweep
 
@@ -409,6 +409,19 @@ class Keyword(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(input=self.norm(x.flatten(1)).relu())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"weight": torch.tensor([0.1, 1.0, 5.0])}, {"ignore_index": 1}])
+def test_the_loss_of_many_members_is_that_of_all_at_once(reduction: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), torch.randn(600, 6), torch.randint(3, (600,))
+    y[:280] = 0
+    y[300:580] = 1
+    loss = nn.CrossEntropyLoss(reduction=reduction, **options)
+    stage = setting(Case(model, loss, (x, y), Sharing(), FEW), Clock(1.0)).training_stage
+    want = float(loss(model(x), y).detach()) / (600 if reduction == "sum" else 1)
+    assert stage["loss of members"] == pytest.approx(want, rel=1e-5)
 
 
 def test_a_layer_that_is_called_by_keyword() -> None:

@@ -115,16 +115,27 @@ def setting(case: Case, clock: Clock) -> Setting:
 def _now(case: Case, x: Tensor, y: Tensor) -> tuple[float, float | None]:
     """Mean loss, and the accuracy of a classifier; a loss that is not finite is refused."""
     model, loss_fn = copy.deepcopy(case.model).eval(), copy.deepcopy(case.loss_fn)
-    total, right = 0.0, 0
+    total, whole, right = 0.0, 0.0, 0
     classifier = isinstance(loss_fn, nn.CrossEntropyLoss) and not y.is_floating_point() and y.dim() == 1
     with torch.no_grad():
         for a, b in zip(x.split(256), y.split(256), strict=True):
             output = model(a)
-            total += float(loss_fn(output, b)) * (len(b) if loss_fn.reduction == "mean" else 1)
+            part = _divisor(loss_fn, b)
+            if part:  # not of samples all of which are ignored
+                total += float(loss_fn(output, b)) * (part if loss_fn.reduction == "mean" else 1)
+            whole += part if loss_fn.reduction == "mean" else len(b)
             right += int((output.argmax(1) == b).sum()) if classifier else 0
-    if not math.isfinite(total):
+    if not math.isfinite(total) or not whole:
         raise px.PackextError(f"their mean loss is {total}.")
-    return total / len(x), right / len(x) if classifier else None
+    return total / whole, right / len(x) if classifier else None
+
+
+def _divisor(loss_fn: nn.Module, y: Tensor) -> float:
+    """What a mean is over: samples, or of classes the weights of those that are not ignored."""
+    if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) or y.is_floating_point():
+        return float(len(y))
+    counted = y[y != loss_fn.ignore_index]
+    return float(len(counted) if loss_fn.weight is None else loss_fn.weight[counted].double().sum())
 
 
 @dataclass(kw_only=True)

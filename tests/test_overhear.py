@@ -57,6 +57,14 @@ def images(k: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(6, 2, 4, 4), torch.randint(3, (6,))
 
 
+def test_what_the_optimizer_cannot_have_is_no_matter_of_the_monitor() -> None:
+    model = px.extend(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))))
+    optimizer = optim.KFAC(model.parameters(), lr=0.05)
+    with pytest.raises(px.UnsupportedUseError, match="^KFAC has no Kronecker factors .* With KFAC: put such"):
+        with Cockpit(model, optimizer, None, instruments=[NormTest(), TICDiag()]).step(), optim.emit(optimizer):
+            LOSS(model(torch.randn(6, 5)), torch.randint(3, (6,))).backward()
+
+
 def watching(model: nn.Module, optimizer: Any, level: str | None = None) -> Cockpit:
     more = [] if level else [*(kind() for kind in INSTRUMENTS), HessTrace("ggn"), TICDiag("ggn")]
     return Cockpit(model, optimizer, level, instruments=more)

@@ -103,18 +103,21 @@ def emit(*emitting: Emitting | torch.optim.Optimizer, **options: Any) -> Iterato
                     "for each. A monitor's context belongs around this one."
                 )
         except px.UnsupportedUseError as error:
+            optimizer = next((e for e in found if hasattr(e, "preconditioned")), None)
             if any(hasattr(p, "device_mesh") for p in own.get("parameters") or ()):
-                raise px.UnsupportedUseError(
+                said = px.UnsupportedUseError(
                     f"{names}: parameters that are DTensors, as FSDP2 makes them, are not supported. Take "
                     f"DistributedDataParallel. (The backward pass says: {error})"
-                ) from error
-            optimizer = next((e for e in found if hasattr(e, "preconditioned")), None)
-            if optimizer is None:
+                )
+            elif optimizer is None:
                 raise
-            raise px.UnsupportedUseError(
-                f"{error} With {type(optimizer).__name__}: put such parameters into a group of their own, "
-                '{"params": [...], "fallback": True, "lr": ...}, which AdamW trains.'
-            ) from error
+            else:
+                said = px.UnsupportedUseError(
+                    f"{error} With {type(optimizer).__name__}: put such parameters into a group of their own, "
+                    '{"params": [...], "fallback": True, "lr": ...}, which AdamW trains.'
+                )
+            said.quantities = error.quantities  # which a monitor around this may not have asked for
+            raise said from error
 
 
 def _innermost(emitting: Any) -> Emitting:

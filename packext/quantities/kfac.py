@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from packext import linalg
-from packext._errors import PackextError, UnsupportedUseError
+from packext._errors import PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored, Sum, added
 from packext._quantity import Ask, Curvature, Sampled, sum_of
 from packext._statistics import Statistics
@@ -109,7 +109,8 @@ class _Kronecker(Curvature):
             return form
         found = [] if form is None else added(form.kronecker(self.approx == "reduce"))
         if not found:
-            raise UnsupportedUseError(self._refusal(ask))
+            with due_to([self]):
+                raise UnsupportedUseError(self._refusal(ask))
         known = {pair.stored: pair for pair in held or ()}
         for k in found:
             pair = known.get(k.stored)

@@ -335,3 +335,11 @@ def test_losses_that_give_no_gradient() -> None:
 class Constant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.ones_like(x)
+
+
+def test_a_proxy_that_is_not_defined_is_named_with_the_way_around_it() -> None:
+    model, loss = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)), nn.CrossEntropyLoss()
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+    with pytest.raises(px.PackextError, match="proxy 'naswot'; names=... takes others"):
+        scores(model, loss, x, y, ["snip", "naswot"])
+    assert scores(model, loss, x, y, ["snip"]).keys() == {"snip"}

@@ -62,7 +62,10 @@ def scores(
     with torch.enable_grad(), torch.random.fork_rng(devices):
         problem, found = Problem(model, loss_fn, x, y, "fisher" in names), {}
         for name in names:
-            found[name] = float(PROXIES[name].measure(problem))
+            try:
+                found[name] = float(PROXIES[name].measure(problem))
+            except px.PackextError as error:
+                raise type(error)(f"{error} (Asked by the proxy {name!r}; names=... takes others.)") from error
             if not math.isfinite(found[name]):
                 raise px.PackextError(f"{name} of {type(model).__name__} is {found[name]}.")
     return found

@@ -34,11 +34,12 @@ class MeanHessianTrace(px.HessianTrace):
 class MeanTopEigenvalues(px.TopEigenvalues):
     """Of the mean of the samples' own losses over the parameters of one model, in `mean_top_eigenvalues`.
 
-    Why Lanczos has failed, where it has. The loss may pass through other extended models (a generator's through its
-    discriminator), whose parameters a Hessian of all would have, too.
+    Why there are none, where Lanczos has failed, or of several losses in one pass. The loss may pass through other
+    extended models (a generator's through its discriminator), whose parameters a Hessian of all would have, too.
     """
 
     savefield = "mean_top_eigenvalues"
+    additive = True  # so that other instruments go on
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         """Take the model, and what `TopEigenvalues` takes."""
@@ -53,11 +54,15 @@ class MeanTopEigenvalues(px.TopEigenvalues):
         except px.PackextError as error:
             if not str(error).startswith("eigsh: "):  # of the model, not of what its products are
                 raise
-            found = [str(error)] * len(places)
+            why = "products with the Hessian are not symmetric to rounding, as under autocast to less than float32, or"
+            found = [f"{why} not finite ({error})"] * len(places)
         whole: list[Any] = ["a parameter of another model"] * len(point.parameters)
         for k, one in zip(places, found, strict=True):
             whole[k] = one
         return whole
+
+    def add(self, held: Any, value: Any) -> str:
+        return "the pass is one through several losses: add them up in one loss module"
 
     def land(self, held: Any, n: int, factor: float) -> Any:
         return held if isinstance(held, str) else super().land(held, n, factor / n)
@@ -110,7 +115,7 @@ class HessMaxEV(Instrument):
     - Absent: where the residual ends above a tenth of the value (or `tol` of it, if that is more): that may be no
       eigenvalue, let alone the largest. The next step goes on from there. Where products are not those of a
       symmetric matrix to the rounding of the parameters' precision, as under autocast to bfloat16 or float16, or not
-      finite. In a step of several backward passes
+      finite. In a step of several backward passes, or of one through several losses
     """
 
     def __init__(self, tol: float = 0.1) -> None:
@@ -141,10 +146,7 @@ class HessMaxEV(Instrument):
         found = step.layers("mean_top_eigenvalues")
         first = next(iter(found.values()))
         if isinstance(first, str):
-            raise Absent(
-                "products with the Hessian are not symmetric to rounding, as under autocast to less than float32, or "
-                f"not finite ({first})"
-            )
+            raise Absent(first)
         size = sum(e.vectors[0].numel() for e in found.values())
         self._vector = {step.parameters[name]: self._shaken(e.vectors[0], 0.2 / size**0.5) for name, e in found.items()}
         value, residual = float(first.values[0]), float(first.residuals[0])

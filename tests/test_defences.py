@@ -369,3 +369,14 @@ def test_a_branch_that_begins_at_zero_is_no_trace_of_a_fishing_model(rank: int) 
         lora[1].weight.zero_()
         lora[1].bias.fill_(3.0)
     assert defences.check_received(lora, nn.CrossEntropyLoss(), x, y).suspicious
+
+
+def test_soteria_scores_what_dropout_leaves_in_the_message() -> None:
+    """The features that are pruned are some of those that have a gradient, as the masks are the same ones."""
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Dropout(0.5), nn.Linear(20, 3)).train()
+    x, y = torch.randn(1, 6), torch.tensor([1])
+    state = torch.get_rng_state()
+    columns = attacks.share(model, nn.CrossEntropyLoss(), x, y).gradient["3.weight"].any(0)
+    torch.set_rng_state(state)
+    left = defences.Soteria(0.2)(model, nn.CrossEntropyLoss(), x, y).gradient["3.weight"].any(0)
+    assert int(left.sum()) == int(columns.sum()) - 4 and bool((columns | ~left).all())

@@ -67,10 +67,12 @@ class Soteria:
         """
         layer = Head.of(model, self.head)
         name = f"{layer.name}.weight" if layer.name else "weight"
+        cuda = [x.device] if isinstance(x, Tensor) and x.is_cuda else []
+        with torch.random.fork_rng(cuda):  # so that the message has the masks of dropout of what is scored
+            ratio, r = sensitivity(model, x, self.head, state)
         shared = share(model, loss_fn, x, y, state)
         if name not in shared.gradient:
             raise px.PackextError(f"{name!r} is frozen: there is no gradient that Soteria could prune.")
-        ratio, r = sensitivity(model, x, self.head, state)
         score = ratio.where(r != 0, torch.nan).nanmean(0).nan_to_num(nan=torch.inf)
         pruned = shared.gradient[name].clone()
         pruned[:, score.argsort(stable=True)[: pruned_of(len(score), self.share)]] = 0

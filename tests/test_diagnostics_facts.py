@@ -264,6 +264,15 @@ def test_what_was_in_grad_is_in_units_of_the_gradient(scale: str, sizes: list[in
     assert ratio == pytest.approx(before / gradient, rel=1e-4)
 
 
+def test_what_was_in_grad_of_a_step_that_takes_one_loss_from_another() -> None:
+    monitor, (x, y), loss = watch(mlp(), GradNorm(), BatchSize()), batch(6), px.extend(nn.CrossEntropyLoss())
+    monitor.model[0].bias.grad = torch.ones_like(monitor.model[0].bias)
+    with monitor.step():
+        loss(monitor.model(x), y).backward()
+        (-loss(monitor.model(x), y)).backward()
+    assert monitor.values["GradNorm.before"] == pytest.approx(len(monitor.model[0].bias) ** 0.5 / 2)
+
+
 def test_parameters_norm_and_learning_rate() -> None:
     model, (x, y) = mlp(), batch()
     groups = [{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters()}]

@@ -292,8 +292,8 @@ class Step:
     def before(self) -> float:
         """Norm of what was in `.grad` when the first of the passes began, in units of `gradient`."""
         self._known_share()
-        # `.grad` has grown by so many means of samples' own gradients.
-        return self._held / abs(sum(1 / p.share for p in self._passed())) if self._held else 0.0
+        # So many means of samples' own gradients were added to `.grad`, or taken away by a loss that is negated.
+        return self._held / sum(abs(1 / p.share) for p in self._passed()) if self._held else 0.0
 
     @property
     def pure_gradient(self) -> dict[str, Tensor]:

@@ -396,22 +396,24 @@ def test_what_is_not_trained() -> None:
 
 
 class Places(nn.Module):
-    """Has positions, learned and fixed ones, beside layers, and a table that stays."""
+    """Has positions, learned and fixed ones, beside layers, a table that stays, and a sparse matrix."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.table, self.head = nn.Linear(5, 4), nn.Embedding(7, 4), nn.Linear(4, 3)
         self.learned, self.fixed = nn.Parameter(torch.rand(2, 4)), nn.Parameter(torch.rand(2, 4), requires_grad=False)
         self.table.requires_grad_(False)
+        self.edges = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.first(x) + self.learned.sum(0) + self.fixed.sum(0) + self.table.weight.sum(0))
+        places = self.learned.sum(0) + self.fixed.sum(0) + self.table.weight.sum(0)
+        return self.head(self.first(x) + places) @ self.edges
 
 
 def test_positions_are_no_layer() -> None:
     monitor, (x, y) = watch(Places(), Untrained(), InitialScale()), batch()
     step(monitor, x, y)
-    assert monitor.values["Untrained/fixed"] == monitor.values["Untrained/table.weight"] == 1
+    assert all(monitor.values[f"Untrained/{name}"] == 1 for name in ("fixed", "table.weight", "edges"))
     assert {k for k in monitor.values if k.startswith("InitialScale/")} == {
         "InitialScale/first.weight",
         "InitialScale/head.weight",

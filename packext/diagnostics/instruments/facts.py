@@ -123,8 +123,8 @@ class Untrained(Instrument):
 def _some(model: nn.Module, count: int = 64) -> dict[str, Tensor]:
     """About so many entries of each parameter that does not require grad, from all over it, on the CPU in float64."""
     frozen = {k: p.detach() for k, p in model.named_parameters() if not p.requires_grad and p.is_floating_point()}
-    # Not of quantised ones, which are tensors of another kind.
-    frozen = {k: t for k, t in frozen.items() if type(t) is Tensor and not t.is_meta}
+    # Not of quantised ones, which are tensors of another kind, nor of sparse ones.
+    frozen = {k: t for k, t in frozen.items() if type(t) is Tensor and t.layout is torch.strided and not t.is_meta}
     parts = [t.flatten()[:: max(1, t.numel() // count)].double() for t in frozen.values()]
     if not parts:
         return {}

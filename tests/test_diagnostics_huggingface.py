@@ -370,9 +370,11 @@ def test_a_module_of_ones_own(tmp_path: Any) -> None:
 
 class Said(Rule):
     failure, advice, reads, hold = "said", "Nothing.", ("Loss",), 1
+    looks = 0
 
     def look(self, step: int, values: Any) -> Finding:
-        return Finding("Always.")
+        self.looks += 1
+        return Finding(f"Look {self.looks}.")
 
 
 def test_evaluations_within_the_training_and_rules_of_ones_own(tmp_path: Any) -> None:
@@ -392,6 +394,13 @@ def test_evaluations_within_the_training_and_rules_of_ones_own(tmp_path: Any) ->
     assert [found.steps[k] for k in range(6) if logged[k] == logged[k]] == [1, 3, 5]
     assert logged[logged == logged].tolist() == losses and len(losses) == 3
     assert [verdict.name for verdict in callback.monitor.verdicts] == ["said"]
+
+
+def test_a_second_training_has_rules_that_have_seen_nothing(tmp_path: Any) -> None:
+    callback = CockpitCallback(None, instruments=[Loss(), NormTest()], rules=[Said()])
+    for _ in range(2):
+        fit(model("bert"), tmp_path, callback, kind="bert", max_steps=2)
+        assert [verdict.evidence for verdict in callback.monitor.verdicts] == ["Look 2."]
 
 
 def test_a_record(tmp_path: Any) -> None:

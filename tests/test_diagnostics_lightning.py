@@ -147,8 +147,11 @@ class Validated(Net):
 class Rising(Rule):
     failure, advice, reads, hold = "validated", "Nothing.", ("valid_loss",), 2
 
+    looks = 0
+
     def look(self, step: int, values: Any) -> Finding:
-        return Finding(f"{values['valid_loss']}")
+        self.looks += 1
+        return Finding(f"Look {self.looks}.")
 
 
 def test_validation_losses_and_rules_of_ones_own() -> None:
@@ -158,6 +161,8 @@ def test_validation_losses_and_rules_of_ones_own() -> None:
     logged = [(step, values["valid_loss"]) for step, values, _ in keep.lines if "valid_loss" in values]
     assert [step for step, _ in logged] == [5, 11] and 0 < logged[1][1] < 3
     assert [verdict.name for verdict in callback.monitor.verdicts] == ["validated"]
+    fit(Validated(callback), callback)  # with rules that have seen nothing
+    assert [verdict.evidence for verdict in callback.monitor.verdicts] == ["Look 2."]
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -69,7 +70,7 @@ class CockpitCallback(TrainerCallback):
             every: steps of the optimizer, as for `Cockpit`.
             sinks: as for `Cockpit`.
             instruments: as for `Cockpit`.
-            rules: as for `Cockpit`.
+            rules: as for `Cockpit`; of each training copies, since they keep what they have seen.
         """
         self._options = {
             "level": level, "every": every, "sinks": list(sinks), "instruments": list(instruments),
@@ -108,7 +109,8 @@ class CockpitCallback(TrainerCallback):
             self._extended = px.extend(model)
         self._hook = model.register_forward_hook(self._ran, with_kwargs=True)
         optimizer = kwargs["optimizer"]
-        self.monitor = Cockpit(model, getattr(optimizer, "optimizer", optimizer), **self._options)
+        options = {**self._options, "rules": copy.deepcopy(self._options["rules"])}
+        self.monitor = Cockpit(model, getattr(optimizer, "optimizer", optimizer), **options)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -51,7 +52,7 @@ class CockpitCallback(Callback):
             sinks: as for `Cockpit`.
             instruments: as for `Cockpit`.
             scale: as for `Cockpit.step`: "sample", with a loss that is a module, or "mean".
-            rules: as for `Cockpit`.
+            rules: as for `Cockpit`; of each training copies, since they keep what they have seen.
 
         Raises:
             ValueError: for another scale.
@@ -96,7 +97,8 @@ class CockpitCallback(Callback):
         self._extended = not px.is_extended(pl_module)
         if self._extended:
             px.extend(pl_module)
-        self.monitor = Cockpit(pl_module, trainer.optimizers[0], **self._options)
+        options = {**self._options, "rules": copy.deepcopy(self._options["rules"])}
+        self.monitor = Cockpit(pl_module, trainer.optimizers[0], **options)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin a step, unless batches are being accumulated.

@@ -79,7 +79,8 @@ class Untrained(Instrument):
 
     - Formula: how many parameters have one of these numbers
     - Units: parameters
-    - Cost: a copy of the parameters, which several instruments share; no quantity
+    - Cost: a copy of the parameters, which several instruments share, and of about 64 entries of each that does not
+      require grad; no quantity
     - Source: the definition
     - Absent: if no parameter has got a gradient
     """

@@ -336,7 +336,9 @@ def _weighted(call: Call, h: Tensor, total: Tensor | int) -> Tensor:
             f"{name} with reduction={reduction!r} received a gradient {list(g.shape)}, where one of "
             f"{list(h.shape) if reduction == 'none' else []} belongs. Call backward on a value made of this loss alone."
         )
-    return (h * (g / total if reduction == "mean" else g)).masked_fill(h == 0, 0)  # 0/0 if all targets are ignored
+    c = h * (g / total if reduction == "mean" else g)
+    # 0/0 if all targets are ignored; and of a zero no root has a derivative, where nothing arrives.
+    return c.masked_fill((h == 0) | (c == 0), 0)
 
 
 def _positive(call: Call, c: Tensor, part: bool = False) -> Tensor:

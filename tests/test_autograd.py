@@ -242,6 +242,23 @@ def test_confident_predictions_have_derivatives_of_their_curvature() -> None:
     assert torch.autograd.grad(total, layer.weight)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("criterion", [nn.BCEWithLogitsLoss, nn.PoissonNLLLoss])
+def test_samples_of_weight_zero_have_derivatives_of_their_curvature(criterion: Any) -> None:
+    """As if they were not there: the root of zero has no derivative."""
+    model, (x, _) = px.extend(mlp()), batch()
+    y, weights, loss = torch.rand(N, 3), (torch.arange(N) % 2)[:, None], px.extend(criterion(reduction="none"))
+
+    def slopes(some: Any) -> tuple[Tensor, ...]:
+        with px.backpack(px.DiagGGNExact(), px.KFLR()):
+            total = (weights[some] * loss(model(x[some]), y[some])).sum()
+            torch.autograd.grad(total, list(model.parameters()), create_graph=True)
+        total = sum(p.diag_ggn_exact.square().sum() for p in model.parameters())
+        return torch.autograd.grad(total + model[2].weight.kflr[0].square().sum(), list(model.parameters()))
+
+    for got, want in zip(slopes(slice(None)), slopes(weights[:, 0] > 0), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def differentiated(
     model: nn.Module, x: Tensor, y: Tensor, *asked: Any, criterion: nn.Module | None = None, factor: Any = 1
 ) -> Any:

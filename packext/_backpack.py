@@ -197,6 +197,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
         self.accumulate, self.ranks = accumulate, None if group is None else Ranks(group)
         self._before: dict[int, tuple[Source, dict[str, Part]]] = {}  # what passes of the context have found
         self._count = 0  # of their samples
+        self._constants: set[Quantity] = set()  # of which one has found a part without a graph
         self.results = Results(extensions)
         self._passes = 0
         self._inner = 0
@@ -211,7 +212,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 "computes its gradient."
             )
         self._restore.append(restore)
-        self._before, self._count = {}, 0
+        self._before, self._count, self._constants = {}, 0, set()
         self._passes = self._inner = 0
         self._task = _listening.task()
         _listening.opened(self)
@@ -452,7 +453,8 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                     together[field] = e.unite(parts, HERE)
                 found[key] = (source, together)
             n += self._count
-            flight.together = dict(found), n
+            flight.constants |= self._constants if flight.graph else {*self.extensions}
+            flight.together = dict(found), n, {*flight.constants}
         if self.ranks is not None:
             named = sorted((source.name, key) for key, (source, _) in found.items())
             alike = [name for (name, _), (other, _) in itertools.pairwise(named) if name == other]
@@ -466,6 +468,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
                 for name, key in named
             }
             self.ranks.meet(kinds, n, asked=self._asked())
+            flight.constants.update(self.extensions)  # no graph goes from one process to another
             for _, key in named:
                 source, parts_ = found[key]
                 found[key] = (source, {f: by_field[f].unite([parts_[f]], self.ranks) for f in sorted(parts_)})
@@ -547,7 +550,7 @@ class backpack:  # noqa: N801 - the name that BackPACK's users type
             for record in flight.records:
                 record.counted += [e.bounded for e in bounded]
         if flight.together is not None:
-            self._before, self._count = flight.together
+            self._before, self._count, self._constants = flight.together
 
 
 def _identified(parameters: Any) -> dict[int, Tensor]:

@@ -64,7 +64,7 @@ class Pass:
         self.context = contexts[0]
         self.task, self.among = torch._C._current_graph_task_id(), among
         self.graph = torch.is_grad_enabled()  # whether autograd makes a graph of the pass (create_graph=True)
-        self.constants: set[Quantity] = set()  # curvature that was computed without a graph all the same
+        self.constants: set[Quantity] = set()  # what was computed without a graph all the same
         self.landed = False
         self.replaced: list[tuple[Tensor, str, Any]] = []
         self.wants = wants_of(contexts)
@@ -78,7 +78,8 @@ class Pass:
         self.uneven: list[str] = [] if main is None else main.uneven  # why samples change what others add to a loss
         self.factors: dict[tuple[int, int], float] = {}  # to the samples' own losses, by their number and of losses
         self.asides: dict[int, dict[str, Any]] = {}
-        self.together: tuple[dict[int, Any], int] | None = None  # with passes before, and the number of their samples
+        #: With passes before: what they have found, the number of their samples, and of what there is no graph.
+        self.together: tuple[dict[int, Any], int, set[Quantity]] | None = None
         self.inside: set[Any] = set()  # marks of losses that the model computed
         #: Quantities of which terms beside the extended losses would be a part, and what these losses send to gates.
         self.whole = [q for c in contexts for q in (*c.spreading, *c.hessian) if q.of_all_terms]

@@ -346,7 +346,8 @@ class Constant(torch.autograd.Function):
             "computed without a graph, and would count as a constant, or torch's own is wrong (of parameters beneath "
             "its fused weight_norm). Where it is meant as a constant, take .detach() of it. First-order quantities "
             "have a derivative, and so have those of the GGN (but for EKFAC and KFRA) of one tensor and a loss behind "
-            "the model whose Hessian has a formula (CrossEntropyLoss, MSELoss, BCEWithLogitsLoss), times a constant. "
+            "the model whose Hessian has a formula (CrossEntropyLoss, MSELoss, BCEWithLogitsLoss), times a constant; "
+            "of one process, and if all passes that are added up (accumulate=True) have create_graph=True. "
             "For others torch.func has any derivative."
         )
 

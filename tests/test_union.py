@@ -278,6 +278,34 @@ def test_a_pass_that_fails_adds_nothing() -> None:
         assert results.batch_l2.shape == (2 * N,)
 
 
+@pytest.mark.parametrize("first", ["graph", "no graph", "no formula"])
+def test_derivatives_of_several_passes(first: str) -> None:
+    """Those of all passes; what one has found without a graph is no constant in silence."""
+    model, loss, x, y = problem()
+    parameters, w = list(model.parameters()), model.get_parameter("0.weight")
+    refused = {"graph": [], "no graph": ["sum_grad_squared", "diag_ggn_exact"], "no formula": ["diag_ggn_exact"]}[first]
+
+    def one(criterion: nn.Module, some: slice, target: Tensor, graph: bool = True) -> None:
+        torch.autograd.grad(criterion(model(x[some]), target) / 2, parameters, create_graph=graph)
+
+    with px.backpack(px.SumGradSquared(), px.DiagGGNExact(), accumulate=True):
+        if first == "no formula":
+            one(px.extend(nn.SoftMarginLoss()), slice(5), torch.ones(5, 3))
+        else:
+            one(loss, slice(5), y[:5], graph=first == "graph")
+        one(loss, slice(5, 10), y[5:])
+    found = {field: getattr(w, field) for field in ("sum_grad_squared", "diag_ggn_exact")}
+    with px.backpack(px.SumGradSquared(), px.DiagGGNExact()):
+        torch.autograd.grad(loss(model(x), y), parameters, create_graph=True)
+    for field, value in found.items():
+        if field in refused:
+            with pytest.raises(px.UnsupportedUseError, match="has no derivative.*accumulate=True"):
+                torch.autograd.grad(w.sum() + value.sum(), w)
+        elif first == "graph":
+            (got,), (want,) = (torch.autograd.grad(v.sum(), w, retain_graph=True) for v in (value, getattr(w, field)))
+            torch.testing.assert_close(got, want)
+
+
 # -- ranks -----------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +400,20 @@ def _all_quantities(rank: int, world: int) -> None:
         error = part[name].diag_h_mc.standard_error.clone()
         dist.all_reduce(error)  # of ranks that may have drawn the same signs
         torch.testing.assert_close(united[name].diag_h_mc, (plain[name].diag_h_mc.value, error))
+
+
+def _constants(rank: int, world: int) -> None:
+    model, loss, x, y = problem()
+    with px.backpack(px.DiagGGNExact(), px.Variance(), group=dist.group.WORLD, scale="sample"):
+        torch.autograd.grad(loss(model(x), y), list(model.parameters()), create_graph=True)
+    w: Any = model.get_parameter("0.weight")
+    for value in (w.diag_ggn_exact, w.variance):
+        with pytest.raises(px.UnsupportedUseError, match="has no derivative.*of one process"):
+            (w.sum() + value.sum()).backward()
+
+
+def test_results_of_several_ranks_have_no_derivative() -> None:
+    together(_constants)
 
 
 @pytest.mark.parametrize("world", [2, 3])

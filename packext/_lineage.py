@@ -199,7 +199,8 @@ class Tracer(TorchFunctionMode):
             self._grad_inputs = True
             if t.grad_fn is not None:
                 self.record.behind.append(t.grad_fn)
-            hook = t.register_hook(functools.partial(slope, self._record_ref, TensorWeakRef(t)))
+            self.record.given.append(TensorWeakRef(t))
+            hook = t.register_hook(functools.partial(slope, self._record_ref, self.record.given[-1]))
             weakref.finalize(self.record, hook.remove)
 
     def has_slope(self, t: Tensor) -> bool:

@@ -98,9 +98,10 @@ class Pass:
 
     @functools.cached_property
     def anchor(self) -> Tensor:
-        """What all parameters lead to, for results that have no graph of their own (`constant`)."""
+        """What leads to all parameters and inputs, for results that have no graph of their own (`constant`)."""
         parameters = [source.tensor for record in self.records for source in record.parameters()]
-        return Constant.apply("", torch.zeros(()), *parameters)
+        inputs = [t for record in self.records for ref in record.given if (t := ref()) is not None]
+        return Constant.apply("", torch.zeros(()), *parameters, *inputs)
 
     @functools.cached_property
     def unsound(self) -> set[int]:

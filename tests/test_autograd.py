@@ -293,6 +293,10 @@ def test_curvature_is_no_constant_in_silence() -> None:
         refused.append((model, "Variance", results["parametrizations.weight.original0"].variance))
         refused.append((model, "ClippedGrad", results["bias"].clipped_grad))
         torch.autograd.grad(results["bias"].ggn_gram.sum() + results["bias"].variance.sum(), model.bias)
+    given, model = x.clone().requires_grad_(), mlp()
+    results = differentiated(model, given, y, px.DiagHessian())
+    with pytest.raises(px.UnsupportedUseError, match="of DiagHessian has no derivative"):
+        torch.autograd.grad(given.sum() + results["0.weight"].diag_h.sum(), given)
     for model, name, value in refused:
         last = list(model.parameters())[-1]
         with pytest.raises(px.UnsupportedUseError, match=rf"of {name} has no derivative.*\.detach\(\)"):

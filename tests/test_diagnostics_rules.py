@@ -258,6 +258,17 @@ def test_a_moving_average_of_other_layers_is_not_frozen() -> None:
     assert train(model, average, steps=8) == []
 
 
+def test_a_target_that_is_copied_now_and_then_is_frozen_until_it_has_moved() -> None:
+    def copied(step: int, model: Any) -> None:
+        if step % 10 == 5:
+            model[2].load_state_dict(model[4].state_dict())
+
+    model = net(4)
+    model[2].requires_grad_(False)
+    said = [str(verdict).partition(",")[0] for verdict in train(model, copied, steps=40)]
+    assert len(said) <= 2, said  # once, and that it is over
+
+
 def test_a_frozen_backbone_and_adapters_are_no_mistake() -> None:
     model = net()
     model[:4].requires_grad_(False)

@@ -72,7 +72,7 @@ class Untrained(Instrument):
 
     "Untrained/0.weight" is 1 for a parameter that does not require grad, and neither does any before it (as a frozen
     backbone is), or that is none of a layer's weights and biases (as fixed positions and embeddings are); 2 for one
-    that does not require grad though one before it does, and has not moved since the last look (as a moving average of
+    that does not require grad though one before it does, and has not moved from look to look (as a moving average of
     others does); 3 for one that the optimizer does not hold and that has not moved either; 4 for one whose learning
     rate is 0; 5 for one that got no gradient (its `.grad` is None). Parameters that are trained are not listed.
     "Untrained.share" is the share of those that are in the entries of all parameters.
@@ -87,6 +87,7 @@ class Untrained(Instrument):
 
     def start(self, step: int) -> None:
         self._held: dict[str, Tensor] = {}  # some entries of parameters that do not require grad, by name
+        self._moved: set[str] = set()  # those that have, since then
 
     def measure(self, step: Step) -> dict[str, Any]:
         gradient, start = step.gradient, step.start
@@ -98,13 +99,13 @@ class Untrained(Instrument):
         idle = update is None and not any(id(p) in rates for p in step.model.parameters())  # nothing has moved, either
         found, front, entries, all_entries, tables = {}, True, 0, 0, _tables(step.model)
         held, self._held = self._held, _some(step.model)
-        moved = {k for k, some in self._held.items() if k in held and not torch.equal(some, held[k])}
+        self._moved |= {k for k, some in self._held.items() if k in held and not torch.equal(some, held[k])}
         for name, p in step.model.named_parameters():
             all_entries += p.numel()
             code = None
             if not p.requires_grad:
                 of_layer = id(p) not in tables and any(kind in name.rpartition(".")[2] for kind in ("weight", "bias"))
-                code = FROZEN_FRONT if front or not of_layer else FROZEN if name not in moved else None
+                code = FROZEN_FRONT if front or not of_layer else FROZEN if name not in self._moved else None
             else:
                 front = False
                 if name not in start:

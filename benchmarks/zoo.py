@@ -371,8 +371,9 @@ def sentence(results: list[dict[str, Any]]) -> str:
     tried = sum(count.values()) - sum(count[k] for k in UNTRIED)
     kfac = sum(r["curvature"]["KFAC"] == "given" for r in results if r["curvature"])
     return (
-        f"Of {tried} architectures of Hugging Face's `transformers`, tried with random weights and their own loss,\n"
-        f"{count['right']} are right, {tried - count['right'] - off} refused, {off or 'none'} wrong; "
+        f"Of {tried} models of Hugging Face's `transformers` (an architecture with the head of a task), tried with "
+        f"random weights\nand their own loss, {count['right']} are right, {tried - count['right'] - off} refused, "
+        f"{off or 'none'} wrong; "
         f"{kfac} have Kronecker factors for every parameter ([how](docs/models.md))."
     )
 

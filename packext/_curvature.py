@@ -138,7 +138,8 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
     for ((kind, draws, generator), compact, _), members in groups.items():
         # Second derivatives of the functions before the loss, and what is averaged after each, go with the loss itself.
         call, back = split_at(kind in ("hessian", "averaged"))
-        traced = graph and direct and seen.input is not None and kind in ("exact", "mc") and _roots.closed(call.loss)
+        traced = graph and any(q.traced for quantities in members.values() for q in quantities)
+        traced = traced and direct and seen.input is not None and kind in ("exact", "mc") and _roots.closed(call.loss)
         for each, quantities in members.items() if flight.graph else ():
             each.constants.update(q for q in quantities if not (traced and q.traced))
         if traced:

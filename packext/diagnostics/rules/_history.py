@@ -111,7 +111,7 @@ class SinceStart(Rule):
     the start, and of any size. `signed` is whether the first step's loss was less than half of the mean absolute loss
     of its samples. Others, as of densities, begin above zero and end below: what is `left` of them is negative then.
 
-    `began` is the loss of step 0, and `first` its size; both are None while that is not known.
+    `began` is the loss of step 0, None while that is not known.
     """
 
     above = 1.2
@@ -120,7 +120,6 @@ class SinceStart(Rule):
     def __init__(self) -> None:
         """Start before the first step."""
         self.began: float | None = None
-        self.first: float | None = None
         self.doubt, self.signed = 0.0, False
         self._asked = False
         self._usual = 0.0
@@ -129,14 +128,18 @@ class SinceStart(Rule):
         """Note the loss of step 0, which is among the values of a step; return whether it is known."""
         if not self._asked and step == 0:
             self.began = values["Loss"]
-            self.first = abs(values["Loss"])
             known = [*zip(values.get("SampleLosses.quantiles", ()), self._weights, strict=False)]
-            self.signed = bool(self.first < 0.5 * sum(abs(q) * w for q, w in known))
+            self.signed = bool(abs(values["Loss"]) < 0.5 * sum(abs(q) * w for q, w in known))
             mean, n = sum(q * w for q, w in known), values.get("BatchSize", math.inf)
             doubt = 2 * math.sqrt(sum((q - mean) ** 2 * w for q, w in known) / n)
             self.doubt = doubt if doubt < math.inf else 0.0
         self._asked = True
         return self.first is not None and 0 < self.first < float("inf")
+
+    @property
+    def first(self) -> float | None:
+        """Size of the loss of step 0; None while that is not known."""
+        return None if self.began is None else abs(self.began)
 
     @property
     def line(self) -> float:

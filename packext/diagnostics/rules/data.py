@@ -177,14 +177,14 @@ class Overfitting(SinceStart):
 
     def _wide_gap(self) -> Finding | None:
         valid, train = (median([*recent.values][-self.values :]) for recent in (self._valid, self._train))
-        if self.began is None or self.first is None or self.began < 0 or not train < self.fitted * self.first:
+        if self.began is None or self.began < 0 or not train < self.fitted * self.began:
             return None
         noise = math.hypot(_error(self._valid, self.values), _error(self._train, self.values))
-        if not valid - train > max(self.gap * self.first, self.errors * noise):
+        if not valid - train > max(self.gap * self.began, self.errors * noise):
             return None
-        if valid - train > self.kept * (self.first + self.doubt - train):
+        if valid - train > self.kept * (self.began + self.doubt - train):
             return Finding(
-                f"The loss has fallen by {self.first - train:.3g}, to {train:.3g}, and valid_loss is {valid:.3g}: less "
+                f"The loss has fallen by {self.began - train:.3g}, to {train:.3g}, and valid_loss is {valid:.3g}: less "
                 "than half of what was learned holds for other samples."
             )
         looks = [look for between in self._earlier for look in between]
@@ -196,7 +196,7 @@ class Overfitting(SinceStart):
             return None
         return Finding(
             f"valid_loss is {valid:.3g}, which {above:.0f} of the last {seen:.0f} losses of samples that were trained "
-            f"on are above; their mean is {train:.3g}, and was {self.first:.3g} at first."
+            f"on are above; their mean is {train:.3g}, and was {self.began:.3g} at first."
         )
 
 

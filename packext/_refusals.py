@@ -355,11 +355,8 @@ class Constant(torch.autograd.Function):
 def constant(value: Any, told: str, anchor: Tensor) -> Any:
     """`value`, a tensor or several, that refuses to be differentiated; `anchor` leads to the parameters."""
     if isinstance(value, Tensor):
-        return (
-            value
-            if hasattr(value.grad_fn, "told") or not value.is_floating_point()
-            else Constant.apply(told, value, anchor)
-        )
+        refuses = hasattr(value.grad_fn, "told") or not value.is_floating_point()
+        return value if refuses else Constant.apply(told, value, anchor)
     if isinstance(value, (list, tuple)):
         found = [constant(v, told, anchor) for v in value]
         return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)

@@ -231,9 +231,9 @@ def _keeps(leaves: list[Any]) -> bool:
     return asked or sum(t.numel() for t in leaves if isinstance(t, Tensor)) <= SMALL
 
 
-def _keep(leaves: list[Any]) -> Callable[[], list[Any] | None]:
-    """A function that gives `leaves` again, detached; large ones only as long as somebody else keeps them."""
-    if _keeps(leaves):
+def _given(leaves: list[Any], keep: bool) -> Callable[[], list[Any] | None]:
+    """A function that gives `leaves` again: detached, or, if they are not to be kept, as long as somebody else does."""
+    if keep:
         kept = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
         return lambda: kept
     here = [isinstance(t, Tensor) for t in leaves]
@@ -270,9 +270,11 @@ class LossMark(torch.autograd.Function):
         edges = [get_gradient_edge(t) for t in live]
         for t in live:
             _flight.may_retain(t)
+        keep = _keeps(leaves)
         seen = Seen(
-            module, edges, _keep(leaves), spec, tuple(rest), kwargs, weakref.ref(record) if record else lambda: None,
-            output.detach(), as_now(output.device.type), x if isinstance(x, Tensor) and _keeps(leaves) else None,
+            module, edges, _given(leaves, keep), spec, tuple(rest), kwargs,
+            weakref.ref(record) if record else lambda: None, output.detach(), as_now(output.device.type),
+            x if isinstance(x, Tensor) and keep else None,
         )  # fmt: skip
         marked = LossMark.apply(output, type(module).__name__, module.reduction, seen)
         if record is None:

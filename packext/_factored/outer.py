@@ -64,6 +64,11 @@ class Patches:
         a = self.take(lo, hi).to(acc)
         return torch.matmul(a, a.mT)
 
+    def total(self, acc: torch.dtype) -> Tensor:
+        """Sum over samples and positions, `[G, I]`: patches are linear in the images, whose sum is one image."""
+        assert self.window is not None
+        return self.window.patches(self.source.sum(0, keepdim=True, dtype=acc)).sum((0, 2))
+
     @functools.cached_property
     def inner_cost(self) -> float:
         """Multiply-adds of `inner` for a sample and group."""
@@ -385,9 +390,19 @@ class Outer(Factored):
             return torch.cat([part, own.to(part)[:, None, :, None].expand(-1, part.shape[1], -1, -1)], 3)
 
         if isinstance(a, Patches):
-            longer = Patches(*a.shape[:3], self.i + 1, lambda lo, hi: one_more(a[lo:hi], own[lo:hi]), a.source)
+
+            def take(lo: int, hi: int) -> Tensor:
+                return one_more(a[lo:hi], own[lo:hi])
+
+            longer = Patches(*a.shape[:3], self.i + 1, take, a.source, lambda: self._bordered(a, own))
             return Outer(longer, g, shape, terms=self.terms, positions=self.positions, own=self.own)
         return Outer(one_more(a, own), g, shape, terms=self.terms, positions=self.positions, own=self.own)
+
+    def _bordered(self, a: Patches, own: Tensor) -> Tensor:
+        """`_moments` with an input more that is 1 where a position is a sample's own: `[G, I + 1, I + 1]`."""
+        inner, sums = self._moments(), a.total(self.acc)
+        count = own.sum().to(self.acc).expand(self.groups, 1)
+        return torch.cat([torch.cat([inner, sums[:, None]], 1), torch.cat([sums, count], 1)[:, :, None]], 2)
 
     def apart(self, parts: int) -> Outer | None:
         """The same as a map with its outputs in groups, to which all inputs go; None where it is no such map."""

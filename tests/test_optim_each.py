@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 import packext as px
 from packext import optim
+from packext.optim import _precondition as precondition
 from tests import optim_oracles as oracles
 
 LOSS = px.extend(nn.CrossEntropyLoss())
@@ -43,6 +44,52 @@ def passed(model: nn.Module, optimizer: Any, batch: tuple[Tensor, Tensor], loss:
 
 def theta(model: nn.Module) -> dict[str, Tensor]:
     return {k: p.detach().clone() for k, p in model.named_parameters()}
+
+
+# -- products with the inverses -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_gradients_of_few_samples_are_preconditioned_by_their_range(bias: str, monkeypatch: Any) -> None:
+    """Steps are those of plain products, also where the gradient is not what the passes gave or has more samples."""
+    drawn = torch.Generator().manual_seed(1)
+    steps = [(torch.randn(n, 200, generator=drawn), torch.randint(3, (n,), generator=drawn)) for n in (5, 5, 5, 30)]
+
+    def train(by_range: bool) -> tuple[dict[str, Tensor], list[bool]]:
+        took: list[bool] = []
+        with monkeypatch.context() as patch:
+            by = precondition._by_range
+
+            def seen(*given: Any) -> Tensor | None:
+                found = by(*given) if by_range else None
+                took.append(found is not None)
+                return found
+
+            patch.setattr(precondition, "_by_range", seen)
+            torch.manual_seed(0)
+            model = px.extend(nn.Sequential(nn.Linear(200, 150), nn.Tanh(), nn.Linear(150, 3)))
+            optimizer = optim.KFAC(model.parameters(), 0.1, factors_every=4, inverses_every=4, bias=bias)
+            for k, (x, y) in enumerate(steps):
+                passed(model, optimizer, (x, y))
+                if k == 2:  # by hand, and of full rank
+                    model[0].weight.grad += 1e-3 * torch.randn(150, 200, generator=torch.Generator().manual_seed(2))
+                optimizer.step()
+        return theta(model), took
+
+    (found, took), (expected, _) = train(True), train(False)
+    assert took == [True, False, True, False, False, False, False, False]  # of both layers; the second is too small
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_rank_is_not_known_with_weight_decay_and_of_pooled_positions(monkeypatch: Any) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(precondition, "_by_range", lambda *given: tried.append(given))
+    for options in ({"weight_decay": 0.1}, {"approx": "reduce"}, {}):
+        model = network()
+        optimizer = optim.KFAC(model.parameters(), **options)
+        passed(model, optimizer, data())
+        optimizer.step()
+        assert bool(tried) == (not options)
 
 
 # -- emit -----------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Kronecker(Part):
     (`px.linalg.kron_inv`). With `bias="joint"`, weight and bias are one matrix and belong into one group.
     """
 
-    keeps = ("batches", "partner", "factors", "inverses")
+    keeps = ("batches", "partner", "factors", "inverses", "rank")
 
     def __init__(
         self,
@@ -113,14 +113,18 @@ class Kronecker(Part):
 
     def __call__(self, work: Work) -> None:
         """Average, invert, and multiply."""
-        inverses = work.old("inverses")
+        inverses, ranks = work.old("inverses"), work.old("rank")
         if self.due(work.optimizer):
-            factors = averaged(work, work.emitted(self.curvature), self.decay)
+            emitted = work.emitted(self.curvature)
+            factors, ranks = averaged(work, emitted, self.decay), [rank_of(each) for each in emitted]
             if self.inverting(work.optimizer):
                 inverses = inverted(work, factors)
             work.set("inverses", inverses)
+            work.set("rank", ranks)
         has_all(work, inverses)
-        work.updates = multiply(work, work.updates, lambda k, matrix: apply(inverses[k], matrix))
+        # A weight decay is in the gradient by now, and of full rank.
+        ranks = [None if g.get("weight_decay") else rank for g, rank in zip(work.groups, ranks, strict=True)]
+        work.updates = multiply(work, work.updates, lambda k, matrix: apply(inverses[k], matrix, ranks[k]))
 
 
 def has_all(work: Work, held: list[Any]) -> None:
@@ -276,14 +280,61 @@ def _biases(work: Work) -> dict[Tensor, tuple[int, int]]:
     return {params[found[0]]: (k, found[1]) for k, found in enumerate(partners) if found is not None}
 
 
-def apply(matrices: Sequence[Tensor], x: Tensor) -> Tensor:
-    """As `px.linalg.kron_matvec` of one vector; two plain matrices by two products."""
+def apply(matrices: Sequence[Tensor], x: Tensor, rank: int | None = None) -> Tensor:
+    """As `px.linalg.kron_matvec` of one vector; two plain matrices by two products.
+
+    Args:
+        matrices: of each axis.
+        x: the vector.
+        rank: that it has at most as a matrix, by all that is known.
+
+    Returns:
+        The product, in the shape of x.
+    """
     if len(matrices) == 2 and all(m.dim() == 2 for m in matrices):
         left, right = matrices
         matrix = x.reshape(left.shape[-1], -1)
         if matrix.shape[1] == right.shape[-1]:
-            return (left @ (matrix.to(right.dtype) @ right.mT)).reshape(x.shape)
+            matrix = matrix.to(right.dtype)
+            found = None if rank is None else _by_range(left, matrix, right, rank)
+            return (left @ (matrix @ right.mT) if found is None else found).reshape(x.shape)
     return px.linalg.kron_matvec(matrices, x)
+
+
+#: Random vectors beyond the rank, so that a basis of the range is well conditioned.
+BEYOND = 8
+
+
+def _by_range(left: Tensor, matrix: Tensor, right: Tensor, rank: int) -> Tensor | None:
+    """`left @ matrix @ right.mT` of a matrix of low rank, by an orthonormal basis of its range.
+
+    The gradient of a linear map without positions has no higher rank than there are samples. The basis is that of the
+    range of random combinations of the columns (Halko, Martinsson & Tropp 2011, arXiv:0909.4061, algorithm 4.1); one
+    combination more tells whether it holds all of the matrix, whatever has become of the gradient.
+
+    Returns:
+        None where the matrix has another rank, or this takes more than half of what plain products do. An accelerator
+        is not asked, which would make the host wait.
+    """
+    (o, i), r = matrix.shape, rank + BEYOND
+    if matrix.device.type != "cpu" or 2 * r * (o * o + i * i + 3 * o * i) > o * i * (o + i):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    mixed = matrix @ torch.randn(i, r + 1, generator=generator, dtype=matrix.dtype)
+    basis, probe = torch.linalg.qr(mixed[:, :r])[0], mixed[:, r]
+    beside = probe - basis @ (basis.mT @ probe)
+    if not bool(beside.norm() <= 64 * torch.finfo(matrix.dtype).eps * probe.norm()):
+        return None
+    return (left @ basis) @ ((basis.mT @ matrix) @ right.mT)
+
+
+def rank_of(emitted: Any) -> int | None:
+    """The rank that a weight's gradient has at most, from its factors: how many outer products it is the sum of."""
+    pairs = () if isinstance(emitted, px.linalg.Joint) else emitted.pairs
+    if len(pairs) != 1 or pairs[0].inputs is None or pairs[0].samples is not None:  # "reduce" counts no positions
+        return None
+    terms = torch.as_tensor(pairs[0].terms)
+    return math.ceil(terms.item()) if terms.numel() == 1 and terms.device.type == "cpu" else None
 
 
 def diagonal(curvature: str, mc_samples: int, generator: torch.Generator | None = None) -> Any:

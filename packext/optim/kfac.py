@@ -35,7 +35,9 @@ class KFAC(Optimizer):
     the vocabulary.
 
     - Cost: `KFAC` every `factors_every` steps (with drawn targets an inner pass for each draw), inverses every
-      `inverses_every`, and two products with them for each weight at each step; holds factors, inverses and momentum
+      `inverses_every`, and two products with them for each weight at each step (on a CPU and without weight decay, of
+      gradients of linear maps of fewer samples than a tenth of their size, products with a basis of their range);
+      holds factors, inverses and momentum
     - Source: Martens & Grosse 2015 (arXiv:1503.05671), sections 5 and 6; clipping after Ba, Grosse & Martens 2017,
       section 5; "expand" and "reduce" after Eschenhagen et al. 2023 (arXiv:2311.00636)
     - Refused: parameters that are no weights of linear maps, convolutions or look-ups, nor vectors, by the backward

@@ -539,6 +539,26 @@ def test_a_parameter_without_entries(sizes: tuple[int, int], bias: str, fisher: 
         assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_table_without_columns_is_refused_by_name() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty, self.table = nn.Parameter(torch.zeros(4, 0)), nn.Parameter(torch.randn(4, 5))
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + torch.cat([self.empty, self.table], 1)).mean(1)
+
+    model, loss_fn = px.extend(Added()), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(3, 4, 5), torch.randint(3, (3,))
+    with pytest.raises(px.UnsupportedUseError, match=r"KFAC has no Kronecker factors for empty \[4, 0\]"):
+        with px.backpack(px.KFAC()):
+            loss_fn(model(x), y).backward()
+    with px.backpack(px.KFAC(), parameters=[model.table, *model.head.parameters()]) as results:
+        loss_fn(model(x), y).backward()
+    assert [list(f.shape) for f in results["table"].kfac] == [[4], [5, 5]]
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_a_joint_block_of_a_weight_without_inputs_is_that_of_its_bias() -> None:
     model, loss_fn = px.extend(nn.Linear(0, 3)), px.extend(nn.CrossEntropyLoss())

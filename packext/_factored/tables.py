@@ -176,6 +176,8 @@ def rows_of(entries: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
         Places in the flattened value `[M, E]`, a row of the table each, and its number `[M]`. None where the value
         has no axes (or several) along which the columns of each row stand, all of them.
     """
+    if not columns:
+        return None
     there, column = entries >= 0, entries % columns
     across = [axis for axis in range(entries.dim()) if _varies(column, there, axis)]
     along = [axis for axis in range(entries.dim()) if axis not in across]

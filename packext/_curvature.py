@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from packext import _roots
 from packext._chain import Chain, Positive, average, kept
+from packext._columns import spread as send_columns
 from packext._distributed import refuse_tensors, sharding
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored
@@ -166,8 +167,8 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
                 average(flight, chain, (part for part, _ in parts), rows.n, functools.partial(absorb, 1.0))
             continue
         with torch.set_grad_enabled(traced):
-            for part, sign in parts:
-                Sweep(flight, functools.partial(absorb, sign)).send(seen.edges, back(part))
+            stacks = kind != "hessian" and all(q.columns for each in members.values() for q in each)
+            send_columns(flight, seen.edges, ((back(part), sign) for part, sign in parts), absorb, stacks)
         if kind == "hessian":
             wants = next(iter(members)).context._wants
             for edges, cotangents, sign in residual(flight, wants, seen.edges, live, places, edge, g):
@@ -425,15 +426,17 @@ class Joined(nn.Module):
         return self.loss.forward(pytree.tree_unflatten(leaves, self.spec), *args, **kwargs)
 
 
-def _absorb(members: dict[Pass, list[Curvature]], loss: Any, sign: float, source: Source, form: Factored) -> None:
+def _absorb(
+    members: dict[Pass, list[Curvature]], loss: Any, sign: float, source: Source, form: Factored, columns: int = 1
+) -> None:
     statistics: Statistics | None = None
     for flight, quantities in members.items():
         if not flight.context._wants(source.tensor):
             continue
         statistics = Statistics(form) if statistics is None else statistics.apart()
         ask = Ask(
-            statistics, source.name, source.tensor, form.n, 1.0, flight.context.scale, lambda: 1.0, sign,
-            loss, functools.partial(flight.context._partner, source.tensor),
+            statistics, source.name, source.tensor, form.n // columns, 1.0, flight.context.scale, lambda: 1.0, sign,
+            loss, functools.partial(flight.context._partner, source.tensor), columns,
         )  # fmt: skip
         statistics.prepare([w for q in quantities for w in q.wants(form)])
         _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))

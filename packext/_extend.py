@@ -31,13 +31,15 @@ def _none() -> None:
 class Shared:
     """What the modules of one extended model share: its batch axis, layouts found by the probe, and the last pass.
 
-    `whole` gives the module that was extended: parts of it may run by themselves, where a method calls them.
+    `whole` gives the module that was extended: parts of it may run by themselves, where a method calls them. `apart`
+    tells that its graph does not take several columns of a root at once.
     """
 
     batch_axis: int | None
     plans: dict[Any, Any] = field(default_factory=dict)
     flight: Callable[[], Any] = _none
     whole: Callable[[], Any] = _none
+    apart: bool = False
 
     def remember(self, key: Any, plan: Any) -> None:
         """Keep a plan, dropping the oldest beyond `PLANS`."""

@@ -73,6 +73,8 @@ def undisturbed() -> Any:
 class Sweep:
     """One cotangent on its way from a loss through the model, for curvature; runs inside of a pass."""
 
+    missed = False
+
     def __init__(self, flight: Pass, absorb: Callable[[Source, Factored], None]) -> None:
         """Hand the merged form of every parameter that the cotangent reaches to `absorb`."""
         self.flight, self.absorb = flight, absorb
@@ -89,8 +91,8 @@ class Sweep:
         with meanwhile(sweep=self):
             for record in self.flight.records:
                 unshard(record)
-            with _kept(self.flight.records), due_to(()):  # what is wrong down there may be so for all
-                arrived = _send(edges, cotangents, targets, torch.is_grad_enabled())
+            with kept_apart(self.flight.records), due_to(()):  # what is wrong down there may be so for all
+                arrived = send(edges, cotangents, targets, torch.is_grad_enabled())
         for source, _, forms in self.gathering.rest():
             self.absorb(source, merge(forms))
         return arrived
@@ -375,11 +377,11 @@ def _send_probe(
     record: Record, run: Probe | Check | Owners, edges: Any, cotangents: Any, targets: Any
 ) -> Sequence[Tensor | None]:
     unshard(record)
-    with meanwhile(probe=run), _kept([record]):
-        return _send(edges, cotangents, targets)
+    with meanwhile(probe=run), kept_apart([record]):
+        return send(edges, cotangents, targets)
 
 
-def _send(edges: Any, cotangents: Any, targets: Any, graph: bool = False) -> Sequence[Tensor | None]:
+def send(edges: Any, cotangents: Any, targets: Any, graph: bool = False) -> Sequence[Tensor | None]:
     try:
         with meanwhile(part=not any(target is TARGET for target in targets)):
             return torch.autograd.grad(
@@ -411,7 +413,7 @@ def _send(edges: Any, cotangents: Any, targets: Any, graph: bool = False) -> Seq
 def probe_inputs(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
     """Gradients at `targets` of a cotangent at `edge`, unseen by taps and contexts."""
     with silence():
-        return _send(edge, cotangent, targets)
+        return send(edge, cotangent, targets)
 
 
 def slopes(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
@@ -424,12 +426,12 @@ def probe_taps(edge: Any, cotangent: Tensor, members: Tensor) -> bool:
     """Whether a cotangent of the samples in `members`, sent from `edge`, meets none but these at all taps."""
     run = Check(members)
     with meanwhile(probe=run):
-        _send(edge, cotangent, [TARGET])
+        send(edge, cotangent, [TARGET])
     return run.agrees
 
 
 @contextmanager
-def _kept(records: Iterable[Record]) -> Any:
+def kept_apart(records: Iterable[Record]) -> Any:
     """In here `.grad` of parameters is not there: some Functions accumulate it by a backward() of their own."""
     modules = [module for record in records for module in record.modules()]
     parameters = [p for module in modules for p in module._parameters.values() if p is not None and p.is_leaf]

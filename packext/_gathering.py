@@ -11,7 +11,7 @@ from torch import Tensor
 
 from packext._errors import PackextError
 from packext._factored import Factored
-from packext._layout import Tokens
+from packext._layout import Layout, Tokens
 from packext._use import Source, Use, live_nodes
 
 if TYPE_CHECKING:
@@ -56,23 +56,48 @@ class Gathering:
 
         Returns:
             Parameters that wait for no other of their uses, each with its forms, one per use.
+        """
+        self.fired.add(id(use))
+        complete = []
+        for key, source in self.take(use, saved, gs, records=records).items():
+            if self._awaited(source.tensor):
+                # By the time the others arrive, autograd has freed the way back from a value to its parameters.
+                if self.frees:
+                    self.held[key] = [form.without_graph(self.tables) for form in self.held[key]]
+                continue
+            self.emitted.add(key)
+            complete.append((source, self.held.pop(key)))
+        return complete
+
+    def take(
+        self,
+        use: Use,
+        saved: Sequence[Tensor],
+        gs: Sequence[Tensor | None],
+        layouts: Sequence[Layout | None] | None = None,
+        *,
+        records: Sequence[Record],
+    ) -> dict[int, Source]:
+        """Hold the forms of a pair, with the samples in these `layouts`, else where they were told apart.
+
+        Returns:
+            Parameters that have got one, by id.
 
         Raises:
             PackextError: if it came another way than the samples were told apart on, or of two batches.
         """
-        self.fired.add(id(use))
         if not any(self.wants(source.tensor) for group in use.sources.values() for source in group):
-            return []
-        record, layouts = use.record, use.layouts
-        if layouts is None or record not in records:
+            return {}
+        record, known = use.record, use.layouts
+        if known is None or record not in records:
             raise PackextError(use.bypassed())
-        if any(g is not None and layout is None for g, layout in zip(gs, layouts, strict=True)):
+        if any(g is not None and layout is None for g, layout in zip(gs, known, strict=True)):
             raise PackextError(
                 f"A gradient reached an output of {use.describe()} at which none arrived when the samples were told "
                 "apart. The model's path must not depend on anything but its inputs' shapes: please report it."
             )
         touched: dict[int, Source] = {}
-        for source, form in use.factors(saved, gs, self.tokens(record)):
+        for source, form in use.factors(saved, gs, self.tokens(record), layouts):
             if not self.wants(source.tensor):
                 continue
             key = id(source.tensor)
@@ -90,16 +115,7 @@ class Gathering:
             done.append(form)
             touched[key] = source
             self.seen[key] = (source, use)
-        complete = []
-        for key, source in touched.items():
-            if self._awaited(source.tensor):
-                # By the time the others arrive, autograd has freed the way back from a value to its parameters.
-                if self.frees:
-                    self.held[key] = [form.without_graph(self.tables) for form in self.held[key]]
-                continue
-            self.emitted.add(key)
-            complete.append((source, self.held.pop(key)))
-        return complete
+        return touched
 
     def _awaited(self, parameter: Tensor) -> bool:
         return any(

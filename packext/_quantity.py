@@ -33,6 +33,7 @@ class Ask:
         loss: whose column it is: the same object for all columns of one call of a loss.
         partner: gives the bias that this weight meets in every use of either (or the weight that this bias does), and
             the axis of the inputs in the weight; or None.
+        columns: how many columns the rows are of, N of the first, and so on.
         notes: what a quantity keeps between its calls for this parameter.
         attached: whether the result becomes an attribute of the parameter.
     """
@@ -47,6 +48,7 @@ class Ask:
     sign: float = 1.0
     loss: Any = None
     partner: Callable[[], tuple[Tensor, int] | None] = lambda: None
+    columns: int = 1
     notes: dict[Any, Any] = field(default_factory=dict)
     attached: bool = True
 
@@ -177,6 +179,8 @@ class Curvature(Quantity):
 
     #: Whether the quantity depends on the product of the root with itself alone, so that any exact root serves.
     compact: ClassVar[bool] = True
+    #: Whether `absorb` takes rows of several columns at once (`Ask.columns`).
+    columns: ClassVar[bool] = False
     #: Whether the result can be differentiated, where the root can (create_graph=True).
     traced: ClassVar[bool] = True
 

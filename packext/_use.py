@@ -165,7 +165,11 @@ class Use:
                     self.views[name, id(group[0].tensor)] = view
 
     def factors(
-        self, saved: Sequence[Tensor], gs: Sequence[Tensor | None], tokens: Tokens | None = None
+        self,
+        saved: Sequence[Tensor],
+        gs: Sequence[Tensor | None],
+        tokens: Tokens | None = None,
+        layouts: Layouts | None = None,
     ) -> list[tuple[Source, Factored]]:
         """Per-sample gradients of every parameter behind this use.
 
@@ -173,6 +177,7 @@ class Use:
             saved: the tensors that the tap kept, in the order of `names`.
             gs: gradients at the outputs; None where none arrived.
             tokens: what there is of each sample, if tokens are to take the place of samples.
+            layouts: where the samples sit in the gradients, if there are others than in the forward pass.
 
         Returns:
             Parameters and forms; a parameter may occur more than once.
@@ -182,7 +187,7 @@ class Use:
         """
         tensors = dict(zip(self.names, saved, strict=True))
         assert self.layouts is not None
-        layouts: Layouts = self.layouts
+        layouts = self.layouts if layouts is None else layouts
         if tokens is not None:
             layouts = [None if g is None else self._of_tokens(tokens, at, g) for at, g in zip(layouts, gs, strict=True)]
         forms = self.rule.factors(self, tensors, gs, layouts)
@@ -266,6 +271,8 @@ class Rule:
     leads: tuple[str, ...] = ()
     #: Whether a position of the output comes of the same position of the input alone, where sizes do not show else.
     positionwise = False
+    #: Whether `input` has its samples along the first axis where the output has, and nothing else is theirs.
+    stacks = False
     #: Whether the tap computes `.grad` itself, so that a sum of rows can serve as it.
     delivers = False
     #: Whether it knows what the part of a parameter that a process holds (of a DTensor) gives.
@@ -320,7 +327,7 @@ def masked(use: Use, tensors: dict[str, Tensor], gs: Gradients, layouts: Layouts
     Returns:
         A form for every name that carries parameters.
     """
-    n = use.record.n
+    n = next(layout.n for layout in layouts if layout)
     keep_graph = torch.is_grad_enabled()
     inner = tensors
     if not keep_graph:

@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.utils.checkpoint import checkpoint
 
 import packext as px
-from packext import _places, testing
+from packext import _columns, _places, testing
 from packext._refusals import knows_weight_norm
 from tests.cases import CASES, Case, Packed, Routed
 from tests.helpers import mlp
@@ -53,8 +54,11 @@ def curved(case: Case) -> bool:
     return isinstance(case.loss(), (nn.CrossEntropyLoss, nn.MSELoss)) and case.name != "output data class"
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["columns at once", "one by one"])
 @pytest.mark.parametrize("case", [c for c in CASES if curved(c)], ids=lambda c: c.name)
-def test_the_ggn_on_every_case(case: Case) -> None:
+def test_the_ggn_on_every_case(case: Case, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not at_once:
+        monkeypatch.setattr(_columns, "LARGEST", 0)
     model, inputs, targets = case.build()
     weights = None if case.weights is None else case.weights(targets)
     reference = testing.Reference(model, case.loss(), inputs, targets, case.batch_axis, weights)
@@ -494,6 +498,7 @@ def test_one_propagation_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     sent: list[Any] = []
     send = _flight.Sweep.send
+    monkeypatch.setattr(_columns, "LARGEST", 0)
     monkeypatch.setattr(_flight.Sweep, "send", lambda self, *a: [sent.append(a), send(self, *a)][1])
     model, x, y = mlp(), torch.randn(N, 5), torch.randint(3, (N,))
     run(model, nn.CrossEntropyLoss(), x, y, px.DiagGGNExact(), px.BatchDiagGGNExact(), px.KFLR())
@@ -501,6 +506,107 @@ def test_one_propagation_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
     sent.clear()
     run(model, nn.CrossEntropyLoss(), x, y, px.DiagGGNMC(), px.KFAC(), px.DiagGGNExact(), px.SqrtGGNExact())
     assert len(sent) == 1 + 3
+
+
+# -- columns at once -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many columns went through the graph at once, in each pass."""
+    seen: list[int] = []
+    send = _columns.send
+
+    def counted(edges: Any, cotangents: Any, targets: Any) -> Any:
+        size = cotangents[0].dim() and functorch.maybe_get_bdim(cotangents[0]) >= 0
+        seen.append(len(functorch.get_unwrapped(cotangents[0])) if size else 1)
+        return send(edges, cotangents, targets)
+
+    monkeypatch.setattr(_columns, "send", counted)
+    return seen
+
+
+def every() -> list[Any]:
+    basis = px.EKFAC(fisher="exact", bias="joint")
+    return [*quantities(), px.GGNGram(), px.KFLR(), px.KFAC(fisher="exact", bias="joint", approx="reduce"), basis]
+
+
+@pytest.mark.parametrize("largest", [1 << 21, 500, 0])
+def test_columns_go_at_once_as_far_as_memory_is_to_hold_them(
+    largest: int, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_columns, "LARGEST", largest)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(15, 9))
+    x, y = torch.randn(N, 2, 5), torch.randint(9, (N,))
+    run(model, nn.CrossEntropyLoss(), x, y, px.DiagGGNExact())
+    assert passes == {1 << 21: [7], 500: [2, 2, 2], 0: []}[largest]  # of eight; the first goes by itself
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["beside the samples", "by themselves at each use"])
+def test_columns_at_once_are_those_one_by_one(norm: bool, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for largest in (1 << 21, 0):
+        monkeypatch.setattr(_columns, "LARGEST", largest)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), *([nn.LayerNorm(6)] if norm else []), nn.ReLU(), nn.Linear(6, 4))
+        px.extend(model)
+        x, y = torch.randn(N, 5), torch.randint(4, (N,))
+        one = run(model, nn.CrossEntropyLoss(), x, y, *every())
+        basis = {name: result.ekfac for name, result in one.items() if name.startswith(("0", str(len(model) - 1)))}
+        rest = [p for name, p in model.named_parameters() if name in basis]
+        asked = [px.EKFAC(basis, fisher="exact", bias="joint"), px.DiagGGNMC(5, torch.Generator().manual_seed(1))]
+        two = run(model, nn.CrossEntropyLoss(), x, y, *asked, parameters=rest)
+        found.append((one, two))
+    assert max(passes) > 1
+    fields = [q.savefield for q in every()], ["ekfac", "diag_ggn_mc"]
+    for asked, (one, other) in zip(fields, zip(*found, strict=True), strict=True):
+        for (name, result), field in itertools.product(one.items(), asked):
+            value, want = getattr(result, field), getattr(other[name], field)
+            if isinstance(value, px.linalg.KronEigh):
+                value, want = value.eigenvalues, want.eigenvalues
+            if not isinstance(value, px.linalg.Joint):
+                torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-12, msg=f"{name}.{field}")
+
+
+class _Asks(torch.autograd.Function):
+    """Its backward looks at what it gets, which torch.vmap refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Tensor:
+        return 2 * gs[0] if gs[0].sum().item() < 1e9 else gs[0]
+
+
+def test_columns_go_one_by_one_where_they_cannot_at_once(passes: list[int]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(5, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(_Asks.apply(self.a(x)).tanh())
+
+    model, loss, x, y = Model(), nn.CrossEntropyLoss(), torch.randn(N, 5), torch.randint(4, (N,))
+    rows = testing.curvature_rows(model, loss, x, y, weights=[1 / N] * N)
+    px.extend(model), px.extend(loss)
+    for _ in range(2):
+        with px.backpack(*quantities()):
+            loss(model(x), y).backward()
+        compare(model, rows)
+    assert passes == [4 - 1]  # tried once
+
+
+def test_what_runs_again_in_the_pass_is_seen_column_by_column(passes: list[int]) -> None:
+    """Under torch.vmap there are no taps."""
+    model, x, y = Checkpointed(), torch.randn(N, 5), torch.randint(3, (N,))
+    model.inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+    run(model, nn.CrossEntropyLoss(), x, y, *quantities())
+    compare(model, rows)
+    assert passes == [2]
 
 
 # -- Kronecker factors ---------------------------------------------------------------------------------------

@@ -78,13 +78,13 @@ def rows(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> list[Tensor
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many inner passes each probe has made so far: one number that grows."""
-    count, send = [0], _flight._send
+    count, send = [0], _flight.send
 
     def counted(*args: Any) -> Any:
         count[0] += 1
         return send(*args)
 
-    monkeypatch.setattr(_flight, "_send", counted)
+    monkeypatch.setattr(_flight, "send", counted)
     return count
 
 

@@ -42,7 +42,7 @@ FLOORS = [
     },
     {"rules"},
     {"_calls", "_lineage", "_places", "_scale", "_choices", "_unseen"},
-    {"_extend", "_residual", "_chain", "_curvature"},
+    {"_extend", "_residual", "_chain", "_columns", "_curvature"},
     {"_backpack"},
     {"quantities"},
     {"extensions", "testing", "_observation", "_explain", "_drawing"},

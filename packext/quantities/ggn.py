@@ -31,6 +31,8 @@ class _Sampled(Sampled, Curvature):
 class Diagonal(Summed, Curvature):
     """Sums over columns and samples of squares."""
 
+    columns = True
+
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("second_moment",)
 
@@ -42,12 +44,15 @@ class Diagonal(Summed, Curvature):
 class BatchDiagonal(PerSample, Curvature):
     """Sums over columns of squares."""
 
+    columns = True
+
     def wants(self, form: Factored) -> tuple[str, ...]:
         return ("rows",)
 
     def absorb(self, ask: Ask, held: Any) -> Tensor:
-        rows = ask.statistics["rows"]
-        return rows.square() if held is None else held.addcmul_(rows, rows)
+        for rows in ask.statistics["rows"].split(ask.n):
+            held = rows.square() if held is None else held.addcmul_(rows, rows)
+        return held
 
 
 class DiagGGNExact(Diagonal):
@@ -106,6 +111,7 @@ class GGNGram(Total, Curvature):
     parts = "sum"
     indivisible = "pairs of samples of different parts have inner products too"
     compact = False
+    columns = True
     additive = False  # a parameter that one of them does not reach has none of its columns
 
     def absorb(self, ask: Ask, held: Any) -> list[Factored]:
@@ -115,16 +121,21 @@ class GGNGram(Total, Curvature):
 
     def land(self, held: list[Factored], n: int, factor: float) -> Tensor:
         gram = Statistics(side_by_side(held))["gram"] * factor
-        return gram.reshape(len(held), n, len(held), n)
+        return gram.reshape(-1, n, len(gram) // n, n)
 
 
 class _Root(Subsampled, PerSample, Curvature):
     compact = False
     axis = 1
 
+    @property
+    def columns(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.subsampling is None
+
     def absorb(self, ask: Ask, held: Any) -> list[Tensor]:
         held = [] if held is None else held
-        held.append(self.rows(ask))
+        rows = self.rows(ask)
+        held.extend(rows.split(ask.n) if ask.columns > 1 else [rows])
         return held
 
     def land(self, held: Any, n: int, factor: float) -> Tensor:

@@ -102,6 +102,7 @@ def _joined(pairs: Sequence[_Pair], over: Here) -> _Pair:
 class _Kronecker(Curvature):
     approx: str = "expand"
     bias: str = "separate"
+    columns = True
 
     def absorb(self, ask: Ask, held: Any) -> Any:
         form = self._form(ask)
@@ -118,7 +119,7 @@ class _Kronecker(Curvature):
                 known[k.stored] = pair._replace(outputs=pair.outputs + k.outputs)
                 continue
             terms = ask.n * k.positions
-            inputs = None if k.inputs is None else _mean(k.inputs(), terms)
+            inputs = None if k.inputs is None else _mean(k.inputs(), terms * ask.columns)
             new = _Pair(k.outputs, inputs, k.stored, terms, ask.loss)
             known[k.stored] = new if pair is None else _joined([new, pair], HERE)
         return [known[stored] for stored in sorted(known)]

@@ -43,6 +43,7 @@ class Convolution(OwnedRule):
     """`y = conv(x, weight) + bias`, or its transpose, in which the input and g change places."""
 
     name = "convolution"
+    stacks = True
 
     def bias_axis(self, use: Use) -> int | None:
         return None if use.consts["transposed"] else 1  # positions of the input have no part in the bias

@@ -26,7 +26,7 @@ class Linear(OwnedRule):
     """`y[..., O] = x[..., I] weight[O, I]ᵀ + bias`; the weight may be stored transposed."""
 
     name = "linear"
-    positionwise = True
+    positionwise = stacks = True
 
     def bias_axis(self, use: Use) -> int | None:
         return 0 if use.consts["transposed"] else 1

@@ -1,0 +1,160 @@
+"""Columns of a root on their way through the model: one after the other, or several at once under `torch.vmap`.
+
+What a small network's pass takes is the calls and not what they compute: several columns at once take about as long as
+one. Of a large one they would take their memory. So the first column goes by itself, which tells how much arrives, and
+the others as many at a time as stay within `LARGEST`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+from packext._distributed import sharding
+from packext._errors import due_to
+from packext._factored import merge
+from packext._flight import Sweep, kept_apart, send
+from packext._gathering import Gathering
+from packext._layout import Layout
+from packext._listening import meanwhile
+from packext._pass import Pass, wants_of
+from packext._use import TARGET, Use
+
+#: Entries that arrive at taps at once, gradients and what they are multiplied with.
+LARGEST = 1 << 21
+
+#: Takes a parameter's form, whose rows are those of so many columns, one after the other.
+Absorb = Callable[..., None]
+
+
+class _First(Sweep):
+    """The first column: counts the entries at the taps, and asks whether all uses can take columns as samples."""
+
+    def __init__(self, flight: Pass, absorb: Absorb) -> None:
+        super().__init__(flight, absorb)
+        self.entries, self.stacks = 0, True
+
+    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
+        super().visit(use, saved, gs)
+        data = [t for name, t in zip(use.names, saved, strict=True) if name not in use.sources]
+        self.entries += sum(t.numel() for t in (*gs, *data) if t is not None)
+        self.stacks = self.stacks and _stacks(use)
+
+
+def _stacks(use: Use) -> bool:
+    """Whether columns may stand beside the samples, in what a tap got and kept."""
+    layout = use.layouts[0] if use.layouts else None
+    return use.rule.stacks and type(layout) is Layout and layout.axis == 0 and not layout.inner
+
+
+class _Together:
+    """Several columns under way, as one cotangent `[V, ...]`; what arrives is kept until all have passed."""
+
+    #: Whether a part of the model ran again on the way, where no taps are placed.
+    missed = False
+
+    def __init__(self, flight: Pass, count: int) -> None:
+        self.flight, self.count = flight, count
+        self.arrived: list[tuple[Use, Sequence[Tensor], list[Tensor | None]]] = []
+
+    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
+        """The columns arrive at a tap."""
+        with temporarily_pop_interpreter_stack():
+            self.arrived.append((use, saved, [None if g is None else _unwrapped(g, self.count) for g in gs]))
+
+    def send(self, edges: Any, cotangents: Sequence[Tensor]) -> bool:
+        """Send `cotangents`, `[V, ...]` each; False where torch.vmap does not take what they pass."""
+
+        def one(*each: Tensor) -> Tensor:
+            send(edges, list(each), (TARGET,))
+            return each[0].new_zeros(())
+
+        enabled = functorch._is_vmap_fallback_enabled()
+        functorch._set_vmap_fallback_enabled(False)  # which takes them one by one
+        try:
+            with meanwhile(sweep=self), kept_apart(self.flight.records), due_to(()):
+                torch.func.vmap(one)(*cotangents)
+        except Exception:  # of whatever kind: columns that go one by one will meet it again if it is not vmap's
+            return False
+        finally:
+            functorch._set_vmap_fallback_enabled(enabled)
+        return not self.missed
+
+    def hand_on(self, absorb: Absorb, signs: Sequence[float]) -> None:
+        """The merged form of every parameter that was reached: of each column, or of all where there is one sign."""
+        wants = wants_of([f.context for f in self.flight.heard if f.context.curvature])
+        for k, sign in enumerate(signs):
+            gathering = Gathering(wants, frees=False)
+            for use, saved, columns in self.arrived:
+                if len(signs) == 1:
+                    gathering.take(*_beside(use, saved, columns), records=self.flight.records)
+                else:
+                    gs = [None if c is None else c[k] for c in columns]
+                    gathering.take(use, saved, gs, records=self.flight.records)
+            for source, _, forms in gathering.rest():
+                absorb(sign, source, merge(forms), self.count if len(signs) == 1 else 1)
+
+
+def _unwrapped(g: Tensor, count: int) -> Tensor:
+    """What there is of a tensor under `torch.vmap`, `[V, ...]`."""
+    axis = functorch.maybe_get_bdim(g)
+    return g.expand(count, *g.shape) if axis < 0 else functorch.get_unwrapped(g).movedim(axis, 0)
+
+
+def _beside(use: Use, saved: Sequence[Tensor], columns: Sequence[Tensor | None]) -> Any:
+    """A use as of V times as many samples: those of the first column, and so on."""
+    layout, g = use.layouts[0] if use.layouts else None, columns[0]
+    assert layout is not None and g is not None
+    count = len(g)
+    wide = [
+        t.expand(count, *t.shape).flatten(0, 1) if name == "input" else t
+        for name, t in zip(use.names, saved, strict=True)
+    ]
+    return use, wide, [g.flatten(0, 1)], (replace(layout, n=count * layout.n),)
+
+
+def spread(
+    flight: Pass, edges: Any, columns: Iterable[tuple[list[Tensor], float]], absorb: Absorb, stacks: bool
+) -> None:
+    """Send columns from `edges` to all taps.
+
+    Args:
+        flight: the pass under way.
+        edges: where they enter the graph.
+        columns: cotangents and the sign of each.
+        absorb: called with the sign, a parameter, its form, and how many columns the form's rows are of.
+        stacks: whether it takes those of several.
+    """
+    rest = iter(columns)
+    first = next(rest, None)
+    if first is None:
+        return
+
+    def alone(cotangents: list[Tensor], sign: float, kind: type[Sweep] = Sweep) -> Sweep:
+        sweep = kind(flight, lambda source, form: absorb(sign, source, form, 1))
+        sweep.send(edges, cotangents)
+        return sweep
+
+    ahead = alone(*first, _First)
+    assert isinstance(ahead, _First)
+    apart = torch.is_grad_enabled() or any(
+        r.extension.shared.apart or r.distributed or sharding(r.modules()) is not None for r in flight.records
+    )
+    several = 1 if apart else LARGEST // max(1, ahead.entries)
+    while group := list(itertools.islice(rest, max(1, several))):
+        if len(group) > 1:
+            together, signs = _Together(flight, len(group)), [sign for _, sign in group]
+            if together.send(edges, [torch.stack(each) for each in zip(*(c for c, _ in group), strict=True)]):
+                alike = stacks and ahead.stacks and all(_stacks(use) for use, _, _ in together.arrived)
+                together.hand_on(absorb, signs[:1] if alike and len({*signs}) == 1 else signs)
+                continue
+            several, flight.records[0].extension.shared.apart = 1, True
+        for cotangents, sign in group:
+            alone(cotangents, sign)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -343,3 +344,42 @@ def test_a_proxy_that_is_not_defined_is_named_with_the_way_around_it() -> None:
     with pytest.raises(px.PackextError, match="proxy 'naswot'; names=... takes others"):
         scores(model, loss, x, y, ["snip", "naswot"])
     assert scores(model, loss, x, y, ["snip"]).keys() == {"snip"}
+
+
+def test_by_default_a_proxy_that_is_not_defined_is_absent_with_its_reason() -> None:
+    class Named(nn.Sequential):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": super().forward(x)}
+
+    class Loss(nn.CrossEntropyLoss):
+        def forward(self, output: dict[str, Tensor], y: Tensor) -> Tensor:
+            return super().forward(output["logits"], y)
+
+    loss, x, y = nn.CrossEntropyLoss(), torch.randn(3, 4).double(), torch.arange(3)
+    smooth = nn.Sequential(nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 3))
+    minus = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), Negated())
+    named = Named(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    for model, loss_fn, absent in (
+        (smooth, loss, {"naswot": "no ReLU"}),
+        (minus, loss, {"synflow": "counts less than nothing"}),
+        (named, Loss(), dict.fromkeys(("synflow", "jacob_cov", "ntk_condition"), "one tensor")),
+    ):
+        found = scores(model, loss_fn, x, y)
+        assert list(found) == [name for name in PROXIES if name not in absent]
+        assert found == scores(model, loss_fn, x, y, list(found)) == pickle.loads(pickle.dumps(found))
+        assert found.undefined.keys() == absent.keys()
+        for name, why in absent.items():
+            assert why in found.undefined[name]
+            with pytest.raises(KeyError, match=why):
+                found[name]
+            with pytest.raises(px.PackextError, match=f"{why}.*Asked by the proxy '{name}'"):
+                scores(model, loss_fn, x, y, [name])
+    with pytest.raises(KeyError, match="^'gradsign'$"):
+        scores(smooth, loss, x, y)["gradsign"]
+    with pytest.raises(px.CoupledSamplesError, match="BatchNorm"):  # of no network's score, but of its mode
+        scores(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), loss, x, y)
+
+
+class Negated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x

@@ -32,6 +32,10 @@ PRODUCTS: dict[Any, Any] = {
 RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 
+class Undefined(px.PackextError):
+    """A score that is not defined of a model or batch of which others may be."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """What is kept of the individual gradients g_n of one parameter, each in its shape.
@@ -165,23 +169,17 @@ class Problem:
         One extended backward pass gives both. `[N, N]`, and `[N, D]` (None for inputs that are not floating).
 
         Raises:
-            PackextError: if the output is no tensor `[N, ...]`, or depends on nothing that is trained.
+            Undefined: if the output is no tensor `[N, ...]`, depends on nothing that is trained, or no weight is.
         """
         model = px.extend(copy.deepcopy(self.model))
         weights = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
         if not weights:
-            raise px.PackextError("No parameter with two axes or more requires grad: there is no kernel of weights.")
+            raise Undefined("No parameter with two axes or more requires grad: there is no kernel of weights.")
         x = self.x.clone().requires_grad_(self.x.is_floating_point())
         with px.backpack(px.BatchDotGrad(), parameters=weights, attach=False, grad=False) as results:
-            output = model(x)
-            if not isinstance(output, Tensor) or output.dim() < 1 or len(output) != len(x):
-                what = f"shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-                raise px.PackextError(f"The output must be one tensor [N, ...] with N = {len(x)}; it is {what}.")
-            if output.grad_fn is None:
-                raise px.PackextError("The output depends on no parameter that requires grad.")
-            output.sum().backward()
+            _total(model(x), len(x)).backward()
         gram = results.batch_dot
-        finite("the Gram matrix of the outputs' gradients", gram)
+        finite("the Gram matrix of the outputs' gradients", gram, Undefined)
         return gram, None if x.grad is None else x.grad.flatten(1)
 
     @functools.cached_property
@@ -189,13 +187,13 @@ class Problem:
         """Which ReLUs each sample switches on: `[N, units]`, 0 or 1, from one forward pass.
 
         Raises:
-            PackextError: if there is no ReLU, or one whose samples are not along its first axis.
+            Undefined: if there is no ReLU, or one whose samples are not along its first axis.
         """
         seen: list[Tensor] = []
         with torch.no_grad(), _Codes(seen):
             self.model(self.x)
         if not seen or any(len(code) != len(self.x) for code in seen):
-            raise px.PackextError(
+            raise Undefined(
                 f"NASWOT reads which ReLUs a sample switches on; in {type(self.model).__name__} there is "
                 + ("a ReLU without the batch axis first." if seen else "no ReLU.")
             )
@@ -220,13 +218,13 @@ class Problem:
         R is the sum of outputs for an input of ones, with |W| in place of all parameters.
 
         Raises:
-            PackextError: if x is not floating, or a share is negative or not finite.
+            Undefined: if x is not floating, the output no tensor `[1, ...]`, or a share negative or not finite.
         """
         model = copy.deepcopy(self.model)
         for path, module in list(model.named_modules(remove_duplicate=False)):  # one may stand in several places
             if isinstance(module, NORMS):
                 if not path:
-                    raise px.PackextError(f"SynFlow leaves normalisations out; {type(model).__name__} is nothing else.")
+                    raise Undefined(f"SynFlow leaves normalisations out; {type(model).__name__} is nothing else.")
                 parent, _, leaf = path.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, nn.Identity())
         model.eval()
@@ -234,22 +232,32 @@ class Problem:
             for p in model.parameters():
                 p.abs_()
         if not self.x.is_floating_point():
-            raise px.PackextError(f"SynFlow sends ones through the model, in place of x of {self.x.dtype}.")
-        model(torch.ones_like(self.x[:1])).sum().backward()
+            raise Undefined(f"SynFlow sends ones through the model, in place of x of {self.x.dtype}.")
+        _total(model(torch.ones_like(self.x[:1])), 1).backward()
         shares = {
             name: torch.zeros_like(p) if p.grad is None else p.detach() * p.grad
             for name, p in model.named_parameters()
             if p.requires_grad and p.dim() > 1
         }
         for name, share in shares.items():
-            finite(f"SynFlow's share of {name}", share)
+            finite(f"SynFlow's share of {name}", share, Undefined)
             if share.min() < -1e-9 * share.abs().max():
-                raise px.PackextError(
+                raise Undefined(
                     f"SynFlow: a path through {name} {list(share.shape)} counts less than nothing. It is defined for "
                     "networks of linear maps, ReLU and pooling; something else (a normalisation that is a function, "
                     "attention, GELU, a subtraction) is in the way."
                 )
         return shares
+
+
+def _total(output: Any, n: int) -> Tensor:
+    """The sum of a model's outputs of n samples, which must be one tensor and depend on the parameters."""
+    if not isinstance(output, Tensor) or output.dim() < 1 or len(output) != n:
+        what = f"shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise Undefined(f"The output must be one tensor [N, ...] with N = {n}; it is {what}.")
+    if output.grad_fn is None:
+        raise Undefined("The output depends on no parameter that requires grad.")
+    return output.sum()
 
 
 def _gated(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -270,15 +278,13 @@ class _Codes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def finite(what: str, value: Tensor) -> None:
+def finite(what: str, value: Tensor, error: type[px.PackextError] = px.PackextError) -> None:
     """Refuse NaN and infinity.
 
     Args:
         what: name of the value.
         value: any tensor.
-
-    Raises:
-        PackextError: if an entry is not finite.
+        error: the class to raise if an entry is not finite.
     """
     if not value.isfinite().all():
-        raise px.PackextError(f"{what}, of shape {list(value.shape)}, is not finite: no proxy can be read off it.")
+        raise error(f"{what}, of shape {list(value.shape)}, is not finite: no proxy can be read off it.")

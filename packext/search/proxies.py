@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import packext as px
-from packext.search._passes import Problem
+from packext.search._passes import Problem, Undefined
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,24 @@ class Proxy:
     source: str
 
 
-def scores(
-    model: nn.Module, loss_fn: nn.Module, x: Any, y: Any, names: Iterable[str] | None = None
-) -> dict[str, float]:
+class Scores(dict[str, float]):
+    """Scores by name.
+
+    Attributes:
+        undefined: of each proxy that is not here because the network or batch does not have it, why.
+    """
+
+    def __init__(self, values: Mapping[str, float], undefined: Mapping[str, str]) -> None:
+        """With the proxies that are not here, and why."""
+        super().__init__(values)
+        self.undefined = dict(undefined)
+
+    def __missing__(self, name: Any) -> float:
+        """The KeyError says why."""
+        raise KeyError(f"{name}: {self.undefined[name]}" if name in self.undefined else name)
+
+
+def scores(model: nn.Module, loss_fn: nn.Module, x: Any, y: Any, names: Iterable[str] | None = None) -> Scores:
     """Proxies of a network, each from at most one pass, which those that need the same share.
 
     `PROXIES` has formulas and sources. At most two backward passes run, one of the loss and one of the sum of outputs,
@@ -44,31 +59,40 @@ def scores(
         loss_fn: a loss module with `reduction` "mean" or "sum"; scores do not depend on which.
         x: inputs `[N, ...]`. "jacob_cov" needs fewer samples than a sample has entries.
         y: targets.
-        names: of `PROXIES`; all by default.
+        names: of `PROXIES`; by default all that are defined of this network and batch.
 
     Returns:
-        The scores by name, in the order of `names`.
+        The scores by name, in the order of `names`; `undefined` says why, by default, one is not there.
 
     Raises:
         ValueError: for a name that is not in `PROXIES`.
-        PackextError: where a score is not defined (singular matrices, no gradient, values that are not finite), and
-            what `backpack` refuses.
+        PackextError: where a score that was named is not defined (singular matrices, no ReLU, values that are not
+            finite); where the loss has no gradient, and what `backpack` refuses.
     """
-    names = [names] if isinstance(names, str) else list(PROXIES if names is None else names)
+    named, names = names, [names] if isinstance(names, str) else list(PROXIES if names is None else names)
     unknown = [name for name in names if name not in PROXIES]
     if unknown:
         raise ValueError(f"There is no proxy {unknown[0]!r}: there are {', '.join(PROXIES)}.")
     devices = [x.device] if isinstance(x, Tensor) and x.device.type == "cuda" else []
     with torch.enable_grad(), torch.random.fork_rng(devices):
-        problem, found = Problem(model, loss_fn, x, y, "fisher" in names), {}
+        problem, found, undefined = Problem(model, loss_fn, x, y, "fisher" in names), {}, {}
         for name in names:
+            asked = f"(Asked by the proxy {name!r}; names=... takes others.)"
             try:
-                found[name] = float(PROXIES[name].measure(problem))
+                found[name] = _finite(name, PROXIES[name].measure(problem), model)
+            except Undefined as error:
+                if named is not None:
+                    raise px.PackextError(f"{error} {asked}") from error
+                undefined[name] = str(error)
             except px.PackextError as error:
-                raise type(error)(f"{error} (Asked by the proxy {name!r}; names=... takes others.)") from error
-            if not math.isfinite(found[name]):
-                raise px.PackextError(f"{name} of {type(model).__name__} is {found[name]}.")
-    return found
+                raise type(error)(f"{error} {asked}") from error
+    return Scores(found, undefined)
+
+
+def _finite(name: str, value: float, model: nn.Module) -> float:
+    if not math.isfinite(value):
+        raise Undefined(f"{name} of {type(model).__name__} is {value}.")
+    return float(value)
 
 
 def _parameters(problem: Problem) -> float:
@@ -101,7 +125,7 @@ def _grad_sign(problem: Problem) -> float:
 
 def _zico(problem: Problem) -> float:
     if len(problem.x) < 2:
-        raise px.PackextError("ZiCo is a ratio to a standard deviation: it needs at least two samples.")
+        raise Undefined("ZiCo is a ratio to a standard deviation: it needs at least two samples.")
     total = 0.0
     for name in problem.weights:
         moments = problem.losses[0][name]
@@ -118,17 +142,17 @@ def _fisher(problem: Problem) -> float:
 def _jacob_cov(problem: Problem) -> float:
     jacobian = problem.outputs[1]
     if jacobian is None:
-        raise px.PackextError(f"jacob_cov is of gradients by x; x is {problem.x.dtype}, not floating.")
+        raise Undefined(f"jacob_cov is of gradients by x; x is {problem.x.dtype}, not floating.")
     n, d = jacobian.shape
     if n < 2 or n >= d:
-        raise px.PackextError(
+        raise Undefined(
             f"jacob_cov is of {n} samples of {d} entries: correlations of fewer than two samples, or of as many as a "
             f"sample has entries, are singular whatever the network. Use 2 to {d - 1} samples."
         )
     centred = jacobian - jacobian.mean(1, keepdim=True)
     norm = centred.norm(dim=1, keepdim=True)
     if not (norm > 0).all():
-        raise px.PackextError("jacob_cov: the outputs of a sample do not depend on it, or on all its entries alike.")
+        raise Undefined("jacob_cov: the outputs of a sample do not depend on it, or on all its entries alike.")
     values = torch.linalg.eigvalsh((centred / norm) @ (centred / norm).T).clamp(min=0) + 1e-5
     return -float((values.log() + 1 / values).sum())
 
@@ -142,7 +166,7 @@ def _eigenvalues(matrix: Tensor, what: str) -> Tensor:
     """In ascending order, of a symmetric matrix that must not be singular to rounding."""
     values = torch.linalg.eigvalsh(matrix)
     if not values[0] > values[-1] * len(values) * torch.finfo(values.dtype).eps:
-        raise px.PackextError(
+        raise Undefined(
             f"{what} of {len(values)} samples is singular. Use fewer samples, all different, of a network that reads "
             "them."
         )

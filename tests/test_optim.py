@@ -244,6 +244,38 @@ def test_a_state_that_other_parts_keep_is_refused() -> None:
         made[1].load_state_dict(made[0].state_dict())
 
 
+class MyKFAC(optim.KFAC):
+    """A class of a user's, with the parts of KFAC."""
+
+
+def test_a_state_of_another_curvature_or_rule_is_refused() -> None:
+    """Where groups and what is kept are alike; the message names who wrote it and who was to read it."""
+    kinds = {
+        "Preconditioned .* of kfac expand": lambda p: optim.Preconditioned(p, "kfac"),
+        "Preconditioned .* of kflr expand": lambda p: optim.Preconditioned(p, "kflr"),
+        "Preconditioned .* of kfra expand": lambda p: optim.Preconditioned(p, "kfra"),
+        "Preconditioned .* of diag_ggn_mc": lambda p: optim.Preconditioned(p, "diag_ggn_mc"),
+        "Preconditioned .* of diag_ef": lambda p: optim.Preconditioned(p, "diag_ef"),
+        "KFAC .* of kfac expand,": optim.KFAC,
+        "KFAC .* of kfac reduce,": lambda p: optim.KFAC(p, approx="reduce"),
+        "KFAC .* of kfac expand empirical,": lambda p: optim.KFAC(p, fisher="empirical"),
+        "Sophia .* of diag_ggn_mc": optim.Sophia,
+        "Sophia .* of diag_ggn_exact": lambda p: optim.Sophia(p, curvature="diag_ggn_exact"),
+        "SPRING .*SampleSpace": optim.SPRING,
+        "ENGDW .*SampleSpace": optim.ENGDW,
+    }
+    params = [nn.Parameter(torch.zeros(2))]
+    for writes, write in kinds.items():
+        for reads, read in kinds.items():
+            if reads == writes:
+                read(params).load_state_dict(write(params).state_dict())
+                continue
+            with pytest.raises(px.PackextError, match=f"another optimizer.* is of {writes}.* this is {reads}"):
+                read(params).load_state_dict(write(params).state_dict())
+    for mine in (MyKFAC(params), optim.KFAC(params, fisher="exact", bias="separate", lr=1.0)):  # estimates of the same
+        mine.load_state_dict(optim.KFAC(params).state_dict())
+
+
 def test_hooks_of_loading_have_the_last_word() -> None:
     model = network()
     optimizer = optim.Sophia(model.parameters(), every=1)

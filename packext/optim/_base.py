@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from numbers import Integral, Real
@@ -19,7 +19,7 @@ from torch.utils.weak import TensorWeakRef
 import packext as px
 from packext.optim import _lists as lists
 from packext.optim._emit import emit
-from packext.optim._merge import Factors, Ranks, absent, joined, received
+from packext.optim._merge import Ranks, absent, joined, received, tensors_of
 from packext.optim._parts import Adam, DecoupledDecay, Descend
 from packext.optim._work import GATHERED, Part, Skip, Work, name_of, placed
 
@@ -97,6 +97,8 @@ class Optimizer(torch.optim.Optimizer):
             if twice:
                 raise ValueError(f"two parts have a hyperparameter {sorted(twice)[0]!r}: {type(part).__name__} is one.")
             defaults.update(part.defaults)
+        own = next(kind for kind in type(self).__mro__ if kind.__module__.partition(".")[0] == "packext")
+        defaults["kind"] = f"{own.__name__} ({', '.join(part.kind for part in parts)})"
         if "lr" not in defaults:
             raise ValueError("no part has a learning rate: updates get it, and their sign, from Descend(lr), the last.")
         early = [k for k, part in enumerate(parts[:-1]) if isinstance(part, Descend)]
@@ -330,7 +332,7 @@ class Optimizer(torch.optim.Optimizer):
             Work(self, [(p, group, found) for (p, group), found in zip(main, values, strict=True)]),
             Work(self, [(p, group, {}) for p, group in rest]),
         ]
-        found = [t for w in works for t in (*w.grads, *_tensors([v for each in w.values for v in each.values()]))]
+        found = [t for w in works for t in (*w.grads, *tensors_of([v for each in w.values for v in each.values()]))]
         size = lists.norm(found)
         if not found or not (self._entered or size or any(lists.nonzero(found))):
             return ""  # no gradient, or zeros that no pass within `emit` has made: nothing to step along
@@ -371,7 +373,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _infinite(self, work: Work) -> str:
         for p, grad, values in zip(work.params, work.grads, work.values, strict=True):
-            for what, tensors in (("gradient", [grad]), *((field, _tensors([v])) for field, v in values.items())):
+            for what, tensors in (("gradient", [grad]), *((field, tensors_of([v])) for field, v in values.items())):
                 if not lists.finite(tensors):
                     return f"the {what} of {self.name_of(p)}"
         return ""
@@ -478,6 +480,12 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             PackextError: if it is another optimizer's, or something was left out.
         """
+        mine, theirs = self.param_groups[0]["kind"], state_dict["param_groups"][0].get("kind")
+        if theirs not in (mine, None):
+            raise px.PackextError(
+                f"The state is of another optimizer than {type(self).__name__}: it is of {theirs}, and this is {mine}. "
+                "Make this one as that one was made."
+            )
         read = self.defaults.keys() & self.param_groups[0].keys()  # torch puts names of its own among the defaults
         lacking = sorted({name for group in state_dict["param_groups"] for name in read - group.keys()})
         if lacking:
@@ -513,17 +521,6 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.generator, self._open = torch.Generator(), False
         self._forget()
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """What of emitted values may be NaN."""
-    found = []
-    for value in values:
-        if isinstance(value, Factors):
-            found += [t for pair in value.pairs for t in (pair.outputs, pair.inputs)]
-        else:
-            found.append(value.eigenvalues if isinstance(value, px.linalg.KronEigh) else value)
-    return [t for t in found if isinstance(t, Tensor)]
 
 
 #: Hyperparameters of all parameters together, of which groups cannot have their own.

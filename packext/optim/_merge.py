@@ -204,6 +204,17 @@ def place(group: Any) -> tuple[int, int]:
     return rank, dist.get_world_size(group)
 
 
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """What of emitted values may be NaN."""
+    found = []
+    for value in values:
+        if isinstance(value, Factors):
+            found += [t for pair in value.pairs for t in (pair.outputs, pair.inputs)]
+        else:
+            found.append(value.eigenvalues if isinstance(value, px.linalg.KronEigh) else value)
+    return [t for t in found if isinstance(t, Tensor)]
+
+
 class Ranks:
     """The processes that share one training, as many as there are when it is asked."""
 

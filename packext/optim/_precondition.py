@@ -45,6 +45,11 @@ class Diagonal(Part):
         super().__init__(damping=damping)
         self.curvature, self.decay, self.mc_samples = curvature, decay, mc_samples
 
+    @property
+    def kind(self) -> str:
+        """With the curvature."""
+        return f"{type(self).__name__} of {self.curvature}"
+
     def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
         """The diagonal, at each step."""
         return [diagonal(self.curvature, self.mc_samples, optimizer.generator)]
@@ -92,6 +97,13 @@ class Kronecker(Part):
         self.curvature, self.decay, self.options = curvature, decay, options
         self.every, self.inverses_every = interval(every), interval(inverses_every)
         self._make(None)  # refuses what is unknown
+
+    @property
+    def kind(self) -> str:
+        """With the curvature; drawn and exact targets have factors with the same mean, others have not."""
+        factors = self._make(None)
+        other = [factors.approx, factors.root[0]] if factors.root[0] == "empirical" else [factors.approx]
+        return f"{type(self).__name__} of {' '.join([self.curvature, *other])}"
 
     def _make(self, generator: torch.Generator | None) -> Any:
         if self.curvature == "kfac":

@@ -40,6 +40,11 @@ class Part:
         """Take hyperparameters by name."""
         self.defaults = defaults
 
+    @property
+    def kind(self) -> str:
+        """What a state must agree in to be loaded: the part, and where it has a choice, what its state is of."""
+        return type(self).__name__
+
     def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
         """What the backward passes before the coming step have to emit; nothing by default."""
         return ()

@@ -88,6 +88,11 @@ class ClippedNewton(Part):
         super().__init__(betas=betas, rho=rho, eps=eps)
         self.every, self.curvature, self.mc_samples = interval(every), curvature, mc_samples
 
+    @property
+    def kind(self) -> str:
+        """With the curvature."""
+        return f"{type(self).__name__} of {self.curvature}"
+
     def quantities(self, optimizer: Optimizer) -> Sequence[Any]:
         """The diagonal, every so many steps."""
         return [] if optimizer.steps % self.every else [diagonal(self.curvature, self.mc_samples, optimizer.generator)]

@@ -236,6 +236,45 @@ def test_passes_before_a_step_are_kept_as_opacus_keeps_them() -> None:
     torch.testing.assert_close(sums[1], 2 * sums[0])
 
 
+def test_ghost_clipping_to_another_norm_than_the_noise_is_of_is_refused() -> None:
+    model, (x, y) = px.extend(mlp()), batch(N)
+    loss_fn, optimizer = px.extend(nn.CrossEntropyLoss()), private("DPOptimizerFastGradientClipping", model)
+
+    def run() -> None:
+        with emit(optimizer):
+            loss_fn(model(x), y).backward()
+
+    run()
+    optimizer.max_grad_norm = C / 10
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):  # nor the second time
+        with pytest.raises(px.PackextError, match=rf"max_grad_norm was {C} in a backward pass and is {C / 10} at"):
+            optimizer.step()
+    run()  # to the new norm, and added to the sum of the old one
+    with pytest.raises(px.PackextError, match=f"was {C} in a"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    for clear in (optimizer.zero_grad, lambda: optimizer.zero_grad(set_to_none=True)):
+        clear()
+        run()
+        optimizer.step()  # all passes since are of this norm
+        optimizer.zero_grad()
+        run()
+        optimizer.max_grad_norm *= 2
+    optimizer.max_grad_norm = C
+    optimizer.zero_grad()
+    run()
+    optimizer.signal_skip_step(True)  # a part of a batch: Opacus sums up
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.max_grad_norm = 2 * C
+    run()
+    optimizer.signal_skip_step(False)
+    with pytest.raises(px.PackextError, match=f"was {C} in a"):
+        optimizer.step()
+    assert any((p != b).any() for p, b in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["DPOptimizer", "DPOptimizerFastGradientClipping"])
 def test_a_batch_without_samples_is_a_step_of_noise(kind: str) -> None:
     model, (x, y) = px.extend(mlp()), batch(N)

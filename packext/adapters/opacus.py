@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +42,21 @@ class _Rows(px.BatchGrad):
         return parameter.new_zeros(n, *parameter.shape)
 
 
+def _before_step(optimizer: Any, closure: Any = None) -> Any:
+    """In place of `pre_step` of ghost clipping, which draws noise for `max_grad_norm` as it is by then."""
+    other = [norm for norm in optimizer._packext_clips if norm != optimizer.max_grad_norm]
+    if other:
+        raise px.PackextError(
+            f"max_grad_norm was {other[0]} in a backward pass and is {optimizer.max_grad_norm} at the step: the noise "
+            "would be for another norm than the samples' gradients were clipped to. Change it after the step, or call "
+            "zero_grad() and repeat the pass."
+        )
+    taken = type(optimizer).pre_step(optimizer, closure)
+    if taken:  # Opacus sums up over steps that it skips
+        optimizer._packext_clips = []
+    return taken
+
+
 @contextmanager
 def emit(optimizer: Any, scale: str | float = "sample") -> Iterator[px.Results]:
     """Have the backward passes inside give an optimizer of Opacus what its step reads.
@@ -60,9 +76,9 @@ def emit(optimizer: Any, scale: str | float = "sample") -> Iterator[px.Results]:
     parameters is otherwise what it was before, so that no gradient without noise is left in it. A parameter that no
     sample reaches has zeros. A `PackextError` is raised for what `px.optim.DPSGD` refuses (a parameter of the optimizer
     that the extended model has not, a second pass through one forward pass, means over class weights or ignored
-    targets, running statistics), and for an empty batch, which Poisson sampling may draw: for a step of noise alone,
-    let each p of `optimizer.params` have a `grad_sample` of `p.new_zeros(0, *p.shape)` (for ghost clipping, zeros in
-    `.grad`).
+    targets, running statistics; by the step of ghost clipping, a `max_grad_norm` that is not that of its passes), and
+    for an empty batch, which Poisson sampling may draw: for a step of noise alone, let each p of `optimizer.params`
+    have a `grad_sample` of `p.new_zeros(0, *p.shape)` (for ghost clipping, zeros in `.grad`).
 
     Args:
         optimizer: of Opacus.
@@ -88,8 +104,14 @@ def emit(optimizer: Any, scale: str | float = "sample") -> Iterator[px.Results]:
     parameters: list[Any] = optimizer.params
     if len(set(map(id, parameters))) < len(parameters):
         raise ValueError("A parameter is in the optimizer's groups twice, and would be counted twice in the norms.")
-    quantity = _Clipped(optimizer.max_grad_norm) if ghost else _Rows()
+    max_norm = optimizer.max_grad_norm
+    quantity = _Clipped(max_norm) if ghost else _Rows()
     quantity.bounded = vars(optimizer).setdefault("_packext", object())  # to which the samples of a pass are counted
+
+    if ghost:
+        some = any(p.summed_grad is not None or (p.grad is not None and p.grad.any()) for p in parameters)
+        vars(optimizer)["_packext_clips"] = vars(optimizer).get("_packext_clips", []) if some else []
+        optimizer.pre_step = MethodType(_before_step, optimizer)
 
     def collect(results: px.Results) -> None:
         missing = [list(p.shape) for p in parameters if p not in results]
@@ -98,6 +120,8 @@ def emit(optimizer: Any, scale: str | float = "sample") -> Iterator[px.Results]:
                 f"No gradients of samples reached {len(missing)} of the optimizer's {len(parameters)} parameters, of "
                 f"shapes {missing[:5]}: freeze them (requires_grad_(False)) or leave them out of the optimizer."
             )
+        if ghost:
+            vars(optimizer)["_packext_clips"].append(max_norm)
         for i, p in enumerate(parameters):
             p.grad = None  # incomplete, and not private
             found = getattr(results[p], quantity.savefield)

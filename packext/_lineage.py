@@ -43,6 +43,7 @@ from packext._distributed import of_parts
 from packext._errors import UnsupportedUseError
 from packext._precision import autocasts, computes_in
 from packext._record import Buffer, Record, buffers_of, tensors_in
+from packext._refusals import anchored
 from packext._scale import FUNCTIONS, LossMark, called
 from packext._shards import is_distributed
 from packext._taps import Argument, Observed, Owned, OwnedRule, gate, slope
@@ -199,8 +200,11 @@ class Tracer(TorchFunctionMode):
             self._grad_inputs = True
             if t.grad_fn is not None:
                 self.record.behind.append(t.grad_fn)
-            self.record.given.append(TensorWeakRef(t))
-            hook = t.register_hook(functools.partial(slope, self._record_ref, self.record.given[-1]))
+                way = anchored(t)  # there also when nobody holds t any more
+                self.record.given.append(lambda: way)
+            else:
+                self.record.given.append(TensorWeakRef(t))
+            hook = t.register_hook(functools.partial(slope, self._record_ref, TensorWeakRef(t)))
             weakref.finalize(self.record, hook.remove)
 
     def has_slope(self, t: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
 from packext._listening import here
-from packext._refusals import Constant, beneath_weight_norm, will_accumulate
+from packext._refusals import anchored, beneath_weight_norm, will_accumulate
 from packext._statistics import Statistics
 from packext._use import Source, Use
 
@@ -101,7 +101,7 @@ class Pass:
         """What leads to all parameters and inputs, for results that have no graph of their own (`constant`)."""
         parameters = [source.tensor for record in self.records for source in record.parameters()]
         inputs = [t for record in self.records for ref in record.given if (t := ref()) is not None]
-        return Constant.apply("", torch.zeros(()), *parameters, *inputs)
+        return anchored(*parameters, *inputs)
 
     @functools.cached_property
     def unsound(self) -> set[int]:

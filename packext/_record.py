@@ -89,7 +89,7 @@ class Record:
         among: the processes that gather parameters for each inner pass, and so probe together; None if none do.
         rounds: how many cotangents tell the samples apart on the one of them that has the most.
         behind: autograd nodes of the inputs, where another model may be behind.
-        given: gives the inputs that require grad, or None for one that nobody holds.
+        given: gives what leads to the inputs that require grad, or None for a leaf that nobody holds.
         trail: hash of the torch functions that ran, and of the training flags of the modules that did.
         refused: what was seen and cannot be right, with the parameters behind it, and how many uses came before.
         probed: which gates the probe has started from.

@@ -352,6 +352,11 @@ class Constant(torch.autograd.Function):
         )
 
 
+def anchored(*tensors: Tensor) -> Tensor:
+    """A number that leads to tensors in autograd's graph, without keeping them, and refuses to be differentiated."""
+    return Constant.apply("", torch.zeros(()), *tensors)
+
+
 def constant(value: Any, told: str, anchor: Tensor) -> Any:
     """`value`, a tensor or several, that refuses to be differentiated; `anchor` leads to the parameters."""
     if isinstance(value, Tensor):

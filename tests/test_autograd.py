@@ -297,6 +297,12 @@ def test_curvature_is_no_constant_in_silence() -> None:
     results = differentiated(model, given, y, px.DiagHessian())
     with pytest.raises(px.UnsupportedUseError, match="of DiagHessian has no derivative"):
         torch.autograd.grad(given.sum() + results["0.weight"].diag_h.sum(), given)
+    before, model = nn.Linear(4, 5), px.extend(nn.Sequential(nn.Tanh(), nn.Linear(5, 3)))
+    with px.backpack(px.DiagHessian()) as results:
+        value = px.extend(nn.CrossEntropyLoss())(model(before(torch.randn(N, 4))), y)  # an input that nobody keeps
+        torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+    with pytest.raises(px.UnsupportedUseError, match="of DiagHessian has no derivative"):
+        torch.autograd.grad(before.bias.sum() + results["1.weight"].diag_h.sum(), before.bias)
     for model, name, value in refused:
         last = list(model.parameters())[-1]
         with pytest.raises(px.UnsupportedUseError, match=rf"of {name} has no derivative.*\.detach\(\)"):

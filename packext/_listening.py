@@ -199,13 +199,15 @@ def task() -> int | None:
 
 
 class Retaining(TorchFunctionMode):
-    """In here `loss.backward()` keeps the graph of the loss, unless it is told not to."""
+    """In here `loss.backward()` keeps the graph where a context that needs it hears the pass, unless told not to."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for every function of torch."""
         kwargs = kwargs or {}
         if func is torch.Tensor.backward and kwargs.get("retain_graph") is None:
-            kwargs = {**kwargs, "retain_graph": True}
+            state = here()  # a context within this one may hear the pass in its place, or nobody
+            wanted = state.listening and any(context.retaining is not None for context in state.hearing)
+            kwargs = {**kwargs, "retain_graph": wanted or None}
         return func(*args, **kwargs)
 
 

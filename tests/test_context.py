@@ -311,6 +311,36 @@ def test_disable() -> None:
     torch.testing.assert_close(model[0].weight.grad_batch, rows["0.weight"])
 
 
+def test_a_graph_is_kept_by_passes_that_the_context_of_products_hears() -> None:
+    model, (x, y), loss_fn = px.extend(mlp()), batch(), px.extend(nn.CrossEntropyLoss())
+
+    def kept() -> bool:
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        try:
+            torch.autograd.grad(loss, model[0].weight)
+        except RuntimeError as error:
+            assert "second time" in str(error)
+            return False
+        return True
+
+    with px.backpack(px.HMP()):
+        assert kept()
+        with px.disable():
+            assert not kept()
+        for quantity in (px.Variance(), px.DiagGGNExact()):
+            with px.backpack(quantity):
+                assert not kept()
+            with px.backpack(quantity, overhear=True, attach=False):
+                assert kept()
+        with px.backpack(px.Variance()), px.backpack(px.GGNMP()):
+            assert kept()
+        assert kept()
+    with px.backpack(px.HMP(), overhear=True, attach=False), px.backpack(px.Variance()):
+        assert kept()
+    assert not kept()
+
+
 def test_no_grad_and_inference_mode() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     want = model(x).detach()

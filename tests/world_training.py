@@ -268,6 +268,31 @@ def averages(rank: int, world: int) -> None:
         other.load_state_dict({**averager.state_dict(), "world": (9, 0)})  # belongs to any number of processes now
 
 
+def averages_with_curvature(rank: int, world: int) -> None:
+    """An optimizer that reads beside its gradient what all processes' passes emit is refused; of its own alone, not."""
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    torch.set_default_dtype(torch.float64)
+    alone = [dist.new_group([k]) for k in range(world)][rank]
+    twins = [px.extend(network()) for _ in range(2)]
+    whole, own = px.optim.MSVAG(twins[0].parameters()), px.optim.MSVAG(twins[1].parameters(), process_group=alone)
+    averager = pd.AdaptiveAverager(2)
+    optimizers = [PostLocalSGDOptimizer(whole, pd.AdaptiveAverager(2)), PostLocalSGDOptimizer(own, averager)]
+    for step in range(2):
+        for model, inner, optimizer in zip(twins, (whole, own), optimizers, strict=True):
+            optimizer.zero_grad()
+            x, y = data(step, rank)
+            with px.optim.emit(inner):
+                px.extend(LOSS)(model(x), y).backward()
+            if inner is own:
+                optimizer.step()
+                continue
+            with pytest.raises(px.PackextError, match=f"what it reads beside them together over {world} processes"):
+                optimizer.step()
+    assert averager.averages == 1
+    same_everywhere(twins[1])
+
+
 def spread_as_predicted(rank: int, world: int) -> None:
     """Noise alone, of known covariance: the spread is (1 - 1/n) p lr^2 tr(Sigma) / B."""
     torch.set_default_dtype(torch.float64)
@@ -535,6 +560,7 @@ def copied(rank: int, world: int) -> None:
 
 
 TASKS = (
-    delayed_as_simulated, delayed_with_curvature, no_drift, delayed_saved_and_refused, averages, spread_as_predicted,
-    measured, unlike, gathered, gathered_in_half_precision, gathered_and_refused, joined, copied,
+    delayed_as_simulated, delayed_with_curvature, no_drift, delayed_saved_and_refused, averages,
+    averages_with_curvature, spread_as_predicted, measured, unlike, gathered, gathered_in_half_precision,
+    gathered_and_refused, joined, copied,
 )  # fmt: skip

@@ -92,6 +92,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"parts must be a list such as [px.optim.Momentum(), px.optim.Descend()], got {wrong[0]!r}."
             )
         defaults: dict[str, Any] = {"fallback": False, "steps": 0, "kept": 0, "lacking": False, "seed": seed}
+        defaults["processes"] = 1  # of the last step, for who sees the groups alone
         for part in parts:
             twice = defaults.keys() & part.defaults.keys()
             if twice:
@@ -363,7 +364,7 @@ class Optimizer(torch.optim.Optimizer):
                 if new:
                     self.state[p].update(new)
         for group in self.param_groups:
-            group["steps"] += 1
+            group["steps"], group["processes"] = group["steps"] + 1, self.ranks.size
         # By which a state tells whether it is whole; to look at a parameter's state gives it one, which is empty.
         self.param_groups[0]["kept"] = sum(map(bool, self.state.values()))
         return ""

@@ -34,7 +34,8 @@ class AdaptiveAverager(ModelAverager):
     - Cost: the parameters and one number are sent once in p steps; `Variance` of a pass for `predict`
     - Source: Jiang & Agrawal 2020 (arXiv:2007.06134); the limits 0.7 and 1.3 are as we recall them, the prediction is
       ours
-    - Refused: parameters without groups; a spread that is not finite; a process that does not answer
+    - Refused: parameters without groups; an optimizer of `px.optim` that reads of all processes; a spread that is not
+      finite; a process that does not answer
 
     Example:
         >>> averager = AdaptiveAverager(period=4, calibration=100)
@@ -90,11 +91,19 @@ class AdaptiveAverager(ModelAverager):
             params: groups of an optimizer, with their learning rates.
 
         Raises:
-            PackextError: for parameters without groups, a spread that is not finite, or a process that does not answer.
+            PackextError: for parameters without groups, an optimizer of `px.optim` that reads of all processes, a
+                spread that is not finite, or a process that does not answer.
         """
         groups = list(params)
         if not all(isinstance(group, dict) and "lr" in group for group in groups):
             raise px.PackextError("AdaptiveAverager needs an optimizer's param_groups, for their learning rates.")
+        together = max(group.get("processes", 1) for group in groups)
+        if together >= self.size > 1:
+            raise px.PackextError(
+                "AdaptiveAverager: processes step on their own gradients between two averages, and the optimizer of "
+                f"px.optim puts what it reads beside them together over {together} processes: give it a group of this "
+                "process alone, process_group=[torch.distributed.new_group([k]) for k in range(world_size)][rank]."
+            )
         self.step += 1
         self._since += 1
         if self._since < self.period:

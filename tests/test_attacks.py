@@ -514,9 +514,14 @@ def test_the_cosine_is_blind_to_any_factor() -> None:
     x = x.float()
     search = attacks.InvertingGradients(2, tv=0.0)
     whole = search(model, attacks.share(model, Scaled(1.0), x, y), (1, 16, 16), y)
-    for factor in (1e-12, 1e-10, 1e11):  # in float32, which holds their squares, and not these multiplied
-        found = search(model, attacks.share(model, Scaled(factor), x, y), (1, 16, 16), y)
+    inverse = attacks.DeepLeakage(2)
+    near = inverse(model, attacks.share(model, Scaled(1.0), x, y), (1, 16, 16), labels=y)
+    for factor in (1e-30, 1e-24, 1e-20, 1e-12, 1e11):  # in float32, which holds them, and of some not their squares
+        shared = attacks.share(model, Scaled(factor), x, y)
+        found = search(model, shared, (1, 16, 16), y)
         assert found.objective == pytest.approx(whole.objective, rel=1e-3) and not found.matched
+        found = inverse(model, shared, (1, 16, 16), labels=y)
+        assert found.objective[0] == pytest.approx(near.objective[0], rel=1e-3) and not found.matched
 
 
 @pytest.mark.parametrize("defence", [defences.Pruning(0.7), defences.Soteria(0.5)])

@@ -11,16 +11,22 @@ import packext as px
 
 def squared_distance(found: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """Squared distance of two gradients, over the squared norm of the second."""
-    scale = sum(t.square().sum() for t in target)
-    return sum((f - t).square().sum() for f, t in zip(found, target, strict=True)) / scale  # type: ignore[return-value]
+    pairs = _in_float64(found, target)
+    scale = sum(t.square().sum() for _, t in pairs)
+    return sum((f - t).square().sum() for f, t in pairs) / scale  # type: ignore[return-value]
 
 
 def cosine_distance(found: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """One minus the cosine of two gradients: blind to a factor, such as clipping puts on."""
-    dot = sum((f * t).sum() for f, t in zip(found, target, strict=True))
-    # Each by itself: their product leaves the range of float32 for gradients of 1e-11, as of a model that is sure.
-    one, other = (sum(t.square().sum() for t in side) ** 0.5 for side in (found, target))
-    return 1 - dot / one.clamp_min(1e-30) / other  # type: ignore[union-attr]
+    pairs = _in_float64(found, target)
+    dot = sum((f * t).sum() for f, t in pairs)
+    one, other = (sum(t.square().sum() for t in side) ** 0.5 for side in zip(*pairs, strict=True))
+    return 1 - dot / one.clamp_min(1e-300) / other  # type: ignore[union-attr]
+
+
+def _in_float64(found: Sequence[Tensor], target: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs whose squares are in range: those of 1e-20, as of a model that is sure, are not in float32."""
+    return [(f.double(), t.double()) for f, t in zip(found, target, strict=True)]
 
 
 def total_variation(x: Tensor) -> Tensor:

@@ -320,14 +320,16 @@ def eigsh(
 ) -> Eigenpairs:
     """Eigenvalues at an end of the spectrum of A, by Lanczos with full reorthogonalisation and thick restarts.
 
-    With k > 1, one more cycle from a new random vector looks for copies of multiple eigenvalues.
+    With k > 1, a new random vector looks for copies of multiple eigenvalues once k pairs have converged, until what it
+    finds next is below them; so twice the products may be needed. Converged are then all of them, but for bad luck.
 
     Args:
         matvec: the product with A, symmetric.
         like: vectors have the structure of this one.
         k: how many.
         which: "LA" the largest, "SA" the smallest (the most negative), "LM" those of the largest magnitude.
-        ncv: vectors of the basis, all of which are held; `max(2 k + 1, 20)` by default.
+        ncv: vectors of the basis, all of which are held; `max(2 k + 1, 20)` by default. More than k, and with k > 1
+            more than k + 1; below 2 k + 1 it takes many cycles.
         maxiter: cycles, each of up to `ncv` products with A.
         tol: converged are residuals `|A v - value v|` of at most `tol` times the largest norm of an `A v` seen.
         generator: of the first vector.
@@ -348,7 +350,8 @@ def eigsh(
     _check(1 <= k <= space.size, f"eigsh: k must be between 1 and {space.size}, the entries of a vector; got {k}.")
     _check(maxiter >= 1 and tol >= 0, f"eigsh: needed maxiter >= 1 and tol >= 0, got {maxiter} and {tol}.")
     m = min(space.size, max(2 * k + 1, 20) if ncv is None else ncv)
-    _check(k < m or m == space.size, f"eigsh: ncv must be larger than k = {k}, got {ncv}.")
+    enough = m >= k + min(k, 2) or m == space.size
+    _check(enough, f"eigsh: ncv must be larger than {k + (k > 1)} for k = {k}, got {ncv}.")
     apply, generator, eps = space.operator(matvec), _own(generator), torch.finfo(space.dtype).eps
     rounding = max(m * eps, 4 * space.eps)
     # With the rows of `basis` as columns of V, A V = V h + looseᵀ mass, which is what images have outside of the basis:
@@ -356,6 +359,7 @@ def eigsh(
     basis = torch.empty(m + 1, space.size, dtype=space.dtype, device=space.device)
     loose, mass = basis[:0], torch.zeros(0, m, dtype=torch.double)
     h, filled, used, looking, scale, worst = torch.zeros(m, m, dtype=torch.double), 0, 0, False, 0.0, 0
+    before = None  # the values that were there when a random vector was sent to look for copies
     new = None if start is None else space.given(start, "start")
     with unrounded(space.device.type):
         for cycle in range(maxiter):
@@ -394,13 +398,22 @@ def eigsh(
                     "to half precision is not symmetric to float32: compute without it (a Hessian: the forward pass)."
                 )
             values, s = _ritz(h[:used, :used], orders[which])
-            residuals = (mass[:, :used] @ s[:k].mT).norm(dim=0).clamp(min=rounding * scale)
-            worst = int(residuals.argmax())
-            converged = float(residuals.max()) <= max(tol, rounding) * scale
+            norms, ends = (mass[:, :used] @ s[: k + 1].mT).norm(dim=0), orders[which](values)
+            residuals = norms[:k].clamp(min=rounding * scale)
+            worst, bound = int(residuals.argmax()), max(tol, rounding) * scale
+            settled = float(residuals.max()) <= bound
+            if before is not None and float((ends[:k] - before).abs().max()) > bound:
+                before = None  # a copy was found: there may be another
+            converged = settled and (k == 1 or m == space.size)
+            if settled and before is not None:  # while the next one may still rise to the last, a copy is not ruled out
+                converged = float(norms[k]) <= max(bound, float(ends[k - 1] - ends[k]) / 10)
             coefficients = s.to(basis)
-            if converged and (k == 1 or looking or m == space.size) or cycle == maxiter - 1:
+            if converged or cycle == maxiter - 1:
                 break
-            looking, filled = converged, min(used, k + (m - k) // 2)
+            # A Krylov space has one copy of a multiple eigenvalue, so a random vector begins one of its own.
+            looking = settled and before is None
+            before = ends[:k] if looking else before
+            filled = k if looking else min(used, k + max(1, (m - k) // 2), m - 1)
             basis[:filled] = coefficients[:filled] @ basis[:used]
             h, mass = torch.zeros(m, m, dtype=torch.double), mass[:, :used] @ s.mT
             h.diagonal()[:filled] = values[:filled]

@@ -662,7 +662,7 @@ def test_largest_algebraic_is_not_largest_magnitude() -> None:
 
 
 @pytest.mark.parametrize(
-    ("k", "size", "ncv"), [(1, 1, None), (3, 3, None), (2, 3, None), (1, 50, 2), (3, 50, 4), (5, 5, 2)]
+    ("k", "size", "ncv"), [(1, 1, None), (3, 3, None), (2, 3, None), (1, 50, 2), (3, 50, 5), (5, 5, 2)]
 )
 def test_eigsh_of_small_spaces_and_bases(k: int, size: int, ncv: int | None) -> None:
     matrix = with_spectrum(2.0 ** torch.arange(size))
@@ -679,6 +679,26 @@ def test_eigsh_finds_copies_of_multiple_eigenvalues(seed: int, k: int) -> None:
         found = linalg.eigsh(lambda v: matrix @ v, torch.zeros(40), k, "LA")
     assert found.converged
     assert torch.allclose(found.values, values.sort(descending=True).values[:k], atol=1e-6)
+
+
+@pytest.mark.parametrize("spectrum", ["pairs", "three"])
+def test_eigsh_has_not_converged_before_it_has_all_copies(spectrum: str) -> None:
+    """Also where copies of the first eigenvalue stand above a second one, which has converged before they are found."""
+    values = torch.arange(20.0).repeat_interleave(2) if spectrum == "pairs" else torch.linspace(0, 5, 40).clamp(max=4.6)
+    missed = 0
+    for seed in range(5):
+        torch.manual_seed(seed)
+        matrix = with_spectrum(values.double())
+        for k in (2, 3, 5):
+            for ncv in (k + 2, 2 * k + 1, None):
+                found = linalg.eigsh(
+                    lambda v, a=matrix: a @ v, torch.zeros(40), k, "LA", ncv,
+                    generator=torch.Generator().manual_seed(seed),
+                )  # fmt: skip
+                right = torch.allclose(found.values, values.double().flip(0)[:k], atol=1e-4)
+                missed += found.converged and not right
+                assert found.converged or ncv is not None
+    assert missed <= 1  # by chance: what begins the search for copies is random
 
 
 def test_lanczos_and_eigsh_write_into_nothing_that_is_not_theirs() -> None:
@@ -789,7 +809,9 @@ def test_refused_arguments_of_lanczos_and_eigsh() -> None:
             linalg.lanczos(lambda v: v, like, k)
         with pytest.raises(ValueError, match=f"between 1 and 3.*got {k}"):
             linalg.eigsh(lambda v: v, like, k)
-    for arguments, message in [({"which": "BE"}, '"LM".*BE'), ({"ncv": 1}, "ncv"), ({"maxiter": 0}, "maxiter"), ({"tol": -1.0}, "tol")]:  # fmt: skip  # noqa: E501
+    with pytest.raises(ValueError, match="larger than 3 for k = 2, got 3"):
+        linalg.eigsh(lambda v: v, torch.ones(9), 2, ncv=3)
+    for arguments, message in [({"which": "BE"}, '"LM".*BE'), ({"ncv": 1}, "larger than 1 for k = 1"), ({"maxiter": 0}, "maxiter"), ({"tol": -1.0}, "tol")]:  # fmt: skip  # noqa: E501
         with pytest.raises(ValueError, match=message):
             linalg.eigsh(lambda v: v, like, **arguments)
 

@@ -157,7 +157,8 @@ class TopEigenvalues(HessianQuantity):
             tol: of the residuals, relative to the Hessian's norm; `converged` in the result says whether they are less.
             maxiter: restarts, after which the result is what it is.
             generator: of the first vector; one of packext's own by default.
-            ncv: vectors of Lanczos' basis, the products of one cycle; `max(2 k + 1, 20)` by default.
+            ncv: vectors of Lanczos' basis, the products of one cycle; `max(2 k + 1, 20)` by default. As for
+                `linalg.eigsh`.
             start: the first vector in place of a random one, by parameter (zero where it has none).
 
         Raises:

@@ -410,6 +410,30 @@ class Places(nn.Module):
         return self.head(self.first(x) + places) @ self.edges
 
 
+class Short(nn.Module):
+    """Keeps a second weight in a type of a byte, which stays or moves."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 3), nn.Module()
+        self.second.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.uint8).view(dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2])
+def test_parameters_of_a_byte_stay_or_move(dtype: torch.dtype) -> None:
+    model, (x, y) = Short(dtype), batch()
+    monitor = watch(model, Untrained())
+    for _ in range(2):
+        step(monitor, x, y)
+    assert monitor.values["Untrained/second.weight"] == 2
+    model.second.weight.data.view(torch.uint8)[1, 1] = 3
+    step(monitor, x, y)
+    assert "Untrained/second.weight" not in monitor.values
+
+
 def test_positions_are_no_layer() -> None:
     monitor, (x, y) = watch(Places(), Untrained(), InitialScale()), batch()
     step(monitor, x, y)

@@ -127,7 +127,9 @@ def _some(model: nn.Module, count: int = 64) -> dict[str, Tensor]:
     frozen = {k: p.detach() for k, p in model.named_parameters() if not p.requires_grad and p.is_floating_point()}
     # Not of quantised ones, which are tensors of another kind, nor of sparse ones.
     frozen = {k: t for k, t in frozen.items() if type(t) is Tensor and t.layout is torch.strided and not t.is_meta}
-    parts = [t.flatten()[:: max(1, t.numel() // count)].double() for t in frozen.values()]
+    # Of types of a byte their bits: four of torch's bits convert to no other type.
+    plain = [t.view(torch.uint8) if t.element_size() == 1 else t for t in frozen.values()]
+    parts = [t.flatten()[:: max(1, t.numel() // count)].double() for t in plain]
     if not parts:
         return {}
     whole = torch.cat([part.to(parts[0].device) for part in parts]).cpu()  # once: an accelerator is waited for

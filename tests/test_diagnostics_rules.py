@@ -645,8 +645,26 @@ def test_adapters_of_which_half_start_at_zero_learn() -> None:
     def warm(step: int, model: Any) -> None:
         optimizer.param_groups[0]["lr"] = 2e-5 * (step + 1)
 
-    said = {v.name for v in train(model, warm, optimizer=optimizer, steps=40)}
-    assert said <= {"frozen by mistake"}  # of so small a model less than nine tenths are held
+    assert train(model, warm, optimizer=optimizer, steps=40) == []
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_beside_a_head_that_is_trained(wrapped: bool) -> None:
+    """The head's share in the gradient is much larger than theirs, of which one half starts at zero."""
+    layers = [module for k in range(4) for module in (Adapted(10 if k == 0 else 32, 32), nn.ReLU())]
+    model: nn.Module = nn.Sequential(*layers, nn.Linear(32, 4))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, 3e-3)
+    if wrapped:
+        model = nn.Sequential(nn.Identity(), model)
+    assert train(model, optimizer=optimizer, steps=60) == []
+
+
+def test_a_frozen_layer_between_square_ones_is_no_adapter() -> None:
+    model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(3)), nn.Linear(10, 4))
+    model = nn.Sequential(model[:3], model[3])
+    model[0][1].requires_grad_(False)
+    assert first(train(model, steps=6), "frozen by mistake").where == ("0.1.weight", "0.1.bias")
 
 
 @pytest.mark.parametrize("deep", [False, True])

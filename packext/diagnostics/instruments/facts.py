@@ -71,7 +71,8 @@ class Untrained(Instrument):
     """How many parameters are not trained, and of each of these why, by a number.
 
     "Untrained/0.weight" is 1 for a parameter that does not require grad, and neither does any before it (as a frozen
-    backbone is), or that is none of a layer's weights and biases (as fixed positions and embeddings are); 2 for one
+    backbone is), or that is none of a layer's weights and biases (as fixed positions and embeddings are), or of a layer
+    that an adapter was put into (two matrices beside it that are trained, whose product has its shape); 2 for one
     that does not require grad though one before it does, and has not moved from look to look (as a moving average of
     others does); 3 for one that the optimizer does not hold and that has not moved either; 4 for one whose learning
     rate is 0; 5 for one that got no gradient (its `.grad` is None). Parameters that are trained are not listed.
@@ -97,14 +98,15 @@ class Untrained(Instrument):
             update = None
         rates = {id(p): group.get("lr") for group in step.optimizer.param_groups for p in group["params"]}
         idle = update is None and not any(id(p) in rates for p in step.model.parameters())  # nothing has moved, either
-        found, front, entries, all_entries, tables = {}, True, 0, 0, _tables(step.model)
+        found, front, entries, all_entries = {}, True, 0, 0
+        apart = _tables(step.model) | _adapters(step.model)
         held, self._held = self._held, _some(step.model)
         self._moved |= {k for k, some in self._held.items() if k in held and not torch.equal(some, held[k])}
         for name, p in step.model.named_parameters():
             all_entries += p.numel()
             code = None
             if not p.requires_grad:
-                of_layer = id(p) not in tables and any(kind in name.rpartition(".")[2] for kind in ("weight", "bias"))
+                of_layer = id(p) not in apart and any(kind in name.rpartition(".")[2] for kind in ("weight", "bias"))
                 code = FROZEN_FRONT if front or not of_layer else FROZEN if name not in self._moved else None
             else:
                 front = False
@@ -140,8 +142,9 @@ class InitialScale(Instrument):
     """How large the matrices were at the start: root mean square of a weight's entries times the root of its fan-in.
 
     Of each parameter with two axes or more (`[out, in, ...]`, fan-in is the product of all sizes but the first), except
-    matrices of one row, embeddings, scales and shifts of `nn.LayerNorm` and `nn.RMSNorm` over several axes, and what a
-    module with layers of its own adds to them (positions, a class token: parameters beside parts with parameters that
+    matrices of one row, embeddings, scales and shifts of `nn.LayerNorm` and `nn.RMSNorm` over several axes, those of an
+    adapter beside the weight that it was put into (one of them starts at zero), and what a module with layers of its
+    own adds to them (positions, a class token: parameters beside parts with parameters that
     are not called a weight). PyTorch's default is 0.58, Glorot's (2010)
     about 1, that of He et al. (2015) 1.41. "InitialScale.alike" is the number of matrices whose rows are all the same
     (and not zero), so that their units stay copies of each other, and "InitialScale.usual" the norm that all matrices
@@ -161,9 +164,11 @@ class InitialScale(Instrument):
         if self._late:
             return {}
         start, self._late = step.start, True
-        none = _tables(step.model) | {
-            id(p) for m in step.model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm)) for p in m.parameters()
-        }
+        none = (
+            _tables(step.model)
+            | _adapters(step.model)
+            | {id(p) for m in step.model.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm)) for p in m.parameters()}
+        )
         matrices = {name: w for name, w in start.items() if w.dim() > 1 and id(step.parameters[name]) not in none}
         usual = (sum(len(w) for w in matrices.values()) / 3) ** 0.5
         weights = {name: w for name, w in matrices.items() if len(w) > 1}
@@ -179,6 +184,22 @@ def _tables(model: nn.Module) -> set[int]:
         lookup = isinstance(m, (nn.Embedding, nn.EmbeddingBag))
         if lookup or any(next(part.parameters(), None) is not None for part in m.children()):
             found |= {id(p) for k, p in m._parameters.items() if lookup or "weight" not in k}
+    return found
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    """Ids of the matrices of low-rank adapters, and of the parameters that these were put beside."""
+    found = set()
+    if all(p.requires_grad for p in model.parameters()):
+        return found
+    for m in model.modules():
+        matrices = [p for p in m.parameters() if p.dim() > 1]
+        held, free = ([p for p in matrices if p.requires_grad == trained] for trained in (False, True))
+        if len(held) == 1 and len(free) == 2:
+            down, up = free
+            outputs, inputs, rank = len(held[0]), held[0][0].numel(), len(down)
+            if rank < min(outputs, inputs) and (len(up), up[0].numel(), down[0].numel()) == (outputs, rank, inputs):
+                found |= {id(p) for p in m.parameters() if p.dim() > 1 or not p.requires_grad}
     return found
 
 

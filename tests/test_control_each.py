@@ -342,3 +342,13 @@ def test_weights_belong_to_the_batch_that_was_drawn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(list(sampler)) == len(sampler) == 5
+
+
+def test_a_state_of_other_averages_is_refused() -> None:
+    norm, inner = optim.NormTest(), optim.InnerProductTest()
+    with pytest.raises(ValueError, match="InnerProductTest averages 4 estimates, and the state has 2: .* another"):
+        inner.load_state_dict(norm.state_dict())
+    with pytest.raises(ValueError, match="NormTest averages 2 estimates, and the state has 4"):
+        norm.load_state_dict(inner.state_dict())
+    with pytest.raises(ValueError, match="NormTest has the state batch_size.*, got nothing"):
+        norm.load_state_dict({})

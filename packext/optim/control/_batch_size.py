@@ -105,6 +105,23 @@ class AveragingController(BatchSizeController):
             share = 1 - self.decay**self._steps
             self.batch_size = self._choose(*(a / share for a in self._averages))
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Args:
+            state_dict: of a controller of this class.
+
+        Raises:
+            ValueError: if it is of one that averages something else.
+        """
+        theirs = len(state_dict.get("_averages", self._averages))
+        if theirs != self.estimates:
+            raise ValueError(
+                f"{type(self).__name__} averages {self.estimates} estimates, and the state has {theirs}: it is of "
+                "another controller."
+            )
+        super().load_state_dict(state_dict)
+
     def _choose(self, *averages: float) -> int:
         raise NotImplementedError
 

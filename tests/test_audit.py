@@ -567,6 +567,24 @@ def test_tokens() -> None:
     assert "inputs are torch.int64" in audit.labels.absent["LLG*"] and audit.records.norms
 
 
+def test_positions_that_are_looked_up_twice() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.word, self.position, self.head = nn.Embedding(50, 8), nn.Embedding(7, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            at = torch.arange(x.shape[1])
+            return self.head(((self.word(x) + self.position(at)).tanh() + self.position(at)).mean(1))
+
+    data = torch.randint(50, (40, 6)), torch.randint(3, (40,))
+    found = closed(case(Encoder(), data), Clock(1e6))
+    assert [(e.name, e.tokens > 6, e.found.value) for e in found.embeddings] == [
+        ("word", True, 1.0),
+        ("position", False, 1.0),
+    ]
+
+
 @pytest.mark.usefixtures("bare")
 def test_positions_name_no_tokens() -> None:
     class Encoder(nn.Module):

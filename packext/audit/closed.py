@@ -283,7 +283,7 @@ def _inputs(model: nn.Module, batches: Sequence[Tensor], names: list[str]) -> di
             calls.clear()
             twin(x)
             for name, seen in calls.items():
-                got.setdefault(name, []).extend(seen if len(seen) == 1 else [c.flatten(0, -2) for c in seen])
+                got.setdefault(name, []).extend(seen if len(seen) == 1 else [c.reshape(-1, *c.shape[-1:]) for c in seen])
     return {name: torch.cat(parts) for name, parts in got.items()}
 
 

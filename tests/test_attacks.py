@@ -582,6 +582,34 @@ def test_text_by_its_embeddings() -> None:
     assert found.matched and tokens.tolist() == x.tolist()
 
 
+def test_the_cosine_on_what_a_model_is_run_with() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 12), nn.Sigmoid(), nn.Linear(12, 3)), torch.rand(1, 6), torch.tensor([1])
+    shared = attacks.share(model, nn.CrossEntropyLoss(), x, y)
+    search = attacks.InvertingGradients(300, tv=0.0, low=0.0, high=0.5)
+    found = search(model, shared, (6,), y, forward=lambda m, half: m(2 * half))
+    assert found.matched and (2 * found.inputs - x).abs().max() < 1e-2
+    assert (search(model, shared, (6,), y).inputs - x).abs().max() > 0.1  # of which half are out of the box
+
+
+def test_labels_of_each_token_are_searched_for() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(20, 40), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x.flatten(1)).sigmoid().unflatten(1, (5, 8))).transpose(1, 2)
+
+    torch.manual_seed(0)
+    model, x, y = Tagger(), torch.randn(2, 5, 4), torch.randint(3, (2, 5))
+    shared = attacks.share(model, nn.CrossEntropyLoss(), x, y)
+    found = attacks.DeepLeakage(60)(model, shared, (5, 4), classes=(3, 5))
+    order = attacks.in_order(found.inputs, x)
+    assert found.matched and found.labels[order].tolist() == y.tolist()
+    torch.testing.assert_close(found.inputs[order], x, rtol=0, atol=1e-2)
+
+
 def test_inversion_refuses_what_does_not_fit() -> None:
     model, (x, y), loss = sigmoid_net(), upscaled(1, 0), nn.CrossEntropyLoss()
     shared = attacks.share(model, loss, x, y)

@@ -175,7 +175,7 @@ class DeepLeakage:
         model: nn.Module,
         shared: Shared,
         shape: tuple[int, ...],
-        classes: int | None = None,
+        classes: int | tuple[int, ...] | None = None,
         labels: Tensor | None = None,
         forward: Callable[[nn.Module, Tensor], Tensor] | None = None,
         mask: Mapping[str, Tensor] | None = None,
@@ -188,7 +188,8 @@ class DeepLeakage:
             shared: what the client sent.
             shape: of one input.
             classes: how many there are, where labels are searched for: among probabilities, which add up to 1. What a
-                loss takes beside (several classes of one sample, numbers) is not among them, and nothing is matched.
+                loss takes beside (several classes of one sample, numbers) is not among them, and nothing is matched. Of
+                samples with several labels, as each token of a text has one, the output's shape: `(C, T)`.
             labels: `[N]`, or `[N, ...]` for other losses than of classes, where they are known.
             forward: how the model is run on what is searched for; `model(x)` by default.
             mask: entries that are matched, by parameter name, such as `packext.attacks.sent` gives; all by default.
@@ -216,7 +217,8 @@ class DeepLeakage:
             x = torch.randn(shared.n, *shape, generator=generator, dtype=torch.float64).to(like)
             y = labels
             if y is None:
-                y = torch.randn(shared.n, classes, generator=generator, dtype=torch.float64).to(like)  # type: ignore[arg-type]
+                each = classes if isinstance(classes, tuple) else (classes,)
+                y = torch.randn(shared.n, *each, generator=generator, dtype=torch.float64).to(like)  # type: ignore[arg-type]
             if not found:
                 matching.check(x, y if labels is not None else y.softmax(1))
             found.append(self._search(matching, x, y, labels is None, progress))
@@ -397,6 +399,7 @@ class InvertingGradients:
         labels: Tensor,
         mask: Mapping[str, Tensor] | None = None,
         progress: Callable[[int, float], None] | None = None,
+        forward: Callable[[nn.Module, Tensor], Tensor] | None = None,
     ) -> Reconstruction:
         """Search.
 
@@ -407,11 +410,12 @@ class InvertingGradients:
             labels: `[N]`.
             mask: entries that are matched, by parameter name, such as `packext.attacks.sent` gives; all by default.
             progress: called after each iteration with its number and the cosine distance before its step.
+            forward: how the model is run on what is searched for; `model(x)` by default.
 
         Returns:
             The best restart.
         """
-        matching = Matching(model, shared, mask=mask)
+        matching = Matching(model, shared, forward, mask)
         like = next(iter(matching.parameters.values()))
         found: list[Reconstruction] = []
         for restart in range(self.restarts):

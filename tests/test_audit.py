@@ -173,7 +173,7 @@ def test_names_in_the_json_are_stable() -> None:
         "integrity": "feature_variance rank_ratio without_gradient zero_scales reasons samples",
         "closed": "layers embeddings draws samples",
         "labels": "samples classes guess identity rules cohort capacity clients_exact rounds doubt",
-        "inversion": "searches planned psnr_guess",
+        "inversion": "searches texts words planned psnr_guess",
         "records": "samples batch worst norm_quantiles share_quantiles dominating suggested_clip norms leverages "
         "indices",
         "membership": "members others scores bound bound_by_chance shadows",
@@ -563,7 +563,7 @@ def test_tokens() -> None:
     assert embedding.found.value == 1.0 and "'embed' names the tokens" in titles(audit, "high")
     true = [len(set(x[drawn(k, 2)].flatten().tolist()) - {0}) for k in range(2)]
     assert embedding.tokens == pytest.approx(sum(true) / 2)
-    assert "inputs are torch.int64" in audit.inversion.absent["reconstruction"] and not audit.inversion.searches
+    assert audit.inversion.texts and not audit.inversion.searches and not audit.inversion.absent
     assert "inputs are torch.int64" in audit.labels.absent["LLG*"] and audit.records.norms
 
 

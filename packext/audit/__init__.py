@@ -9,6 +9,7 @@ from packext.audit.closed import LayerCheck as LayerCheck
 from packext.audit.findings import Finding as Finding
 from packext.audit.inversion import Inversion as Inversion
 from packext.audit.inversion import SearchResult as SearchResult
+from packext.audit.inversion import TextResult as TextResult
 from packext.audit.labels import Labels as Labels
 from packext.audit.labels import RuleResult as RuleResult
 from packext.audit.records import Epsilon as Epsilon

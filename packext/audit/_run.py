@@ -25,6 +25,7 @@ from packext.audit.section import Section, plain, restored
 from packext.audit.setting import Integrity, Setting, integrity, setting
 from packext.audit.sharing import Budget, Sharing
 from packext.audit.sweep import Sweep, sweep
+from packext.audit.text import text
 
 #: Of `audit.json`; another number says that names have changed.
 SCHEMA = 1
@@ -147,7 +148,7 @@ def run(
         "integrity": integrity,
         "closed": closed,
         "labels": labels,
-        "inversion": inversion,
+        "inversion": inversion if case.continuous else text,
         "records": records,
         "membership": lambda case, clock: membership(case, clock, train),
         "epsilon": epsilon,

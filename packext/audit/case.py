@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import packext as px
 from packext.attacks import Cohort, Head, Shared, share, share_update
-from packext.audit.sharing import Budget, Data, Sharing, fresh
+from packext.audit.sharing import Budget, Data, Sharing, fresh, name_of
 from packext.defences import replaces_share
 
 Train = Callable[[Tensor, Tensor], nn.Module]
@@ -260,6 +260,7 @@ class Case:
             "model": fingerprint(self.model),
             "loss": repr(self.loss_fn),
             "data": digest(parts),
+            "decode": name_of(self.data.decode),
             "sharing": self.sharing.words(),
             "budget": vars(self.budget),
             "seed": self.seed,

@@ -119,17 +119,17 @@ def closed(case: Case, clock: Clock) -> Closed:
         found.draws += 1
         message, inputs, others, alone = None, {}, {}, None
         with found.unless_refused("message"):
-            inputs = _inputs(case.model, case.by_client(case.x[index]), list(layers))
+            inputs = inputs_of(case.model, case.by_client(case.x[index]), list(layers))
             message = case.message(case.x[index], case.y[index])
         if message is None:
             continue
         with found.unless_refused("inputs that were not in the batch"):
-            others = _inputs(case.model, case.by_client(case.x[rest]), list(layers)) if len(rest) else {}
+            others = inputs_of(case.model, case.by_client(case.x[rest]), list(layers)) if len(rest) else {}
         if not len(rest):
             found.absent["inputs that were not in the batch"] = "all members are in every batch"
         with found.unless_refused("messages with one sample"):
             x, y = case.x[index[:1]], case.y[index[:1]]
-            own = _inputs(case.model, (x,), list(layers))
+            own = inputs_of(case.model, (x,), list(layers))
             alone = case.client(x, y), own
         for name, layer in layers.items():
             if name not in inputs:
@@ -147,7 +147,7 @@ def closed(case: Case, clock: Clock) -> Closed:
                     note.setdefault("false", []).extend(int(seen == tokens) for tokens in away)
                 continue
             e = inputs[name].flatten(0, -2)
-            sizes[name] = len(e), _same(inputs[name], case.x[index])
+            sizes[name] = len(e), same(inputs[name], case.x[index])
             every = torch.cat([e, others[name].flatten(0, -2)]) if name in others else e
             centre = every.double().mean(0) if len(every) > 1 else torch.zeros_like(e[0])
             _try_linear(found, layer, name, message, e, others.get(name), centre, note)
@@ -261,13 +261,22 @@ def read_off(case: Case, message: Shared, x: Tensor) -> float | None:
         if m.weight.numel() <= LARGEST and m.weight.requires_grad and m.bias.requires_grad
     ]
     centre = case.x.reshape(len(case.x), -1).double().mean(0)
-    seen = _inputs(case.model, case.by_client(x), layers) if layers else {}
-    shares = [divided(message, name, e.flatten(0, -2), centre) for name, e in seen.items() if _same(e, x)]
+    seen = inputs_of(case.model, case.by_client(x), layers) if layers else {}
+    shares = [divided(message, name, e.flatten(0, -2), centre) for name, e in seen.items() if same(e, x)]
     return max(shares, default=None)
 
 
-def _inputs(model: nn.Module, batches: Sequence[Tensor], names: list[str]) -> dict[str, Tensor]:
-    """What layers receive on batches, run one by one; of a layer that is called several times in a run, all of it."""
+def inputs_of(model: nn.Module, batches: Sequence[Tensor], names: list[str]) -> dict[str, Tensor]:
+    """What layers receive on batches, run one by one.
+
+    Args:
+        model: stays as it is.
+        batches: inputs of the model.
+        names: of layers.
+
+    Returns:
+        Inputs by layer; of one that is called several times in a run, all of it, and of none that is not called.
+    """
     twin = copy.deepcopy(model)
     calls: dict[str, list[Tensor]] = {}
     got: dict[str, list[Tensor]] = {}
@@ -283,10 +292,20 @@ def _inputs(model: nn.Module, batches: Sequence[Tensor], names: list[str]) -> di
             calls.clear()
             twin(x)
             for name, seen in calls.items():
-                got.setdefault(name, []).extend(seen if len(seen) == 1 else [c.reshape(-1, *c.shape[-1:]) for c in seen])
+                got.setdefault(name, []).extend(
+                    seen if len(seen) == 1 else [c.reshape(-1, *c.shape[-1:]) for c in seen]
+                )
     return {name: torch.cat(parts) for name, parts in got.items()}
 
 
-def _same(inputs: Tensor, x: Tensor) -> bool:
-    """Whether a layer receives the client's inputs and nothing else, in whatever shape."""
+def same(inputs: Tensor, x: Tensor) -> bool:
+    """Whether a layer receives the client's inputs and nothing else, in whatever shape.
+
+    Args:
+        inputs: of the layer.
+        x: of the model.
+
+    Returns:
+        True if they hold the same numbers in the same order.
+    """
     return inputs.numel() == x.numel() and bool((inputs.flatten() == x.flatten()).all())

@@ -8,7 +8,7 @@ from statistics import NormalDist
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from packext.audit.inversion import SearchResult
+from packext.audit.inversion import SearchResult, TextResult
 from packext.audit.records import ScoreResult
 from packext.audit.section import Interval
 from packext.audit.sweep import Defended
@@ -54,7 +54,7 @@ def findings(audit: Audit) -> list[Finding]:
     Returns:
         Findings, the most severe first.
     """
-    parts = (_integrity, _epsilon, _inversion, _closed, _aggregation, _labels, _membership, _records, _sweep)
+    parts = (_integrity, _epsilon, _inversion, _texts, _closed, _aggregation, _labels, _membership, _records, _sweep)
     found = [finding for part in parts for finding in part(audit)]
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
 
@@ -194,6 +194,61 @@ def _inversion(audit: Audit) -> Iterator[Finding]:
             f"{matched} of {tried} searches have matched. {_evidence(shown or alone, guess)}",
             advice,
         )
+
+
+def _texts(audit: Audit) -> Iterator[Finding]:
+    s, behind = audit.inversion, audit.setting.behind
+    best: dict[int, TextResult] = {}
+    for r in sorted(s.texts, key=lambda r: r.tokens.value - r.guess):
+        best[r.samples] = r
+    shown, alone = best.get(behind), best.get(1)
+    searches = len({r.search for r in s.texts})
+    if shown is not None and _read(shown, searches):
+        yield Finding(
+            "high" if shown.exact.value > 0 or shown.tokens.value > 0.5 else "medium",
+            "inversion",
+            "Texts can be reconstructed from what is shared."
+            if shown.exact.value > 0
+            else "Tokens of texts can be put into their places from what is shared.",
+            _spelled(shown) + (f" {_spelled(alone)}" if alone not in (shown, None) else ""),
+            "Look at the texts. Larger batches, longer texts, noise on clipped gradients.",
+        )
+    elif alone is not None and _read(alone, searches):
+        yield Finding(
+            "medium",
+            "inversion",
+            "The gradient of a single text gives its tokens away; that of a real batch was not inverted.",
+            _spelled(alone) + (f" {_spelled(shown)}" if shown is not None else ""),
+            "Let no client send the gradient of a single text. Larger batches were hidden from these searches alone.",
+        )
+    elif s.texts:
+        matched, tried = sum(r.matched for r in s.texts), sum(r.seeds for r in s.texts)
+        evidence = f"{matched} of {tried} searches have matched. {_spelled(shown or alone)}"
+        if matched:
+            title = "Searches have matched the gradient, and place tokens no better than guessing does."
+            advice = (
+                "Where a model adds tokens up, every order of them fits, and a language model may tell which it was; "
+                "which tokens occurred is with the closed forms."
+            )
+        else:
+            title = "No search has inverted the gradient. That is no protection: none has matched it either."
+            advice = "Do not take this for privacy. Try a larger budget (more restarts and iterations)."
+        yield Finding("note", "inversion", title, evidence, advice)
+
+
+def _read(r: TextResult, searches: int) -> bool:
+    """Whether more tokens were found than by guessing, by the best of several searches."""
+    return beyond(Interval.share(round(r.tokens.value * r.counted), r.counted), searches) > r.guess
+
+
+def _spelled(r: TextResult | None) -> str:
+    if r is None:
+        return ""
+    return (
+        f"{r.search}, {r.samples} text{'s' * (r.samples > 1)}: {percent(r.tokens)} of the tokens in their place, "
+        f"guessing {whole(r.guess)} (nearest among {r.named:.0f} tokens); {percent(r.exact)} of the texts without an "
+        f"error; {r.matched} of {r.seeds} searches matched."
+    )
 
 
 RECOGNISED = "Reconstructions are blurred, and can be recognised among candidates all the same."

@@ -82,17 +82,66 @@ class SearchResult:
     objective: float | None
 
 
+@dataclass
+class TextResult:
+    """One search for vectors in place of embeddings, at one batch size, and the tokens nearest to them.
+
+    Attributes:
+        search: its name.
+        embedding: the layer whose output is searched for.
+        samples: texts behind the message.
+        seeds: batches and messages, each searched by itself.
+        restarts: of each search.
+        iterations: of each restart.
+        tokens: share of a message's tokens that are found, each in its place; padding is known, and does not count.
+            Texts come in the order that fits the clients' best.
+        exact: share of the texts of which all tokens are.
+        guess: share of the tokens that who sees no more than which occurred gets: the most frequent of these in each
+            place, or, of several texts, tokens drawn by their frequency there, in the order that fits best.
+        named: tokens among which the nearest is taken, mean over messages: those of which the embedding's gradient says
+            that they occurred; of one that is not shared, or has a gradient in every row, the whole vocabulary.
+        counted: tokens that there were to find, in all messages.
+        labels: share of the labels found; None where they were taken as known.
+        matched: searches that have found vectors with the gradient that was shared, the embedding's left out.
+        objective: at the end, median: squared distance over the squared norm, or one minus the cosine; None where none
+            is finite.
+        true: tokens of the first texts, row after row.
+        found: tokens that were found in their place.
+    """
+
+    search: str
+    embedding: str
+    samples: int
+    seeds: int
+    restarts: int
+    iterations: int
+    tokens: Interval
+    exact: Interval
+    guess: float
+    named: float
+    counted: int
+    labels: float | None
+    matched: int
+    objective: float | None
+    true: list[list[int]]
+    found: list[list[int]]
+
+
 @dataclass(kw_only=True)
 class Inversion(Section):
     """What searches recover.
 
     Attributes:
         searches: at the real batch size, and of one sample by itself.
+        texts: the same where inputs are tokens.
+        words: of the tokens of `texts`, where `Data.decode` says them.
         planned: seeds of each search that the budget has.
         psnr_guess: in dB, of who knows no message and guesses the mean of all candidates, mean over them.
     """
 
     searches: list[SearchResult] = field(default_factory=list)
+    texts: list[TextResult] = field(default_factory=list)
+    words: dict[str, str] = field(default_factory=dict)
     planned: int = 0
     psnr_guess: float | None = None
 
@@ -134,21 +183,44 @@ def inversion(case: Case, clock: Clock) -> Inversion:
     """
     found = Inversion(planned=case.budget.seeds)
     with found.unless_refused("reconstruction"):
-        searchable(case)
-        searches = searches_for(case, found.absent)
+        searches = searches_for(case, found.absent, *case.bounds())
         found.psnr_guess = guess(case)
-        sizes = sorted({1, case.sharing.behind})
-        jobs = [(name, n) for n in sizes for name in searches]
-        for k, (name, n) in enumerate(jobs):
-            part = Clock(clock.left / (len(jobs) - k), lambda done, k=k: clock.tell((k + done) / len(jobs)))
-            what = f"{name}, {n} sample" + ("s" if n > 1 else "")
-            with found.unless_refused(what):
-                made, attack = _repeat(case, searches[name], n, part)
-                found.searches.append(_summary(name, n, made, attack, case))
-                found.threats[name] = _threat(attack)
-                found.arrays |= _pictures(case, what, made)
-        clock.tell(1.0)
+
+        def note(name: str, n: int, what: str, made: list[Attempt], attack: Any) -> None:
+            found.searches.append(_summary(name, n, made, attack, case))
+            found.threats[name] = threat_of(attack)
+            found.arrays |= _pictures(case, what, made)
+
+        at_both_sizes(case, clock, found, searches, attempt, note)
     return found
+
+
+def at_both_sizes(
+    case: Case,
+    clock: Clock,
+    found: Inversion,
+    searches: dict[str, Any],
+    one: Callable[..., Any],
+    note: Callable[..., None],
+) -> None:
+    """Search of one sample by itself, and of the real batch, over seeds.
+
+    Args:
+        case: model, data and sharing.
+        clock: of the section.
+        found: where is noted what is refused.
+        searches: attacks by name.
+        one: makes an attempt, called as `attempt`.
+        note: called with the name, the number of samples, both in words, the attempts, and the attack as it was made.
+    """
+    sizes = sorted({1, case.sharing.behind})
+    jobs = [(name, n) for n in sizes for name in searches]
+    for k, (name, n) in enumerate(jobs):
+        part = Clock(clock.left / (len(jobs) - k), lambda done, k=k: clock.tell((k + done) / len(jobs)))
+        what = f"{name}, {n} sample" + ("s" if n > 1 else "")
+        with found.unless_refused(what):
+            note(name, n, what, *_repeat(case, searches[name], n, part, one))
+    clock.tell(1.0)
 
 
 def searchable(case: Case) -> None:
@@ -162,17 +234,21 @@ def searchable(case: Case) -> None:
     """
     if not case.continuous:
         raise px.PackextError(
-            f"inputs are {case.x.dtype}, which no descent finds. What closed forms tell of tokens is above; to search "
-            "for vectors in place of embeddings, call packext.attacks.DeepLeakage with forward=."
+            f"inputs are {case.x.dtype}, which no descent finds. Vectors in place of embeddings are searched for in "
+            "the audited message alone: make an audit with Sharing(defence=...) for each defence."
         )
 
 
-def searches_for(case: Case, absent: dict[str, str]) -> dict[str, Any]:
+def searches_for(
+    case: Case, absent: dict[str, str], low: float | None = None, high: float | None = None
+) -> dict[str, Any]:
     """Searches that fit what is shared.
 
     Args:
         case: model, data and sharing.
         absent: where reasons go why others do not.
+        low: end of the range of what is searched for; that of the inputs by default.
+        high: the other end.
 
     Returns:
         Attacks by name, as the budget has them.
@@ -183,7 +259,8 @@ def searches_for(case: Case, absent: dict[str, str]) -> dict[str, Any]:
     b, local = case.budget, case.sharing.local
     if local is not None and case.sharing.secure_aggregation:
         raise px.PackextError("no search here unrolls the local steps of several clients whose sum alone is seen.")
-    low, high = case.bounds()
+    if low is None or high is None:
+        low, high = case.bounds()
     if not high > low:
         raise px.PackextError("all inputs are the same number.")
     tv = 1e-4 if case.x.dim() == 4 else 0.0
@@ -214,33 +291,11 @@ def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor, mask
 
     Returns:
         What was found.
-
-    Raises:
-        PackextError: if the message is of other samples than these.
     """
-    if message.n != len(x):
-        raise px.PackextError(
-            f"{message.n} of {len(x)} samples are behind the message; which ones, no search here knows."
-        )
-    model, dtype = case.precise()
-    gradient = {k: g.to(dtype) for k, g in message.gradient.items()}
-    sent = replace(message, gradient=gradient, loss_fn=copy.deepcopy(message.loss_fn).to(dtype))
-    shape = tuple(x.shape[1:])
-    known = y.to(dtype) if y.is_floating_point() else y
     low, high = case.bounds()
-    true = x.to(dtype)
+    true = x.to(case.precise()[1])
     guessed = candidates(case).to(true).mean(0)
-    if not any(g.any() for g in gradient.values()):  # of a loss that is flat: who sees nothing guesses
-        result = Reconstruction(guessed.expand_as(true), torch.full_like(y, -1), (math.nan,), False, 0)
-    elif isinstance(attack, tuple):
-        deep, classes = attack
-        given: dict[str, Any] = {"classes": classes}
-        if len(y) == 1:  # iDLG: the label first, which is exact for one sample, where the loss lets it be read
-            with suppress(px.PackextError):
-                given = {"labels": IDLG()(model, sent).argmax()[None].to(y.device)}
-        result = deep(model, sent, shape, mask=mask, **given)
-    else:
-        result = attack(model, sent, shape, known, mask=mask)
+    result = searched(case, attack, message, y, guessed.expand_as(true), mask=mask)
     inputs = torch.nan_to_num(result.inputs.detach(), nan=low).clamp(2 * low - high, 2 * high - low)
     order = in_order(inputs, true).to(inputs.device)
     inputs = inputs[order]
@@ -251,21 +306,58 @@ def attempt(case: Case, attack: Any, message: Shared, x: Tensor, y: Tensor, mask
     return Attempt(inputs, true, mse, psnr(inputs, true, high - low), labels, hits, recovered, result)
 
 
-def _repeat(case: Case, attack: Any, n: int, clock: Clock) -> tuple[list[Attempt], Any]:
+def searched(case: Case, attack: Any, message: Shared, y: Tensor, guessed: Tensor, **how: Any) -> Reconstruction:
+    """Search once.
+
+    Args:
+        case: model, data and sharing.
+        attack: as `searches_for` gives it.
+        message: what the attacker sees.
+        y: the true labels, which `InvertingGradients` is told.
+        guessed: what is found where the message says nothing, in the shape of what is searched for.
+        how: `mask` and `forward` of the attack.
+
+    Returns:
+        What was found, in the precision of the search.
+
+    Raises:
+        PackextError: if the message is of other samples than these.
+    """
+    if message.n != len(y):
+        raise px.PackextError(
+            f"{message.n} of {len(y)} samples are behind the message; which ones, no search here knows."
+        )
+    model, dtype = case.precise()
+    gradient = {k: g.to(dtype) for k, g in message.gradient.items()}
+    if not any(g.any() for g in gradient.values()):  # of a loss that is flat: who sees nothing guesses
+        return Reconstruction(guessed, torch.full_like(y, -1), (math.nan,), False, 0)
+    sent = replace(message, gradient=gradient, loss_fn=copy.deepcopy(message.loss_fn).to(dtype))
+    shape = tuple(guessed.shape[1:])
+    if not isinstance(attack, tuple):
+        return attack(model, sent, shape, y.to(dtype) if y.is_floating_point() else y, **how)
+    deep, classes = attack
+    given: dict[str, Any] = {"classes": classes}
+    if len(y) == 1:  # iDLG: the label first, which is exact for one sample, where the loss lets it be read
+        with suppress(px.PackextError):
+            given = {"labels": IDLG()(model, sent).argmax()[None].to(y.device)}
+    return deep(model, sent, shape, **given, **how)
+
+
+def _repeat(case: Case, attack: Any, n: int, clock: Clock, one: Callable[..., Any]) -> tuple[list[Any], Any]:
     """Attempts on several batches, with as many iterations as the time allows for a few of them."""
-    attack = affordable(case, attack, n, clock.left / max(1, min(4, case.budget.seeds)))
-    made: list[Attempt] = []
+    attack = affordable(case, attack, n, clock.left / max(1, min(4, case.budget.seeds)), one)
+    made: list[Any] = []
     while clock.go_on(len(made), case.budget.seeds):
         k = len(made)
         index = case.draw(100 + k, n)
         x, y = case.x[index], case.y[index]
         message = case.client(x, y) if n == 1 else case.message(x, y)
         begun = seeded(attack, case.seed + 1000 * k, clip_of(case.sharing.defence) if n == 1 else None)
-        made.append(attempt(case, begun, message, x, y))
+        made.append(one(case, begun, message, x, y))
     return made, attack
 
 
-def affordable(case: Case, attack: Any, n: int, seconds: float) -> Any:
+def affordable(case: Case, attack: Any, n: int, seconds: float, one: Callable[..., Any] = attempt) -> Any:
     """The attack with fewer restarts and iterations, never under a fifth, if one search would take longer.
 
     Args:
@@ -273,6 +365,7 @@ def affordable(case: Case, attack: Any, n: int, seconds: float) -> Any:
         attack: as `searches_for` gives it.
         n: samples behind a message.
         seconds: for one search.
+        one: makes an attempt, called as `attempt`.
 
     Returns:
         An attack of the same kind.
@@ -284,7 +377,7 @@ def affordable(case: Case, attack: Any, n: int, seconds: float) -> Any:
     x, y = case.x[index], case.y[index]
     message = case.client(x, y) if n == 1 else case.message(x, y)
     start = perf_counter()
-    attempt(case, (trial, attack[1]) if deep else trial, message, x, y)
+    one(case, (trial, attack[1]) if deep else trial, message, x, y)
     each = (perf_counter() - start) / trial.iterations
     most = max(1, int(seconds / each))
     restarts = max(1, min(bare.restarts, most // bare.iterations))
@@ -300,7 +393,8 @@ def seeded(attack: Any, seed: int, clip: float | None) -> Any:
     return replace(attack, seed=seed)
 
 
-def _threat(attack: Any) -> Threat:
+def threat_of(attack: Any) -> Threat:
+    """Who makes an attack, as `searches_for` gives it."""
     return attack[0].threat if isinstance(attack, tuple) else attack.threat
 
 
@@ -343,7 +437,6 @@ def _summary(name: str, n: int, made: list[Attempt], attack: Any, case: Case) ->
     mse, ratio = torch.cat([a.mse for a in made]), torch.cat([a.psnr for a in made])
     words = [a.labels for a in made if a.labels is not None]
     bare = attack[0] if isinstance(attack, tuple) else attack
-    last = torch.tensor([a.result.objective[-1] for a in made], dtype=torch.float64).nanmedian()
     return SearchResult(
         name,
         n,
@@ -362,8 +455,21 @@ def _summary(name: str, n: int, made: list[Attempt], attack: Any, case: Case) ->
         float(ratio.min()),
         sum(words) / len(words) if words else None,
         sum(a.result.matched for a in made),
-        float(last) if last.isfinite() else None,
+        final([a.result for a in made]),
     )
+
+
+def final(made: list[Reconstruction]) -> float | None:
+    """Median of what searches have reached.
+
+    Args:
+        made: their results.
+
+    Returns:
+        The objective; None where none is finite.
+    """
+    last = torch.tensor([one.objective[-1] for one in made], dtype=torch.float64).nanmedian()
+    return float(last) if last.isfinite() else None
 
 
 def _pictures(case: Case, what: str, made: list[Attempt]) -> dict[str, Any]:

@@ -42,9 +42,7 @@ SAYS = {
     "labels": "How often each class occurs in a batch, read off the last layer's gradient. A rule says something where "
     "it beats guessing that classes are as frequent in the batch as in the data.",
     "inversion": "Inputs whose gradient is the one that was shared. A search that has not matched the gradient has "
-    "failed as a search, which is no protection; nothing matches a gradient that a defence has changed. An input "
-    "counts as recovered with a mean squared error below 1 % of the squared range (20 dB) and a tenth of that of the "
-    "candidates' mean, which is what guessing is here; and as recognised if it is the nearest of the candidates.",
+    "failed as a search, which is no protection; nothing matches a gradient that a defence has changed.",
     "records": "Leverage is how much of a sample's gradient the others' do not span; share, how large its own gradient "
     "is next to that of its batch. Records that stand out are those that an update says most about.",
     "membership": "Scores that tell who was trained on from who was not. What counts is the rate of true positives "
@@ -304,10 +302,61 @@ def _inversion(s: Any) -> str:
     if s.psnr_guess is not None:
         rows.append(["guessing the mean", *[None] * 3, f"{s.psnr_guess:.1f}", *[None] * 6])
     return table(head, rows) + (
-        '<p class="says">PSNR in dB, of all samples. Matched: searches that have found inputs with the gradient that '
-        "was shared. Tried: seeds × restarts × iterations.</p>"
+        '<p class="says">An input counts as recovered with a mean squared error below 1 % of the squared range (20 dB) '
+        "and a tenth of that of the candidates' mean, which is what guessing is here; and as recognised if it is the "
+        "nearest of the candidates. PSNR in dB, of all samples. Matched: searches that have found inputs with the "
+        "gradient that was shared. Tried: seeds × restarts × iterations.</p>"
         if rows
-        else ""
+        else _texts(s)
+    )
+
+
+def _texts(s: Any) -> str:
+    """What searches made of texts: numbers, and the first texts beside what was found of them."""
+    head = ["search", "texts", "tokens in their place", "guessing", "whole texts", "nearest among", "labels", "matched"]
+    head += ["objective", "tried"]
+    rows = [
+        [
+            r.search,
+            r.samples,
+            percent(r.tokens),
+            whole(r.guess),
+            percent(r.exact),
+            f"{r.named:.0f} tokens",
+            "known" if r.labels is None else whole(r.labels),
+            f"{r.matched} of {r.seeds}",
+            r.objective,
+            f"{r.seeds} × {r.restarts} × {r.iterations}",
+        ]
+        for r in s.texts
+    ]
+    if not rows:
+        return ""
+    names = ", ".join(sorted({repr(r.embedding) for r in s.texts}))
+    shown = "".join(
+        f"<details open><summary>{escape(r.search)}, {r.samples} text{'s' * (r.samples > 1)} in a message: the "
+        f'clients\' above what was found</summary><div class="scroll"><table class="texts">'
+        + "".join(_lines(true, found, s.words) for true, found in zip(r.true, r.found, strict=True))
+        + "</table></div></details>"
+        for r in s.texts
+    )
+    return (
+        f'{table(head, rows)}<p class="says">Searched for are vectors in place of what {escape(names)} makes of the '
+        "tokens; found is the nearest of the tokens that its gradient names, or of all where it names none. Padding is "
+        "known, and does not count. Guessing takes the most frequent of these tokens in each place. Matched: searches "
+        "that have found vectors with the gradient that was shared, the embedding's left out. Tried: seeds × restarts "
+        f"× iterations.</p>{shown}"
+    )
+
+
+def _lines(true: list[int], found: list[int], words: dict[str, str]) -> str:
+    """A text above what was found of it, token above token, with what is wrong marked."""
+    said = [[escape(words.get(str(token), str(token))) for token in line] for line in (true, found)]
+    right = [a == b for a, b in zip(true, found, strict=True)]
+    lower = [word if ok else f"<mark>{word}</mark>" for word, ok in zip(said[1], right, strict=True)]
+    return "".join(
+        f"<tr><th>{title}</th>{''.join(f'<td>{word}</td>' for word in line)}</tr>"
+        for title, line in (("client", said[0]), ("found", lower))
     )
 
 

@@ -166,11 +166,14 @@ class Data:
         heldout: of the same kind, not trained on; None if there are none.
         auxiliary: inputs `[M, ...]` that an attacker has of the same kind: candidates among which a reconstruction is
             to be recognised.
+        decode: where inputs are tokens, what a list of them says, for the report: such as `tokenizer.decode`, which is
+            asked for each token by itself.
     """
 
     members: tuple[Tensor, Tensor]
     heldout: tuple[Tensor, Tensor] | None = None
     auxiliary: Tensor | None = None
+    decode: Callable[[list[int]], str] | None = None
 
     @classmethod
     def of(cls, data: Any) -> Data:
@@ -204,6 +207,11 @@ class Data:
             _finite(x, f"inputs of {name}")
             _finite(y, f"labels of {name}")
         x, y = made.members
+        if made.decode is not None and (x.is_floating_point() or not callable(made.decode)):
+            raise px.PackextError(
+                f"decode says what tokens are: it must be a callable of a list of them, such as tokenizer.decode, got "
+                f"{type(made.decode).__name__} for inputs of {x.dtype}."
+            )
         others = [("auxiliary", "inputs", made.auxiliary, x)]
         if made.heldout is not None:
             others += [("heldout", "inputs", made.heldout[0], x), ("heldout", "labels", made.heldout[1], y)]

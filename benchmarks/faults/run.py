@@ -31,6 +31,7 @@ from packext.diagnostics import (
     OutputScale,
     ParamNorm,
     SampleLosses,
+    TargetRanks,
     Untrained,
     UpdateSize,
     Verdict,
@@ -44,7 +45,7 @@ def instruments() -> list[Instrument]:
     """Those that rules read, beside the largest eigenvalue."""
     return [
         BatchSize(), GradNorm(), IdleUnits(), InitialScale(), InputScale(), LearningRate(), Loss(), NoiseScale(),
-        OutputScale(), ParamNorm(), SampleLosses(), UpdateSize(), Untrained(),
+        OutputScale(), ParamNorm(), SampleLosses(), UpdateSize(), TargetRanks(), Untrained(),
     ]  # fmt: skip
 
 

@@ -44,6 +44,7 @@ from packext.diagnostics.instruments import OutputScale as OutputScale
 from packext.diagnostics.instruments import ParamNorm as ParamNorm
 from packext.diagnostics.instruments import SampleLosses as SampleLosses
 from packext.diagnostics.instruments import SampleNorms as SampleNorms
+from packext.diagnostics.instruments import TargetRanks as TargetRanks
 from packext.diagnostics.instruments import TICDiag as TICDiag
 from packext.diagnostics.instruments import TICTrace as TICTrace
 from packext.diagnostics.instruments import Time as Time

@@ -301,8 +301,8 @@ class Watch:
         monitor._open = True
         return self
 
-    def _ask(self, step: Step) -> tuple[list[tuple[Any, ...]], bool]:
-        """Have the instruments enter the step; each one's quantities, and whether one reads individual losses."""
+    def _ask(self, step: Step) -> tuple[list[tuple[Any, ...]], bool, bool]:
+        """Have the instruments enter the step; their quantities, and whether one reads losses, or other targets'."""
         monitor, model, coupled = self._monitor, step.model, _coupled(step.model)
         self._missing: dict[int, str] = {}
         self._needs: list[tuple[Any, ...]] = []
@@ -320,9 +320,10 @@ class Watch:
             self._fields.append(tuple(q.savefield for q in needs))
         of = [i.parameters(model) for (i, _), needs in zip(readers, self._needs, strict=True) if needs]
         step._parts = None if None in of else {p for part in of for p in part or () if p.requires_grad} or None
-        if any(not isinstance(q, HESSIAN) for needs in self._needs for q in needs):
+        targets = any(i.targets for i in self._due)
+        if targets and not coupled or any(not isinstance(q, HESSIAN) for needs in self._needs for q in needs):
             self._needs.append((Count(),))
-        return self._needs, any(i.losses for i, _ in readers)
+        return self._needs, any(i.losses for i, _ in readers), targets
 
     def _leave(self) -> None:
         for instrument in self._entered:

@@ -34,6 +34,8 @@ class Instrument:
     needs: tuple[Any, ...] = ()
     #: Whether it reads `step.losses`.
     losses: ClassVar[bool] = False
+    #: Whether it reads `step.compared`.
+    targets: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -88,10 +88,16 @@ class Observer:
     """One step of one model under observation."""
 
     def __init__(
-        self, step: Step, asked: Sequence[Sequence[Any]], losses: bool, scale: str | float, loss_scale: float
+        self,
+        step: Step,
+        asked: Sequence[Sequence[Any]],
+        losses: bool,
+        targets: bool,
+        scale: str | float,
+        loss_scale: float,
     ) -> None:
-        """Take the step to fill, each instrument's quantities, whether to keep losses, the scale, and a factor."""
-        self.step, self.asked, self._wanted = step, asked, losses
+        """Take the step to fill, each instrument's quantities, what to keep of losses, the scale, and a factor."""
+        self.step, self.asked, self._wanted, self._comparing = step, asked, losses, targets
         # The number of samples in the step is known at its end: until then all is of the loss as written.
         self._counts = scale == "mean"
         self.scale = 1.0 / loss_scale if self._counts else scale
@@ -215,6 +221,8 @@ class Observer:
         elif self._wanted:
             each = _individual(module, args, kwargs)
         call = Call(type(module).__name__, reduction, output.detach(), each, counted=_counted(module, args, kwargs))
+        if self._comparing:
+            call.compared = _compared(module, args, kwargs)
         self._computed.append((call, output.grad_fn))
         self._listen(call, output)
 
@@ -460,3 +468,41 @@ def _individual(module: nn.Module, args: Any, kwargs: Any) -> Tensor | str:
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     with torch.no_grad():
         return type(module).forward(again, *args, **kwargs)
+
+
+#: With how many other targets each sample's own is compared.
+OTHERS = 8
+
+
+def _compared(module: nn.Module, args: Any, kwargs: Any) -> Tensor | str:
+    """Of each row: the shares of other rows' targets under which its loss is less, and the same `[rows, 2]`."""
+    name = type(module).__name__
+    given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
+    outputs, targets = given.get("input"), given.get("target")
+    if len(args) + len(kwargs) != 2 or not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        return f"{name} was not given outputs and targets alone"
+    if not (outputs.dim() and targets.dim() and len(outputs) == len(targets) > 1):
+        return "one row of outputs and targets, or not as many of one as of the other: none to compare with"
+    if any(getattr(module, weight, None) is not None for weight in ("weight", "pos_weight")):
+        return f"{name} weighs its targets: less loss under another one need not be a better fit"
+    counts = torch.ones_like(targets, dtype=torch.bool)
+    if isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss)) and not targets.is_floating_point():
+        counts = targets != module.ignore_index
+    rows = counts.reshape(len(targets), -1).sum(1)
+    if not rows.all():
+        return "of some samples all targets are ignored"
+    n, more = len(targets), min(OTHERS, len(targets) - 1)
+    found = []
+    for shift in (0, *(1 + k * (n - 1) // more for k in range(more))):
+        each = _individual(module, (outputs, targets.roll(shift, 0)), {})
+        if isinstance(each, str):
+            return each
+        if each.dim() == 0 or len(each) != n:
+            return f"{name} has no loss of each row"
+        found.append((each.reshape(n, -1).double().sum(1) / rows.roll(shift, 0), torch.finfo(each.dtype).eps))
+    own, eps = found[0]
+    others = torch.stack([other for other, _ in found[1:]])
+    if not (own.isfinite().all() and others.isfinite().all()):
+        return "a loss is not finite"
+    same = (others - own).abs() <= 16 * eps * torch.maximum(others.abs(), own.abs())  # of sums in another order
+    return torch.stack([((others < own) & ~same).double().mean(0), same.double().mean(0)], 1)

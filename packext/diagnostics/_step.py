@@ -128,6 +128,7 @@ class Call:
         each: individual losses (or those of entries), or why there are none.
         part: whether it is part of a loss that was handed over, which stands for it.
         counted: which rows have a target that is not ignored `[rows]`; None if none is.
+        compared: the shares of other targets under which a row's loss is less, and the same `[rows, 2]`, or why not.
     """
 
     kind: str
@@ -136,6 +137,7 @@ class Call:
     each: Tensor | str
     part: bool = False
     counted: Tensor | None = None
+    compared: Tensor | str = "other targets are known of extended losses alone, in one process"
 
 
 @dataclass
@@ -278,6 +280,28 @@ class Step:
                     raise Absent("individual losses cancel: their share in the loss cannot be told")
                 parts.append(rows * (g * call.value / total) if total else rows)
             found.append(_sum(parts) * (p.share * (p.n or 0)))
+        return torch.cat(found)
+
+    @property
+    def compared(self) -> Tensor:
+        """Of each sample the shares of some others' targets under which its loss is less, and the same `[N, 2]`.
+
+        Only for instruments with `targets = True`.
+
+        Raises:
+            Absent: if that is not known, for a reason that it gives.
+        """
+        found = []
+        self._all_counted()
+        for p in self._passed():
+            if len(p.calls) != 1:
+                raise Absent(f"the pass came through {len(p.calls)} losses")
+            compared = p.calls[0][0].compared
+            if isinstance(compared, str):
+                raise Absent(compared)
+            if p.n not in (None, len(compared)):
+                raise Absent(f"{p.calls[0][0].kind} has {len(compared)} rows for {p.n} samples")
+            found.append(compared)
         return torch.cat(found)
 
     @property

@@ -21,13 +21,13 @@ from packext.diagnostics.instruments.noise import (
     OrthoTest,
     SampleNorms,
 )
-from packext.diagnostics.instruments.samples import SampleLosses
+from packext.diagnostics.instruments.samples import SampleLosses, TargetRanks
 from packext.diagnostics.instruments.spectra import EffectiveRank, NTKCondition
 
 ECONOMY: tuple[type[Instrument], ...] = (
     Loss, Time, GradNorm, Distance, UpdateSize, Alpha, UpdateCurvature, NormTest, InnerTest, OrthoTest, NoiseScale,
     GradSNR, SampleNorms, GradHist1d, BatchSize, LearningRate, ParamNorm, SampleLosses, InputScale, OutputScale,
-    IdleUnits, Untrained, InitialScale,
+    IdleUnits, Untrained, InitialScale, TargetRanks,
 )  # fmt: skip
 BUSINESS = (*ECONOMY, HessTrace, TICDiag)
 FULL = (*BUSINESS, HessMaxEV, GradHist2d)
@@ -69,6 +69,7 @@ __all__ = [
     "SampleNorms",
     "TICDiag",
     "TICTrace",
+    "TargetRanks",
     "Time",
     "Untrained",
     "UpdateCurvature",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -14,17 +15,73 @@ from packext.diagnostics._verdict import Finding
 from packext.diagnostics.rules._history import Fall, Recent, SinceStart, Steady, percent
 
 
-class LabelNoise(SinceStart):
-    """Some samples' losses stay above where all began, and rise, while those of the others fall.
+class _Strangers:
+    """Samples whose targets might as well be another sample's, of a model that tells the targets of most.
 
-    A model that has learned something is sure of it, and so is surest to be wrong on a sample whose label is. Samples
-    that are hard but right fall sooner or later. A sample is suspected if its loss in both of its last two visits was
-    above that of its first, 30 looks ago or more, and above 1.2 times the mean loss of the first step and two standard
-    errors of that mean, which one rare sample that weighs more may have moved. Said when the suspects' losses come to
-    7.5 % of what the losses of all known samples were in the first step, or those of suspects that were above in their
-    last three visits to half of that, while the median loss is under half of what it was. Losses are summed, not
-    suspects counted, because of two classes or of numbers the hardest of right samples are many, and little above the
-    line.
+    What is wrong ranks anywhere among the targets of others (`TargetRanks`), whatever the loss, its units and how low
+    it can get; what is right but hard is a near miss, and ranks low. A sample is a stranger if its target has ranked in
+    the upper third in both of its last two visits: of targets that have nothing to do with their samples that is one in
+    three where ranks stay, and fewer where the model wavers between what it rules out. So three times their share is a
+    cautious estimate of the share of such targets (after Storey 2002). It is of the last 600 samples that came for the
+    second time or more (of 100, where there are no more), since one that was met before the model learned says little.
+
+    Nothing is said before the other samples' targets are told: of what is left when the part that has nothing to do
+    with its samples is taken away, 85 % have to rank in the lowest fifth. Numbers of which much is chance never get
+    there. Nor is anything said of few classes, where the second guess already ranks high: other targets that give the
+    same loss, of which there are half with two classes and a tenth with ten, have to be fewer than 15 %.
+    """
+
+    high, low, window, fewest, known, most, coarse, memory = 2 / 3, 0.2, 600, 100, 0.85, 0.5, 0.15, 100_000
+
+    def __init__(self) -> None:
+        """Start before the first step."""
+        self._visits: dict[int, tuple[float, int, bool]] = {}  # last rank, high ones in a row, whether it came again
+        self._same = Recent(100)
+
+    def add(self, values: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Take the ranks of one more look; return the share of strangers' targets, and its standard error."""
+        samples = values.get("TargetRanks.samples")
+        if samples is None:
+            return None
+        self._same.add(values["TargetRanks.same"])
+        for sample, rank in zip(samples.tolist(), values["TargetRanks.each"].tolist(), strict=True):
+            last = self._visits.pop(sample, None)
+            row = 0 if last is None else last[1]
+            self._visits[sample] = rank, (row + 1 if rank > self.high else 0), last is not None
+        while len(self._visits) > self.memory:
+            del self._visits[next(iter(self._visits))]
+        again = (visit for visit in reversed(self._visits.values()) if visit[2])
+        recent = [*itertools.islice(again, self.window)]
+        n = len(recent)
+        if n < self.fewest or self._same.mean >= self.coarse:
+            return None
+        strange, lowest = (sum(found) / n for found in ([v[1] >= 2 for v in recent], [v[0] < self.low for v in recent]))
+        share = strange / (1 - self.high)
+        if share > self.most or lowest - self.low * share < self.known * (1 - share):
+            return None
+        return share, math.sqrt(strange * (1 - strange) / n) / (1 - self.high)
+
+    @property
+    def named(self) -> list[int]:
+        """The strangers, the highest rank first."""
+        found = {sample: visit[0] for sample, visit in self._visits.items() if visit[1] >= 2}
+        return sorted(found, key=lambda sample: -found[sample])
+
+
+class LabelNoise(SinceStart):
+    """Targets that might as well be another sample's; or losses that stay above where all began, and rise.
+
+    Said, first, when the share of targets that have nothing to do with their samples, by how they rank among the
+    targets of others (`_Strangers`), is 5 % by three standard errors. That needs two epochs, and a loss of torch's.
+
+    Secondly, by losses: some stay above where all began, and rise, while those of the others fall. A model that has
+    learned something is sure of it, and so is surest to be wrong on a sample whose label is. Samples that are hard but
+    right fall sooner or later. A sample is suspected if its loss in both of its last two visits was above that of its
+    first, 30 looks ago or more, and above 1.2 times the mean loss of the first step and two standard errors of that
+    mean, which one rare sample that weighs more may have moved. Said when the suspects' losses come to 7.5 % of what
+    the losses of all known samples were in the first step, or those of suspects that were above in their last three
+    visits to half of that, while the median loss is under half of what it was. Losses are summed, not suspects counted,
+    because of two classes or of numbers the hardest of right samples are many, and little above the line.
 
     It has to be so by three standard errors, over samples: what varies is which samples the set has, and where a few
     weigh more (rare positives) a handful carries the sum. Looks are no independent evidence, since the same samples
@@ -38,8 +95,9 @@ class LabelNoise(SinceStart):
 
     failure = "label noise"
     advice = "Look at the samples that are named and at their labels; train without them, or with a robust loss."
-    reads = ("SampleLosses", "BatchSize", "Loss")
+    reads = ("SampleLosses", "BatchSize", "Loss", "TargetRanks")
     hold, release = 1, 20
+    strange = 0.05
     learned, errors, since, memory = 0.5, 3.0, 30, 100_000
     shares = (2, 0.075), (3, 0.0375)  # by how many visits in a row
 
@@ -50,8 +108,25 @@ class LabelNoise(SinceStart):
         self._suspects: dict[int, tuple[float, int]] = {}  # loss of the last visit, and how many in a row
         self._looks = 0
         self._below = False  # whether a loss has been below zero
+        self._strangers = _Strangers()
 
     def look(self, step: int, values: Mapping[str, Any]) -> Finding | None:
+        strange, lost = self._by_ranks(values), self._by_losses(step, values)
+        return lost or strange
+
+    def _by_ranks(self, values: Mapping[str, Any]) -> Finding | None:
+        found = self._strangers.add(values)
+        if found is None or found[0] - self.errors * found[1] < self.strange:
+            return None
+        named = self._strangers.named
+        return Finding(
+            f"Two thirds of other samples' targets fit what the model puts out for {len(named)} samples better than "
+            f"their own do, twice in a row: {percent(found[0])} % of the targets might as well be another sample's "
+            f"(with a standard error of {percent(found[1])} %).",
+            tuple(f"sample {sample}" for sample in named),
+        )
+
+    def _by_losses(self, step: int, values: Mapping[str, Any]) -> Finding | None:
         loss, n, samples = (values.get(name) for name in ("Loss", "BatchSize", "SampleLosses.hardest"))
         if loss is None or not self.begin(step, values) or self.first is None or n is None or samples is None:
             return None

@@ -107,6 +107,12 @@ PANELS = (
         says="Beside the mean: few samples of a large loss lift that, not this.",
     ),
     Panel(
+        "Ranks of targets", "Step size",
+        {"TargetRanks": "mean over the batch", "TargetRanks.same": "other targets that change nothing"}, "share",
+        log=False, marks=((0.5, "outputs tell nothing of the targets"),),
+        says="The share of other samples' targets that would fit a sample's output better than its own does.",
+    ),
+    Panel(
         "Learning rate", "Step size", {"LearningRate": "largest of the optimizer"}, "learning rate",
     ),
     Panel(

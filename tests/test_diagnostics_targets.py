@@ -143,12 +143,12 @@ def test_ranks_of_one_sample_of_two_losses_and_of_losses_that_are_handed_over() 
     assert "extended losses alone" in monitor.absent["TargetRanks"]
 
 
-def hear(ranks: np.ndarray, same: float = 0.0, until: int = 0, looks: int = 16) -> list[tuple[int, set[str]]]:
-    """A quarter of 400 samples in each look, with these ranks, but at random before look `until`."""
+def hear(ranks: np.ndarray, same: float = 0.0, until: int = 0, n: int = 100) -> list[tuple[int, set[str]]]:
+    """Each of 400 samples in four epochs by batches of n, with these ranks, but at random before look `until`."""
     judge, said, g = Judge([rules.LabelNoise()]), [], np.random.default_rng(0)
-    for look in range(looks):
-        samples = np.arange(100) + 100 * (look % 4)
-        each = ranks[samples] if look >= until else g.random(100)
+    for look in range(1600 // n):
+        samples = np.arange(n) + n * (look % (400 // n))
+        each = ranks[samples] if look >= until else g.random(n)
         page = {"TargetRanks": each.mean(), "TargetRanks.same": same, "TargetRanks.each": each}
         said += judge.hear(look, {**page, "TargetRanks.samples": samples})
     return [(v.step, {place.removeprefix("sample ") for place in v.where}) for v in said]
@@ -172,6 +172,10 @@ def test_targets_that_rank_high_twice_are_those_of_others() -> None:
 def test_near_misses_and_targets_of_few_classes_are_not_blamed() -> None:
     assert hear(some(1, 0.6)) == []
     assert hear(some(1, 0.7), same=0.14) and not hear(some(1, 0.7), same=0.16)
+
+
+def test_ranks_among_fewer_than_eight_others_say_nothing() -> None:
+    assert hear(some(2, 0.7), n=10) and not hear(some(2, 0.7), n=8)
 
 
 def test_nothing_is_said_of_targets_that_are_not_told_yet() -> None:

@@ -28,10 +28,12 @@ class _Strangers:
     Nothing is said before the other samples' targets are told: of what is left when the part that has nothing to do
     with its samples is taken away, 85 % have to rank in the lowest fifth. Numbers of which much is chance never get
     there. Nor is anything said of few classes, where the second guess already ranks high: other targets that give the
-    same loss, of which there are half with two classes and a tenth with ten, have to be fewer than 15 %.
+    same loss, of which there are half with two classes and a tenth with ten, have to be fewer than 15 %. Nor of batches
+    of 8 or fewer, in which single targets that fit by chance rank a right one high, twice in a row often enough.
     """
 
     high, low, window, fewest, known, most, coarse, memory = 2 / 3, 0.2, 600, 100, 0.85, 0.5, 0.15, 100_000
+    others = 8
 
     def __init__(self) -> None:
         """Start before the first step."""
@@ -41,7 +43,7 @@ class _Strangers:
     def add(self, values: Mapping[str, Any]) -> tuple[float, float] | None:
         """Take the ranks of one more look; return the share of strangers' targets, and its standard error."""
         samples = values.get("TargetRanks.samples")
-        if samples is None:
+        if samples is None or len(samples) <= self.others:
             return None
         self._same.add(values["TargetRanks.same"])
         for sample, rank in zip(samples.tolist(), values["TargetRanks.each"].tolist(), strict=True):

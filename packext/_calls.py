@@ -34,11 +34,6 @@ def saved_tensor_hooks() -> Any:
     return hooks[0] if hooks else None
 
 
-def checkpoints(hooks: Any) -> bool:
-    """Whether a function that packs saved tensors is that of activation checkpointing."""
-    return "_checkpoint_hook" in getattr(hooks, "__qualname__", "")
-
-
 def map_tensors(f: Callable[[Any], Any], output: Any, depth: int = 4) -> Any:
     """`output` with `f` of all its leaves; plain objects that hold tensors are copied, as deep as is said."""
     if isinstance(output, Tensor):

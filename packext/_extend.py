@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from packext import _compiler, _listening
-from packext._calls import taken_over
+from packext._again import on_copies, runs_again
+from packext._calls import saved_tensor_hooks, taken_over
 from packext._lineage import LOCAL, MARK, Tracer
 from packext._record import Record
 from packext._scale import LossMark, is_loss
@@ -186,13 +187,15 @@ def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
             LOCAL.unseen = module  # taps would have its parts run uncompiled, for nobody
             return
         tracer = Tracer(record)
+        if _listening.here().inner and runs_again(saved_tensor_hooks()):
+            tracer.restore.append(on_copies(record.modules()))
         tracer.push(module)
         tracer.begin(args, kwargs)
         LOCAL.tracer = tracer
-        tracer.restore = restore
+        tracer.restore.append(restore)
         tracer.__enter__()
         return
-    tracer.push(module)
+    tracer.push(module, args, kwargs)
 
 
 def _left(frame: Any) -> bool:
@@ -216,7 +219,8 @@ def _end() -> None:
     LOCAL.tracer = LOCAL.unseen = LOCAL.call = None
     if tracer is not None:
         tracer.__exit__(None, None, None)
-        tracer.restore()
+        for restore in tracer.restore:
+            restore()
 
 
 def _after(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import TensorWeakRef
 
 from packext import _flight, _listening, _unseen, rules
+from packext._again import Behind, checkpoints, note, recall, runs_again
 from packext._calls import (
     AVERAGING,
     EXPANDS,
@@ -29,7 +30,6 @@ from packext._calls import (
     PASSIVE,
     any_unusual,
     changed,
-    checkpoints,
     is_composite,
     map_tensors,
     saved_tensor_hooks,
@@ -88,21 +88,28 @@ class Tracer(TorchFunctionMode):
         self._hooks: list[Any] = []
         self.table: dict[int, tuple[Source, Tensor]] = {}
         self._held: dict[int, tuple[Tensor | None, ...]] = {}  # what modules held at the start
+        self._tokens = {record.token}  # with that of the forward pass of which a part runs again
+        self._known: dict[int, tuple[Behind, Tensor]] = {}  # what that knew of the inputs, where it is not data
         self._instead: dict[int, tuple[Tensor, Tensor]] = {}  # what nobody saw how it was made, and the tap on it
         self.raw = False  # whether a transform has read data without a gradient
         self.inputs: list[Tensor] = []  # of the model
+        self._around: list[Tensor] = []  # and of the model of which a part runs again
         self._given: set[int] = set()  # ids of these: threads may share a tensor, and what is written on it
         self._buffers: list[Buffer] = []  # as they were at the start
         self._averaged: set[int] = set()  # those that batch_norm writes to, of which autograd keeps no version
         self._grad_inputs = False
         self._rooted = False
-        self.restore: Callable[[], None] = lambda: None  # what was changed for the time of the forward pass
+        self.restore: list[Callable[[], None]] = []  # what was changed for the time of the forward pass
 
     # -- modules ---------------------------------------------------------------------------------
-    def push(self, module: nn.Module) -> None:
+    def push(self, module: nn.Module, args: Any = (), kwargs: Any = None) -> None:
         """A module starts to run: learn the parameters it holds at this moment."""
         self.stack.append(module)
-        self._hooks.append(saved_tensor_hooks())
+        hooks = saved_tensor_hooks()
+        if self._hooks and hooks is not self._hooks[-1] and checkpoints(hooks):
+            before = note(hooks, self.record.token, self.table, self.inputs)
+            before.calls.append([self._behind(t) for t in tensors_in((args, kwargs))])
+        self._hooks.append(hooks)
         held = module._parameters
         if held and not (
             len(held) == len(known := self._held.get(id(module), ())) and all(map(is_, held.values(), known))
@@ -131,7 +138,7 @@ class Tracer(TorchFunctionMode):
                 record.distributed.pop(full, None)  # FSDP2 shards it when it is not in use
             if not p.requires_grad:
                 continue
-            if getattr(p, MARK, _UNMARKED)[0] == record.token:
+            if getattr(p, MARK, _UNMARKED)[0] in self._tokens:
                 continue  # functional_call has put in its place what this forward pass has computed
             names[full] = p
             if id(p) not in self.table:
@@ -159,14 +166,31 @@ class Tracer(TorchFunctionMode):
             return (entry[0],)
         if type(t) is nn.Parameter and t.requires_grad and self._learn(t):
             return (self.table[id(t)][0],)
+        if id(t) in self._known:
+            return self._known[id(t)][0][0]
         mark = getattr(t, MARK, _UNMARKED)
-        if mark[0] == self.record.token:
+        if mark[0] in self._tokens:
             return mark[1] if mark[2] is not _FLAT or t.grad_fn is None else _unseen.made(self, t, True)
         if id(t) in self._given:
             return None
         if t.grad_fn is None:  # a DTensor is made where nothing is seen: of inputs, if of nothing that has a gradient
             return None if is_distributed(t) and not isinstance(t, nn.Parameter) else ()
         return _unseen.made(self, t)
+
+    def _behind(self, t: Tensor) -> Behind:
+        """As `behind`, with what `t` is an expanded view of; what nobody saw how it was made counts as data."""
+        mark = getattr(t, MARK, _UNMARKED)
+        made = t.grad_fn is not None and (mark[0] not in self._tokens or mark[2] is _FLAT) and id(t) not in self._known
+        return (None if made else self.behind(t)), self._base(t)
+
+    def _base(self, value: Tensor) -> Tensor | None:
+        """What `value`, made of parameters alone, is an expanded view of."""
+        if id(value) in self.table:
+            return None
+        if id(value) in self._known:
+            return self._known[id(value)][0][1]
+        base = getattr(value, MARK, _UNMARKED)[2]
+        return base if isinstance(base, Tensor) else None
 
     def put(self, t: Tensor, tapped: Tensor, use: Use) -> None:
         """From now on, `tapped` stands for `t`, on which it is the tap of `use`, and behind another tap."""
@@ -219,7 +243,8 @@ class Tracer(TorchFunctionMode):
 
     def checkpointed(self) -> bool:
         """Whether what runs is computed again in the backward pass."""
-        return checkpoints(saved_tensor_hooks())
+        hooks = saved_tensor_hooks()
+        return checkpoints(hooks) or runs_again(hooks)
 
     def mark(self, out: Any, payload: tuple[Source, ...] | None, base: Any = None) -> None:
         """What a function gave was made of these parameters alone; of data, if there are None."""
@@ -408,7 +433,7 @@ class Tracer(TorchFunctionMode):
 
     def argument(self, value: Tensor, shape: Any, dtype: torch.dtype, func: Callable[..., Any]) -> Tensor:
         """A parameter-only value, tapped where it is broadcast to the data's `shape`."""
-        base = getattr(value, MARK, _UNMARKED)[2] if id(value) not in self.table else None
+        base = self._base(value)
         if base is not None and tuple(value.shape) == tuple(shape):
             value = base
         use = self.use(rules.ARGUMENT, func, {"value": value}, {})
@@ -430,6 +455,13 @@ class Tracer(TorchFunctionMode):
     # -- the two ends of the forward pass ----------------------------------------------------------
     def begin(self, args: Any, kwargs: Any) -> None:
         """Learn the parameters (some modules use those of others that never run), mark the inputs, count samples."""
+        known: Iterator[Behind] = iter(())
+        if (found := recall(saved_tensor_hooks())) is not None:
+            before, known = found[0], iter(found[1])
+            self.table.update(before.table)
+            self._tokens.add(before.token)
+            self._around = [t for ref in before.inputs if (t := ref()) is not None]
+            self._given.update(map(id, self._around))
         for module in self.record.modules():
             held = module._parameters
             if held and "_packext" in module.__dict__:
@@ -438,7 +470,11 @@ class Tracer(TorchFunctionMode):
         self._buffers = buffers_of(self.record.modules())
         axis = self.record.batch_axis
         for t in tensors_in((args, kwargs)):
+            behind = next(known, (None, None))
             if id(t) in self.table:
+                continue
+            if behind[0] is not None:
+                self._known[id(t)] = behind, t
                 continue
             self.mark_input(t)
             if self.record.by_use:

@@ -253,16 +253,27 @@ def test_checkpointed_functions(through: Callable) -> None:
         assert report.ok, report
 
 
-def test_in_checkpointed_modules_they_are_refused() -> None:
+@pytest.mark.parametrize("reentrant", [False])
+def test_in_checkpointed_modules_they_are_refused(reentrant: bool) -> None:
+    """Training without a context goes on as it is."""
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = Between(product)
+            self.inner, self.first = Between(product), nn.Linear(D, D)
 
         def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.inner, torch.sin(x), use_reentrant=False)
+            return checkpoint(self.inner, torch.sin(self.first(x)), use_reentrant=reentrant)
 
-    model, loss = px.extend(Block()), px.extend(nn.CrossEntropyLoss())
+    model, loss, grads = Block(), nn.CrossEntropyLoss(), []
+    x, y = torch.randn(N, D), torch.randint(2, (N,))
+    for extended in (False, True):
+        if extended:
+            px.extend(model), px.extend(loss)
+        loss(model(x), y).backward()
+        grads.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
     for _ in range(2):
         with pytest.raises(px.UnsupportedUseError, match=r"Product.*mid\.weight.*checkpointed"):
             with px.backpack(px.BatchGrad()):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from packext import _compiler, _listening
+from packext import _checkpointing, _compiler, _listening
 from packext._again import on_copies, runs_again
 from packext._calls import saved_tensor_hooks, taken_over
 from packext._lineage import LOCAL, MARK, Tracer
@@ -181,7 +181,8 @@ def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if LOCAL.unseen is not None or not torch.is_grad_enabled() or is_loss(module) or _out_of_reach():
             return
         record = Record(module, extension)
-        restore = None if not _listening.here().contexts and _compiler.compiled(record) else _compiler.eager()
+        heard = bool(_listening.here().contexts)
+        restore = None if not heard and _compiler.compiled(record) else _compiler.eager()
         LOCAL.call = module, sys._getframe(1)
         if restore is None:
             LOCAL.unseen = module  # taps would have its parts run uncompiled, for nobody
@@ -193,6 +194,9 @@ def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
         tracer.begin(args, kwargs)
         LOCAL.tracer = tracer
         tracer.restore.append(restore)
+        if heard:
+            tracer.heard = True
+            tracer.restore.append(_checkpointing.lead())
         tracer.__enter__()
         return
     tracer.push(module, args, kwargs)

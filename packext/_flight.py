@@ -26,6 +26,7 @@ from packext._precision import autocasts
 from packext._probe import Check, Probe, known, probe
 from packext._record import losses_inside, only_losses
 from packext._refusals import (
+    HIDDEN,
     after_distributed,
     awaited_loss,
     refuse_again,
@@ -402,12 +403,9 @@ def send(edges: Any, cotangents: Any, targets: Any, graph: bool = False) -> Sequ
                 "for one pass alone, and a pass that looks at samples or carries curvature is another. Leave out "
                 "context_fn=... of torch.utils.checkpoint.checkpoint."
             ) from error
-        if "use_reentrant" not in str(error):
+        if "compatible with .grad()" not in str(error):  # so say torch and who has copied it
             raise
-        raise UnsupportedUseError(
-            "A part of the extended model is under reentrant activation checkpointing, through which torch allows no "
-            "pass that looks at its samples. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
-        ) from error
+        raise UnsupportedUseError(HIDDEN) from error
 
 
 def probe_inputs(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from packext._errors import PackextError
 from packext._factored import Factored
 from packext._layout import Layout, Tokens
+from packext._refusals import HIDDEN
 from packext._use import Source, Use, live_nodes
 
 if TYPE_CHECKING:
@@ -103,10 +104,7 @@ class Gathering:
             key = id(source.tensor)
             done = self.held.setdefault(key, [])
             if key in self.emitted:
-                raise PackextError(
-                    f"{source.name} is used inside and outside of a region under reentrant checkpointing "
-                    f"({use.describe()}). Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
-                )
+                raise PackextError(f"{source.name} is used there and elsewhere ({use.describe()}). {HIDDEN}")
             if done and done[0].n != form.n:
                 raise PackextError(
                     f"{source.name} meets {done[0].n} samples in one use and {form.n} in another ({use.describe()}). "

@@ -99,6 +99,8 @@ class Tracer(TorchFunctionMode):
         self._averaged: set[int] = set()  # those that batch_norm writes to, of which autograd keeps no version
         self._grad_inputs = False
         self._rooted = False
+        self._made: list[TensorWeakRef] | None = None  # in a part of which no more than it returns has a graph
+        self.heard = False  # whether a context was open when the forward pass began
         self.restore: list[Callable[[], None]] = []  # what was changed for the time of the forward pass
 
     # -- modules ---------------------------------------------------------------------------------
@@ -253,7 +255,41 @@ class Tracer(TorchFunctionMode):
                 continue
             if payload is not None and not t.requires_grad:
                 continue
+            if self._made is not None and t.requires_grad and getattr(t, MARK, _UNMARKED)[0] != self.record.token:
+                self._made.append(TensorWeakRef(t))
             setattr(t, MARK, _Mark((self.record.token, payload, base if t.requires_grad else _FLAT)))
+
+    def apart(self, run: Callable[[], Any]) -> Any:
+        """Run a part of the model of which torch would give a graph to what it returns alone.
+
+        Args:
+            run: the part.
+
+        Returns:
+            What it returns. What it leaves elsewhere (in a list, as an attribute of a module) is cut off its graph.
+        """
+        around, made = self._made, []
+        self._made = made
+        try:
+            out = run()
+        finally:
+            self._made = around
+            if around is not None:
+                around += made
+        with torch._C.DisableTorchFunction():
+            returned = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
+            returned += [self._stands_for(t) for t in returned]
+            kept = {id(t) for t in returned} | {id(t._base) for t in returned}
+            read = {edge.node for loss in self.record.losses for edge in loss.edges}
+            for ref in made:
+                t = ref()
+                if t is None or not t.requires_grad or id(t) in kept or t.grad_fn in read:
+                    continue
+                if t._is_view():  # which torch does not cut off in place
+                    self._instead[id(t)] = t, t.detach()
+                else:
+                    t.detach_()
+        return out
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -502,6 +538,8 @@ class Tracer(TorchFunctionMode):
                 return y
             made_of = self.sources(y)
             y = self._stands_for(y)
+            if not y.requires_grad:
+                return y
             if made_of:
                 record.strays[len(record.gates)] = made_of[0].name
             if is_distributed(y):

@@ -435,6 +435,15 @@ def refuse_again(record: Record, gates: frozenset[int], contexts: Sequence[backp
             raise UnsupportedUseError(why)
 
 
+#: Of checkpointing that packext has not led to torch's other kind, in the forward pass within a context.
+HIDDEN = (
+    "A part of the extended model, or what is around it, is under reentrant activation checkpointing, into which no "
+    "pass gets that looks at samples or carries curvature. Run the forward pass inside of the context as well, where "
+    "torch's own within the extended model is of the other kind. Otherwise (another library's CheckpointFunction, a "
+    "module around the model) take torch.utils.checkpoint.checkpoint with use_reentrant=False."
+)
+
+
 def refuse_reentrant(node: Any, records: Sequence[Record], wants: Callable[[Tensor], bool]) -> None:
     """Refuse curvature of a part of a model that is hidden from it, before any gradient is accumulated.
 
@@ -452,10 +461,7 @@ def refuse_reentrant(node: Any, records: Sequence[Record], wants: Callable[[Tens
     if records and all(id(p) in seen for p in every if wants(p)):
         return
     if any(type(each).__name__ == "CheckpointFunctionBackward" for each in inputs_first([node])):
-        raise UnsupportedUseError(
-            "A part of the extended model is under reentrant activation checkpointing, which hides its functions. Pass "
-            "use_reentrant=False to torch.utils.checkpoint.checkpoint."
-        )
+        raise UnsupportedUseError(HIDDEN)
 
 
 def refuse_run_again(record: Record, flight: Pass) -> None:

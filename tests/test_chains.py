@@ -321,15 +321,6 @@ class TwiceUsed(nn.Module):
         return self.c(self.a(self.a(x).tanh()).tanh())
 
 
-class Reentrant(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(checkpoint(self.b, self.a(x).tanh(), use_reentrant=True).tanh())
-
-
 class Swapped(nn.Module):
     """The batch is along axis 1 for a while."""
 
@@ -349,7 +340,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "linear maps and convolutions",
         "linear maps and convolutions",
     ),
-    "reentrant": (Reentrant, "use_reentrant=False", "use_reentrant=False"),
     "made of parameters": (
         lambda: nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))),
         "not used as it is",
@@ -364,7 +354,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
 @pytest.mark.parametrize("quantity", ["kfra", "pchmp"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_chain_is_refused(name: str, quantity: str) -> None:
@@ -437,17 +426,21 @@ def test_scale(scale: str) -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, kept: bool) -> None:
+    def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
-        self.a, self.c, self.kept = nn.Linear(5, 6), nn.Linear(6, 3), kept
+        self.a, self.c, self.reentrant = nn.Linear(5, 6), nn.Linear(6, 3), reentrant
         self.inner = nn.Sequential(nn.Tanh(), nn.Linear(6, 6), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(self.inner(self.a(x)) if self.kept else checkpoint(self.inner, self.a(x), use_reentrant=False))
+        h = self.a(x)
+        return self.c(
+            self.inner(h) if self.reentrant is None else checkpoint(self.inner, h, use_reentrant=self.reentrant)
+        )
 
 
-def test_checkpointed_parts() -> None:
-    first, second, x, y = Checkpointed(True), Checkpointed(False), torch.randn(N, 5), torch.randint(3, (N,))
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts(reentrant: bool) -> None:
+    first, second, x, y = Checkpointed(None), Checkpointed(reentrant), torch.randn(N, 5), torch.randint(3, (N,))
     second.load_state_dict(first.state_dict())
     for model in (first, second):
         run(model, nn.CrossEntropyLoss(), x, y, px.KFRA(), px.PCHMP(), px.KFAC(fisher="exact", bias="joint"))

@@ -1,19 +1,23 @@
-"""Activation checkpointing: as without packext outside of contexts, as without checkpointing in them."""
+"""Activation checkpointing of both kinds: as without packext outside of contexts, as without checkpointing in them."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import CheckpointFunction, checkpoint, checkpoint_sequential
 
 import packext as px
 from tests.helpers import assert_exact, double_precision, left_behind, processes, rows_of
 
-pytestmark = pytest.mark.usefixtures("double")
+pytestmark = [
+    pytest.mark.usefixtures("double"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # torch's, of one within another
+]
 
 N = 4
 
@@ -22,6 +26,7 @@ Run = Callable[..., Any]
 KINDS: dict[str, Run] = {
     "plain": lambda function, *args: function(*args),
     "other": lambda function, *args: checkpoint(function, *args, use_reentrant=False),
+    "reentrant": lambda function, *args: checkpoint(function, *args, use_reentrant=True),
 }
 
 
@@ -100,9 +105,14 @@ PARTS: dict[str, Callable[[Net, Run, Tensor], Tensor]] = {
     "a value of parameters that it closes over": lambda m, run, h: run(lambda t, v=m.places * 2: m.b(t, v), h),
     "a parameter that it closes over": lambda m, run, h: run(lambda t: m.b(t, m.places), h),
     "in a module": lambda m, run, h: run(m.within, h, KINDS["plain"]),
+    "reentrant in it": lambda m, run, h: run(m.within, h, inner(run, "reentrant")),
     "the other in it": lambda m, run, h: run(m.within, h, inner(run, "other")),
     "in a function": lambda m, run, h: run(lambda t: run(m.a, t).tanh(), h),
     "the other in a function": lambda m, run, h: run(lambda t: inner(run, "other")(m.a, t).tanh(), h),
+    "reentrant in a function": lambda m, run, h: run(lambda t: inner(run, "reentrant")(m.a, t).tanh(), h),
+    "without the state of random numbers": lambda m, run, h: (
+        run(m.a, h) if run is KINDS["plain"] else checkpoint(m.a, h, use_reentrant=True, preserve_rng_state=False)
+    ),
 }
 
 
@@ -120,7 +130,7 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor], **tolerance: float) ->
     torch.testing.assert_close(got, want, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-@pytest.mark.parametrize("kind", ["other"])
+@pytest.mark.parametrize("kind", ["other", "reentrant"])
 @pytest.mark.parametrize("part", PARTS)
 def test_it_is_exact(part: str, kind: str) -> None:
     """Every quantity, beside rows of the model without checkpointing; outside of contexts it trains as it is."""
@@ -128,23 +138,29 @@ def test_it_is_exact(part: str, kind: str) -> None:
     rows = rows_of(model, lambda: nn.functional.cross_entropy(model(x), y, reduction="none") / N)
     model.run = KINDS[kind]
 
-    def without_a_context() -> dict[str, Tensor]:
+    def without_a_context() -> dict[str, Tensor] | None:
         value = loss_fn(model(x), y)
+        if part == "a graph that it closes over" and kind == "reentrant":
+            with pytest.raises(RuntimeError, match="through the graph a second time"):  # as torch does by itself
+                value.backward()
+            return grads(model) and None
         value.backward()
         return grads(model)
 
     want = without_a_context()
     px.extend(model), px.extend(loss_fn)
     for _ in range(2):
-        same(without_a_context(), want)
+        again = without_a_context()
         assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
-        same(grads(model), want, rtol=1e-12, atol=1e-14)
+        if want is not None and again is not None:
+            same(again, want)
+            same(grads(model), want, rtol=1e-12, atol=1e-14)
 
 
 QUANTITIES = (px.BatchDiagGGNExact(), px.SqrtGGNExact(), px.KFAC(fisher="exact"), px.DiagHessian())
 
 
-@pytest.mark.parametrize("kind", ["other"])
+@pytest.mark.parametrize("kind", ["other", "reentrant"])
 @pytest.mark.parametrize("part", PARTS)
 def test_curvature(part: str, kind: str) -> None:
     model, loss_fn, (x, y) = px.extend(Net(PARTS[part])), px.extend(nn.CrossEntropyLoss()), batch()
@@ -162,7 +178,7 @@ def test_curvature(part: str, kind: str) -> None:
         torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["other"])
+@pytest.mark.parametrize("kind", ["other", "reentrant"])
 def test_a_sequence_in_segments(kind: str) -> None:
     layers = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Layer(), Layer(), nn.Linear(6, 3))
 
@@ -172,7 +188,7 @@ def test_a_sequence_in_segments(kind: str) -> None:
             self.layers, self.on = layers, False
 
         def forward(self, x: Tensor) -> Tensor:
-            on = checkpoint_sequential(self.layers, 3, x, use_reentrant=False) if self.on else None
+            on = checkpoint_sequential(self.layers, 3, x, use_reentrant=kind == "reentrant") if self.on else None
             return self.layers(x) if on is None else on
 
     model, (x, y), loss_fn = Segments(), batch(), px.extend(nn.CrossEntropyLoss())
@@ -184,9 +200,9 @@ def test_a_sequence_in_segments(kind: str) -> None:
         assert_exact(model, lambda: loss_fn(model(x), y), rows, N)
 
 
-@pytest.mark.parametrize("kind", ["other"])
+@pytest.mark.parametrize("kind", ["other", "reentrant"])
 def test_nothing_is_left_to_the_garbage_collector(kind: str) -> None:
-    parts = ("in a module", "one that is expanded", "a value of parameters")
+    parts = ("in a module", "one that is expanded", "a value of parameters", "reentrant in it")
     model, loss_fn, (x, y) = px.extend(Net(PARTS["a module"])), px.extend(nn.CrossEntropyLoss()), batch()
     model.run = KINDS[kind]
 
@@ -242,7 +258,7 @@ def trained(kind: str, quantity: Any, norm: bool, steps: int = 3) -> tuple[Any, 
         return dict(model.named_buffers()), dict(model.named_parameters()), torch.get_rng_state()
 
 
-@pytest.mark.parametrize("kind", ["other"])
+@pytest.mark.parametrize("kind", ["other", "reentrant"])
 @pytest.mark.parametrize(
     ("quantity", "norm"),
     [
@@ -261,7 +277,7 @@ def test_what_it_writes_and_draws(quantity: Any, norm: bool, kind: str) -> None:
     """Buffers, masks and the generator are those of a training without packext: none of its passes is in them."""
     buffers, parameters, state = trained(kind, None, norm)
     got, moved, after = trained(kind, quantity, norm)
-    assert float(buffers["extra.runs"]) == 3
+    assert float(buffers["extra.runs"]) == (6 if kind == "reentrant" else 3)
     torch.testing.assert_close(got, buffers, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(moved, parameters, rtol=1e-12, atol=1e-14)
     assert torch.equal(after, state)
@@ -278,7 +294,183 @@ def test_autocast_is_as_it_was() -> None:
             value.backward()
         found.append([r.grad_batch for r in results.values()])
     assert found[0]
-    torch.testing.assert_close(found[1:], found[:1], rtol=0, atol=0)
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=0, atol=0)
+
+
+# -- what reentrant checkpointing gives no graph -------------------------------------------------------------------
+
+
+class Kept(nn.Module):
+    """Leaves what it made in places beside what it returns, from where the loss takes it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.layer, self.last, self.where, self.run = nn.Linear(5, 6), Layer(), nn.Linear(6, 3), where, None
+        self.left: Any = None
+
+    def part(self, h: Tensor) -> Any:
+        out = self.layer(h)
+        extra = out.exp() * 2
+        if self.where == "in a list that it returns":
+            return out, [extra]
+        self.left = extra[:, 1:] if self.where == "a view, in the forward pass" else extra
+        return out.view(N, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        h = checkpoint(self.part, self.first(x).tanh(), use_reentrant=True)
+        if isinstance(h, tuple):
+            h, (self.left,) = h
+        out = self.last(h)
+        return out if self.where == "behind the model" else out + self.left.sum(1, keepdim=True) * out
+
+
+@pytest.mark.parametrize(
+    "where", ["in a list that it returns", "in the forward pass", "a view, in the forward pass", "behind the model"]
+)
+def test_what_it_leaves_elsewhere_is_a_constant(where: str) -> None:
+    model, loss_fn, (x, y) = Kept(where), nn.CrossEntropyLoss(), batch()
+
+    def loss() -> Tensor:
+        value = loss_fn(model(x), y)
+        return value + model.left.square().mean() if where == "behind the model" else value
+
+    loss().backward()
+    want = grads(model)
+    px.extend(model), px.extend(loss_fn)
+    loss().backward()
+    same(grads(model), want)
+    with px.backpack(px.BatchGrad()) as results:
+        loss().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(results[name].grad_batch.sum(0), want[name], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(p.grad, want[name], rtol=1e-12, atol=1e-14)
+
+
+def test_all_that_it_returns_requires_grad() -> None:
+    """So that the next call has an argument that does, and its parameters get a gradient."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+            self.first.requires_grad_(False)
+
+        def forward(self, x: Tensor, switch: Tensor) -> Tensor:
+            h = checkpoint(lambda t, _: self.first(t), x, switch, use_reentrant=True)
+            assert h.requires_grad
+            return checkpoint(self.last, h, use_reentrant=True)
+
+    model, loss_fn, (x, y) = Frozen(), nn.CrossEntropyLoss(), batch()
+    switch = torch.zeros(N, requires_grad=True)
+    with px.disable():
+        loss_fn(model.last(model.first(x)), y).backward()
+    want = grads(model)
+    px.extend(model), px.extend(loss_fn)
+    with px.backpack(px.BatchGrad()):
+        loss_fn(model(x, switch), y).backward()
+    torch.testing.assert_close(model.last.weight.grad_batch.sum(0), want["last.weight"])
+    same(grads(model), want, rtol=1e-12, atol=1e-14)
+
+
+def test_inputs_without_a_gradient() -> None:
+    """Torch gives the part none, and says so; packext leaves it at that."""
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.first, x, use_reentrant=True))
+
+    model, loss_fn, (x, y) = px.extend(First()), px.extend(nn.CrossEntropyLoss()), batch()
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad"), px.backpack(px.BatchGrad()):
+        loss_fn(model(x), y).backward()
+    assert model.first.weight.grad is None and not hasattr(model.first.weight, "grad_batch")
+    torch.testing.assert_close(model.last.weight.grad_batch.sum(0), model.last.weight.grad)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context, px.backpack():
+            assert not model(x).requires_grad
+
+
+# -- torch is as it was ---------------------------------------------------------------------------------------------
+
+
+def test_torch_is_as_it_was() -> None:
+    def fails(m: Net, run: Run, h: Tensor) -> Tensor:
+        assert "apply" in vars(CheckpointFunction)
+        raise RuntimeError("in the model")
+
+    model, (x, y), loss_fn = px.extend(Net(PARTS["a module"])), batch(), px.extend(nn.CrossEntropyLoss())
+    model.run = KINDS["reentrant"]
+    names = {name for name, _ in vars(CheckpointFunction).items()}
+    with px.backpack(px.BatchGrad()):
+        value = loss_fn(model(x), y)
+        assert set(vars(CheckpointFunction)) == names
+        value.backward()
+    model.part = fails
+    with pytest.raises(RuntimeError, match="in the model"), px.backpack(px.BatchGrad()):
+        model(x)
+    assert set(vars(CheckpointFunction)) == names
+
+
+def test_other_threads_are_left_alone() -> None:
+    """While a model runs in a context, another thread's checkpointing, of an extended model or not, is torch's own."""
+    running, done, nodes, x = threading.Event(), threading.Event(), [], torch.randn(N, 5)
+
+    def wait(m: Net, run: Run, h: Tensor) -> Tensor:
+        running.set()
+        assert done.wait(30)
+        return run(m.a, h)
+
+    model, other = px.extend(Net(wait)), px.extend(Net(PARTS["a module"]))
+    model.run = KINDS["reentrant"]
+    first = nn.Linear(5, 6)
+
+    def beside() -> None:
+        assert running.wait(30)
+        nodes.append(checkpoint(nn.Linear(6, 6), first(x), use_reentrant=True).grad_fn)
+        other.part = lambda m, run, h: nodes.append((t := checkpoint(m.a, h, use_reentrant=True)).grad_fn) or t
+        other(x)
+        done.set()
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    with px.backpack(px.BatchGrad()):
+        model(x).square().sum().backward()
+    thread.join()
+    assert [type(node).__name__ for node in nodes] == ["CheckpointFunctionBackward"] * 2
+
+
+def test_outside_of_a_context_it_is_torchs_own() -> None:
+    nodes: list[Any] = []
+
+    def look(m: Net, run: Run, h: Tensor) -> Tensor:
+        nodes.append((h := run(m.a, h)).grad_fn)
+        return h
+
+    model, (x, y), loss_fn = px.extend(Net(look)), batch(), px.extend(nn.CrossEntropyLoss())
+    model.run = KINDS["reentrant"]
+    value = loss_fn(model(x), y)
+    assert type(nodes[0]).__name__ == "CheckpointFunctionBackward"
+    for quantity in (px.BatchGrad(), px.DiagGGNExact()):
+        with pytest.raises(px.UnsupportedUseError, match="forward pass inside of the context"), px.backpack(quantity):
+            value.backward(retain_graph=True)
+        assert not grads(model)
+    value.backward()
+    assert grads(model)
+
+
+def test_the_checkpointing_of_other_libraries_is_refused() -> None:
+    copied = type("CheckpointFunction", (CheckpointFunction,), {})
+
+    model, (x, y) = px.extend(Net(lambda m, run, h: copied.apply(m.a, True, h))), batch()
+    loss_fn = px.extend(nn.CrossEntropyLoss())
+    for quantity in (px.BatchGrad(), px.DiagGGNExact(), px.HMP()):
+        with pytest.raises(px.UnsupportedUseError, match="another library's CheckpointFunction"):
+            with px.backpack(quantity):
+                loss_fn(model(x), y).backward()
+        assert not grads(model)
 
 
 # -- passes of other kinds ------------------------------------------------------------------------------------------
@@ -302,7 +494,14 @@ def test_graphs_that_are_kept_and_graphs_of_gradients() -> None:
             norms = torch.stack([r.batch_l2.sum() for r in results.values()]).sum()
         per.append(list(torch.autograd.grad(norms, [*model.within.parameters()])))
         found.append(per)
-    torch.testing.assert_close(found[1:], found[:1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-10, atol=1e-12)
+
+
+def test_a_transform_in_the_model_keeps_torchs_error() -> None:
+    model, (x, _) = px.extend(Net(lambda m, run, h: torch.vmap(lambda row: run(m.a, row))(h))), batch()
+    model.run = KINDS["reentrant"]
+    with pytest.raises(RuntimeError, match="setup_context"), px.backpack():
+        model(x)
 
 
 def _ddp(rank: int, port: int, kind: str) -> None:
@@ -327,6 +526,6 @@ def _ddp(rank: int, port: int, kind: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["other"])
+@pytest.mark.parametrize("kind", ["other", "reentrant"])
 def test_several_processes(kind: str) -> None:
     processes(_ddp, kind)

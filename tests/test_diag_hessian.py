@@ -302,20 +302,30 @@ def test_retained_graphs(create_graph: bool) -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool) -> None:
+    def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
         self.a, self.c, self.reentrant = nn.Linear(5, 6), nn.Linear(6, 3), reentrant
         self.inner = nn.Sequential(nn.Tanh(), nn.Linear(6, 6), nn.Sigmoid(), nn.LayerNorm(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(checkpoint(self.inner, self.a(x), use_reentrant=self.reentrant))
+        h = self.a(x)
+        return self.c(
+            self.inner(h) if self.reentrant is None else checkpoint(self.inner, h, use_reentrant=self.reentrant)
+        )
 
 
-def test_checkpointed_parts() -> None:
-    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts(reentrant: bool) -> None:
+    found = []
+    for model in (Checkpointed(None), Checkpointed(reentrant)):
+        torch.manual_seed(0)
+        x, y = torch.randn(N, 5), torch.randint(3, (N,))
+        for p in model.parameters():
+            nn.init.normal_(p)
+        run(model, nn.CrossEntropyLoss(), x, y)
+        found.append([p.diag_h for p in model.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
     agrees(Checkpointed(False), nn.CrossEntropyLoss(), x, y)
-    with pytest.raises(px.UnsupportedUseError, match="use_reentrant=False"):
-        run(Checkpointed(True), nn.CrossEntropyLoss(), x, y)
 
 
 def test_dropout_keeps_its_mask() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import packext as px
 from packext._explain import INPUT, Explanation, ParameterUse, explain
@@ -308,3 +309,18 @@ def test_figure_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=r"packext\[demo\]"):
         found.figure()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts_are_seen(reentrant: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.part, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.part, self.first(x).tanh(), use_reentrant=reentrant))
+
+    found = explain(Net(), torch.randn(4, 5))
+    assert found.supported, found
+    assert [by_name(found)[name].after for name in ("part.weight", "last.weight")] == [(0,), (1,)]

@@ -41,7 +41,7 @@ FLOORS = [
         "_flight",
     },
     {"rules"},
-    {"_calls", "_lineage", "_places", "_scale", "_choices", "_unseen", "_again"},
+    {"_calls", "_lineage", "_places", "_scale", "_choices", "_unseen", "_again", "_checkpointing"},
     {"_extend", "_residual", "_chain", "_columns", "_curvature"},
     {"_backpack"},
     {"quantities"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,58 @@ def test_curvature_of_the_models_own_loss(name: str) -> None:
     assert found.keys() == want.keys() and found
     for n in found:
         assert testing.relative_error(found[n], want[n]) < 1e-5, n
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mixtral", "BERT", "T5", "ViT"])
+def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
+    """Of either kind, it trains in and outside of contexts as without packext, and gives what it gives without it."""
+    make, data, _ = MODELS[name]
+    model, batch = make().double().train(), data()
+    plain = copy.deepcopy(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+    def grads(model: nn.Module) -> dict[str, Tensor]:
+        model(**batch).loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        return found
+
+    want = grads(model)
+    px.extend(model), px.extend(plain)
+    torch.testing.assert_close(grads(model), want, rtol=0, atol=0)
+    for quantity in (px.BatchGrad(), px.DiagGGNExact(), px.KFAC(fisher="exact")):
+        found = []
+        for each in (model, plain):
+            with px.backpack(quantity) as results:
+                torch.testing.assert_close(grads(each), want, rtol=1e-12, atol=1e-14)
+            found.append({name: getattr(r, quantity.savefield) for name, r in results.items()})
+        assert found[0].keys() == want.keys()
+        torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.gradient_checkpointing_enable. is deprecated")
+def test_what_reentrant_checkpointing_keeps_from_the_loss() -> None:
+    """The loss that balances experts reads what was made in there, and torch gives that no gradient."""
+    options = {"num_local_experts": 4, "experts_implementation": "eager", "output_router_logits": True}
+    model = build("MixtralForCausalLM", "MixtralConfig", **LLAMA, **options, router_aux_loss_coef=0.5)().double()
+    batch, found = words(), []
+    for reentrant in (False, True):
+        options = {"use_reentrant": reentrant}
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.enable_input_require_grads()
+        for extended in (False, True):
+            (px.extend if extended else px.unextend)(model)
+            model.zero_grad()
+            with px.backpack(*[px.BatchL2Grad()] * extended):
+                model(**batch).loss.backward()
+            found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(found[1::2], found[::2], rtol=1e-12, atol=1e-14)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found[0], found[2])
 
 
 UNTIED = {"vocab_size": V, "tie_word_embeddings": False}

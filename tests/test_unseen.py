@@ -253,7 +253,7 @@ def test_checkpointed_functions(through: Callable) -> None:
         assert report.ok, report
 
 
-@pytest.mark.parametrize("reentrant", [False])
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_in_checkpointed_modules_they_are_refused(reentrant: bool) -> None:
     """Training without a context goes on as it is."""
 

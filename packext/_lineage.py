@@ -168,7 +168,7 @@ class Tracer(TorchFunctionMode):
             return (entry[0],)
         if type(t) is nn.Parameter and t.requires_grad and self._learn(t):
             return (self.table[id(t)][0],)
-        if id(t) in self._known:
+        if self._known and id(t) in self._known:
             return self._known[id(t)][0][0]
         mark = getattr(t, MARK, _UNMARKED)
         if mark[0] in self._tokens:

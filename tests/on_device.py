@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 import packext as px
 from packext import attacks, defences, optim, testing
@@ -241,6 +242,33 @@ class Centred(nn.Module):
         return self.net(x - x.mean(0)) - self.net(x).mean(0)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, model: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.model.children():
+            x = checkpoint(part, x, use_reentrant=self.reentrant, preserve_rng_state=False)
+        return x
+
+
+def checkpointing() -> None:
+    """Parts run again on autograd's own thread."""
+    for reentrant in (False, True):
+
+        def work(model: nn.Module, x: Tensor, y: Tensor, reentrant: bool = reentrant) -> Any:
+            model, loss = px.extend(Checkpointed(model, reentrant)), px.extend(nn.CrossEntropyLoss())
+            found = []
+            for quantity in (px.BatchGrad(), px.DiagGGNExact(), px.DiagHessian()):
+                with px.backpack(quantity, attach=False) as results:
+                    loss(model(x.requires_grad_()), y).backward()
+                found.append([getattr(r, quantity.savefield) for r in results.values()])
+            return found, [p.grad for p in model.parameters()]
+
+        both(f"checkpointing{', reentrant' * reentrant}", work)
+
+
 def refusals() -> None:
     """What is raised on the device's own thread reaches the caller, and leaves nothing behind."""
     model, (x, y) = px.extend(moved(Centred())), to_device(batch())
@@ -259,7 +287,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     with Device(), sdpa_kernel(SDPBackend.MATH):
-        for part in (cases, optimizers, monitor, drawn, checks, leaks, refusals):
+        for part in (cases, optimizers, monitor, drawn, checks, leaks, checkpointing, refusals):
             part()
     print("end")
     sys.stdout.flush()

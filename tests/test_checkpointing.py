@@ -497,6 +497,75 @@ def test_graphs_that_are_kept_and_graphs_of_gradients() -> None:
     torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("around", ["other", "reentrant"])
+def test_around_the_extended_model(around: str, kind: str) -> None:
+    """Individual gradients are right, whatever it has in it; curvature does not come through the reentrant kind."""
+    model, before, loss_fn, (x, y) = (
+        px.extend(Net(PARTS["in a module"])),
+        nn.Linear(5, 5),
+        nn.CrossEntropyLoss(),
+        batch(),
+    )
+    px.extend(loss_fn)
+    found = []
+    for quantity in (px.BatchGrad(), px.DiagGGNExact()):
+        model.run = KINDS["plain"]
+        with px.backpack(quantity) as results:
+            loss_fn(model(before(x)), y).backward()
+        want = [getattr(r, quantity.savefield) for r in results.values()]
+        model.run = KINDS[kind]
+        grads(model)
+        if around == "reentrant" and isinstance(quantity, px.DiagGGNExact):
+            with pytest.raises(px.UnsupportedUseError, match="what is around it"), px.backpack(quantity):
+                loss_fn(KINDS[around](model, before(x)), y).backward()
+            assert not grads(model)
+            continue
+        with px.backpack(quantity) as results:
+            loss_fn(KINDS[around](model, before(x)), y).backward()
+        found = [getattr(r, quantity.savefield) for r in results.values()]
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-14)
+        grads(model)
+
+
+@pytest.mark.parametrize("part", ["in a module", "a value of parameters", "one that is expanded", "the other in it"])
+def test_what_is_saved_elsewhere(part: str) -> None:
+    """Arguments of a part come back as other tensors."""
+    model, loss_fn, (x, y) = px.extend(Net(PARTS[part])), px.extend(nn.CrossEntropyLoss()), batch()
+    found = []
+    for kind in KINDS:
+        model.run = KINDS[kind]
+        with px.backpack(px.BatchGrad(), px.DiagGGNExact()) as results:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+                value = loss_fn(model(x), y)
+            value.backward()
+        found.append([(r.grad_batch, r.diag_ggn_exact) for r in results.values()])
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("followed", [True, False])
+@pytest.mark.parametrize("part", PARTS)
+def test_losses_made_of_derivatives(part: str, followed: bool) -> None:
+    """A gradient penalty, of which torch's own reentrant kind has none: as of the other kind."""
+    model, (x, _) = Net(PARTS[part]), batch()
+    for layer in (model.a, model.b, model.two, model.within.layer) if followed else ():
+        layer.norm = nn.Tanh()  # in checkpointed parts normalisations are refused
+    px.extend(model)
+    x.requires_grad_()
+    found: list[Any] = []
+    for kind in KINDS:
+        model.run = KINDS[kind]
+        try:
+            with px.backpack(px.BatchGrad()) as results:
+                (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+                slope.square().sum(1).mean().backward()
+            found.append([r.grad_batch for r in results.values()])
+        except px.UnsupportedUseError as error:
+            assert kind != "plain" and not followed and "layer_norm" in str(error)
+    if followed:
+        torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-12, atol=1e-14)
+
+
 def test_a_transform_in_the_model_keeps_torchs_error() -> None:
     model, (x, _) = px.extend(Net(lambda m, run, h: torch.vmap(lambda row: run(m.a, row))(h))), batch()
     model.run = KINDS["reentrant"]

@@ -20,9 +20,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.attacks import cells, digits, relu_net, sigmoid_net, spread
+from benchmarks.attacks import trained as classifier
 from benchmarks.summary import fill
 from packext import attacks, defences
-from packext.attacks import DeepLeakage, InvertingGradients, Shared, judge, psnr, sent, share, without
+from packext.attacks import (
+    DeepLeakage,
+    GaussianMisfit,
+    InvertingGradients,
+    LaplacianMisfit,
+    MaximumPosterior,
+    Misfit,
+    Prior,
+    RoundingMisfit,
+    Shared,
+    judge,
+    psnr,
+    sent,
+    share,
+    without,
+)
 from packext.defences import NoPeek, distance_correlation, u_distance_correlation_sqr
 
 HERE = Path(__file__).parent
@@ -30,13 +46,13 @@ RESULTS, PAGE = HERE / "results" / "defences.json", HERE.parent / "docs" / "defe
 FIGURE = HERE.parent / "docs" / "nopeek.png"
 TITLES = {
     "knowing": "what is shared",
+    "levels": "network, what is shared",
     "withholding": "nearest to",
     "property": "property, model",
     "nopeek": "alpha",
     "dcor": "samples, dimensions",
 }
-#: Weights of the total variation were chosen on seeds 0 to 4.
-SEEDS = range(10, 15)
+SEEDS, MORE = range(10, 15), range(100, 110)
 LOSS, SHAPE, SIZE = nn.CrossEntropyLoss(), (1, 16, 16), 32
 
 # -- one digit, its label known: an attacker who does not know of the defence, and one who does ---------
@@ -57,6 +73,25 @@ def with_draw(model: nn.Module, shared: Shared, y: Tensor) -> Tensor:
         forward=lambda m, v: m(v[:, :pixels].view(-1, *SHAPE), v[:, pixels:]),
     )  # fmt: skip
     return found.inputs[:, :pixels].view(-1, *SHAPE)
+
+
+def probable(misfit: Misfit, clip: float | None = None) -> Attack:
+    """The most probable input, from where the searches that know of clipping alone end."""
+
+    def run(model: nn.Module, shared: Shared, y: Tensor) -> Tensor:
+        starts = [DeepLeakage(30, clip=clip)(model, shared, SHAPE, labels=y).inputs]
+        starts.append(InvertingGradients(300)(model, shared, SHAPE, y).inputs)
+        prior = None if isinstance(misfit, RoundingMisfit) else expected(16, SEEDS)
+        return MaximumPosterior(misfit, prior, starts, clip=clip)(model, shared, SHAPE, y).inputs
+
+    return run
+
+
+def expected(size: int, seeds: range) -> Prior:
+    """Of 1000 digits that are attacked with none of these seeds."""
+    every = digits(1000 + len(seeds), 0, size)[0]
+    drawn = torch.cat([digits(1, seed, size)[0] for seed in seeds])
+    return Prior.of(every[(every[:, None] != drawn).flatten(2).any(2).all(1)][:1000])
 
 
 def pair(change: Any, blind: Attack, knowing: Attack, how: str, precode: bool = False) -> Callable[[], dict]:
@@ -130,16 +165,69 @@ def knowing() -> dict[str, Callable[[], dict]]:
     )
     cosine = search(InvertingGradients(300))
     rows["clipping to 0.1"] = pair(defences.Clipped(0.1), plain, cosine, "the cosine")
-    for std, tv in ((0.01, 1e-3), (0.1, 1e-2)):
-        smooth = search(InvertingGradients(300, tv=tv))
-        rows[f"Gaussian noise {std:g}"] = pair(
-            defences.GaussianNoise(std, seed=0), plain, smooth, f"the cosine, pixels in a box, total variation {tv:g}"
-        )
-    smooth = search(InvertingGradients(300, tv=0.1))
+    noise = "its distribution and level; other digits"
+    for std in (0.01, 0.1):
+        gauss, laplace = defences.GaussianNoise(std, seed=0), defences.LaplacianNoise(std, seed=0)
+        rows[f"Gaussian noise {std:g}"] = pair(gauss, plain, probable(GaussianMisfit(std)), noise)
+        rows[f"Laplacian noise {std:g}"] = pair(laplace, plain, probable(LaplacianMisfit(std)), noise)
+    for kind, stochastic in (("bfloat16", False), ("int8", False), ("int8", True)):
+        rounded = defences.Quantisation(kind, stochastic, seed=0)
+        name = kind + ", stochastic" * stochastic
+        rows[name] = pair(rounded, plain, probable(RoundingMisfit(kind, stochastic)), "the cells of the grid")
     rows["clipping to 0.1, noise 0.1"] = pair(
-        defences.Clipped(0.1, 0.1, seed=0), cosine, smooth, "the cosine, pixels in a box, total variation 0.1"
+        defences.Clipped(0.1, 0.1, seed=0), cosine, probable(GaussianMisfit(0.01), clip=0.1), f"the norm; {noise}"
     )
     return rows
+
+
+def level(sigmoid: bool, defend: Callable[[float], tuple[Any, Misfit]]) -> dict:
+    """One digit, as it is found without knowing the defence, by the better of two searches, and by what else is known.
+
+    `defend` makes the defence, and what is known of it, of the root mean square of the gradient.
+    """
+    found: dict[str, list[float]] = {}
+    size = 16 if sigmoid else 8
+    prior = expected(size, MORE)
+    for seed in MORE:
+        x, y = digits(1, seed, size)
+        torch.manual_seed(seed)
+        model = sigmoid_net(1, 16, 10) if sigmoid else classifier(80, seed)
+        whole, shape = share(model, LOSS, x, y), tuple(x.shape[1:])
+        rms = float(torch.cat([g.flatten() for g in whole.gradient.values()]).square().mean().sqrt())
+        defence, misfit = defend(rms)
+        shared = defence(whole)
+        starts = [DeepLeakage(30)(model, shared, shape, labels=y).inputs]
+        starts.append(InvertingGradients(300)(model, shared, shape, y).inputs)
+        found.setdefault("nothing", []).append(max(float(psnr(clean(one), x)) for one in starts))
+        for known, others in (("how it was changed", None), ("and other digits", prior)):
+            attack = MaximumPosterior(misfit, others, [clean(one) for one in starts])
+            found.setdefault(known, []).append(float(psnr(attack(model, shared, shape, y).inputs, x)))
+    found["gain"] = [b - a for a, b in zip(found["nothing"], found["and other digits"], strict=True)]
+    return {"psnr": found}
+
+
+def levels() -> dict[str, Callable[[], dict]]:
+    """Noise and rounding, on the network with random weights and on a trained one with ReLUs."""
+    changes: dict[str, Callable[[float], tuple[Any, Misfit]]] = {}
+    for k in (0.1, 1.0):
+        changes[f"Gaussian noise, {k:g} x RMS"] = lambda size, k=k: (
+            defences.GaussianNoise(k * size, seed=0),
+            GaussianMisfit(k * size),
+        )
+        changes[f"Laplacian noise, {k:g} x RMS"] = lambda size, k=k: (
+            defences.LaplacianNoise(k * size, seed=0),
+            LaplacianMisfit(k * size),
+        )
+    for kind, stochastic in (("float16", False), ("bfloat16", False), ("int8", False), ("int8", True)):
+        changes[kind + ", stochastic" * stochastic] = lambda size, kind=kind, stochastic=stochastic: (
+            defences.Quantisation(kind, stochastic, seed=0),
+            RoundingMisfit(kind, stochastic),
+        )
+    return {
+        f"{network}, {name}": lambda sigmoid=sigmoid, change=change: level(sigmoid, change)
+        for network, sigmoid in (("sigmoid", True), ("ReLU, trained", False))
+        for name, change in changes.items()
+    }
 
 
 # -- properties of a batch -------------------------------------------------------------------------------
@@ -340,6 +428,14 @@ def table(key: str, rows: dict[str, dict]) -> list[str]:
                 ]
             lines.append(f"| {name} | {' | '.join(shown)} | {row['how']} |")
         return lines
+    if key == "levels":
+        names = ["nothing", "how it was changed", "and other digits", "gain"]
+        lines = [f"| {TITLES[key]} | {' | '.join(names)} |", "|---|---|---|---|---|"]
+        for name, row in rows.items():
+            spans = [torch.tensor(row["psnr"][known]) for known in names]
+            shown = [f"{float(t.median()):.1f} ({float(t.min()):.1f} to {float(t.max()):.1f})" for t in spans]
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+        return lines
     if key == "dcor":
         lines = [f"| {TITLES[key]} | difference, R | difference, R*² | time of dcor | peak of dcor | peak of packext |"]
         lines.append("|---" * 6 + "|")
@@ -371,6 +467,7 @@ def main() -> None:
     everything: dict[str, dict[str, Callable[[], dict]]] = {
         "dcor": {f"{n}, {d}": lambda n=n, d=d: against_dcor(n, d) for n in (64, 256) for d in (64, 3072)},
         "knowing": knowing(),
+        "levels": levels(),
         "withholding": {whose: lambda whose=whose: withheld(whose) for whose in ("the one withheld", "the other")},
         "property": {
             f"{kind}, {model}": lambda kind=kind, steps=steps: properties(kind, steps)

@@ -327,7 +327,7 @@ def test_numbers_are_those_of_cockpit_or_differ_as_its_page_says() -> None:
 OTHERS = {
     "attacks": "Head Shared Threat LocalSteps Reconstruction Cohort NORMS LabelRule Judged Signals CanaryAudit "
     "PropertyClassifier share share_update sent without secure_sum count_accuracy guessed identity judge leverage "
-    "in_order nearest_tokens psnr",
+    "in_order nearest_tokens psnr Misfit GaussianMisfit LaplacianMisfit RoundingMisfit Prior",
     "defences": "Compose PrecodeLoss Received DPSGD DPAdam epsilon noise_multiplier distance_correlation "
     "u_distance_correlation_sqr sensitivity replaces_share",
 }

@@ -37,6 +37,12 @@ from packext.attacks.membership import signals as signals
 from packext.attacks.metrics import in_order as in_order
 from packext.attacks.metrics import nearest_tokens as nearest_tokens
 from packext.attacks.metrics import psnr as psnr
+from packext.attacks.posterior import GaussianMisfit as GaussianMisfit
+from packext.attacks.posterior import LaplacianMisfit as LaplacianMisfit
+from packext.attacks.posterior import MaximumPosterior as MaximumPosterior
+from packext.attacks.posterior import Misfit as Misfit
+from packext.attacks.posterior import Prior as Prior
+from packext.attacks.posterior import RoundingMisfit as RoundingMisfit
 from packext.attacks.property import PropertyClassifier as PropertyClassifier
 from packext.attacks.property import PropertyInference as PropertyInference
 from packext.attacks.secure import NORMS as NORMS

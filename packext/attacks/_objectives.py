@@ -1,12 +1,20 @@
-"""What a search of inputs lowers."""
+"""What a search of inputs lowers, and of what."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 import packext as px
+
+
+def clipped(gradient: Sequence[Tensor], norm: float) -> list[Tensor]:
+    """A gradient of one sample, clipped to a norm."""
+    square = torch.stack([g.square().sum() for g in gradient]).sum()
+    factor = norm / square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+    return [factor.clamp_max(1.0) * g for g in gradient]
 
 
 def squared_distance(found: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import packext as px
-from packext.attacks._objectives import cosine_distance, squared_distance, total_variation
+from packext.attacks._objectives import clipped, cosine_distance, squared_distance, total_variation
 from packext.attacks._shared import Shared, Threat
 
 
@@ -245,9 +245,7 @@ class DeepLeakage:
             if soft:
                 found = [_divisor(matching.shared.loss_fn, whole) * g for g in found]
             if self.clip is not None:
-                square = torch.stack([g.square().sum() for g in found]).sum()
-                norm = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
-                found = [(self.clip / norm).clamp_max(1.0) * g for g in found]
+                found = clipped(found, self.clip)
             return squared_distance(matching.seen(found), matching.target)
 
         def closure() -> float:
@@ -322,11 +320,11 @@ def share_update(model: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor, loc
         The sum of the steps' gradients.
     """
     matching = Matching(model, Shared({k: p for k, p in model.named_parameters() if p.requires_grad}, len(y), loss_fn))
-    steps = zip(matching.parameters, _unrolled(matching, x, y, local), strict=True)
+    steps = zip(matching.parameters, unrolled(matching, x, y, local), strict=True)
     return Shared.of({k: g.detach() for k, g in steps}, loss_fn, y)
 
 
-def _unrolled(matching: Matching, x: Tensor, y: Tensor, local: LocalSteps | None) -> list[Tensor]:
+def unrolled(matching: Matching, x: Tensor, y: Tensor, local: LocalSteps | None) -> list[Tensor]:
     """The sum of gradients along local steps, with a graph back to the inputs if they require grad."""
     if local is None:
         return matching.gradient(x, y)
@@ -430,7 +428,7 @@ class InvertingGradients:
             seen: list[float] = []
 
             def objective(x: Tensor = x) -> Tensor:
-                return cosine_distance(matching.seen(_unrolled(matching, x, labels, self.local)), matching.target)
+                return cosine_distance(matching.seen(unrolled(matching, x, labels, self.local)), matching.target)
 
             for i in range(self.iterations):
                 distance = objective()

@@ -433,8 +433,8 @@ def _sweep(audit: Audit) -> Iterator[Finding]:
             "note",
             "sweep",
             "Some defences stop searches that do not know of them, and no other was tried.",
-            f"{', '.join(unknown)}: 3 dB less than without, or worse, by searches that know of clipping and of entries "
-            "set to zero alone.",
+            f"{', '.join(unknown)}: 3 dB less than without, or worse, by searches that do not know what they do to "
+            "the gradient.",
             "Do not credit them before an attack that knows of them has failed.",
         )
     adapted = [r for r in strong if r.adapted]

@@ -49,8 +49,10 @@ SAYS = {
     "where false ones are few, more than the area.",
     "epsilon": "A lower bound above the claim shows a bug. One below it proves nothing.",
     "sweep": "The same attacks on defended gradients; reconstruction is of one sample by itself, by the better of the "
-    "searches, which know of clipping and match no entries that a defence has set to zero; none knows of noise or of "
-    "8 bits. Read off are inputs of the real batch, by division at a layer that sees them. Levels fit the gradient at "
+    "searches, which know of clipping and match no entries that a defence has set to zero; where it adds noise of a "
+    "known level or rounds, another goes on from there to the most probable input; for noise, given what the other "
+    "candidates look like. "
+    "Read off are inputs of the real batch, by division at a layer that sees them. Levels fit the gradient at "
     "this stage of the training. Time is the processor's for one call, over that without a defence; of clipping that "
     "of a training's step.",
 }

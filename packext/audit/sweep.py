@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter, process_time
 from typing import Any
 
@@ -13,21 +13,50 @@ import torch
 from torch import Tensor
 
 import packext as px
-from packext.attacks import Shared, count_accuracy, guessed, sent, share
+from packext.attacks import (
+    GaussianMisfit,
+    LaplacianMisfit,
+    MaximumPosterior,
+    Misfit,
+    Prior,
+    RoundingMisfit,
+    Shared,
+    count_accuracy,
+    guessed,
+    sent,
+    share,
+)
 from packext.audit.case import Case, Clock, Utility
 from packext.audit.closed import read_off
 from packext.audit.inversion import affordable, attempt, guess, searchable, searches_for, seeded
+from packext.audit.inversion import candidates as others
 from packext.audit.labels import rules_for
 from packext.audit.records import fitting_clip
 from packext.audit.section import Section
 from packext.audit.sharing import clip_of, fresh, name_of
-from packext.defences import Clipped, Compose, GaussianNoise, Pruning, Quantisation, Soteria, TopK, replaces_share
+from packext.defences import (
+    Clipped,
+    Compose,
+    GaussianNoise,
+    LaplacianNoise,
+    Pruning,
+    Quantisation,
+    Soteria,
+    TopK,
+    replaces_share,
+)
 
 #: Batches for labels and for the direction of the gradient; alternations for its time, within 0.25 s or so.
 DRAWS, TURNS = 5, 40
 
+#: Operations, or so, for the decomposition of the candidates that a prior is made of.
+EFFORT = 2e9
+
 #: Defences that set entries to zero: who knows of them does not match these.
 ZEROS = (Pruning, TopK, Soteria)
+
+#: Defences that may be set to a level at which they do nothing.
+NOISES = (GaussianNoise, LaplacianNoise)
 
 
 @dataclass
@@ -42,7 +71,7 @@ class Defended:
         guess: of the same labels.
         divided: share of the inputs that are read off a layer which sees them, by division, at the real batch size,
             mean over draws; None where no layer does.
-        psnr: in dB, of one sample by itself, the better of the searches, mean over seeds.
+        psnr: in dB, of one sample by itself, the best of the searches, mean over seeds.
         psnr_best: the attacker's best seed.
         recovered: seeds whose input was recovered (see `SearchResult`).
         seeds: searched.
@@ -73,7 +102,8 @@ class Sweep(Section):
 
     Attributes:
         rows: of defences, the first without one.
-        iterations: of the searches, of which the better counts.
+        iterations: of the searches, of which the best counts; of that for the most probable input, where a defence adds
+            noise or rounds.
         psnr_guess: in dB, of who guesses the mean of all candidates, mean over them.
     """
 
@@ -101,7 +131,8 @@ def sweep(case: Case, clock: Clock, utility: Utility | None = None) -> Sweep:
     every = base | defences
     for k, (name, defence) in enumerate(every.items()):
         clock.tell(k / len(every) / 2)
-        row = Defended(name, adapted=not k or known(defence))
+        # Vectors that are searched for in place of tokens are none of the inputs that the prior is made of.
+        row = Defended(name, adapted=not k or (known(defence) and (case.continuous or not misfit_of(defence))))
         with found.unless_refused(f"{name}: cosine"):
             row.signal = _signal(case, defence)
         with found.unless_refused(f"{name}: time"):
@@ -129,17 +160,41 @@ def _accuracy(value: Any) -> float:
 
 
 def known(defence: Any) -> bool:
-    """Whether the searches know of a defence: of clipping, and of entries set to zero.
+    """Whether a search knows of all that a defence does to what is shared.
 
     Args:
         defence: of a client, or several by `Compose`.
 
     Returns:
-        True if there is nothing to it that they do not know, such as noise.
+        True of clipping, of entries set to zero, and of what `misfit_of` has; not of entries set to zero under noise,
+        which nobody sees, nor of several that add noise or round.
     """
-    return all(
-        isinstance(part, (Clipped, *ZEROS)) and not getattr(part, "noise_multiplier", 0.0) for part in _parts(defence)
-    )
+    parts = [*_parts(defence)]
+    blurs = [k for k, part in enumerate(parts) if misfit_of(part) is not None]
+    none = all(isinstance(part, (Clipped, *ZEROS, *NOISES)) for k, part in enumerate(parts) if k not in blurs)
+    hidden = any(isinstance(part, ZEROS) for part in parts[: max(blurs, default=0)])
+    return none and len(blurs) < 2 and not (hidden and not isinstance(parts[blurs[0]], Quantisation))
+
+
+def misfit_of(defence: Any) -> Misfit | None:
+    """What an attacker who knows a defence knows of the difference that it makes to the gradient of one sample.
+
+    Args:
+        defence: of a client; of several, the first that adds noise or rounds counts.
+
+    Returns:
+        None if it adds no noise and does not round.
+    """
+    for part in _parts(defence):
+        if isinstance(part, Clipped) and part.noise_multiplier:
+            return GaussianMisfit(part.noise_multiplier * part.max_norm)
+        if isinstance(part, GaussianNoise) and part.std:
+            return GaussianMisfit(part.std)
+        if isinstance(part, LaplacianNoise) and part.scale:
+            return LaplacianMisfit(part.scale)
+        if isinstance(part, Quantisation):
+            return RoundingMisfit(part.kind, part.stochastic)
+    return None
 
 
 def _parts(defence: Any) -> Sequence[Any]:
@@ -291,9 +346,12 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
     """Searches on a message of one sample, for each defence in turn, so that all have seen the same seeds.
 
     Only those that get anywhere without a defence go on, and the one that is blind to a factor, such as clipping is.
+    Where noise was added, or entries were rounded, what they find is where the search for the most probable starts.
     """
     planned, found.psnr_guess = min(5, case.budget.seeds), guess(case)
-    seconds = clock.seconds / (len(every) * min(3, planned))
+    misfits = {name: misfit_of(defence) if case.continuous else None for name, defence in every.items()}
+    told = [name for name, misfit in misfits.items() if misfit is not None]
+    seconds = clock.seconds / ((len(every) + len(told)) * min(3, planned))
     searches = {name: affordable(case, a, 1, seconds) for name, a in searches_for(case, found.absent).items()}
     x, y = (t[case.draw(100, 1)] for t in (case.x, case.y))
     plain = case.client(x, y, defended=False)
@@ -301,11 +359,17 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
     kept = {max(reached, key=lambda name: reached[name]), *(n for n, a in searches.items() if not isinstance(a, tuple))}
     searches = {name: a for name, a in searches.items() if name in kept}
     found.iterations = {name: (a[0] if isinstance(a, tuple) else a).iterations for name, a in searches.items()}
+    low, high = case.bounds()
+    steps = max(2, max(found.iterations.values()) // 20)  # each of up to 20: as long as Inverting Gradients
+    probable = MaximumPosterior(GaussianMisfit(1.0), None, (), steps, low, high, None, case.sharing.local)
+    if told:
+        found.iterations["Maximum posterior"] = steps
     ratios: dict[str, list[float]] = {name: [] for name in every}
     hits = dict.fromkeys(every, 0)
     seed = 0
     while clock.go_on(seed, planned):
         x, y = (t[case.draw(100 + seed, 1)] for t in (case.x, case.y))
+        prior = expected(case, x) if told else None
         for name, defence in every.items():
             with found.unless_refused(f"{name}: reconstruction"):
                 case.begin(100 + seed)
@@ -313,6 +377,17 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
                 mask = sent(message) if any(isinstance(part, ZEROS) for part in _parts(defence)) else None
                 begun = [seeded(a, case.seed + 1000 * seed, clip_of(defence)) for a in searches.values()]
                 tried = [attempt(case, a, message, x, y, mask) for a in begun]
+                if (misfit := misfits[name]) is not None:
+                    starts = [one.found for one in tried]
+                    rounds = isinstance(misfit, RoundingMisfit)  # to cells, beside which a prior weighs nothing
+                    last = replace(
+                        probable,
+                        misfit=misfit,
+                        prior=None if rounds else prior,
+                        starts=starts,
+                        clip=clip_of(defence),
+                    )
+                    tried.append(attempt(case, last, message, x, y, mask))
                 ratios[name].append(max(float(one.psnr) for one in tried))
                 hits[name] += any(bool(one.recovered) for one in tried)
         seed += 1
@@ -321,3 +396,19 @@ def _reconstruct(case: Case, clock: Clock, every: dict[str, Any], found: Sweep) 
         if seen:
             row.psnr, row.psnr_best, row.seeds = statistics.mean(seen), max(seen), len(seen)
             row.recovered = hits[row.name]
+
+
+def expected(case: Case, x: Tensor) -> Prior | None:
+    """What an attacker who has the candidates expects of one that they have not.
+
+    Args:
+        case: model, data and sharing.
+        x: the client's `[1, ...]`, which is left out.
+
+    Returns:
+        The prior, of fewer candidates where a decomposition of all would take long; None where they do not vary.
+    """
+    rest = others(case)
+    rest = rest[(rest != x).flatten(1).any(1)]
+    rest = rest[: max(2, int((EFFORT / x.numel()) ** 0.5))]
+    return Prior.of(rest) if len(rest) > 1 and bool((rest != rest[0]).any()) else None

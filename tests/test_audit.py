@@ -496,6 +496,19 @@ def test_bias_division_by_hand() -> None:
         divided(shared, "other", inputs, nowhere)
 
 
+def test_noise_is_taken_off_what_is_read_off() -> None:
+    """One row over its bias's entry is blurred beyond the hundredth; all rows together are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 5))
+    for k in range(6):
+        x, y = (t[k : k + 1] for t in images())
+        whole = attacks.share(model, LOSS, x, y)
+        message = defences.GaussianNoise(0.02 * float(flat(whole).square().mean().sqrt()), seed=k)(whole)
+        weight, bias = (message.gradient[f"1.{part}"] for part in ("weight", "bias"))
+        alone = (weight / bias[:, None] - x.flatten()).norm(dim=1) / x.norm()
+        assert alone.min() > 1e-2 and divided(message, "1", x.flatten(1), torch.zeros(16)) == 1.0
+
+
 def test_inputs_that_vary_little_are_not_given_away_by_their_mean() -> None:
     """As temperatures in kelvin: each row of a sum of gradients is within a hundredth of all inputs."""
     torch.manual_seed(0)

@@ -215,7 +215,9 @@ def divided(shared: Shared, layer: str, inputs: Tensor, centre: Tensor) -> float
     """Share of a layer's inputs that are a row of the weight's gradient over the bias's entry.
 
     For one input every row is (Geiping et al. 2020, Proposition 3.1); for several, a row whose unit is active for one
-    of them alone, which the attacker finds among as many candidates as there are rows.
+    of them alone, which the attacker finds among as many candidates as there are rows. The gradient of both has no
+    higher rank than inputs: its nearest neighbour of that rank, which is rid of most of what noise and rounding have
+    added, gives as many more. (Of one input that is the most likely one where all entries have the same noise.)
 
     Args:
         shared: what the attacker sees.
@@ -237,6 +239,12 @@ def divided(shared: Shared, layer: str, inputs: Tensor, centre: Tensor) -> float
     if not rows.any():
         return 0.0
     candidates, true = weight[rows] / bias[rows, None], inputs.double()
+    both, k = torch.cat([weight, bias[:, None]], 1)[rows], len(inputs)
+    if k < min(both.shape):
+        u, s, v = torch.linalg.svd(both, full_matrices=False)
+        near = (u[:, :k] * s[:k]) @ v[:k]
+        near = near[:, :-1] / near[:, -1:]
+        candidates = torch.cat([candidates, near[near.isfinite().all(1)]])
     # Rows that are rounding error of a gradient that is zero are no candidates for an input of zeros.
     apart = torch.cdist(true, candidates, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
     scale = torch.minimum(true.norm(dim=1), (true - centre.double()).norm(dim=1))

@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import packext as px
-from packext.diagnostics import Cockpit, Loss, TargetRanks, rules
+from packext.diagnostics import Cockpit, Loss, TargetRanks, _observe, rules
 from packext.diagnostics._verdict import Judge
 from tests.helpers import mlp
+from tests.test_syncs import watched
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -201,3 +204,62 @@ def test_tokens_are_no_samples() -> None:
     monitor = watch(model)
     step(monitor, nn.CrossEntropyLoss(), torch.randn(4, 5), torch.randint(3, (20,)))
     assert monitor.absent["TargetRanks"] == "CrossEntropyLoss has 20 rows for 4 samples"
+
+
+class Sizes(TorchDispatchMode):
+    """The largest result of any operation, and all that softmaxes go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.softmax = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given, made = (
+            {t.untyped_storage().data_ptr(): t.numel() for t in pytree.tree_leaves(some) if isinstance(t, Tensor)}
+            for some in (args, found)
+        )
+        self.largest = max([self.largest, *(size for place, size in made.items() if place not in given)])
+        self.softmax += args[0].numel() if func is torch.ops.aten._log_softmax.default else 0
+        return found
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_ranks_of_tokens_take_one_softmax_and_little_memory(monkeypatch: pytest.MonkeyPatch, smoothing: float) -> None:
+    out, y = torch.randn(9, 50, 6), torch.randint(50, (9, 6))
+    y[4, :5] = y[2, 1] = 7
+    loss = nn.CrossEntropyLoss(ignore_index=7, label_smoothing=smoothing)
+    whole = _observe._compared(loss, (out, y), {})
+    monkeypatch.setattr(_observe, "ENTRIES", 2 * 50 * 6)
+    with Sizes() as seen:
+        parts = _observe._compared(loss, (out, y), {})
+    assert isinstance(whole, Tensor) and isinstance(parts, Tensor) and torch.equal(whole, parts)
+    ranks, same = by_hand(out, y, loss)
+    assert (parts[:, 0] / (1 - parts[:, 1])).tolist() == pytest.approx(ranks) and parts[:, 1].mean() == same
+    assert seen.largest <= 2 * 50 * 6 and seen.softmax == out.numel()
+
+
+def test_ranks_of_images_hold_a_few_copies_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, y = torch.randn(9, 1, 40, 40), torch.randn(9, 1, 40, 40)
+    whole = _observe._compared(nn.MSELoss(), (out, y), {})
+    monkeypatch.setattr(_observe, "ENTRIES", 2 * 1600)
+    with Sizes() as seen:
+        parts = _observe._compared(nn.MSELoss(), (out, y), {})
+    assert isinstance(whole, Tensor) and isinstance(parts, Tensor) and torch.equal(whole, parts)
+    assert (parts[:, 0] / (1 - parts[:, 1])).tolist() == pytest.approx(by_hand(out, y, F.mse_loss)[0])
+    assert seen.largest <= 2 * 1600
+
+
+@pytest.mark.parametrize("loss, y", [
+    (nn.CrossEntropyLoss(), torch.arange(6) % 3),
+    (nn.CrossEntropyLoss(ignore_index=0), torch.arange(6) % 3),
+    (nn.MSELoss(), torch.ones(6, 3)),
+])  # fmt: skip
+def test_ranks_in_the_forward_pass_wait_for_nothing(loss: nn.Module, y: Tensor) -> None:
+    monitor, loss = watch(mlp()), px.extend(loss)
+    with monitor.step():
+        out = monitor.model(torch.randn(6, 5))
+        with watched() as found:
+            value = loss(out, y.to(out.dtype) if y.is_floating_point() else y)
+        value.backward()
+    assert "TargetRanks" in {**monitor.values, **monitor.absent} and not found

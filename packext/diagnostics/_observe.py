@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
@@ -470,12 +471,14 @@ def _individual(module: nn.Module, args: Any, kwargs: Any) -> Tensor | str:
         return type(module).forward(again, *args, **kwargs)
 
 
-#: With how many other targets each sample's own is compared.
-OTHERS = 8
+#: With how many other targets each sample's own is compared, and how many entries of outputs are looked at at once.
+OTHERS, ENTRIES = 8, 2**22
 
 
 def _compared(module: nn.Module, args: Any, kwargs: Any) -> Tensor | str:
     """Of each row: the shares of other rows' targets under which its loss is less, and the same `[rows, 2]`."""
+    # In parts, since outputs may be the largest tensor that there is; and what is unknown is NaN, since to look at a
+    # number here would have the forward pass wait for the device.
     name = type(module).__name__
     given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
     outputs, targets = given.get("input"), given.get("target")
@@ -485,24 +488,53 @@ def _compared(module: nn.Module, args: Any, kwargs: Any) -> Tensor | str:
         return "one row of outputs and targets, or not as many of one as of the other: none to compare with"
     if any(getattr(module, weight, None) is not None for weight in ("weight", "pos_weight")):
         return f"{name} weighs its targets: less loss under another one need not be a better fit"
-    counts = torch.ones_like(targets, dtype=torch.bool)
-    if isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss)) and not targets.is_floating_point():
-        counts = targets != module.ignore_index
-    rows = counts.reshape(len(targets), -1).sum(1)
-    if not rows.all():
-        return "of some samples all targets are ignored"
     n, more = len(targets), min(OTHERS, len(targets) - 1)
+    shifts = (0, *(1 + k * (n - 1) // more for k in range(more)))
+    size = max(1, ENTRIES * n // max(1, outputs.numel()))
     found = []
-    for shift in (0, *(1 + k * (n - 1) // more for k in range(more))):
-        each = _individual(module, (outputs, targets.roll(shift, 0)), {})
+    for start in range(0, n, size):
+        rows = torch.arange(start, min(start + size, n), device=targets.device)
+        others = [(rows - shift) % n for shift in shifts]
+        each = _means_under(module, outputs.detach()[start : start + size], targets, others)
         if isinstance(each, str):
             return each
-        if each.dim() == 0 or len(each) != n:
-            return f"{name} has no loss of each row"
-        found.append((each.reshape(n, -1).double().sum(1) / rows.roll(shift, 0), torch.finfo(each.dtype).eps))
-    own, eps = found[0]
-    others = torch.stack([other for other, _ in found[1:]])
-    if not (own.isfinite().all() and others.isfinite().all()):
-        return "a loss is not finite"
+        found.append(_shares(*each))
+    return torch.cat(found)
+
+
+def _means_under(module: Any, outputs: Tensor, targets: Tensor, others: list[Tensor]) -> tuple[Tensor, float] | str:
+    """Mean losses of rows under targets of several others `[others, rows]`, and the precision of these losses."""
+    classes = isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss)) and not targets.is_floating_point()
+    entropy = classes and type(module) is nn.CrossEntropyLoss
+    if entropy:  # of whose cost nearly all is the logarithm of the softmax, the same under all targets
+        outputs = outputs.log_softmax(1)
+    even = outputs.mean(1) if entropy and module.label_smoothing else None
+    means, precision = [], 0.0
+    for other in others:
+        target = targets[other]
+        each = _entropies(module, outputs, even, target) if entropy else _individual(module, (outputs, target), {})
+        if isinstance(each, str):
+            return each
+        if each.dim() == 0 or len(each) != len(target):
+            return f"{type(module).__name__} has no loss of each row"
+        counts = torch.ne(target, module.ignore_index).reshape(len(target), -1).sum(1) if classes else 1  # of none NaN
+        means.append(each.reshape(len(target), -1).sum(1, dtype=torch.float64) / counts)
+        precision = torch.finfo(each.dtype).eps
+    return torch.stack(means), precision
+
+
+def _entropies(module: Any, logs: Tensor, even: Tensor | None, target: Tensor) -> Tensor:
+    """Losses of entries, from logarithms of probabilities and, for smoothed labels, their means over classes."""
+    each = F.nll_loss(logs, target, ignore_index=module.ignore_index, reduction="none")
+    if even is None:
+        return each
+    smoothing = module.label_smoothing
+    return (1 - smoothing) * each - smoothing * even.masked_fill(target == module.ignore_index, 0.0)
+
+
+def _shares(means: Tensor, eps: float) -> Tensor:
+    """From mean losses under the own target and others: the shares of these that are less, and the same."""
+    own, others = means[0], means[1:]
     same = (others - own).abs() <= 16 * eps * torch.maximum(others.abs(), own.abs())  # of sums in another order
-    return torch.stack([((others < own) & ~same).double().mean(0), same.double().mean(0)], 1)
+    shares = torch.stack([((others < own) & ~same).double().mean(0), same.double().mean(0)], 1)
+    return shares.masked_fill(~means.isfinite().all(0)[:, None], torch.nan)

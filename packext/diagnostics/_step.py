@@ -128,7 +128,8 @@ class Call:
         each: individual losses (or those of entries), or why there are none.
         part: whether it is part of a loss that was handed over, which stands for it.
         counted: which rows have a target that is not ignored `[rows]`; None if none is.
-        compared: the shares of other targets under which a row's loss is less, and the same `[rows, 2]`, or why not.
+        compared: the shares of other targets under which a row's loss is less, and the same `[rows, 2]`, NaN for all
+            targets ignored or a loss that is not finite; or why not.
     """
 
     kind: str
@@ -301,6 +302,10 @@ class Step:
                 raise Absent(compared)
             if p.n not in (None, len(compared)):
                 raise Absent(f"{p.calls[0][0].kind} has {len(compared)} rows for {p.n} samples")
+            if compared.isnan().any():
+                counted = p.calls[0][0].counted
+                ignored = counted is not None and not counted.all()
+                raise Absent("of some samples all targets are ignored" if ignored else "a loss is not finite")
             found.append(compared)
         return torch.cat(found)
 

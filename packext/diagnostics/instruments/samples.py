@@ -58,7 +58,8 @@ class TargetRanks(Instrument):
     - Formula: mean over n of `#{m: l(f_n, y_m) < l(f_n, y_n)} / #{m: l(f_n, y_m) != l(f_n, y_n)}`, over 8 other m; 0
       where no other target would change the loss
     - Units: none
-    - Cost: the loss alone is evaluated 9 times more, on outputs that are there; no quantity
+    - Cost: the loss alone is evaluated 9 times more, on parts of outputs that are there (of `CrossEntropyLoss` the
+      softmax once); no quantity
     - Source: the rank of a permutation test (Fisher 1935)
     - Absent: where the loss is none of torch's, has weights of targets, is given more than outputs and targets, is one
       of several, or its rows are not samples; for one sample; where a loss is not finite; in several processes

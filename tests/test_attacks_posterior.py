@@ -219,3 +219,19 @@ def test_what_does_not_fit_is_refused() -> None:
     zeros = attacks.Shared({name: torch.zeros_like(g) for name, g in shared.gradient.items()}, 2, LOSS)
     with pytest.raises(px.PackextError, match="is zero: it tells nothing"):
         attacks.MaximumPosterior(misfit)(model, zeros, SHAPE, y)
+
+
+def test_starts_and_priors_of_another_shape_are_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    shared = attacks.share(model, LOSS, torch.rand(1, 2, 2), torch.tensor([1]))
+    search, y = attacks.GaussianMisfit(0.1), torch.tensor([1])
+    with pytest.raises(ValueError, match=r"a start is \[1, 4\]; searched for is \[1, ...\] with inputs of \[2, 2\]"):
+        attacks.MaximumPosterior(search, starts=[torch.rand(1, 2, 2), torch.rand(1, 4)])(model, shared, (2, 2), y)
+    with pytest.raises(ValueError, match=r"the prior is of inputs \[4\]"):
+        attacks.MaximumPosterior(search, attacks.Prior.of(torch.rand(5, 4)))(model, shared, (2, 2), y)
+    with pytest.raises(ValueError, match=r"each in the shape of an input; got \[5\]"):
+        attacks.Prior.of(torch.rand(5))
+    with pytest.raises(px.PackextError, match="not finite: leave them out"):
+        attacks.Prior.of(torch.tensor([[1.0], [torch.nan]]))
+    with pytest.raises(ValueError, match='stochastic is of "int8" alone'):
+        attacks.RoundingMisfit("float16", stochastic=True)

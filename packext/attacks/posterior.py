@@ -110,6 +110,8 @@ class RoundingMisfit(Misfit):
         """Refuse another kind."""
         if self.kind not in ("float16", "bfloat16", "int8"):
             raise ValueError(f'kind must be "float16", "bfloat16" or "int8", got {self.kind!r}.')
+        if self.stochastic and self.kind != "int8":
+            raise ValueError(f'stochastic is of "int8" alone: {self.kind} is rounded to the nearest.')
 
     def widths(self, received: Tensor) -> Tensor:
         """From the middle of a cell to its edge."""
@@ -166,8 +168,13 @@ class Prior:
             The prior.
 
         Raises:
-            PackextError: if they do not vary.
+            PackextError: if they do not vary, or are not finite.
+            ValueError: if they have no axis beside that of the samples.
         """
+        if samples.dim() < 2:
+            raise ValueError(f"samples are [M, ...], each in the shape of an input; got {list(samples.shape)}.")
+        if not samples.isfinite().all():
+            raise px.PackextError(f"samples {list(samples.shape)} have entries that are not finite: leave them out.")
         flat = samples.flatten(1).double()
         m, d = flat.shape
         mean = flat.mean(0)
@@ -265,8 +272,8 @@ class MaximumPosterior:
             gradient as it would be to the client's.
 
         Raises:
-            ValueError: if the model does not take such inputs, or the loss such labels; for `clip` with several
-                samples.
+            ValueError: if the model does not take such inputs, or the loss such labels; for starts or a prior of
+                another shape; for `clip` with several samples.
         """
         if self.clip is not None and shared.n != 1:
             raise ValueError(f"clip={self.clip} is of the gradient of one sample; what was shared is of {shared.n}.")
@@ -322,6 +329,11 @@ class MaximumPosterior:
 
     def _begun(self, n: int, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
         """Where the search may start."""
+        wrong = [f"a start is {list(start.shape)}" for start in self.starts if start.shape != (n, *shape)]
+        if self.prior is not None and self.prior.mean.shape != shape:
+            wrong.append(f"the prior is of inputs {list(self.prior.mean.shape)}")
+        if wrong:
+            raise ValueError(f"{wrong[0]}; searched for is [{n}, ...] with inputs of {list(shape)}.")
         begun = [start.to(like).clamp(self.low, self.high) for start in self.starts]
         if self.prior is not None:
             begun.append(self.prior.mean.to(like).expand(n, *shape))

@@ -7,7 +7,7 @@ carries through whatever the model is made of. At each tap it gives the same pai
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,9 @@ def spread(flight: Pass, seen: Seen, edge: GradientEdge, g: Tensor) -> None:
         parts = (
             (part, sign) for column, sign in columns for part in ([column] if kind == "mc" else _apart(column, rows))
         )
-        absorb = functools.partial(_absorb, members, edge.node)
+        # All columns reach what the first does: later ones are told the same, also when their pass has ended.
+        partners = {each: functools.cache(each.context._partner) for each in members}
+        absorb = functools.partial(_absorb, members, partners, edge.node)
         if kind == "averaged":
             if not direct:
                 raise PackextError(_SEVERAL.format("KFRA", seen.name))
@@ -427,7 +429,13 @@ class Joined(nn.Module):
 
 
 def _absorb(
-    members: dict[Pass, list[Curvature]], loss: Any, sign: float, source: Source, form: Factored, columns: int = 1
+    members: dict[Pass, list[Curvature]],
+    partners: Mapping[Pass, Callable[[Tensor], tuple[Tensor, int] | None]],
+    loss: Any,
+    sign: float,
+    source: Source,
+    form: Factored,
+    columns: int = 1,
 ) -> None:
     statistics: Statistics | None = None
     for flight, quantities in members.items():
@@ -436,7 +444,7 @@ def _absorb(
         statistics = Statistics(form) if statistics is None else statistics.apart()
         ask = Ask(
             statistics, source.name, source.tensor, form.n // columns, 1.0, flight.context.scale, lambda: 1.0, sign,
-            loss, functools.partial(flight.context._partner, source.tensor), columns,
+            loss, functools.partial(partners[flight], source.tensor), columns,
         )  # fmt: skip
         statistics.prepare([w for q in quantities for w in q.wants(form)])
         _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))

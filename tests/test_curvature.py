@@ -646,6 +646,35 @@ def test_what_runs_again_unexpectedly_is_seen_column_by_column(
     assert passes == [2]
 
 
+def test_joint_blocks_of_a_head_that_only_columns_reach(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss reads one of two outputs, and a root by entries goes through both."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c, self.d = nn.Linear(5, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.a(x).tanh()
+            return self.c(h), self.d(h)
+
+    class OfTheFirst(nn.Module):
+        reduction = "mean"
+
+        def forward(self, outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+            return F.cross_entropy(outputs[0], y)
+
+    model, x, y = Heads(), torch.randn(N, 5), torch.randint(2, (N,))
+    found = []
+    for largest in (1 << 21, 0):
+        monkeypatch.setattr(_columns, "LARGEST", largest)
+        joint = px.KFAC(fisher="exact", bias="joint")
+        results = run(model, OfTheFirst(), x, y, joint, px.SqrtGGNExact())
+        found.append([results[f"{name}.weight"].kfac for name in "ac"])
+    assert passes == [3]
+    torch.testing.assert_close(*found)
+
+
 # -- Kronecker factors ---------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from packext._record import Record
 from packext._refusals import knows_weight_norm
 from tests.cases import CASES, Case, Packed, Routed
 from tests.helpers import mlp
+from tests.test_saved import Live
 
 #: torch's own advice on even kernels, for the plain model as well.
 pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.filterwarnings("ignore:Using padding='same'")]
@@ -673,6 +674,19 @@ def test_joint_blocks_of_a_head_that_only_columns_reach(passes: list[int], monke
         found.append([results[f"{name}.weight"].kfac for name in "ac"])
     assert passes == [3]
     torch.testing.assert_close(*found)
+
+
+def test_rows_of_all_columns_are_not_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = []
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    x, y = torch.randn(N, 64), torch.randint(10, (N,))
+    for largest in (1 << 21, 0):
+        monkeypatch.setattr(_columns, "LARGEST", largest)
+        run(model, nn.CrossEntropyLoss(), x, y, px.BatchDiagGGNExact())  # the first one probes
+        with Live() as live:
+            run(model, nn.CrossEntropyLoss(), x, y, px.BatchDiagGGNExact())
+        peaks.append(live.peak)
+    assert peaks[0] < 2 * peaks[1]
 
 
 # -- Kronecker factors ---------------------------------------------------------------------------------------

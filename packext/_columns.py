@@ -144,9 +144,8 @@ def spread(
 
     ahead = alone(*first, _First)
     assert isinstance(ahead, _First)
-    apart = torch.is_grad_enabled() or any(
-        r.extension.shared.apart or r.reruns or r.distributed or sharding(r.modules()) is not None
-        for r in flight.records
+    apart = (torch.is_grad_enabled() or ahead.missed) or any(
+        r.extension.shared.apart or r.distributed or sharding(r.modules()) is not None for r in flight.records
     )
     several = 1 if apart else LARGEST // max(1, ahead.entries)
     while group := list(itertools.islice(rest, max(1, several))):

@@ -188,6 +188,8 @@ def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
             LOCAL.unseen = module  # taps would have its parts run uncompiled, for nobody
             return
         tracer = Tracer(record)
+        if (sweep := _listening.here().sweep) is not None:
+            sweep.missed = True
         if _listening.here().inner and runs_again(saved_tensor_hooks()):
             tracer.restore.append(on_copies(record.modules()))
         tracer.push(module)

@@ -108,7 +108,6 @@ class Tracer(TorchFunctionMode):
         """A module starts to run: learn the parameters it holds at this moment."""
         self.stack.append(module)
         hooks = saved_tensor_hooks()
-        self.record.reruns = self.record.reruns or checkpoints(hooks)
         if self._hooks and hooks is not self._hooks[-1] and checkpoints(hooks):
             before = note(hooks, self.record.token, self.table, self.inputs)
             before.calls.append([self._behind(t) for t in tensors_in((args, kwargs))])

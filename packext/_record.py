@@ -102,7 +102,6 @@ class Record:
         entered: autograd's number of the last pass that made a graph, and came in by an output.
         aside: autograd's number of the last pass that computed derivatives by the inputs alone, with a graph of them.
         slopes: gates on what such passes gave, which are further outputs of the model; None where its axis is known.
-        reruns: whether a part is checkpointed, and runs again in each pass.
         inside: whether a derivative was computed, to be differentiated again, while the forward pass went on.
         unfollowed: what such passes went through and cannot be right, with the parameters behind it, and whether they
             were made while the forward pass went on.
@@ -113,7 +112,6 @@ class Record:
         self.root = weakref.ref(root)
         self.extension = extension
         self.token = next(_tokens)
-        self.reruns = False
         self.n = 0
         self.sizes: list[int] = []
         self.lengths: list[int] = []

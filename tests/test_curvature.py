@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import packext as px
 from packext import _columns, _places, testing
-from packext._record import Record
 from packext._refusals import knows_weight_norm
 from tests.cases import CASES, Case, Packed, Routed
 from tests.helpers import mlp
@@ -601,50 +600,43 @@ def test_columns_go_one_by_one_where_they_cannot_at_once(passes: list[int]) -> N
     assert passes == [4 - 1]  # tried once
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_what_is_checkpointed_runs_again_for_each_column(reentrant: bool, passes: list[int]) -> None:
-    """Under torch.vmap there are no taps, and no copies of the buffers."""
-
-    class Inner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(6, 6)
-            self.register_buffer("runs", torch.zeros(()))
-
-        def forward(self, h: Tensor) -> Tensor:
-            self.runs += 1
-            return self.linear(h).tanh()
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.inner, self.head = nn.Linear(5, 6), Inner(), nn.Linear(6, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(checkpoint(self.inner, self.first(x), use_reentrant=reentrant))
-
-    model, loss, x, y = Model(), nn.CrossEntropyLoss(), torch.randn(N, 5), torch.randint(4, (N,))
-    px.extend(model), px.extend(loss)
-    for asked in ([px.BatchGrad()], quantities()):
-        for _ in range(2):
-            model.inner.runs.zero_()
-            with px.backpack(*asked):
-                loss(model(x), y).backward()
-        assert model.inner.runs == 2
-    assert not passes
-
-
-def test_what_runs_again_unexpectedly_is_seen_column_by_column(
-    passes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As that of other checkpointing than torch's, which is not known before."""
-    monkeypatch.setattr(Record, "reruns", property(lambda self: False, lambda self, value: None), raising=False)
-    model, loss, x, y = Checkpointed(), nn.CrossEntropyLoss(), torch.randn(N, 5), torch.randint(3, (N,))
+def test_what_runs_again_in_the_pass_is_seen_column_by_column(passes: list[int]) -> None:
+    """Under torch.vmap there are no taps."""
+    model, x, y = Checkpointed(), torch.randn(N, 5), torch.randint(3, (N,))
     model.inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
-    rows = testing.curvature_rows(model, loss, x, y, weights=[1 / N] * N)
-    run(model, loss, x, y, *quantities())
+    rows = testing.curvature_rows(model, nn.CrossEntropyLoss(), x, y, weights=[1 / N] * N)
+    run(model, nn.CrossEntropyLoss(), x, y, *quantities())
     compare(model, rows)
-    assert passes == [2]
+    assert passes == []
+
+
+class Counts(nn.Module):
+    """A layer that remembers of what it has been given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.5).add_(x.detach().mean(0))
+        return self.layer(x).tanh()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_buffers_of_what_runs_again_are_written_as_without_columns(reentrant: bool) -> None:
+    class Model(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(checkpoint(self.inner, self.a(x), use_reentrant=reentrant))
+
+    model, x, y = Model(), torch.randn(N, 5), torch.randint(3, (N,))
+    model.inner = inner = Counts()
+    found = []
+    for asked in ([px.BatchL2Grad()], quantities()):
+        inner.mean.zero_()
+        run(model, nn.CrossEntropyLoss(), x, y, *asked)
+        found.append(inner.mean.clone())
+    assert torch.equal(*found)
 
 
 def test_joint_blocks_of_a_head_that_only_columns_reach(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

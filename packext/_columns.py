@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from packext._distributed import sharding
 from packext._errors import due_to
 from packext._factored import merge
-from packext._flight import Sweep, kept_apart, send
+from packext._flight import Sweep, kept_apart, send, undisturbed, watched
 from packext._gathering import Gathering
 from packext._layout import Layout
 from packext._listening import meanwhile
 from packext._pass import Pass, wants_of
 from packext._use import TARGET, Use
+
+if TYPE_CHECKING:
+    from packext._record import Record
 
 #: Entries that arrive at taps at once, gradients and what they are multiplied with.
 LARGEST = 1 << 21
@@ -79,7 +82,7 @@ class _Together:
         enabled = functorch._is_vmap_fallback_enabled()
         functorch._set_vmap_fallback_enabled(False)  # which takes them one by one
         try:
-            with meanwhile(sweep=self), kept_apart(self.flight.records), due_to(()):
+            with meanwhile(sweep=self), kept_apart(self.flight.records), undisturbed(), due_to(()):
                 torch.func.vmap(one)(*cotangents)
         except Exception:  # of whatever kind: columns that go one by one will meet it again if it is not vmap's
             return False
@@ -120,6 +123,16 @@ def _beside(use: Use, saved: Sequence[Tensor], columns: Sequence[Tensor | None])
     return use, wide, [g.flatten(0, 1)], (replace(layout, n=count * layout.n),)
 
 
+def _one_by_one(record: Record) -> bool:
+    """Whether a forward pass has what does not take several columns at once, or hooks of the user's, who may look."""
+    if record.extension.shared.apart or record.distributed or record.hooked or sharding(record.modules()) is not None:
+        return True
+    if any(module._backward_hooks or module._backward_pre_hooks for module in record.modules()):
+        return True
+    outputs = {node() for node, *_ in record.gates}
+    return any(t._backward_hooks and t.grad_fn in outputs for t in watched())
+
+
 def spread(
     flight: Pass, edges: Any, columns: Iterable[tuple[list[Tensor], float]], absorb: Absorb, stacks: bool
 ) -> None:
@@ -144,9 +157,7 @@ def spread(
 
     ahead = alone(*first, _First)
     assert isinstance(ahead, _First)
-    apart = (torch.is_grad_enabled() or ahead.missed) or any(
-        r.extension.shared.apart or r.distributed or sharding(r.modules()) is not None for r in flight.records
-    )
+    apart = torch.is_grad_enabled() or ahead.missed or any(_one_by_one(record) for record in flight.records)
     several = 1 if apart else LARGEST // max(1, ahead.entries)
     while group := list(itertools.islice(rest, max(1, several))):
         if len(group) > 1:

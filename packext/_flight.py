@@ -59,10 +59,15 @@ def may_retain(t: Tensor) -> None:
     _RETAINING[key] = WeakIdRef(t, lambda _: _RETAINING.pop(key, None))
 
 
+def watched() -> list[Tensor]:
+    """Those that `may_retain` was told of, outputs of models among them, and that live."""
+    return [t for ref in list(_RETAINING.values()) if (t := ref()) is not None]
+
+
 @contextmanager
 def undisturbed() -> Any:
     """Passes of packext's own in here leave `.grad` of tensors that retain it as it was."""
-    tensors = [t for ref in list(_RETAINING.values()) if (t := ref()) is not None and t.retains_grad]
+    tensors = [t for t in watched() if t.retains_grad]
     before = [t.grad for t in tensors]
     try:
         yield

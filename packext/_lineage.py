@@ -303,6 +303,8 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         if isinstance(func, _unseen.HigherOrderOperator):
             return _unseen.called(self, func, args, kwargs)
+        if func is Tensor.register_hook:
+            record.hooked = True
         if func in PASSIVE:
             if func is Tensor.retain_grad:
                 _flight.may_retain(args[0])

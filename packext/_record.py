@@ -82,6 +82,7 @@ class Record:
         uses: in the order of the forward pass.
         gates: autograd nodes at the model's outputs (weak), with shape, dtype and device.
         routed: whether data chose which rows of an activation went on, so that layouts may differ in every pass.
+        hooked: whether hooks were put on tensors while it ran.
         strays: gates on outputs made of parameters alone, with one of these.
         names: every name under which a parameter was seen.
         distributed: those that are DTensors, by name, with the class of the module. No tap is placed on them.
@@ -138,6 +139,7 @@ class Record:
         self.written: list[str] = []
         self.counted: list[Any] = []
         self.routed = self.by_use
+        self.hooked = False
         self.strays: dict[int, str] = {}
         self.batch_statistics: list[str] = []
         self.born = torch._C._current_graph_task_id()

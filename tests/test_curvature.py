@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -637,6 +638,49 @@ def test_buffers_of_what_runs_again_are_written_as_without_columns(reentrant: bo
         run(model, nn.CrossEntropyLoss(), x, y, *asked)
         found.append(inner.mean.clone())
     assert torch.equal(*found)
+
+
+class Looked(nn.Module):
+    """Activations with something on them."""
+
+    def __init__(self, look: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.c, self.look = nn.Linear(5, 6), nn.Linear(6, 4), look
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.h = self.a(x)
+        self.look(self.h)
+        return self.c(self.h.tanh())
+
+
+def test_columns_leave_retained_gradients(passes: list[int]) -> None:
+    x, y = torch.randn(N, 5), torch.randint(4, (N,))
+    model, loss = Looked(lambda h: h.retain_grad()), nn.CrossEntropyLoss()
+    loss(model(x), y).backward()
+    assert model.h.grad is not None
+    want = model.h.grad
+    run(model, loss, x, y, *quantities(), px.DiagGGNMC(3))
+    assert passes == [3, 2]
+    torch.testing.assert_close(model.h.grad, want)
+
+
+@pytest.mark.parametrize("where", ["inside", "output", "module"])
+def test_hooks_see_one_column_at_a_time(where: str, passes: list[int]) -> None:
+    """Who keeps what a hook is given would have something that nobody can read."""
+    kept: list[Tensor] = []
+    x, y = torch.randn(N, 5), torch.randint(4, (N,))
+    model = px.extend(Looked(lambda h: h.register_hook(kept.append) if where == "inside" else None))
+    if where == "module":
+        model.c.register_full_backward_hook(lambda module, into, out: kept.extend(out))
+    loss = px.extend(nn.CrossEntropyLoss())
+    with px.backpack(*quantities()):
+        out = model(x)
+        if where == "output":
+            out.register_hook(kept.append)
+        loss(out, y).backward()
+    assert passes == []
+    assert len(kept) > 4
+    assert all(bool(g.isfinite().all()) for g in kept)
 
 
 def test_joint_blocks_of_a_head_that_only_columns_reach(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from packext._gathering import Gathering
 from packext._layout import Layout
 from packext._listening import meanwhile
 from packext._pass import Pass, wants_of
+from packext._precision import unrounded
 from packext._use import TARGET, Use
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ def spread(
             together, signs = _Together(flight, len(group)), [sign for _, sign in group]
             if together.send(edges, [torch.stack(each) for each in zip(*(c for c, _ in group), strict=True)]):
                 alike = stacks and ahead.stacks and all(_stacks(use) for use, _, _ in together.arrived)
-                together.hand_on(absorb, signs[:1] if alike and len({*signs}) == 1 else signs)
+                with unrounded(group[0][0][0].device.type):  # sums stay in float32
+                    together.hand_on(absorb, signs[:1] if alike and len({*signs}) == 1 else signs)
                 continue
             several, flight.records[0].extension.shared.apart = 1, True
         for cotangents, sign in group:

@@ -683,6 +683,21 @@ def test_hooks_see_one_column_at_a_time(where: str, passes: list[int]) -> None:
     assert all(bool(g.isfinite().all()) for g in kept)
 
 
+@pytest.mark.parametrize("q", [px.DiagGGNExact, px.KFLR])
+def test_columns_at_once_are_added_up_in_float32_under_autocast(q: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for largest in (1 << 21, 0):
+        monkeypatch.setattr(_columns, "LARGEST", largest)
+        torch.manual_seed(0)
+        model = px.extend(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).float())
+        loss, x, y = px.extend(nn.CrossEntropyLoss()), torch.randn(N, 5).float(), torch.randint(4, (N,))
+        with torch.autocast("cpu", torch.bfloat16), px.backpack(q()) as results:
+            loss(model(x), y).backward()
+        found.append([getattr(results[name], q.savefield) for name, _ in model.named_parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
 def test_joint_blocks_of_a_head_that_only_columns_reach(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss reads one of two outputs, and a root by entries goes through both."""
 

@@ -8,6 +8,7 @@ the others as many at a time as stay within `LARGEST`.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,29 @@ LARGEST = 1 << 21
 
 #: Takes a parameter's form, whose rows are those of so many columns, one after the other.
 Absorb = Callable[..., None]
+
+
+class _Fallback:
+    """Without what torch.vmap does of functions that it has no rule for: one after the other. All threads share it."""
+
+    def __init__(self) -> None:
+        self.count, self.lock, self.before = 0, threading.Lock(), True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.count:
+                self.before = functorch._is_vmap_fallback_enabled()
+                functorch._set_vmap_fallback_enabled(False)
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.count -= 1
+            if not self.count:
+                functorch._set_vmap_fallback_enabled(self.before)
+
+
+_FALLBACK = _Fallback()
 
 
 class _First(Sweep):
@@ -80,15 +104,11 @@ class _Together:
             send(edges, list(each), (TARGET,))
             return each[0].new_zeros(())
 
-        enabled = functorch._is_vmap_fallback_enabled()
-        functorch._set_vmap_fallback_enabled(False)  # which takes them one by one
         try:
-            with meanwhile(sweep=self), kept_apart(self.flight.records), undisturbed(), due_to(()):
+            with _FALLBACK, meanwhile(sweep=self), kept_apart(self.flight.records), undisturbed(), due_to(()):
                 torch.func.vmap(one)(*cotangents)
         except Exception:  # of whatever kind: columns that go one by one will meet it again if it is not vmap's
             return False
-        finally:
-            functorch._set_vmap_fallback_enabled(enabled)
         return not self.missed
 
     def hand_on(self, absorb: Absorb, signs: Sequence[float]) -> None:

@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -725,6 +726,32 @@ def test_joint_blocks_of_a_head_that_only_columns_reach(passes: list[int], monke
         found.append([results[f"{name}.weight"].kfac for name in "ac"])
     assert passes == [3]
     torch.testing.assert_close(*found)
+
+
+def test_threads_leave_the_switch_of_vmap_that_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch has one for all, that says whether vmap may take one after the other what it has no rule for."""
+    met, ended, send = threading.Event(), threading.Event(), _columns.send
+
+    def slow(edges: Any, cotangents: Any, targets: Any) -> Any:
+        if threading.current_thread() is other:
+            met.set()
+            ended.wait(60)
+        else:
+            other.start()
+            met.wait(60)
+        return send(edges, cotangents, targets)
+
+    def step() -> None:
+        run(nn.Linear(5, 4), nn.CrossEntropyLoss(), torch.randn(N, 5), torch.randint(4, (N,)), px.DiagGGNExact())
+
+    monkeypatch.setattr(_columns, "send", slow)
+    assert functorch._is_vmap_fallback_enabled()
+    other = threading.Thread(target=step)
+    step()
+    ended.set()
+    other.join()
+    assert met.is_set()
+    assert functorch._is_vmap_fallback_enabled()
 
 
 def test_rows_of_all_columns_are_not_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,18 +24,27 @@ class _Led:
 
     def __init__(self) -> None:
         self.count, self.lock = 0, threading.Lock()
+        self.before: Any = None  # what somebody else has put there
 
     def begin(self) -> None:
         with self.lock:
             if not self.count:
+                self.before = vars(CheckpointFunction).get("apply")
                 CheckpointFunction.apply = classmethod(_apply)  # pyright: ignore[reportAttributeAccessIssue]
             self.count += 1
 
     def end(self) -> None:
         with self.lock:
             self.count -= 1
-            if not self.count:
+            if not self.count and self.before is None:
                 del CheckpointFunction.apply
+            elif not self.count:
+                CheckpointFunction.apply = self.before
+
+    def otherwise(self, cls: Any) -> Any:
+        """What `cls.apply` is without packext."""
+        torchs: Any = super(CheckpointFunction, cls)
+        return torchs.apply if self.before is None else self.before.__get__(None, cls)
 
 
 _LED = _Led()
@@ -55,7 +64,7 @@ def _apply(cls: Any, *args: Any) -> Any:
     """What `CheckpointFunction.apply(function, preserve_rng_state, *args)` does meanwhile, in whatever thread."""
     tracer = LOCAL.tracer
     if cls is not CheckpointFunction or tracer is None or not tracer.heard or not _has_graph(args):
-        return super(CheckpointFunction, cls).apply(*args)
+        return _LED.otherwise(cls)(*args)
     function, preserve, *given = args
     # It runs the whole part again, as what is written to buffers, or counted, should be written and counted again.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve, "early_stop": False}

@@ -414,6 +414,26 @@ def test_torch_is_as_it_was() -> None:
     assert set(vars(CheckpointFunction)) == names
 
 
+def test_what_others_have_put_in_the_place_of_torchs_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    theirs = classmethod(lambda cls, *args: [calls.append(cls), super(CheckpointFunction, cls).apply(*args)][1])
+    monkeypatch.setattr(CheckpointFunction, "apply", theirs, raising=False)
+    kept = vars(CheckpointFunction)["apply"]
+    x = torch.randn(N, 5, requires_grad=True)
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with px.disable(), torch.no_grad():
+                checkpoint(torch.tanh, x, use_reentrant=True)
+            return x.tanh()
+
+    model = px.extend(nn.Sequential(nn.Linear(5, 5), Model()))
+    with px.backpack(px.BatchL2Grad()):
+        model(x).square().sum().backward()
+    assert vars(CheckpointFunction)["apply"] is kept
+    assert calls == [CheckpointFunction]
+
+
 def test_other_threads_are_left_alone() -> None:
     """While a model runs in a context, another thread's checkpointing, of an extended model or not, is torch's own."""
     running, done, nodes, x = threading.Event(), threading.Event(), [], torch.randn(N, 5)

@@ -349,10 +349,10 @@ def test_a_broken_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     absorb = _curvature._absorb
 
-    def broken(members: Any, loss: Any, sign: float, source: Any, form: Any, columns: int = 1) -> None:
+    def broken(members: Any, partners: Any, loss: Any, sign: float, source: Any, form: Any, *columns: int) -> None:
         if source.name == "0.weight":
             form.g = form.g.flip(0)
-        absorb(members, loss, sign, source, form, columns)
+        absorb(members, partners, loss, sign, source, form, *columns)
 
     monkeypatch.setattr(_curvature, "_absorb", broken)
     report = testing.check(mlp(), nn.CrossEntropyLoss(), *batch(), testing.exact_curvature())

@@ -15,17 +15,12 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[report
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from packext._listening import here
 from packext._record import tensors_in
 
 
 def taken_over() -> bool:
     """Whether a torch.func transform or forward mode differentiates, so that taps would be in its way."""
-    if peek_interpreter_stack() is None:
-        return forward_ad._current_level >= 0
-    if (sweep := here().sweep) is not None:  # what a pass runs again, checkpointed or in a Function
-        sweep.missed = True
-    return True
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def saved_tensor_hooks() -> Any:

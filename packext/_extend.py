@@ -178,7 +178,11 @@ def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
         LOCAL.loss = module, sys._getframe(1)
     tracer = LOCAL.tracer
     if tracer is None:
-        if LOCAL.unseen is not None or not torch.is_grad_enabled() or is_loss(module) or _out_of_reach():
+        if LOCAL.unseen is not None or LOCAL.disabled or not torch.is_grad_enabled() or is_loss(module):
+            return
+        if (sweep := _listening.here().sweep) is not None:  # what a pass runs again, checkpointed or in a Function
+            sweep.missed = True
+        if _out_of_reach():
             return
         record = Record(module, extension)
         heard = bool(_listening.here().contexts)
@@ -188,8 +192,6 @@ def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
             LOCAL.unseen = module  # taps would have its parts run uncompiled, for nobody
             return
         tracer = Tracer(record)
-        if (sweep := _listening.here().sweep) is not None:
-            sweep.missed = True
         if _listening.here().inner and runs_again(saved_tensor_hooks()):
             tracer.restore.append(on_copies(record.modules()))
         tracer.push(module)

@@ -20,7 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from packext._distributed import sharding
 from packext._errors import due_to
-from packext._factored import merge
+from packext._factored import Outer, merge
 from packext._flight import Sweep, kept_apart, send, undisturbed, watched
 from packext._gathering import Gathering
 from packext._layout import Layout
@@ -123,7 +123,10 @@ class _Together:
                     gs = [None if c is None else c[k] for c in columns]
                     gathering.take(use, saved, gs, records=self.flight.records)
             for source, _, forms in gathering.rest():
-                absorb(sign, source, merge(forms), self.count if len(signs) == 1 else 1)
+                form, count = merge(forms), self.count if len(signs) == 1 else 1
+                if len(forms) == 1 and isinstance(form, Outer):
+                    form.columns = count
+                absorb(sign, source, form, count)
 
 
 def _unwrapped(g: Tensor, count: int) -> Tensor:

@@ -438,6 +438,7 @@ def _absorb(
     columns: int = 1,
 ) -> None:
     statistics: Statistics | None = None
+    asks: list[tuple[Pass, list[Curvature], Ask]] = []
     for flight, quantities in members.items():
         if not flight.context._wants(source.tensor):
             continue
@@ -447,6 +448,8 @@ def _absorb(
             loss, functools.partial(partners[flight], source.tensor), columns,
         )  # fmt: skip
         statistics.prepare([w for q in quantities for w in q.wants(form)])
+        asks.append((flight, quantities, ask))
+    for flight, quantities, ask in asks:  # now, as they take statistics over
         _, sums = flight.sums.setdefault(id(source.tensor), (source, {}))
         for quantity in quantities:
             sums[id(quantity)] = quantity.absorb(ask, sums.get(id(quantity)))

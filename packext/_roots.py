@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from packext import _scratch
 from packext._errors import CoupledSamplesError, PackextError
 from packext._graph import inputs_first, name_of
 from packext._layout import digits
@@ -276,7 +277,8 @@ def refuse_flat(loss: nn.Module, name: str, product: Callable[[], Sequence[Tenso
 
 def refuse_arguments(name: str, args: tuple, kwargs: dict) -> None:
     """Refuse other arguments of a loss through which the model may pass, too."""
-    for t in pytree.tree_leaves((args, kwargs)):
+    given = [*args, *kwargs.values()]
+    for t in given if all(isinstance(t, Tensor) for t in given) else pytree.tree_leaves(given):
         if isinstance(t, Tensor) and t.requires_grad:
             raise PackextError(
                 f"{name} has another argument, {list(t.shape)}, that requires grad. Only the Hessian in the first "
@@ -418,17 +420,18 @@ def _softmax(call: Call, target: Tensor) -> tuple[Tensor, Tensor]:
     if x.dim() < 2:
         raise PackextError(f"{call.name} has no axis of samples. Use outputs [N, C] or [N, C, ...].")
     # The loss at a position is `-sum over c of t_c log p_c`, and the coefficient is the sum of the t_c, its `mass`.
-    w = x.new_ones(x.shape[1]) if loss.weight is None else loss.weight.detach().to(x)
-    smooth = loss.label_smoothing
+    w, smooth = None if loss.weight is None else loss.weight.detach().to(x), loss.label_smoothing
     if target.shape == x.shape:  # probabilities
-        t = (1 - smooth) * target.to(x.dtype) + smooth / x.shape[1]
-        mass = (t.movedim(1, -1) * w).sum(-1)  # not a matrix product, which autocast would round
+        t = ((1 - smooth) * target.to(x.dtype) + smooth / x.shape[1]).movedim(1, -1)
+        mass = (t if w is None else t * w).sum(-1)  # not a matrix product, which autocast would round
         total: Tensor | int = mass.numel()
     else:
         ignored = target.eq(loss.ignore_index)
-        own = w[target.masked_fill(ignored, 0).long()]
-        mass = ((1 - smooth) * own + smooth * w.mean()).masked_fill(ignored, 0)
-        total = own.masked_fill(ignored, 0).sum()
+        own = x.new_ones(target.shape) if w is None else w[target.masked_fill(ignored, 0).long()]
+        own = mass = own.masked_fill(ignored, 0)
+        if smooth:
+            mass = ((1 - smooth) * own + smooth * (1 if w is None else w.mean())).masked_fill(ignored, 0)
+        total = own.sum()
     return x.softmax(1), _weighted(call, mass, total)
 
 
@@ -455,17 +458,19 @@ def _softmax_columns(p: Tensor, c: Tensor, compact: bool) -> Iterator[Tensor]:
     p, root = p.reshape(*p.shape[:2], -1), c.reshape(len(c), 1, -1).sqrt()
     r = torch.where(p > 0, p, 1).sqrt() * (p > 0)  # whose derivative is finite, where one is wanted
     down, compact = p, compact and p.shape[1] > 1
-    classes, most = torch.arange(p.shape[1], device=p.device)[:, None], p.argmax(1, keepdim=True)
+    classes, most = torch.arange(p.shape[1], device=p.device), p.argmax(1, keepdim=True)
     if compact:
         largest = r.gather(1, most)
-        down = torch.where(classes == most, largest, p / (1 + largest))  # diag(r) u / (1 + r·e)
-    for v in range(p.shape[1] - compact):
-        own = torch.where(most == v, p.shape[1] - 1, v) if compact else torch.full_like(most, v)
-        weight = r.gather(1, own) * root
+        down = torch.where(classes[:, None] == most, largest, p / (1 + largest))  # diag(r) u / (1 + r·e)
+    step = max(1, _scratch.TILE // max(1, p.numel())) if p.shape[2] == 1 else 1  # small ones take calls, and no time
+    for some in classes[: p.shape[1] - compact].split(step):
         for at in range(p.shape[2]):
-            s = torch.zeros_like(p)
-            s[:, :, at] = weight[:, :, at] * ((classes[:, 0] == own[:, :, at]).to(p) - down[:, :, at])
-            yield s
+            own = some.expand(len(p), -1)
+            own = torch.where(most[:, :, at] == own, p.shape[1] - 1, own) if compact else own
+            weight = r[:, :, at].gather(1, own) * root[:, :, at]
+            of_own = (classes == own[:, :, None]).to(p)
+            for column in (weight[:, :, None] * (of_own - down[:, None, :, at])).unbind(1):
+                yield column[:, :, None] if p.shape[2] == 1 else torch.zeros_like(p).select_scatter(column, 2, at)
 
 
 def from_most_likely(loss: nn.Module, x: Tensor, vector: Tensor) -> Tensor:

@@ -571,6 +571,22 @@ def test_columns_at_once_are_those_one_by_one(norm: bool, passes: list[int], mon
                 torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-12, msg=f"{name}.{field}")
 
 
+class Another(px.DiagGGNExact):
+    """The same under another name."""
+
+    savefield = "another"
+
+
+def test_two_diagonals_of_one_root_have_their_own_memory() -> None:
+    model, x, y = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(N, 5), torch.randint(4, (N,))
+    alone = run(model, nn.CrossEntropyLoss(), x, y, px.DiagGGNExact())
+    both = run(model, nn.CrossEntropyLoss(), x, y, px.DiagGGNExact(), Another())
+    for name, result in both.items():
+        for got in (result.diag_ggn_exact, result.another):
+            torch.testing.assert_close(got, alone[name].diag_ggn_exact, rtol=0, atol=0)
+        assert result.diag_ggn_exact.data_ptr() != result.another.data_ptr()
+
+
 class _Asks(torch.autograd.Function):
     """Its backward looks at what it gets, which torch.vmap refuses."""
 

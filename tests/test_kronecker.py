@@ -307,6 +307,18 @@ def test_a_weight_that_is_stored_transposed(how: str, approx: str) -> None:
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("how", ["matmul", "addmm", "einsum", "groups, einsum", "groups, matmul", "table"])
+def test_factors_for_two_quantities_of_one_pass_are_those_of_each_alone(how: str) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), Mean(), nn.Linear(4, 3)) if how == "table" else Product(how)
+    x, y = torch.randint(5, (N, 6)) if how == "table" else torch.randn(N, 5, 4), torch.randint(3, (N,))
+    asked = px.KFLR(), px.KFAC(fisher="exact")
+    together = run(model, nn.CrossEntropyLoss(), x, y, *asked)
+    for quantity in asked:
+        alone, field = run(model, nn.CrossEntropyLoss(), x, y, quantity), quantity.savefield
+        for name, result in alone.items():
+            torch.testing.assert_close(getattr(together[name], field), getattr(result, field), rtol=0, atol=0)
+
+
 class Swap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)

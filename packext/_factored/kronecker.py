@@ -19,7 +19,8 @@ class Kronecker(NamedTuple):
     Attributes:
         outputs: sum of products of the gradients at its outputs, `[G, O, O]`.
         inputs: gives the sum of products of its inputs, `[G, I, I]`; their diagonal `[G, I]` where no product of two
-            different inputs is there. None: the parameter is a vector, to which each output is its own.
+            different inputs is there. It may be written to. None: the parameter is a vector, to which each output is
+            its own.
         positions: S, how many terms of a sample these sums have, on average over the samples; `[G]` of each group.
         stored: whether the parameter's first axes are the outputs ("OI"), or the inputs ("IO").
         at: which of the parameter's blocks the G groups are, where they are some of them.

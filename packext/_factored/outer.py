@@ -132,6 +132,8 @@ class Outer(Factored):
         self._native, self._alone = native, alone
         if not isinstance(self.positions, Tensor) and self.positions == self.s:
             own = functools.partial(torch.ones, self.n, self.s, dtype=torch.bool, device=self.device)
+        #: Of how many columns of a root the rows are, one after the other, that differ in the gradients alone.
+        self.columns = 1
         #: Gives the positions that are a sample's own and do not fill up, `[N, S]`; None where that is not known.
         self.own: Callable[[], Tensor | None] = own or (lambda: None)
 
@@ -288,7 +290,17 @@ class Outer(Factored):
         if self.s != 1:
             return None
         a, g = self.pair(0, self.n)
-        return torch.einsum("ngos,ngsi->goi", g.square(), a.square()).reshape(self.shape)
+        of_a, of_g = self._squares(a[:, :, 0], self.stored == "IO"), self._squares(g[..., 0], self.stored == "OI")
+        if self.groups == 1:
+            return (of_g[:, 0].T @ of_a[:, 0]).reshape(self.shape)
+        return torch.einsum("ngo,ngi->goi", of_g, of_a).reshape(self.shape)
+
+    def _squares(self, factor: Tensor, differs: bool) -> Tensor:
+        """Squares of a factor `[N, G, F]`: summed over columns if it differs between them, else those of one."""
+        if self.columns == 1:
+            return factor.square()
+        apart = factor.view(self.columns, self.n // self.columns, *factor.shape[1:])
+        return apart.square().sum(0) if differs else apart[0].square()
 
     def scatter(self) -> Tensor | None:
         """Squared deviations from products of the factors, without cancellation.
@@ -364,7 +376,7 @@ class Outer(Factored):
         if not reduce and self.stored == "OI":
             return [Kronecker(self.terms.squared, self._moments, self.positions)]
         if not reduce:
-            return [Kronecker(self._moments(), lambda: self.terms.squared, self.positions, self.stored)]
+            return [Kronecker(self._moments(), lambda: self.terms.squared.clone(), self.positions, self.stored)]
         own = self.own()
         if own is None:
             return []  # a mean over S would count what fills up

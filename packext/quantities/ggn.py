@@ -37,8 +37,9 @@ class Diagonal(Summed, Curvature):
         return ("second_moment",)
 
     def absorb(self, ask: Ask, held: Any) -> Tensor:
-        new = ask.statistics["second_moment"]
-        return new.clone() if held is None else held.add_(new)  # others may have asked for it
+        if held is None:
+            return ask.statistics.scaled("second_moment", 1.0)
+        return held.add_(ask.statistics["second_moment"])
 
 
 class BatchDiagonal(PerSample, Curvature):

@@ -88,9 +88,10 @@ def _along(terms: Tensor, inputs: Tensor) -> Tensor:
     return terms.to(inputs).reshape(-1, *[1] * (inputs.dim() - 1))
 
 
-def _mean(total: Tensor, terms: int | float | Tensor) -> Tensor:
-    """A, from the sum over its terms; zeros for a group without any."""
-    return total / (_along(torch.where(terms > 0, terms, 1.0), total) if isinstance(terms, Tensor) else terms or 1)
+def _mean(total: Tensor, terms: int | float | Tensor, fresh: bool = False) -> Tensor:
+    """A, from the sum over its terms, in its place if it is nobody else's; zeros for a group without any."""
+    count = _along(torch.where(terms > 0, terms, 1.0), total) if isinstance(terms, Tensor) else terms or 1
+    return total.div_(count) if fresh and not torch.is_grad_enabled() else total / count
 
 
 def _joined(pairs: Sequence[_Pair], over: Here) -> _Pair:
@@ -119,7 +120,7 @@ class _Kronecker(Curvature):
                 known[k.stored] = pair._replace(outputs=pair.outputs + k.outputs)
                 continue
             terms = ask.n * k.positions
-            inputs = None if k.inputs is None else _mean(k.inputs(), terms * ask.columns)
+            inputs = None if k.inputs is None else _mean(k.inputs(), terms * ask.columns, fresh=True)
             new = _Pair(k.outputs, inputs, k.stored, terms, ask.loss)
             known[k.stored] = new if pair is None else _joined([new, pair], HERE)
         return [known[stored] for stored in sorted(known)]

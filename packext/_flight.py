@@ -198,6 +198,10 @@ def enter(record: Record, g: Tensor | None = None) -> None:
         )
     gates = record.awaited_gates()
     flight = _current(record) if state.sweep is None else state.sweep.flight
+    known = (len(flight.losses), len(flight.uneven), len(flight.inside), len(flight.records), flight.spread)
+    passed = (record.token, gates, *known, state.sweep is None)
+    if passed in flight.passed or state.sweep is not None and record in flight.records and gates <= record.probed:
+        return  # all that is refused was looked at in this pass
     contexts = [f.context for f in flight.heard]
     _alone(record, flight)
     refuse_tensors(record, contexts)
@@ -268,11 +272,10 @@ def enter(record: Record, g: Tensor | None = None) -> None:
     refuse_again(record, gates, contexts)
     if flight.bounded:
         refuse_unbounded(record, flight.bounded, flight.wants)
-    if gates <= record.probed:
-        return
-    with undisturbed():
+    if not gates <= record.probed:
         probe(record, gates, functools.partial(_send_probe, record))
-    record.probed |= gates
+        record.probed |= gates
+    flight.passed.add(passed)
 
 
 def _alone(record: Record, flight: Pass) -> None:
@@ -383,7 +386,7 @@ def _send_probe(
     record: Record, run: Probe | Check | Owners, edges: Any, cotangents: Any, targets: Any
 ) -> Sequence[Tensor | None]:
     unshard(record)
-    with meanwhile(probe=run), kept_apart([record]):
+    with meanwhile(probe=run), kept_apart([record]), undisturbed():
         return send(edges, cotangents, targets)
 
 

@@ -73,6 +73,7 @@ class Pass:
         wants = wants_of([c for c in contexts if c.by_sample])
         self.gathering = Gathering(lambda p: wants(p) and aimed_at(p), contexts[0]._tokens, tables=tables)
         self.records: list[Record] = [] if main is None else main.records
+        self.passed: set[Any] = set()  # what gates have been asked about
         self.n = 0  # samples, or tokens, once a form has arrived
         self.losses: list[tuple[str, str, Tensor]] = [] if main is None else main.losses
         self.uneven: list[str] = [] if main is None else main.uneven  # why samples change what others add to a loss

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from packext._record import Record
 
 
-#: The scalar that every tap takes as an input, and where its gradient goes.
-TARGET = torch.zeros((), requires_grad=True)
+#: The scalar that every tap takes as an input, and where its gradient goes. Not a leaf: of one that is a pass's target,
+#: autograd answers with an error whether it is.
+TARGET = torch.zeros((), requires_grad=True).clone()
 AIM = torch.autograd.graph.get_gradient_edge(TARGET).node
 
 #: Gradients at the outputs of a call, None where none arrived, and where the samples are in them.

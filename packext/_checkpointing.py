@@ -7,7 +7,6 @@ have given. Outside of contexts nothing changes.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,37 +16,30 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from packext._calls import taken_over
 from packext._lineage import LOCAL
+from packext._switch import Switch
 
 
-class _Led:
-    """How many forward passes, in all threads together, want `CheckpointFunction.apply` led here: torch has one."""
-
-    def __init__(self) -> None:
-        self.count, self.lock = 0, threading.Lock()
-        self.before: Any = None  # what somebody else has put there
-
-    def begin(self) -> None:
-        with self.lock:
-            if not self.count:
-                self.before = vars(CheckpointFunction).get("apply")
-                CheckpointFunction.apply = classmethod(_apply)  # pyright: ignore[reportAttributeAccessIssue]
-            self.count += 1
-
-    def end(self) -> None:
-        with self.lock:
-            self.count -= 1
-            if not self.count and self.before is None:
-                del CheckpointFunction.apply
-            elif not self.count:
-                CheckpointFunction.apply = self.before
-
-    def otherwise(self, cls: Any) -> Any:
-        """What `cls.apply` is without packext."""
-        torchs: Any = super(CheckpointFunction, cls)
-        return torchs.apply if self.before is None else self.before.__get__(None, cls)
+def _turn() -> Any:
+    before = vars(CheckpointFunction).get("apply")  # what somebody else has put there
+    CheckpointFunction.apply = classmethod(_apply)  # pyright: ignore[reportAttributeAccessIssue]
+    return before
 
 
-_LED = _Led()
+def _back(before: Any) -> None:
+    if before is None:
+        del CheckpointFunction.apply
+    else:
+        CheckpointFunction.apply = before
+
+
+#: In there, `CheckpointFunction.apply` is led here, of which torch has one for all forward passes.
+_LED = Switch(_turn, _back)
+
+
+def _otherwise(cls: Any) -> Any:
+    """What `cls.apply` is without packext."""
+    torchs: Any = super(CheckpointFunction, cls)
+    return torchs.apply if _LED.before is None else _LED.before.__get__(None, cls)
 
 
 def lead() -> Callable[[], None]:
@@ -56,15 +48,15 @@ def lead() -> Callable[[], None]:
     Returns:
         What ends that, to be called once.
     """
-    _LED.begin()
-    return _LED.end
+    _LED.__enter__()
+    return _LED.__exit__
 
 
 def _apply(cls: Any, *args: Any) -> Any:
     """What `CheckpointFunction.apply(function, preserve_rng_state, *args)` does meanwhile, in whatever thread."""
     tracer = LOCAL.tracer
     if cls is not CheckpointFunction or tracer is None or not tracer.heard or not _has_graph(args):
-        return _LED.otherwise(cls)(*args)
+        return _otherwise(cls)(*args)
     function, preserve, *given = args
     # It runs the whole part again, as what is written to buffers, or counted, should be written and counted again.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve, "early_stop": False}

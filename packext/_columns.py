@@ -8,7 +8,6 @@ the others as many at a time as stay within `LARGEST`.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from packext._layout import Layout
 from packext._listening import meanwhile
 from packext._pass import Pass, wants_of
 from packext._precision import unrounded
+from packext._switch import Switch
 from packext._use import TARGET, Use
 
 if TYPE_CHECKING:
@@ -39,27 +39,14 @@ LARGEST = 1 << 21
 Absorb = Callable[..., None]
 
 
-class _Fallback:
-    """Without what torch.vmap does of functions that it has no rule for: one after the other. All threads share it."""
-
-    def __init__(self) -> None:
-        self.count, self.lock, self.before = 0, threading.Lock(), True
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if not self.count:
-                self.before = functorch._is_vmap_fallback_enabled()
-                functorch._set_vmap_fallback_enabled(False)
-            self.count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.count -= 1
-            if not self.count:
-                functorch._set_vmap_fallback_enabled(self.before)
+def _without_fallback() -> bool:
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    return before
 
 
-_FALLBACK = _Fallback()
+#: In there, torch.vmap refuses functions that it has no rule for, in place of running them one after the other.
+_NO_FALLBACK = Switch(_without_fallback, functorch._set_vmap_fallback_enabled)
 
 
 class _First(Sweep):
@@ -105,7 +92,7 @@ class _Together:
             return each[0].new_zeros(())
 
         try:
-            with _FALLBACK, meanwhile(sweep=self), kept_apart(self.flight.records), undisturbed(), due_to(()):
+            with _NO_FALLBACK, meanwhile(sweep=self), kept_apart(self.flight.records), undisturbed(), due_to(()):
                 torch.func.vmap(one)(*cotangents)
         except Exception:  # of whatever kind: columns that go one by one will meet it again if it is not vmap's
             return False

@@ -23,7 +23,19 @@ CONSUMERS = ("adapters", "attacks", "audit", "defences", "diagnostics", "optim",
 
 #: Floors, from the ground up; a module may import from its own floor and those below it.
 FLOORS = [
-    {"_errors", "_layout", "_scratch", "_kronecker", "linalg", "_union", "_graph", "_copies", "_shards", "_precision"},
+    {
+        "_errors",
+        "_layout",
+        "_scratch",
+        "_switch",
+        "_kronecker",
+        "linalg",
+        "_union",
+        "_graph",
+        "_copies",
+        "_shards",
+        "_precision",
+    },
     {"_factored", "_statistics", "_fused", "_kernel", "_roots"},
     {"_use", "_quantity"},
     {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from packext._distributed import refuse_tensors, sharding
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored
 from packext._flight import Sweep
-from packext._graph import inputs_first
+from packext._graph import inputs_first, name_of
 from packext._layout import Layout, Scattered, ranks
 from packext._lineage import disable
 from packext._listening import silence
@@ -229,9 +230,10 @@ class Graph(Point):
         with kept(self._device):
             if self._slopes is None:
                 _refuse_unsound(self._edge.node, self.parameters)
-                slopes = torch.autograd.grad(
-                    [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
-                )
+                with _refusing_zeros([self._edge.node]):
+                    slopes = torch.autograd.grad(
+                        [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
+                    )
                 self._slopes = list(slopes)
             return _products(self._slopes, vectors, self.parameters)
 
@@ -246,9 +248,9 @@ class Graph(Point):
                 seen = replace(seen, module=loss, args=args, kwargs=kwargs)
                 self._refuse_flat(seen, self._leaves)
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
-                # As torch writes it, it need not have one at zero (of logcumsumexp, by the logarithm of u).
                 us = [u.requires_grad_() for u in _random(self._leaves)]
-                pulled = torch.autograd.grad(seen.edges, self.parameters, us, create_graph=True, allow_unused=True)
+                with _refusing_zeros([edge.node for edge in seen.edges]):
+                    pulled = torch.autograd.grad(seen.edges, self.parameters, us, create_graph=True, allow_unused=True)
                 self._pull = seen, us, pulled
             seen, us, pulled = self._pull
             pushed = _products(pulled, vectors, us)
@@ -304,6 +306,30 @@ def _refuse_unsound(start: Any, parameters: Sequence[Tensor]) -> None:
             behind.add(node)
 
 
+@contextmanager
+def _refusing_zeros(starts: Sequence[Any]) -> Iterator[None]:
+    """In here passes with a graph are refused where torch's derivative of a gradient is wrong, as an entry is zero."""
+    nodes = [node for node in inputs_first(starts) if name_of(node).startswith("Logcumsumexp")]
+    hooks = [node.register_prehook(_refuse_zeros) for node in nodes]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _refuse_zeros(gs: tuple[Tensor | None, ...]) -> None:
+    for g in gs:
+        if g is not None and bool((g == 0).any()):
+            raise UnsupportedUseError(_ZEROS)
+
+
+_ZEROS = (
+    "An entry of what logcumsumexp gives has a gradient of zero, as where the loss does not depend on it. torch "
+    "differentiates that gradient by way of its logarithm, and what it gives is wrong then. Write it without: "
+    "torch.stack([x[..., : k + 1].logsumexp(-1) for k in range(x.shape[-1])], -1). The diagonals DiagGGNExact, "
+    "DiagGGNMC and DiagHessian are right as it is."
+)
 _WEIGHT_NORM = (
     "A parameter is the direction of a weight_norm, of which torch's second derivative is wrong: it takes the norm for "
     "a constant. Write the weight as v * (g / v.norm(...)) in a parametrization of your own "

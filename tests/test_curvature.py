@@ -1360,10 +1360,31 @@ class Cumulative(nn.Module):
         return x.logcumsumexp(1)
 
 
+class Stacked(nn.Module):
+    """The same without it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[:, : k + 1].logsumexp(1) for k in range(x.shape[1])], 1)
+
+
 def test_products_where_the_gradient_has_no_derivative_at_zero() -> None:
     model, loss = nn.Sequential(nn.Linear(5, 4), Cumulative(), nn.Linear(4, 3)), nn.CrossEntropyLoss()
-    report = testing.check(model, loss, torch.randn(N, 5), torch.randint(3, (N,)), [px.GGNMP(), px.HMP()])
+    x, y = torch.randn(N, 5), torch.randint(3, (N,))
+    report = testing.check(model, loss, x, y, [px.GGNMP(), px.HMP()])
     assert report.ok, report
+    with torch.no_grad():
+        model[2].weight[:, 1] = 0
+    for quantity in (px.GGNMP(), px.HMP(), px.HessianTrace(), px.DiagHessianMC(), px.TopEigenvalues(1)):
+        with pytest.raises(px.UnsupportedUseError, match=r"logcumsumexp .* zero.*logsumexp"):
+            products = run(model, loss, x, y, quantity)
+            getattr(products["0.weight"], quantity.savefield)(torch.ones(1, 4, 5))
+    other, diagonals = nn.Sequential(model[0], Stacked(), model[2]), (px.DiagGGNExact(), px.DiagHessian())
+    for asked in (*diagonals, px.GGNMP(), px.HMP()):
+        report = testing.check(other, loss, x, y, [asked])
+        assert report.ok, report
+    found, want = (run(px.unextend(m), loss, x, y, *diagonals)["0.weight"] for m in (model, other))
+    torch.testing.assert_close(found.diag_ggn_exact, want.diag_ggn_exact)
+    torch.testing.assert_close(found.diag_h, want.diag_h)
 
 
 @pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])

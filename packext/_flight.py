@@ -428,14 +428,6 @@ def slopes(edge: Any, targets: Any, cotangent: Tensor) -> Sequence[Tensor | None
         return torch.autograd.grad([edge], targets, [cotangent], create_graph=True, allow_unused=True)
 
 
-def probe_taps(edge: Any, cotangent: Tensor, members: Tensor) -> bool:
-    """Whether a cotangent of the samples in `members`, sent from `edge`, meets none but these at all taps."""
-    run = Check(members)
-    with meanwhile(probe=run):
-        send(edge, cotangent, [TARGET])
-    return run.agrees
-
-
 @contextmanager
 def kept_apart(records: Iterable[Record]) -> Any:
     """In here `.grad` of parameters is not there: some Functions accumulate it by a backward() of their own."""

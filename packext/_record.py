@@ -337,7 +337,7 @@ def losses_inside(record: Record, gates: frozenset[int]) -> set[Any]:
     """Marks of losses that the model computed and returned, by themselves or in weighted sums, as scalars."""
     known = {node for loss in record.losses if (node := loss.node()) is not None}
     nodes = [(record.gates[i][0](), record.gates[i][1]) for i in gates] if known else []
-    roots = [node.next_functions[0][0] for node, shape in nodes if node is not None and not shape]
+    roots = [_under(node) for node, shape in nodes if node is not None and not shape]
     ways: dict[Any, list[Any]] = {}  # of each node that a loss is linear in: its inputs with one behind them
     for node in inputs_first(roots, lambda node: node not in known and _kind(node) in _LINEAR):
         if node in known:
@@ -361,8 +361,16 @@ def losses_inside(record: Record, gates: frozenset[int]) -> set[Any]:
 
 def only_losses(gate: Any, marks: set[Any]) -> bool:
     """Whether what stands at `gate` is one of the losses in `marks`, or a weighted sum of such and nothing else."""
-    inner = inputs_first([gate.next_functions[0][0]], lambda node: node not in marks and _kind(node) in _LINEAR)
+    inner = inputs_first([_under(gate)], lambda node: node not in marks and _kind(node) in _LINEAR)
     return all(node in marks or _kind(node) in _LINEAR for node in inner)
+
+
+def _under(gate: Any) -> Any:
+    """The node under a gate, or under the one that DistributedDataParallel may put on all outputs."""
+    node, output = gate.next_functions[0]
+    while node is not None and _kind(node) == "_DDPSink":
+        node, output = node.next_functions[output]
+    return node
 
 
 def _kind(node: Any) -> str:

@@ -22,7 +22,7 @@ from torch.utils.weak import TensorWeakRef
 from packext import _flight, _listening
 from packext._errors import PackextError
 from packext._layout import Layout, Scattered
-from packext._places import gates_of, place
+from packext._places import gates_of, place, read_at
 from packext._precision import as_now, unrounded
 from packext._record import Inside, Record
 from packext._refusals import note_loss, refuse_beside
@@ -213,10 +213,7 @@ class Seen:
                     like = torch.empty((), dtype=dtype, device=device).expand(shape)  # which takes no memory
                     yield place(self, edge, like)
                 continue
-            inputs = [e for loss in record.losses for e in loss.edges]
-            found = record.places.get(-1 - next(k for k, e in enumerate(inputs) if e is edge))
-            fits = found is not None and found.axis is not None and shape[found.axis] % found.n == 0
-            yield found if fits else None
+            yield read_at(record, edge, shape)
 
 
 def _meta(edge: GradientEdge) -> tuple[torch.Size, torch.dtype, torch.device]:

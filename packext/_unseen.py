@@ -124,6 +124,9 @@ def _tap(tracer: Tracer, t: Tensor, sources: tuple[Source, ...], tapped: bool, r
     if "CheckpointFunction" in node:
         return t
     try:
+        if "RegisterPostBackward" in node:
+            met = f"what is made of {', '.join(tensors)} in another module is an argument of one that FSDP2 shards"
+            raise tracer.refuse(func, met, _SHARDED)
         for why, so in (
             # Of what has no gradient, no tap would see that samples meet.
             ("before any layer", not tapped),
@@ -141,6 +144,12 @@ def _tap(tracer: Tracer, t: Tensor, sources: tuple[Source, ...], tapped: bool, r
     tracer.put(t, instead, use)
     return instead
 
+
+#: FSDP2 sends all arguments through one node, and where a pass comes there, takes the module's memory back.
+_SHARDED = (
+    "Shard with fully_shard a module that has both, and none of the two by itself; or compute it anew from its "
+    "parameters in each module, freeze them, or take DistributedDataParallel."
+)
 
 _INSTEAD = (
     "Have torch's own functions multiply these parameters with data, leave them out (parameters=...), or run the pass "

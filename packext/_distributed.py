@@ -53,6 +53,17 @@ def sharding(modules: list[nn.Module]) -> Any:
     return next((group.mesh_info.shard_process_group for group in _sharded(modules)), None)
 
 
+def not_reduced(modules: list[nn.Module]) -> list[tuple[Any, str, Tensor]]:
+    """Gradients that FSDP2 holds to reduce them behind a later pass (set_requires_gradient_sync), whatever that is of.
+
+    Returns:
+        Each with what holds it, and under which name: sums in another dtype lie apart.
+    """
+    held = [p for group in _sharded(modules) for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+    places = [place for p in held for place in ((p, "unsharded_accumulated_grad"), (p._unsharded_param, "grad"))]
+    return [(holder, name, g) for holder, name in places if (g := getattr(holder, name)) is not None]
+
+
 def unshard(record: Record) -> None:
     """Have FSDP2 gather the parameters that it shards with the whole model, as it does where the gradient arrives.
 
@@ -196,7 +207,10 @@ def _refuse_parts(record: Record, context: backpack, sharded: bool) -> None:
         where = f"{name} [{kind}]{others}"
         why, what = of_parts(where, p)
         if sharded:
-            raise UnsupportedUseError(f"{why}, and none where FSDP2 shards the parts further. {what}")
+            raise UnsupportedUseError(
+                f"{why}, and none where FSDP2 shards the parts further. Shard with fully_shard alone, whose parameters "
+                "are whole while they are used, or run this pass inside of `with px.disable():`."
+            )
         alone = ", ".join(repr(q) for q in context.extensions if not q.parts)
         if alone:
             raise UnsupportedUseError(f"{why}. Parts of a parameter do not tell {alone} of it. {what}")

@@ -14,7 +14,7 @@ from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[repor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdRef
 
-from packext._distributed import refuse_static, refuse_tensors, sharding, unshard
+from packext._distributed import not_reduced, refuse_static, refuse_tensors, sharding, unshard
 from packext._errors import CoupledSamplesError, NotExtendedError, PackextError, UnsupportedUseError, due_to
 from packext._factored import Factored, merge
 from packext._gathering import Gathering
@@ -433,11 +433,15 @@ def kept_apart(records: Iterable[Record]) -> Any:
     """In here `.grad` of parameters is not there: some Functions accumulate it by a backward() of their own."""
     modules = [module for record in records for module in record.modules()]
     parameters = [p for module in modules for p in module._parameters.values() if p is not None and p.is_leaf]
-    before = [p.grad for p in parameters]
+    before, waiting = [p.grad for p in parameters], not_reduced(modules)
     for p in parameters:
         p.grad = None
+    for holder, name, _ in waiting:
+        setattr(holder, name, None)
     try:
         yield
     finally:
         for p, g in zip(parameters, before, strict=True):
             p.grad = g
+        for holder, name, g in waiting:
+            setattr(holder, name, g)

@@ -276,7 +276,7 @@ def _split_refused(rank: int, world: int) -> None:
         warnings.simplefilter("ignore")
         options: dict[str, Any]
         for options, match in (
-            ({}, r"0\.weight \[FSDPLinear\] .*placed \[Shard\(dim=0\)\].*FSDP2 shards the parts further"),
+            ({}, r"0\.weight \[FSDPLinear\] .*placed \[Shard\(dim=0\)\].*FSDP2 shards the parts further. Shard"),
             ({"parameters": list(model.parameters())}, "parameters=... has DTensors, and FSDP2 .*by name"),
         ):
             with pytest.raises(px.UnsupportedUseError, match=match), px.backpack(px.BatchGrad(), **options):

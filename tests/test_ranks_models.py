@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -102,6 +103,24 @@ def _sharded(rank: int, world: int) -> None:
         as_one(f"{name} {options}", px.extend(sharded(model, **options)), rank, plain[name])
 
 
+def _accumulated(rank: int, world: int) -> None:
+    """What FSDP2 is to reduce behind the last pass of a step is not reduced behind packext's own before that."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.float64, reduce_dtype=torch.float32)
+    options: dict[str, Any]
+    for options in ({}, {"mp_policy": policy}):  # with a sum that lies apart from `.grad`
+        found: list[list[Tensor]] = []
+        model: Any = px.extend(sharded(fresh("GPT-2"), **options))
+        for context in (False, True, True):
+            model.zero_grad()
+            for last in (False, True):
+                model.set_requires_gradient_sync(last)
+                with px.backpack(px.KFAC(), attach=False) if context else nullcontext():
+                    model(**sentences(rank)).loss.backward()
+            found.append([p.grad.full_tensor() for p in model.parameters()])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-7)
+
+
 def _replicated(rank: int, world: int) -> None:
     """DistributedDataParallel puts a node of its own between a loss inside and who calls backward()."""
     plain = backward(px.extend(fresh("GPT-2")), sentences())
@@ -135,7 +154,8 @@ def _passed_on(rank: int, world: int) -> None:
 def _each(rank: int, world: int) -> None:
     with warnings.catch_warnings():  # advice of torch and transformers
         warnings.simplefilter("ignore")
-        for work in (_sharded, _replicated, _passed_on):  # in one pair of processes, as these take a second to start
+        # In one pair of processes, as these take a second to start.
+        for work in (_sharded, _accumulated, _replicated, _passed_on):
             work(rank, world)
 
 

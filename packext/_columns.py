@@ -19,14 +19,16 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from packext._distributed import sharding
 from packext._errors import due_to
-from packext._factored import Outer, merge
+from packext._factored import Outer, accumulation_dtype, merge
 from packext._flight import Sweep, kept_apart, send, undisturbed, watched
 from packext._gathering import Gathering
+from packext._graph import inputs_first, name_of
 from packext._layout import Layout
 from packext._listening import meanwhile
 from packext._pass import Pass, wants_of
 from packext._precision import unrounded
 from packext._switch import Switch
+from packext._taps import Gate
 from packext._use import TARGET, Use
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Entries that arrive at taps at once, gradients and what they are multiplied with.
 LARGEST = 1 << 21
+
+_GATE: Any = Gate._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
 
 #: Takes a parameter's form, whose rows are those of so many columns, one after the other.
 Absorb = Callable[..., None]
@@ -116,6 +120,54 @@ class _Together:
                 absorb(sign, source, form, count)
 
 
+class _Sum(Sweep):
+    """A sum of columns, by itself, of which has to arrive the sum of what arrived of them at once."""
+
+    def __init__(self, flight: Pass, weights: Tensor, together: _Together) -> None:
+        super().__init__(flight, lambda source, form: None)
+        self.weights, self.agrees = weights, True
+        self.awaited = {id(use): columns for use, _, columns in together.arrived}
+
+    def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
+        for g, columns in zip(gs, self.awaited.pop(id(use), [None] * len(gs)), strict=True):
+            if g is None or columns is None:
+                self.agrees = self.agrees and g is columns
+                continue
+            wide = columns.to(accumulation_dtype(columns.dtype)).flatten(1)
+            weights, slack = self.weights.to(wide), torch.finfo(columns.dtype).eps ** 0.5
+            size = (weights.abs() * torch.linalg.vector_norm(wide, dim=1)).sum()
+            off = torch.linalg.vector_norm(weights @ wide - g.to(wide.dtype).flatten())
+            self.agrees = self.agrees and bool(off <= slack * size)  # what is not a number tells nothing
+
+
+def _trusted(flight: Pass, edges: Any, cotangents: Sequence[Tensor], together: _Together) -> bool:
+    """Whether torch.vmap is right of all that columns pass: it is not of every function (of cdist's backward, in 2.13).
+
+    Args:
+        flight: the pass under way.
+        edges: where they have entered the graph.
+        cotangents: they.
+        together: what arrived of them.
+
+    Returns:
+        Whether it is; looked at once for each structure of the models, and of the graph between them and the loss.
+    """
+    trusted = flight.records[0].extension.shared.trusted
+    between = inputs_first([edge.node for edge in edges], lambda node: not isinstance(node, _GATE))
+    key = (*(record.structure() for record in flight.records), *map(name_of, between))
+    if key in trusted:
+        return True
+    weights = torch.randn(together.count, generator=torch.Generator().manual_seed(20261124))
+    alone = _Sum(flight, weights, together)
+    alone.send(edges, [torch.tensordot(weights.to(t), t, 1) for t in cotangents])
+    if not alone.agrees or alone.awaited:
+        return False
+    if len(trusted) > 99:
+        trusted.clear()
+    trusted.add(key)
+    return True
+
+
 def _unwrapped(g: Tensor, count: int) -> Tensor:
     """What there is of a tensor under `torch.vmap`, `[V, ...]`."""
     axis = functorch.maybe_get_bdim(g)
@@ -173,7 +225,8 @@ def spread(
     while group := list(itertools.islice(rest, max(1, several))):
         if len(group) > 1:
             together, signs = _Together(flight, len(group)), [sign for _, sign in group]
-            if together.send(edges, [torch.stack(each) for each in zip(*(c for c, _ in group), strict=True)]):
+            cotangents = [torch.stack(each) for each in zip(*(c for c, _ in group), strict=True)]
+            if together.send(edges, cotangents) and _trusted(flight, edges, cotangents, together):
                 alike = stacks and ahead.stacks and all(_stacks(use) for use, _, _ in together.arrived)
                 with unrounded(group[0][0][0].device.type):  # sums stay in float32
                     together.hand_on(absorb, signs[:1] if alike and len({*signs}) == 1 else signs)

@@ -628,6 +628,41 @@ def test_what_runs_again_in_the_pass_is_seen_column_by_column(passes: list[int])
     assert passes == []
 
 
+class Apart(nn.Module):
+    """Distances from fixed points: torch.vmap over their backward is wrong in torch 2.13."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("points", torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, self.points)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_columns_at_once_are_compared_with_a_sum_of_them_by_itself(inside: bool) -> None:
+    apart, layer, loss = Apart(), nn.Linear(5, 6), nn.CrossEntropyLoss()
+    whole, x, y = nn.Sequential(layer, apart), torch.randn(N, 5), torch.randint(4, (N,))
+    rows = testing.curvature_rows(whole, loss, x, y, weights=[1 / N] * N)
+    model, loss = px.extend(whole if inside else layer), px.extend(loss)
+    for _ in range(2):
+        with px.backpack(*quantities()):
+            loss(model(x) if inside else apart(model(x)), y).backward()
+        compare(whole, rows)
+
+
+def test_columns_are_compared_once_for_each_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    send = _columns._Sum.send
+    monkeypatch.setattr(_columns._Sum, "send", lambda *args: sent.append(1) or send(*args))
+    model, loss = px.extend(nn.Linear(5, 4)), px.extend(nn.CrossEntropyLoss())
+    x, y = torch.randn(N, 5), torch.randint(4, (N,))
+    for after, count in ((torch.tanh, 1), (torch.tanh, 1), (torch.exp, 2), (torch.tanh, 2)):
+        with px.backpack(px.DiagGGNExact()):
+            loss(after(model(x)), y).backward()
+        assert len(sent) == count
+
+
 class Counts(nn.Module):
     """A layer that remembers of what it has been given."""
 

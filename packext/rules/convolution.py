@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: Multiply-adds of one sample from which on torch's own call for its weight gradient beats unfolding.
 LARGE = 64_000_000
 
+#: Positions of one sample from which on that call is as good with many channels as with few.
+MANY = 128
+
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSES = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -179,7 +182,7 @@ class Convolution(OwnedRule):
 
         a = Patches(n, groups, positions, features, take, read, lambda: window.second_moment(read), window)
         alone = positions * features * written.shape[1] >= LARGE
-        together = per == 1 and not c["transposed"] and groups == 1 and _suits(x, w)
+        together = per == 1 and not c["transposed"] and groups == 1 and _suits(x, w, positions)
         # Of a transposed convolution, every position of the input is written to a patch of the output.
         stored = "IO" if c["transposed"] else "OI"
         fast = native if alone or together else None
@@ -197,12 +200,12 @@ class Convolution(OwnedRule):
 CONVOLUTION = Convolution()
 
 
-def _suits(x: Tensor, w: Tensor) -> bool:
+def _suits(x: Tensor, w: Tensor, positions: int) -> bool:
     """Whether oneDNN is faster with the samples as groups of one convolution than a product with patches is."""
-    # Measured on two threads of a CPU with AVX-512: so it is for channels in whole vectors, and not many of them.
+    # Measured on CPUs with AVX-512: so it is for channels in whole vectors, and not many of them, or many positions.
     outputs, inputs, *kernel = w.shape
-    small = max(outputs, inputs) <= 64 and max(kernel) > 1
-    return small and outputs % 8 == inputs % 8 == 0 and x.device.type == "cpu"
+    fits = max(kernel) > 1 and outputs % 8 == inputs % 8 == 0 and x.device.type == "cpu"
+    return fits and (max(outputs, inputs) <= 64 or positions >= MANY)
 
 
 def _tuple(value: Any, d: int) -> list[int]:

@@ -35,6 +35,7 @@ from packext._quantity import Ask, Curvature, HessianQuantity, Point, Quantity
 from packext._refusals import (
     is_weight_norm,
     knows_weight_norm,
+    loses_bias,
     refuse_divided,
     refuse_moved,
     refuse_replaced,
@@ -229,7 +230,7 @@ class Graph(Point):
     def hessian(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         with kept(self._device):
             if self._slopes is None:
-                _refuse_unsound(self._edge.node, self.parameters)
+                _refuse_unsound([self._edge.node], self.parameters, "Hessian")
                 with _refusing_zeros([self._edge.node]):
                     slopes = torch.autograd.grad(
                         [self._edge], self.parameters, [self._g], create_graph=True, allow_unused=True
@@ -249,6 +250,7 @@ class Graph(Point):
                 self._refuse_flat(seen, self._leaves)
                 # What pulls u back to the parameters is linear in u: its derivative by u pushes vectors forward.
                 us = [u.requires_grad_() for u in _random(self._leaves)]
+                _refuse_unsound([edge.node for edge in seen.edges], self.parameters, "GGN")
                 with _refusing_zeros([edge.node for edge in seen.edges]):
                     pulled = torch.autograd.grad(seen.edges, self.parameters, us, create_graph=True, allow_unused=True)
                 self._pull = seen, us, pulled
@@ -294,14 +296,21 @@ class Graph(Point):
         return [functools.partial(positive.product, p) for p in self.parameters]
 
 
-def _refuse_unsound(start: Any, parameters: Sequence[Tensor]) -> None:
-    """Raise an UnsupportedUseError if a parameter is the direction of a `torch._weight_norm` that has no Hessian."""
+def _refuse_unsound(starts: Sequence[Any], parameters: Sequence[Tensor], matrix: str) -> None:
+    """Refuse parameters of whose gradient torch's derivative is wrong.
+
+    Raises:
+        UnsupportedUseError: for the bias of a normalisation without a weight, and, for products with the Hessian, for
+            the direction of a `torch._weight_norm`.
+    """
     wanted = {torch.autograd.graph.get_gradient_edge(p).node for p in parameters}
     behind: set[Any] = set()
-    for node in inputs_first([start]):
+    for node in inputs_first(starts):
         below = [child for child, _ in node.next_functions]
-        if is_weight_norm(node) and below[0] in behind and not knows_weight_norm():
+        if matrix == "Hessian" and is_weight_norm(node) and below[0] in behind and not knows_weight_norm():
             raise UnsupportedUseError(_WEIGHT_NORM)
+        if loses_bias(node, behind):
+            raise UnsupportedUseError(_LOST_BIAS.format(name_of(node)))
         if node in wanted or any(child in behind for child in below):
             behind.add(node)
 
@@ -329,6 +338,11 @@ _ZEROS = (
     "differentiates that gradient by way of its logarithm, and what it gives is wrong then. Write it without: "
     "torch.stack([x[..., : k + 1].logsumexp(-1) for k in range(x.shape[-1])], -1). The diagonals DiagGGNExact, "
     "DiagGGNMC and DiagHessian are right as it is."
+)
+_LOST_BIAS = (
+    "A parameter is the bias of a normalisation without a weight, or that is made of it ({}), and torch loses the "
+    "derivative of the bias's gradient there. Give the function a weight of ones (torch.ones(...), which needs no "
+    "gradient) beside it, or add the bias to what the function gives without one."
 )
 _WEIGHT_NORM = (
     "A parameter is the direction of a weight_norm, of which torch's second derivative is wrong: it takes the norm for "

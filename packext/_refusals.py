@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from packext._errors import CoupledSamplesError, PackextError, UnsupportedUseError, due_to
@@ -329,6 +330,53 @@ def beneath_weight_norm(roots: Sequence[Any]) -> set[int]:
     if not norms or knows_weight_norm():
         return set()
     return {id(leaf) for node in inputs_first(norms) if (leaf := leaf_of(node)) is not None}
+
+
+_NORMALISED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "NativeLayerNorm": lambda x, b: F.layer_norm(x, (2,), None, b),
+    "NativeBatchNorm": lambda x, b: F.batch_norm(x, None, None, None, b, training=True),
+}
+
+
+@functools.cache
+def _knows_bias(kind: str) -> bool:
+    """Whether torch's derivative of the gradient of a bias is right where a normalisation has no weight."""
+    with torch.enable_grad():
+        b = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        y = _NORMALISED[kind](torch.eye(2, dtype=b.dtype), b)
+        (slope,) = torch.autograd.grad(y.square().sum(), b, create_graph=True)
+        found = torch.autograd.grad(slope.sum(), b, allow_unused=True)[0]
+        return found is not None and bool(found.eq(4).all())
+
+
+def loses_bias(node: Any, wanted: set[Any]) -> bool:
+    """Whether torch's derivative of a bias's gradient is wrong at a normalisation without a weight.
+
+    Args:
+        node: of the graph.
+        wanted: nodes with a bias among them, if it matters.
+
+    Returns:
+        Whether it is.
+    """
+    kind = name_of(node).partition("Backward")[0]
+    if kind not in _NORMALISED:
+        return False
+    weight, bias = (behind for behind, _ in node.next_functions[1:3])
+    return weight is None and bias in wanted and not _knows_bias(kind) and _is_none(node._raw_saved_weight)
+
+
+def _is_none(saved: Any) -> bool:
+    """Whether a saved tensor is None, without having it: a checkpointed part would run again."""
+    try:
+        saved.register_hooks(_identity, _identity)
+    except RuntimeError as error:
+        return "value None" in str(error)  # the other reason is that it has hooks
+    return False
+
+
+def _identity(t: Tensor) -> Tensor:
+    return t
 
 
 class Constant(torch.autograd.Function):

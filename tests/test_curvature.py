@@ -1422,6 +1422,66 @@ def test_products_where_the_gradient_has_no_derivative_at_zero() -> None:
     torch.testing.assert_close(found.diag_h, want.diag_h)
 
 
+class Shifted(nn.Module):
+    """A normalisation with a bias, with a weight of ones or none, or the bias added to what it gives."""
+
+    def __init__(self, kind: str, way: str) -> None:
+        super().__init__()
+        self.kind, self.way, self.bias = kind, way, nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.ones(3) if self.way in ("ones", "checkpointed") else None
+        bias = None if self.way == "added" else self.bias
+        x = x.view(len(x), 4, 3)
+        if self.kind == "layer":
+            x = F.layer_norm(x, (3,), weight, bias)
+        elif self.kind == "instance":
+            x = F.instance_norm(x.mT, None, None, weight, bias).mT
+        else:
+            x = F.batch_norm(x.mT, torch.zeros(3), torch.ones(3), weight, bias).mT
+        return x + self.bias if bias is None else x
+
+
+class Again(nn.Sequential):
+    """Layers that run again for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self[0], x, use_reentrant=False)
+
+
+def shifted(kind: str, way: str) -> nn.Module:
+    layer = Shifted(kind, way)
+    return nn.Sequential(nn.Linear(5, 12), Again(layer) if way == "checkpointed" else layer, nn.Tanh(), nn.Flatten())
+
+
+@pytest.mark.parametrize("kind", ["layer", "instance", "batch"])
+def test_products_with_the_bias_of_a_normalisation_without_a_weight(kind: str) -> None:
+    """torch loses the derivative of that bias's gradient."""
+    x, y, loss = torch.randn(N, 5), torch.randint(12, (N,)), nn.CrossEntropyLoss()
+    models = {way: shifted(kind, way) for way in ("added", "ones", "checkpointed", "alone")}
+    for model in models.values():
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(models["added"].parameters()), model.parameters())
+    for way in ("added", "ones", "checkpointed"):
+        report = testing.check(models[way], loss, x, y, [px.GGNMP(), px.HMP()])
+        assert report.ok, report
+    traces = []
+    for way in ("added", "checkpointed"):  # of which torch unpacks a weight once in a pass
+        trace = px.HessianTrace(mc_samples=2, generator=torch.Generator().manual_seed(0))
+        traces += [*run(px.unextend(models[way]), loss, x, y, trace).values()]
+    assert len(traces) == 6
+    for want, found in zip(traces[:3], traces[3:], strict=True):
+        torch.testing.assert_close(getattr(found, trace.savefield), getattr(want, trace.savefield))
+    diagonals = px.DiagGGNExact(), px.DiagHessian()
+    want, found = (run(models[way], loss, x, y, *diagonals) for way in ("added", "alone"))
+    for name in ("1.bias", "0.weight"):
+        torch.testing.assert_close(found[name].diag_ggn_exact, want[name].diag_ggn_exact)
+        torch.testing.assert_close(found[name].diag_h, want[name].diag_h)
+    for quantity in (px.GGNMP(), px.HMP(), px.HessianTrace(), px.DiagHessianMC(), px.TopEigenvalues(1)):
+        with pytest.raises(px.UnsupportedUseError, match=r"bias of a normalisation without a weight.*torch\.ones"):
+            products = run(px.unextend(models["alone"]), loss, x, y, quantity)
+            getattr(products["1.bias"], quantity.savefield)(torch.ones(1, 3))
+
+
 @pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
 @pytest.mark.parametrize("quantity", [px.DiagGGNExact(), px.DiagHessian(), px.GGNMP(), px.HMP()], ids=repr)
 def test_frequencies_have_no_curvature(table: Any, quantity: Any) -> None:

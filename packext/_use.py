@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 #: The scalar that every tap takes as an input, and where its gradient goes. Not a leaf: of one that is a pass's target,
 #: autograd answers with an error whether it is.
-TARGET = torch.zeros((), requires_grad=True).clone()
+with torch.inference_mode(False), torch.enable_grad():  # whatever holds where packext is imported
+    TARGET = torch.zeros((), requires_grad=True).clone()
 AIM = torch.autograd.graph.get_gradient_edge(TARGET).node
 
 #: Gradients at the outputs of a call, None where none arrived, and where the samples are in them.

@@ -888,6 +888,26 @@ def test_results_that_are_kept_never_change_where_python_counts_fewer_references
     assert not done.returncode, done.stderr
 
 
+#: What is made once, where packext is imported, has to be of use in every pass.
+IMPORTED = """
+import torch
+
+with torch.inference_mode():
+    import packext as px
+
+model, loss = px.extend(torch.nn.Linear(4, 3)), px.extend(torch.nn.CrossEntropyLoss())
+with px.backpack(px.BatchGrad(), px.Variance(), px.DiagGGNExact(), px.HMP()):
+    loss(model(torch.randn(5, 4)), torch.arange(5) % 3).backward()
+torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad)
+assert model.weight.hmp(torch.ones(1, 3, 4)).shape == (1, 3, 4)
+"""
+
+
+def test_imported_without_gradients() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+
+
 def test_a_frozen_parameter_loses_its_result_in_the_next_pass() -> None:
     model, (x, y) = px.extend(mlp()), batch()
     with px.backpack(px.BatchGrad()) as results:

@@ -60,7 +60,8 @@ def not_reduced(modules: list[nn.Module]) -> list[tuple[Any, str, Tensor]]:
         Each with what holds it, and under which name: sums in another dtype lie apart.
     """
     held = [p for group in _sharded(modules) for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
-    places = [place for p in held for place in ((p, "unsharded_accumulated_grad"), (p._unsharded_param, "grad"))]
+    places = [(p._unsharded_param, "grad") for p in held]  # all that 2.15 has
+    places += [(p, "unsharded_accumulated_grad") for p in held if "unsharded_accumulated_grad" in vars(p)]
     return [(holder, name, g) for holder, name in places if (g := getattr(holder, name)) is not None]
 
 

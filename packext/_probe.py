@@ -410,6 +410,10 @@ def _starts(record: Record, gates: frozenset[int], send: Any, generator: torch.G
         layouts: list[Layout] = list(candidates(shape, record.n, record.batch_axis))
         if record.n > 1 and len(shape) > record.batch_axis and shape[record.batch_axis] == record.n:
             layouts = [Layout(record.batch_axis, record.n)]  # where extend was told that they are
+        elif record.n > 1 and record.n in shape:
+            # Features in groups, which layers may keep apart, are no samples where an axis has N entries.
+            axes = {0, record.batch_axis, *(k for k, size in enumerate(shape) if size == record.n)}
+            layouts = [at for at in layouts if at.axis in axes]
         slope = record.slopes.get(i)
         if slope is not None and record.n > 1:
             layouts = [_of_input(slope, shape, record.n, send, generator)]

@@ -121,6 +121,23 @@ COUPLINGS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+class Channels(nn.Module):
+    """Keeps features apart, as depthwise layers do, and adds the last sample to all; returns time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x * self.scale).transpose(0, 1).contiguous()
+        return (h + h[:, -1:]) * self.scale
+
+
+def test_features_in_groups_are_not_taken_for_samples() -> None:
+    """Where as many groups are kept apart as there are samples, and the axis of these is another."""
+    refused(Channels(), torch.randn(3, 5, 6), px.CoupledSamplesError, "influence each other")
+
+
 class Centred(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(0)

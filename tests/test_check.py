@@ -231,6 +231,34 @@ def test_a_table_that_counts_lookups_has_no_gradients_of_single_samples() -> Non
         testing.check(model, nn.CrossEntropyLoss(), torch.randint(3, (4, 2)), torch.arange(4) % 3)
 
 
+class Shifts(nn.Module):
+    """Adds rows of a table, from which the batch's mean is subtracted or not."""
+
+    def __init__(self, rows: Any, centred: bool = False) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Parameter(torch.randn(5, 4)), nn.Linear(4, 3)
+        self.rows, self.centred = rows, centred
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(0) if self.centred else x
+        return self.layer((x + self.table[self.rows]).tanh()).sum(1)
+
+
+def test_factors_of_some_rows_of_a_table_have_no_definition() -> None:
+    x, y = torch.randn(4, 5, 4), torch.arange(4) % 3
+    assert testing.check(Shifts(slice(None)), nn.CrossEntropyLoss(), x, y, [px.KFLR()]).ok
+    for rows in (0, slice(3)):
+        given = x[:, :3] if rows else x
+        with pytest.raises(testing.NoOracle, match=r"no definition of KFLR for table: .* as a whole"):
+            testing.check(Shifts(rows), nn.CrossEntropyLoss(), given, y, [px.KFLR()])
+
+
+def test_data_that_mix_before_any_parameter_are_noticed() -> None:
+    x, y = torch.randn(4, 5, 4), torch.arange(4) % 3
+    with pytest.raises(testing.NoOracle, match=r"differs from the sum .* x - x\.mean\(0\)"):
+        testing.check(Shifts(slice(None), centred=True), nn.CrossEntropyLoss(), x, y)
+
+
 def test_what_has_no_definition_is_refused() -> None:
     x, y = batch()
 

@@ -109,8 +109,10 @@ def against(reference: Reference, quantities: Sequence[Quantity], tolerance: flo
         if reference.rounding > UNEQUAL:
             raise NoOracle(
                 f"check: the gradient of the batch differs from the sum over the samples by {reference.rounding:.1e}: "
-                "the loss does not weight them equally, as a mean with class weights or ignored targets does not. Pass "
-                'one with reduction="sum". (A table with scale_grad_by_freq=True is read otherwise by a sample alone.)'
+                "the loss does not weight them equally, as a mean with class weights or ignored targets does not: pass "
+                'one with reduction="sum". Or a sample alone is read otherwise: by a table with '
+                "scale_grad_by_freq=True, or by what forward makes of the batch's data before any parameter, such as "
+                "x - x.mean(0)."
             )
         tolerance = max(tolerance, min(1e-4, 30 * reference.rounding))
     report = compare(twin, first_order, reference.gradients, reference.factor, tolerance) if first_order else Report()

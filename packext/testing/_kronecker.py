@@ -220,11 +220,12 @@ ENTRYWISE = frozenset({"add", "sub", "mul", "__radd__", "__rsub__", "rsub", "__r
 
 
 class _Meetings(TorchFunctionMode):
-    """Names of parameters, by whether all functions that they meet others in are entry by entry."""
+    """Names of parameters, by whether all functions that they meet others in are entry by entry, and of all entries."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.at = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
+        self.sizes = {name: p.numel() for name, p in parameters.items()}
         self.met: set[str] = set()
         self.otherwise: set[str] = set()
 
@@ -232,12 +233,18 @@ class _Meetings(TorchFunctionMode):
         leaves = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
         return [self.at.get(t.untyped_storage().data_ptr()) for t in leaves]
 
+    def _partly(self, *values: Any) -> bool:
+        leaves = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+        return any(
+            t.numel() < self.sizes.get(name or "", 0) for t, name in zip(leaves, self._names(leaves), strict=True)
+        )
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given, made = self._names((args, kwargs)), self._names(out)
         found = {name for name in given if name is not None}
         if found and made and not found & set(made):  # neither a question nor a view
-            alone = len(found) == given.count(next(iter(found))) == 1 < len(given)
+            alone = len(found) == given.count(next(iter(found))) == 1 < len(given) and not self._partly(args, kwargs)
             (self.met if alone and func.__name__ in ENTRYWISE else self.otherwise).update(found)
         return out
 

@@ -195,8 +195,8 @@ def _kronecker(q: Any, ref: Reference, name: str) -> list[Tensor]:
         raise NoOracle(
             f"check has no definition of {type(q).__name__} for {', '.join(unknown)}: factors are defined for linear "
             "layers, convolutions and embeddings of torch.nn whose parameters are used in calls of such alone, at as "
-            "many positions in each sample, for normalisations, and for what is added to data or multiplied with it. "
-            "Choose the others: parameters=[...]."
+            "many positions in each sample, for normalisations, and for what is added to data or multiplied with it as "
+            "a whole. Choose the others: parameters=[...]."
         )
     p, module = ref.parameters[name], _module(ref, name)
     if name in alone:

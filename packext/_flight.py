@@ -198,7 +198,8 @@ def enter(record: Record, g: Tensor | None = None) -> None:
         )
     gates = record.awaited_gates()
     flight = _current(record) if state.sweep is None else state.sweep.flight
-    known = (len(flight.losses), len(flight.uneven), len(flight.inside), len(flight.records), flight.spread)
+    awaits = record.awaits_outputs(gates)
+    known = (len(flight.losses), len(flight.uneven), len(flight.inside), len(flight.records), flight.spread, awaits)
     passed = (record.token, gates, *known, state.sweep is None)
     if passed in flight.passed or state.sweep is not None and record in flight.records and gates <= record.probed:
         return  # all that is refused was looked at in this pass

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The scalar that every tap takes as an input, and where its gradient goes. Not a leaf: of one that is a pass's target,
 #: autograd answers with an error whether it is.
-with torch.inference_mode(False), torch.enable_grad():  # whatever holds where packext is imported
+with torch.inference_mode(False), torch.enable_grad():  # also where packext is imported without
     TARGET = torch.zeros((), requires_grad=True).clone()
 AIM = torch.autograd.graph.get_gradient_edge(TARGET).node
 

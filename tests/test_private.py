@@ -742,6 +742,31 @@ def test_means_over_as_many_targets_of_each_sample(inside: bool) -> None:
     torch.testing.assert_close(total(o), want)
 
 
+class Two(nn.Module):
+    """Two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.c((self.a(x) + self.b(z)).tanh())
+
+
+def test_a_loss_behind_penalties_on_several_inputs_is_looked_at() -> None:
+    model, loss = px.extend(Two()), px.extend(nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0])))
+    x, z, o = (
+        torch.randn(6, 5, requires_grad=True),
+        torch.randn(6, 3, requires_grad=True),
+        DPSGD(model.parameters(), 0.1, **SETTINGS),
+    )
+    with pytest.raises(px.CoupledSamplesError, match="divides by the weights"), px.optim.emit(o):
+        y = model(x, z)
+        slopes = torch.autograd.grad(y.sum(), (x, z), create_graph=True)
+        penalty = sum(g.square().sum(1) for g in slopes).mean()
+        (loss(y, torch.arange(6) % 4) + penalty).backward()
+
+
 UNEVEN = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]]).bool()
 
 

@@ -8,6 +8,7 @@ the others as many at a time as stay within `LARGEST`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,11 @@ from packext._errors import due_to
 from packext._factored import Outer, accumulation_dtype, merge
 from packext._flight import Sweep, kept_apart, send, undisturbed, watched
 from packext._gathering import Gathering
-from packext._graph import inputs_first, name_of
 from packext._layout import Layout
 from packext._listening import meanwhile
 from packext._pass import Pass, wants_of
 from packext._precision import unrounded
 from packext._switch import Switch
-from packext._taps import Gate
 from packext._use import TARGET, Use
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 #: Entries that arrive at taps at once, gradients and what they are multiplied with.
 LARGEST = 1 << 21
-
-_GATE: Any = Gate._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
 
 #: Takes a parameter's form, whose rows are those of so many columns, one after the other.
 Absorb = Callable[..., None]
@@ -125,23 +122,37 @@ class _Sum(Sweep):
 
     def __init__(self, flight: Pass, weights: Tensor, together: _Together) -> None:
         super().__init__(flight, lambda source, form: None)
-        self.weights, self.agrees = weights, True
+        self.weights, self.alike = weights, True
         self.awaited = {id(use): columns for use, _, columns in together.arrived}
+        self.found: list[tuple[Tensor, float]] = []  # how far off it is, and its size; and how it may be rounded
 
     def visit(self, use: Use, saved: Sequence[Tensor], gs: Sequence[Tensor | None]) -> None:
         for g, columns in zip(gs, self.awaited.pop(id(use), [None] * len(gs)), strict=True):
             if g is None or columns is None:
-                self.agrees = self.agrees and g is columns
+                self.alike = self.alike and g is columns
                 continue
             wide = columns.to(accumulation_dtype(columns.dtype)).flatten(1)
-            weights, slack = self.weights.to(wide), torch.finfo(columns.dtype).eps ** 0.5
+            weights = self.weights.to(wide)
             size = (weights.abs() * torch.linalg.vector_norm(wide, dim=1)).sum()
             off = torch.linalg.vector_norm(weights @ wide - g.to(wide.dtype).flatten())
-            self.agrees = self.agrees and bool(off <= slack * size)  # what is not a number tells nothing
+            self.found.append((torch.stack([off, size]).double(), torch.finfo(columns.dtype).eps))
+
+    def agrees(self) -> bool | None:
+        """Whether they are equal; None where what is not a number hides it."""
+        if not self.alike or self.awaited:
+            return False
+        if not self.found:
+            return True
+        sizes = torch.stack([both.to(self.found[0][0].device) for both, _ in self.found]).tolist()
+        if not all(map(math.isfinite, itertools.chain(*sizes))):
+            return None
+        largest = max(size for _, size in sizes)  # beside which others may be nothing but rounding
+        slack = [eps for _, eps in self.found]
+        return all(off <= max(e**0.5 * size, 64 * e * largest) for (off, size), e in zip(sizes, slack, strict=True))
 
 
-def _trusted(flight: Pass, edges: Any, cotangents: Sequence[Tensor], together: _Together) -> bool:
-    """Whether torch.vmap is right of all that columns pass: it is not of every function (of cdist's backward, in 2.13).
+def _agree(flight: Pass, edges: Any, cotangents: Sequence[Tensor], together: _Together) -> bool | None:
+    """Whether torch.vmap was right of all that columns passed: of cdist's backward it is not, in 2.13.
 
     Args:
         flight: the pass under way.
@@ -150,22 +161,12 @@ def _trusted(flight: Pass, edges: Any, cotangents: Sequence[Tensor], together: _
         together: what arrived of them.
 
     Returns:
-        Whether it is; looked at once for each structure of the models, and of the graph between them and the loss.
+        Whether it was; None where that cannot be told of this pass. Looked at in each pass: what runs depends on sizes.
     """
-    trusted = flight.records[0].extension.shared.trusted
-    between = inputs_first([edge.node for edge in edges], lambda node: not isinstance(node, _GATE))
-    key = (*(record.structure() for record in flight.records), *map(name_of, between))
-    if key in trusted:
-        return True
     weights = torch.randn(together.count, generator=torch.Generator().manual_seed(20261124))
     alone = _Sum(flight, weights, together)
     alone.send(edges, [torch.tensordot(weights.to(t), t, 1) for t in cotangents])
-    if not alone.agrees or alone.awaited:
-        return False
-    if len(trusted) > 99:
-        trusted.clear()
-    trusted.add(key)
-    return True
+    return alone.agrees()
 
 
 def _unwrapped(g: Tensor, count: int) -> Tensor:
@@ -222,15 +223,18 @@ def spread(
     assert isinstance(ahead, _First)
     apart = torch.is_grad_enabled() or ahead.missed or any(_one_by_one(record) for record in flight.records)
     several = 1 if apart else LARGEST // max(1, ahead.entries)
+    right: bool | None = False
     while group := list(itertools.islice(rest, max(1, several))):
         if len(group) > 1:
             together, signs = _Together(flight, len(group)), [sign for _, sign in group]
             cotangents = [torch.stack(each) for each in zip(*(c for c, _ in group), strict=True)]
-            if together.send(edges, cotangents) and _trusted(flight, edges, cotangents, together):
+            # One graph takes all of them: what is right of the first is of the others.
+            right = together.send(edges, cotangents) and (right or _agree(flight, edges, cotangents, together))
+            if right:
                 alike = stacks and ahead.stacks and all(_stacks(use) for use, _, _ in together.arrived)
                 with unrounded(group[0][0][0].device.type):  # sums stay in float32
                     together.hand_on(absorb, signs[:1] if alike and len({*signs}) == 1 else signs)
                 continue
-            several, flight.records[0].extension.shared.apart = 1, True
+            several, flight.records[0].extension.shared.apart = 1, right is False
         for cotangents, sign in group:
             alone(cotangents, sign)

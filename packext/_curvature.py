@@ -335,7 +335,7 @@ def _refuse_zeros(gs: tuple[Tensor | None, ...]) -> None:
 
 _ZEROS = (
     "An entry of what logcumsumexp gives has a gradient of zero, as where the loss does not depend on it. torch "
-    "differentiates that gradient by way of its logarithm, and what it gives is wrong then. Write it without: "
+    "differentiates that gradient by way of its logarithm, and what it gives may be wrong then. Write it without: "
     "torch.stack([x[..., : k + 1].logsumexp(-1) for k in range(x.shape[-1])], -1). The diagonals DiagGGNExact, "
     "DiagGGNMC and DiagHessian are right as it is."
 )

@@ -33,7 +33,7 @@ class Shared:
     """What the modules of one extended model share: its batch axis, layouts found by the probe, and the last pass.
 
     `whole` gives the module that was extended: parts of it may run by themselves, where a method calls them. `apart`
-    tells that its graph does not take several columns of a root at once, `trusted` has the structures of those that do.
+    tells that its graph does not take several columns of a root at once.
     """
 
     batch_axis: int | None
@@ -41,7 +41,6 @@ class Shared:
     flight: Callable[[], Any] = _none
     whole: Callable[[], Any] = _none
     apart: bool = False
-    trusted: set[Any] = field(default_factory=set)
 
     def remember(self, key: Any, plan: Any) -> None:
         """Keep a plan, dropping the oldest beyond `PLANS`."""
@@ -50,7 +49,7 @@ class Shared:
         self.plans[key] = plan
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"batch_axis": self.batch_axis, "plans": {}, "flight": _none, "whole": _none, "trusted": set()}
+        return {"batch_axis": self.batch_axis, "plans": {}, "flight": _none, "whole": _none}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         copied = Shared(self.batch_axis)

@@ -651,16 +651,41 @@ def test_columns_at_once_are_compared_with_a_sum_of_them_by_itself(inside: bool)
         compare(whole, rows)
 
 
-def test_columns_are_compared_once_for_each_structure(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
-    send = _columns._Sum.send
-    monkeypatch.setattr(_columns._Sum, "send", lambda *args: sent.append(1) or send(*args))
-    model, loss = px.extend(nn.Linear(5, 4)), px.extend(nn.CrossEntropyLoss())
-    x, y = torch.randn(N, 5), torch.randint(4, (N,))
-    for after, count in ((torch.tanh, 1), (torch.tanh, 1), (torch.exp, 2), (torch.tanh, 2)):
+class ToCentres(nn.Module):
+    """Distances of rows to points, which torch finds otherwise from 25 rows on: of those torch.vmap is right."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.last, self.scale = nn.Linear(5, 6), nn.Linear(6, 4), nn.Parameter(torch.tensor(scale))
+        self.register_buffer("points", torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cdist(self.first(x), self.points) * self.scale)
+
+
+@pytest.mark.parametrize(("sizes", "scale"), [((30, 20), 1.0), ((8, 8), 0.0)])
+def test_columns_are_compared_in_each_pass(sizes: tuple[int, ...], scale: float) -> None:
+    """Another number of samples, or gradients that were zero before, and torch.vmap is wrong."""
+    plain, loss = ToCentres(scale), px.extend(nn.CrossEntropyLoss())
+    model = px.extend(copy.deepcopy(plain))
+    for n in sizes:
+        x, y = torch.randn(n, 5), torch.arange(n) % 4
+        rows = testing.curvature_rows(plain, nn.CrossEntropyLoss(), x, y, weights=[1 / n] * n)
+        with px.backpack(*quantities()):
+            loss(model(x), y).backward()
+        compare(model, rows)
+        for m in (model, plain):
+            with torch.no_grad():
+                m.scale.add_(0.5)
+
+
+def test_what_is_no_number_leaves_columns_at_once(passes: list[int]) -> None:
+    model, loss, y = px.extend(nn.Linear(5, 6)), px.extend(nn.CrossEntropyLoss()), torch.arange(N)
+    for x in (torch.full((N, 5), torch.nan), torch.randn(N, 5)):
+        passes.clear()
         with px.backpack(px.DiagGGNExact()):
-            loss(after(model(x)), y).backward()
-        assert len(sent) == count
+            loss(model(x), y).backward()
+    assert max(passes) == 4  # of five columns the first is by itself
 
 
 class Counts(nn.Module):
